@@ -1,0 +1,70 @@
+"""What-and-where attention for any PyTorch CNN (CBAM, ECCV 2018, arXiv 1807.06521).
+
+    import cbam
+    model = cbam.attach(model)          # output bit-equal, every plain key kept
+    model = cbam.detach(model)          # the exact inverse
+
+`import cbam` needs torch alone, and imports even that on first use of a name.
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from cbam import data, explain, models, nn, ops, studies, surgery, train
+    from cbam.errors import CBAMError
+    from cbam.models import build
+    from cbam.nn import CBAM, ChannelAttention, SpatialAttention
+    from cbam.surgery import attach, convert_state_dict, detach, load_weights, sites
+
+_HOME = {
+    "CBAM": "cbam.nn",
+    "CBAMError": "cbam.errors",
+    "ChannelAttention": "cbam.nn",
+    "SpatialAttention": "cbam.nn",
+    "attach": "cbam.surgery",
+    "build": "cbam.models",
+    "convert_state_dict": "cbam.surgery",
+    "detach": "cbam.surgery",
+    "load_weights": "cbam.surgery",
+    "sites": "cbam.surgery",
+}
+_ROOMS = ("data", "errors", "explain", "models", "nn", "ops", "studies", "surgery", "train")
+
+__all__ = [  # noqa: RUF022 - in the order a reader needs them
+    "CBAM",
+    "ChannelAttention",
+    "SpatialAttention",
+    "attach",
+    "detach",
+    "sites",
+    "load_weights",
+    "convert_state_dict",
+    "build",
+    "CBAMError",
+    "data",
+    "explain",
+    "models",
+    "nn",
+    "ops",
+    "studies",
+    "surgery",
+    "train",
+]
+
+
+def __getattr__(name: str):
+    if name in _HOME:
+        value = getattr(importlib.import_module(_HOME[name]), name)
+    elif name in _ROOMS:
+        value = importlib.import_module(f"cbam.{name}")
+    else:
+        raise AttributeError(f"module 'cbam' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

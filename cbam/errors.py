@@ -1,0 +1,57 @@
+"""The errors a caller can meet. Each is also the builtin that a caller would catch.
+
+`exit_code` is what the command line returns for it (see `cbam --help`).
+"""
+
+
+class CBAMError(Exception):
+    """Base of every error raised on purpose by cbam."""
+
+    exit_code = 1
+
+
+class InputError(CBAMError, ValueError):
+    """An argument or a tensor is of the wrong shape, size or value."""
+
+    exit_code = 2
+
+
+class DtypeError(CBAMError, TypeError):
+    """A tensor or a module has a dtype that attention cannot be computed in."""
+
+    exit_code = 2
+
+
+class ConfigError(CBAMError, ValueError):
+    """A setting, a name or a combination of settings is not one we know."""
+
+    exit_code = 2
+
+
+class AttachError(CBAMError, RuntimeError):
+    """Attention could not be put into, or taken out of, a model; the model is unchanged."""
+
+    exit_code = 2
+
+
+class DataError(CBAMError, ValueError):
+    """A data set is missing, empty, inconsistent or unreadable."""
+
+    exit_code = 3
+
+
+class CheckpointError(CBAMError, RuntimeError):
+    """A weights file is missing, damaged, unsafe or does not fit; the model is unchanged."""
+
+    exit_code = 4
+
+
+class MissingExtraError(CBAMError, ImportError):
+    """An optional dependency is needed; the message holds the pip line."""
+
+    exit_code = 8
+
+    @classmethod
+    def of(cls, what: str, extra: str) -> "MissingExtraError":
+        """The error for `what` needing the optional dependencies `extra`."""
+        return cls(f"{what} needs optional packages: pip install 'cbam[{extra}]'")

@@ -1,0 +1,207 @@
+"""CBAM (Woo, Park, Lee, Kweon, ECCV 2018, arXiv 1807.06521), as the authors' released code computes it.
+
+    F'  = Mc(F) F       Mc(F) = g sigmoid(MLP(avgpool F) + MLP(maxpool F))
+    F'' = Ms(F') F'     Ms(F) = g sigmoid(BN(conv([max over channels; mean over channels])))
+
+The gain g is 1 in the paper. With g = 2 a gate whose last layer is zero is exactly 1, since
+2 sigmoid(0) = 1: the identity start. It is kept in the state dict where it is not 1.
+
+Shapes: N samples, C channels, H x W pixels. A feature map is (N, C, H, W) or (C, H, W).
+"""
+
+import logging
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cbam.errors import DtypeError, InputError
+from cbam.ops import channel_descriptor, rescale, spatial_descriptor
+from cbam.ops.reference import POOLS
+
+_log = logging.getLogger("cbam")
+
+# A symbolic trace keeps these whole: they look at shapes and dtypes, which a trace does not know.
+torch.fx.wrap("channel_descriptor")
+torch.fx.wrap("spatial_descriptor")
+torch.fx.wrap("rescale")
+torch.fx.wrap("_check_fits")
+
+
+class _Gate(nn.Module):
+    """A gate g sigmoid(logits), the gain g being 1, or 2 after `identity_`."""
+
+    gain: Tensor | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("gain", None)  # None is 1, and leaves no key in the state dict
+
+    def set_gain(self, gain: float) -> None:
+        """Make `gain` the factor of this gate; 1 takes its key out of the state dict."""
+        like = next(self.parameters())
+        self.gain = None if gain == 1 else torch.full((), gain, dtype=like.dtype, device=like.device)
+
+    def _open(self, logits: Tensor) -> Tensor:
+        gate = torch.sigmoid(logits)
+        return gate if self.gain is None else self.gain * gate
+
+    def gate(self, x: Tensor) -> Tensor:
+        """The factor that `forward` multiplies `x` by."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rescale(x, self.gate(x))
+
+
+class ChannelAttention(_Gate):
+    """What: one gate per channel (paper section 3.1).
+
+    `pools=("avg",)` is squeeze-and-excitation (arXiv 1709.01507) with both biases.
+
+    Args:
+        channels: C of the feature map.
+        reduction: the hidden layer has max(1, C // reduction) units.
+        pools: which of "avg" and "max" describe a channel; their logits are summed.
+
+    Shape: (N, C, H, W) -> the same; unbatched (C, H, W) too.
+    """
+
+    def __init__(self, channels: int, *, reduction: int = 16, pools: Sequence[str] = POOLS) -> None:
+        super().__init__()
+        _check_count("channels", channels)
+        _check_count("reduction", reduction)
+        if isinstance(pools, str) or not pools or len(set(pools)) < len(pools) or set(pools) - set(POOLS):
+            raise InputError(f'pools must be distinct names out of "avg" and "max", got {pools!r}')
+        self.channels, self.reduction, self.pools = channels, reduction, tuple(pools)
+        if channels < reduction:
+            _log.info("ChannelAttention(%d, reduction=%d): one hidden unit", channels, reduction)
+        hidden = max(1, channels // reduction)
+        self.fc1 = nn.Linear(channels, hidden)
+        self.fc2 = nn.Linear(hidden, channels)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialise as the released code does: torch's weights, every bias zero, gain 1."""
+        for layer in (self.fc1, self.fc2):
+            layer.reset_parameters()
+            nn.init.zeros_(layer.bias)
+        self.set_gain(1)
+
+    def identity_(self) -> "ChannelAttention":
+        """Make the gate exactly 1 everywhere, at the steepest point of the sigmoid; in place."""
+        nn.init.zeros_(self.fc2.weight)
+        nn.init.zeros_(self.fc2.bias)
+        self.set_gain(2)
+        return self
+
+    def gate(self, x: Tensor) -> Tensor:
+        """Mc: (N, C, H, W) -> (N, C, 1, 1)."""
+        _check_fits(x, self.channels, self.fc1.weight)
+        logits = self.fc2(F.relu(self.fc1(channel_descriptor(x, self.pools)))).sum(1)
+        return self._open(logits)[:, :, None, None]
+
+    def extra_repr(self) -> str:
+        return f"{self.channels}, reduction={self.reduction}, pools={self.pools}"
+
+
+class SpatialAttention(_Gate):
+    """Where: one gate per pixel (paper section 3.2).
+
+    Args:
+        kernel_size: side of the convolution over [max over channels; mean over channels]; odd.
+
+    Shape: (N, C, H, W) -> the same; unbatched (C, H, W) too.
+    """
+
+    def __init__(self, *, kernel_size: int = 7) -> None:
+        super().__init__()
+        _check_count("kernel_size", kernel_size)
+        if kernel_size % 2 == 0:
+            raise InputError(f"the spatial kernel must be odd, got kernel_size={kernel_size}")
+        self.kernel_size = kernel_size
+        self.conv = nn.Conv2d(2, 1, kernel_size, padding=kernel_size // 2, bias=False)
+        self.bn = nn.BatchNorm2d(1, momentum=0.01)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialise as the released code does: fan-out kaiming normal, BatchNorm at zero, gain 1."""
+        nn.init.kaiming_normal_(self.conv.weight, mode="fan_out")
+        self.bn.reset_running_stats()
+        nn.init.zeros_(self.bn.weight)
+        nn.init.zeros_(self.bn.bias)
+        self.set_gain(1)
+
+    def identity_(self) -> "SpatialAttention":
+        """Make the gate exactly 1 everywhere, at the steepest point of the sigmoid; in place."""
+        nn.init.zeros_(self.bn.weight)
+        nn.init.zeros_(self.bn.bias)
+        self.set_gain(2)
+        return self
+
+    def gate(self, x: Tensor) -> Tensor:
+        """Ms: (N, C, H, W) -> (N, 1, H, W)."""
+        _check_fits(x, None, self.conv.weight)
+        return self._open(self.bn(self.conv(spatial_descriptor(x))))
+
+    def extra_repr(self) -> str:
+        return f"kernel_size={self.kernel_size}"
+
+
+class CBAM(nn.Module):
+    """What, then where: channel attention followed by spatial attention (paper sections 3 and 4.1).
+
+    Args:
+        channels: C of the feature map.
+        reduction: of the channel attention's hidden layer.
+        kernel_size: of the spatial attention's convolution; odd.
+        pools: of the channel attention.
+
+    Shape: (N, C, H, W) -> the same; unbatched (C, H, W) too.
+    """
+
+    def __init__(
+        self, channels: int, *, reduction: int = 16, kernel_size: int = 7, pools: Sequence[str] = POOLS
+    ) -> None:
+        super().__init__()
+        self.channel = ChannelAttention(channels, reduction=reduction, pools=pools)
+        self.spatial = SpatialAttention(kernel_size=kernel_size)
+
+    def reset_parameters(self) -> None:
+        """Initialise as the released code does."""
+        self.channel.reset_parameters()
+        self.spatial.reset_parameters()
+
+    def identity_(self) -> "CBAM":
+        """Make the module compute exactly its input; in place."""
+        self.channel.identity_()
+        self.spatial.identity_()
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.spatial(self.channel(x))
+
+
+def squeeze_excitation(channels: int, *, reduction: int = 16) -> ChannelAttention:
+    """Squeeze-and-excitation (arXiv 1709.01507) as the paper's tables count it: both layers with a bias."""
+    return ChannelAttention(channels, reduction=reduction, pools=("avg",))
+
+
+def _check_count(name: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise InputError(f"{name} must be a positive int, got {value!r}")
+
+
+def _check_fits(x: Tensor, channels: int | None, weight: Tensor) -> None:
+    """Refuse an input of other channels, device or dtype than the module's, before any work."""
+    if torch.jit.is_tracing():
+        return
+    if channels is not None and x.dim() in (3, 4) and x.shape[-3] != channels:
+        raise InputError(f"built for {channels} channels, got {x.shape[-3]} in shape {tuple(x.shape)}")
+    if x.device != weight.device:
+        raise InputError(f"x is on {x.device}, the weights on {weight.device}; move one of them")
+    if x.dtype != weight.dtype and x.dtype.is_floating_point and not torch.is_autocast_enabled(x.device.type):
+        raise DtypeError(
+            f"x is {x.dtype}, the weights are {weight.dtype}: use torch.autocast, or convert one of them"
+        )

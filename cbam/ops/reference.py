@@ -1,0 +1,111 @@
+"""The equations of attention in eager torch: the specification, and the oracle of every fast path.
+
+Shapes: N samples, C channels, H x W pixels, P pools. A feature map is (N, C, H, W) or (C, H, W).
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from cbam.errors import DtypeError, InputError
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+POOLS = ("avg", "max")
+
+
+def channel_descriptor(x: Tensor, pools: Sequence[str] = POOLS) -> Tensor:
+    """Every pool of every channel: (N, C, H, W) -> (N, P, C) (paper section 3, equation 2).
+
+    The maximum hands its whole gradient to the first of equal pixels, as `max_pool2d` does.
+
+    Raises:
+        InputError: not a feature map, or an empty one.
+        DtypeError: not float16, bfloat16, float32 or float64.
+    """
+    x = _batched(x)
+    pooled = [x.mean((2, 3)) if pool == "avg" else _plane_max(x) for pool in pools]
+    return torch.stack(pooled, 1)
+
+
+def spatial_descriptor(x: Tensor) -> Tensor:
+    """Maximum, then mean, over the channels: (N, C, H, W) -> (N, 2, H, W) (paper section 3, equation 3).
+
+    The maximum comes first, as in the authors' released code, and hands its whole gradient to the first of
+    equal channels.
+
+    Raises:
+        InputError: not a feature map, or an empty one.
+        DtypeError: not float16, bfloat16, float32 or float64.
+    """
+    x = _batched(x)
+    return torch.cat((first_max(x, 1).unsqueeze(1), x.mean(1, keepdim=True)), 1)
+
+
+def rescale(x: Tensor, gate: Tensor) -> Tensor:
+    """`x` times a gate of shape (N, C, 1, 1) or (N, 1, H, W); keeps the layout of `x`."""
+    return x * (gate if x.dim() == 4 else gate.squeeze(0))
+
+
+def first_max(x: Tensor, dim: int) -> Tensor:
+    """The maximum along `dim`, its gradient going to the first index that attains it.
+
+    Values are those of `amax`, which on CPU costs a fraction of `torch.max(dim)`; the index is looked for
+    in the backward only.
+    """
+    if torch.jit.is_tracing() or torch.compiler.is_compiling():
+        # The same values and the same gradient, by an operation that a trace and a compiler know.
+        return x.max(dim).values
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _FirstMax.apply(x, dim)
+    return x.amax(dim)
+
+
+class _FirstMax(torch.autograd.Function):
+    """amax forward; the first index that attains it in the backward."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, dim: int) -> Tensor:
+        return x.amax(dim)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        x, ctx.dim = inputs
+        ctx.save_for_backward(x)
+        ctx.save_for_forward(x)
+
+    @staticmethod
+    def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
+        (x,) = ctx.saved_tensors
+        index = x.argmax(ctx.dim, keepdim=True)
+        return torch.zeros_like(x).scatter(ctx.dim, index, grad.unsqueeze(ctx.dim)), None
+
+    @staticmethod
+    def jvp(ctx, tangent, _):  # pyright: ignore[reportIncompatibleMethodOverride]
+        (x,) = ctx.saved_tensors
+        return tangent.gather(ctx.dim, x.argmax(ctx.dim, keepdim=True)).squeeze(ctx.dim)
+
+
+def _plane_max(x: Tensor) -> Tensor:
+    """(N, C, H, W) -> (N, C), reducing a view of either memory layout."""
+    N, C, H, W = x.shape
+    if x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
+        return first_max(x.permute(0, 2, 3, 1).view(N, H * W, C), 1)
+    return first_max(x.reshape(N, C, H * W), 2)
+
+
+def _batched(x: Tensor) -> Tensor:
+    """`x` as (N, C, H, W), checked."""
+    if torch.jit.is_tracing():
+        return x if x.dim() == 4 else x.unsqueeze(0)
+    if x.dtype not in FLOATS:
+        raise DtypeError(
+            f"attention needs a float16, bfloat16, float32 or float64 tensor, got {x.dtype}; call x.float()"
+        )
+    if x.dim() not in (3, 4):
+        raise InputError(f"expected a feature map (N, C, H, W) or (C, H, W), got shape {tuple(x.shape)}")
+    if x.shape[-3] == 0 or x.shape[-2] == 0 or x.shape[-1] == 0:
+        raise InputError(f"channels and spatial size must be at least 1, got shape {tuple(x.shape)}")
+    return x if x.dim() == 4 else x.unsqueeze(0)
