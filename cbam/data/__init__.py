@@ -1,0 +1,19 @@
+"""Disk -> batches: pictures as uint8 tensors, image folders, cluttered digits, and the loader.
+
+Everything random is a function of (seed, epoch, index) alone, so neither the number of workers
+nor an interruption changes what a run sees.
+"""
+
+from cbam.errors import MissingExtraError
+
+try:
+    import numpy  # noqa: F401 - torch leaves it optional, every file of this room uses it
+except ImportError as error:
+    raise MissingExtraError.of("cbam.data", "vision") from error
+
+from cbam.data.decode import decode
+from cbam.data.digits import cluttered_digits
+from cbam.data.folder import image_folder
+from cbam.data.images import EpochSampler, Images, loader
+
+__all__ = ["EpochSampler", "Images", "cluttered_digits", "decode", "image_folder", "loader"]

@@ -1,0 +1,181 @@
+"""A picture file -> a uint8 RGB tensor. Every oddity of picture files is met here, once.
+
+- The orientation that EXIF states is applied.
+- Grey, palette, 1-bit and CMYK pictures become RGB; transparency is composed on white (BACKGROUND).
+- 16-bit values are divided by 257 (65535 / 257 = 255), not clipped. 32-bit integers are taken as 16-bit
+  values. Floats state no scale: they are taken as 0..1, 0..255 or 0..65535, the first that holds them all.
+- Of an animation the first frame is taken.
+- A picture above MAX_PIXELS, or of a format that is not in FORMATS, is refused before it is decoded.
+"""
+
+import io
+import os
+import re
+import stat
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cbam.errors import DataError, InputError, MissingExtraError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+MAX_PIXELS = 40_000_000
+MAX_BYTES = 1 << 29  # 40 MP of four 16-bit channels, stored plainly, are 320 MB
+BACKGROUND = (255, 255, 255)
+
+_SIGNATURES = re.compile(
+    rb"\xff\xd8\xff(?P<JPEG>)|\x89PNG\r\n\x1a\n(?P<PNG>)|RIFF....WEBP(?P<WEBP>)|BM(?P<BMP>)"
+    rb"|GIF8[79]a(?P<GIF>)|(II[*+]\x00|MM\x00[*+])(?P<TIFF>)",
+    re.DOTALL,
+)
+_TEXT = re.compile(rb"[!-=?-~]{3,16}")  # the first word, or the opening of a tag
+
+_ORIENTATION = 0x0112
+_TURNS = {  # EXIF orientation -> the name of Pillow's transposition that undoes it
+    2: "FLIP_LEFT_RIGHT",
+    3: "ROTATE_180",
+    4: "FLIP_TOP_BOTTOM",
+    5: "TRANSPOSE",
+    6: "ROTATE_270",
+    7: "TRANSVERSE",
+    8: "ROTATE_90",
+}
+
+
+def decode(source: str | os.PathLike | bytes) -> Tensor:
+    """The picture in a file, or in the bytes of one -> uint8 (3, H, W) in RGB.
+
+    Raises:
+        DataError: no such file, not a picture, a format that is not in FORMATS, damaged, cut off, or more
+            than MAX_PIXELS. The message starts with the path.
+    """
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return decode_bytes(bytes(source), "the given bytes")
+    if not isinstance(source, (str, os.PathLike)):
+        raise InputError(f"decode takes a path or bytes, got {type(source).__name__}")
+    try:
+        data = read(source)
+    except OSError as error:
+        raise DataError(f"{shown(source)}: {error.strerror or error}") from error
+    return decode_bytes(data, shown(source))
+
+
+def read(path: str | os.PathLike) -> bytes:
+    """The bytes of a regular file of at most MAX_BYTES; what the disk says is an OSError."""
+    flags = os.O_RDONLY | getattr(os, "O_BINARY", 0)
+    flags |= getattr(os, "O_NONBLOCK", 0)  # a named pipe would wait for its writer
+    with os.fdopen(os.open(path, flags), "rb") as file:
+        state = os.fstat(file.fileno())
+        if not stat.S_ISREG(state.st_mode):
+            raise DataError(f"{shown(path)}: not a regular file")
+        if state.st_size > MAX_BYTES:
+            raise DataError(f"{shown(path)}: {state.st_size} bytes; pictures are read up to {MAX_BYTES}")
+        return file.read()
+
+
+def decode_bytes(data: bytes, where: str) -> Tensor:
+    """The bytes of a picture file -> uint8 (3, H, W); `where` begins the message of a DataError."""
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise MissingExtraError.of("reading pictures", "vision") from error
+    fault = not_an_image(data)
+    if fault:
+        raise DataError(f"{where}: {fault}")
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            _check_pixels(image, where)
+            image.load()
+            return _to_tensor(_upright(_to_rgb(image), image))
+    except DataError:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise DataError(f"{where}: a picture of more than {MAX_PIXELS // 10**6} megapixels") from error
+    except Exception as error:  # damaged bytes surface as whatever the decoder tripped over
+        reason = str(error).replace("<_io.BytesIO object", "<the file") or type(error).__name__
+        raise DataError(f"{where}: damaged or unsupported picture ({reason})") from error
+
+
+def size_of(path: str | os.PathLike) -> tuple[int, int] | None:
+    """(height, width) from the header, as stored; None where it cannot be read."""
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise MissingExtraError.of("reading pictures", "vision") from error
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            return image.height, image.width
+    except Exception:  # the reader of the picture itself says what is wrong with it
+        return None
+
+
+def not_an_image(head: bytes) -> str | None:
+    """What is wrong with a file that starts with `head` (16 bytes suffice), None if it may be a picture."""
+    if not head:
+        return "not an image (empty file)"
+    if _SIGNATURES.match(head):
+        return None
+    text = _TEXT.match(head.lstrip())
+    start = repr(text.group().decode()) if text else "bytes " + head[:8].hex(" ")
+    return f"not an image (starts with {start}); read are {', '.join(FORMATS)}"
+
+
+def shown(path: str | os.PathLike | bytes) -> str:
+    """A file name as one printable line: line breaks and undecodable bytes are escaped."""
+    name = os.fsdecode(path)
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
+
+
+def _check_pixels(image: "Image.Image", where: str) -> None:
+    if image.width * image.height > MAX_PIXELS:
+        raise DataError(
+            f"{where}: {image.width}x{image.height} is more than {MAX_PIXELS // 10**6} megapixels"
+        )
+
+
+def _to_rgb(image: "Image.Image") -> "Image.Image":
+    from PIL import Image
+
+    if image.mode.startswith("I") or image.mode == "F":
+        return Image.fromarray(_deep_grey(image)).convert("RGB")
+    if image.has_transparency_data:
+        canvas = Image.new("RGBA", image.size, BACKGROUND)
+        canvas.alpha_composite(image.convert("RGBA"))
+        return canvas.convert("RGB")
+    return image.convert("RGB")
+
+
+def _deep_grey(image: "Image.Image") -> np.ndarray:
+    """More than 8 bits a value -> uint8 (H, W)."""
+    values = np.asarray(image).astype(np.float64)
+    low, high = values.min(), values.max()
+    if not (low >= 0 and high <= 65535):
+        raise ValueError(f"values from {low:g} to {high:g}; expected 0 to 65535")
+    factor = 1 / 257
+    if image.mode == "F":
+        factor = 255.0 if high <= 1 else 1.0 if high <= 255 else factor
+    grey = np.rint(values * factor).astype(np.uint8)
+    key = image.info.get("transparency")
+    if isinstance(key, int):
+        grey[values == key] = BACKGROUND[0]
+    return grey
+
+
+def _upright(picture: "Image.Image", source: "Image.Image") -> "Image.Image":
+    """Apply the orientation of `source`; read after loading, for Pillow has turned a TIFF by then."""
+    from PIL import Image
+
+    try:
+        turn = _TURNS.get(source.getexif().get(_ORIENTATION, 1))
+    except Exception:  # a damaged EXIF block states no orientation; the picture itself is sound
+        turn = None
+    return picture.transpose(Image.Transpose[turn]) if turn else picture
+
+
+def _to_tensor(picture: "Image.Image") -> Tensor:
+    return torch.from_numpy(np.asarray(picture).transpose(2, 0, 1).copy())
