@@ -46,6 +46,10 @@ class CheckpointError(CBAMError, RuntimeError):
     exit_code = 4
 
 
+class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
+    """A weights file does not exist."""
+
+
 class MissingExtraError(CBAMError, ImportError):
     """An optional dependency is needed; the message holds the pip line."""
 

@@ -1,0 +1,245 @@
+"""Read a block's own forward: where its residual add is, and which value is the branch.
+
+A block is traced alone with every child kept whole, so the graph holds what its own `forward` does and
+nothing of the children. The trunk is walked from the output back; at every residual add it goes on along the
+shortcut. What is found is a claim; `cbam.surgery.trial` checks it by running the block.
+"""
+
+import dis
+import inspect
+import operator
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import CodeType
+
+import torch
+from torch import fx, nn
+from torch.fx import Node
+from torch.nn.modules.conv import _ConvNd
+
+_ADDS = {operator.add, operator.iadd, torch.add, "add", "add_"}
+_MULTIPLIES = {operator.mul, operator.imul, torch.mul, "mul", "mul_"}
+_CATS = {torch.cat, torch.concat}
+_MATMULS = {"matmul", "bmm", "einsum", "baddbmm", "scaled_dot_product_attention"}
+_DROPS = re.compile(r"Identity|Drop(out|path|block)|StochasticDepth", re.IGNORECASE)
+_ACTIVATIONS = frozenset(
+    "relu relu_ relu6 gelu silu silu_ swish mish hardswish hard_swish hardsigmoid hard_sigmoid hardtanh elu "
+    "elu_ selu celu leaky_relu leaky_relu_ prelu rrelu glu sigmoid sigmoid_ tanh tanh_ softplus softmax".split()
+)
+_ACTIVATION_CLASS = re.compile(r"relu|elu|silu|swish|mish|glu|sigmoid|tanh|softplus|softmax|evonorm|tlu", re.I)
+_SHAPE_READERS = {"size", "dim", "numel"}
+MAX_SHORTCUT_CONVS = 2
+
+
+@dataclass(frozen=True)
+class Add:
+    """An add on a block's trunk: the branch that joins there, and why attention does not belong ("" if it does)."""
+
+    node: Node
+    branch: Node
+    shortcut: Node
+    reason: str = ""
+
+
+class _Shallow(fx.Tracer):
+    """Traces one module's own forward; children stay calls."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return True
+
+
+def trace(block: nn.Module, *, training: bool = False) -> fx.Graph:
+    """The graph of `block.forward` with default arguments, in eval (or training) mode; attention left out.
+
+    Raises whatever the forward raises when it meets values that are not there yet.
+    """
+    parameters = inspect.signature(type(block).forward).parameters.values()
+    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+    mode, block.training = block.training, training
+    try:
+        graph = _Shallow().trace(block, concrete_args=defaults)
+    finally:
+        block.training = mode
+    for node in list(graph.nodes):
+        if node.op == "call_module" and node.target == "cbam":
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+    return graph
+
+
+class Trunk:
+    """The adds along the trunk of one block's graph.
+
+    Attributes:
+        adds: from the output back.
+        note: what kept the walk from finding more, "" if it met the input.
+    """
+
+    def __init__(self, block: nn.Module, graph: fx.Graph) -> None:
+        self._children = dict(block.named_modules())
+        self._order = {node: i for i, node in enumerate(graph.nodes)}
+        self._scalars = _scalars(graph)
+        self._ancestors = self._all_ancestors(graph)
+        self.adds: list[Add] = []
+        self.note = ""
+        self._walk(_first_node(next(iter(reversed(graph.nodes))).args[0]))
+
+    def inputs(self, node: Node) -> list[Node]:
+        """The tensors that flow into `node`: neither parameters nor sizes."""
+        return [n for n in node.all_input_nodes if n.op != "get_attr" and n not in self._scalars]
+
+    def _walk(self, node: Node | None) -> None:
+        while node is not None and node.op != "placeholder":
+            inputs = self.inputs(node)
+            if node.target in _ADDS and len(inputs) == 2:
+                add = self._classify(node, *inputs)
+                self.adds.append(add)
+                node = add.shortcut if "parallel" not in add.reason else None
+            elif len(inputs) == 1:
+                node = inputs[0]
+            else:
+                self.note = self._partial(node)
+                return
+
+    def _classify(self, node: Node, a: Node, b: Node) -> Add:
+        if a in self._ancestors[b] or b in self._ancestors[a]:
+            shortcut, branch = (a, b) if a in self._ancestors[b] else (b, a)
+            fork = shortcut
+        else:
+            common = self._ancestors[a] & self._ancestors[b]
+            if not common:
+                return Add(node, b, a, "parallel sum: its two sides share no input")
+            fork = max(common, key=self._order.__getitem__)
+            depths = {n: self._convs(self._between(fork, n)) for n in (a, b)}
+            shortcut, branch = sorted((a, b), key=depths.__getitem__)
+            if depths[shortcut] == depths[branch] or depths[shortcut] > MAX_SHORTCUT_CONVS:
+                return Add(node, branch, shortcut, "parallel sum: neither side is a shortcut")
+        return Add(node, branch, shortcut, self._unfit(self._between(fork, branch)))
+
+    def _unfit(self, branch: set[Node]) -> str:
+        if any(_name(n) in _MATMULS for n in branch):
+            return "an attention module: its branch multiplies matrices"
+        if not self._convs(branch) or not any(self._is_nonlinear(n) for n in branch):
+            return "linear branch: it holds no convolution and nonlinearity"
+        return ""
+
+    def _partial(self, node: Node) -> str:
+        """Why the walk ends at a node of several inputs."""
+        if node.target in _CATS:
+            for part in self.inputs(node):
+                if part.target in _ADDS and len(self.inputs(part)) == 2:
+                    return "partial residual: the add covers a slice of the channels"
+            return "its output is a concatenation"
+        return f"its output joins several values in {_name(node)}"
+
+    def _between(self, fork: Node, end: Node) -> set[Node]:
+        return self._ancestors[end] - self._ancestors[fork]
+
+    def _convs(self, nodes: set[Node]) -> int:
+        count = sum(_name(n).startswith(("conv1d", "conv2d", "conv3d", "deform_conv")) for n in nodes)
+        return count + sum(convolutions(self._children[str(n.target)]) for n in nodes if n.op == "call_module")
+
+    def _is_nonlinear(self, node: Node) -> bool:
+        if node.op == "call_module":
+            return any(_is_nonlinear(m) for m in self._children[str(node.target)].modules())
+        return _name(node) in _ACTIVATIONS
+
+    def _all_ancestors(self, graph: fx.Graph) -> dict[Node, set[Node]]:
+        """Every node with itself and all tensors it is computed from."""
+        ancestors: dict[Node, set[Node]] = {}
+        for node in graph.nodes:
+            ancestors[node] = {node}.union(*(ancestors[n] for n in self.inputs(node)))
+        return ancestors
+
+    def steps_back(self, branch: Node) -> Iterator[tuple[str, str]]:
+        """Places on the branch's end as (child, "after" | "before"), best first.
+
+        Steps over dropout, drop path, identities and scalar factors to the last child that computes.
+        """
+        passed: list[str] = []
+        node = branch
+        while len(self.inputs(node)) == 1:
+            if node.op == "call_module":
+                if not _DROPS.search(type(self._children[str(node.target)]).__name__):
+                    yield str(node.target), "after"
+                    break
+                passed.append(str(node.target))
+            elif not (node.target in _MULTIPLIES and self._by_scalar(node)) and "drop" not in _name(node):
+                break
+            node = self.inputs(node)[0]
+        for child in reversed(passed):
+            yield child, "before"
+
+    def _by_scalar(self, node: Node) -> bool:
+        """Whether a product has a number, or a parameter of one element, as its other factor."""
+        factors = [a for a in node.args if a not in self.inputs(node)]
+        if len(factors) != 1:
+            return False
+        factor = factors[0]
+        if isinstance(factor, Node) and factor.op == "get_attr":
+            *owner, leaf = str(factor.target).split(".")
+            return getattr(self._children[".".join(owner)], leaf).numel() == 1
+        return not isinstance(factor, Node)
+
+
+def adds_values(block: nn.Module) -> bool:
+    """Whether the forward of `block` has a `+` of its own; for those that cannot be traced."""
+    code = getattr(inspect.unwrap(type(block).forward), "__code__", None)
+    return code is not None and any(i.argrepr in ("+", "+=") for i in dis.get_instructions(code))
+
+
+def convolutions(module: nn.Module) -> int:
+    """How many convolutions `module` holds, itself included."""
+    return sum(_is_convolution(m) for m in module.modules())
+
+
+def _is_convolution(module: nn.Module) -> bool:
+    if isinstance(module, _ConvNd):
+        return True
+    leaf = next(module.children(), None) is None
+    return leaf and "Conv" in type(module).__name__ and next(module.parameters(), None) is not None
+
+
+def _is_nonlinear(module: nn.Module) -> bool:
+    if type(module).__module__ == "torch.nn.modules.activation":
+        return True
+    if next(module.children(), None) is None and _ACTIVATION_CLASS.search(type(module).__name__):
+        return True
+    forward = inspect.unwrap(type(module).forward)
+    return not type(module).__module__.startswith("torch.nn.") and bool(
+        _ACTIVATIONS & _names(getattr(forward, "__code__", None))
+    )
+
+
+def _names(code: CodeType | None) -> frozenset[str]:
+    return frozenset(code.co_names) if code else frozenset()
+
+
+def _scalars(graph: fx.Graph) -> set[Node]:
+    """Nodes that are sizes or computed from sizes alone."""
+    scalars: set[Node] = set()
+    for node in graph.nodes:
+        reads_shape = (node.target is getattr and len(node.args) > 1 and node.args[1] in ("shape", "ndim")) or (
+            node.op == "call_method" and node.target in _SHAPE_READERS
+        )
+        from_sizes = node.op == "call_function" and node.all_input_nodes and scalars.issuperset(node.all_input_nodes)
+        if reads_shape or from_sizes:
+            scalars.add(node)
+    return scalars
+
+
+def _name(node: Node) -> str:
+    """The name of the function or tensor method that a node calls, "" for other nodes."""
+    if node.op == "call_method":
+        return str(node.target)
+    return getattr(node.target, "__name__", "") if node.op == "call_function" else ""
+
+
+def _first_node(value) -> Node | None:
+    """The tensor a forward returns, or the first of those it returns."""
+    if isinstance(value, Node):
+        return value
+    if isinstance(value, dict):
+        value = list(value.values())
+    return next((v for v in value if isinstance(v, Node)), None) if isinstance(value, list | tuple) else None

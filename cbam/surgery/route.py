@@ -1,0 +1,262 @@
+"""Put attention on a block's branch without touching a child, a key or a hook.
+
+The block's class is swapped for a subclass of the same name whose forward is the block's own code with one
+call redirected: `self.bn3(x)` runs as `self._cbam_call(x)`, which is `self.cbam(self.bn3(x))`. The redirection
+renames one entry of the code object, so it needs no source text and follows branches, closures and helper
+methods of the original. Children stay what they are: conversion to SyncBatchNorm, hooks and state dicts do not
+notice. Where no child can be redirected, the forward is generated from the block's traced graph.
+"""
+
+import copyreg
+import dis
+import functools
+import importlib
+import types
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from cbam.surgery.graph import trace
+
+SLOT = "cbam"  # the attribute that holds the attention, as in the authors' released checkpoints
+_REDIRECTED = "_cbam_call"
+
+
+@dataclass(frozen=True)
+class Route:
+    """Where in a block the attention runs.
+
+    Attributes:
+        when: "after" or "before" the call of `child`; on the block's "output"; or at a value of the block's
+            "graph".
+        child: the direct child whose call is redirected, or the name of the value in the graph.
+        source: for "graph", the generated forward and the importable names it uses.
+    """
+
+    when: str
+    child: str = ""
+    source: str = ""
+    names: tuple[tuple[str, str, str], ...] = ()
+
+    def __str__(self) -> str:
+        return "on its output" if self.when == "output" else f"{self.when} {self.child}".replace("graph", "after")
+
+
+class Unroutable(Exception):
+    """The code of a block does not allow a route; the text says why."""
+
+
+def refine(block: nn.Module, route: Route, attention: nn.Module) -> None:
+    """Make `attention` part of `block`; `restore` is the exact inverse."""
+    block.add_module(SLOT, attention)
+    block.__class__ = refined_class(type(block), route)
+
+
+def restore(block: nn.Module) -> nn.Module:
+    """Take the attention out of `block` and return it."""
+    attention = block._modules.pop(SLOT)
+    block.__class__ = type(block)._cbam_base
+    assert isinstance(attention, nn.Module)
+    return attention
+
+
+def is_refined(block: nn.Module) -> bool:
+    """Whether `refine` was applied to `block`."""
+    return "_cbam_route" in vars(type(block))
+
+
+@functools.cache
+def refined_class(base: type[nn.Module], route: Route) -> type[nn.Module]:
+    """The subclass of `base` that runs `self.cbam` at `route`.
+
+    Raises:
+        Unroutable: the code of `base` does not allow the route.
+    """
+    if route.when == "graph":
+        methods: dict[str, Any] = {"forward": _generated_forward(route)}
+    elif route.when == "output":
+        methods = {"forward": _output_forward(base)}
+    else:
+        methods = _redirected_methods(base, route.child)
+        methods[_REDIRECTED] = _redirected_call(route)
+    return type(
+        base.__name__,
+        (base,),
+        methods
+        | {
+            "_cbam_base": base,
+            "_cbam_route": route,
+            "__reduce_ex__": _reduce_ex,
+            "__module__": base.__module__,
+            "__qualname__": base.__qualname__,
+            "__doc__": base.__doc__,
+        },
+    )
+
+
+def graph_route(block: nn.Module, value: str) -> Route:
+    """A route that generates the forward of `block` from its graph, with attention on the value named `value`.
+
+    Raises:
+        Unroutable: the train and eval graphs differ (dropout would be baked), or the graph uses an object
+            that a pickle cannot name.
+    """
+    code = [_with_attention(block, value, training) for training in (False, True)]
+    if code[0].src != code[1].src:
+        raise Unroutable("its forward differs between training and evaluation")
+    names = tuple(_importable(name, target) for name, target in sorted(code[0].globals.items()))
+    return Route("graph", value, code[0].src, names)
+
+
+def _with_attention(block: nn.Module, value: str, training: bool):
+    graph = trace(block, training=training)
+    node = next((n for n in graph.nodes if n.name == value), None)
+    if node is None:
+        raise Unroutable("its forward differs between training and evaluation")
+    with graph.inserting_after(node):
+        attended = graph.call_module(SLOT, (node,))
+    node.replace_all_uses_with(attended, delete_user_cb=lambda user: user is not attended)
+    return graph.python_code("self")
+
+
+def _importable(name: str, target: Any) -> tuple[str, str, str]:
+    if isinstance(target, types.ModuleType):
+        return name, target.__name__, ""
+    module, qualname = getattr(target, "__module__", None), getattr(target, "__qualname__", "")
+    if target is type(None):
+        return name, "types", "NoneType"
+    if module and _resolve(module, qualname) is target:
+        return name, module, qualname
+    raise Unroutable(f"its graph uses {target!r}, which cannot be imported by name")
+
+
+def _resolve(module: str, qualname: str) -> Any:
+    try:
+        found = importlib.import_module(module)
+        return functools.reduce(getattr, qualname.split("."), found) if qualname else found
+    except (ImportError, AttributeError):
+        return None
+
+
+def _generated_forward(route: Route) -> Callable:
+    namespace = {name: _resolve(module, qualname) for name, module, qualname in route.names}
+    exec(compile(route.source, f"<cbam: forward with attention after {route.child}>", "exec"), namespace)
+    return namespace["forward"]
+
+
+def _output_forward(base: type[nn.Module]) -> Callable:
+    if base.forward is nn.Sequential.forward:
+        return base.forward  # it runs its children in order, and the attention is the last of them
+
+    def forward(self, *args, **kwargs):
+        return self.cbam(base.forward(self, *args, **kwargs))
+
+    return forward
+
+
+def _redirected_call(route: Route) -> Callable:
+    child = route.child
+    if route.when == "after":
+
+        def call(self, *args, **kwargs):
+            return self.cbam(getattr(self, child)(*args, **kwargs))
+    else:
+
+        def call(self, x, *args, **kwargs):
+            return getattr(self, child)(self.cbam(x), *args, **kwargs)
+
+    return call
+
+
+def _redirected_methods(base: type[nn.Module], child: str) -> dict[str, Any]:
+    """Copies of the methods that `forward` reaches and that call `child`, with that call redirected."""
+    methods: dict[str, Any] = {}
+    for name, function in _reached(base).items():
+        if any(child in code.co_names for code in _codes(function.__code__)):
+            _check_code(function, child)
+            methods[name] = _renamed(function, child)
+    if not methods:
+        raise Unroutable(f"no method of {base.__name__} names {child}")
+    return methods
+
+
+def _reached(base: type[nn.Module]) -> dict[str, types.FunctionType]:
+    """The methods of `base` that `forward` uses, by name, itself included."""
+    reached: dict[str, types.FunctionType] = {}
+    pending = ["forward"]
+    while pending:
+        name = pending.pop()
+        function = getattr(base, name, None)
+        ours = isinstance(function, types.FunctionType) and function is not getattr(nn.Module, name, None)
+        if name in reached or not ours:
+            continue
+        reached[name] = function
+        pending += [n for code in _codes(function.__code__) for n in code.co_names]
+    return reached
+
+
+def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
+    yield code
+    for const in code.co_consts:
+        if isinstance(const, types.CodeType):
+            yield from _codes(const)
+
+
+def _check_code(function: types.FunctionType, child: str) -> None:
+    """Every use of the name must be an attribute read from `self`: renaming reaches all uses alike."""
+    receiver = function.__code__.co_varnames[0]
+    for code in _codes(function.__code__):
+        before = None
+        for instruction in dis.get_instructions(code):
+            if instruction.argval == child and instruction.opcode in dis.hasname:
+                read = instruction.opname in ("LOAD_ATTR", "LOAD_METHOD")
+                if not (read and before is not None and _loads(before, receiver)):
+                    raise Unroutable(f"{function.__qualname__} uses the name {child} for something else too")
+            before = instruction
+
+
+def _loads(instruction: dis.Instruction, variable: str) -> bool:
+    last = instruction.argval[-1] if isinstance(instruction.argval, tuple) else instruction.argval
+    return instruction.opname.startswith(("LOAD_FAST", "LOAD_DEREF")) and last == variable
+
+
+def _renamed(function: types.FunctionType, child: str) -> types.FunctionType:
+    """`function` reading `self._cbam_call` where it read `self.<child>`."""
+    copy = types.FunctionType(
+        _renamed_code(function.__code__, child),
+        function.__globals__,
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+    functools.update_wrapper(copy, function)
+    del copy.__wrapped__
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
+
+
+def _renamed_code(code: types.CodeType, child: str) -> types.CodeType:
+    return code.replace(
+        co_names=tuple(_REDIRECTED if name == child else name for name in code.co_names),
+        co_consts=tuple(_renamed_code(c, child) if isinstance(c, types.CodeType) else c for c in code.co_consts),
+        # Scripting reads a function's source through its file name: it must find none rather than the
+        # original's, which has no attention in it.
+        co_filename=f"<cbam: {code.co_name} with attention at {child}>",
+    )
+
+
+def _reduce_ex(self, protocol):
+    """Pickle and copy by the importable base and the route: the class itself has no importable name."""
+    cls = type(self)
+    make, _, *state = super(cls, self).__reduce_ex__(max(int(protocol), 2))
+    if make is not copyreg.__newobj__:
+        raise TypeError(f"{cls.__name__} pickles itself in its own way; detach the attention first")
+    return _refined_instance, (cls._cbam_base, cls._cbam_route), *state
+
+
+def _refined_instance(base: type[nn.Module], route: Route) -> nn.Module:
+    cls = refined_class(base, route)
+    return cls.__new__(cls)
+

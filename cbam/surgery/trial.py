@@ -1,0 +1,260 @@
+"""Run a copy of a block alone: which axis holds the channels, and does a route keep the function?
+
+The copy is on CPU in float32 and eval mode, without the user's hooks, so nothing of the model changes and no
+input of the whole network has to be guessed. An identity start would hide a wrong channel axis; two runs at
+two sizes do not.
+"""
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
+
+from cbam.surgery.graph import Add
+from cbam.surgery.route import Route, refine, restore
+
+# Small first; then sizes that windows, patches and fixed position tables are made for.
+_SIZES = (((6, 10), (10, 4)), ((16, 24), (24, 8)), ((56, 112), (112, 56)), ((14, 14),), ((7, 7),))
+
+
+class Misfit(Exception):
+    """A block cannot carry attention at a place; the text says why."""
+
+
+@dataclass(frozen=True)
+class Value:
+    """What flows at a place: `channels` on axis 1 of a tensor of `dims` dimensions."""
+
+    channels: int
+    dims: int
+
+
+class _Probe(nn.Module):
+    """Stands where attention would: counts calls, notes shapes, multiplies by `factor`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[torch.Size] = []
+        self.factor = 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.shapes.append(x.shape)
+        return x * self.factor
+
+
+class Bench:
+    """A copy of a block, and inputs that it takes.
+
+    Raises:
+        Misfit: no input of any plausible size runs through the block.
+    """
+
+    def __init__(self, block: nn.Module, graph: fx.Graph) -> None:
+        self.block = _detached_copy(block)
+        self._graph = graph
+        arguments = [n for n in graph.nodes if n.op == "placeholder" and not n.args and "*" not in str(n.target)]
+        if len(arguments) != 1:
+            raise Misfit(f"its forward needs {len(arguments)} inputs")
+        self.inputs = self._find_inputs()
+        if not self.inputs:
+            raise Misfit(self._why_not())
+
+    def value_at(self, add: Add) -> Value:
+        """What flows at the branch of `add`.
+
+        Raises:
+            Misfit: the branch does not have the shape of the sum, or no fixed channel axis.
+        """
+        shapes = []
+        for x in self.inputs:
+            noted = _noted_shapes(self.block, self._graph, x)
+            branch, shortcut, total = (noted.get(n.name) for n in (add.branch, add.shortcut, add.node))
+            if branch is None or not branch == shortcut == total:
+                raise Misfit("a gate: its branch is broadcast over the shortcut")
+            shapes.append(branch)
+        first, *others = shapes
+        if len(first) != self.inputs[0].dim():
+            raise Misfit(f"works on {_kind(len(first))}, not on (N, C, ...) maps")
+        if any(other[1] != first[1] or other[2:] == first[2:] for other in others):
+            raise Misfit("works on channels-last (N, H, W, C) values")
+        return Value(first[1], len(first))
+
+    def check(self, route: Route, value: Value) -> None:
+        """Put a probe at `route` and compare with the plain block.
+
+        Raises:
+            Misfit: the probe is not called exactly once, not at `value`, or changes the output.
+            Unroutable: the code of the block does not allow the route.
+        """
+        plain = [self._run(x) for x in self.inputs]
+        probe = _Probe()
+        refine(self.block, route, probe)
+        try:
+            for x, expected in zip(self.inputs, plain, strict=True):
+                probe.shapes.clear()
+                out = self._run(x)
+                if len(probe.shapes) != 1:
+                    raise Misfit(f"{route} runs {len(probe.shapes)} times in one forward")
+                if probe.shapes[0][1] != value.channels or len(probe.shapes[0]) != value.dims:
+                    raise Misfit(f"{route} carries {tuple(probe.shapes[0])}, the branch {value.channels} channels")
+                if not _same(out, expected):
+                    raise Misfit(f"{route} changes the function of the block")
+            probe.factor = 2
+            if _same(self._run(self.inputs[0]), plain[0]):
+                raise Misfit(f"{route} does not reach the output")
+        finally:
+            restore(self.block)
+
+    def _run(self, x: Tensor):
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return self.block(x)
+
+    def _find_inputs(self) -> list[Tensor]:
+        dims = next((len(m.kernel_size) for m in self.block.modules() if isinstance(m, _ConvNd)), 2)
+        for sizes in _SIZES:
+            for channels in _entry_channels(self.block, self._graph):
+                inputs = [_ramp(1, channels, *_fit(size, dims)) for size in sizes]
+                if all(self._runs(x) for x in inputs):
+                    return inputs
+        return []
+
+    def _runs(self, x: Tensor) -> bool:
+        try:
+            self._run(x)
+        except Exception as error:  # a block refuses what it cannot take in any way it likes
+            self._error = error
+            return False
+        return True
+
+    def _why_not(self) -> str:
+        channels = next(iter(_entry_channels(self.block, self._graph)), 0)
+        if not channels:
+            return "cannot be run alone: no layer tells its channels"
+        refusal = (str(self._error).strip().splitlines() or [type(self._error).__name__])[0]
+        if self._runs(_ramp(1, 6, 10, channels)):
+            return "works on channels-last (N, H, W, C) values"
+        if self._runs(_ramp(1, 60, channels)):
+            return "works on tokens (N, L, C)"
+        return f"cannot be run alone: {refusal[:120]}"
+
+
+def static_channels(child: nn.Module) -> Value | None:
+    """What a convolution or BatchNorm puts out, by its definition; None for other modules."""
+    layer = child
+    while isinstance(layer, nn.Sequential) and len(layer):
+        layer = layer[-1]
+    if isinstance(layer, _ConvNd):
+        return Value(layer.out_channels, 2 + len(layer.kernel_size))
+    if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm):
+        dims = {nn.BatchNorm1d: 3, nn.BatchNorm3d: 5}
+        return Value(layer.num_features, next((d for t, d in dims.items() if isinstance(layer, t)), 4))
+    return None
+
+
+@contextlib.contextmanager
+def without_hooks(module: nn.Module) -> Iterator[None]:
+    """Run `module` with no forward hook of its user firing."""
+    kept = []
+    for m in module.modules():
+        for name in ("_forward_hooks", "_forward_pre_hooks"):
+            kept.append((m, name, dict(vars(m)[name])))
+            vars(m)[name].clear()
+    try:
+        yield
+    finally:
+        for m, name, hooks in kept:
+            vars(m)[name].update(hooks)
+
+
+def _detached_copy(block: nn.Module) -> nn.Module:
+    """`block` alone on CPU in float32 and eval mode, without attention or hooks, with no branch at zero."""
+    with without_hooks(block):
+        clone = copy.deepcopy(block)
+    for m in clone.modules():
+        m._backward_hooks.clear()
+        m._backward_pre_hooks.clear()
+        m._forward_hooks_with_kwargs.clear()
+        m._forward_pre_hooks_with_kwargs.clear()
+        m._forward_hooks_always_called.clear()
+    if "_cbam_route" in vars(type(clone)):
+        restore(clone)
+    if any(t.is_meta for t in (*clone.parameters(), *clone.buffers())):
+        clone.to_empty(device="cpu")
+        for b in clone.buffers():
+            b.zero_() if b.dtype.is_floating_point else b.fill_(1)
+    clone = clone.cpu().float().eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in clone.parameters():
+            # Affine scales that start at zero would make every test of the branch pass.
+            p.uniform_(0.5, 1.5, generator=generator) if p.dim() < 2 else p.uniform_(-0.3, 0.3, generator=generator)
+    return clone.requires_grad_(False)
+
+
+class _ShapeNotes(fx.Interpreter):
+    def __init__(self, block: nn.Module, graph: fx.Graph) -> None:
+        super().__init__(block, graph=graph)
+        self.noted: dict[str, torch.Size] = {}
+
+    def run_node(self, n: fx.Node):
+        out = super().run_node(n)
+        if isinstance(out, Tensor):
+            self.noted[n.name] = out.shape
+        return out
+
+
+def _noted_shapes(block: nn.Module, graph: fx.Graph, x: Tensor) -> dict[str, torch.Size]:
+    interpreter = _ShapeNotes(block, graph)
+    with torch.no_grad():
+        interpreter.run(x)
+    return interpreter.noted
+
+
+def _entry_channels(block: nn.Module, graph: fx.Graph) -> list[int]:
+    """The channels the block may take, likeliest first: those of the layers that read its input, then others."""
+    children = dict(block.named_modules())
+    readers = [children[str(n.target)] for n in graph.nodes if n.op == "call_module"]
+    found = [_in_channels(m) for reader in [*readers, block] for m in reader.modules()]
+    return list(dict.fromkeys(c for c in found if c))
+
+
+def _in_channels(module: nn.Module) -> int:
+    if isinstance(module, _ConvNd):
+        return module.in_channels
+    if isinstance(module, _NormBase):
+        return module.num_features
+    if isinstance(module, nn.GroupNorm):
+        return module.num_channels
+    if isinstance(module, nn.LayerNorm):
+        return module.normalized_shape[-1]
+    return module.in_features if isinstance(module, nn.Linear) else 0
+
+
+def _fit(size: tuple[int, ...], dims: int) -> tuple[int, ...]:
+    return (*size, 6)[:dims] if dims != 1 else (size[0] * size[1],)
+
+
+def _ramp(*shape: int) -> Tensor:
+    """A tensor of no two equal neighbours, the same every time."""
+    return torch.linspace(-2, 2, torch.Size(shape).numel()).sin().mul(3).reshape(shape)
+
+
+def _same(a, b) -> bool:
+    """Bit for bit, through tuples, lists and dicts; NaN equals the same NaN."""
+    if isinstance(a, Tensor):
+        return isinstance(b, Tensor) and torch.equal(a.nan_to_num(7e30), b.nan_to_num(7e30))
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(_same(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
+    return a is b or a == b
+
+
+def _kind(dims: int) -> str:
+    return {2: "vectors (N, C)", 3: "tokens (N, L, C)"}.get(dims, f"{dims}-D values")
