@@ -1,0 +1,53 @@
+# Each target makes .venv by itself the first time, and refreshes it when pyproject.toml changes.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+# One thread for each of the two test processes.
+PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+.DEFAULT_GOAL := help
+.PHONY: help demo readme test test-all check format clean again
+
+help: ## this list
+	@echo "make TARGET [PYTHON=python3.12]; the first one sets up .venv, which needs Python 3.11 or newer and pip"
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' Makefile | awk -F'|' '{ printf "%-12s %s\n", $$1, $$2 }'
+
+demo: $(READY) ## train a small network with and without attention, and show what that brought (demo-report/)
+	$(BIN)/cbam compare --out demo-report --overwrite
+	@echo "The report is in demo-report/: open report.html, or read report.md"
+
+readme: $(READY) ## put the picture and the table of the last `make demo` into README.md
+	$(BIN)/python docs/fill_readme.py demo-report
+
+test: $(READY) ## the tests, with a sample of the large matrices (at most 8 minutes on 2 cores)
+	$(PYTEST) -m "not large"
+
+test-all: $(READY) ## every test
+	$(PYTEST)
+
+check: $(READY) ## format, lint, types, floors
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+	$(BIN)/python -m pytest -q tests/house/test_floors.py
+
+format: $(READY) ## format the code and apply the safe lint fixes
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean: ## remove caches, reports and builds (.venv stays: rm -rf .venv to set up anew)
+	rm -rf .pytest_cache .ruff_cache .hypothesis build dist demo-report lightning_logs
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
+
+# The stamp is written last, so an interrupted set-up is not taken for a finished one; `again` runs it once
+# more where the interpreter that .venv was made with is gone.
+$(READY): pyproject.toml tools/environment.py $(if $(wildcard $(BIN)/python),,again)
+	@command -v "$(PYTHON)" >/dev/null || \
+		{ echo "$(PYTHON) is not there: install Python 3.11 or newer, or say make PYTHON=/path/to/python3" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or newer is needed, $(PYTHON) is $$("$(PYTHON)" --version 2>&1): say make PYTHON=python3.12" >&2; exit 1; }
+	@"$(PYTHON)" tools/environment.py $(VENV)
+	@touch $@

@@ -1,0 +1,141 @@
+"""The README and the pages of docs/ run, lead somewhere, and name no machine.
+
+Every ```python block of a page runs, in order, in one namespace and in an empty folder. A block under the
+line `<!-- no-run: reason -->` does not; a skipped test counts those and says why.
+"""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+TEXTS = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
+
+FENCE = re.compile(
+    r"(?:^<!-- no-run: (?P<reason>.+?) -->\n+)?"
+    r"^(?P<fence>```+)(?P<language>\w*)[^\n]*\n(?P<code>.*?)^(?P=fence)$",
+    re.MULTILINE | re.DOTALL,
+)
+LINK = re.compile(r"!?\[[^\]]*\]\(<?([^)\s>]+)>?[^)]*\)|(?:src|href)=\"([^\"]+)\"")
+MACHINE_PATH = re.compile(r"(?<![\w./:~-])/(?:home|root|work|tmp|mnt|srv|Users|usr/local|opt)/")
+
+
+class Block(NamedTuple):
+    """A python block of a page; `reason` says why it does not run, `line` is that of its first statement."""
+
+    page: Path
+    line: int
+    code: str
+    reason: str | None
+
+
+def blocks(page: Path) -> Iterator[Block]:
+    text = page.read_text("utf-8")
+    for match in FENCE.finditer(text):
+        if match["language"] in ("python", "py"):
+            line = text.count("\n", 0, match.start("code")) + 1
+            yield Block(page, line, match["code"], match["reason"])
+
+
+def run(page: Path) -> dict:
+    """Run the blocks of a page and return their namespace; a traceback shows the page's own lines."""
+    namespace: dict = {"__name__": "__main__"}
+    for block in blocks(page):
+        if block.reason is None:
+            exec(compile("\n" * (block.line - 1) + block.code, str(page), "exec"), namespace)
+    return namespace
+
+
+def dead_links(page: Path) -> list[str]:
+    """file:line of each relative link that leads nowhere, or to a heading that is not there."""
+    text = page.read_text("utf-8")
+    prose = FENCE.sub(lambda match: "\n" * match[0].count("\n"), text)
+    found = []
+    for match in LINK.finditer(prose):
+        target, _, heading = (match[1] or match[2]).partition("#")
+        if re.match(r"[a-z][a-z+.-]*:", target):
+            continue
+        aim = page.parent / target if target else page
+        if not aim.exists() or (heading and heading not in headings(aim)):
+            found.append(f"{page}:{prose.count(chr(10), 0, match.start()) + 1}: {match[0]}")
+    return found
+
+
+def headings(page: Path) -> set[str]:
+    """The anchors of a page's headings."""
+    titles = re.findall(r"^#+ +(.+)$", page.read_text("utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-") for title in titles}
+
+
+def label(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if any(b.reason is None for b in blocks(p))], ids=label)
+def test_the_blocks_of_a_page_run(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run(page)
+
+
+def test_a_block_that_does_not_run_is_python_and_says_why():
+    left_out = [block for page in PAGES for block in blocks(page) if block.reason]
+    for block in left_out:
+        compile(block.code, str(block.page), "exec")
+    if left_out:
+        reasons = "; ".join(f"{block.page.name}:{block.line}: {block.reason}" for block in left_out)
+        pytest.skip(f"{len(left_out)} blocks do not run: {reasons}")
+
+
+@pytest.mark.parametrize("page", TEXTS, ids=label)
+def test_relative_links_lead_somewhere(page):
+    assert not dead_links(page)
+
+
+@pytest.mark.parametrize("page", TEXTS, ids=label)
+def test_a_page_names_no_machine_path(page):
+    lines = page.read_text("utf-8").splitlines()
+    found = [f"{page}:{number}: {line}" for number, line in enumerate(lines, 1) if MACHINE_PATH.search(line)]
+    assert not found, "\n".join(found)
+
+
+def test_the_readme_and_the_changelog_are_among_the_pages():
+    assert {"README.md", "CHANGELOG.md", "CONTRIBUTING.md"} <= {page.name for page in TEXTS}
+    assert any(block.reason is None for block in blocks(ROOT / "README.md"))
+
+
+def test_a_failing_block_is_found_and_shares_the_names_of_the_one_before(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("# A page\n\n```python\nx = 1\n```\n\n```python\nassert x == 2\n```\n", encoding="utf-8")
+    with pytest.raises(AssertionError) as error:
+        run(page)
+    assert error.traceback[-1].lineno == 7  # counted from 0: the page's eighth line
+
+
+def test_a_block_with_a_reason_does_not_run(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("<!-- no-run: needs a GPU -->\n```python\n1 / 0\n```\n```sh\nls\n```\n", encoding="utf-8")
+    (block,) = blocks(page)
+    assert block.reason == "needs a GPU"
+    assert "x" not in run(page)
+
+
+def test_a_dead_link_is_found(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(
+        "# A heading, with a comma\n[a](page.md) [b](#a-heading-with-a-comma) [c](https://example.org)\n"
+        "[d](gone.md)\n```\n[e](code.md)\n```\n![f](img/gone.png)\n[g](#no-such)\n",
+        encoding="utf-8",
+    )
+    assert [link.split(":")[1] for link in dead_links(page)] == ["3", "7", "8"]
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [("/home/me/x", True), ("see `/root/.cache/`", True), ("docs/work/x", False), ("a/home/", False)],
+)
+def test_a_machine_path_is_told_from_a_relative_one(text, found):
+    assert bool(MACHINE_PATH.search(text)) is found

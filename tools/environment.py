@@ -1,0 +1,144 @@
+"""Make or refresh the virtual environment of this checkout: `python tools/environment.py .venv`.
+
+A torch and torchvision that this Python can import already are used and not downloaded again. uv installs
+where it is on the path, else pip. Run by `make`, from the root of the checkout; needs Python alone.
+"""
+
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+import venv
+from pathlib import Path
+
+# To download and on disk: the sum of all packages for torch 2.15, which on Linux brings the CUDA libraries.
+LINUX_GB, OTHER_GB = (3.2, 6.0), (0.3, 1.5)
+
+PROBE = """
+import json, site, sys, torch, torchvision
+print(json.dumps({
+    "torch": torch.__version__,
+    "torchvision": torchvision.__version__,
+    "folders": [p for p in sys.path if p.endswith(("site-packages", "dist-packages"))],
+}))
+"""
+
+
+def main(folder: Path) -> None:
+    """Make `folder` hold this project with everything its tests and its demo need."""
+    unfinished = folder / ".unfinished"
+    if unfinished.exists() or (folder.exists() and not runs(folder)):
+        print(f"{folder} is not whole: making it anew")
+        shutil.rmtree(folder)
+    found = usable_torch()
+    fresh = not folder.exists()
+    if fresh:
+        say_size(found)
+    folder.mkdir(exist_ok=True)
+    unfinished.touch()  # stays behind when anything below is interrupted, even by a kill
+    if fresh:
+        create(folder, found)
+    subprocess.run(installer(folder, found), check=True)
+    unfinished.unlink()
+
+
+def runs(folder: Path) -> bool:
+    """Whether the interpreter in `folder` starts."""
+    python = folder / "bin" / "python"
+    return python.exists() and subprocess.run([python, "-c", ""], check=False).returncode == 0
+
+
+def usable_torch() -> dict | None:
+    """Versions and folders of the torch and torchvision that this Python imports; None if it cannot."""
+    probe = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True, check=False)
+    if probe.returncode != 0:
+        return None
+    found = json.loads(probe.stdout.splitlines()[-1])
+    return found if number(found["torch"]) >= number(torch_floor()) else None
+
+
+def torch_floor() -> str:
+    """The oldest torch that pyproject.toml allows."""
+    project = tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8"))["project"]
+    return next(line for line in project["dependencies"] if line.startswith("torch>="))
+
+
+def number(version: str) -> tuple[int, ...]:
+    """(2, 10) of "2.10.1+cpu" or "torch>=2.10"."""
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:2])
+
+
+def say_size(found: dict | None) -> None:
+    """Say what will be downloaded, and stop where the disk cannot hold it."""
+    if found:
+        print(f"Using torch {found['torch']} and torchvision {found['torchvision']} of {sys.executable}")
+        return
+    download, disk = LINUX_GB if platform.system() == "Linux" else OTHER_GB
+    print(f"No torch and torchvision to use in {sys.executable}: downloading about {download} GB,")
+    print(f"{disk} GB on disk. To use your own, say make PYTHON=/path/to/python-with-torch", flush=True)
+    free = shutil.disk_usage(".").free / 1e9
+    if free < disk:
+        sys.exit(f"only {free:.1f} GB are free here")
+
+
+def create(folder: Path, found: dict | None) -> None:
+    """Make the environment; with torch `found`, let it see the packages of this Python."""
+    venv.create(folder, system_site_packages=bool(found), with_pip=False, symlinks=True)
+    if found and sys.prefix != sys.base_prefix:  # this Python is in an environment of its own
+        (site,) = (folder / "lib").glob("python*/site-packages")
+        lines = [f"import site; site.addsitedir({path!r})\n" for path in found["folders"]]
+        (site / "outer.pth").write_text("".join(lines), encoding="utf-8")
+
+
+def installer(folder: Path, found: dict | None) -> list[str]:
+    """The command that installs the project into `folder`."""
+    python, project = str(folder / "bin" / "python"), ["--editable", ".[dev]"]
+    uv = shutil.which("uv")
+    if uv and not found:  # uv does not see packages outside the environment
+        cache = subprocess.run(
+            [uv, "cache", "dir"], capture_output=True, text=True, check=False
+        ).stdout.strip()
+        return [
+            uv,
+            "pip",
+            "install",
+            "--python",
+            python,
+            *([] if writable(cache) else ["--no-cache"]),
+            *project,
+        ]
+    pip = [sys.executable, "-m", "pip", "--python", python]
+    if subprocess.run(
+        [sys.executable, "-m", "pip", "--version"], capture_output=True, check=False
+    ).returncode:
+        subprocess.run([python, "-m", "ensurepip"], check=True)
+        pip = [python, "-m", "pip"]
+    if not found:
+        return [*pip, "install", *project]
+    keep = folder / "keep.txt"
+    keep.write_text(
+        "".join(f"{name}=={found[name]}\n" for name in ("torch", "torchvision")), encoding="utf-8"
+    )
+    return [*pip, "install", "--constraint", str(keep), *project]
+
+
+def writable(path: str) -> bool:
+    """Whether a folder at `path` exists or can be made, and written to."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return False
+    return os.access(path, os.W_OK)
+
+
+if __name__ == "__main__":
+    try:
+        main(Path(sys.argv[1]))
+    except subprocess.CalledProcessError as error:
+        sys.exit(f"setting up {sys.argv[1]} failed: {' '.join(map(str, error.cmd))}")
+    except KeyboardInterrupt:
+        sys.exit(f"setting up {sys.argv[1]} was interrupted; the next make begins it anew")
