@@ -8,8 +8,6 @@ import sys
 
 import pytest
 
-import cbam
-
 OPTIONAL = """
 PIL captum huggingface_hub hypothesis jsonargparse lightning lightning_fabric matplotlib numpy pandas
 pytorch_lightning rich safetensors scipy sklearn tensorboard timm torchcam torchdata torchmetrics torchvision
