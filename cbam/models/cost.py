@@ -1,0 +1,49 @@
+"""What a network costs: parameters and multiply-accumulates."""
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from cbam.errors import InputError
+
+
+class Cost(NamedTuple):
+    """Parameters, and 10^9 multiply-accumulates for one image."""
+
+    parameters: int
+    gmac: float
+
+
+def profile(model: nn.Module, size: int | tuple[int, int] = 224) -> Cost:
+    """Count the parameters of `model`, and its multiply-accumulates for one RGB image of `size`.
+
+    Convolutions and matrix products are counted, as in the paper's tables (there called GFLOPs); sums,
+    poolings and activations are not. The image runs in eval mode without gradients, on the device and in
+    the dtype of the model's first parameter; every module's mode is put back.
+
+    Args:
+        size: side of a square image, or (height, width), in pixels.
+
+    Raises:
+        InputError: a size that is no positive int, or a model without parameters.
+    """
+    height, width = size if isinstance(size, tuple) else (size, size)
+    for side in (height, width):
+        if isinstance(side, bool) or not isinstance(side, int) or side < 1:
+            raise InputError(f"size must be a positive int or a pair of them, got {size!r}")
+    like = next(model.parameters(), None)
+    if like is None:
+        raise InputError(f"{type(model).__name__} has no parameters, so there is nothing to count")
+    modes = {module: module.training for module in model.modules()}
+    counter = FlopCounterMode(display=False)
+    try:
+        model.eval()
+        with torch.no_grad(), counter:
+            model(torch.zeros(1, 3, height, width, dtype=like.dtype, device=like.device))
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return Cost(parameters, counter.get_total_flops() / 2 / 1e9)
