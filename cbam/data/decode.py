@@ -128,6 +128,8 @@ def not_an_image(head: bytes) -> str | None:
 def shown(path: str | os.PathLike | bytes) -> str:
     """A file name as one printable line: line breaks and undecodable bytes are escaped."""
     name = os.fsdecode(path)
+    if name.isprintable():
+        return name
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
 
 

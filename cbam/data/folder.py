@@ -19,20 +19,19 @@ import torch
 from torch import Tensor
 
 from cbam.data.decode import decode_bytes, not_an_image, read, shown, size_of
-from cbam.data.images import UNKNOWN_BOX, Images, check_int, draws
-from cbam.errors import DataError, InputError, MissingExtraError
+from cbam.data.images import MAX_SEED, UNKNOWN_BOX, Images, check_int, draws
+from cbam.errors import DataError, MissingExtraError
 
 EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 VAL_NAMES = ("val", "validation", "valid", "test")
 EVERY = 5
-SHARE, MOST = 0.001, 100
-PEEKS = 20_000
+PEEKS = 20_000  # first bytes read of so many pictures at the start; all the others as they come
 
 _log = logging.getLogger("cbam")
 
 
 def image_folder(
-    path: str | os.PathLike, *, size: int | None = None, unreadable: float = SHARE
+    path: str | os.PathLike, *, size: int | None = None, unreadable: int | None = None
 ) -> tuple[Images, Images]:
     """The training and the validation set of a folder of pictures, one folder per class.
 
@@ -40,14 +39,13 @@ def image_folder(
     of every class the 1st, 6th, 11th, ... picture by name validates. Class folders may have folders
     inside. Hidden files and files without the ending of a picture are left out and counted in `notes`.
 
-    A training picture that cannot be read is named once and replaced by the next of its class; the
-    run stops when there are more than 100 or more than the share `unreadable` (one is always let pass).
-    In validation it is an error, for the set would silently be another one.
+    A training picture that cannot be read is named once and replaced by the next of its class, until there
+    are too many. In validation it is an error, for the set would silently be another one.
 
     Args:
         size: side of the square that the network gets. None: 224, or the median short side of the training
             pictures (200 of them, evenly spaced) to the nearest multiple of 32, if that is smaller.
-        unreadable: share of the training pictures that may be unreadable.
+        unreadable: number of training pictures that may be unreadable. None: 0.1 % of them, but 1 to 100.
 
     Raises:
         DataError: no such folder, no pictures, an empty class, fewer than two classes, classes that differ
@@ -55,11 +53,12 @@ def image_folder(
     """
     if size is not None:
         size = check_int("size", size, 8, 4096)
-    if not 0 <= unreadable <= 1:
-        raise InputError(f"unreadable must be a share from 0 to 1, got {unreadable!r}")
+    if unreadable is not None:
+        unreadable = check_int("unreadable", unreadable, 0, MAX_SEED)
     root = _folder(path)
+    name = shown(root.resolve().name) or "images"
     notes: list[str] = []
-    splits = _split_folders(root)
+    root, splits = _layout(root, notes)
     if splits is None:
         train, val = _every_fifth(_scan(root, notes))
         notes.append("no val folder: of every class the 1st, 6th, 11th, ... picture by name validates")
@@ -68,11 +67,7 @@ def image_folder(
         _check_same_classes(train, val, root)
     if size is None:
         size = _input_size(train, notes)
-    name = shown(root.resolve().name) or "images"
-    return (
-        _Train(name, train, size, notes, unreadable),
-        _Val(name, val, size, []),
-    )
+    return _Train(name, train, size, notes, unreadable), _Val(name, val, size, [])
 
 
 _Classes = dict[str, list[str]]  # name of a class -> paths of its pictures, both in order
@@ -134,16 +129,17 @@ class _Val(_Folder):
 class _Train(_Folder):
     """`_broken` marks unreadable pictures in memory that the loader's workers share."""
 
-    def __init__(self, name: str, classes: _Classes, size: int, notes: Sequence[str], share: float) -> None:
+    def __init__(
+        self, name: str, classes: _Classes, size: int, notes: Sequence[str], unreadable: int | None
+    ) -> None:
         super().__init__(name, classes, size, notes)
-        self._allowed = min(MOST, max(1, int(share * len(self))))
+        self._allowed = min(100, max(1, len(self) // 1000)) if unreadable is None else unreadable
         self._broken = torch.zeros(len(self), dtype=torch.bool).share_memory_()
         for index, message in self._peek():
             self._mark(index, message)
 
     @property
     def unreadable(self) -> list[str]:
-        """The pictures found unreadable so far, by this process and by workers."""
         return [shown(self._paths[i]) for i in self._broken.nonzero().flatten().tolist()]
 
     def sample(self, epoch: int, index: int) -> tuple[Tensor, Sequence[float]]:
@@ -152,8 +148,7 @@ class _Train(_Folder):
 
     def _readable(self, index: int) -> Tensor:
         """The picture, or the next readable one of its class, the first following the last."""
-        own = self._same_class(index)
-        for other in (*range(index, own.stop), *range(own.start, index)):
+        for other in self._candidates(index):
             if self._broken[other]:
                 continue
             try:
@@ -162,9 +157,11 @@ class _Train(_Folder):
                 self._mark(other, str(error))
         raise DataError(f"class {self.classes[self.targets[index]]} has no readable picture")
 
-    def _same_class(self, index: int) -> range:
-        starts = np.searchsorted(self.targets, [self.targets[index], self.targets[index] + 1])
-        return range(int(starts[0]), int(starts[1]))
+    def _candidates(self, index: int) -> Iterator[int]:
+        yield index
+        first = self.targets.index(self.targets[index])  # the targets are in order
+        stop = first + self.targets.count(self.targets[index])
+        yield from (*range(index + 1, stop), *range(first, index))
 
     def _mark(self, index: int, message: str) -> None:
         self._broken[index] = True
@@ -219,11 +216,29 @@ def _folder(path: str | os.PathLike) -> Path:
     return root
 
 
-def _split_folders(root: Path) -> tuple[Path, Path] | None:
-    """The folders of the two splits, whatever their case; None where there are not both."""
-    named = {entry.name.lower(): root / entry.name for entry in _entries(root) if entry.is_dir()}
+def _layout(root: Path, notes: list[str]) -> tuple[Path, tuple[Path, Path] | None]:
+    """The folder to read, and its folders of the two splits where there are both.
+
+    A single folder inside `root` is entered if it is `train` or holds the two splits, as in an archive
+    unpacked into a folder of its own name.
+    """
+    splits, others = _split_folders(root)
+    if splits is None and len(others) == 1:
+        inner = _split_folders(others[0])[0]
+        if inner or others[0].name.lower() == "train":
+            return others[0], inner
+    if splits and others:
+        notes.append(f"not read: {_some([shown(folder.name) for folder in others])}")
+    return root, splits
+
+
+def _split_folders(root: Path) -> tuple[tuple[Path, Path] | None, list[Path]]:
+    """The folders of the two splits, whatever their case, None where there are not both; the others."""
+    folders = [root / entry.name for entry in _entries(root) if _is_folder(entry) and entry.name[0] != "."]
+    named = {folder.name.lower(): folder for folder in folders}
     val = next((named[name] for name in VAL_NAMES if name in named), None)
-    return (named["train"], val) if "train" in named and val else None
+    splits = (named["train"], val) if "train" in named and val else None
+    return splits, [folder for folder in folders if folder not in (splits or ())]
 
 
 def _scan(folder: Path, notes: list[str]) -> _Classes:
@@ -233,7 +248,7 @@ def _scan(folder: Path, notes: list[str]) -> _Classes:
     for entry in _entries(folder):
         if entry.name.startswith("."):
             left_out["hidden"] += 1
-        elif entry.is_dir():
+        elif _is_folder(entry):
             classes[entry.name] = _pictures(entry.path, left_out)
         else:
             left_out["beside the class folders"] += 1
@@ -259,12 +274,12 @@ def _pictures(top: str, left_out: Counter[str]) -> list[str]:
         for entry in _entries(folder):
             if entry.name.startswith("."):
                 left_out["hidden"] += 1
-            elif entry.is_dir():
+            elif _is_folder(entry):
                 waiting.append(entry.path)
             elif not entry.name.lower().endswith(EXTENSIONS):
                 left_out[f"with ending {shown(Path(entry.name).suffix) or 'none'}"] += 1
-            elif not entry.is_file():
-                left_out["broken link"] += 1
+            elif not Path(entry.path).is_file():
+                left_out["broken link or no regular file"] += 1
             else:
                 found.append(entry.path)
     return sorted(found)
@@ -276,6 +291,13 @@ def _entries(folder: str | os.PathLike) -> list[os.DirEntry]:
             return sorted(entries, key=lambda entry: entry.name)
     except OSError as error:
         raise DataError(f"{shown(folder)}: {error.strerror or error}") from error
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
 
 
 def _check_classes(classes: _Classes, folder: Path) -> None:

@@ -87,6 +87,11 @@ class Images(Dataset):
         """The picture, uint8 (3, S, S), and its box."""
         raise NotImplementedError
 
+    @property
+    def unreadable(self) -> list[str]:
+        """The files that were found unreadable so far, in this process or in the loader's workers."""
+        return []
+
     def seeded(self, seed: int) -> "Images":
         """The same set, its random choices made by `seed`; a validation set makes none."""
         other = copy.copy(self)
@@ -123,6 +128,10 @@ class _Subset(Images):
 
     def sample(self, epoch: int, index: int) -> tuple[Tensor, Sequence[float]]:
         return self._images.sample(epoch, self._indices[index])
+
+    @property
+    def unreadable(self) -> list[str]:
+        return self._images.unreadable
 
     def seeded(self, seed: int) -> "Images":
         other = super().seeded(seed)
