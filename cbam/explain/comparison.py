@@ -1,0 +1,116 @@
+"""A plain and a refined network on the same images: everything that one row of the figure shows."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from cbam.errors import ConfigError, InputError
+from cbam.explain.figure import Row
+from cbam.explain.maps import gradcam
+from cbam.explain.recording import Refinement, record
+from cbam.explain.watching import check_images, eval_mode, logits_of
+
+
+def compare_rows(
+    plain: nn.Module,
+    refined: nn.Module,
+    images: Tensor,
+    shown: Tensor,
+    targets: Tensor,
+    classes: Sequence[str],
+    boxes: Tensor | None = None,
+    block: str | None = None,
+) -> list[Row]:
+    """Look at each image with both networks: one `Row` per image, for `comparison_figure`.
+
+    Both networks are asked for the evidence of the true class, and left as they were.
+
+    Args:
+        plain: the network without attention.
+        refined: the same with it.
+        images: normalised, float (N, 3, H, W), on the networks' device.
+        shown: the same images to look at, (N, 3, H, W), uint8 or float in [0, 1].
+        targets: the true classes, int (N,).
+        classes: their names.
+        boxes: (N, 4) x0, y0, x1, y1 in pixels, NaN where unknown.
+        block: whose feature map is shown; by default the last one with attention. A `refined` network without
+            our attention gives rows without feature maps.
+
+    Raises:
+        InputError: shapes do not fit, or a network gives NaN or infinity.
+        ConfigError: `block` has no attention of ours.
+    """
+    check_images(images)
+    _check_lengths(images, shown, targets, classes, boxes)
+    with record(refined) as recording:
+        refined_probability = _probability(refined, images, targets)
+    plain_probability = _probability(plain, images, targets)
+    name, refinement = _choose(recording, block)
+    plain_maps = gradcam(plain, images, targets).cpu()
+    refined_maps = gradcam(refined, images, targets).cpu()
+    features = _features(refinement)
+    return [
+        Row(
+            label=str(classes[int(targets[i])]),
+            image=shown[i].detach().cpu(),
+            plain_map=plain_maps[i],
+            refined_map=refined_maps[i],
+            plain_probability=float(plain_probability[i]),
+            refined_probability=float(refined_probability[i]),
+            box=None if boxes is None or boxes[i].isnan().any() else tuple(boxes[i].tolist()),
+            block=name,
+            gain=1.0 if refinement is None else refinement.gain,
+            **{key: None if value is None else value[i] for key, value in features.items()},
+        )
+        for i in range(len(images))
+    ]
+
+
+def _choose(recording: dict[str, Refinement], block: str | None) -> tuple[str, Refinement | None]:
+    if block is None:
+        return next(reversed(recording.items()), ("", None))
+    if block not in recording:
+        raise ConfigError(
+            f"block {block!r} has no attention; blocks that have: {', '.join(recording) or 'none'}"
+        )
+    return block, recording[block]
+
+
+def _features(refinement: Refinement | None) -> dict[str, Tensor | None]:
+    """The feature map before and after the gates as (N, h, w) means over channels, and the spatial gate."""
+    if refinement is None:
+        return {}
+    strength = {
+        key: getattr(refinement, key).abs().float().mean(1).cpu()
+        for key in ("before", "after_what", "after_where")
+    }
+    gate = refinement.spatial_gate
+    return strength | {"spatial_gate": None if gate is None else gate[:, 0].float().cpu()}
+
+
+def _probability(model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
+    """The softmax probability of each image's true class, (N,)."""
+    with torch.no_grad(), eval_mode(model):
+        scores = logits_of(model(images)).float()
+    if int(targets.max()) >= scores.shape[1]:
+        raise InputError(f"target {int(targets.max())} is not one of the network's {scores.shape[1]} classes")
+    return scores.softmax(1).gather(1, targets.to(scores.device).long()[:, None])[:, 0]
+
+
+def _check_lengths(images: Tensor, shown: Tensor, targets: Tensor, classes: Sequence[str], boxes) -> None:
+    N = len(images)
+    if shown.dim() != 4 or len(shown) != N or targets.shape != (N,):
+        raise InputError(
+            f"expected {N} pictures (N, 3, H, W) and {N} targets to go with the {N} images, "
+            f"got {tuple(shown.shape)} and {tuple(targets.shape)}"
+        )
+    if shown.shape[-2:] != images.shape[-2:]:
+        size = tuple(images.shape[-2:])
+        raise InputError(f"pictures must be as large as the images, {size}, got {tuple(shown.shape[-2:])}")
+    if boxes is not None and boxes.shape != (N, 4):
+        raise InputError(f"expected {N} boxes (N, 4), got {tuple(boxes.shape)}")
+    if int(targets.min()) < 0 or int(targets.max()) >= len(classes):
+        raise InputError(
+            f"targets must lie in 0..{len(classes) - 1}, one for each class name, got {targets.tolist()}"
+        )

@@ -1,0 +1,306 @@
+"""The comparison figure: what two networks look at, and what attention did on the way.
+
+It only draws: rows hold arrays, no network.
+"""
+
+import io
+import os
+import tempfile
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from cbam.errors import ConfigError, InputError, MissingExtraError
+from cbam.explain.maps import energy_inside
+
+FORMATS = (".png", ".svg", ".pdf")
+
+# Inches. The whole is as wide as the text of a page.
+_WIDTH, _LEFT, _RIGHT, _GAP = 7.0, 0.30, 0.06, 0.06
+_HEAD, _CAPTION, _LINE, _FOOT = 0.50, 0.08, 0.115, 0.50
+_TEXT, _SMALL = 7.0, 6.0  # points
+
+_HEAT, _STRENGTH, _GATE = "inferno", "viridis", "PuOr_r"  # told apart with any colour vision, and in grey
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """One image as the figure shows it. H x W are pixels of the image, h x w of the block's feature map.
+
+    Feature maps are means over channels of absolute activations; what is None is left out.
+    """
+
+    label: str
+    image: Tensor  # (3, H, W) or (1, H, W), uint8 or float in [0, 1]
+    plain_map: Tensor  # (H, W) in [0, 1]
+    refined_map: Tensor  # (H, W) in [0, 1]
+    plain_probability: float  # of the true class
+    refined_probability: float
+    box: tuple[float, float, float, float] | None = None  # x0, y0, x1, y1 in pixels
+    before: Tensor | None = None  # (h, w)
+    after_what: Tensor | None = None  # (h, w)
+    after_where: Tensor | None = None  # (h, w)
+    spatial_gate: Tensor | None = None  # (h, w) in (0, gain)
+    block: str = ""
+    gain: float = 1.0  # half of it is the middle of the gate's scale: 1 for the identity start
+
+
+def comparison_figure(rows: Sequence[Row], path: str | Path, *, refined: str = "CBAM") -> Path:
+    """Draw one row per image and write it to `path`, as PNG, SVG or PDF by its ending; returns the path.
+
+    Columns: the image with its true box, Grad-CAM without and with attention (under each the probability of
+    the true class and the share of the map inside the box), the block's feature map before, after *what* and
+    after *where* on one scale per row, and the spatial gate on one scale for all rows.
+
+    Args:
+        rows: from `compare_rows`.
+        path: where to write; replaced in one step, so never half written.
+        refined: what to call the network with attention.
+
+    Raises:
+        ConfigError: an ending that is not one of .png, .svg, .pdf.
+        InputError: no rows, or a row whose arrays do not fit together.
+        MissingExtraError: matplotlib is not installed.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in FORMATS:
+        raise ConfigError(f"a figure is written as {', '.join(FORMATS)}; got {path.name!r}")
+    if not rows:
+        raise InputError("comparison_figure: no rows to draw")
+    for row in rows:
+        _check(row)
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise MissingExtraError.of("a figure", "explain") from error
+
+    figure = _draw(rows, refined)
+    buffer = io.BytesIO()
+    kind = path.suffix.lower()[1:]
+    dated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind)  # the same rows, the same bytes
+    with matplotlib.rc_context({"svg.hashsalt": "cbam"}):
+        figure.savefig(buffer, format=kind, dpi=200, metadata=dated)
+    _replace(path, buffer.getvalue())
+    return path
+
+
+def _draw(rows: Sequence[Row], refined: str):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    columns = _columns(rows, refined)
+    cell = (_WIDTH - _LEFT - _RIGHT - 6 * _GAP) / 7
+    width = _LEFT + _RIGHT + len(columns) * cell + (len(columns) - 1) * _GAP
+    tall = max(row.image.shape[-2] / row.image.shape[-1] for row in rows) * cell
+    lines = 2 if any(row.box for row in rows) else 1
+    step = tall + _CAPTION + lines * _LINE
+    height = _HEAD + len(rows) * step + _FOOT
+    figure = Figure(figsize=(width, height), facecolor="white")
+    FigureCanvasAgg(figure)
+
+    def axes(column: int, top: float, high: float, wide: int = 1):
+        """An axes `high` inches tall whose top is `top` inches below the figure's, over `wide` columns."""
+        left = _LEFT + column * (cell + _GAP)
+        span = wide * cell + (wide - 1) * _GAP
+        return figure.add_axes((left / width, 1 - (top + high) / height, span / width, high / height))
+
+    scale = _gate_scale(rows)
+    for r, row in enumerate(rows):
+        for c, (_, paint) in enumerate(columns):
+            ax = axes(c, _HEAD + r * step, tall)
+            paint(ax, row, scale)
+            _bare(ax)
+        _say(
+            figure,
+            0.15 / width,
+            1 - (_HEAD + r * step + tall / 2) / height,
+            _short(row.label, tall),
+            rotation=90,
+        )
+    for c, (title, _) in enumerate(columns):
+        left = _LEFT + c * (cell + _GAP) + cell / 2
+        _say(figure, left / width, 1 - (_HEAD - 0.05) / height, title, va="bottom")
+    if len(columns) > 3:
+        _bracket(figure, rows[0].block, refined, axes(3, 0.06, 0.14, len(columns) - 3))
+    foot = _HEAD + len(rows) * step + 0.08
+    _scales(figure, axes, foot, len(columns), scale)
+    return figure
+
+
+def _columns(rows: Sequence[Row], refined: str) -> list:
+    """(title, painter) of every column that some row has something for."""
+    columns = [
+        ("input", _paint_input),
+        ("Grad-CAM\nplain", lambda ax, row, _: _paint_heat(ax, row, row.plain_map, row.plain_probability)),
+        (
+            f"Grad-CAM\nwith {refined}",
+            lambda ax, row, _: _paint_heat(ax, row, row.refined_map, row.refined_probability),
+        ),
+    ]
+    titles = {"before": "before", "after_what": "after what", "after_where": "after where"}
+    for key, title in titles.items():
+        if any(getattr(row, key) is not None for row in rows):
+            columns.append((title, lambda ax, row, _, key=key: _paint_strength(ax, row, key)))
+    if any(row.spatial_gate is not None for row in rows):
+        columns.append(("spatial gate", _paint_gate))
+    return columns
+
+
+def _paint_input(ax, row: Row, _) -> None:
+    ax.imshow(_pixels(row.image), vmin=0, vmax=1, interpolation="nearest")
+    if row.box is not None:
+        _outline(ax, row.box)
+
+
+def _outline(ax, box: tuple[float, float, float, float]) -> None:
+    from matplotlib.patches import Rectangle
+
+    x0, y0, x1, y1 = box
+    for colour, thick in (("black", 1.6), ("white", 0.8)):  # seen on any picture
+        corner = (x0 - 0.5, y0 - 0.5)  # imshow puts the middle of pixel 0 at 0
+        ax.add_patch(Rectangle(corner, x1 - x0, y1 - y0, fill=False, edgecolor=colour, linewidth=thick))
+
+
+def _paint_heat(ax, row: Row, heat: Tensor, probability: float) -> None:
+    from matplotlib import colormaps
+
+    grey = _pixels(row.image).mean(2, keepdims=True)
+    colour = colormaps[_HEAT](heat.float().numpy())[..., :3]
+    ax.imshow(0.4 * grey + 0.6 * colour, vmin=0, vmax=1, interpolation="nearest")
+    lines = [f"p = {probability:.2f}"]
+    if row.box is not None:
+        _outline(ax, row.box)
+        share = float(energy_inside(heat[None], torch.tensor([row.box]))[0])
+        lines.append("empty map" if share != share else f"{100 * share:.0f} % in box")
+    _under(ax, "\n".join(lines))
+
+
+def _paint_strength(ax, row: Row, key: str) -> None:
+    shown = getattr(row, key)
+    if shown is None:
+        return
+    maps = [m for m in (row.before, row.after_what, row.after_where) if m is not None]
+    top = max(float(m.max()) for m in maps)
+    ax.imshow(shown.float().numpy(), cmap=_STRENGTH, vmin=0, vmax=top or 1, interpolation="nearest")
+    _under(ax, f"mean {float(shown.mean()):.2g}")
+
+
+def _paint_gate(ax, row: Row, scale: tuple[float, float]) -> None:
+    if row.spatial_gate is None:
+        return
+    gate = row.spatial_gate.float()
+    middle, reach = scale
+    ax.imshow(gate.numpy(), cmap=_GATE, vmin=middle - reach, vmax=middle + reach, interpolation="nearest")
+    _under(ax, f"{float(gate.min()):.2f} to {float(gate.max()):.2f}")
+
+
+def _gate_scale(rows: Sequence[Row]) -> tuple[float, float]:
+    """The middle of the gates' colour scale and how far it reaches to either side, one for all rows."""
+    middle = rows[0].gain / 2
+    gates = [row.spatial_gate for row in rows if row.spatial_gate is not None]
+    reach = max((float((gate - middle).abs().max()) for gate in gates), default=0.0)
+    return middle, max(reach, 0.01 * middle)  # rounding is not blown up to a pattern
+
+
+def _scales(figure, axes, top: float, columns: int, scale: tuple[float, float]) -> None:
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+
+    def bar(
+        column: int, wide: int, colours: str, low: float, high: float, ticks: dict[float, str], title: str
+    ):
+        ax = axes(column, top, 0.07, wide)
+        mappable = ScalarMappable(Normalize(low, high), colours)
+        scale_bar = figure.colorbar(mappable, cax=ax, orientation="horizontal")
+        scale_bar.set_ticks(list(ticks), labels=list(ticks.values()))
+        scale_bar.outline.set_linewidth(0.4)
+        ax.tick_params(labelsize=_SMALL, length=2, width=0.4, pad=1)
+        labels = ax.get_xticklabels()
+        labels[0].set_ha("left")
+        labels[-1].set_ha("right")
+        ax.set_xlabel(title, fontsize=_SMALL, labelpad=1)
+
+    axes(0, top, 0.07).set_axis_off()
+    figure.axes[-1].text(
+        0.5, 1.3, "p: probability\nof the true class", fontsize=_SMALL, ha="center", va="top", linespacing=1.3
+    )
+    bar(1, 2, _HEAT, 0, 1, {0: "0", 1: "largest of the map"}, "evidence for the true class")
+    if columns > 3:
+        bar(3, 3, _STRENGTH, 0, 1, {0: "0", 1: "largest of the row"}, "mean over channels of |activation|")
+    if columns > 6:
+        middle, reach = scale
+        values = (middle - reach, middle, middle + reach)
+        bar(6, 1, _GATE, values[0], values[2], {v: f"{v:.3g}" for v in values}, "gate")
+
+
+def _bracket(figure, block: str, refined: str, ax) -> None:
+    """A line over the columns that show the inside of one block, and its name."""
+    ax.set_axis_off()
+    ax.set_xlim(0, 1)
+    ax.set_ylim(0, 1)
+    ax.plot([0, 1], [0, 0], color="black", linewidth=0.6, clip_on=False)
+    ax.text(
+        0.5, 0.3, f"feature map in {block}, with {refined}", fontsize=_TEXT, ha="center", parse_math=False
+    )
+
+
+def _bare(ax) -> None:
+    ax.set_xticks([])
+    ax.set_yticks([])
+    for spine in ax.spines.values():
+        spine.set_linewidth(0.4)
+        spine.set_visible(bool(ax.images))
+
+
+def _under(ax, text: str) -> None:
+    ax.set_xlabel(text, fontsize=_TEXT, labelpad=2.5, linespacing=1.1)
+
+
+def _say(figure, x: float, y: float, text: str, *, va: str = "center", rotation: float = 0) -> None:
+    figure.text(
+        x, y, text, fontsize=_TEXT, ha="center", va=va, rotation=rotation, linespacing=1.1, parse_math=False
+    )
+
+
+def _short(label: str, inches: float) -> str:
+    """`label` cut to what fits beside a row of this height."""
+    fits = max(4, int(inches / 0.055))
+    lines = textwrap.wrap(label, fits, max_lines=2, placeholder="\N{HORIZONTAL ELLIPSIS}") or [""]
+    return "\n".join(
+        line if len(line) <= fits else f"{line[: fits - 1]}\N{HORIZONTAL ELLIPSIS}" for line in lines
+    )
+
+
+def _pixels(image: Tensor):
+    """(C, H, W) uint8 or float -> float array (H, W, 3) in [0, 1]."""
+    image = image / 255 if image.dtype == torch.uint8 else image.float().clamp(0, 1)
+    return image.expand(3, -1, -1).permute(1, 2, 0).numpy()
+
+
+def _check(row: Row) -> None:
+    if row.image.dim() != 3 or row.image.shape[0] not in (1, 3):
+        raise InputError(f"row {row.label!r}: image must be (3, H, W), got {tuple(row.image.shape)}")
+    for name in ("plain_map", "refined_map"):
+        shape = getattr(row, name).shape
+        if shape != row.image.shape[1:]:
+            raise InputError(
+                f"row {row.label!r}: {name} must be as large as the image, {tuple(row.image.shape[1:])}, "
+                f"got {tuple(shape)}"
+            )
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Write all of it or nothing."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+        Path(temporary).chmod(0o644)
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise

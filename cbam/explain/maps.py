@@ -1,0 +1,228 @@
+"""Class activation maps of a classifier, through torchcam, and how much of a map lies inside a box.
+
+Shapes: N samples of C channels, H x W pixels of the input, h x w pixels of the watched layer.
+"""
+
+import difflib
+import logging
+from collections.abc import Sequence
+from contextlib import ExitStack
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cbam.errors import ConfigError, InputError, MissingExtraError
+from cbam.explain.watching import check_images, eval_mode, logits_of, refuse_unwatchable
+
+METHODS = ("gradcam", "gradcam++", "layercam", "scorecam")
+
+_log = logging.getLogger("cbam")
+
+# They change the size of a map and not what it says, so they are no place to look at.
+_POOLS = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.AvgPool2d, nn.MaxPool2d)
+
+
+def gradcam(
+    model: nn.Module,
+    images: Tensor,
+    target: int | Sequence[int] | Tensor | None = None,
+    layer: str | nn.Module | None = None,
+    method: str = "gradcam",
+) -> Tensor:
+    """Where in each image the evidence for a class lies: (N, C, H, W) -> (N, H, W) in [0, 1].
+
+    Each map is scaled to its own minimum and maximum and resized bilinearly to the input. It is computed in
+    eval mode, in a gradient scope of its own: it works on a frozen model and inside `torch.no_grad()` or
+    `torch.inference_mode()`, and leaves modes, hooks and every `.grad` as they were. A map that is constant
+    says nothing about where: it comes back as zeros.
+
+    Args:
+        model: gives class scores (N, K).
+        images: normalised, float (N, C, H, W).
+        target: a class for all images, one per image, or None for the predicted one.
+        layer: a module or its name. By default the outermost module that finishes last with an output of more
+            than one pixel, pooling aside: `layer4` of a ResNet, so the last block's output after its add.
+        method: "gradcam" (arXiv 1610.02391), "gradcam++" (1710.11063), "layercam" (IEEE TIP 2021) or
+            "scorecam" (1910.01279: one forward pass per channel of the layer).
+
+    Raises:
+        InputError: images, target or layer do not fit, or the model gives NaN or infinity.
+        ConfigError: an unknown method or layer; a compiled or scripted model.
+        MissingExtraError: torchcam is not installed.
+    """
+    check_images(images)
+    refuse_unwatchable(model)
+    extractor_type = _extractor_type(method)
+    with torch.inference_mode(False), torch.enable_grad(), eval_mode(model):
+        images = images.detach().clone()
+        name = last_map(model, images[:1]) if layer is None else _name_of(model, layer)
+        maps = _raw_maps(model, images, target, name, extractor_type)
+    return F.interpolate(_unit(maps)[:, None], images.shape[-2:], mode="bilinear")[:, 0].clamp(0, 1)
+
+
+def last_map(model: nn.Module, images: Tensor) -> str:
+    """The name of the module that `gradcam` looks at by default; runs the model once.
+
+    Raises:
+        InputError: no module's output has more than one pixel.
+    """
+    names: list[str] = []
+
+    def note(name: str, module: nn.Module, output: object) -> None:
+        is_map = isinstance(output, Tensor) and output.dim() == 4 and output.shape[-2:].numel() > 1
+        if is_map and not isinstance(module, _POOLS):
+            names.append(name)
+
+    with ExitStack() as undo, torch.no_grad(), eval_mode(model):
+        for name, module in model.named_modules():
+            if name:
+                hook = module.register_forward_hook(lambda m, _, out, name=name: note(name, m, out))
+                undo.callback(hook.remove)
+        model(images)
+    if not names:
+        raise InputError("no layer of the model has an output of more than one pixel; larger images may help")
+    return names[-1]
+
+
+def energy_inside(maps: Tensor, boxes: Tensor) -> Tensor:
+    """The share of each map's energy inside its box: (N, H, W), (N, 4) -> (N,) float64 in [0, 1].
+
+    Energy is the sum of the non-negative values. Boxes are x0, y0, x1, y1 in pixels, pixel (i, j) covering
+    [j, j+1] x [i, i+1]; a pixel that the box covers in part counts by the covered area. NaN where the map has
+    no energy or the box is NaN.
+
+    Raises:
+        InputError: shapes do not fit, a map is not finite, or a box ends before it starts.
+    """
+    if maps.dim() != 3 or boxes.shape != (len(maps), 4):
+        raise InputError(
+            f"expected maps (N, H, W) and boxes (N, 4), got {tuple(maps.shape)} and {tuple(boxes.shape)}"
+        )
+    if not maps.isfinite().all():
+        raise InputError("energy_inside: a map holds NaN or infinity")
+    boxes = boxes.to(maps.device, torch.float64)
+    x0, y0, x1, y1 = boxes.unbind(1)
+    if ((x1 < x0) | (y1 < y0)).any():
+        raise InputError("energy_inside: a box ends before it starts; boxes are x0, y0, x1, y1")
+    energy = maps.to(torch.float64).clamp(min=0)
+    inside = torch.einsum(
+        "nhw,nh,nw->n", energy, _cover(y0, y1, maps.shape[1]), _cover(x0, x1, maps.shape[2])
+    )
+    return inside / energy.sum((1, 2))  # 0 / 0 is the NaN of a map without energy
+
+
+def _cover(start: Tensor, end: Tensor, size: int) -> Tensor:
+    """How much of each of `size` unit cells lies in [start, end]: (N,), (N,) -> (N, size)."""
+    cell = torch.arange(size, device=start.device, dtype=start.dtype)
+    return (torch.minimum(end[:, None], cell + 1) - torch.maximum(start[:, None], cell)).clamp(min=0)
+
+
+def _raw_maps(model, images: Tensor, target, name: str, extractor_type) -> Tensor:
+    """Unscaled maps (N, h, w) of the layer `name`."""
+    layer = model.get_submodule(name)
+    with ExitStack() as undo:
+        undo.callback(layer.register_forward_hook(_cut_graph(name), prepend=True).remove)
+        extractor = undo.enter_context(extractor_type(model, name))
+        # After torchcam has taken the output, what follows gets a copy: it may write into it in place.
+        undo.callback(layer.register_forward_hook(lambda _, args, out: out.clone()).remove)
+        scores = logits_of(model(images))
+        if extractor.hook_a[0] is None:
+            raise InputError(f"layer {name!r} takes no part in the forward pass; choose another")
+        classes = _classes(target, scores)
+        try:
+            (maps,) = extractor(classes, scores, normalized=False)
+        except RuntimeError as error:
+            if "not connected" not in str(error):
+                raise
+            raise InputError(f"the class score does not depend on layer {name!r}; choose another") from error
+        # torchcam's sum leaves NaN out, so the operands are looked at.
+        _refuse_nonfinite(scores, *extractor.hook_a, *(g for g in extractor.hook_g if g is not None), maps)
+    return maps.detach()
+
+
+def _cut_graph(name: str):
+    """A forward hook that makes the layer's output the start of the graph: no parameter needs a gradient."""
+
+    def cut(_, args, output: object) -> Tensor:
+        if not isinstance(output, Tensor) or output.dim() != 4:
+            got = (
+                f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else f"a {type(output).__name__}"
+            )
+            raise InputError(f"layer {name!r} must return a feature map (N, C, h, w), got {got}")
+        return output.detach().clone().requires_grad_()
+
+    return cut
+
+
+def _unit(maps: Tensor) -> Tensor:
+    """Each map scaled to [0, 1]; zeros where it is constant up to rounding. (N, h, w) -> float the same."""
+    rounding = 8 * torch.finfo(maps.dtype).eps
+    maps = maps if maps.dtype == torch.float64 else maps.float()
+    low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
+    flat = high - low <= rounding * high.abs()
+    if flat.any():
+        _log.info("gradcam: %d of %d maps are constant and come back as zeros", int(flat.sum()), len(maps))
+    return ((maps - low) / (high - low).masked_fill(flat, 1)).masked_fill(flat, 0)
+
+
+def _classes(target, scores: Tensor) -> list[int]:
+    """One class index per sample, checked."""
+    N, K = scores.shape
+    if target is None:
+        return scores.argmax(1).tolist()
+    classes = target.tolist() if isinstance(target, Tensor) else target
+    classes = [classes] * N if isinstance(classes, int) else list(classes)
+    if len(classes) != N or any(not isinstance(c, int) or not 0 <= c < K for c in classes):
+        raise InputError(f"target must be one class in 0..{K - 1} or {N} of them, got {target!r}")
+    return classes
+
+
+def _name_of(model: nn.Module, layer: str | nn.Module) -> str:
+    names = {name: module for name, module in model.named_modules() if name}
+    for name, module in names.items():
+        if layer is module or layer == name:
+            return name
+    near = difflib.get_close_matches(str(layer), names) if isinstance(layer, str) else []
+    hint = f"; near it: {', '.join(near)}" if near else ""
+    raise ConfigError(
+        f"the model has no layer {layer if isinstance(layer, str) else type(layer).__name__!r}{hint}"
+    )
+
+
+def _refuse_nonfinite(*tensors: Tensor) -> None:
+    if not all(bool(tensor.isfinite().all()) for tensor in tensors):
+        raise InputError(
+            "gradcam: the model gives NaN or infinity on these images; look at its weights and input"
+        )
+
+
+def _extractor_type(method: str):
+    if method not in METHODS:
+        raise ConfigError(f"unknown method {method!r}; expected one of {', '.join(METHODS)}")
+    try:
+        from torchcam import methods
+    except ImportError as error:
+        raise MissingExtraError.of(method, "explain") from error
+
+    class GradCAMpp(methods.GradCAM):
+        """Grad-CAM++, equation 19; torchcam 0.5's own divides a copy, so its weights miss the denominator."""
+
+        def _get_weights(self, class_idx, scores: Tensor, **kwargs) -> list[Tensor]:
+            self._backprop(scores, class_idx, **kwargs)
+            pairs = zip(self.hook_a, self.hook_g, strict=True)
+            return [_plus_plus(a, g) for a, g in pairs if a is not None and g is not None]
+
+    return dict(zip(METHODS, (methods.GradCAM, GradCAMpp, methods.LayerCAM, methods.ScoreCAM), strict=True))[
+        method
+    ]
+
+
+def _plus_plus(activation: Tensor, gradient: Tensor) -> Tensor:
+    """Channel weights of Grad-CAM++: (N, C, h, w) twice -> (N, C).
+
+    alpha = g^2 / (2 g^2 + g^3 sum A) is 1 / (2 + g sum A) where g is not 0, which does not underflow.
+    """
+    gradient = gradient.clamp(min=0)
+    denominator = 2 + gradient * activation.sum((2, 3), keepdim=True)
+    return (gradient / denominator.masked_fill(denominator == 0, torch.inf)).sum((2, 3))

@@ -1,0 +1,57 @@
+"""Watching a model without changing it: what is switched or hooked on is taken back, come what may."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from cbam.errors import ConfigError, InputError
+
+
+def refuse_unwatchable(model: nn.Module) -> None:
+    """Refuse a model that runs past its hooks, where a recording would silently stay empty.
+
+    Raises:
+        ConfigError: the model is compiled or scripted.
+    """
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ConfigError("the model is scripted, which hides its layers; pass the model it was made from")
+    compiled = hasattr(model, "_orig_mod")
+    if compiled or any(getattr(module, "_compiled_call_impl", None) for module in model.modules()):
+        raise ConfigError(
+            "the model is compiled, which ignores hooks; pass the model from before torch.compile"
+        )
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """`model.eval()` inside the block; every module's own mode again after it."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def logits_of(output: object) -> Tensor:
+    """The class scores (N, K) in a model's output: the tensor itself, or its `logits`.
+
+    Raises:
+        InputError: the output holds no (N, K) tensor.
+    """
+    scores = getattr(output, "logits", output)
+    if not isinstance(scores, Tensor) or scores.dim() != 2:
+        got = f"shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else f"a {type(output).__name__}"
+        raise InputError(f"a classifier's scores (N, classes) are needed, the model returned {got}")
+    return scores
+
+
+def check_images(images: Tensor) -> None:
+    """Refuse what is not a batch of normalised images, float (N, C, H, W)."""
+    if images.dim() != 4 or not images.is_floating_point() or 0 in images.shape:
+        raise InputError(
+            f"images must be a normalised float batch (N, C, H, W), got {images.dtype} {tuple(images.shape)}"
+        )

@@ -1,0 +1,304 @@
+import gc
+import importlib.util
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import cbam
+from cbam.errors import ConfigError, InputError, MissingExtraError
+from cbam.explain import energy_inside, gradcam
+from cbam.explain.maps import METHODS, last_map
+
+pytest.importorskip("torchcam", reason="Grad-CAM is torchcam's")
+
+
+def scaled(maps, size):
+    """Raw maps (N, h, w) -> what `gradcam` promises, written out again."""
+    low, high = maps.flatten(1).min(1).values, maps.flatten(1).max(1).values
+    unit = (maps - low[:, None, None]) / (high - low)[:, None, None]
+    return F.interpolate(unit[:, None], size, mode="bilinear", align_corners=False)[:, 0]
+
+
+def by_hand(model, images, classes):
+    """Activation and gradient of stage2 for the given classes, without torchcam."""
+    activation = model.stage2(model.down(model.stage1(model.stem(images)))).detach().requires_grad_()
+    scores = model.head(model.pool(activation).flatten(1))
+    (gradient,) = torch.autograd.grad(scores.gather(1, torch.tensor(classes)[:, None]).sum(), activation)
+    return activation.detach(), gradient
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_map_is_as_large_as_the_input_and_lies_in_0_to_1(build, images, method):
+    maps = gradcam(build(), images, [0, 1, 2, 3], method=method)
+    assert maps.shape == (4, 32, 24)
+    assert maps.min() >= 0
+    assert maps.max() <= 1
+    assert not maps.requires_grad
+
+
+def test_gradcam_is_its_equation(build, images):
+    model = build()
+    activation, gradient = by_hand(model, images, [0, 1, 2, 3])
+    raw = (gradient.mean((2, 3), keepdim=True) * activation).sum(1).relu()
+    torch.testing.assert_close(gradcam(model, images, [0, 1, 2, 3]), scaled(raw, (32, 24)))
+
+
+def test_gradcam_plus_plus_is_its_equation(build, images):
+    model = build()
+    a, g = by_hand(model.double(), images.double(), [0, 1, 2, 3])
+    alpha = g**2 / (2 * g**2 + g**3 * a.sum((2, 3), keepdim=True))
+    weights = (alpha * g.relu()).sum((2, 3), keepdim=True)
+    maps = gradcam(model, images.double(), [0, 1, 2, 3], method="gradcam++")
+    torch.testing.assert_close(maps, scaled((weights * a).sum(1).relu(), (32, 24)))
+
+
+def test_layercam_is_its_equation(build, images):
+    model = build()
+    activation, gradient = by_hand(model, images, [4] * 4)
+    maps = gradcam(model, images, 4, method="layercam")
+    torch.testing.assert_close(maps, scaled((gradient.relu() * activation).sum(1).relu(), (32, 24)))
+
+
+@pytest.mark.parametrize("layer", ["stage2", "stage1", "stage2.0.bn", "down"])
+def test_gradcam_agrees_with_captum(build, images, layer):
+    """`stage2.0.bn` is followed by an add in place, which must not reach into the recorded activation."""
+    if importlib.util.find_spec("captum") is None:
+        pytest.skip("captum is not installed")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # captum's own
+        from captum.attr import LayerGradCam
+
+        model = build(lambda channels: None) if layer == "stage2.0.bn" else build()
+        target = torch.tensor([0, 1, 2, 3])
+        if layer == "stage2.0.bn":
+            for block in (model.stage1, *model.stage2):
+                block.forward = lambda x, b=block: torch.relu(
+                    b.bn(b.conv(x)) + x
+                )  # captum cannot see in place
+        raw = LayerGradCam(model, model.get_submodule(layer)).attribute(
+            images, target, relu_attributions=True
+        )
+        for module in model.modules():
+            vars(module).pop("forward", None)
+    torch.testing.assert_close(gradcam(model, images, target, layer), scaled(raw[:, 0].detach(), (32, 24)))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_each_map_of_a_batch_is_that_of_its_image_alone(build, images, method):
+    model = build()
+    together = gradcam(model, images, [3, 1, 2, 0], method=method)
+    alone = [gradcam(model, images[i : i + 1], c, method=method)[0] for i, c in enumerate([3, 1, 2, 0])]
+    torch.testing.assert_close(together, torch.stack(alone), atol=2e-5, rtol=0)
+
+
+def test_without_a_target_the_predicted_class_is_explained(build, images):
+    model = build()
+    predicted = model(images).argmax(1)
+    assert torch.equal(gradcam(model, images), gradcam(model, images, predicted))
+    assert torch.equal(gradcam(model, images, predicted), gradcam(model, images, predicted.tolist()))
+    other = (predicted + 1) % 5
+    assert not torch.equal(gradcam(model, images), gradcam(model, images, other))
+
+
+def test_the_model_is_left_as_it_was(build, images):
+    model = build().train()
+    model.stage1.eval()
+    for i, parameter in enumerate(model.parameters()):
+        parameter.requires_grad_(i % 2 == 0)
+        parameter.grad = torch.full_like(parameter, float(i)) if i % 3 == 0 else None
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    modes = [m.training for m in model.modules()]
+    given = images.clone().requires_grad_()
+    for method in METHODS:
+        gradcam(model, given, method=method)
+    assert [m.training for m in model.modules()] == modes
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert not any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in model.modules())
+    assert given.grad is None
+    for i, parameter in enumerate(model.parameters()):
+        assert parameter.requires_grad == (i % 2 == 0)
+        assert (
+            torch.equal(parameter.grad, torch.full_like(parameter, float(i)))
+            if i % 3 == 0
+            else (parameter.grad is None)
+        )
+
+
+def test_the_model_is_left_as_it_was_when_it_raises(build, images):  # E7
+    model = build().train()
+    model.head.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        gradcam(model, images, layer="stage1")
+    with pytest.raises(ZeroDivisionError):
+        gradcam(model, images)
+    assert all(m.training for m in model.modules())
+    assert not any(m._forward_hooks for m in model.modules())
+    assert len(model.head._forward_pre_hooks) == 1
+
+
+@pytest.mark.parametrize("scope", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_frozen_models_and_outer_scopes_do_not_matter(build, images, scope):  # E8
+    model = build()
+    expected = gradcam(model, images)
+    model.requires_grad_(False)
+    with scope():
+        assert torch.equal(gradcam(model, images + 0), expected)
+        assert torch.equal(gradcam(model, images.clone()), expected)
+
+
+def test_a_constant_map_and_an_empty_one_are_zeros(build, plain, images):  # E9
+    model = build()
+    nn.init.zeros_(model.head.weight)
+    assert gradcam(model, images).count_nonzero() == 0
+    nn.init.ones_(plain.head.weight)
+    plain.stage2.register_forward_hook(lambda m, a, out: 0 * out + 0.3)
+    assert gradcam(plain, images).count_nonzero() == 0
+
+
+def test_nan_is_an_error_and_not_a_map(build, images):  # E9
+    images[1, 0, 5, 5] = torch.nan
+    for method in METHODS:
+        with pytest.raises(InputError, match="NaN"):
+            gradcam(build(), images, 0, method=method)
+
+
+def test_nan_in_one_channel_is_not_summed_away(build, images):  # E9
+    model = build()
+    model.stage2.register_forward_hook(lambda m, a, out: out.index_fill(1, torch.tensor(3), torch.nan))
+    with pytest.raises(InputError, match="NaN"):
+        gradcam(model, images, 0)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
+def test_a_thousand_maps_leave_nothing_behind(build, images):  # E10
+    model, image = build(), images[:1, :, :16, :16]
+
+    def resident():
+        gc.collect()
+        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+    for _ in range(100):
+        gradcam(model, image)
+    before = resident()
+    for _ in range(1000):
+        gradcam(model, image)
+    assert resident() - before < 5e6
+
+
+def test_the_default_layer_is_the_last_block_output_of_the_trunk(build, images):
+    assert last_map(build(), images) == "stage2"
+    torchvision = pytest.importorskip("torchvision")
+    picture = torch.randn(1, 3, 64, 64)
+    assert last_map(torchvision.models.resnet18(), picture) == "layer4"
+    assert (
+        last_map(torchvision.models.resnet18(), picture[..., :32, :32]) == "layer3"
+    )  # layer4 gives one pixel
+    assert last_map(torchvision.models.vgg11(), picture) == "features"
+    assert last_map(torchvision.models.mobilenet_v3_small(), picture) == "features"
+
+
+def test_the_default_layer_of_timm_networks_is_the_end_of_their_trunk():
+    timm = pytest.importorskip("timm")
+    picture = torch.randn(1, 3, 64, 64)
+    assert last_map(timm.create_model("resnet10t"), picture) == "layer4"
+    assert last_map(timm.create_model("test_convnext"), picture) in ("stages", "norm_pre", "stages.3")
+    assert last_map(timm.create_model("test_efficientnet"), picture).startswith(("bn2", "conv_head"))
+
+
+def test_a_layer_is_taken_by_name_or_as_the_module(build, images):
+    model = build()
+    by_name = gradcam(model, images, layer="stage2.0")
+    assert torch.equal(by_name, gradcam(model, images, layer=model.stage2[0]))
+    assert not torch.equal(by_name, gradcam(model, images))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"layer": "stage3"}, ConfigError, "no layer 'stage3'; near it: stage"),
+        ({"layer": nn.Conv2d(1, 1, 1)}, ConfigError, "no layer 'Conv2d'"),
+        ({"layer": "head"}, InputError, r"'head' must return a feature map .* got shape \(4, 5\)"),
+        ({"layer": "unused"}, InputError, "'unused' takes no part"),
+        ({"method": "grad-cam"}, ConfigError, r"unknown method 'grad-cam'; expected one of gradcam"),
+        ({"target": 5}, InputError, r"target must be one class in 0\.\.4 or 4 of them"),
+        ({"target": -1}, InputError, "target must be"),
+        ({"target": [0, 1]}, InputError, "target must be"),
+        ({"target": torch.tensor([0.5] * 4)}, InputError, "target must be"),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_a_reason(build, images, arguments, error, message):
+    model = build()
+    model.unused = nn.Conv2d(3, 3, 1)
+    with pytest.raises(error, match=message):
+        gradcam(model, images, **arguments)
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_images_that_are_no_normalised_batch_are_refused(build):
+    for wrong in (torch.zeros(3, 8, 8), torch.zeros(1, 3, 8, 8, dtype=torch.uint8), torch.zeros(0, 3, 8, 8)):
+        with pytest.raises(InputError, match="normalised float batch"):
+            gradcam(build(), wrong)
+
+
+def test_a_model_that_is_no_classifier_is_refused(images):
+    with pytest.raises(InputError, match=r"scores \(N, classes\)"):
+        gradcam(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), images)
+
+
+def test_a_missing_torchcam_is_named_with_its_pip_line(build, images, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchcam", None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'cbam\[explain\]'"):
+        gradcam(build(), images)
+
+
+def test_energy_inside_a_box_is_its_share_of_the_map():
+    maps = torch.zeros(4, 4, 6)
+    maps[0] = 1  # uniform: the share of the area
+    maps[1, 1, 2] = 5  # all in one pixel
+    maps[2, 0, 0], maps[2, 3, 5] = 3, 1
+    maps[3] = torch.arange(24.0).view(4, 6)
+    boxes = torch.tensor([[0, 0, 3, 4], [2, 1, 3, 2], [0, 0, 1, 1], [1, 2, 4, 4]])
+    expected = torch.tensor([0.5, 1.0, 0.75, float(maps[3, 2:4, 1:4].sum() / 276)], dtype=torch.float64)
+    torch.testing.assert_close(energy_inside(maps, boxes), expected)
+
+
+def test_a_pixel_counts_by_the_area_that_the_box_covers():
+    maps = torch.ones(3, 4, 4)
+    boxes = torch.tensor([[0.5, 0.25, 1.0, 1.0], [-3.0, -3.0, 2.5, 9.0], [1.2, 1.2, 1.4, 1.4]])
+    expected = torch.tensor([0.5 * 0.75 / 16, 2.5 * 4 / 16, 0.04 / 16], dtype=torch.float64)
+    torch.testing.assert_close(energy_inside(maps, boxes), expected, atol=1e-7, rtol=0)
+
+
+def test_a_box_outside_the_map_holds_nothing_and_negative_values_are_no_energy():
+    maps = torch.tensor([[[1.0, -5.0], [1.0, 2.0]]]).expand(2, 2, 2)
+    boxes = torch.tensor([[10.0, 10, 20, 20], [0, 0, 2, 1]])
+    assert energy_inside(maps, boxes).tolist() == [0, 0.25]
+
+
+def test_energy_is_nan_where_the_map_is_empty_or_the_box_unknown():
+    maps = torch.stack([torch.zeros(2, 2), torch.ones(2, 2), torch.ones(2, 2)])
+    boxes = torch.tensor([[0, 0, 1, 1], [torch.nan] * 4, [0, 0, 1, 1]])
+    assert energy_inside(maps, boxes).isnan().tolist() == [True, True, False]
+    assert energy_inside(maps, boxes)[2] == 0.25
+
+
+def test_energy_refuses_what_cannot_be_measured():
+    with pytest.raises(InputError, match=r"maps \(N, H, W\) and boxes \(N, 4\)"):
+        energy_inside(torch.ones(2, 4, 4), torch.ones(3, 4))
+    with pytest.raises(InputError, match="ends before it starts"):
+        energy_inside(torch.ones(1, 4, 4), torch.tensor([[3, 0, 1, 4]]))
+    with pytest.raises(InputError, match="NaN"):
+        energy_inside(torch.full((1, 4, 4), torch.nan), torch.tensor([[0, 0, 1, 1]]))
+
+
+def test_explain_imports_neither_torchcam_nor_matplotlib():
+    extras = "{'torchcam', 'matplotlib', 'PIL', 'torchvision'}"
+    code = f"import sys, cbam.explain; assert not {extras} & set(sys.modules)"
+    root = Path(cbam.__file__).parents[1]
+    subprocess.run([sys.executable, "-c", code], cwd=root, check=True)

@@ -1,0 +1,171 @@
+import pytest
+import torch
+from torch import nn
+
+import cbam
+from cbam.explain import record
+from cbam.nn import squeeze_excitation
+
+BLOCKS = ["stage1", "stage2.0", "stage2.1"]
+
+
+def state(model):
+    """Everything a recording might leave behind."""
+    hooks = [
+        (len(m._forward_hooks), len(m._forward_pre_hooks), len(m._backward_hooks)) for m in model.modules()
+    ]
+    return hooks, [sorted(vars(m)) for m in model.modules()]
+
+
+def test_a_recording_names_every_block_and_holds_its_feature_map_and_gates(build, images):
+    model = build()
+    with record(model) as recording:
+        model(images)
+    assert list(recording) == BLOCKS
+    step = recording["stage2.1"]
+    assert step.before.shape == step.after_what.shape == step.after_where.shape == (4, 16, 8, 6)
+    assert step.channel_gate.shape == (4, 16, 1, 1)
+    assert step.spatial_gate.shape == (4, 1, 8, 6)
+    assert not any(value.requires_grad for value in (step.before, step.channel_gate, step.after_where))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_the_steps_are_exactly_what_the_forward_computed(build, images, training):
+    model = build().train(training)
+    with record(model) as recording:
+        model(images)
+    for step in recording.values():
+        assert torch.equal(step.after_what, step.before * step.channel_gate)
+        assert torch.equal(step.after_where, step.after_what * step.spatial_gate)
+        assert step.spatial_gate.std() > 0
+
+
+def test_recording_changes_neither_the_output_nor_the_running_statistics(build, images):
+    model = build().train()
+    start = {key: value.clone() for key, value in model.state_dict().items()}
+    expected = model(images)
+    once = {key: value.clone() for key, value in model.state_dict().items()}
+    model.load_state_dict(start)
+    with record(model) as recording:
+        assert torch.equal(model(images), expected)
+    assert recording
+    assert all(torch.equal(value, once[key]) for key, value in model.state_dict().items())
+    assert int(once["stage1.cbam.spatial.bn.num_batches_tracked"]) == 1
+
+
+def test_gradients_flow_as_without_a_recording(build, images):
+    model = build().train()
+    model(images).square().sum().backward()
+    expected = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    with record(model):
+        model(images).square().sum().backward()
+    assert all(torch.equal(p.grad, e) for p, e in zip(model.parameters(), expected, strict=True))
+
+
+def test_nothing_is_left_behind(build, images):
+    model = build()
+    before = state(model)
+    with record(model) as recording:
+        assert state(model) != before
+        model(images)
+    assert state(model) == before
+    recording.clear()
+    model(images)
+    assert recording == {}
+
+
+def test_nothing_is_left_behind_when_the_body_or_the_model_raises(build, images):  # E7
+    model = build()
+    before = state(model)
+    with pytest.raises(KeyError), record(model):
+        raise KeyError("the body")
+    with pytest.raises(RuntimeError), record(model):
+        model(images[:, :2])
+    assert state(model) == before
+
+
+def test_recordings_nest_and_repeat(build, images):
+    model = build()
+    before = state(model)
+    with record(model) as outer:
+        model(images[:1])
+        with record(model) as inner:
+            model(images[:2])
+        assert len(outer["stage1"].before) == len(inner["stage1"].before) == 2
+        model(images)
+    assert len(outer["stage1"].spatial_gate) == 4
+    assert len(inner["stage1"].spatial_gate) == 2
+    assert state(model) == before
+    with record(model) as again:
+        model(images)
+    assert torch.equal(again["stage1"].spatial_gate, outer["stage1"].spatial_gate)
+
+
+def test_channel_only_attention_has_no_spatial_gate(build, images):
+    model = build(lambda channels: squeeze_excitation(channels, reduction=4))
+    with record(model) as recording:
+        model(images)
+    assert list(recording) == BLOCKS
+    step = recording["stage1"]
+    assert step.spatial_gate is None
+    assert torch.equal(step.after_where, step.before * step.channel_gate)
+    assert torch.equal(step.after_where, step.after_what)
+
+
+def test_spatial_only_attention_has_no_channel_gate(build, images):
+    model = build(lambda channels: cbam.SpatialAttention())
+    with record(model) as recording:
+        model(images)
+    step = recording["stage1"]
+    assert step.channel_gate is None
+    assert torch.equal(step.after_what, step.before)
+    assert torch.equal(step.after_where, step.before * step.spatial_gate)
+
+
+def test_a_module_on_its_own_is_recorded_too():
+    attention = cbam.CBAM(8)
+    with record(attention) as recording:
+        attention(torch.randn(1, 8, 4, 4))
+    assert list(recording) == [""]
+
+
+def test_attentions_that_share_a_parent_keep_their_full_names():
+    model = nn.Sequential(cbam.SpatialAttention(), nn.Sequential(cbam.CBAM(8), cbam.CBAM(8)))
+    with record(model) as recording:
+        model(torch.randn(1, 8, 4, 4))
+    assert list(recording) == ["0", "1.0", "1.1"]
+
+
+def test_the_gain_of_an_identity_start_is_kept(build, images):
+    model = build(lambda channels: cbam.CBAM(channels).identity_())
+    with record(model) as recording:
+        model(images)
+    assert recording["stage1"].gain == 2
+
+
+def test_a_recording_in_inference_mode_equals_one_outside(build, images):
+    model = build()
+    with record(model) as expected:
+        model(images)
+    with torch.inference_mode(), record(model) as recording:
+        model(images)
+    assert torch.equal(recording["stage2.1"].after_where, expected["stage2.1"].after_where)
+
+
+def test_a_network_without_attention_gives_an_empty_recording(plain, images):
+    with record(plain) as recording:
+        plain(images)
+    assert recording == {}
+
+
+def test_models_that_ignore_hooks_are_refused(build):
+    with (
+        pytest.raises(cbam.CBAMError, match=r"compiled.*before torch\.compile"),
+        record(torch.compile(build())),
+    ):
+        pass
+    model = build()
+    model.stage1.compile()
+    with pytest.raises(cbam.CBAMError, match="compiled"), record(model):
+        pass
