@@ -12,7 +12,7 @@ OPTIONAL = """
 PIL captum huggingface_hub hypothesis jsonargparse lightning lightning_fabric matplotlib numpy pandas
 pytorch_lightning rich safetensors scipy sklearn tensorboard timm torchcam torchdata torchmetrics torchvision
 transformers triton yaml
-""".split()  # noqa: SIM905 - a list to read
+""".split()
 
 BLOCK = f"""
 import sys

@@ -51,7 +51,7 @@ def test_a_room_lists_all_its_public_names(room):
     bound = {
         name
         for name, value in vars(module).items()
-        if not name.startswith("_") and str(getattr(value, "__module__", "")).startswith("cbam")
+        if not name.startswith("_") and str(getattr(value, "__module__", "")).startswith(f"cbam.{room}")
     }
     assert bound <= set(listed), f"not in __all__: {sorted(bound - set(listed))}"
 

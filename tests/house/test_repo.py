@@ -14,10 +14,11 @@ PACKAGE = ROOT / "cbam"
 MAX_LINES = 450  # a longer file is two rooms
 NOT_A_NAME = {"util", "utils", "helper", "helpers", "common", "misc", "base", "manager", "managers", "v2"}
 
-# Written in pieces, since this file is read too.
-HOSTS = ["pypi.org", "pythonhosted.org", "download.pytorch.org/whl", "registry.npmjs", "deb.debian.org"]
-FOLDERS = [r"/ho" r"me/\w", r"/ro" r"ot/", r"/wo" r"rk/", r"/Us" r"ers/\w", r"[A-Z]:\\Us" r"ers"]
-NOT_HERE = re.compile("|".join([*map(re.escape, HOSTS), *(rf"(?<![\w.:~-]){folder}" for folder in FOLDERS)]))
+# Put together here, since this file is looked at too.
+HOSTS = [".".join(parts) for parts in (("pypi", "org"), ("pythonhosted", "org"), ("registry", "npmjs"))]
+HOSTS += [".".join(("download", "pytorch", "org/whl")), ".".join(("deb", "debian", "org"))]
+FOLDERS = [f"/{name}/" for name in ("root", "work", "home", "Users", "tmp/w")]
+NOT_HERE = re.compile("|".join([*map(re.escape, HOSTS), *(rf"(?<![\w./:~-]){name}\w" for name in FOLDERS)]))
 
 
 def tracked() -> list[Path]:
@@ -49,15 +50,17 @@ def test_no_file_names_a_machine_path_or_a_registry():
     assert not found, "\n".join(found)
 
 
-@pytest.mark.parametrize("name", [*HOSTS, "/root/.cache", "cd /work/main", '"/home/me/x"'])
+@pytest.mark.parametrize("name", [*HOSTS, *(f"{folder}x" for folder in FOLDERS)])
 def test_a_machine_path_or_a_registry_is_found(tmp_path, name):
-    (tmp_path / "a.txt").write_text(f"first\nsee {name} there\n", encoding="utf-8")
-    assert foreign(tmp_path / "a.txt") == [f"{tmp_path / 'a.txt'}:2: see {name} there"]
+    (tmp_path / "a.txt").write_text(f'first\nsee "{name}" there\n', encoding="utf-8")
+    assert foreign(tmp_path / "a.txt") == [f'{tmp_path / "a.txt"}:2: see "{name}" there']
 
 
-@pytest.mark.parametrize("name", ["docs/work/x", "https://example.org/home/x", "network/x"])
-def test_a_relative_path_is_no_machine_path(tmp_path, name):
-    (tmp_path / "a.txt").write_text(name, encoding="utf-8")
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_a_relative_path_or_an_address_is_no_machine_path(tmp_path, folder):
+    (tmp_path / "a.txt").write_text(
+        f"docs{folder}x https://example.org{folder}x .{folder}x", encoding="utf-8"
+    )
     assert foreign(tmp_path / "a.txt") == []
 
 
