@@ -3,69 +3,20 @@
 import difflib
 import logging
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from cbam.errors import AttachError, InputError
 from cbam.nn import CBAM
-from cbam.surgery import graph
-from cbam.surgery.route import SLOT, Route, Unroutable, graph_route, is_refined, refine, refined_class, restore
-from cbam.surgery.trial import Bench, Misfit, Value, static_channels, without_hooks
+from cbam.surgery.route import is_refined, refine, restore
+from cbam.surgery.sites import Site, output_sites, sites
+from cbam.surgery.trial import Value
 
 _log = logging.getLogger("cbam")
-_IMAGE_SIZES = ((64, 96), (224, 256), (299, 331))
 _WRAPPERS = {"DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "OptimizedModule"}
-
-
-@dataclass(frozen=True)
-class Site:
-    """One place of a model, and whether attention goes there.
-
-    Attributes:
-        name: the block, as in `named_modules`.
-        channels: of the feature map there; None where it is not known.
-        why: where in the block the attention runs, or why it does not.
-        default: whether `attach` without `where` takes it.
-        attached: whether it has attention now.
-        dims: dimensions of the feature map (4 for images).
-        route: how the block's forward reaches the attention; None where it cannot.
-    """
-
-    name: str
-    channels: int | None
-    why: str
-    default: bool = False
-    attached: bool = False
-    dims: int = 4
-    route: Route | None = None
-
-    def __str__(self) -> str:
-        state = "attached" if self.attached else "free" if self.default else "left out"
-        return f"{self.name or '(the model)'}: {state}, {self.channels or '?'} channels, {self.why}"
-
-
-def sites(model: nn.Module) -> list[Site]:
-    """Every residual block of `model`: where attention goes, has gone, or why it is left out; changes nothing.
-
-    Blocks are recognised by what their own forward computes: a shortcut added to a branch that holds a
-    convolution and a nonlinearity. Every site was run alone, on a copy, at two sizes.
-    """
-    found: list[Site] = []
-    with_site: set[type] = set()
-    plain: list[tuple[str, nn.Module]] = []
-    for name, block in _blocks(model):
-        places = _places(name, block)
-        if any(s.default for s in places):
-            with_site.add(_plain_class(block))
-        if not places:
-            plain.append((name, block))
-        found += places
-    found += [Site(n, None, "no skip connection") for n, b in plain if _plain_class(b) in with_site]
-    order = {name: i for i, (name, _) in enumerate(model.named_modules())}
-    return sorted(found, key=lambda site: order[site.name])
 
 
 def attach(
@@ -127,111 +78,15 @@ def detach(model: nn.Module) -> nn.Module:
     return model
 
 
-def attached(model: nn.Module) -> dict[str, nn.Module]:
-    """The attention of `model` by the name of its block, in the order of `named_modules`."""
-    return {name: getattr(block, SLOT) for name, block in model.named_modules() if is_refined(block)}
-
-
-def _blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Modules that might hold a residual add of their own, outside attached attention."""
-    inside = {m for part in attached(model).values() for m in part.modules()}
-    for name, module in model.named_modules():
-        own_forward = type(module).forward not in (nn.Sequential.forward, nn.Module.forward)
-        if own_forward and module not in inside and graph.convolutions(module) and any(module.children()):
-            yield name, module
-
-
-def _places(name: str, block: nn.Module) -> list[Site]:
-    """The residual adds of one block, from its output back."""
-    if is_refined(block):
-        return [_attached_site(name, block)]
-    try:
-        traced = graph.trace(block)
-    except Exception as error:  # a forward may refuse to be traced in any way it likes
-        if not graph.adds_values(block):
-            return []
-        return [Site(name, None, f"cannot be traced: {str(error).splitlines()[0][:120]}")]
-    trunk = graph.Trunk(block, traced)
-    places: list[Site] = []
-    for add in trunk.adds:
-        places.append(_place(name, block, traced, trunk, add, taken=any(s.default for s in places)))
-    if not places and "partial" in trunk.note:
-        places.append(Site(name, None, trunk.note))
-    return places
-
-
-def _attached_site(name: str, block: nn.Module) -> Site:
-    route: Route = vars(type(block))["_cbam_route"]
-    channels = getattr(getattr(block, SLOT), "channels", None)
-    return Site(name, channels, str(route), default=True, attached=True, route=route)
-
-
-def _place(name: str, block: nn.Module, traced: fx.Graph, trunk: graph.Trunk, add: graph.Add, taken: bool) -> Site:
-    if taken:
-        return Site(name, None, add.reason or "a second add in one block")
-    if add.reason and "linear" not in add.reason:
-        return Site(name, None, add.reason)
-    try:
-        bench = Bench(block, traced)
-    except Misfit as misfit:
-        return _unrun(name, block, trunk, add, misfit)
-    try:
-        value = bench.value_at(add)
-    except Misfit as misfit:
-        return Site(name, None, str(misfit))
-    if hasattr(block, SLOT):
-        return Site(name, value.channels, f"has an attribute {SLOT!r} of its own")
-    refusals = []
-    for route in _routes(block, traced, trunk, add):
-        try:
-            if isinstance(route, Unroutable):
-                raise route
-            bench.check(route, value)
-        except (Misfit, Unroutable) as refusal:
-            refusals.append(str(refusal))
-        else:
-            why = str(route) + (f" ({add.reason})" if add.reason else "")
-            return Site(name, value.channels, why, default=not add.reason, dims=value.dims, route=route)
-    return Site(name, value.channels, "; ".join(refusals))
-
-
-def _unrun(name: str, block: nn.Module, trunk: graph.Trunk, add: graph.Add, misfit: Misfit) -> Site:
-    """A block that does not run alone: taken where its last layer fixes the channel axis by definition."""
-    for child, when in trunk.steps_back(add.branch):
-        value = static_channels(block.get_submodule(child)) if when == "after" else None
-        if value and "." not in child and not add.reason and not hasattr(block, SLOT):
-            try:
-                refined_class(type(block), Route(when, child))
-            except Unroutable:
-                continue
-            why = f"{when} {child} (not run: {misfit})"
-            return Site(name, value.channels, why, default=True, dims=value.dims, route=Route(when, child))
-    return Site(name, None, str(misfit))
-
-
-def _routes(
-    block: nn.Module, traced: fx.Graph, trunk: graph.Trunk, add: graph.Add
-) -> Iterator[Route | Unroutable]:
-    calls = [str(n.target) for n in traced.nodes if n.op == "call_module"]
-    for child, when in trunk.steps_back(add.branch):
-        if "." in child:
-            yield Unroutable(f"{child} is no direct child")
-        elif calls.count(child) != 1:
-            yield Unroutable(f"{child} is called {calls.count(child)} times")
-        else:
-            yield Route(when, child)
-    try:
-        yield graph_route(block, add.branch.name)
-    except Unroutable as refusal:
-        yield refusal
-
-
 def _choose(model: nn.Module, where: str | Callable[[str, nn.Module], bool] | None) -> list[Site]:
     found = sites(model)
     if where is None:
         chosen = [s for s in found if s.default]
         if not chosen:
-            reasons = "; ".join(f"{s.name}: {s.why}" for s in found[:3]) or "it has no residual block with a convolution"
+            reasons = (
+                "; ".join(f"{s.name}: {s.why}" for s in found[:3])
+                or "it has no residual block with a convolution"
+            )
             raise AttachError(f"no place for attention in {type(model).__name__} ({reasons}); say where=...")
     else:
         names = [name for name, module in model.named_modules() if _matcher(where)(name, module)]
@@ -250,14 +105,20 @@ def _chosen_by(names: list[str], found: list[Site], model: nn.Module, where) -> 
         return usable
     hopeless = [s for s in found if s.name in names and s.why != "no skip connection"]
     if hopeless:
-        raise AttachError(f"attention cannot go into {hopeless[0].name}: {hopeless[0].why}; nothing was changed")
+        raise AttachError(
+            f"attention cannot go into {hopeless[0].name}: {hopeless[0].why}; nothing was changed"
+        )
     if not names:
         known = [name for name, _ in model.named_modules() if name]
-        near = difflib.get_close_matches(str(where), known, 3, cutoff=0.0) if isinstance(where, str) else known[:3]
-        raise AttachError(
-            f"where={where!r} matches no module name as a whole; nearest: {', '.join(near)}; see cbam.sites(model)"
+        near = (
+            difflib.get_close_matches(str(where), known, 3, cutoff=0.0)
+            if isinstance(where, str)
+            else known[:3]
         )
-    return _output_sites(model, names)
+        raise AttachError(
+            f"where={where!r} matches no whole module name; nearest: {', '.join(near)}; see cbam.sites(model)"
+        )
+    return output_sites(model, names)
 
 
 def _matcher(where: str | Callable[[str, nn.Module], bool]) -> Callable[[str, nn.Module], bool]:
@@ -270,85 +131,29 @@ def _matcher(where: str | Callable[[str, nn.Module], bool]) -> Callable[[str, nn
     return lambda name, module: pattern.fullmatch(name) is not None
 
 
-def _output_sites(model: nn.Module, names: list[str]) -> list[Site]:
-    """Sites on the outputs of modules that are no residual blocks."""
-    modules = dict(model.named_modules())
-    for name in names:
-        module = modules[name]
-        if isinstance(module, nn.modules.batchnorm._NormBase):
-            raise AttachError(
-                f"{name} is a {type(module).__name__}: conversion to SyncBatchNorm would drop attention from it; "
-                "name the module around it, or the activation after it"
-            )
-        if type(module).forward is nn.Module.forward:
-            raise AttachError(f"{name} is a {type(module).__name__}, which has no forward; name a module inside it")
-        if hasattr(module, SLOT):
-            raise AttachError(f"{name} has an attribute {SLOT!r} already; nothing was changed")
-    values = {n: v for n in names if (v := static_channels(modules[n]))}
-    if len(values) < len(names):
-        values |= _observed(model, [n for n in names if n not in values])
-    return [
-        Site(n, values[n].channels, "on its output", dims=values[n].dims, route=Route("output")) for n in names
-    ]
-
-
-def _observed(model: nn.Module, names: list[str]) -> dict[str, Value]:
-    """Channels at the outputs of modules, by running the model on images of two sizes."""
-    failure = ""
-    for sizes in _IMAGE_SIZES:
-        try:
-            runs = [_output_shapes(model, names, size) for size in sizes]
-        except Exception as error:  # a model refuses what it cannot take in any way it likes
-            failure = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
-            continue
-        for name in names:
-            a, b = (run.get(name) for run in runs)
-            if a is None or b is None or len(a) < 3 or a[1] != b[1] or a[2:] == b[2:] != (1,) * (len(a) - 2):
-                raise AttachError(f"the output of {name} is no (N, C, H, W) map: {a} and {b} on two image sizes")
-        return {name: Value(runs[0][name][1], len(runs[0][name])) for name in names}
-    raise AttachError(f"the model could not be run to learn the channels of {names[0]}: {failure}")
-
-
-def _output_shapes(model: nn.Module, names: list[str], size: int) -> dict[str, tuple[int, ...]]:
-    first = next((m for m in model.modules() if isinstance(m, nn.modules.conv._ConvNd)), None)
-    if first is None:
-        raise AttachError("the model has no convolution")
-    shapes: dict[str, tuple[int, ...]] = {}
-    modules = dict(model.named_modules())
-
-    def note(name: str):
-        return lambda module, args, out: shapes.update({name: tuple(out.shape)}) if isinstance(out, Tensor) else None
-
-    modes = {m: m.training for m in modules.values()}
-    x = torch.zeros(1, first.in_channels, *(size,) * len(first.kernel_size)).to(first.weight)
-    with without_hooks(model), torch.no_grad():
-        handles = [modules[name].register_forward_hook(note(name)) for name in names]
-        try:
-            model.eval()(x)
-        finally:
-            for m, mode in modes.items():
-                m.training = mode
-            for handle in handles:
-                handle.remove()
-    return shapes
-
-
 def _build(block: nn.Module, site: Site, attention: Callable[[int], nn.Module], start: str) -> nn.Module:
     """The attention of one site: made, started, run once, and fitted to its host."""
-    assert site.channels is not None
+    channels = site.channels
+    assert channels is not None
     try:
-        part = attention(site.channels)
+        part = attention(channels)
     except Exception as error:
-        raise AttachError(f"attention({site.channels}) for {site.name} failed: {error}; nothing was changed") from error
+        raise AttachError(
+            f"attention({channels}) for {site.name} failed: {error}; nothing was changed"
+        ) from error
     if not isinstance(part, nn.Module):
-        raise AttachError(f"attention({site.channels}) gave a {type(part).__name__}, expected an nn.Module")
+        raise AttachError(f"attention({channels}) gave a {type(part).__name__}, expected an nn.Module")
     if start == "identity":
         _start_at_identity(part)
-    _check_part(part, site, start)
+    _check_part(part, site.name, Value(channels, site.dims), start)
     host = next((p for p in block.parameters() if p.dtype.is_floating_point), None)
     if host is not None:
         part = part.to(device=host.device, dtype=host.dtype)
-        if host.dim() == 4 and host.is_contiguous(memory_format=torch.channels_last) and not host.is_contiguous():
+        if (
+            host.dim() == 4
+            and host.is_contiguous(memory_format=torch.channels_last)
+            and not host.is_contiguous()
+        ):
             part = part.to(memory_format=torch.channels_last)
     return part.train(block.training)
 
@@ -367,26 +172,28 @@ def _start_at_identity(part: nn.Module) -> None:
         )
 
 
-def _check_part(part: nn.Module, site: Site, start: str) -> None:
+def _check_part(part: nn.Module, name: str, value: Value, start: str) -> None:
     """Run the attention alone: a wrong shape or a start that is none is found before anything changes."""
     weight = next(part.parameters(), None)
     if weight is not None and weight.is_meta:
         return
-    x = torch.linspace(-2, 2, 15 * site.channels)
-    x = x.reshape(1, site.channels, *((15,), (5, 3), (5, 3, 1))[site.dims - 3])
+    x = torch.linspace(-2, 2, 15 * value.channels)
+    x = x.reshape(1, value.channels, *((15,), (5, 3), (5, 3, 1))[value.dims - 3])
     modes = {m: m.training for m in part.modules()}
     try:
         with torch.no_grad():
             out = part.eval()(x if weight is None else x.to(weight))
     except Exception as error:
         raise AttachError(
-            f"{type(part).__name__} refuses the {site.dims}-D map of {site.name}: {error}; nothing was changed"
+            f"{type(part).__name__} refuses the {value.dims}-D map of {name}: {error}; nothing was changed"
         ) from error
     finally:
         for m, mode in modes.items():
             m.training = mode
     if not isinstance(out, Tensor) or out.shape != x.shape:
-        raise AttachError(f"{type(part).__name__} turns {tuple(x.shape)} into {getattr(out, 'shape', type(out))}")
+        raise AttachError(
+            f"{type(part).__name__} turns {tuple(x.shape)} into {getattr(out, 'shape', type(out))}"
+        )
     if start == "identity" and not torch.equal(out, x.to(out)):
         raise AttachError(f"{type(part).__name__}.identity_() does not make it compute exactly its input")
 
@@ -401,11 +208,7 @@ def _refuse_wrapped(model: nn.Module) -> None:
             raise AttachError(f"found a compiled module {where}: attach first, then torch.compile")
         if kind in _WRAPPERS or kind.startswith("FSDP"):
             raise AttachError(f"found {kind} {where}: attach before wrapping for distribution")
-        if callable(getattr(module, "weight", None)):
+        if callable(vars(type(module)).get("weight")):
             raise AttachError(f"found a quantised {kind} {where}: attach, then quantise")
-        if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
+        if any(is_lazy(p) for p in module.parameters(recurse=False)):
             raise AttachError(f"found an uninitialised {kind} {where}: run the model once, then attach")
-
-
-def _plain_class(block: nn.Module) -> type:
-    return vars(type(block)).get("_cbam_base", type(block))

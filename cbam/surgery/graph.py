@@ -24,17 +24,32 @@ _CATS = {torch.cat, torch.concat}
 _MATMULS = {"matmul", "bmm", "einsum", "baddbmm", "scaled_dot_product_attention"}
 _DROPS = re.compile(r"Identity|Drop(out|path|block)|StochasticDepth", re.IGNORECASE)
 _ACTIVATIONS = frozenset(
-    "relu relu_ relu6 gelu silu silu_ swish mish hardswish hard_swish hardsigmoid hard_sigmoid hardtanh elu "
-    "elu_ selu celu leaky_relu leaky_relu_ prelu rrelu glu sigmoid sigmoid_ tanh tanh_ softplus softmax".split()
+    ("relu", "relu_", "relu6", "prelu", "rrelu", "leaky_relu", "leaky_relu_", "elu", "elu_", "selu", "celu")
+    + (
+        "gelu",
+        "glu",
+        "silu",
+        "silu_",
+        "swish",
+        "mish",
+        "hardswish",
+        "hard_swish",
+        "hardtanh",
+        "tanh",
+        "tanh_",
+    )
+    + ("sigmoid", "sigmoid_", "hardsigmoid", "hard_sigmoid", "softplus", "softmax")
 )
-_ACTIVATION_CLASS = re.compile(r"relu|elu|silu|swish|mish|glu|sigmoid|tanh|softplus|softmax|evonorm|tlu", re.I)
+_ACTIVATION_CLASS = re.compile(
+    r"relu|elu|silu|swish|mish|glu|sigmoid|tanh|softplus|softmax|evonorm|tlu", re.I
+)
 _SHAPE_READERS = {"size", "dim", "numel"}
 MAX_SHORTCUT_CONVS = 2
 
 
 @dataclass(frozen=True)
 class Add:
-    """An add on a block's trunk: the branch that joins there, and why attention does not belong ("" if it does)."""
+    """An add on a block's trunk, and why attention does not belong before it ("" if it does)."""
 
     node: Node
     branch: Node
@@ -73,7 +88,7 @@ class Trunk:
 
     Attributes:
         adds: from the output back.
-        note: what kept the walk from finding more, "" if it met the input.
+        note: what the trunk ends in, where that is a sum of another kind; else "".
     """
 
     def __init__(self, block: nn.Module, graph: fx.Graph) -> None:
@@ -126,19 +141,21 @@ class Trunk:
 
     def _partial(self, node: Node) -> str:
         """Why the walk ends at a node of several inputs."""
-        if node.target in _CATS:
-            for part in self.inputs(node):
-                if part.target in _ADDS and len(self.inputs(part)) == 2:
-                    return "partial residual: the add covers a slice of the channels"
-            return "its output is a concatenation"
-        return f"its output joins several values in {_name(node)}"
+        sums = [p for p in self.inputs(node) if p.target in _ADDS and len(self.inputs(p)) == 2]
+        if node.target not in _CATS or not sums:
+            return ""
+        if any(_is_slice(n) for p in sums for n in self.inputs(p)):
+            return "partial residual: the add covers a slice of the channels"
+        return "a cell: its output concatenates parallel sums"
 
     def _between(self, fork: Node, end: Node) -> set[Node]:
         return self._ancestors[end] - self._ancestors[fork]
 
     def _convs(self, nodes: set[Node]) -> int:
         count = sum(_name(n).startswith(("conv1d", "conv2d", "conv3d", "deform_conv")) for n in nodes)
-        return count + sum(convolutions(self._children[str(n.target)]) for n in nodes if n.op == "call_module")
+        return count + sum(
+            convolutions(self._children[str(n.target)]) for n in nodes if n.op == "call_module"
+        )
 
     def _is_nonlinear(self, node: Node) -> bool:
         if node.op == "call_module":
@@ -216,14 +233,21 @@ def _names(code: CodeType | None) -> frozenset[str]:
     return frozenset(code.co_names) if code else frozenset()
 
 
+def _is_slice(node: Node) -> bool:
+    index = node.args[1] if node.target is operator.getitem else None
+    return isinstance(index, tuple) and any(isinstance(i, slice) for i in index)
+
+
 def _scalars(graph: fx.Graph) -> set[Node]:
     """Nodes that are sizes or computed from sizes alone."""
     scalars: set[Node] = set()
     for node in graph.nodes:
-        reads_shape = (node.target is getattr and len(node.args) > 1 and node.args[1] in ("shape", "ndim")) or (
-            node.op == "call_method" and node.target in _SHAPE_READERS
+        reads_shape = (
+            node.target is getattr and len(node.args) > 1 and node.args[1] in ("shape", "ndim")
+        ) or (node.op == "call_method" and node.target in _SHAPE_READERS)
+        from_sizes = (
+            node.op == "call_function" and node.all_input_nodes and scalars.issuperset(node.all_input_nodes)
         )
-        from_sizes = node.op == "call_function" and node.all_input_nodes and scalars.issuperset(node.all_input_nodes)
         if reads_shape or from_sizes:
             scalars.add(node)
     return scalars

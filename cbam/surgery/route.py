@@ -1,16 +1,16 @@
 """Put attention on a block's branch without touching a child, a key or a hook.
 
 The block's class is swapped for a subclass of the same name whose forward is the block's own code with one
-call redirected: `self.bn3(x)` runs as `self._cbam_call(x)`, which is `self.cbam(self.bn3(x))`. The redirection
-renames one entry of the code object, so it needs no source text and follows branches, closures and helper
-methods of the original. Children stay what they are: conversion to SyncBatchNorm, hooks and state dicts do not
-notice. Where no child can be redirected, the forward is generated from the block's traced graph.
+call redirected: `self.bn3(x)` runs as `self._cbam_call(x)`, which is `self.cbam(self.bn3(x))`. It renames one
+entry of the code object, so it needs no source text and follows the branches, closures and helper methods of
+the original. Children stay what they are: conversion to SyncBatchNorm, hooks and state dicts do not notice.
+Where no child can be redirected, the forward is generated from the block's traced graph.
 """
 
-import copyreg
 import dis
 import functools
 import importlib
+import re
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -22,6 +22,7 @@ from cbam.surgery.graph import trace
 
 SLOT = "cbam"  # the attribute that holds the attention, as in the authors' released checkpoints
 _REDIRECTED = "_cbam_call"
+_NEW_OBJECT = object().__reduce_ex__(2)[0]  # what rebuilds an object that does not pickle itself
 
 
 @dataclass(frozen=True)
@@ -41,10 +42,14 @@ class Route:
     names: tuple[tuple[str, str, str], ...] = ()
 
     def __str__(self) -> str:
-        return "on its output" if self.when == "output" else f"{self.when} {self.child}".replace("graph", "after")
+        return (
+            "on its output"
+            if self.when == "output"
+            else f"{self.when} {self.child}".replace("graph", "after")
+        )
 
 
-class Unroutable(Exception):
+class UnroutableError(Exception):
     """The code of a block does not allow a route; the text says why."""
 
 
@@ -57,7 +62,7 @@ def refine(block: nn.Module, route: Route, attention: nn.Module) -> None:
 def restore(block: nn.Module) -> nn.Module:
     """Take the attention out of `block` and return it."""
     attention = block._modules.pop(SLOT)
-    block.__class__ = type(block)._cbam_base
+    block.__class__ = vars(type(block))["_cbam_base"]
     assert isinstance(attention, nn.Module)
     return attention
 
@@ -72,7 +77,7 @@ def refined_class(base: type[nn.Module], route: Route) -> type[nn.Module]:
     """The subclass of `base` that runs `self.cbam` at `route`.
 
     Raises:
-        Unroutable: the code of `base` does not allow the route.
+        UnroutableError: the code of `base` does not allow the route.
     """
     if route.when == "graph":
         methods: dict[str, Any] = {"forward": _generated_forward(route)}
@@ -97,16 +102,17 @@ def refined_class(base: type[nn.Module], route: Route) -> type[nn.Module]:
 
 
 def graph_route(block: nn.Module, value: str) -> Route:
-    """A route that generates the forward of `block` from its graph, with attention on the value named `value`.
+    """A route by a forward generated from the graph of `block`, with attention on the value named `value`.
 
     Raises:
-        Unroutable: the train and eval graphs differ (dropout would be baked), or the graph uses an object
-            that a pickle cannot name.
+        UnroutableError: the train and eval graphs differ (dropout would be baked), or the graph uses an
+            object that a pickle cannot name.
     """
     code = [_with_attention(block, value, training) for training in (False, True)]
     if code[0].src != code[1].src:
-        raise Unroutable("its forward differs between training and evaluation")
-    names = tuple(_importable(name, target) for name, target in sorted(code[0].globals.items()))
+        raise UnroutableError("its forward differs between training and evaluation")
+    used = sorted(name for name in code[0].globals if re.search(rf"\b{name}\b", code[0].src))
+    names = tuple(_importable(name, code[0].globals[name]) for name in used)
     return Route("graph", value, code[0].src, names)
 
 
@@ -114,7 +120,7 @@ def _with_attention(block: nn.Module, value: str, training: bool):
     graph = trace(block, training=training)
     node = next((n for n in graph.nodes if n.name == value), None)
     if node is None:
-        raise Unroutable("its forward differs between training and evaluation")
+        raise UnroutableError("its forward differs between training and evaluation")
     with graph.inserting_after(node):
         attended = graph.call_module(SLOT, (node,))
     node.replace_all_uses_with(attended, delete_user_cb=lambda user: user is not attended)
@@ -125,11 +131,11 @@ def _importable(name: str, target: Any) -> tuple[str, str, str]:
     if isinstance(target, types.ModuleType):
         return name, target.__name__, ""
     module, qualname = getattr(target, "__module__", None), getattr(target, "__qualname__", "")
-    if target is type(None):
-        return name, "types", "NoneType"
+    if name in ("inf", "nan"):
+        return name, "math", name
     if module and _resolve(module, qualname) is target:
         return name, module, qualname
-    raise Unroutable(f"its graph uses {target!r}, which cannot be imported by name")
+    raise UnroutableError(f"its graph uses {target!r}, which cannot be imported by name")
 
 
 def _resolve(module: str, qualname: str) -> Any:
@@ -162,12 +168,13 @@ def _redirected_call(route: Route) -> Callable:
 
         def call(self, *args, **kwargs):
             return self.cbam(getattr(self, child)(*args, **kwargs))
-    else:
 
-        def call(self, x, *args, **kwargs):
-            return getattr(self, child)(self.cbam(x), *args, **kwargs)
+        return call
 
-    return call
+    def call_on_attended(self, x, *args, **kwargs):
+        return getattr(self, child)(self.cbam(x), *args, **kwargs)
+
+    return call_on_attended
 
 
 def _redirected_methods(base: type[nn.Module], child: str) -> dict[str, Any]:
@@ -178,7 +185,7 @@ def _redirected_methods(base: type[nn.Module], child: str) -> dict[str, Any]:
             _check_code(function, child)
             methods[name] = _renamed(function, child)
     if not methods:
-        raise Unroutable(f"no method of {base.__name__} names {child}")
+        raise UnroutableError(f"no method of {base.__name__} names {child}")
     return methods
 
 
@@ -189,8 +196,9 @@ def _reached(base: type[nn.Module]) -> dict[str, types.FunctionType]:
     while pending:
         name = pending.pop()
         function = getattr(base, name, None)
-        ours = isinstance(function, types.FunctionType) and function is not getattr(nn.Module, name, None)
-        if name in reached or not ours:
+        if name in reached or not isinstance(function, types.FunctionType):
+            continue
+        if function is getattr(nn.Module, name, None):
             continue
         reached[name] = function
         pending += [n for code in _codes(function.__code__) for n in code.co_names]
@@ -213,7 +221,9 @@ def _check_code(function: types.FunctionType, child: str) -> None:
             if instruction.argval == child and instruction.opcode in dis.hasname:
                 read = instruction.opname in ("LOAD_ATTR", "LOAD_METHOD")
                 if not (read and before is not None and _loads(before, receiver)):
-                    raise Unroutable(f"{function.__qualname__} uses the name {child} for something else too")
+                    raise UnroutableError(
+                        f"{function.__qualname__} uses the name {child} for something else too"
+                    )
             before = instruction
 
 
@@ -240,7 +250,9 @@ def _renamed(function: types.FunctionType, child: str) -> types.FunctionType:
 def _renamed_code(code: types.CodeType, child: str) -> types.CodeType:
     return code.replace(
         co_names=tuple(_REDIRECTED if name == child else name for name in code.co_names),
-        co_consts=tuple(_renamed_code(c, child) if isinstance(c, types.CodeType) else c for c in code.co_consts),
+        co_consts=tuple(
+            _renamed_code(c, child) if isinstance(c, types.CodeType) else c for c in code.co_consts
+        ),
         # Scripting reads a function's source through its file name: it must find none rather than the
         # original's, which has no attention in it.
         co_filename=f"<cbam: {code.co_name} with attention at {child}>",
@@ -251,7 +263,7 @@ def _reduce_ex(self, protocol):
     """Pickle and copy by the importable base and the route: the class itself has no importable name."""
     cls = type(self)
     make, _, *state = super(cls, self).__reduce_ex__(max(int(protocol), 2))
-    if make is not copyreg.__newobj__:
+    if make is not _NEW_OBJECT:
         raise TypeError(f"{cls.__name__} pickles itself in its own way; detach the attention first")
     return _refined_instance, (cls._cbam_base, cls._cbam_route), *state
 
@@ -259,4 +271,3 @@ def _reduce_ex(self, protocol):
 def _refined_instance(base: type[nn.Module], route: Route) -> nn.Module:
     cls = refined_class(base, route)
     return cls.__new__(cls)
-

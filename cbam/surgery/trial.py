@@ -19,10 +19,13 @@ from cbam.surgery.graph import Add
 from cbam.surgery.route import Route, refine, restore
 
 # Small first; then sizes that windows, patches and fixed position tables are made for.
-_SIZES = (((6, 10), (10, 4)), ((16, 24), (24, 8)), ((56, 112), (112, 56)), ((14, 14),), ((7, 7),))
+_SIZES = (
+    *(((6, 10), (10, 4)), ((16, 24), (24, 8)), ((56, 112), (112, 56))),
+    *(((side, side),) for side in (7, 14, 8, 16, 32)),
+)
 
 
-class Misfit(Exception):
+class MisfitError(Exception):
     """A block cannot carry attention at a place; the text says why."""
 
 
@@ -51,45 +54,51 @@ class Bench:
     """A copy of a block, and inputs that it takes.
 
     Raises:
-        Misfit: no input of any plausible size runs through the block.
+        MisfitError: no input of any plausible size runs through the block.
     """
 
     def __init__(self, block: nn.Module, graph: fx.Graph) -> None:
         self.block = _detached_copy(block)
         self._graph = graph
-        arguments = [n for n in graph.nodes if n.op == "placeholder" and not n.args and "*" not in str(n.target)]
+        self._refusal = ""
+        arguments = [
+            n for n in graph.nodes if n.op == "placeholder" and not n.args and "*" not in str(n.target)
+        ]
         if len(arguments) != 1:
-            raise Misfit(f"its forward needs {len(arguments)} inputs")
+            raise MisfitError(f"its forward needs {len(arguments)} inputs")
         self.inputs = self._find_inputs()
         if not self.inputs:
-            raise Misfit(self._why_not())
+            raise MisfitError(self._why_not())
 
     def value_at(self, add: Add) -> Value:
         """What flows at the branch of `add`.
 
         Raises:
-            Misfit: the branch does not have the shape of the sum, or no fixed channel axis.
+            MisfitError: the branch does not have the shape of the sum, or no fixed channel axis.
         """
         shapes = []
         for x in self.inputs:
             noted = _noted_shapes(self.block, self._graph, x)
             branch, shortcut, total = (noted.get(n.name) for n in (add.branch, add.shortcut, add.node))
             if branch is None or not branch == shortcut == total:
-                raise Misfit("a gate: its branch is broadcast over the shortcut")
+                raise MisfitError("a gate: its branch is broadcast over the shortcut")
             shapes.append(branch)
         first, *others = shapes
         if len(first) != self.inputs[0].dim():
-            raise Misfit(f"works on {_kind(len(first))}, not on (N, C, ...) maps")
-        if any(other[1] != first[1] or other[2:] == first[2:] for other in others):
-            raise Misfit("works on channels-last (N, H, W, C) values")
+            raise MisfitError(f"works on {_kind(len(first))}, not on (N, C, ...) maps")
+        moved = any(other[1] != first[1] or other[2:] == first[2:] for other in others)
+        if moved or (not others and first[1] == first[2]):  # one square size: channels are the odd one out
+            raise MisfitError("works on channels-last (N, H, W, C) values")
+        if first[1] == 1:
+            raise MisfitError("a mask: it has one channel")
         return Value(first[1], len(first))
 
     def check(self, route: Route, value: Value) -> None:
         """Put a probe at `route` and compare with the plain block.
 
         Raises:
-            Misfit: the probe is not called exactly once, not at `value`, or changes the output.
-            Unroutable: the code of the block does not allow the route.
+            MisfitError: the probe is not called exactly once, not at `value`, or changes the output.
+            UnroutableError: the code of the block does not allow the route.
         """
         plain = [self._run(x) for x in self.inputs]
         probe = _Probe()
@@ -99,14 +108,16 @@ class Bench:
                 probe.shapes.clear()
                 out = self._run(x)
                 if len(probe.shapes) != 1:
-                    raise Misfit(f"{route} runs {len(probe.shapes)} times in one forward")
+                    raise MisfitError(f"{route} runs {len(probe.shapes)} times in one forward")
                 if probe.shapes[0][1] != value.channels or len(probe.shapes[0]) != value.dims:
-                    raise Misfit(f"{route} carries {tuple(probe.shapes[0])}, the branch {value.channels} channels")
+                    raise MisfitError(
+                        f"{route} carries {tuple(probe.shapes[0])}, the branch {value.channels} channels"
+                    )
                 if not _same(out, expected):
-                    raise Misfit(f"{route} changes the function of the block")
+                    raise MisfitError(f"{route} changes the function of the block")
             probe.factor = 2
             if _same(self._run(self.inputs[0]), plain[0]):
-                raise Misfit(f"{route} does not reach the output")
+                raise MisfitError(f"{route} does not reach the output")
         finally:
             restore(self.block)
 
@@ -128,7 +139,9 @@ class Bench:
         try:
             self._run(x)
         except Exception as error:  # a block refuses what it cannot take in any way it likes
-            self._error = error
+            self._refusal = (
+                self._refusal or (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
+            )
             return False
         return True
 
@@ -136,12 +149,11 @@ class Bench:
         channels = next(iter(_entry_channels(self.block, self._graph)), 0)
         if not channels:
             return "cannot be run alone: no layer tells its channels"
-        refusal = (str(self._error).strip().splitlines() or [type(self._error).__name__])[0]
         if self._runs(_ramp(1, 6, 10, channels)):
             return "works on channels-last (N, H, W, C) values"
         if self._runs(_ramp(1, 60, channels)):
             return "works on tokens (N, L, C)"
-        return f"cannot be run alone: {refusal[:120]}"
+        return f"cannot be run alone: {self._refusal}"
 
 
 def static_channels(child: nn.Module) -> Value | None:
@@ -193,7 +205,9 @@ def _detached_copy(block: nn.Module) -> nn.Module:
     with torch.no_grad():
         for p in clone.parameters():
             # Affine scales that start at zero would make every test of the branch pass.
-            p.uniform_(0.5, 1.5, generator=generator) if p.dim() < 2 else p.uniform_(-0.3, 0.3, generator=generator)
+            p.uniform_(0.5, 1.5, generator=generator) if p.dim() < 2 else p.uniform_(
+                -0.3, 0.3, generator=generator
+            )
     return clone.requires_grad_(False)
 
 
@@ -217,7 +231,7 @@ def _noted_shapes(block: nn.Module, graph: fx.Graph, x: Tensor) -> dict[str, tor
 
 
 def _entry_channels(block: nn.Module, graph: fx.Graph) -> list[int]:
-    """The channels the block may take, likeliest first: those of the layers that read its input, then others."""
+    """The channels the block may take, likeliest first: those of the layers it calls, then others."""
     children = dict(block.named_modules())
     readers = [children[str(n.target)] for n in graph.nodes if n.op == "call_module"]
     found = [_in_channels(m) for reader in [*readers, block] for m in reader.modules()]

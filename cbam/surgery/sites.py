@@ -1,0 +1,237 @@
+"""Where attention can go in a model: the residual blocks, and the outputs of other modules."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx, nn
+
+from cbam.errors import AttachError
+from cbam.surgery import graph
+from cbam.surgery.route import SLOT, Route, UnroutableError, graph_route, is_refined, refined_class
+from cbam.surgery.trial import Bench, MisfitError, Value, static_channels, without_hooks
+
+_IMAGE_SIZES = ((64, 96), (224, 256), (299, 331))
+
+
+@dataclass(frozen=True)
+class Site:
+    """One place of a model, and whether attention goes there.
+
+    Attributes:
+        name: the block, as in `named_modules`.
+        channels: of the feature map there; None where it is not known.
+        why: where in the block the attention runs, or why it does not.
+        default: whether `attach` without `where` takes it.
+        attached: whether it has attention now.
+        dims: dimensions of the feature map (4 for images).
+        route: how the block's forward reaches the attention; None where it cannot.
+    """
+
+    name: str
+    channels: int | None
+    why: str
+    default: bool = False
+    attached: bool = False
+    dims: int = 4
+    route: Route | None = None
+
+    def __str__(self) -> str:
+        state = "attached" if self.attached else "free" if self.default else "left out"
+        return f"{self.name or '(the model)'}: {state}, {self.channels or '?'} channels, {self.why}"
+
+
+def sites(model: nn.Module) -> list[Site]:
+    """Every residual block of `model`: where attention goes, or why it does not; changes nothing.
+
+    Blocks are recognised by what their own forward computes: a shortcut added to a branch that holds a
+    convolution and a nonlinearity. Every site was run alone, on a copy, at two sizes.
+    """
+    found: list[Site] = []
+    with_site: set[type] = set()
+    plain: list[tuple[str, nn.Module]] = []
+    for name, block in _blocks(model):
+        places = _places(name, block)
+        if any(s.default for s in places):
+            with_site.add(_plain_class(block))
+        if not places:
+            plain.append((name, block))
+        found += places
+    found += [Site(n, None, "no skip connection") for n, b in plain if _plain_class(b) in with_site]
+    order = {name: i for i, (name, _) in enumerate(model.named_modules())}
+    return sorted(found, key=lambda site: order[site.name])
+
+
+def attached(model: nn.Module) -> dict[str, nn.Module]:
+    """The attention of `model` by the name of its block, in the order of `named_modules`."""
+    return {name: getattr(block, SLOT) for name, block in model.named_modules() if is_refined(block)}
+
+
+def _blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Modules that might hold a residual add of their own, outside attached attention."""
+    inside = {m for part in attached(model).values() for m in part.modules()}
+    for name, module in model.named_modules():
+        own_forward = type(module).forward not in (nn.Sequential.forward, nn.Module.forward)
+        if own_forward and module not in inside and graph.convolutions(module) and any(module.children()):
+            yield name, module
+
+
+def _places(name: str, block: nn.Module) -> list[Site]:
+    """The residual adds of one block, from its output back."""
+    if is_refined(block):
+        return [_attached_site(name, block)]
+    try:
+        traced = graph.trace(block)
+    except Exception as error:  # a forward may refuse to be traced in any way it likes
+        if not graph.adds_values(block):
+            return []
+        return [Site(name, None, f"cannot be traced: {str(error).splitlines()[0][:120]}")]
+    trunk = graph.Trunk(block, traced)
+    places: list[Site] = []
+    for add in trunk.adds:
+        places.append(_place(name, block, traced, trunk, add, taken=any(s.default for s in places)))
+    if not places and trunk.note:
+        places.append(Site(name, None, trunk.note))
+    return places
+
+
+def _attached_site(name: str, block: nn.Module) -> Site:
+    route: Route = vars(type(block))["_cbam_route"]
+    channels = getattr(getattr(block, SLOT), "channels", None)
+    return Site(name, channels, str(route), default=True, attached=True, route=route)
+
+
+def _place(
+    name: str, block: nn.Module, traced: fx.Graph, trunk: graph.Trunk, add: graph.Add, taken: bool
+) -> Site:
+    if taken:
+        return Site(name, None, "a second add in one block")
+    if add.reason and "linear" not in add.reason:
+        return Site(name, None, add.reason)
+    try:
+        bench = Bench(block, traced)
+    except MisfitError as misfit:
+        return _unrun(name, block, trunk, add, misfit)
+    try:
+        value = bench.value_at(add)
+    except MisfitError as misfit:
+        return Site(name, None, str(misfit))
+    if hasattr(block, SLOT):
+        return Site(name, value.channels, f"has an attribute {SLOT!r} of its own")
+    refusals = []
+    for route in _routes(block, traced, trunk, add):
+        try:
+            if isinstance(route, UnroutableError):
+                raise route
+            bench.check(route, value)
+        except (MisfitError, UnroutableError) as refusal:
+            refusals.append(str(refusal))
+        else:
+            why = str(route) + (f" ({add.reason})" if add.reason else "")
+            return Site(name, value.channels, why, default=not add.reason, dims=value.dims, route=route)
+    return Site(name, value.channels, "; ".join(refusals))
+
+
+def _unrun(name: str, block: nn.Module, trunk: graph.Trunk, add: graph.Add, misfit: MisfitError) -> Site:
+    """A block that does not run alone: taken where its last layer fixes the channel axis by definition."""
+    for child, when in trunk.steps_back(add.branch):
+        value = static_channels(block.get_submodule(child)) if when == "after" else None
+        if value and "." not in child and not add.reason and not hasattr(block, SLOT):
+            try:
+                refined_class(type(block), Route(when, child))
+            except UnroutableError:
+                continue
+            why = f"{when} {child} (not run: {misfit})"
+            return Site(name, value.channels, why, default=True, dims=value.dims, route=Route(when, child))
+    return Site(name, None, str(misfit))
+
+
+def _routes(
+    block: nn.Module, traced: fx.Graph, trunk: graph.Trunk, add: graph.Add
+) -> Iterator[Route | UnroutableError]:
+    calls = [str(n.target) for n in traced.nodes if n.op == "call_module"]
+    for child, when in trunk.steps_back(add.branch):
+        if "." in child:
+            yield UnroutableError(f"{child} is no direct child")
+        elif calls.count(child) != 1:
+            yield UnroutableError(f"{child} is called {calls.count(child)} times")
+        else:
+            yield Route(when, child)
+    try:
+        yield graph_route(block, add.branch.name)
+    except UnroutableError as refusal:
+        yield refusal
+
+
+def output_sites(model: nn.Module, names: list[str]) -> list[Site]:
+    """Sites on the outputs of modules that are no residual blocks."""
+    modules = dict(model.named_modules())
+    for name in names:
+        module = modules[name]
+        if isinstance(module, nn.modules.batchnorm._NormBase):
+            raise AttachError(
+                f"{name} is a {type(module).__name__}: converting it to SyncBatchNorm would drop attention; "
+                "name the module around it, or the activation after it"
+            )
+        if type(module).forward is nn.Module.forward:
+            raise AttachError(
+                f"{name} is a {type(module).__name__}, which has no forward; name a module inside it"
+            )
+        if hasattr(module, SLOT):
+            raise AttachError(f"{name} has an attribute {SLOT!r} already; nothing was changed")
+    values = {n: v for n in names if (v := static_channels(modules[n]))}
+    if len(values) < len(names):
+        values |= _observed(model, [n for n in names if n not in values])
+    return [
+        Site(n, values[n].channels, "on its output", dims=values[n].dims, route=Route("output"))
+        for n in names
+    ]
+
+
+def _observed(model: nn.Module, names: list[str]) -> dict[str, Value]:
+    """Channels at the outputs of modules, by running the model on images of two sizes."""
+    failure = ""
+    for sizes in _IMAGE_SIZES:
+        try:
+            runs = [_output_shapes(model, names, size) for size in sizes]
+        except Exception as error:  # a model refuses what it cannot take in any way it likes
+            failure = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
+            continue
+        for name in names:
+            a, b = (run.get(name) for run in runs)
+            if a is None or b is None or len(a) < 3 or a[1] != b[1] or a[2:] == b[2:] != (1,) * (len(a) - 2):
+                raise AttachError(
+                    f"the output of {name} is no (N, C, H, W) map: {a} and {b} on two image sizes"
+                )
+        return {name: Value(runs[0][name][1], len(runs[0][name])) for name in names}
+    raise AttachError(f"the model could not be run to learn the channels of {names[0]}: {failure}")
+
+
+def _output_shapes(model: nn.Module, names: list[str], size: int) -> dict[str, tuple[int, ...]]:
+    first = next((m for m in model.modules() if isinstance(m, nn.modules.conv._ConvNd)), None)
+    if first is None:
+        raise AttachError("the model has no convolution")
+    shapes: dict[str, tuple[int, ...]] = {}
+    modules = dict(model.named_modules())
+
+    def note(name: str):
+        return lambda module, args, out: (
+            shapes.update({name: tuple(out.shape)}) if isinstance(out, Tensor) else None
+        )
+
+    modes = {m: m.training for m in modules.values()}
+    x = torch.zeros(1, first.in_channels, *(size,) * len(first.kernel_size)).to(first.weight)
+    with without_hooks(model), torch.no_grad():
+        handles = [modules[name].register_forward_hook(note(name)) for name in names]
+        try:
+            model.eval()(x)
+        finally:
+            for m, mode in modes.items():
+                m.training = mode
+            for handle in handles:
+                handle.remove()
+    return shapes
+
+
+def _plain_class(block: nn.Module) -> type:
+    return vars(type(block)).get("_cbam_base", type(block))
