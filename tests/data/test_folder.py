@@ -1,0 +1,439 @@
+import logging
+import os
+import pickle
+import time
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cbam.data import decode, image_folder, loader
+from cbam.data.folder import augment, centre, random_crop
+from cbam.data.images import draws
+from cbam.errors import DataError, InputError
+
+
+@pytest.fixture
+def split_folder(make_folder):
+    """train: 5 cats and 6 dogs; val: 2 and 3."""
+    make_folder({"cat": 5, "dog": 6}, inside="train")
+    return make_folder({"cat": 2, "dog": 3}, inside="val")
+
+
+def test_train_and_val_folders_are_the_two_sets(split_folder):
+    train, val = image_folder(split_folder)
+    assert (len(train), len(val)) == (11, 5)
+    assert train.classes == val.classes == ["cat", "dog"]
+    assert val.targets == [0, 0, 1, 1, 1]
+    assert train.name == "pictures"
+    sample = train[3]
+    assert sample["image"].shape == (3, 32, 32)
+    assert sample["image"].dtype == torch.uint8
+    assert (sample["target"], sample["index"]) == (0, 3)
+    assert sample["box"].isnan().all()
+    assert not train.has_boxes
+
+
+@pytest.mark.parametrize("name", ["val", "validation", "valid", "test", "Val"])
+def test_the_validation_folder_has_several_names(make_folder, name):
+    make_folder({"a": 2, "b": 2}, inside="train")
+    train, val = image_folder(make_folder({"a": 1, "b": 1}, inside=name))
+    assert (len(train), len(val)) == (4, 2)
+
+
+def test_a_test_folder_beside_val_is_not_read_and_said(split_folder, make_folder):
+    train, val = image_folder(make_folder({"cat": 9}, inside="test"))
+    assert len(train) + len(val) == 16
+    assert "not read: test" in train.notes
+
+
+def test_one_folder_of_classes_is_split_by_the_stated_rule(make_folder):
+    root = make_folder({"a": 11, "b": 2})
+    train, val = image_folder(root)
+    assert [p.rsplit("pictures")[1] for p in val._paths] == ["/a/0.jpg", "/a/3.jpg", "/a/8.jpg", "/b/0.jpg"]
+    assert sorted(train._paths + val._paths) == sorted(str(p) for p in root.rglob("*.jpg"))
+    assert any("1st, 6th, 11th" in note for note in train.notes)
+
+
+def test_a_class_of_one_picture_cannot_be_split(make_folder):
+    with pytest.raises(DataError, match="one picture only in class b"):
+        image_folder(make_folder({"a": 5, "b": 1}))
+
+
+@pytest.mark.parametrize("name", ["pictures", "train"])
+def test_an_archive_unpacked_into_its_own_name_is_entered(split_folder, tmp_path, name):
+    outer = tmp_path / "outer"
+    outer.mkdir()
+    if name == "train":
+        (split_folder / "train").rename(outer / "train")
+        assert sum(map(len, image_folder(outer))) == 11
+    else:
+        split_folder.rename(outer / name)
+        assert list(map(len, image_folder(outer))) == [11, 5]
+
+
+# what is drawn
+
+
+def test_a_training_sample_is_a_function_of_seed_epoch_and_index(split_folder):
+    train, _ = image_folder(split_folder)
+    image = train[(3, 2)]["image"]
+    torch.manual_seed(1)
+    np.random.seed(1)
+    again, _ = image_folder(split_folder)
+    assert torch.equal(again[(3, 2)]["image"], image)
+    assert not torch.equal(train[(4, 2)]["image"], image)
+    assert not torch.equal(train.seeded(1)[(3, 2)]["image"], image)
+    assert torch.equal(train[2]["image"], train[(0, 2)]["image"])
+
+
+def test_a_validation_sample_depends_on_its_index_alone(split_folder):
+    _, val = image_folder(split_folder)
+    assert torch.equal(val[(7, 1)]["image"], val.seeded(5)[1]["image"])
+
+
+def test_validation_takes_the_centre_after_resizing(encoded):
+    """Left, middle and right third of a wide picture; 224/256 of the short side is left."""
+    wide = np.zeros((64, 192, 3), np.uint8)
+    wide[:, :64, 0], wide[:, 64:128, 1], wide[:, 128:, 2] = 255, 255, 255
+    image = centre(decode(encoded(wide)), 32)
+    assert image.shape == (3, 32, 32)
+    assert (image[1] == 255).all()
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 20_000), (20_000, 1), (3, 2000), (500, 300)])
+def test_any_shape_is_brought_to_the_square(shape):  # D11
+    picture = torch.full((3, *shape), 77, dtype=torch.uint8)
+    start = time.perf_counter()
+    for image in (centre(picture, 224), augment(picture, 224, draws("augmentation", 0))):
+        assert image.shape == (3, 224, 224)
+        assert image.dtype == torch.uint8
+        assert (image == 77).all()
+    assert time.perf_counter() - start < 5
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(1, 3000), st.integers(1, 3000), st.integers(0, 2**32 - 1))
+def test_a_random_crop_lies_inside_the_picture(height, width, seed):
+    top, left, h, w = random_crop(height, width, draws("augmentation", seed))
+    assert 0 <= top <= top + h <= height
+    assert 0 <= left <= left + w <= width
+    assert min(h, w) >= 1
+
+
+def test_random_crops_are_distributed_as_torchvisions():
+    from torchvision.transforms.v2 import RandomResizedCrop
+
+    torch.manual_seed(0)
+    theirs = RandomResizedCrop(224)
+    blank = torch.empty(3, 300, 400)
+    a = np.array([random_crop(300, 400, draws("augmentation", i)) for i in range(3000)])
+    b = [theirs.make_params([blank]) for _ in range(3000)]
+    b = np.array([[p["top"], p["left"], p["height"], p["width"]] for p in b])
+    spread = b.std(0) * (2 / 3000) ** 0.5
+    assert (np.abs(a.mean(0) - b.mean(0)) < 4 * spread).all()
+    assert np.allclose(a.std(0), b.std(0), rtol=0.08)
+
+
+def test_half_of_the_training_pictures_are_flipped():
+    picture = torch.zeros(3, 40, 40, dtype=torch.uint8)
+    picture[:] = torch.arange(40, dtype=torch.uint8) * 6
+    rising = [
+        bool(i[0, 16, 0] < i[0, 16, -1])
+        for i in (augment(picture, 32, draws("augmentation", k)) for k in range(400))
+    ]
+    assert 150 < sum(rising) < 250
+
+
+# the network's input
+
+
+@pytest.mark.parametrize(
+    ("side", "size"), [(20, 32), (28, 32), (96, 96), (100, 96), (130, 128), (223, 224), (600, 224)]
+)
+def test_the_input_size_follows_the_pictures(make_folder, side, size):
+    train, val = image_folder(make_folder({"a": 2, "b": 2}, side=side))
+    assert (train.size, val.size) == (size, size)
+    assert any(f"{size} x {size} pixels" in note for note in train.notes)
+    assert val[0]["image"].shape == (3, size, size)
+
+
+def test_the_input_size_can_be_given(make_folder):
+    train, _ = image_folder(make_folder({"a": 2, "b": 2}), size=48)
+    assert train[0]["image"].shape == (3, 48, 48)
+
+
+@pytest.mark.parametrize("size", [0, -1, 7, 5000, 3.5, True, "64"])
+def test_a_size_that_is_none_is_refused(make_folder, size):
+    with pytest.raises(InputError, match="size must be an integer from 8 to 4096"):
+        image_folder(make_folder({"a": 2, "b": 2}), size=size)
+
+
+# unreadable pictures
+
+
+def cut(path):
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+
+
+def test_an_unreadable_training_picture_is_named_once_and_replaced_by_the_next_of_its_class(
+    split_folder, caplog
+):  # D1
+    plain, _ = image_folder(split_folder)
+    cut(split_folder / "train/cat/4.jpg")
+    train, _ = image_folder(split_folder)
+    assert train.unreadable == []
+    with caplog.at_level(logging.WARNING, "cbam"):
+        samples = [train[(epoch, 4)] for epoch in range(3)]
+    assert [s["target"] for s in samples] == [0, 0, 0]
+    assert len(caplog.records) == 1
+    assert f"{split_folder}/train/cat/4.jpg (class cat, index 4)" in caplog.text
+    assert train.unreadable == [f"{split_folder}/train/cat/4.jpg"]
+    following = plain._picture(0)  # the first follows the last
+    assert torch.equal(samples[1]["image"], augment(following, 32, draws("augmentation", 0, 1, 4)))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_run_stops_when_too_many_are_unreadable_whatever_the_workers(split_folder, workers):  # D1
+    for i in range(2):
+        cut(split_folder / f"train/cat/{i}.jpg")
+    train, _ = image_folder(split_folder)
+    with pytest.raises(DataError) as error:
+        list(loader(train, 2, train=True, workers=workers))
+    assert str(error.value).startswith("2 of 11 training pictures cannot be read, 1 may be; the last: ")
+    assert "\n" not in str(error.value)
+
+
+def test_unreadable_pictures_found_by_workers_are_counted_here(split_folder):  # D1
+    cut(split_folder / "train/cat/1.jpg")
+    cut(split_folder / "train/dog/1.jpg")
+    train, _ = image_folder(split_folder, unreadable=2)
+    batches = loader(train, 2, train=True, workers=2)
+    here, there = [torch.cat([b["image"] for b in loader(train, 2, train=True, workers=w)]) for w in (0, 2)]
+    assert torch.equal(here, there)
+    fresh, _ = image_folder(split_folder, unreadable=2)
+    assert sum(len(b["index"]) for b in loader(fresh, 4, train=True, workers=2)) == 11
+    assert [p[-9:] for p in fresh.unreadable] == ["cat/1.jpg", "dog/1.jpg"]
+    assert len(batches) == 6
+
+
+def test_what_is_no_picture_is_found_before_the_run_starts(split_folder, caplog):  # D1, D3
+    (split_folder / "train/cat/1.jpg").write_bytes(b"<html>")
+    train, _ = image_folder(split_folder)
+    assert "not an image (starts with '<html')" in caplog.text
+    assert len(train.unreadable) == 1
+    (split_folder / "train/dog/1.jpg").write_bytes(b"")
+    with pytest.raises(DataError, match="2 of 11 training pictures cannot be read, 1 may be"):
+        image_folder(split_folder)
+    with pytest.raises(DataError, match="1 of 11 training pictures cannot be read, 0 may be"):
+        image_folder(split_folder, unreadable=0)
+
+
+def test_a_class_without_a_readable_picture_is_an_error(split_folder):  # D1
+    for i in range(5):
+        cut(split_folder / f"train/cat/{i}.jpg")
+    train, _ = image_folder(split_folder, unreadable=100)
+    with pytest.raises(DataError, match="class cat has no readable picture"):
+        train[0]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_unreadable_validation_picture_is_an_error(split_folder, workers):  # D1
+    cut(split_folder / "val/dog/1.jpg")
+    _, val = image_folder(split_folder)
+    with pytest.raises(DataError, match=r"^\S*/val/dog/1.jpg \(class dog, index 3\): damaged"):
+        list(loader(val, 2, train=False, workers=workers))
+    (split_folder / "val/dog/1.jpg").write_bytes(b"")
+    with pytest.raises(DataError, match="1 validation pictures cannot be read, the first: .*empty file"):
+        image_folder(split_folder)
+
+
+def test_a_file_that_vanishes_is_asked_for_again_and_then_counts_as_unreadable(split_folder):  # D15
+    train, val = image_folder(split_folder)
+    (split_folder / "train/cat/0.jpg").unlink()
+    (split_folder / "val/cat/0.jpg").unlink()
+    assert train[0]["target"] == 0
+    assert len(train.unreadable) == 1
+    with pytest.raises(DataError, match=r"val/cat/0.jpg .*: No such file"):
+        val[0]
+
+
+def test_a_disk_that_answers_late_is_waited_for(split_folder, monkeypatch):  # D15
+    train, val = image_folder(split_folder)
+    expected = val[0]["image"]
+    from cbam.data import folder
+
+    tries, read = [], folder.read
+
+    def late(path):
+        tries.append(path)
+        if len(tries) < 3:
+            raise OSError(5, "Input/output error")
+        return read(path)
+
+    monkeypatch.setattr(folder, "read", late)
+    assert torch.equal(val[0]["image"], expected)
+    assert len(tries) == 3
+    assert train.unreadable == []
+
+
+# folders that are wrong
+
+
+def test_an_empty_class_folder_is_named(split_folder):  # D12
+    (split_folder / "train/bird").mkdir()
+    (split_folder / "val/bird").mkdir()
+    with pytest.raises(DataError, match="train: no pictures in class bird; fill the folder or remove it"):
+        image_folder(split_folder)
+
+
+def test_a_folder_without_pictures_lists_what_it_holds(tmp_path):  # D13
+    with pytest.raises(DataError, match="no pictures in class folders .* it holds no files"):
+        image_folder(tmp_path)
+    (tmp_path / "docs").mkdir()
+    for i in range(7):
+        (tmp_path / "docs" / f"{i}.txt").write_text("text")
+    with pytest.raises(DataError) as error:
+        image_folder(tmp_path)
+    assert "docs/4.txt" in str(error.value)
+    assert "docs/5.txt" not in str(error.value)
+
+
+def test_pictures_without_class_folders_are_refused(make_folder):  # D13
+    with pytest.raises(
+        DataError, match=r"no pictures in class folders .* the first files there: \S*/a/0.jpg"
+    ):
+        image_folder(make_folder({"a": 3}) / "a")
+
+
+def test_one_class_only_is_refused(make_folder):
+    with pytest.raises(DataError, match=r"one class only \(a\); there must be two or more"):
+        image_folder(make_folder({"a": 3}))
+
+
+def test_classes_that_differ_are_named_on_both_sides(make_folder):  # D14
+    make_folder({"a": 2, "b": 2, "c": 2}, inside="train")
+    root = make_folder({"a": 2, "d": 2}, inside="val")
+    with pytest.raises(DataError, match="only in training: b, c; only in validation: d"):
+        image_folder(root)
+
+
+def test_a_missing_path_and_a_file_are_refused(tmp_path):
+    with pytest.raises(DataError, match="no such folder"):
+        image_folder(tmp_path / "none")
+    (tmp_path / "a.zip").write_bytes(b"PK")
+    with pytest.raises(DataError, match=r"a.zip: a file; .*unpack"):
+        image_folder(tmp_path / "a.zip")
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read everything")
+def test_a_folder_that_may_not_be_read_is_named(split_folder):  # D15
+    (split_folder / "train/cat").chmod(0)
+    try:
+        with pytest.raises(DataError, match="train/cat: Permission denied"):
+            image_folder(split_folder)
+    finally:
+        (split_folder / "train/cat").chmod(0o755)
+
+
+@pytest.mark.parametrize("name", ["größe 😀", "line\nbreak", "a b", "ünï"])
+def test_odd_names_are_read_and_shown_on_one_line(split_folder, name):  # D16
+    for split in ("train", "val"):
+        (split_folder / split / "cat").rename(split_folder / split / name)
+    (split_folder / "val" / name / "0.jpg").rename(split_folder / "val" / name / "x\ny 😀.jpg")
+    train, val = image_folder(split_folder)
+    assert len(val) == 5
+    assert all(c.isprintable() for c in train.classes)
+    assert [val[i]["target"] for i in range(5)] == val.targets
+
+
+def test_undecodable_names_are_read_and_escaped(split_folder):  # D16
+    for split in (b"train", b"val"):
+        root = os.fsencode(split_folder) + b"/" + split
+        os.rename(root + b"/cat", root + b"/c\xff")  # noqa: PTH104 - the names are bytes
+    train, val = image_folder(split_folder)
+    assert train.classes == [r"c\udcff", "dog"]
+    train.classes[0].encode()
+    assert len([train[i] for i in range(len(train))]) == 11
+    assert len([val[i] for i in range(len(val))]) == 5
+
+
+def test_links_that_loop_end_and_are_counted(split_folder):  # D17
+    cat = split_folder / "train/cat"
+    (cat / "again").symlink_to(cat, target_is_directory=True)
+    (cat / "itself").symlink_to(cat / "itself")
+    (cat / "up").symlink_to(split_folder, target_is_directory=True)
+    (split_folder / "train/round").symlink_to(split_folder / "train/round")
+    train, _ = image_folder(split_folder)
+    assert train.targets.count(0) == 5 + 6 + 5, "each real folder once: its own, dogs and val"
+    assert any("link to a folder already read" in note for note in train.notes)
+
+
+def test_broken_links_are_counted_and_links_to_pictures_followed(split_folder):  # D17
+    cat = split_folder / "train/cat"
+    (cat / "gone.jpg").symlink_to(cat / "nowhere.jpg")
+    (cat / "linked.jpg").symlink_to(split_folder / "train/cat/0.jpg")
+    train, _ = image_folder(split_folder)
+    assert train.targets.count(0) == 6
+    assert any("1 broken link" in note for note in train.notes)
+
+
+def test_what_systems_leave_behind_is_left_out_and_counted(split_folder):  # D18
+    cat = split_folder / "train/cat"
+    for name in ("._0.jpg", ".DS_Store", "Thumbs.db", "readme.txt"):
+        (cat / name).write_bytes(b"x")
+    (split_folder / "train/list.csv").write_text("x")
+    (split_folder / "train/.ipynb_checkpoints").mkdir()
+    train, _ = image_folder(split_folder)
+    assert len(train) == 11
+    assert (
+        "train: left out 1 beside the class folders, 3 hidden, 1 with ending .db, 1 with ending .txt"
+        in train.notes
+    )
+
+
+@pytest.mark.parametrize("ending", ["JPG", "JPEG", "Jpeg", "png"])
+def test_endings_are_read_in_any_case(make_folder, ending):  # D10, D18
+    train, val = image_folder(make_folder({"a": 2, "b": 2}, ending=ending))
+    assert len(train) + len(val) == 4
+    assert train[0]["image"].shape == (3, 32, 32)
+
+
+def test_folders_inside_a_class_belong_to_it(split_folder):
+    inner = split_folder / "train/cat/indoors"
+    inner.mkdir()
+    (split_folder / "train/cat/0.jpg").rename(inner / "0.jpg")
+    train, _ = image_folder(split_folder)
+    assert train.targets.count(0) == 5
+
+
+def test_the_users_files_are_not_touched(split_folder):
+    before = {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in split_folder.rglob("*.jpg")}
+    train, val = image_folder(split_folder)
+    list(loader(train, 4, train=True))
+    list(loader(val, 4, train=False))
+    assert {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in split_folder.rglob("*.jpg")} == before
+
+
+def test_a_set_can_be_sent_to_another_process(split_folder):
+    train, _ = image_folder(split_folder)
+    assert pickle.loads(pickle.dumps(train.classes)) == train.classes
+    context = torch.multiprocessing.get_context("spawn")
+    import torch.utils.data as data
+
+    batches = data.DataLoader(train, 4, num_workers=1, multiprocessing_context=context)
+    assert sum(len(b["index"]) for b in batches) == 11
+
+
+def test_real_photographs_are_read(imagenette):
+    train, val = image_folder(imagenette)
+    assert len(train.classes) == 10
+    assert train.size == 96
+    batch = next(iter(loader(train.subset(64), 64, train=True)))
+    assert batch["image"].shape[1:] == (3, 96, 96)
+    mean = batch["image"].float().mean((0, 2, 3)) / 255
+    assert (mean - torch.tensor(train.mean)).abs().max() < 0.15
+    assert len(val) > 300
