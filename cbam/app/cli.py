@@ -1,0 +1,271 @@
+"""The command `cbam`.
+
+Made on argparse: it answers `--help` in a few hundredths of a second and needs nothing installed, where
+jsonargparse alone takes a quarter of a second to import. torch is imported inside the commands.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import errno
+import importlib.util
+import signal
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Any
+
+import cbam
+from cbam.app.config import read_config, wanted
+from cbam.app.terminal import progress, show, silence
+from cbam.errors import CBAMError, ConfigError, MissingExtraError
+from cbam.studies.settings import Settings
+
+EXIT_CODES = """\
+exit codes: 0 done, 1 unexpected error, 2 usage, 3 data, 4 weights file, 5 loss not finite, 6 out of memory,
+7 no room or no permission, 8 optional package missing, 130 interrupted, 143 terminated"""
+
+OUT = "cbam-report"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit code; an error is one line on stderr, unless `--debug`."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        try:
+            options = _parse(argv)
+            return options.run(options)
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()
+    except SystemExit as stop:  # argparse's way to end
+        return stop.code if isinstance(stop.code, int) else 2
+    except BrokenPipeError:
+        silence(sys.stdout)
+        return 0
+    except BaseException as error:
+        return _fail(error, debug="--debug" in argv)
+
+
+def _fail(error: BaseException, *, debug: bool) -> int:
+    if debug:
+        traceback.print_exception(error)
+    show(f"cbam: {_one_line(error)}", sys.stderr)
+    return _exit_code(error)
+
+
+def _one_line(error: BaseException) -> str:
+    if isinstance(error, _Terminated):
+        return "terminated"
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
+    told = " ".join(str(error).split())
+    if isinstance(error, CBAMError):
+        return told
+    if _is_out_of_memory(error):
+        return f"out of memory; a smaller --batch-size needs less ({told[:200]})"
+    return f"{type(error).__name__}: {told} (--debug shows where)"
+
+
+def _exit_code(error: BaseException) -> int:
+    if isinstance(error, CBAMError):
+        return error.exit_code
+    if isinstance(error, KeyboardInterrupt):
+        return 143 if isinstance(error, _Terminated) else 130
+    if _is_out_of_memory(error):
+        return 6
+    no_room = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
+    return 7 if isinstance(error, OSError) and error.errno in no_room else 1
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    named = type(error).__name__ in ("OutOfMemoryError", "MemoryError")
+    return named or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM: ends like Ctrl-C, so that what is finished is reported."""
+
+
+def _terminate(*_) -> None:
+    raise _Terminated
+
+
+# --- the commands ---
+
+
+def _compare(options: argparse.Namespace) -> int:
+    settings = _settings(options)
+    _need("cbam compare", "train", "torchvision", "timm", "sklearn", "pytorch_lightning", "torchmetrics")
+    _need("cbam compare", "explain", "torchcam", "matplotlib")
+    from cbam.studies import compare
+    from cbam.studies.folder import PAGE, ReportFolder
+    from cbam.studies.report import text
+
+    signal.signal(signal.SIGTERM, _terminate)
+    folder = ReportFolder(options.out, overwrite=options.overwrite)
+    try:
+        with progress() as watch:
+            results = compare(settings, folder, watch=watch)
+    except BaseException:
+        if (folder.path / PAGE).exists() and folder.wrote:
+            show(f"What was finished is in {folder.path / PAGE}")
+        raise
+    show("")
+    show(text(results))
+    show(f"\nReport: {folder.path / PAGE}")
+    return 0
+
+
+def _list(options: argparse.Namespace) -> int:
+    from cbam.models import names
+
+    found = names(options.pattern)
+    if not found:
+        near = difflib.get_close_matches(options.pattern, names(), 3, 0.0)
+        raise ConfigError(f"no network matches {options.pattern!r}; nearest: {', '.join(near)}")
+    for name in found:
+        show(name)
+    return 0
+
+
+def _sites(options: argparse.Namespace) -> int:
+    import torch
+
+    from cbam.models import build
+    from cbam.surgery import sites
+
+    with torch.device("cpu"):
+        found = sites(build(options.name))
+    if not found:
+        show("no place for attention was found")
+    width = max((len(site.name) for site in found), default=0)
+    for site in found:
+        channels = "-" if site.channels is None else str(site.channels)
+        show(f"{site.name:<{width}}  {channels:>5}  {site.why}")
+    return 0
+
+
+# --- the command line ---
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse with one-line errors and the nearest option for a misspelt one."""
+
+    def error(self, message: str):
+        raise ConfigError(f"{message} (see `{self.prog} --help`)")
+
+    def parse_known_args(self, args=None, namespace=None):  # type: ignore[override]
+        found, left = super().parse_known_args(args, namespace)
+        for argument in left:
+            if argument.startswith("-"):
+                self.error(f"unknown option {argument}{self._hint(argument)}")
+        return found, left
+
+    def _hint(self, argument: str) -> str:
+        near = difflib.get_close_matches(argument.partition("=")[0], self._option_string_actions, 1, 0.5)
+        return f"; did you mean {near[0]}?" if near else ""
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    parser = _Parser(
+        prog="cbam", description="What-and-where attention for any PyTorch CNN.", allow_abbrev=False
+    )
+    parser.epilog, parser.formatter_class = EXIT_CODES, argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--version", action="version", version=f"cbam {cbam.__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", parser_class=_Parser)
+    debug = _Parser(add_help=False, allow_abbrev=False)
+    debug.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    _add_compare(commands, debug)
+    listing = _add(commands, debug, "list", _list, "list the networks that can be built")
+    listing.add_argument(
+        "pattern", nargs="?", default="", metavar="PATTERN", help='part of a name, or "resnet*"'
+    )
+    places = _add(
+        commands, debug, "sites", _sites, "show where attention goes in a network, and why not elsewhere"
+    )
+    places.add_argument("name", metavar="NAME", help="network, see `cbam list`")
+    options = parser.parse_args(argv)
+    if not hasattr(options, "run"):
+        parser.error("a command is needed: compare, list or sites")
+    return options
+
+
+def _add(commands, debug, name: str, run, help: str) -> _Parser:
+    parser = commands.add_parser(
+        name, help=help, description=help[0].upper() + help[1:] + ".", parents=[debug]
+    )
+    parser.allow_abbrev = False
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _add_compare(commands, debug) -> None:
+    parser = _add(
+        commands,
+        debug,
+        "compare",
+        _compare,
+        "train a network with and without attention and report what it brought",
+    )
+    for field in dataclasses.fields(Settings):
+        _add_setting(parser, field)
+    parser.add_argument("--out", default=OUT, metavar="DIR", help=f"report folder (default: {OUT})")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier report in it")
+    parser.add_argument(
+        "--config", metavar="FILE", help="YAML file with these options; the command line wins"
+    )
+
+
+def _add_setting(parser: _Parser, field: dataclasses.Field) -> None:
+    """An option for a field of Settings. Its default stays out, so that what was given can be told."""
+    how: dict[str, Any] = {"default": argparse.SUPPRESS, "help": _help(field)}
+    if field.name == "data":
+        parser.add_argument("data", nargs="?", metavar="DATA", **how)
+        return
+    flag = "--" + field.name.replace("_", "-")
+    if field.type is bool:
+        parser.add_argument(flag, action="store_true", **how)
+        return
+    how["metavar"] = field.metadata["metavar"]
+    if field.type is int or "int" in str(field.type):
+        how["type"] = _reader(int, field)
+    elif "float" in str(field.type):
+        how["type"] = _reader(float, field)
+    if "tuple" in str(field.type):
+        how["nargs"] = "+"
+    parser.add_argument(flag, **how)
+
+
+def _help(field: dataclasses.Field) -> str:
+    text, default = field.metadata["help"].replace("%", "%%"), field.default
+    if default is None or default is False:
+        return text
+    return f"{text} (default: {' '.join(default) if isinstance(default, tuple) else default})"
+
+
+def _reader(kind: type, field: dataclasses.Field):
+    def read(text: str):
+        try:
+            return kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"must be {wanted(field)}, got {text!r}") from None
+
+    return read
+
+
+def _settings(options: argparse.Namespace) -> Settings:
+    given: dict[str, Any] = read_config(options.config, Settings) if options.config else {}
+    for name in Settings.names():
+        if hasattr(options, name):
+            value = getattr(options, name)
+            given[name] = tuple(value) if isinstance(value, list) else value
+    return Settings(**given)
+
+
+def _need(what: str, extra: str, *modules: str) -> None:
+    """Refuse before any work when a package is not installed."""
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    if missing:
+        error = MissingExtraError.of(what, extra)
+        raise MissingExtraError(f"{error} (missing: {', '.join(missing)})")

@@ -1,0 +1,111 @@
+"""Settings from a YAML file, read without trust: plain values only, every problem told with its line."""
+
+import dataclasses
+import difflib
+from pathlib import Path
+from typing import Any
+
+from cbam.errors import ConfigError, MissingExtraError
+
+MAX_BYTES = 1 << 20
+MAX_ALIASES = 100
+
+
+def read_config(path: str, kind: type) -> dict[str, Any]:
+    """The settings in a YAML file, for the fields of the dataclass `kind`.
+
+    Raises:
+        ConfigError: unreadable, not YAML, larger than MAX_BYTES, more than MAX_ALIASES aliases, a tag, a key
+            twice, an unknown key (with the nearest known one), a value of a wrong type. All together.
+        MissingExtraError: PyYAML is not installed.
+    """
+    root = _compose(path)
+    if root is None:
+        return {}
+    known = {field.name: field for field in dataclasses.fields(kind)}
+    settings, problems = {}, []
+    for key, value in _pairs(root, path):
+        name, line = str(key.value).replace("-", "_"), f"{path}:{key.start_mark.line + 1}"
+        if name in settings:
+            problems.append(f"key {key.value!r} twice ({line})")
+        elif name not in known:
+            near = difflib.get_close_matches(name, known, 1, 0.4)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
+            problems.append(f"unknown key {key.value!r} ({line}){hint}")
+        else:
+            settings[name], problem = _fitting(value, known[name])
+            if problem:
+                problems.append(f"{key.value} {problem} ({line})")
+    if problems:
+        raise ConfigError("; ".join(problems))
+    return settings
+
+
+def _compose(path: str):
+    """The file as a tree of YAML nodes: nothing is constructed, so a tag cannot run anything."""
+    try:
+        import yaml
+    except ImportError as error:
+        raise MissingExtraError.of("a YAML config", "cli") from error
+    try:
+        with Path(path).open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise ConfigError(f"config {path}: {error.strerror or error}") from error
+    if len(data) > MAX_BYTES:
+        raise ConfigError(f"config {path}: larger than {MAX_BYTES // 1024} KiB")
+    try:
+        aliases = sum(isinstance(event, yaml.AliasEvent) for event in yaml.parse(data, yaml.SafeLoader))
+        if aliases > MAX_ALIASES:
+            raise ConfigError(f"config {path}: {aliases} aliases, {MAX_ALIASES} are allowed")
+        return yaml.compose(data, yaml.SafeLoader)
+    except (yaml.YAMLError, UnicodeError, RecursionError) as error:
+        raise ConfigError(f"config {path}: not valid YAML: {' '.join(str(error).split())}") from error
+
+
+def _pairs(root, path: str) -> list:
+    import yaml
+
+    if not isinstance(root, yaml.MappingNode):
+        raise ConfigError(f"config {path}: expected `key: value` lines")
+    return root.value
+
+
+_TAGS = {"int": int, "float": float, "str": str, "bool": lambda text: text.lower() in ("true", "yes", "on")}
+
+
+def _fitting(node, field: dataclasses.Field) -> tuple[Any, str]:
+    """The value of a node as the field wants it, or what is wrong with it."""
+    import yaml
+
+    if isinstance(node, yaml.SequenceNode) and "tuple" in str(field.type):
+        if all(isinstance(item, yaml.ScalarNode) for item in node.value):
+            return tuple(item.value for item in node.value), ""
+        return None, "must be a list of names"
+    if not isinstance(node, yaml.ScalarNode):
+        return None, f"must be {wanted(field)}, got a list or a mapping"
+    kind = node.tag.rpartition(":")[2]
+    if kind == "null" and field.default is None:
+        return None, ""
+    allowed = _allowed(field)
+    if kind == "int" and "float" in allowed:
+        kind = "float"
+    if "str" in allowed and kind in ("int", "float", "bool", "timestamp"):
+        kind = "str"  # a folder may be called 2024
+    if kind not in allowed or not node.tag.startswith("tag:yaml.org,2002:"):
+        return None, f"must be {wanted(field)}, got {node.value!r}"
+    try:
+        value = _TAGS[kind](node.value)
+    except ValueError:
+        return None, f"must be {wanted(field)}, got {node.value!r}"
+    return ((value,) if "tuple" in str(field.type) else value), ""
+
+
+def _allowed(field: dataclasses.Field) -> list[str]:
+    return [name for name in _TAGS if name in str(field.type)]
+
+
+def wanted(field: dataclasses.Field) -> str:
+    """What a field takes, in words."""
+    words = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text"}
+    return words[_allowed(field)[0]]

@@ -1,0 +1,110 @@
+"""What a comparison looks like while it runs: one bar in a terminal, plain lines anywhere else."""
+
+import sys
+import time
+from typing import TextIO
+
+_PLAIN = str.maketrans({"±": "+-", "×": "x", "…": "...", "–": "-", "→": "->"})
+
+
+def show(line: str, stream: TextIO | None = None) -> None:
+    """Print a line. A reader that went away, or an alphabet that lacks a sign, is no reason to stop."""
+    stream = stream or sys.stdout
+    if stream is None:  # closed before we started
+        return
+    encoding = getattr(stream, "encoding", None) or "ascii"
+    try:
+        line.encode(encoding)
+    except UnicodeEncodeError:
+        line = line.translate(_PLAIN).encode(encoding, "replace").decode(encoding)
+    try:
+        stream.write(line + "\n")
+        stream.flush()
+    except (BrokenPipeError, ValueError):
+        silence(stream)
+
+
+def silence(stream: TextIO | None) -> None:
+    """Send what is still written to `stream` nowhere, also what the interpreter flushes at its end."""
+    import os
+
+    try:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())  # type: ignore[union-attr]
+        os.close(nowhere)
+    except (OSError, ValueError, AttributeError):
+        pass
+
+
+class Lines:
+    """For logs and pipes: a line per phase, with the share done and the time left."""
+
+    def __init__(self) -> None:
+        self.done, self.began = 0.0, time.monotonic()
+
+    def __enter__(self) -> "Lines":
+        return self
+
+    def __exit__(self, *_) -> None:
+        pass
+
+    def say(self, line: str) -> None:
+        show(line)
+
+    def now(self, what: str) -> None:
+        show(f"[{100 * self.done:3.0f} %{self._left()}] {what}")
+
+    def advance(self, share: float) -> None:
+        self.done += share
+
+    def _left(self) -> str:
+        if self.done < 0.02:
+            return ""
+        seconds = (time.monotonic() - self.began) * (1 - self.done) / self.done
+        return f", {seconds // 60:.0f}:{seconds % 60:02.0f} left"
+
+
+class Bar:
+    """One bar over the whole, with what is running and the time left."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TimeRemainingColumn(),
+            TextColumn("left"),
+            console=Console(highlight=False),
+            transient=True,
+            speed_estimate_period=120,
+        )
+        self._task = self._bar.add_task("", total=1.0)
+
+    def __enter__(self) -> "Bar":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._bar.stop()
+
+    def say(self, line: str) -> None:
+        self._bar.console.print(line, markup=False, soft_wrap=True)
+
+    def now(self, what: str) -> None:
+        self._bar.update(self._task, description=what.replace("[", "("))
+
+    def advance(self, share: float) -> None:
+        self._bar.advance(self._task, share)
+
+
+def progress() -> Lines | Bar:
+    """The bar where somebody watches, lines elsewhere."""
+    if sys.stdout is None or not sys.stdout.isatty():
+        return Lines()
+    try:
+        return Bar()
+    except ImportError:
+        return Lines()

@@ -1,0 +1,105 @@
+"""The report folder: looked at before any work, written so that a file is whole or not there."""
+
+import contextlib
+import json
+import os
+from pathlib import Path
+
+from cbam.errors import CBAMError, ConfigError
+
+RESULTS, REPORT, PAGE, PICTURE, DRAWING = (
+    "results.json",
+    "report.md",
+    "report.html",
+    "picture.png",
+    "picture.svg",
+)
+
+
+class OutputError(CBAMError, OSError):
+    """A result cannot be written: no permission, no room, no such place."""
+
+    exit_code = 7
+
+
+class ReportFolder:
+    """A folder that the files of one report go to; other files in it are never touched.
+
+    Nothing is left behind on the disk until the first file is written.
+
+    Raises:
+        ConfigError: it holds something already and `overwrite` is false.
+        OutputError: it cannot be made or written to.
+    """
+
+    def __init__(self, path: str | os.PathLike, *, overwrite: bool = False) -> None:
+        self.path = Path(path)
+        self.wrote = False
+        self._stale = [RESULTS, REPORT, PAGE, PICTURE, DRAWING]
+        try:
+            if self.path.exists() and not self.path.is_dir():
+                raise ConfigError(f"{self.path} is a file; the report needs a folder: give another --out")
+            if not overwrite and self.path.is_dir() and any(self.path.iterdir()):
+                raise ConfigError(f"{self.path} is not empty: give another --out, or --overwrite")
+            self._probe()
+        except OSError as error:
+            raise self._fault(error) from error
+
+    def write(self, name: str, content: str | bytes) -> Path:
+        """Put `content` into the file `name`: temporary file, fsync, rename, fsync of the folder."""
+        data = content.encode() if isinstance(content, str) else content
+        target = self.path / name
+        part = target.with_name(f".{name}.part")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._remove_stale(name)
+            with part.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            part.replace(target)
+            _sync_folder(self.path)
+            self.wrote = True
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                part.unlink(missing_ok=True)
+            raise self._fault(error) from error
+        return target
+
+    def write_results(self, results: dict) -> Path:
+        """Write `results` as JSON; NaN and infinity, which JSON lacks, are refused."""
+        return self.write(RESULTS, json.dumps(results, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
+
+    def _remove_stale(self, kept: str) -> None:
+        """A report of an earlier run must not stand beside the results of this one."""
+        for name in self._stale:
+            if name != kept:
+                (self.path / name).unlink(missing_ok=True)
+        self._stale = []
+
+    def _probe(self) -> None:
+        """Write and rename a small file in the folder, or in the nearest folder above that exists."""
+        place = self.path
+        while not place.exists() and place != place.parent:
+            place = place.parent
+        part, probe = place / f".cbam-{os.getpid()}.part", place / f".cbam-{os.getpid()}"
+        try:
+            part.write_bytes(b"0" * 65536)
+            part.replace(probe)
+        finally:
+            for path in (part, probe):
+                with contextlib.suppress(OSError):
+                    path.unlink(missing_ok=True)
+
+    def _fault(self, error: OSError) -> OutputError:
+        return OutputError(f"cannot write to {self.path}: {error.strerror or error}; give another --out")
+
+
+def _sync_folder(path: Path) -> None:
+    if os.name != "posix":
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

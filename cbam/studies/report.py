@@ -1,0 +1,230 @@
+"""results.json -> what a reader sees: numbers, a sentence and a table, all computed from the record alone."""
+
+import statistics
+from typing import Any
+
+from cbam.studies.statistics import paired_difference, ratio_of_medians, spread
+
+LABELS = {"plain": "plain", "se": "SE", "cbam": "CBAM", "channel": "channel only", "spatial": "spatial only"}
+
+# measure, what it is called, its unit in the table, whether less is better
+MEASURES = (
+    ("top1", "top-1 error", "%", True),
+    ("top5", "top-5 error", "%", True),
+    ("energy_inside", "Grad-CAM energy in the true box", "%", False),
+)
+
+
+def summary(results: dict) -> dict[str, dict[str, Any]]:
+    """Per arm: means and spreads over seeds, differences to plain paired by seed, cost, time.
+
+    Only what is there is used: of an interrupted comparison, the seeds that an arm and plain both finished.
+    """
+    runs = {(run["arm"], run["seed"]): run for run in results["runs"]}
+    return {arm["name"]: _of_arm(arm, runs, results) for arm in results["arms"]}
+
+
+def _of_arm(arm: dict, runs: dict, results: dict) -> dict[str, Any]:
+    name = arm["name"]
+    found: dict[str, Any] = {key: arm[key] for key in ("parameters", "gmac", "sites")}
+    for key, _, _, lower in MEASURES:
+        own = {seed: run[key] for (n, seed), run in runs.items() if n == name and run[key] is not None}
+        if not own:
+            continue
+        values = list(own.values())
+        found[key] = {"mean": statistics.fmean(values), "spread": spread(values), "n": len(values)}
+        plain = {seed: run[key] for (n, seed), run in runs.items() if n == "plain"}
+        both = [seed for seed in own if plain.get(seed) is not None]
+        if name != "plain" and both:
+            found[f"{key}_difference"] = paired_difference(
+                [own[seed] for seed in both], [plain[seed] for seed in both], lower_is_better=lower
+            )
+    for kind, seconds in results["timing"].get(name, {}).items():
+        found[kind] = ratio_of_medians(seconds, results["timing"]["plain"][kind])
+    return found
+
+
+def verdict(results: dict) -> str:
+    """What the comparison shows, in a sentence per arm."""
+    found = summary(results)
+    sentences = []
+    for name, numbers in found.items():
+        parts = []
+        for key, title, _, _ in MEASURES:
+            if key != "top5" and f"{key}_difference" in numbers:
+                parts.append(f"{title} {_told(numbers[f'{key}_difference'])}")
+        if parts:
+            sentences.append(f"{LABELS[name]} against plain: " + "; ".join(parts) + ".")
+    return " ".join(sentences) or "Nothing was finished, so there is nothing to compare."
+
+
+def _told(difference: dict) -> str:
+    points = f"{difference['mean']:+.2f} points"
+    if difference["low"] is None:
+        reason = "one seed" if difference["n"] == 1 else f"{difference['n']} equal differences"
+        return f"{points} ({reason}: no interval, so it shows nothing)"
+    interval = f"{points}, 95 % interval {difference['low']:+.2f} to {difference['high']:+.2f}"
+    return f"{difference['word']} ({interval}, {difference['n']} seeds)"
+
+
+def table(results: dict) -> list[list[str]]:
+    """The table as rows of cells: a header, then a measure per row; a column per arm."""
+    found = summary(results)
+    rows = [["", *(LABELS[name] for name in found)]]
+    for key, title, unit, _ in MEASURES:
+        if any(key in numbers for numbers in found.values()):
+            rows.append([f"{title}, {unit}", *(_level(numbers.get(key)) for numbers in found.values())])
+            differences = [numbers.get(f"{key}_difference") for numbers in found.values()]
+            rows.append(["  difference to plain", *(_points(d) for d in differences)])
+            rows.append(["  95 % interval", *(_interval(d) for d in differences)])
+            rows.append(["  shown", *(d["word"] if d else "" for d in differences)])
+    rows.append(["parameters", *(f"{numbers['parameters']:,}" for numbers in found.values())])
+    rows.append(["GMAC per picture", *(f"{numbers['gmac']:.4f}" for numbers in found.values())])
+    for kind, title in (("train", "training time, plain = 1"), ("inference", "inference time, plain = 1")):
+        if results["timing"]:
+            rows.append([title, *(_ratio(numbers.get(kind)) for numbers in found.values())])
+    return rows
+
+
+def _level(numbers: dict | None) -> str:
+    if numbers is None:
+        return "-"
+    return f"{numbers['mean']:.2f}" + ("" if numbers["spread"] is None else f" ± {numbers['spread']:.2f}")
+
+
+def _points(difference: dict | None) -> str:
+    return f"{difference['mean']:+.2f}" if difference else ""
+
+
+def _interval(difference: dict | None) -> str:
+    if difference is None:
+        return ""
+    return "none" if difference["low"] is None else f"{difference['low']:+.2f} to {difference['high']:+.2f}"
+
+
+def _ratio(numbers: dict | None) -> str:
+    if numbers is None:
+        return "-"
+    if numbers["low"] == numbers["high"] == 1:
+        return "1"
+    return f"{numbers['ratio']:.2f} ({numbers['low']:.2f} to {numbers['high']:.2f})"
+
+
+def notes(results: dict) -> list[str]:
+    """How to read the table, and what a reader must know of this run."""
+    found = []
+    if results["status"] != "complete":
+        found.append(
+            f"This comparison did not come to its end ({results['status']}); "
+            "the table holds what was finished."
+        )
+    found += [
+        "± is the standard deviation over seeds. Differences are paired by seed: arms of one seed start from "
+        "the same weights and see the same pictures in the same order.",
+        'The interval is Student\'s t over the seeds\' differences; "better" and "worse" are said where it '
+        "leaves out zero.",
+        "Times are ratios of medians, measured in turns on the machine below; in brackets the quartiles of "
+        "the ratios round by round.",
+    ]
+    if results["data"]["has_boxes"]:
+        found.append(
+            "Grad-CAM energy is the share of the map for the true class that lies inside the true box, mean "
+            "over the validation pictures."
+        )
+    found.append(_start_told(results))
+    found += results["data"]["notes"]
+    return found
+
+
+def _start_told(results: dict) -> str:
+    checks = [run["identity"] for run in results["runs"] if run["identity"]]
+    if not checks:
+        return "Every arm was trained from scratch, attention initialised as in the paper's released code."
+    equal = sum(check["bit_equal"] for check in checks)
+    pictures = checks[0]["pictures"]
+    return (
+        f"Attached at the identity start: logits on {pictures} validation pictures bit-equal before and "
+        f"after in {equal} of {len(checks)} cases."
+    )
+
+
+def facts(results: dict) -> list[tuple[str, str]]:
+    """What was run, on what: (name, value) pairs."""
+    config, data, device = results["config"], results["data"], results["device"]
+    pairs = [
+        (
+            "data",
+            f"{data['name']}: {data['train']} training and {data['val']} validation pictures of "
+            f"{data['size']} px, {len(data['classes'])} classes",
+        ),
+        ("network", f"{config['model']}, attention at {max(arm['sites'] for arm in results['arms'])} places"),
+        ("protocol", results["protocol"]),
+    ]
+    pairs += [(f"recipe, {phase}", _recipe_told(recipe)) for phase, recipe in results["recipes"].items()]
+    pairs += [
+        ("seeds", ", ".join(map(str, sorted({run["seed"] for run in results["runs"]}))) or "none finished"),
+        ("device", f"{device['name']} ({device['type']}, {device['threads']} threads)"),
+        (
+            "run time",
+            f"{results['seconds'] / 60:.1f} minutes, largest memory {results['memory_gib']:.2f} GiB",
+        ),
+        ("versions", ", ".join(f"{name} {version}" for name, version in results["versions"].items())),
+        ("commit", results["commit"] or "not known"),
+        ("date", results["created"]),
+    ]
+    return pairs
+
+
+def _recipe_told(recipe: dict) -> str:
+    return (
+        f"{recipe['epochs']} epochs, batch {recipe['batch_size']}, {recipe['optimizer']}, learning rate "
+        f"{recipe['lr']:g} ({recipe['schedule']}), momentum {recipe['momentum']:g}, "
+        f"weight decay {recipe['weight_decay']:g}"
+    )
+
+
+def title(results: dict) -> str:
+    """The headline of the report."""
+    arms = [LABELS[arm["name"]] for arm in results["arms"]]
+    return f"{' / '.join(arms)}: {results['config']['model']} on {results['data']['name']}"
+
+
+def picture_caption(results: dict) -> str:
+    """What the picture shows, and by which rule its rows were chosen."""
+    shown = results["picture"]
+    return (
+        f"Seed {shown['seed']}, {LABELS[shown['arm']]} beside plain. Rows: the first validation picture of "
+        f"{shown['rows']} classes, evenly spaced over the class list, chosen before training. Under each "
+        "map: the probability of the true class."
+    )
+
+
+def text(results: dict) -> str:
+    """The table and the verdict for a terminal."""
+    rows = table(results)
+    widths = [max(len(row[c]) for row in rows) for c in range(len(rows[0]))]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    ]
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join([*lines, "", verdict(results)])
+
+
+def markdown(results: dict, picture: str | None) -> str:
+    """report.md; `picture` is the name of the picture beside it."""
+    header, *rows = table(results)
+    lines = [f"# {_md(title(results))}", "", _md(verdict(results)), ""]
+    lines += ["| " + " | ".join(map(_md, header)) + " |", "|" + " --- |" * len(header)]
+    lines += ["| " + " | ".join(_md(cell.replace("  ", "", 1)) for cell in row) + " |" for row in rows]
+    lines += ["", *(f"- {_md(note)}" for note in notes(results)), ""]
+    if picture:
+        lines += [f"![Grad-CAM and feature maps]({picture})", "", _md(picture_caption(results)), ""]
+    lines += ["## What was run", "", *(f"- {_md(name)}: {_md(value)}" for name, value in facts(results)), ""]
+    return "\n".join(lines)
+
+
+def _md(cell: str) -> str:
+    """One line of text that Markdown and HTML take as it is written."""
+    for mark in "\\`*_|<>[]":
+        cell = cell.replace(mark, f"\\{mark}")
+    return " ".join(cell.split())

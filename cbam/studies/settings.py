@@ -1,0 +1,95 @@
+"""What `cbam compare` can be told. Imports no torch: the command line's help is made from it."""
+
+import difflib
+from dataclasses import dataclass, field, fields
+
+from cbam.errors import ConfigError
+
+ATTENTION = ("cbam", "se", "channel", "spatial")
+
+
+def _option(default, help: str, metavar: str | None = None):
+    return field(default=default, metadata={"help": help, "metavar": metavar})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The settings of a comparison. All problems of a bad one are reported together (`ConfigError`)."""
+
+    data: str | None = _option(
+        None, "image folder: train/ and val/ with one folder per class, or one folder, which is split"
+    )
+    attention: tuple[str, ...] = _option(
+        ("se", "cbam"), f"what to compare with the plain network, out of: {', '.join(ATTENTION)}", "NAME"
+    )
+    model: str | None = _option(
+        None, "network, see `cbam list` (default: resnet_tiny without DATA, resnet18 with)", "NAME"
+    )
+    epochs: int | None = _option(
+        None,
+        "epochs of the plain training, and again of every arm after it (default: 8 without DATA, 10 with)",
+        "N",
+    )
+    seeds: int = _option(3, "number of repetitions; the differences are paired by seed", "N")
+    batch_size: int | None = _option(
+        None, "pictures per training step (default: 32 without DATA, 64 with)", "N"
+    )
+    lr: float | None = _option(None, "highest learning rate (default: 0.05, with --pretrained 0.005)", "RATE")
+    size: int | None = _option(
+        None, "side of the pictures in pixels (default: chosen from the folder)", "PIXELS"
+    )
+    limit: int | None = _option(
+        None, "use only N training and N validation pictures, drawn by a fixed seed (for a quick trial)", "N"
+    )
+    from_scratch: bool = _option(
+        False, "the paper's protocol: every arm from scratch, by the paper's initialisation"
+    )
+    pretrained: str | None = _option(
+        None, "start from these weights (.safetensors or .pth) instead of training the plain network", "FILE"
+    )
+    device: str = _option("auto", "auto, cpu or cuda", "NAME")
+    workers: int = _option(0, "processes that load pictures", "N")
+
+    def __post_init__(self) -> None:
+        problems = [text for good, text in self._rules() if not good]
+        if problems:
+            raise ConfigError("; ".join(problems))
+
+    def _rules(self):
+        for name in ("epochs", "seeds", "batch_size", "size", "limit"):
+            value = getattr(self, name)
+            optional = type(self).__dataclass_fields__[name].default is None
+            good = (value is None and optional) or (type(value) is int and value > 0)
+            yield good, f"{name} must be a whole number above 0, got {value!r}"
+        yield (
+            type(self.workers) is int and self.workers >= 0,
+            f"workers must be 0 or more, got {self.workers!r}",
+        )
+        good = self.lr is None or (type(self.lr) in (int, float) and 0 < self.lr < 1e6)
+        yield good, f"lr must be a number above 0, got {self.lr!r}"
+        yield self.device in ("auto", "cpu", "cuda"), f"device must be auto, cpu or cuda, got {self.device!r}"
+        yield len(self.attention) > 0, "attention must name at least one of " + ", ".join(ATTENTION)
+        yield len(set(self.attention)) == len(self.attention), f"attention names one twice: {self.attention}"
+        for name in self.attention:
+            near = difflib.get_close_matches(str(name), ATTENTION, 3, 0.1) or list(ATTENTION)
+            yield name in ATTENTION, f"unknown attention {name!r}; nearest: {', '.join(near)}"
+        for name in ("data", "model", "pretrained"):
+            value = getattr(self, name)
+            yield (
+                value is None or (isinstance(value, str) and value != ""),
+                f"{name} must be a text, got {value!r}",
+            )
+        yield (
+            "+" not in str(self.model),
+            (f"model must be the plain network, got {self.model!r}; what is compared goes to attention"),
+        )
+        yield not (self.from_scratch and self.pretrained), "from_scratch and pretrained exclude each other"
+        yield (
+            self.data is not None or self.size is None,
+            "size belongs to an image folder, and no DATA is given",
+        )
+
+    @classmethod
+    def names(cls) -> list[str]:
+        """The names of all settings."""
+        return [item.name for item in fields(cls)]

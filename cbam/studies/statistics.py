@@ -1,0 +1,54 @@
+"""What a few paired runs show, and what they do not."""
+
+import math
+import statistics
+from collections.abc import Sequence
+
+CONFIDENCE = 0.95
+
+
+def spread(values: Sequence[float]) -> float | None:
+    """The standard deviation of a sample (n - 1), None for a single value."""
+    return statistics.stdev(values) if len(values) > 1 else None
+
+
+def paired_difference(values: Sequence[float], plain: Sequence[float], *, lower_is_better: bool) -> dict:
+    """The mean of `values - plain` over runs paired by seed, with Student's 95 % interval.
+
+    The interval is mean +- t(0.975, n - 1) s / sqrt(n), s being the standard deviation of the n
+    differences. It is None for one run, and where all differences are equal: errors on a finite
+    validation set are counts, so a few equal differences are no proof of a spread of zero.
+
+    Returns:
+        {"n", "mean", "low", "high", "word"}; the word is "better" or "worse" where the interval
+        leaves out zero, "no difference shown" where it does not, "not known" where there is none.
+    """
+    differences = [a - b for a, b in zip(values, plain, strict=True)]
+    mean, deviation = statistics.fmean(differences), spread(differences)
+    if not deviation or deviation < 1e-12:
+        word = "no difference shown" if len(differences) > 1 and mean == 0 else "not known"
+        return {"n": len(differences), "mean": mean, "low": None, "high": None, "word": word}
+    half = student_quantile(len(differences) - 1) * deviation / math.sqrt(len(differences))
+    low, high = mean - half, mean + half
+    if low <= 0 <= high:
+        word = "no difference shown"
+    else:
+        word = "better" if (high < 0) == lower_is_better else "worse"
+    return {"n": len(differences), "mean": mean, "low": low, "high": high, "word": word}
+
+
+def student_quantile(degrees: int) -> float:
+    """The two-sided 95 % quantile of Student's t: 4.303 for two degrees of freedom."""
+    from scipy.special import stdtrit  # comes with scikit-learn
+
+    return float(stdtrit(degrees, 0.5 + CONFIDENCE / 2))
+
+
+def ratio_of_medians(values: Sequence[float], plain: Sequence[float]) -> dict:
+    """median(values) / median(plain), and the quartiles of the ratios round by round.
+
+    Both were measured in turns, so round i of one stands beside round i of the other.
+    """
+    ratios = sorted(a / b for a, b in zip(values, plain, strict=True))
+    low, _, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else (ratios[0],) * 3
+    return {"ratio": statistics.median(values) / statistics.median(plain), "low": low, "high": high}
