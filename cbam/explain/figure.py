@@ -123,7 +123,7 @@ def _draw(rows: Sequence[Row], refined: str):
         )
     for c, (title, _) in enumerate(columns):
         left = _LEFT + c * (cell + _GAP) + cell / 2
-        _say(figure, left / width, 1 - (_HEAD - 0.05) / height, title, va="bottom")
+        _say(figure, left / width, 1 - (_HEAD - 0.05) / height, title, va="baseline")
     if len(columns) > 3:
         _bracket(figure, rows[0].block, refined, axes(3, 0.06, 0.14, len(columns) - 3))
     foot = _HEAD + len(rows) * step + 0.08
@@ -186,7 +186,8 @@ def _paint_strength(ax, row: Row, key: str) -> None:
     maps = [m for m in (row.before, row.after_what, row.after_where) if m is not None]
     top = max(float(m.max()) for m in maps)
     ax.imshow(shown.float().numpy(), cmap=_STRENGTH, vmin=0, vmax=top or 1, interpolation="nearest")
-    _under(ax, f"mean {float(shown.mean()):.2g}")
+    mean = float(shown.mean())
+    _under(ax, f"mean {mean:.2f}" if mean < 10 else f"mean {mean:.3g}")
 
 
 def _paint_gate(ax, row: Row, scale: tuple[float, float]) -> None:
@@ -203,7 +204,7 @@ def _gate_scale(rows: Sequence[Row]) -> tuple[float, float]:
     middle = rows[0].gain / 2
     gates = [row.spatial_gate for row in rows if row.spatial_gate is not None]
     reach = max((float((gate - middle).abs().max()) for gate in gates), default=0.0)
-    return middle, max(reach, 0.01 * middle)  # rounding is not blown up to a pattern
+    return middle, max(reach, 0.01)  # so that rounding is not blown up to a pattern
 
 
 def _scales(figure, axes, top: float, columns: int, scale: tuple[float, float]) -> None:
@@ -234,7 +235,7 @@ def _scales(figure, axes, top: float, columns: int, scale: tuple[float, float]) 
     if columns > 6:
         middle, reach = scale
         values = (middle - reach, middle, middle + reach)
-        bar(6, 1, _GATE, values[0], values[2], {v: f"{v:.3g}" for v in values}, "gate")
+        bar(6, 1, _GATE, values[0], values[2], {v: f"{v:.2f}" for v in values}, "gate")
 
 
 def _bracket(figure, block: str, refined: str, ax) -> None:

@@ -122,10 +122,9 @@ def _raw_maps(model, images: Tensor, target, name: str, extractor_type) -> Tenso
     """Unscaled maps (N, h, w) of the layer `name`."""
     layer = model.get_submodule(name)
     with ExitStack() as undo:
-        undo.callback(layer.register_forward_hook(_cut_graph(name), prepend=True).remove)
+        undo.callback(layer.register_forward_hook(_start_graph(name), prepend=True).remove)
         extractor = undo.enter_context(extractor_type(model, name))
-        # After torchcam has taken the output, what follows gets a copy: it may write into it in place.
-        undo.callback(layer.register_forward_hook(lambda _, args, out: out.clone()).remove)
+        undo.callback(layer.register_forward_hook(_hand_on).remove)
         scores = logits_of(model(images))
         if extractor.hook_a[0] is None:
             raise InputError(f"layer {name!r} takes no part in the forward pass; choose another")
@@ -141,18 +140,28 @@ def _raw_maps(model, images: Tensor, target, name: str, extractor_type) -> Tenso
     return maps.detach()
 
 
-def _cut_graph(name: str):
-    """A forward hook that makes the layer's output the start of the graph: no parameter needs a gradient."""
+def _start_graph(name: str):
+    """A forward hook that starts the graph at the layer's output: nothing before it needs a gradient."""
 
-    def cut(_, args, output: object) -> Tensor:
+    def start(_, args, output: object) -> Tensor:
         if not isinstance(output, Tensor) or output.dim() != 4:
             got = (
                 f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else f"a {type(output).__name__}"
             )
             raise InputError(f"layer {name!r} must return a feature map (N, C, h, w), got {got}")
-        return output.detach().clone().requires_grad_()
+        with torch.inference_mode(False):
+            return output.detach().clone().requires_grad_()
 
-    return cut
+    return start
+
+
+def _hand_on(_, args, output: Tensor) -> Tensor:
+    """A forward hook that gives a copy to what follows, which may write into it in place.
+
+    The copy is in the graph even where the model runs this layer in a `no_grad` of its own.
+    """
+    with torch.inference_mode(False), torch.enable_grad():
+        return output.clone()
 
 
 def _unit(maps: Tensor) -> Tensor:

@@ -17,8 +17,7 @@ def refuse_unwatchable(model: nn.Module) -> None:
     """
     if isinstance(model, torch.jit.ScriptModule):
         raise ConfigError("the model is scripted, which hides its layers; pass the model it was made from")
-    compiled = hasattr(model, "_orig_mod")
-    if compiled or any(getattr(module, "_compiled_call_impl", None) for module in model.modules()):
+    if any(hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) for m in model.modules()):
         raise ConfigError(
             "the model is compiled, which ignores hooks; pass the model from before torch.compile"
         )

@@ -4,6 +4,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -152,6 +153,40 @@ def test_frozen_models_and_outer_scopes_do_not_matter(build, images, scope):  # 
         assert torch.equal(gradcam(model, images.clone()), expected)
 
 
+@pytest.mark.parametrize("scope", [torch.no_grad, torch.inference_mode])
+def test_a_trunk_that_the_model_itself_runs_without_gradients_is_explained(build, images, scope):  # E8
+    model = build()
+    expected = gradcam(model, images)
+    trunk = model.stage2.forward
+    model.stage2.forward = lambda x: scope()(trunk)(x)
+    assert torch.equal(gradcam(model, images), expected)
+
+
+def test_half_precision_and_channels_last_models_are_explained(build, images):
+    model = build()
+    expected = gradcam(model, images, 0)
+    nhwc = model.to(memory_format=torch.channels_last)
+    torch.testing.assert_close(gradcam(nhwc, images, 0), expected, atol=1e-4, rtol=0)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (gradcam(model, images, 0) - expected).abs().mean() < 0.1
+    half = gradcam(model.bfloat16(), images.bfloat16(), 0)
+    assert half.dtype == torch.float32
+    assert (half - expected).abs().mean() < 0.1
+
+
+def test_scores_are_found_in_an_output_that_holds_logits(build, images):
+    class Wrapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = build()
+
+        def forward(self, x):
+            return SimpleNamespace(logits=self.net(x))
+
+    model = Wrapped()
+    assert torch.equal(gradcam(model, images, 1), gradcam(model.net, images, 1))
+
+
 def test_a_constant_map_and_an_empty_one_are_zeros(build, plain, images):  # E9
     model = build()
     nn.init.zeros_(model.head.weight)
@@ -209,6 +244,16 @@ def test_the_default_layer_of_timm_networks_is_the_end_of_their_trunk():
     assert last_map(timm.create_model("resnet10t"), picture) == "layer4"
     assert last_map(timm.create_model("test_convnext"), picture) in ("stages", "norm_pre", "stages.3")
     assert last_map(timm.create_model("test_efficientnet"), picture).startswith(("bn2", "conv_head"))
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2"])
+def test_the_default_layer_and_its_maps_are_those_of_the_plain_network_after_attaching(name):
+    torchvision = pytest.importorskip("torchvision")
+    model, picture = torchvision.models.get_model(name).eval(), torch.rand(1, 3, 64, 64)
+    layer, maps = last_map(model, picture), gradcam(model, picture, 7)
+    cbam.attach(model)
+    assert last_map(model, picture) == layer
+    assert torch.equal(gradcam(model, picture, 7), maps)
 
 
 def test_a_layer_is_taken_by_name_or_as_the_module(build, images):

@@ -169,3 +169,29 @@ def test_models_that_ignore_hooks_are_refused(build):
     model.stage1.compile()
     with pytest.raises(cbam.CBAMError, match="compiled"), record(model):
         pass
+
+
+def test_attached_blocks_are_named_as_attach_names_them(images):
+    torchvision = pytest.importorskip("torchvision")
+    model = cbam.attach(torchvision.models.resnet18()).eval()
+    before = state(model)
+    with record(model) as recording:
+        model(images)
+    assert list(recording) == list(cbam.surgery.attached(model))
+    assert torch.equal(recording["layer1.0"].spatial_gate, torch.ones(4, 1, 8, 6))
+    assert recording["layer1.0"].gain == 2
+    assert state(model) == before
+
+
+def test_the_reversed_order_is_recorded_under_its_block(images):
+    torchvision = pytest.importorskip("torchvision")
+
+    def where_then_what(channels):
+        return nn.Sequential(cbam.SpatialAttention(), cbam.ChannelAttention(channels))
+
+    model = cbam.attach(torchvision.models.resnet18(), attention=where_then_what, start="paper").eval()
+    with record(model) as recording:
+        model(images)
+    step = recording["layer2.1"]
+    assert list(recording) == list(cbam.surgery.attached(model))
+    assert torch.equal(step.after_where, step.before * step.spatial_gate * step.channel_gate)
