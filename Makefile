@@ -29,14 +29,14 @@ test-all: $(READY) ## every test
 	$(PYTEST)
 
 check: $(READY) ## format, lint, types, floors
-	$(BIN)/ruff format --check .
-	$(BIN)/ruff check .
-	$(BIN)/pyright
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m pyright
 	$(BIN)/python -m pytest -q tests/house/test_floors.py
 
 format: $(READY) ## format the code and apply the safe lint fixes
-	$(BIN)/ruff format .
-	$(BIN)/ruff check --fix .
+	$(BIN)/python -m ruff format .
+	$(BIN)/python -m ruff check --fix .
 
 clean: ## remove caches, reports and builds (.venv stays: rm -rf .venv to set up anew)
 	rm -rf .pytest_cache .ruff_cache .hypothesis build dist demo-report lightning_logs

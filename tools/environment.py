@@ -19,10 +19,11 @@ from pathlib import Path
 LINUX_GB, OTHER_GB = (3.2, 6.0), (0.3, 1.5)
 
 PROBE = """
-import json, site, sys, torch, torchvision
+import json, sys, torch, torchvision
+from importlib.metadata import version
 print(json.dumps({
-    "torch": torch.__version__,
-    "torchvision": torchvision.__version__,
+    "torch": version("torch"),
+    "torchvision": version("torchvision"),
     "folders": [p for p in sys.path if p.endswith(("site-packages", "dist-packages"))],
 }))
 """
