@@ -115,7 +115,8 @@ def convert_state_dict(model: nn.Module, to: str = "released") -> dict[str, Tens
     convolution of the spatial gate (divided by its gain). In eval mode the function stays the same to the
     bit, as long as no activation leaves the dtype's normal range (float16 ends at 65504).
 
-    timm's module needs biases: `block_args={"attn_layer": partial(timm.layers.cbam.CbamModule, mlp_bias=True)}`.
+    timm's module must have biases: `block_args={"attn_layer": partial(CbamModule, mlp_bias=True)}` with
+    CbamModule from timm.layers.cbam.
 
     Args:
         model: a network with CBAM attached.
@@ -447,6 +448,8 @@ def _check_archive(path: Path, size: int) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
+            if any(member.filename.endswith("/constants.pkl") for member in members):
+                raise CheckpointError(f"{path}: a TorchScript program; save its state_dict() instead")
             unpacked = sum(member.file_size for member in members)
             if unpacked > size:
                 raise CheckpointError(
@@ -454,8 +457,6 @@ def _check_archive(path: Path, size: int) -> None:
                 )
             if not any(member.filename.endswith("/data.pkl") for member in members):
                 raise CheckpointError(f"{path}: a zip archive, but not one that torch.save wrote")
-            if any(member.filename.endswith("/constants.pkl") for member in members):
-                raise CheckpointError(f"{path}: a TorchScript program; save its state_dict() instead")
             damaged = archive.testzip()
     except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, ValueError) as error:
         if isinstance(error, CheckpointError):
@@ -474,11 +475,11 @@ def _read_torch(path: Path) -> Any:
                 f"{path}: refused, it asks to run {_some(found)}, which plain weights never need. If "
                 "you trust it, save the weights alone where it was made: torch.save(model.state_dict(), path)"
             ) from None
-        raise CheckpointError(f"{path}: damaged, or not plain weights: {_first_line(error)}") from error
+        raise CheckpointError(f"{path}: damaged, or not plain weights: {_reason(error)}") from error
     except OSError:
         raise
     except Exception as error:  # torch raises nearly every builtin for a damaged file
-        raise CheckpointError(f"{path}: damaged or not plain weights: {_first_line(error)}") from error
+        raise CheckpointError(f"{path}: damaged or not plain weights: {_reason(error)}") from error
 
 
 def _unsafe_globals(path: Path, error: Exception) -> list[str]:
@@ -490,8 +491,10 @@ def _unsafe_globals(path: Path, error: Exception) -> list[str]:
     return sorted(found) or re.findall(r"(?:GLOBAL|class|function) ([\w.]+) ", str(error))
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+def _reason(error: Exception) -> str:
+    """The first line of an error, without torch's advice to load the file unsafely."""
+    text = str(error).rpartition("WeightsUnpickler error: ")[2].strip()
+    return text.partition("\n")[0] or type(error).__name__
 
 
 # --- the way back ---------------------------------------------------------------------------------
@@ -570,7 +573,8 @@ def _scale(state: dict[str, Tensor], name: str, factor: float) -> None:
     scaled = state[name] * factor
     if math.frexp(factor)[0] != 0.5 or not torch.equal(scaled / factor, state[name]):
         raise _MisfitError(
-            f"folding its gain multiplies {name} by {factor:g}, which {scaled.dtype} cannot do exactly"
+            f"folding its gain multiplies {name} by {factor:g}, which is not exact in {scaled.dtype}; a gain "
+            "must be a power of two; for float16's narrow range, convert copy.deepcopy(model).float()"
         )
     state[name] = scaled
 
