@@ -27,6 +27,7 @@ torch.fx.wrap("channel_descriptor")
 torch.fx.wrap("spatial_descriptor")
 torch.fx.wrap("rescale")
 torch.fx.wrap("_check_fits")
+torch.fx.wrap("_check_statistics")
 
 
 class _Gate(nn.Module):
@@ -143,7 +144,10 @@ class SpatialAttention(_Gate):
     def gate(self, x: Tensor) -> Tensor:
         """Ms: (N, C, H, W) -> (N, 1, H, W)."""
         _check_fits(x, None, self.conv.weight)
-        return self._open(self.bn(self.conv(spatial_descriptor(x))))
+        logits = self.conv(spatial_descriptor(x))
+        if self.bn.training:
+            _check_statistics(logits)
+        return self._open(self.bn(logits))
 
     def extra_repr(self) -> str:
         return f"kernel_size={self.kernel_size}"
@@ -204,4 +208,12 @@ def _check_fits(x: Tensor, channels: int | None, weight: Tensor) -> None:
     if x.dtype != weight.dtype and x.dtype.is_floating_point and not torch.is_autocast_enabled(x.device.type):
         raise DtypeError(
             f"x is {x.dtype}, the weights are {weight.dtype}: use torch.autocast, or convert one of them"
+        )
+
+
+def _check_statistics(logits: Tensor) -> None:
+    if logits.numel() == 1 and not torch.jit.is_tracing():
+        raise InputError(
+            "Expected more than 1 value per channel when training, got one sample of 1 x 1 pixels; "
+            "use eval(), a larger batch or a larger map"
         )

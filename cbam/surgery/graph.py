@@ -11,7 +11,6 @@ import operator
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from types import CodeType
 
 import torch
 from torch import fx, nn
@@ -23,22 +22,8 @@ _MULTIPLIES = {operator.mul, operator.imul, torch.mul, "mul", "mul_"}
 _CATS = {torch.cat, torch.concat}
 _MATMULS = {"matmul", "bmm", "einsum", "baddbmm", "scaled_dot_product_attention"}
 _DROPS = re.compile(r"Identity|Drop(out|path|block)|StochasticDepth", re.IGNORECASE)
-_ACTIVATIONS = frozenset(
-    ("relu", "relu_", "relu6", "prelu", "rrelu", "leaky_relu", "leaky_relu_", "elu", "elu_", "selu", "celu")
-    + (
-        "gelu",
-        "glu",
-        "silu",
-        "silu_",
-        "swish",
-        "mish",
-        "hardswish",
-        "hard_swish",
-        "hardtanh",
-        "tanh",
-        "tanh_",
-    )
-    + ("sigmoid", "sigmoid_", "hardsigmoid", "hard_sigmoid", "softplus", "softmax")
+_ACTIVATION = re.compile(
+    r"(leaky_|hard_?|log_?|[cprs])?(relu6?|[cs]?elu|gelu|glu|silu|swish|mish|sigmoid|tanh|softplus|softmax)_?"
 )
 _ACTIVATION_CLASS = re.compile(
     r"relu|elu|silu|swish|mish|glu|sigmoid|tanh|softplus|softmax|evonorm|tlu", re.I
@@ -160,7 +145,7 @@ class Trunk:
     def _is_nonlinear(self, node: Node) -> bool:
         if node.op == "call_module":
             return any(_is_nonlinear(m) for m in self._children[str(node.target)].modules())
-        return _name(node) in _ACTIVATIONS
+        return _ACTIVATION.fullmatch(_name(node)) is not None
 
     def _all_ancestors(self, graph: fx.Graph) -> dict[Node, set[Node]]:
         """Every node with itself and all tensors it is computed from."""
@@ -223,14 +208,9 @@ def _is_nonlinear(module: nn.Module) -> bool:
         return True
     if next(module.children(), None) is None and _ACTIVATION_CLASS.search(type(module).__name__):
         return True
-    forward = inspect.unwrap(type(module).forward)
-    return not type(module).__module__.startswith("torch.nn.") and bool(
-        _ACTIVATIONS & _names(getattr(forward, "__code__", None))
-    )
-
-
-def _names(code: CodeType | None) -> frozenset[str]:
-    return frozenset(code.co_names) if code else frozenset()
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    library = type(module).__module__.startswith("torch.nn.")
+    return code is not None and not library and any(_ACTIVATION.fullmatch(name) for name in code.co_names)
 
 
 def _is_slice(node: Node) -> bool:
