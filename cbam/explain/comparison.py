@@ -41,7 +41,8 @@ def compare_rows(
         InputError: shapes do not fit, or a network gives NaN or infinity.
         ConfigError: `block` has no attention of ours.
     """
-    check_images(images)
+    check_images(images, plain)
+    check_images(images, refined)
     _check_lengths(images, shown, targets, classes, boxes)
     with record(refined) as recording:
         refined_probability = _probability(refined, images, targets)
@@ -61,7 +62,7 @@ def compare_rows(
             box=None if boxes is None or boxes[i].isnan().any() else tuple(boxes[i].tolist()),
             block=name,
             gain=1.0 if refinement is None else refinement.gain,
-            **{key: None if value is None else value[i] for key, value in features.items()},
+            **{key: value[i] for key, value in features.items()},
         )
         for i in range(len(images))
     ]
@@ -77,16 +78,19 @@ def _choose(recording: dict[str, Refinement], block: str | None) -> tuple[str, R
     return block, recording[block]
 
 
-def _features(refinement: Refinement | None) -> dict[str, Tensor | None]:
-    """The feature map before and after the gates as (N, h, w) means over channels, and the spatial gate."""
+def _features(refinement: Refinement | None) -> dict[str, Tensor]:
+    """Channel means of the feature map before and after each gate, and the spatial gate, each (N, h, w)."""
     if refinement is None:
         return {}
-    strength = {
-        key: getattr(refinement, key).abs().float().mean(1).cpu()
-        for key in ("before", "after_what", "after_where")
-    }
-    gate = refinement.spatial_gate
-    return strength | {"spatial_gate": None if gate is None else gate[:, 0].float().cpu()}
+    maps = {"before": refinement.before}
+    if refinement.channel_gate is not None:
+        maps["after_what"] = refinement.after_what
+    if refinement.spatial_gate is not None:
+        maps["after_where"] = refinement.after_where
+    features = {key: value.float().abs().mean(1).cpu() for key, value in maps.items()}
+    if refinement.spatial_gate is not None:
+        features["spatial_gate"] = refinement.spatial_gate[:, 0].float().cpu()
+    return features
 
 
 def _probability(model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ FORMATS = (".png", ".svg", ".pdf")
 
 # Inches. The whole is as wide as the text of a page.
 _WIDTH, _LEFT, _RIGHT, _GAP = 7.0, 0.30, 0.06, 0.06
+_CELL = (_WIDTH - _LEFT - _RIGHT - 6 * _GAP) / 7  # seven columns
 _HEAD, _CAPTION, _LINE, _FOOT = 0.50, 0.08, 0.115, 0.50
 _TEXT, _SMALL = 7.0, 6.0  # points
 
@@ -93,12 +94,12 @@ def _draw(rows: Sequence[Row], refined: str):
     from matplotlib.figure import Figure
 
     columns = _columns(rows, refined)
-    cell = (_WIDTH - _LEFT - _RIGHT - 6 * _GAP) / 7
+    cell = _CELL
     width = _LEFT + _RIGHT + len(columns) * cell + (len(columns) - 1) * _GAP
-    tall = max(row.image.shape[-2] / row.image.shape[-1] for row in rows) * cell
-    lines = 2 if any(row.box for row in rows) else 1
-    step = tall + _CAPTION + lines * _LINE
-    height = _HEAD + len(rows) * step + _FOOT
+    tall = [cell * row.image.shape[-2] / row.image.shape[-1] for row in rows]
+    caption = _CAPTION + _LINE * (2 if any(row.box for row in rows) else 1)
+    tops = [_HEAD + sum(tall[:r]) + r * caption for r in range(len(rows) + 1)]
+    height = tops[-1] + _FOOT
     figure = Figure(figsize=(width, height), facecolor="white")
     FigureCanvasAgg(figure)
 
@@ -111,23 +112,18 @@ def _draw(rows: Sequence[Row], refined: str):
     scale = _gate_scale(rows)
     for r, row in enumerate(rows):
         for c, (_, paint) in enumerate(columns):
-            ax = axes(c, _HEAD + r * step, tall)
+            ax = axes(c, tops[r], tall[r])
             paint(ax, row, scale)
             _bare(ax)
-        _say(
-            figure,
-            0.15 / width,
-            1 - (_HEAD + r * step + tall / 2) / height,
-            _short(row.label, tall),
-            rotation=90,
-        )
+        beside = 1 - (tops[r] + tall[r] / 2) / height
+        _say(figure, _LEFT / 2 / width, beside, _wrap(row.label, tall[r]), rotation=90)
     for c, (title, _) in enumerate(columns):
         left = _LEFT + c * (cell + _GAP) + cell / 2
         _say(figure, left / width, 1 - (_HEAD - 0.05) / height, title, va="baseline")
-    if len(columns) > 3:
-        _bracket(figure, rows[0].block, refined, axes(3, 0.06, 0.14, len(columns) - 3))
-    foot = _HEAD + len(rows) * step + 0.08
-    _scales(figure, axes, foot, len(columns), scale)
+    inside = len(columns) - 3
+    if inside:
+        _bracket(rows[0].block, refined, axes(3, 0.06, 0.14, inside), inside * cell)
+    _scales(figure, axes, tops[-1] + 0.08, len(columns), scale)
     return figure
 
 
@@ -137,7 +133,7 @@ def _columns(rows: Sequence[Row], refined: str) -> list:
         ("input", _paint_input),
         ("Grad-CAM\nplain", lambda ax, row, _: _paint_heat(ax, row, row.plain_map, row.plain_probability)),
         (
-            f"Grad-CAM\nwith {refined}",
+            f"Grad-CAM\n{_cut(f'with {refined}', _CELL)}",
             lambda ax, row, _: _paint_heat(ax, row, row.refined_map, row.refined_probability),
         ),
     ]
@@ -185,9 +181,8 @@ def _paint_strength(ax, row: Row, key: str) -> None:
         return
     maps = [m for m in (row.before, row.after_what, row.after_where) if m is not None]
     top = max(float(m.max()) for m in maps)
-    ax.imshow(shown.float().numpy(), cmap=_STRENGTH, vmin=0, vmax=top or 1, interpolation="nearest")
-    mean = float(shown.mean())
-    _under(ax, f"mean {mean:.2f}" if mean < 10 else f"mean {mean:.3g}")
+    _cells(ax, row, shown, _STRENGTH, 0, top or 1)
+    _under(ax, f"mean {float(shown.mean()):#.3g}")
 
 
 def _paint_gate(ax, row: Row, scale: tuple[float, float]) -> None:
@@ -195,8 +190,15 @@ def _paint_gate(ax, row: Row, scale: tuple[float, float]) -> None:
         return
     gate = row.spatial_gate.float()
     middle, reach = scale
-    ax.imshow(gate.numpy(), cmap=_GATE, vmin=middle - reach, vmax=middle + reach, interpolation="nearest")
+    _cells(ax, row, gate, _GATE, middle - reach, middle + reach)
     _under(ax, f"{float(gate.min()):.2f} to {float(gate.max()):.2f}")
+
+
+def _cells(ax, row: Row, values: Tensor, colours: str, low: float, high: float) -> None:
+    """Draw (h, w) as cells over the area of the row's image."""
+    H, W = row.image.shape[-2:]
+    over = (-0.5, W - 0.5, H - 0.5, -0.5)
+    ax.imshow(values.float().numpy(), cmap=colours, vmin=low, vmax=high, interpolation="nearest", extent=over)
 
 
 def _gate_scale(rows: Sequence[Row]) -> tuple[float, float]:
@@ -235,18 +237,17 @@ def _scales(figure, axes, top: float, columns: int, scale: tuple[float, float]) 
     if columns > 6:
         middle, reach = scale
         values = (middle - reach, middle, middle + reach)
-        bar(6, 1, _GATE, values[0], values[2], {v: f"{v:.2f}" for v in values}, "gate")
+        bar(6, 1, _GATE, values[0], values[2], {v: f"{v:.2f}" for v in values}, "factor")
 
 
-def _bracket(figure, block: str, refined: str, ax) -> None:
+def _bracket(block: str, refined: str, ax, inches: float) -> None:
     """A line over the columns that show the inside of one block, and its name."""
     ax.set_axis_off()
     ax.set_xlim(0, 1)
     ax.set_ylim(0, 1)
     ax.plot([0, 1], [0, 0], color="black", linewidth=0.6, clip_on=False)
-    ax.text(
-        0.5, 0.3, f"feature map in {block}, with {refined}", fontsize=_TEXT, ha="center", parse_math=False
-    )
+    text = _cut(f"feature map in {block}, with {refined}", inches)
+    ax.text(0.5, 0.3, text, fontsize=_TEXT, ha="center", parse_math=False)
 
 
 def _bare(ax) -> None:
@@ -267,13 +268,17 @@ def _say(figure, x: float, y: float, text: str, *, va: str = "center", rotation:
     )
 
 
-def _short(label: str, inches: float) -> str:
-    """`label` cut to what fits beside a row of this height."""
+def _cut(text: str, inches: float) -> str:
+    """`text`, cut to what fits into this length."""
     fits = max(4, int(inches / 0.055))
-    lines = textwrap.wrap(label, fits, max_lines=2, placeholder="\N{HORIZONTAL ELLIPSIS}") or [""]
-    return "\n".join(
-        line if len(line) <= fits else f"{line[: fits - 1]}\N{HORIZONTAL ELLIPSIS}" for line in lines
-    )
+    return text if len(text) <= fits else f"{text[: fits - 1]}\N{HORIZONTAL ELLIPSIS}"
+
+
+def _wrap(label: str, inches: float) -> str:
+    """`label` on at most two lines of this length."""
+    fits = max(4, int(inches / 0.055))
+    lines = textwrap.wrap(label, fits, max_lines=2, placeholder="\N{HORIZONTAL ELLIPSIS}")
+    return "\n".join(_cut(line, inches) for line in lines)
 
 
 def _pixels(image: Tensor):

@@ -51,7 +51,7 @@ def gradcam(
         ConfigError: an unknown method or layer; a compiled or scripted model.
         MissingExtraError: torchcam is not installed.
     """
-    check_images(images)
+    check_images(images, model)
     refuse_unwatchable(model)
     extractor_type = _extractor_type(method)
     with torch.inference_mode(False), torch.enable_grad(), eval_mode(model):

@@ -48,9 +48,12 @@ def logits_of(output: object) -> Tensor:
     return scores
 
 
-def check_images(images: Tensor) -> None:
-    """Refuse what is not a batch of normalised images, float (N, C, H, W)."""
+def check_images(images: Tensor, model: nn.Module) -> None:
+    """Refuse what is not a batch of normalised images, float (N, C, H, W), beside the model's weights."""
     if images.dim() != 4 or not images.is_floating_point() or 0 in images.shape:
         raise InputError(
             f"images must be a normalised float batch (N, C, H, W), got {images.dtype} {tuple(images.shape)}"
         )
+    weight = next(model.parameters(), images)
+    if weight.device != images.device:
+        raise InputError(f"images are on {images.device}, the model on {weight.device}; move one of them")

@@ -73,6 +73,19 @@ def test_comparing_leaves_both_networks_as_they_were(build, plain, images):
         assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
 
 
+def test_the_step_of_a_gate_that_is_not_there_is_left_out(build, plain, images):
+    for attention, missing in (
+        (cbam.ChannelAttention, "after_where"),
+        (lambda _: cbam.SpatialAttention(), "after_what"),
+    ):
+        (row,) = compare_rows(
+            plain, build(attention), images[:1], images[:1].sigmoid(), torch.tensor([0]), CLASSES
+        )
+        steps = {"before", "after_what", "after_where"}
+        assert {key for key in steps if getattr(row, key) is not None} == steps - {missing}
+        assert (row.spatial_gate is None) == (missing == "after_where")
+
+
 def test_attention_of_others_gives_rows_without_feature_maps(plain, images):
     rows = compare_rows(plain, plain, images, images.sigmoid(), torch.tensor([0, 1, 2, 3]), CLASSES)
     assert all(row.before is None and row.spatial_gate is None for row in rows)
@@ -109,8 +122,8 @@ def test_what_does_not_fit_together_is_refused(build, plain, images, changes, er
 
 
 @pytest.mark.parametrize("ending", [".png", ".svg", ".pdf"])
-def test_a_figure_is_written_in_the_form_its_name_asks_for(tmp_path, rows, ending):
-    path = comparison_figure(rows, tmp_path / f"look{ending}")
+def test_a_figure_is_written_in_the_form_its_name_asks_for(tmp_path, ending):
+    path = comparison_figure([synthetic()], tmp_path / f"look{ending}")
     assert path == tmp_path / f"look{ending}"
     start = {".png": b"\x89PNG", ".svg": b"<?xml", ".pdf": b"%PDF"}[ending]
     assert path.read_bytes().startswith(start)
@@ -139,6 +152,24 @@ def test_a_figure_says_class_probability_share_in_the_box_and_block(tmp_path):
     assert shares[0] != shares[1]
 
 
+def test_pictures_of_any_shape_keep_it_and_feature_maps_take_theirs():
+    from cbam.explain.figure import _draw
+
+    wide, tall = torch.rand(8, 16), torch.rand(16, 8)
+    rows = [
+        synthetic(image=wide.expand(3, 8, 16), plain_map=wide, refined_map=wide),
+        synthetic(image=tall.expand(3, 16, 8), plain_map=tall, refined_map=tall),
+    ]
+    figure = _draw(rows, "CBAM")
+    figure.canvas.draw()
+    drawn = [ax.get_window_extent() for ax in figure.axes if ax.images]
+    assert len(drawn) == 14
+    for r, aspect in enumerate((0.5, 2.0)):
+        for box in drawn[7 * r : 7 * r + 7]:
+            assert box.height / box.width == pytest.approx(aspect, rel=1e-3)
+            assert box.width == pytest.approx(drawn[0].width, rel=1e-3)
+
+
 def test_columns_that_no_row_has_are_left_out(tmp_path):
     channel_only = synthetic(spatial_gate=None)
     words = svg_text(comparison_figure([channel_only], tmp_path / "se.svg", refined="SE"))
@@ -158,7 +189,7 @@ def test_every_word_lies_inside_the_page_and_apart_from_the_others(rows):
     long = dataclasses.replace(
         rows[0], label="a class name that is far too long for any margin of a page", gain=2.0
     )
-    figure = _draw([long, *rows[1:], synthetic(label="")], "a long name")
+    figure = _draw([long, *rows[1:], synthetic(label="")], "attention with a name that is too long")
     figure.canvas.draw()
     page = figure.bbox
     found = figure.findobj(lambda artist: getattr(artist, "get_text", lambda: "")().strip() != "")
@@ -192,6 +223,7 @@ def test_the_same_rows_give_the_same_bytes_and_no_global_state_changes(tmp_path,
 
     settings = dict(matplotlib.rcParams)
     pyplot_was_there = "matplotlib.pyplot" in sys.modules
+    rows = rows[:1]
     for ending in (".png", ".svg"):
         first = comparison_figure(rows, tmp_path / f"a{ending}").read_bytes()
         assert comparison_figure(rows, tmp_path / f"b{ending}").read_bytes() == first
