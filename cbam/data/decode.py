@@ -60,8 +60,8 @@ def decode(source: str | os.PathLike | bytes) -> Tensor:
         raise InputError(f"decode takes a path or bytes, got {type(source).__name__}")
     try:
         data = read(source)
-    except OSError as error:
-        raise DataError(f"{shown(source)}: {error.strerror or error}") from error
+    except (OSError, ValueError) as error:  # a ValueError is a zero byte in the name
+        raise DataError(f"{shown(source)}: {getattr(error, 'strerror', None) or error}") from error
     return decode_bytes(data, shown(source))
 
 
@@ -146,13 +146,17 @@ def _decode(data: bytes, where: str) -> Tensor:
 def _decode_without_end(data: bytes, where: str) -> Tensor | None:
     """A JPEG that lacks nothing but the two bytes of its end marker; None for any other.
 
-    Given a marker the decoder makes up grey for what is missing. So it is asked twice, once with noise
-    before the marker: the pictures are equal only if neither the grey nor the noise was needed.
+    Nor for a progressive one, which shows a picture, if a coarse one, after any of its scans. Given a
+    marker the decoder makes up grey for what is missing. So it is asked twice, once with noise before the
+    marker: the pictures are equal only if neither the grey nor the noise was needed.
     """
-    if not data.startswith(b"\xff\xd8"):
-        return None
+    from PIL import Image
+
     data = data.removesuffix(b"\xff")  # the first byte of the marker
     try:
+        with Image.open(io.BytesIO(data), formats=["JPEG"]) as image:
+            if image.info.get("progressive"):
+                return None
         first, second = (_decode(data + more + b"\xff\xd9", where) for more in (b"", b"\xa5\x3c\x96" * 99))
     except Exception:
         return None
@@ -175,7 +179,7 @@ def _to_rgb(image: "Image.Image") -> "Image.Image":
         canvas = Image.new("RGBA", image.size, BACKGROUND)
         canvas.alpha_composite(image.convert("RGBA"))
         return canvas.convert("RGB")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _deep_grey(image: "Image.Image") -> np.ndarray:

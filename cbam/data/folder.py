@@ -9,6 +9,7 @@ Validation pictures: short side to 256/224 of the network's input, then the cent
 
 import logging
 import os
+import stat
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from cbam.data.decode import decode_bytes, not_an_image, read, shown, size_of
 from cbam.data.images import MAX_SEED, UNKNOWN_BOX, Images, check_int, draws
-from cbam.errors import DataError, MissingExtraError
+from cbam.errors import DataError, InputError, MissingExtraError
 
 EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 VAL_NAMES = ("val", "validation", "valid", "test")
@@ -208,12 +209,17 @@ def centre(picture: Tensor, size: int) -> Tensor:
 
 
 def _folder(path: str | os.PathLike) -> Path:
-    root = Path(path)
-    if not root.exists():
-        raise DataError(f"{shown(root)}: no such folder")
-    if not root.is_dir():
-        raise DataError(f"{shown(root)}: a file; give the folder that holds the pictures (unpack an archive)")
-    return root
+    if not isinstance(path, (str, os.PathLike)):
+        raise InputError(f"image_folder takes the path of a folder, got {type(path).__name__}")
+    try:
+        kind = Path(path).stat().st_mode
+    except FileNotFoundError as error:
+        raise DataError(f"{shown(path)}: no such folder") from error
+    except (OSError, ValueError) as error:  # a ValueError is a zero byte in the name
+        raise DataError(f"{shown(path)}: {getattr(error, 'strerror', None) or error}") from error
+    if not stat.S_ISDIR(kind):
+        raise DataError(f"{shown(path)}: a file; give the folder that holds the pictures (unpack an archive)")
+    return Path(path)
 
 
 def _layout(root: Path, notes: list[str]) -> tuple[Path, tuple[Path, Path] | None]:

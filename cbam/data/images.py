@@ -167,9 +167,13 @@ class _Loader(DataLoader):
     """A DataLoader whose workers' DataErrors arrive as they were raised, without the worker's traceback."""
 
     def __iter__(self):  # pyright: ignore[reportIncompatibleMethodOverride]
+        batches = super().__iter__()
         try:
-            yield from super().__iter__()
+            yield from batches
         except DataError as error:
+            if self.num_workers:  # left to the garbage collector, they end after a time-out of 5 s
+                batches._shutdown_workers()  # pyright: ignore[reportAttributeAccessIssue]
+                self._iterator = None
             lines = [line for line in str(error).splitlines() if line.startswith(_RAISED)]
             raise DataError(lines[-1].removeprefix(_RAISED) if lines else str(error)) from None
 

@@ -67,6 +67,5 @@ def imagenette(tmp_path_factory):
         pytest.skip("imagenette96.zip is not beside the repository")
     root = tmp_path_factory.mktemp("real")
     with zipfile.ZipFile(archive) as file:
-        names = [name for name in file.namelist() if name.endswith("0.JPEG")]
-        file.extractall(root, names)
+        file.extractall(root, file.namelist()[::10])
     return root

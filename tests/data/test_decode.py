@@ -86,7 +86,7 @@ def test_a_jpeg_without_its_end_marker_is_read_and_not_rewritten(tmp_path, encod
 @settings(max_examples=100, deadline=None)
 @given(cut=st.integers(1, 3000), progressive=st.booleans())
 def test_a_jpeg_cut_anywhere_is_refused_or_whole(cut, progressive):  # D1, D2
-    """No grey half, ever. (A progressive file cut between two scans is whole, but coarser.)"""
+    """No grey half, ever, and no coarse picture for a fine one."""
     noise = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(noise).save(buffer, "JPEG", progressive=progressive)
@@ -94,10 +94,9 @@ def test_a_jpeg_cut_anywhere_is_refused_or_whole(cut, progressive):  # D1, D2
     try:
         image = decode(data[:-cut])
     except DataError:
-        assert cut > 2
+        assert cut > 2 or progressive
     else:
-        error = (image.int() - decode(data).int()).abs().float().mean(0)
-        assert error[-8:].mean() <= (40 if progressive else 0)
+        assert torch.equal(image, decode(data))
 
 
 @pytest.mark.parametrize(
@@ -273,7 +272,7 @@ def test_a_missing_file_a_folder_and_a_pipe_are_refused_by_name(tmp_path):
 
 def test_a_damaged_header_is_told_without_an_address_in_memory():  # D3
     with pytest.raises(DataError, match=r"damaged or unsupported picture \(its header cannot be read\)"):
-        decode(b"BMW is no bitmap, though it begins like one")
+        decode(b"\x89PNG\r\n\x1a\n and no more of it")
 
 
 def test_a_name_with_a_line_break_stays_on_one_line(tmp_path):  # D16

@@ -16,7 +16,7 @@ class Numbered(Images):
 
     def sample(self, epoch, index):
         image = torch.zeros(3, 2, 2, dtype=torch.uint8)
-        image[0], image[1], image[2] = epoch, index % 256, self.seed
+        image[0], image[1], image[2] = epoch % 256, index % 256, self.seed % 256
         return image, (0.0, 0.0, 1.0, 2.0)
 
 
@@ -55,7 +55,7 @@ def test_a_set_can_be_iterated():
 )
 def test_every_sample_comes_once_but_a_last_single_one(n, size, seed, epoch):  # D33
     batches = loader(Numbered([0] * n), size, train=True, seed=seed)
-    batches.sampler.set_epoch(epoch % 256)
+    batches.sampler.set_epoch(epoch)
     seen = list(batches)
     assert len(seen) == len(batches)
     left_out = 1 if size > 1 and n > size and n % size == 1 else 0
@@ -102,7 +102,7 @@ def test_evaluation_is_always_epoch_0_in_plain_order():
     assert images.seed == 0
 
 
-@pytest.mark.parametrize("workers", [1, 2, 3])
+@pytest.mark.parametrize("workers", [1, 2])
 def test_batches_do_not_depend_on_the_number_of_workers(digits, workers):  # D34
     def epochs(workers):
         batches = loader(digits[0].subset(60), 16, train=True, seed=3, workers=workers)
