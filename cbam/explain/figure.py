@@ -7,8 +7,10 @@ import io
 import os
 import tempfile
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -89,60 +91,83 @@ def comparison_figure(rows: Sequence[Row], path: str | Path, *, refined: str = "
     return path
 
 
+class _Page:
+    """A figure laid out in inches from its top left corner, one row of cells per picture."""
+
+    def __init__(self, rows: Sequence[Row], columns: int) -> None:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
+        self.tall = [_CELL * row.image.shape[-2] / row.image.shape[-1] for row in rows]
+        caption = _CAPTION + _LINE * (2 if any(row.box for row in rows) else 1)
+        self.tops = [_HEAD + sum(self.tall[:r]) + r * caption for r in range(len(rows) + 1)]
+        self.width = _LEFT + self.length(columns) + _RIGHT
+        self.height = self.tops[-1] + _FOOT
+        self.figure = Figure(figsize=(self.width, self.height), facecolor="white")
+        FigureCanvasAgg(self.figure)
+
+    @staticmethod
+    def length(columns: int) -> float:
+        return columns * _CELL + max(columns - 1, 0) * _GAP
+
+    def axes(self, column: int, top: float, high: float, wide: int = 1):
+        """New axes from `column` on, over `wide` columns."""
+        left, bottom = _LEFT + column * (_CELL + _GAP), self.height - top - high
+        W, H = self.width, self.height
+        return self.figure.add_axes((left / W, bottom / H, self.length(wide) / W, high / H))
+
+    def say(
+        self, x: float, y: float, text: str, *, size: float = _TEXT, va: str = "center", turn: int = 0
+    ) -> None:
+        where = x / self.width, 1 - y / self.height
+        style = {"ha": "center", "va": va, "rotation": turn, "linespacing": 1.2, "parse_math": False}
+        self.figure.text(*where, text, fontsize=size, **style)
+
+
 def _draw(rows: Sequence[Row], refined: str):
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
+    """The figure, not yet written anywhere."""
     columns = _columns(rows, refined)
-    cell = _CELL
-    width = _LEFT + _RIGHT + len(columns) * cell + (len(columns) - 1) * _GAP
-    tall = [cell * row.image.shape[-2] / row.image.shape[-1] for row in rows]
-    caption = _CAPTION + _LINE * (2 if any(row.box for row in rows) else 1)
-    tops = [_HEAD + sum(tall[:r]) + r * caption for r in range(len(rows) + 1)]
-    height = tops[-1] + _FOOT
-    figure = Figure(figsize=(width, height), facecolor="white")
-    FigureCanvasAgg(figure)
-
-    def axes(column: int, top: float, high: float, wide: int = 1):
-        """An axes `high` inches tall whose top is `top` inches below the figure's, over `wide` columns."""
-        left = _LEFT + column * (cell + _GAP)
-        span = wide * cell + (wide - 1) * _GAP
-        return figure.add_axes((left / width, 1 - (top + high) / height, span / width, high / height))
-
+    page = _Page(rows, len(columns))
     scale = _gate_scale(rows)
     for r, row in enumerate(rows):
-        for c, (_, paint) in enumerate(columns):
-            ax = axes(c, tops[r], tall[r])
-            paint(ax, row, scale)
+        for c, column in enumerate(columns):
+            ax = page.axes(c, page.tops[r], page.tall[r])
+            column.paint(ax, row, scale)
             _bare(ax)
-        beside = 1 - (tops[r] + tall[r] / 2) / height
-        _say(figure, _LEFT / 2 / width, beside, _wrap(row.label, tall[r]), rotation=90)
-    for c, (title, _) in enumerate(columns):
-        left = _LEFT + c * (cell + _GAP) + cell / 2
-        _say(figure, left / width, 1 - (_HEAD - 0.05) / height, title, va="baseline")
-    inside = len(columns) - 3
-    if inside:
-        _bracket(rows[0].block, refined, axes(3, 0.06, 0.14, inside), inside * cell)
-    _scales(figure, axes, tops[-1] + 0.08, len(columns), scale)
-    return figure
+        page.say(_LEFT / 2, page.tops[r] + page.tall[r] / 2, _wrap(row.label, page.tall[r]), turn=90)
+    for c, column in enumerate(columns):
+        page.say(_LEFT + c * (_CELL + _GAP) + _CELL / 2, _HEAD - 0.05, column.title, va="baseline")
+    _bracket(page, columns, f"inside {rows[0].block}, with {refined}")
+    _scales(page, columns, scale)
+    return page.figure
 
 
-def _columns(rows: Sequence[Row], refined: str) -> list:
-    """(title, painter) of every column that some row has something for."""
+@dataclass(frozen=True)
+class _Column:
+    title: str
+    paint: Callable[..., None]  # (axes, row, scale of the gates)
+    scale: str = ""  # "heat", "strength" or "gate"; neighbours of one scale share a bar
+
+
+def _columns(rows: Sequence[Row], refined: str) -> list[_Column]:
+    """A column for everything that some row has."""
+
+    def heat(which: str) -> Callable[..., None]:
+        return lambda ax, row, _: _paint_heat(
+            ax, row, getattr(row, f"{which}_map"), getattr(row, f"{which}_probability")
+        )
+
     columns = [
-        ("input", _paint_input),
-        ("Grad-CAM\nplain", lambda ax, row, _: _paint_heat(ax, row, row.plain_map, row.plain_probability)),
-        (
-            f"Grad-CAM\n{_cut(f'with {refined}', _CELL)}",
-            lambda ax, row, _: _paint_heat(ax, row, row.refined_map, row.refined_probability),
-        ),
+        _Column("input", _paint_input),
+        _Column("Grad-CAM\nplain", heat("plain"), "heat"),
+        _Column(f"Grad-CAM\n{_cut(f'with {refined}', _CELL)}", heat("refined"), "heat"),
     ]
-    titles = {"before": "before", "after_what": "after what", "after_where": "after where"}
-    for key, title in titles.items():
+    for key in ("before", "after_what", "after_where"):
         if any(getattr(row, key) is not None for row in rows):
-            columns.append((title, lambda ax, row, _, key=key: _paint_strength(ax, row, key)))
+            paint = partial(_paint_strength, key=key)
+            columns.append(_Column(key.replace("_", " "), paint, "strength"))
     if any(row.spatial_gate is not None for row in rows):
-        columns.append(("spatial gate", _paint_gate))
+        columns.append(_Column("spatial gate", _paint_gate, "gate"))
     return columns
 
 
@@ -175,7 +200,7 @@ def _paint_heat(ax, row: Row, heat: Tensor, probability: float) -> None:
     _under(ax, "\n".join(lines))
 
 
-def _paint_strength(ax, row: Row, key: str) -> None:
+def _paint_strength(ax, row: Row, _, key: str) -> None:
     shown = getattr(row, key)
     if shown is None:
         return
@@ -209,45 +234,49 @@ def _gate_scale(rows: Sequence[Row]) -> tuple[float, float]:
     return middle, max(reach, 0.01)  # so that rounding is not blown up to a pattern
 
 
-def _scales(figure, axes, top: float, columns: int, scale: tuple[float, float]) -> None:
+def _scales(page: _Page, columns: list[_Column], scale: tuple[float, float]) -> None:
+    """A colour bar under every group of columns that share one."""
+    middle, reach = scale
+    gates = (middle - reach, middle, middle + reach)
+    bars = {
+        "heat": (_HEAT, {0: "0", 1: "largest of the map"}, "evidence for the true class"),
+        "strength": (_STRENGTH, {0: "0", 1: "largest of the row"}, "mean over channels of |activation|"),
+        "gate": (_GATE, {value: f"{value:.2f}" for value in gates}, "factor"),
+    }
+    top = page.tops[-1] + 0.08
+    for kind, group in groupby(enumerate(columns), lambda numbered: numbered[1].scale):
+        places = [c for c, _ in group]
+        if kind:
+            _bar(page, page.axes(places[0], top, 0.07, len(places)), *bars[kind])
+    page.say(_LEFT + _CELL / 2, top + 0.08, "p: probability\nof the true class", size=_SMALL)
+
+
+def _bar(page: _Page, ax, colours: str, ticks: dict[float, str], title: str) -> None:
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
 
-    def bar(
-        column: int, wide: int, colours: str, low: float, high: float, ticks: dict[float, str], title: str
-    ):
-        ax = axes(column, top, 0.07, wide)
-        mappable = ScalarMappable(Normalize(low, high), colours)
-        scale_bar = figure.colorbar(mappable, cax=ax, orientation="horizontal")
-        scale_bar.set_ticks(list(ticks), labels=list(ticks.values()))
-        scale_bar.outline.set_linewidth(0.4)
-        ax.tick_params(labelsize=_SMALL, length=2, width=0.4, pad=1)
-        labels = ax.get_xticklabels()
-        labels[0].set_ha("left")
-        labels[-1].set_ha("right")
-        ax.set_xlabel(title, fontsize=_SMALL, labelpad=1)
-
-    axes(0, top, 0.07).set_axis_off()
-    figure.axes[-1].text(
-        0.5, 1.3, "p: probability\nof the true class", fontsize=_SMALL, ha="center", va="top", linespacing=1.3
-    )
-    bar(1, 2, _HEAT, 0, 1, {0: "0", 1: "largest of the map"}, "evidence for the true class")
-    if columns > 3:
-        bar(3, 3, _STRENGTH, 0, 1, {0: "0", 1: "largest of the row"}, "mean over channels of |activation|")
-    if columns > 6:
-        middle, reach = scale
-        values = (middle - reach, middle, middle + reach)
-        bar(6, 1, _GATE, values[0], values[2], {v: f"{v:.2f}" for v in values}, "factor")
+    mappable = ScalarMappable(Normalize(min(ticks), max(ticks)), colours)
+    bar = page.figure.colorbar(mappable, cax=ax, orientation="horizontal")
+    bar.set_ticks(list(ticks), labels=list(ticks.values()))
+    bar.outline.set_linewidth(0.4)  # pyright: ignore[reportCallIssue]
+    ax.tick_params(labelsize=_SMALL, length=2, width=0.4, pad=1)
+    labels = ax.get_xticklabels()
+    labels[0].set_ha("left")
+    labels[-1].set_ha("right")
+    ax.set_xlabel(title, fontsize=_SMALL, labelpad=1)
 
 
-def _bracket(block: str, refined: str, ax, inches: float) -> None:
+def _bracket(page: _Page, columns: list[_Column], text: str) -> None:
     """A line over the columns that show the inside of one block, and its name."""
+    inside = sum(column.scale in ("strength", "gate") for column in columns)
+    if not inside:
+        return
+    ax = page.axes(len(columns) - inside, 0.06, 0.14, inside)
     ax.set_axis_off()
     ax.set_xlim(0, 1)
     ax.set_ylim(0, 1)
     ax.plot([0, 1], [0, 0], color="black", linewidth=0.6, clip_on=False)
-    text = _cut(f"feature map in {block}, with {refined}", inches)
-    ax.text(0.5, 0.3, text, fontsize=_TEXT, ha="center", parse_math=False)
+    ax.text(0.5, 0.3, _cut(text, page.length(inside)), fontsize=_TEXT, ha="center", parse_math=False)
 
 
 def _bare(ax) -> None:
@@ -260,12 +289,6 @@ def _bare(ax) -> None:
 
 def _under(ax, text: str) -> None:
     ax.set_xlabel(text, fontsize=_TEXT, labelpad=2.5, linespacing=1.1)
-
-
-def _say(figure, x: float, y: float, text: str, *, va: str = "center", rotation: float = 0) -> None:
-    figure.text(
-        x, y, text, fontsize=_TEXT, ha="center", va=va, rotation=rotation, linespacing=1.1, parse_math=False
-    )
 
 
 def _cut(text: str, inches: float) -> str:

@@ -182,6 +182,32 @@ def test_columns_that_no_row_has_are_left_out(tmp_path):
     assert "Grad-CAM" in words
 
 
+@pytest.mark.parametrize("missing", ["after_what", "after_where", "spatial_gate", "all of it"])
+def test_every_colour_bar_lies_under_the_columns_that_it_explains(missing):
+    from cbam.explain.figure import _draw
+
+    keys = ("before", "after_what", "after_where", "spatial_gate") if missing == "all of it" else (missing,)
+    figure = _draw([synthetic(**dict.fromkeys(keys))], "CBAM")
+    figure.canvas.draw()
+    cells = [ax.get_window_extent() for ax in figure.axes if ax.images]
+    bars = {
+        ax.get_xlabel(): ax.get_window_extent()
+        for ax in figure.axes
+        if ax.get_xlabel().startswith(("evidence", "mean over", "factor"))
+    }
+    assert len(cells) == 7 - len(keys)
+    assert len(bars) == {"spatial_gate": 2, "all of it": 1}.get(missing, 3)
+    groups = {"evidence for the true class": cells[1:3]}
+    if missing != "all of it":
+        last = None if missing == "spatial_gate" else -1
+        groups["mean over channels of |activation|"] = cells[3:last]
+    if "factor" in bars:
+        groups["factor"] = cells[-1:]
+    for title, group in groups.items():
+        assert bars[title].x0 == pytest.approx(group[0].x0)
+        assert bars[title].x1 == pytest.approx(group[-1].x1)
+
+
 def test_every_word_lies_inside_the_page_and_apart_from_the_others(rows):
     """Looked at as a reader would: nothing cut, nothing printed over something else."""
     from cbam.explain.figure import _draw
