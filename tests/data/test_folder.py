@@ -246,7 +246,9 @@ def test_an_unreadable_validation_picture_is_an_error(split_folder, workers):  #
     with pytest.raises(DataError, match=r"^\S*/val/dog/1.jpg \(class dog, index 3\): damaged"):
         list(loader(val, 2, train=False, workers=workers))
     (split_folder / "val/dog/1.jpg").write_bytes(b"")
-    with pytest.raises(DataError, match=r"1 validation pictures cannot be read, the first: .*empty file"):
+    with pytest.raises(
+        DataError, match=r"validation pictures that cannot be read: 1, the first: .*empty file"
+    ):
         image_folder(split_folder)
 
 

@@ -1,0 +1,181 @@
+"""A folder -> the pictures of every class, for training and for validation. No picture is opened.
+
+PATH/train/CLASS/picture.jpg beside PATH/val/CLASS/picture.jpg, or PATH/CLASS/picture.jpg, which is split:
+the 1st, 6th, 11th, ... picture of every class, in the order of their names, validate.
+"""
+
+import os
+import stat
+from collections import Counter
+from collections.abc import Sequence
+from itertools import islice
+from pathlib import Path
+
+from cbam.data.decode import shown
+from cbam.errors import DataError, InputError
+
+EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+VAL_NAMES = ("val", "validation", "valid", "test")
+EVERY = 5
+
+Classes = dict[str, list[str]]  # name of a class -> paths of its pictures, both in order
+
+
+def find_pictures(path: str | os.PathLike) -> tuple[Classes, Classes, list[str]]:
+    """The training and the validation pictures under `path`, and what a reader of the result should know.
+
+    Raises:
+        DataError: no such folder, no pictures, an empty class, fewer than two classes, or classes that
+            differ between training and validation.
+    """
+    notes: list[str] = []
+    root, splits = _layout(_folder(path), notes)
+    if splits is None:
+        train, val = _every_fifth(_scan(root, notes))
+        notes.append("no val folder: of every class the 1st, 6th, 11th, ... picture by name validates")
+    else:
+        train, val = (_scan(folder, notes) for folder in splits)
+        _check_same_classes(train, val, root)
+    return train, val, notes
+
+
+def _folder(path: str | os.PathLike) -> Path:
+    if not isinstance(path, (str, os.PathLike)):
+        raise InputError(f"image_folder takes the path of a folder, got {type(path).__name__}")
+    try:
+        kind = Path(path).stat().st_mode
+    except FileNotFoundError as error:
+        raise DataError(f"{shown(path)}: no such folder") from error
+    except (OSError, ValueError) as error:  # a ValueError is a zero byte in the name
+        raise DataError(f"{shown(path)}: {getattr(error, 'strerror', None) or error}") from error
+    if not stat.S_ISDIR(kind):
+        raise DataError(f"{shown(path)}: a file; give the folder that holds the pictures (unpack an archive)")
+    return Path(path)
+
+
+def _layout(root: Path, notes: list[str]) -> tuple[Path, tuple[Path, Path] | None]:
+    """The folder to read, and its folders of the two splits where there are both.
+
+    A single folder inside `root` is entered if it is `train` or holds the two splits, as in an archive
+    unpacked into a folder of its own name.
+    """
+    splits, others = _split_folders(root)
+    if splits is None and len(others) == 1:
+        inner = _split_folders(others[0])[0]
+        if inner or others[0].name.lower() == "train":
+            notes.append(f"read: {shown(others[0].name)}")
+            return others[0], inner
+    if splits and others:
+        notes.append(f"not read: {_some([shown(folder.name) for folder in others])}")
+    return root, splits
+
+
+def _split_folders(root: Path) -> tuple[tuple[Path, Path] | None, list[Path]]:
+    """The folders of the two splits, whatever their case, None where there are not both; the others."""
+    folders = [root / entry.name for entry in _entries(root) if _is_folder(entry) and entry.name[0] != "."]
+    named = {folder.name.lower(): folder for folder in folders}
+    val = next((named[name] for name in VAL_NAMES if name in named), None)
+    splits = (named["train"], val) if "train" in named and val else None
+    return splits, [folder for folder in folders if folder not in (splits or ())]
+
+
+def _scan(folder: Path, notes: list[str]) -> Classes:
+    """Every class folder of `folder` and its pictures; adds to `notes` what was left out."""
+    left_out: Counter[str] = Counter()
+    classes: Classes = {}
+    for entry in _entries(folder):
+        if entry.name.startswith("."):
+            left_out["hidden"] += 1
+        elif _is_folder(entry):
+            classes[entry.name] = _pictures(entry.path, left_out)
+        else:
+            left_out["beside the class folders"] += 1
+    _check_classes(classes, folder)
+    if left_out:
+        counts = ", ".join(f"{count} {kind}" for kind, count in sorted(left_out.items()))
+        notes.append(f"{shown(folder.name)}: left out {counts}")
+    return classes
+
+
+def _pictures(top: str, left_out: Counter[str]) -> list[str]:
+    """The paths of the pictures under `top`, in order. Links are followed, to each folder once."""
+    seen: set[tuple[int, int]] = set()
+    found: list[str] = []
+    waiting = [top]
+    while waiting:
+        folder = waiting.pop()
+        entries, identity = _entries(folder), _identity(folder)
+        if identity in seen:
+            left_out["link to a folder already read"] += 1
+            continue
+        seen.add(identity)
+        for entry in entries:
+            if entry.name.startswith("."):
+                left_out["hidden"] += 1
+            elif _is_folder(entry):
+                waiting.append(entry.path)
+            elif not entry.name.lower().endswith(EXTENSIONS):
+                left_out[f"with ending {shown(Path(entry.name).suffix) or 'none'}"] += 1
+            elif not Path(entry.path).is_file():
+                left_out["broken link or no regular file"] += 1
+            else:
+                found.append(entry.path)
+    return sorted(found)
+
+
+def _entries(folder: str | os.PathLike) -> list[os.DirEntry]:
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(entries, key=lambda entry: entry.name)
+    except OSError as error:
+        raise DataError(f"{shown(folder)}: {error.strerror or error}") from error
+
+
+def _identity(folder: str) -> tuple[int, int]:
+    state = Path(folder).stat()
+    return state.st_dev, state.st_ino
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
+def _check_classes(classes: Classes, folder: Path) -> None:
+    where = shown(folder)
+    if not any(classes.values()):
+        files = (shown(Path(top) / name) for top, _, names in os.walk(folder) for name in sorted(names))
+        first = ", ".join(islice(files, 5))
+        found = f"the first files there: {first}" if first else "it holds no files"
+        raise DataError(f"{where}: no pictures in class folders ({', '.join(EXTENSIONS)}); {found}")
+    empty = [shown(name) for name, paths in classes.items() if not paths]
+    if empty:
+        raise DataError(f"{where}: no pictures in class {_some(empty)}; fill the folder or remove it")
+    if len(classes) < 2:
+        raise DataError(f"{where}: one class only ({shown(next(iter(classes)))}); there must be two or more")
+
+
+def _check_same_classes(train: Classes, val: Classes, root: Path) -> None:
+    if set(train) != set(val):
+        only = [
+            _some([shown(c) for c in sorted(a - b)])
+            for a, b in ((set(train), set(val)), (set(val), set(train)))
+        ]
+        raise DataError(
+            f"{shown(root)}: training and validation hold different classes; "
+            f"only in training: {only[0]}; only in validation: {only[1]}"
+        )
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "") or "none"
+
+
+def _every_fifth(classes: Classes) -> tuple[Classes, Classes]:
+    single = [shown(name) for name, paths in classes.items() if len(paths) < 2]
+    if single:
+        raise DataError(f"one picture only in class {_some(single)}; to train and to validate takes two")
+    train = {name: [p for i, p in enumerate(paths) if i % EVERY] for name, paths in classes.items()}
+    return train, {name: paths[::EVERY] for name, paths in classes.items()}
