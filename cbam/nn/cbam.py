@@ -169,6 +169,7 @@ class CBAM(nn.Module):
         self, channels: int, *, reduction: int = 16, kernel_size: int = 7, pools: Sequence[str] = POOLS
     ) -> None:
         super().__init__()
+        self.channels = channels
         self.channel = ChannelAttention(channels, reduction=reduction, pools=pools)
         self.spatial = SpatialAttention(kernel_size=kernel_size)
 

@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 from cbam.errors import AttachError, InputError
 from cbam.nn import CBAM
 from cbam.surgery.route import is_refined, refine, restore
-from cbam.surgery.sites import Site, output_sites, sites
+from cbam.surgery.sites import Site, blocked, output_sites, sites
 from cbam.surgery.trial import Value
 
 _log = logging.getLogger("cbam")
@@ -81,6 +81,8 @@ def detach(model: nn.Module) -> nn.Module:
 def _choose(model: nn.Module, where: str | Callable[[str, nn.Module], bool] | None) -> list[Site]:
     found = sites(model)
     if where is None:
+        for site in filter(blocked, found):
+            raise AttachError(f"{site.name} {site.why}; nothing was changed")
         chosen = [s for s in found if s.default]
         if not chosen:
             reasons = (

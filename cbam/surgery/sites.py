@@ -1,16 +1,20 @@
 """Where attention can go in a model: the residual blocks, and the outputs of other modules."""
 
+import copy
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
 
 from cbam.errors import AttachError
 from cbam.surgery import graph
-from cbam.surgery.route import SLOT, Route, UnroutableError, graph_route, is_refined, refined_class
+from cbam.surgery.route import SLOT, Route, UnroutableError, graph_route, is_refined, refined_class, restore
 from cbam.surgery.trial import Bench, MisfitError, Value, static_channels, without_hooks
 
+_OWN_SLOT = f"has an attribute {SLOT!r} of its own"
 _IMAGE_SIZES = ((64, 96), (224, 256), (299, 331))
 
 
@@ -62,6 +66,11 @@ def sites(model: nn.Module) -> list[Site]:
     return sorted(found, key=lambda site: order[site.name])
 
 
+def blocked(site: Site) -> bool:
+    """Whether attention belongs at `site` but for an attribute of the user's that has its name."""
+    return site.why.startswith(_OWN_SLOT)
+
+
 def attached(model: nn.Module) -> dict[str, nn.Module]:
     """The attention of `model` by the name of its block, in the order of `named_modules`."""
     return {name: getattr(block, SLOT) for name, block in model.named_modules() if is_refined(block)}
@@ -79,7 +88,7 @@ def _blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def _places(name: str, block: nn.Module) -> list[Site]:
     """The residual adds of one block, from its output back."""
     if is_refined(block):
-        return [_attached_site(name, block)]
+        return _attached_places(name, block)
     try:
         traced = graph.trace(block)
     except Exception as error:  # a forward may refuse to be traced in any way it likes
@@ -95,10 +104,17 @@ def _places(name: str, block: nn.Module) -> list[Site]:
     return places
 
 
-def _attached_site(name: str, block: nn.Module) -> Site:
+def _attached_places(name: str, block: nn.Module) -> list[Site]:
+    """The places of a block with attention, looked for in a copy without."""
     route: Route = vars(type(block))["_cbam_route"]
-    channels = getattr(getattr(block, SLOT), "channels", None)
-    return Site(name, channels, str(route), default=True, attached=True, route=route)
+    plain = copy.deepcopy(block)
+    restore(plain)
+    places = [replace(s, attached=s.route == route) for s in _places(name, plain)]
+    if any(s.attached for s in places):
+        return places
+    return [
+        Site(name, getattr(getattr(block, SLOT), "channels", None), str(route), attached=True, route=route)
+    ]
 
 
 def _place(
@@ -117,7 +133,7 @@ def _place(
     except MisfitError as misfit:
         return Site(name, None, str(misfit))
     if hasattr(block, SLOT):
-        return Site(name, value.channels, f"has an attribute {SLOT!r} of its own")
+        return Site(name, value.channels, f"{_OWN_SLOT}; rename it")
     refusals = []
     for route in _routes(block, traced, trunk, add):
         try:
@@ -168,7 +184,7 @@ def output_sites(model: nn.Module, names: list[str]) -> list[Site]:
     modules = dict(model.named_modules())
     for name in names:
         module = modules[name]
-        if isinstance(module, nn.modules.batchnorm._NormBase):
+        if isinstance(module, _NormBase):
             raise AttachError(
                 f"{name} is a {type(module).__name__}: converting it to SyncBatchNorm would drop attention; "
                 "name the module around it, or the activation after it"
@@ -189,7 +205,7 @@ def output_sites(model: nn.Module, names: list[str]) -> list[Site]:
 
 
 def _observed(model: nn.Module, names: list[str]) -> dict[str, Value]:
-    """Channels at the outputs of modules, by running the model on images of two sizes."""
+    """What flows out of modules, by running the model on images of two sizes."""
     failure = ""
     for sizes in _IMAGE_SIZES:
         try:
@@ -197,32 +213,31 @@ def _observed(model: nn.Module, names: list[str]) -> dict[str, Value]:
         except Exception as error:  # a model refuses what it cannot take in any way it likes
             failure = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
             continue
-        for name in names:
-            a, b = (run.get(name) for run in runs)
-            if a is None or b is None or len(a) < 3 or a[1] != b[1] or a[2:] == b[2:] != (1,) * (len(a) - 2):
-                raise AttachError(
-                    f"the output of {name} is no (N, C, H, W) map: {a} and {b} on two image sizes"
-                )
-        return {name: Value(runs[0][name][1], len(runs[0][name])) for name in names}
+        return {name: _fixed_channels(name, *(run[name] for run in runs)) for name in names}
     raise AttachError(f"the model could not be run to learn the channels of {names[0]}: {failure}")
 
 
-def _output_shapes(model: nn.Module, names: list[str], size: int) -> dict[str, tuple[int, ...]]:
-    first = next((m for m in model.modules() if isinstance(m, nn.modules.conv._ConvNd)), None)
+def _fixed_channels(name: str, *runs: list[tuple[int, ...]]) -> Value:
+    (a, *more), (b, *_) = ((run or [()]) for run in runs)
+    if more:
+        raise AttachError(f"{name} is called {len(more) + 1} times in one forward; name the module around it")
+    pooled = set(a[2:]) == {1}
+    if len(a) < 3 or a[1] != b[1] or (a[2:] == b[2:] and not pooled):
+        raise AttachError(f"the output of {name} is no (N, C, H, W) map: {a}, {b} for two sizes of images")
+    return Value(a[1], len(a))
+
+
+def _output_shapes(model: nn.Module, names: list[str], size: int) -> dict[str, list[tuple[int, ...]]]:
+    """The shape of every output of the named modules in one run, in eval mode, no hook of the user firing."""
+    first = next((m for m in model.modules() if isinstance(m, _ConvNd)), None)
     if first is None:
         raise AttachError("the model has no convolution")
-    shapes: dict[str, tuple[int, ...]] = {}
+    shapes: dict[str, list[tuple[int, ...]]] = {name: [] for name in names}
     modules = dict(model.named_modules())
-
-    def note(name: str):
-        return lambda module, args, out: (
-            shapes.update({name: tuple(out.shape)}) if isinstance(out, Tensor) else None
-        )
-
     modes = {m: m.training for m in modules.values()}
     x = torch.zeros(1, first.in_channels, *(size,) * len(first.kernel_size)).to(first.weight)
     with without_hooks(model), torch.no_grad():
-        handles = [modules[name].register_forward_hook(note(name)) for name in names]
+        handles = [modules[name].register_forward_hook(_note_shape(shapes[name])) for name in names]
         try:
             model.eval()(x)
         finally:
@@ -231,6 +246,10 @@ def _output_shapes(model: nn.Module, names: list[str], size: int) -> dict[str, t
             for handle in handles:
                 handle.remove()
     return shapes
+
+
+def _note_shape(shapes: list[tuple[int, ...]]):
+    return lambda module, args, out: shapes.append(tuple(out.shape) if isinstance(out, Tensor) else ())
 
 
 def _plain_class(block: nn.Module) -> type:

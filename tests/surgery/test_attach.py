@@ -1,0 +1,417 @@
+"""Attention goes in and comes out again, and nothing else moves."""
+
+import copy
+import hashlib
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import parametrizations
+
+import cbam
+from cbam.errors import AttachError, InputError
+from cbam.nn import squeeze_excitation
+from cbam.surgery import attached
+
+BLOCKS = ["one", "two", "repeated"]
+
+
+def fingerprint(model):
+    """Everything `attach` must not move, and `detach` must bring back."""
+    digest = hashlib.sha256()
+    for key, value in model.state_dict().items():
+        digest.update(key.encode() + value.cpu().float().numpy().tobytes())
+    shape = [(n, type(m), m.training, len(m._forward_hooks)) for n, m in model.named_modules()]
+    grads = [(n, p.requires_grad, id(p)) for n, p in model.named_parameters()]
+    return digest.hexdigest(), shape, grads
+
+
+def plain_part(model):
+    return {k: v for k, v in model.state_dict().items() if ".cbam." not in k}
+
+
+def open_gates(model):
+    """Move every attention away from its start, so that skipping it would show."""
+    for part in attached(model).values():
+        for p in part.parameters():
+            nn.init.normal_(p, std=0.5)
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("attention", [cbam.CBAM, squeeze_excitation, lambda c: cbam.SpatialAttention()])
+def test_an_identity_start_leaves_the_output_bit_equal(net, images, dtype, attention):  # S11, S14
+    net, x = net.to(dtype), images.to(dtype)
+    expected, keys = net(x), list(net.state_dict())
+    assert cbam.attach(net, attention=attention) is net
+    assert list(attached(net)) == BLOCKS
+    assert torch.equal(net(x), expected)
+    assert list(plain_part(net)) == keys
+    assert all(p.dtype == dtype for p in net.parameters())
+    assert not torch.equal(open_gates(net)(x), expected)
+
+
+def test_the_paper_start_is_the_released_initialisation(net):
+    cbam.attach(net, start="paper")
+    for part in attached(net).values():
+        assert part.channel.gain is None
+        assert part.channel.fc2.weight.any()
+        assert not part.spatial.bn.weight.any()
+
+
+def test_detach_restores_outputs_keys_order_hooks_and_classes(net, images):  # S12, S16
+    calls = []
+    net.one.norm2.register_forward_hook(lambda *a: calls.append("hook"))
+    before, expected = fingerprint(net), net(images)
+    open_gates(cbam.attach(net))(images)
+    assert cbam.detach(net) is net
+    assert fingerprint(net) == before
+    assert torch.equal(net(images), expected)
+    assert len(calls) == 3  # once for every forward above, none for the trials of attach
+    assert type(net.one).__name__ == "Block"
+    assert "_cbam_route" not in dir(net.one)
+
+
+def test_attaching_runs_no_hook_and_moves_no_buffer(net):
+    net.train()
+    for m in net.modules():
+        m.register_forward_hook(lambda *a: pytest.fail("a hook ran"))
+        m.register_forward_pre_hook(lambda *a: pytest.fail("a hook ran"))
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    rng = torch.get_rng_state()
+    cbam.sites(net)
+    assert torch.equal(torch.get_rng_state(), rng)
+    cbam.attach(net)
+    assert all(torch.equal(v, net.state_dict()[k]) for k, v in before.items())
+
+
+def test_plain_and_attached_checkpoints_load(net, images):  # S18
+    plain = copy.deepcopy(net)
+    open_gates(cbam.attach(net))
+    keys = plain.load_state_dict(plain_part(net))
+    assert keys.missing_keys == keys.unexpected_keys == []
+    twin = cbam.attach(copy.deepcopy(plain))
+    twin.load_state_dict(net.state_dict())
+    assert torch.equal(twin(images), net(images))
+    late = cbam.attach(type(net)().eval())
+    missing = late.load_state_dict(plain.state_dict(), strict=False)
+    assert missing.unexpected_keys == []
+    assert all(".cbam." in key for key in missing.missing_keys)
+    assert torch.equal(late(images), plain(images))
+
+
+def test_new_parts_follow_their_host(net):  # S11
+    net.train().to(memory_format=torch.channels_last)
+    net.one.requires_grad_(False)
+    net.two.eval()
+    frozen = {n for n, p in net.named_parameters() if not p.requires_grad}
+    cbam.attach(net)
+    assert {n for n, p in net.named_parameters() if not p.requires_grad} == frozen
+    assert [m.training for m in attached(net).values()] == [True, False, True]
+    assert net.one.cbam.spatial.conv.weight.is_contiguous(memory_format=torch.channels_last)
+    with torch.device("meta"):
+        empty = type(net)()
+    cbam.attach(empty)
+    assert all(p.is_meta for p in empty.parameters())
+
+
+def test_every_parameter_gets_a_gradient_and_learns_after_a_few_steps(net, images):  # S20
+    cbam.attach(net.train())
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    for step in range(4):
+        optimizer.zero_grad()
+        F.cross_entropy(net(images), torch.tensor([0, 1])).backward()
+        assert all(p.grad is not None for p in net.parameters())
+        if step == 0:
+            assert all(part.channel.fc2.weight.grad.any() for part in attached(net).values())
+            assert all(part.spatial.bn.weight.grad.any() for part in attached(net).values())
+        optimizer.step()
+    assert all(p.grad.any() for part in attached(net).values() for p in part.channel.parameters())
+    assert all(part.spatial.conv.weight.grad.any() for part in attached(net).values())
+
+
+def test_survives_conversion_to_synchronised_batchnorm(net, images):
+    open_gates(cbam.attach(net))
+    expected = net(images)
+    converted = nn.SyncBatchNorm.convert_sync_batchnorm(net).eval()
+    assert isinstance(converted.one.norm2, nn.SyncBatchNorm)
+    assert torch.equal(converted(images), expected)
+
+
+def test_copies_and_pickles_are_independent_and_equal(net, images, tmp_path):  # S21
+    open_gates(cbam.attach(net))
+    expected = net(images)
+    torch.save(net, tmp_path / "net.pt")
+    twins = [copy.deepcopy(net), torch.load(tmp_path / "net.pt", weights_only=False)]
+    twins += [pickle.loads(pickle.dumps(net, protocol)) for protocol in range(pickle.HIGHEST_PROTOCOL + 1)]
+    for twin in twins:
+        assert torch.equal(twin(images), expected)
+        assert twin.one.cbam is not net.one.cbam
+        assert isinstance(twin.one, type(net.one).__mro__[1])
+        cbam.detach(twin)
+    assert torch.equal(net(images), expected)
+
+
+def test_survives_every_way_of_capturing_a_network(net, images, tmp_path):  # S19, T33
+    open_gates(cbam.attach(net))
+    expected = net(images)
+    torch._dynamo.reset()
+    assert torch.equal(torch.compile(net, fullgraph=True, backend="aot_eager")(images), expected)
+    assert torch.equal(torch.export.export(net, (images,)).module()(images), expected)
+    assert torch.equal(torch.fx.symbolic_trace(net)(images), expected)
+    assert torch.equal(torch.jit.trace(net, images)(images), expected)
+    state = dict(net.named_parameters()) | dict(net.named_buffers())
+    assert torch.equal(torch.func.functional_call(net, state, (images,)), expected)
+    torch._dynamo.reset()
+
+
+def test_compiles_whole_in_training(net, images):
+    open_gates(cbam.attach(net.train()))
+    torch._dynamo.reset()
+    torch.compile(net, fullgraph=True, backend="aot_eager")(images).sum().backward()
+    assert all(p.grad is not None for p in net.parameters())
+    torch._dynamo.reset()
+
+
+def test_scripting_refuses_rather_than_drop_the_attention(net):
+    cbam.attach(net)
+    with pytest.raises(OSError, match="source"):
+        torch.jit.script(net)
+
+
+def test_parametrised_children_keep_their_parametrisation(net, images):  # S12
+    parametrizations.weight_norm(net.one.second)
+    parametrizations.spectral_norm(net.two.first)
+    net.eval()
+    expected = net(images)
+    cbam.attach(net)
+    assert torch.equal(net(images), expected)
+    cbam.detach(net)
+    assert torch.equal(net(images), expected)
+
+
+def test_a_block_used_twice_has_one_attention(net):  # S1
+    cbam.attach(net)
+    assert list(attached(net)) == BLOCKS
+    assert len({id(p) for p in net.parameters()}) == len(list(net.parameters()))
+
+
+def test_attaching_twice_is_refused_and_names_the_places(net):  # S2
+    cbam.attach(net)
+    before = fingerprint(net)
+    with pytest.raises(AttachError, match=r"already at one, two, repeated; cbam.detach"):
+        cbam.attach(net)
+    assert fingerprint(net) == before
+
+
+def test_parts_of_a_network_can_have_different_attention(net, images):
+    expected = net(images)
+    cbam.attach(net, "one")
+    cbam.attach(net, r"two|repeated", squeeze_excitation)
+    assert [type(m).__name__ for m in attached(net).values()] == ["CBAM"] + ["ChannelAttention"] * 2
+    assert torch.equal(net(images), expected)
+    with pytest.raises(AttachError, match="already at two"):
+        cbam.attach(net, "two")
+
+
+def test_where_may_be_a_predicate(net):
+    cbam.attach(net, lambda name, module: name.startswith("t") and hasattr(module, "project"))
+    assert list(attached(net)) == ["two"]
+
+
+def test_where_names_any_module_when_no_residual_block_matches(net, images):
+    expected = net(images)
+    cbam.attach(net, "stem")
+    assert net.stem.cbam.channel.channels == 8
+    assert isinstance(net.stem, nn.Conv2d)
+    assert torch.equal(net(images), expected)
+    assert not torch.equal(open_gates(net)(images), expected)
+    assert torch.equal(cbam.detach(net)(images), expected)
+
+
+def test_attention_after_a_stage_is_the_last_step_of_its_sequential(images):
+    model = nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), nn.Conv2d(4, 2, 1)).eval()
+    expected = model(images)
+    cbam.attach(model, "0")
+    assert list(model[0]._modules) == ["0", "1", "cbam"]
+    assert model[0].cbam.channel.channels == 4
+    assert torch.equal(model(images), expected)
+    assert not torch.equal(open_gates(model)(images), expected)
+    assert torch.equal(copy.deepcopy(model)(images), model(images))
+    assert torch.equal(cbam.detach(model)(images), expected)
+
+
+@pytest.mark.parametrize(
+    ("where", "words"),
+    [
+        (r"layer9\..*", r"where='layer9\\\\\.\.\*' matches no whole module name; nearest: "),  # S3
+        ("on", "nearest: one"),
+        ("one.norm1", "SyncBatchNorm would drop attention"),
+        ("head", r"output of head is no \(N, C, H, W\) map"),  # S5
+        (lambda name, module: False, "no whole module name"),
+    ],
+)
+def test_places_that_are_none_are_refused_and_nothing_changes(net, where, words):
+    before = fingerprint(net)
+    with pytest.raises(AttachError, match=words):
+        cbam.attach(net, where)
+    assert fingerprint(net) == before
+
+
+def test_a_broken_pattern_and_an_unknown_start_are_refused(net):
+    with pytest.raises(InputError, match="no regular expression"):
+        cbam.attach(net, "(")
+    with pytest.raises(InputError, match='"identity" or "paper", got \'zero\''):
+        cbam.attach(net, start="zero")
+
+
+def test_networks_without_residual_blocks_say_so():  # S3, S22
+    for model in (
+        nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()),
+        nn.Linear(3, 3),
+        nn.TransformerEncoderLayer(8, 2),
+    ):
+        with pytest.raises(AttachError, match="no place for attention"):
+            cbam.attach(model)
+
+
+def test_a_module_graph_with_a_cycle_ends(net, images):  # S22
+    object.__setattr__(net.one, "parent", net)
+    net.one._modules["parent"] = net
+    expected = net(images)
+    cbam.attach(net)
+    assert torch.equal(net(images), expected)
+
+
+def test_an_uninitialised_network_is_refused():  # S22
+    model = nn.Sequential(nn.LazyConv2d(8, 3), nn.ReLU())
+    with pytest.raises(AttachError, match="run the model once, then attach"):
+        cbam.attach(model)
+
+
+@pytest.mark.parametrize(
+    ("wrap", "words"),
+    [
+        (lambda m: nn.DataParallel(m), "DataParallel as the model: attach before wrapping"),  # S8
+        (lambda m: nn.Sequential(nn.DataParallel(m)), "DataParallel at '0'"),
+        (lambda m: torch.compile(m, backend="eager"), "attach first, then torch.compile"),  # S7
+        (lambda m: m.compile(backend="eager") or m, "attach first, then torch.compile"),
+        (lambda m: torch.jit.trace(m, torch.randn(1, 3, 16, 16)), "attach before torch.jit"),  # S6
+    ],
+)
+def test_wrapped_models_are_refused(net, wrap, words):
+    with pytest.raises(AttachError, match=words):
+        cbam.attach(wrap(net))
+
+
+def test_a_wrapper_for_many_devices_is_refused_and_unchanged(net, tmp_path):  # S8
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(net)
+        with pytest.raises(AttachError, match="DistributedDataParallel as the model"):
+            cbam.attach(wrapped)
+        assert not attached(net)
+        after = nn.parallel.DistributedDataParallel(cbam.attach(net))
+        after.train()(torch.randn(2, 3, 16, 16)).sum().backward()
+        assert all(p.grad is not None for p in net.parameters())
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_a_quantised_layer_is_refused(net):  # S10
+    class Quantised(nn.Module):
+        def weight(self):
+            return None
+
+    net.extra = Quantised()
+    with pytest.raises(AttachError, match=r"quantised Quantised at 'extra': attach, then quantise"):
+        cbam.attach(net)
+
+
+def test_a_block_with_an_attribute_of_that_name_is_refused_before_anything_changes(net):
+    net.two.cbam = "mine"
+    before = fingerprint(net)
+    with pytest.raises(AttachError, match="two has an attribute 'cbam' of its own"):
+        cbam.attach(net)
+    assert fingerprint(net) == before
+
+
+class _Plain(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x):
+        return x * self.conv(x).sigmoid()
+
+
+class _Liar(_Plain):
+    def identity_(self):
+        return self
+
+
+class _Narrow(_Plain):
+    def forward(self, x):
+        return x[:, :1]
+
+
+@pytest.mark.parametrize(
+    ("attention", "start", "words"),
+    [
+        (_Plain, "identity", r"needs _Plain.identity_\(\)"),
+        (_Liar, "identity", "does not make it compute exactly its input"),
+        (_Narrow, "paper", r"turns \(1, 8, 5, 3\) into"),
+        (lambda c: 1 / 0, "paper", r"attention\(8\) for one failed: division by zero"),
+        (lambda c: "cbam", "paper", "gave a str, expected an nn.Module"),
+        (lambda c: cbam.CBAM(c + 1), "paper", "built for 9 channels, got 8"),
+    ],
+)
+def test_attention_that_does_not_fit_is_refused_and_nothing_changes(net, attention, start, words):  # S15
+    before = fingerprint(net)
+    with pytest.raises(AttachError, match=words):
+        cbam.attach(net, attention=attention, start=start)
+    assert fingerprint(net) == before
+
+
+def test_a_failure_at_the_last_block_rolls_back(net):  # S15
+    before = fingerprint(net)
+    made = []
+
+    def third_fails(channels):
+        made.append(channels)
+        if len(made) == 3:
+            raise MemoryError("no more")
+        return cbam.CBAM(channels)
+
+    with pytest.raises(AttachError, match="repeated failed: no more"):
+        cbam.attach(net, attention=third_fails)
+    assert fingerprint(net) == before
+
+
+def test_foreign_attention_takes_part_by_offering_identity(net, images):
+    class Scale(nn.Module):
+        def __init__(self, channels):
+            super().__init__()
+            self.scale = nn.Parameter(torch.randn(channels, 1, 1))
+
+        def identity_(self):
+            nn.init.ones_(self.scale)
+
+        def forward(self, x):
+            return x * self.scale
+
+    expected = net(images)
+    assert torch.equal(cbam.attach(net, attention=Scale)(images), expected)
+
+
+def test_the_reversed_order_is_a_composition(net, images):
+    expected = net(images)
+    cbam.attach(net, attention=lambda c: nn.Sequential(cbam.SpatialAttention(), cbam.ChannelAttention(c)))
+    assert torch.equal(net(images), expected)
+
+
+def test_detaching_a_plain_model_is_refused(net):
+    with pytest.raises(AttachError, match="nothing to detach"):
+        cbam.detach(net)

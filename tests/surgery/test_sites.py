@@ -1,0 +1,381 @@
+"""Where attention belongs, by what a block's own forward computes."""
+
+import pickle
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import cbam
+from cbam.surgery import attached
+
+
+def conv(channels, groups=1):
+    return nn.Conv2d(channels, channels, 3, padding=1, groups=groups)
+
+
+def body(channels):
+    return nn.Sequential(conv(channels), nn.BatchNorm2d(channels), nn.ReLU(), conv(channels))
+
+
+class Host(nn.Module):
+    """A block of eight channels with the parts that the cases below need."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = conv(8), conv(8)
+        self.norm = nn.BatchNorm2d(8)
+        self.act = nn.ReLU()
+        self.drop = nn.Dropout(0.5)
+        self.body = body(8)
+        self.layers = nn.ModuleList([conv(8), conv(8)])
+        self.alpha = nn.Parameter(torch.tensor(0.7))
+        self.pool = nn.AdaptiveAvgPool2d(1)
+
+
+class AfterTheLastChild(Host):
+    def forward(self, x):
+        return x + self.norm(self.b(self.act(self.a(x))))
+
+
+class InPlaceAdd(Host):
+    def forward(self, x):
+        y = self.norm(self.b(self.act(self.a(x))))
+        y += x
+        return self.act(y)
+
+
+class BeforeDropout(Host):
+    def forward(self, x):
+        y = self.b(self.act(self.a(x)))
+        return x + self.drop(y.permute(0, 2, 3, 1).permute(0, 3, 1, 2))
+
+
+class Scaled(Host):
+    def forward(self, x):
+        return torch.add(self.body(x) * self.alpha * 0.5, x)
+
+
+class Projected(Host):
+    def forward(self, x):
+        return self.a(x) + self.body(x)
+
+
+class OptionalShortcut(Host):
+    def forward(self, x, shortcut=None):
+        if shortcut is None:
+            shortcut = x
+        return shortcut + self.body(x)
+
+
+class ThroughAHelper(Host):
+    def forward(self, x):
+        return self._join(x, self._branch(x))
+
+    def _branch(self, x):
+        return self.norm(self.b(self.act(self.a(x))))
+
+    def _join(self, x, y):
+        return F.relu(x + y)
+
+
+class Inherited(AfterTheLastChild):
+    pass
+
+
+class ThroughSuper(AfterTheLastChild):
+    def forward(self, x):
+        return super().forward(x) * 1.0
+
+
+class InAClosure(Host):
+    def forward(self, x):
+        def branch(t):
+            return self.norm(self.b(self.act(self.a(t))))
+
+        return x + branch(x)
+
+
+class FunctionalEnd(Host):
+    def forward(self, x):
+        return x + F.relu(self.b(self.act(self.a(x))))
+
+
+class ListOfLayers(Host):
+    def forward(self, x):
+        return x + self.layers[1](self.act(self.layers[0](x)))
+
+
+class NameUsedElsewhere(Host):
+    def forward(self, x):
+        norm = self.norm
+        return x + norm(self.b(self.act(self.a(x))))
+
+
+class GlobalOfTheSameName(Host):
+    def forward(self, x):
+        return x + body_scale(self.body(x))
+
+
+def body_scale(x):
+    return x * 1
+
+
+class ReturnsATuple(Host):
+    def forward(self, x):
+        return x + self.body(x), x
+
+
+ATTACHABLE = [
+    (AfterTheLastChild, "after norm"),
+    (InPlaceAdd, "after norm"),
+    (BeforeDropout, "before drop"),
+    (Scaled, "after body"),
+    (Projected, "after body"),
+    (OptionalShortcut, "after body"),
+    (ThroughAHelper, "after norm"),
+    (Inherited, "after norm"),
+    (ThroughSuper, "after norm"),
+    (InAClosure, "after norm"),
+    (FunctionalEnd, "after relu"),
+    (ListOfLayers, "after layers_1"),
+    (NameUsedElsewhere, "after norm"),
+    (ReturnsATuple, "after body"),
+]
+
+
+def first(out):
+    return out[0] if isinstance(out, tuple) else out
+
+
+@pytest.mark.parametrize(("kind", "why"), ATTACHABLE)
+@pytest.mark.parametrize("train", [False, True])
+def test_attention_runs_once_at_the_end_of_the_branch(kind, why, train):
+    block = kind().train(train)
+    block.drop.p = 0.0
+    (site,) = cbam.sites(block)
+    assert (site.name, site.channels, site.why, site.default) == ("", 8, why, True)
+    x = torch.randn(2, 8, 6, 7)
+    expected = block(x)
+    branches = []
+    cbam.attach(block)
+    hook = block.cbam.register_forward_hook(lambda m, args, out: branches.append(args[0]))
+    out = block(x)
+    hook.remove()
+    assert torch.equal(first(out), first(expected)) or train  # a second pass moves running statistics
+    assert len(branches) == 1
+    assert branches[0].shape == x.shape
+    twin = pickle.loads(pickle.dumps(block))
+    assert torch.equal(first(twin.eval()(x)), first(block.eval()(x)))
+    with torch.no_grad():
+        block.cbam.channel.fc2.bias.fill_(-100.0)  # gates shut: only the shortcut is left
+    shut = first(block(x))
+    shortcut = block.a(x) if kind is Projected else x
+    assert torch.equal(shut, shortcut if kind not in (InPlaceAdd, ThroughAHelper) else shortcut.relu())
+    assert type(cbam.detach(block)) is kind
+
+
+def test_dropout_in_a_generated_forward_is_not_baked():
+    class Functional(Host):
+        def forward(self, x):
+            return x + F.relu(F.dropout(self.b(self.act(self.a(x))), 0.5, self.training))
+
+    (site,) = cbam.sites(Functional())
+    assert not site.default
+    assert "differs between training and evaluation" in site.why
+
+
+class Linear(Host):
+    def forward(self, x):
+        return F.relu(x + self.norm(self.a(x)))
+
+
+class Parallel(Host):
+    def forward(self, x):
+        return self.body(x) + self.b(self.act(self.a(x)))
+
+
+class Partial(Host):
+    def forward(self, x):
+        y = self.body(x)
+        return torch.cat([x[:, :4] + y[:, :4], y[:, 4:]], 1)
+
+
+class Cell(Host):
+    def forward(self, x):
+        return torch.cat([self.a(x) + self.b(x), self.body(x) + self.a(x)], 1)
+
+
+class Gate(Host):
+    def forward(self, x):
+        return x + self.b(self.act(self.a(self.pool(x))))
+
+
+class NHWC(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.linear, self.act = nn.LayerNorm(8), nn.Linear(8, 8), nn.ReLU()
+        self.conv = conv(8, groups=8)
+
+    def forward(self, x):
+        y = self.conv(self.norm(x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return x + self.act(self.linear(y))
+
+
+class Tokens(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.conv, self.act = nn.LayerNorm(8), nn.Conv1d(8, 8, 1), nn.GELU()
+
+    def forward(self, x):
+        return x + self.act(self.conv(self.norm(x).transpose(1, 2)).transpose(1, 2))
+
+
+class TwoAdds(Host):
+    def forward(self, x):
+        x = x + self.b(self.act(self.a(x)))
+        return x + self.body(x)
+
+
+class SelfAttention(Host):
+    def forward(self, x):
+        q = self.a(x).flatten(2)
+        mixed = torch.softmax(q @ q.transpose(1, 2), -1) @ q
+        return x + self.b(mixed.view_as(x))
+
+
+class DataDependent(Host):
+    def forward(self, x):
+        if x.sum() > 1e9:
+            return x
+        return x + self.body(x)
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        (Linear, "linear branch"),
+        (Parallel, "parallel sum"),
+        (Partial, "partial residual"),
+        (Cell, "a cell"),
+        (Gate, "broadcast"),
+        (NHWC, r"channels-last \(N, H, W, C\)"),
+        (Tokens, "tokens|channels-last"),
+        (SelfAttention, "multiplies matrices"),
+        (DataDependent, "cannot be traced"),
+    ],
+)
+def test_what_is_left_out_is_listed_with_its_reason(kind, words):
+    model = nn.Sequential(kind())
+    (site,) = cbam.sites(model)
+    assert site.name == "0"
+    assert not site.default
+    assert re.search(words, site.why)
+    with pytest.raises(cbam.CBAMError, match="no place for attention"):
+        cbam.attach(model)
+    assert not attached(model)
+
+
+def test_the_last_of_two_adds_is_taken_and_the_other_listed():
+    block = TwoAdds()
+    taken, other = sorted(cbam.sites(block), key=lambda s: not s.default)
+    assert (taken.why, taken.default) == ("after body", True)
+    assert (other.why, other.default) == ("a second add in one block", False)
+
+
+def test_a_linear_branch_is_taken_where_it_is_named():
+    model = nn.Sequential(Linear()).eval()
+    x = torch.randn(2, 8, 6, 7)
+    expected = model(x)
+    cbam.attach(model, "0")
+    assert torch.equal(model(x), expected)
+    assert list(attached(model)) == ["0"]
+
+
+def test_what_cannot_carry_attention_is_refused_where_it_is_named():
+    model = nn.Sequential(Parallel())
+    with pytest.raises(cbam.CBAMError, match="cannot go into 0: parallel sum"):
+        cbam.attach(model, "0")
+
+
+def test_blocks_of_a_kind_without_a_shortcut_are_listed():
+    class Inverted(Host):
+        def __init__(self, skip):
+            super().__init__()
+            self.skip = skip
+
+        def forward(self, x):
+            return x + self.body(x) if self.skip else self.body(x)
+
+    first, second = cbam.sites(nn.Sequential(Inverted(True), Inverted(False)))
+    assert first.default
+    assert (second.name, second.why, second.default) == ("1", "no skip connection", False)
+
+
+def test_nested_blocks_get_one_attention_each():  # S13
+    class Group(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.tail = nn.Sequential(AfterTheLastChild(), InPlaceAdd()), conv(8)
+
+        def forward(self, x):
+            return x + self.tail(self.inner(x))
+
+    model, x = Group().eval(), torch.randn(1, 8, 6, 7)
+    expected = model(x)
+    assert [s.name for s in cbam.sites(model)] == ["", "inner.0", "inner.1"]
+    cbam.attach(model)
+    assert torch.equal(model(x), expected)
+    assert len(attached(model)) == 3
+
+
+@pytest.mark.parametrize(("layer", "norm"), [(nn.Conv1d, nn.BatchNorm1d), (nn.Conv3d, nn.BatchNorm3d)])
+def test_other_dimensions_are_found_and_the_planar_module_refuses_them(layer, norm):
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv1, self.conv2 = layer(8, 8, 3, padding=1), layer(8, 8, 3, padding=1)
+            self.norm, self.act = norm(8), nn.ReLU()
+
+        def forward(self, x):
+            return x + self.norm(self.conv2(self.act(self.conv1(x))))
+
+    (site,) = cbam.sites(Block())
+    assert (site.channels, site.default) == (8, True)
+    with pytest.raises(cbam.CBAMError, match=f"{site.dims}-D map"):
+        cbam.attach(Block())
+
+
+def test_a_block_of_two_inputs_is_taken_by_its_last_layer():
+    class Conditional(Host):
+        def forward(self, x, embedding):
+            y = self.act(self.a(x) + embedding[:, :, None, None])
+            return x + self.norm(self.b(y))
+
+    block, x, e = Conditional().eval(), torch.randn(2, 8, 6, 7), torch.randn(2, 8)
+    expected = block(x, e)
+    (site,) = cbam.sites(block)
+    assert site.why == "after norm (not run: its forward needs 2 inputs)"
+    cbam.attach(block)
+    assert torch.equal(block(x, e), expected)
+    with torch.no_grad():
+        block.cbam.channel.fc2.bias.fill_(-100.0)
+    assert torch.equal(block(x, e), x)
+
+
+def test_an_attached_site_says_so():
+    block = AfterTheLastChild()
+    cbam.attach(block)
+    (site,) = cbam.sites(block)
+    assert (site.attached, site.why) == (True, "after norm")
+    assert str(site) == "(the model): attached, 8 channels, after norm"
+
+
+def test_old_style_hooks_of_a_block_do_not_stop_the_trial():
+    block = AfterTheLastChild()
+    block.a.register_full_backward_hook(lambda *a: None)
+    block.register_forward_pre_hook(lambda m, args, kwargs: None, with_kwargs=True)
+    (site,) = cbam.sites(block)
+    assert site.default
