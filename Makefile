@@ -19,7 +19,7 @@ demo: $(READY) ## train a small network with and without attention, and show wha
 	$(BIN)/cbam compare --out demo-report --overwrite
 	@echo "The report is in demo-report/: open report.html, or read report.md"
 
-readme: $(READY) ## put the picture and the table of the last `make demo` into README.md
+readme: $(READY) ## put the picture and the table of the last demo into README.md
 	$(BIN)/python docs/fill_readme.py demo-report
 
 test: $(READY) ## the tests, with a sample of the large matrices (at most 8 minutes on 2 cores)

@@ -1,32 +1,30 @@
-"""Put picture and table of a demo report into README.md: `python docs/fill_readme.py demo-report`.
+"""Put a demo report into README.md, picture and table: `python docs/fill_readme.py demo-report`.
 
 What stands between the two markers of the README is replaced; the picture is copied to docs/img/demo.png.
 """
 
-import re
+import json
 import shutil
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- demo:begin -->", "<!-- demo:end -->"
-TABLE = re.compile(r"^\|.+\|\n\|[-:| ]+\|\n(?:\|.+\|\n)+", re.MULTILINE)
 
 
 def fill(report: Path, readme: Path, picture: Path) -> None:
-    """Fill the README from the report folder; without table or picture all stays as it is."""
-    page = (report / "report.md").read_text("utf-8")
-    source = report / "picture.png"
-    table = TABLE.search(page)
-    if not table or not source.is_file():
-        sys.exit(f"{report} holds no table or no picture: run make demo again")
+    """Fill the README from a report folder; one of a run that was cut short is refused."""
+    if json.loads((report / "results.json").read_text("utf-8"))["status"] != "complete":
+        sys.exit(f"{report} is of a run that was cut short: run make demo again")
+    _, body = (report / "report.md").read_text("utf-8").split("\n", 1)  # the headline is the README's own
+    body, facts = body.split("\n## What was run\n")
+    body = body.replace("](picture.png)", f"]({picture.relative_to(readme.parent).as_posix()})")
+    shown = f"{body.strip()}\n\n<details><summary>What was run</summary>\n\n{facts.strip()}\n\n</details>"
     before, rest = readme.read_text("utf-8").split(BEGIN)
-    after = rest.split(END)[1]
+    _, after = rest.split(END)
     picture.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(source, picture)
-    link = picture.relative_to(readme.parent).as_posix()
-    shown = f"![Pictures, what the networks look at, and the maps of the attention]({link})"
-    readme.write_text(f"{before}{BEGIN}\n{table[0]}\n{shown}\n{END}{after}", encoding="utf-8")
+    shutil.copyfile(report / "picture.png", picture)
+    readme.write_text(f"{before}{BEGIN}\n{shown}\n{END}{after}", encoding="utf-8")
 
 
 if __name__ == "__main__":
