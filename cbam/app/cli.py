@@ -96,8 +96,13 @@ def _terminate(*_) -> None:
 
 def _compare(options: argparse.Namespace) -> int:
     settings = _settings(options)
-    _need("cbam compare", "train", "torchvision", "timm", "sklearn", "pytorch_lightning", "torchmetrics")
-    _need("cbam compare", "explain", "torchcam", "matplotlib")
+    _need(
+        "cbam compare",
+        {
+            "train": ("torchvision", "PIL", "sklearn", "pytorch_lightning"),
+            "explain": ("torchcam", "matplotlib"),
+        },
+    )
     from cbam.studies import compare
     from cbam.studies.folder import PAGE, ReportFolder
     from cbam.studies.report import text
@@ -138,11 +143,12 @@ def _sites(options: argparse.Namespace) -> int:
     with torch.device("cpu"):
         found = sites(build(options.name))
     if not found:
-        show("no place for attention was found")
+        show(f"{options.name} has no residual block for attention; cbam.attach takes other places by `where`")
     width = max((len(site.name) for site in found), default=0)
     for site in found:
         channels = "-" if site.channels is None else str(site.channels)
-        show(f"{site.name:<{width}}  {channels:>5}  {site.why}")
+        taken = "attention" if site.default else "left out"
+        show(f"{site.name:<{width}}  {channels:>5} channels  {taken}: {site.why}")
     return 0
 
 
@@ -263,9 +269,12 @@ def _settings(options: argparse.Namespace) -> Settings:
     return Settings(**given)
 
 
-def _need(what: str, extra: str, *modules: str) -> None:
-    """Refuse before any work when a package is not installed."""
-    missing = [name for name in modules if importlib.util.find_spec(name) is None]
-    if missing:
-        error = MissingExtraError.of(what, extra)
-        raise MissingExtraError(f"{error} (missing: {', '.join(missing)})")
+def _need(what: str, extras: dict[str, tuple[str, ...]]) -> None:
+    """Refuse before any work when a package of these extras is not installed."""
+    missing = {
+        extra: [n for n in names if importlib.util.find_spec(n) is None] for extra, names in extras.items()
+    }
+    wanted_extras = ",".join(extra for extra, names in missing.items() if names)
+    if wanted_extras:
+        absent = ", ".join(name for names in missing.values() for name in names)
+        raise MissingExtraError(f"{MissingExtraError.of(what, wanted_extras)} (missing: {absent})")

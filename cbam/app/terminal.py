@@ -12,16 +12,21 @@ def show(line: str, stream: TextIO | None = None) -> None:
     stream = stream or sys.stdout
     if stream is None:  # closed before we started
         return
+    try:
+        stream.write(printable(line, stream) + "\n")
+        stream.flush()
+    except (BrokenPipeError, ValueError):
+        silence(stream)
+
+
+def printable(line: str, stream: TextIO) -> str:
+    """`line` with the signs that the stream's alphabet lacks written otherwise."""
     encoding = getattr(stream, "encoding", None) or "ascii"
     try:
         line.encode(encoding)
     except UnicodeEncodeError:
-        line = line.translate(_PLAIN).encode(encoding, "replace").decode(encoding)
-    try:
-        stream.write(line + "\n")
-        stream.flush()
-    except (BrokenPipeError, ValueError):
-        silence(stream)
+        return line.translate(_PLAIN).encode(encoding, "replace").decode(encoding)
+    return line
 
 
 def silence(stream: TextIO | None) -> None:
@@ -91,7 +96,7 @@ class Bar:
         self._bar.stop()
 
     def say(self, line: str) -> None:
-        self._bar.console.print(line, markup=False, soft_wrap=True)
+        self._bar.console.print(printable(line, sys.stdout), markup=False, soft_wrap=True)
 
     def now(self, what: str) -> None:
         self._bar.update(self._task, description=what.replace("[", "("))

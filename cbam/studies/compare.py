@@ -5,59 +5,39 @@ identity start, so that every arm begins with the same function, and every arm, 
 for as many epochs again. `pretrained` replaces the first training by weights from a file; `from_scratch` is
 the paper's protocol: no start, every arm from the same seed. Arms of one seed see the same pictures,
 augmented alike, in the same order. What is scored is the last epoch, never the best.
-
-The recipe, fixed before any arm was compared, from the plain network's training alone:
-- SGD with momentum 0.9 and weight decay 1e-4 on every parameter is the paper's. Half a cosine to zero
-  replaces its steps, which are made for 90 epochs; it needs no epochs to be chosen.
-- Learning rate 0.05, which a short run of a few hundred steps bears without a warm-up. After the fork the
-  same again, a warm restart (arXiv 1608.03983): attention, which is new, then sees the rates that the
-  network saw. Weights from a file are trained on at a tenth of it, as is usual for fine-tuning.
-- The digits: batch 32 and 8 epochs twice, so that three seeds stay below four minutes on two CPU cores. The
-  plain network comes down from 90 % (chance) to about 12 % error, which leaves room on both sides.
 """
 
 import copy
 import datetime
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from cbam.data import Images, cluttered_digits, image_folder, loader
-from cbam.errors import CheckpointError
-from cbam.explain import Row, compare_rows, comparison_figure, energy_inside, gradcam
-from cbam.models import build, profile
-from cbam.nn import CBAM, ChannelAttention, SpatialAttention, squeeze_excitation
+from cbam.errors import CBAMError
+from cbam.explain import Row, comparison_figure
+from cbam.models import profile
 from cbam.studies import machine
 from cbam.studies.folder import DRAWING, PAGE, PICTURE, REPORT, ReportFolder
+from cbam.studies.look import (
+    GRADCAM_WORK,
+    first_batch,
+    logits_of,
+    look,
+    mean_energy_inside,
+    rows_of_picture,
+)
 from cbam.studies.page import page
 from cbam.studies.report import LABELS, markdown
 from cbam.studies.settings import Settings
 from cbam.studies.speed import interleaved
-from cbam.surgery import attach, attached, load_weights
-from cbam.train import Recipe, evaluate, fit, pick_device
-from cbam.train.classification import normalise
+from cbam.studies.task import Task, load, refine
+from cbam.surgery import attached
+from cbam.train import evaluate, fit, pick_device
 
 SCHEMA = 1
-ROWS = 5
-MEMORY = 256 << 20  # bytes of validation pictures that are kept
-DIGITS, FOLDER = {"epochs": 8, "batch_size": 32}, {"epochs": 10, "batch_size": 64}
-LR, FINE_TUNING_LR = 0.05, 0.005
-
-
-def _spatial(channels: int) -> SpatialAttention:
-    return SpatialAttention()
-
-
-ATTENTION: dict[str, Callable[[int], nn.Module]] = {
-    "cbam": CBAM,
-    "se": squeeze_excitation,
-    "channel": ChannelAttention,
-    "spatial": _spatial,
-}
 
 
 class Watch(Protocol):
@@ -95,29 +75,16 @@ def compare(settings: Settings, folder: ReportFolder, *, watch: Watch | None = N
     return _Comparison(settings, folder, watch or Silent()).run()
 
 
-@dataclass
-class _Arm:
-    """One line of training: a model, where it stands, and what is written about it."""
-
-    name: str
-    model: nn.Module
-    identity: dict | None = None
-    blocks: list[str] = field(default_factory=list)
-
-
 class _Comparison:
     def __init__(self, settings: Settings, folder: ReportFolder, watch: Watch) -> None:
         self.settings, self.folder, self.watch = settings, folder, watch
         self.device = pick_device(settings.device)
-        self.train, self.val = _data(settings)
-        self.network = settings.model or ("resnet18" if settings.data else "resnet_tiny")
-        self.recipe = _recipe(settings)
+        self.task = Task.of(settings)
         self.names = ["plain", *settings.attention]
-        self.results = self._record()
-        self.kept: dict[str, nn.Module] = {}
+        self.results = _new_record(settings, self.task, self.device)
+        self.kept: dict[str, nn.Module] = {}  # the models that the picture shows
         self.rows: list[Row] = []
         self.began = time.monotonic()
-        self.total = self._work()
 
     def run(self) -> dict:
         self._announce()
@@ -125,92 +92,57 @@ class _Comparison:
             self._measure_cost()
             for seed in range(self.settings.seeds):
                 self._run_seed(seed)
-            self.results["status"] = "complete"
         except BaseException as error:
             stopped = isinstance(error, KeyboardInterrupt)
-            self.results["status"] = (
-                "interrupted" if stopped else f"stopped by {type(error).__name__}: {error}"
-            )
+            self.results["status"] = "interrupted" if stopped else f"{type(error).__name__}: {error}"
             if self.results["runs"]:
                 self._write_report()
             raise
+        self.results["status"] = "complete"
         self._write_report()
         return self.results
 
     # --- the protocol ---
 
     def _run_seed(self, seed: int) -> None:
-        start = self._start(seed)
+        start = self.task.plain(seed, self.settings.pretrained)
+        if "start" in self.results["recipes"]:
+            history = self._fit(start, f"seed {seed}: plain, before the fork", seed, 0)
+            self.results["starts"].append({"seed": seed, "history": history})
         for name in self.names:
-            arm = self._arm(name, seed, start)
-            history = self._fit(arm.model, f"seed {seed}: {LABELS[name]}", seed, self._first_epoch())
-            self._score(arm, seed, history)
+            model = copy.deepcopy(start)
+            identity = None if name == "plain" else self._attach(model, name, seed, start)
+            first_epoch = len(self.results["starts"][-1]["history"]) if self.results["starts"] else 0
+            history = self._fit(model, f"seed {seed}: {LABELS[name]}", seed, first_epoch)
+            self._score(model, name, seed, identity, history)
             if seed == 0 and name in ("plain", self.results["picture"]["arm"]):
-                self.kept[name] = arm.model
+                self.kept[name] = model
         if seed == 0:
             self._draw()
 
-    def _start(self, seed: int) -> nn.Module:
-        """The network that the arms of this seed fork from, on the CPU."""
-        model = self._build(seed)
-        if self.settings.pretrained:
-            loaded = _load(model, self.settings.pretrained)
-            if seed == 0:
-                head = (
-                    ", but for the last layer, which is made for other classes" if loaded.head_reset else ""
-                )
-                self.watch.say(f"weights of {self.settings.pretrained}: {loaded.tensors} tensors taken{head}")
-        elif not self.settings.from_scratch:
-            history = self._fit(model, f"seed {seed}: plain, before the fork", seed, 0)
-            self.results["starts"].append({"seed": seed, "history": history})
-        return model
-
-    def _build(self, seed: int) -> nn.Module:
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            return build(self.network, num_classes=len(self.train.classes))
-
-    def _arm(self, name: str, seed: int, start: nn.Module) -> _Arm:
-        model = copy.deepcopy(start)
-        if name == "plain":
-            return _Arm(name, model)
-        how = "paper" if self.settings.from_scratch else "identity"
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            attach(model, attention=ATTENTION[name], start=how)
-        arm = _Arm(name, model, blocks=list(attached(model)))
-        if how == "identity":
-            arm.identity = self._check_identity(start, model)
-            equal = "bit-equal" if arm.identity["bit_equal"] else "NOT bit-equal"
-            self.watch.say(
-                f"seed {seed}: {LABELS[name]} attached at {len(arm.blocks)} places, "
-                f"logits on {arm.identity['pictures']} validation pictures {equal} before and after"
-            )
-        return arm
-
-    def _check_identity(self, plain: nn.Module, refined: nn.Module) -> dict:
-        images, _, _ = self._batch(self.val, self.recipe.batch_size)
-        before, after = (self._logits(model, images) for model in (plain, refined))
-        return {
-            "pictures": len(images),
-            "bit_equal": torch.equal(before, after),
-            "largest_difference": (before - after).abs().max().item(),
-        }
-
-    def _logits(self, model: nn.Module, images: Tensor) -> Tensor:
-        model = model.to(self.device).eval()
-        with torch.inference_mode():
-            logits = model(images.to(self.device)).cpu()
-        model.to("cpu")
-        return logits
+    def _attach(self, model: nn.Module, name: str, seed: int, start: nn.Module) -> dict | None:
+        """Attach in place; at the identity start, check that the logits have not changed by a bit."""
+        if self.settings.from_scratch:
+            refine(model, name, seed, "paper")
+            return None
+        refine(model, name, seed, "identity")
+        images, _ = first_batch(self.task.val, self.task.recipe.batch_size)
+        before, after = (logits_of(each, images, self.device) for each in (start, model))
+        equal = torch.equal(before, after)
+        self.watch.say(
+            f"seed {seed}: {LABELS[name]} attached at {len(attached(model))} places, logits on {len(images)} "
+            f"validation pictures {'bit-equal' if equal else 'NOT bit-equal'} before and after"
+        )
+        largest = (before - after).abs().max().item()
+        return {"pictures": len(images), "bit_equal": equal, "largest_difference": largest}
 
     def _fit(self, model: nn.Module, what: str, seed: int, first_epoch: int) -> list[dict]:
         self.watch.now(what)
         return fit(
             model,
-            self.train,
-            self.val,
-            self.recipe,
+            self.task.train,
+            self.task.val,
+            self.task.recipe,
             seed=seed,
             device=self.settings.device,
             first_epoch=first_epoch,
@@ -218,90 +150,83 @@ class _Comparison:
             on_step=self._advance,
         )
 
-    def _first_epoch(self) -> int:
-        return self.recipe.epochs if self.results["starts"] else 0
-
-    def _score(self, arm: _Arm, seed: int, history: list[dict]) -> None:
-        self.watch.now(f"seed {seed}: {LABELS[arm.name]}, scoring")
-        batch, workers = 2 * self.recipe.batch_size, self.settings.workers
+    def _score(self, model: nn.Module, name: str, seed: int, identity: dict | None, history: list) -> None:
+        self.watch.now(f"seed {seed}: {LABELS[name]}, scoring")
+        val, batch, workers = self.task.val, 2 * self.task.recipe.batch_size, self.settings.workers
         scored = evaluate(
-            arm.model,
-            self.val,
-            batch_size=batch,
-            device=self.settings.device,
-            workers=workers,
-            on_step=self._advance,
+            model, val, batch_size=batch, device=self.settings.device, workers=workers, on_step=self._advance
         )
-        run = {
-            "arm": arm.name,
-            "seed": seed,
-            "top1": scored.top1,
-            "top5": scored.top5,
-            "loss": scored.loss,
-            "energy_inside": self._energy_inside(arm.model) if self.val.has_boxes else None,
-            "identity": arm.identity,
-            "blocks": arm.blocks,
-            "history": history,
-        }
-        self.results["runs"].append(run)
+        inside = None
+        if val.has_boxes:
+            inside = mean_energy_inside(
+                model, val, batch_size=batch, device=self.device, workers=workers, on_step=self._advance
+            )
+        self.results["runs"].append(
+            {
+                "arm": name,
+                "seed": seed,
+                "top1": scored.top1,
+                "top5": scored.top5,
+                "loss": scored.loss,
+                "energy_inside": inside,
+                "identity": identity,
+                "history": history,
+            }
+        )
         self._write_results()
 
-    def _energy_inside(self, model: nn.Module) -> float | None:
-        """Mean share of Grad-CAM's energy inside the true box, in %, over validation pictures with a box."""
-        model = model.to(self.device)
-        shares = []
-        for batch in loader(self.val, 2 * self.recipe.batch_size, train=False, workers=self.settings.workers):
-            images = normalise(batch["image"], self.val.mean, self.val.std).to(self.device)
-            maps = gradcam(model, images, batch["target"]).cpu()
-            shares.append(energy_inside(maps, batch["box"]))
-            self._advance(_GRADCAM * len(images))
-        model.to("cpu")
-        known = torch.cat(shares)
-        known = known[~known.isnan()]
-        return 100 * known.mean().item() if len(known) else None
+    # --- before the trainings ---
 
-    # --- cost ---
+    def _announce(self) -> None:
+        """Say what runs where; refuse a weights file that does not fit before any work."""
+        data = self.results["data"]
+        self.watch.say(
+            f"{data['name']}: {data['train']} training and {data['val']} validation pictures of "
+            f"{data['size']} px, {len(data['classes'])} classes; {self.task.network} on "
+            f"{self.results['device']['name']} ({self.device.type})"
+        )
+        for note in data["notes"]:
+            self.watch.say(f"note: {note}")
+        if self.settings.pretrained:
+            loaded = load(self.task.plain(0), self.settings.pretrained)
+            head = (
+                "; its last layer is left out, as it is made for other classes" if loaded.head_reset else ""
+            )
+            self.watch.say(f"weights of {self.settings.pretrained}: {loaded.tensors} tensors taken{head}")
 
     def _measure_cost(self) -> None:
         """Parameters, multiply-accumulates and times of the arms; before training, for none needs weights."""
         self.watch.now("measuring the cost of every arm")
-        plain = self._build(0)
-        arms = {name: self._arm_for_cost(name, plain) for name in self.names}
-        for name, arm in arms.items():
-            cost = profile(arm, self.train.size)
+        train, arms = self.task.train, {name: self.task.plain(0) for name in self.names}
+        for name, model in arms.items():
+            if name != "plain":
+                refine(model, name, 0, "identity")
+            cost, places = profile(model, train.size), len(attached(model))
             self.results["arms"].append(
-                {"name": name, "parameters": cost.parameters, "gmac": cost.gmac, "sites": len(attached(arm))}
+                {"name": name, "parameters": cost.parameters, "gmac": cost.gmac, "sites": places}
             )
-        images, targets, _ = self._batch(self.train, self.recipe.batch_size)
-        self.results["timing"] = interleaved(arms, images, targets, self.recipe, self.device)
+        images, targets = first_batch(train, self.task.recipe.batch_size)
+        self.results["timing"] = interleaved(arms, images, targets, self.task.recipe, self.device)
 
-    def _arm_for_cost(self, name: str, plain: nn.Module) -> nn.Module:
-        model = copy.deepcopy(plain)
-        return model if name == "plain" else attach(model, attention=ATTENTION[name], start="identity")
-
-    def _batch(self, images: Images, count: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The first pictures of a set: normalised, targets, boxes."""
-        batch = next(iter(loader(images, min(count, len(images)), train=False)))
-        return normalise(batch["image"], images.mean, images.std), batch["target"], batch["box"]
+    def _advance(self, passes: float) -> None:
+        """Some more forward passes of one picture are done; a training step counts as three."""
+        n_train, n_val = len(self.task.train), len(self.task.val)
+        training = self.task.recipe.epochs * (3 * n_train + n_val)
+        scoring = n_val * (1 + GRADCAM_WORK * self.task.val.has_boxes)
+        start = training * ("start" in self.results["recipes"])
+        total = self.settings.seeds * (start + len(self.names) * (training + scoring))
+        self.watch.advance(passes / total)
 
     # --- what is written ---
 
     def _draw(self) -> None:
-        """The picture, from the models of the first seed."""
+        """Look at the picture's rows with the models of the first seed."""
         self.watch.now("drawing the picture")
         shown = self.results["picture"]
-        samples = [self.val[index] for index in shown["indices"]]
-        image = torch.stack([sample["image"] for sample in samples])
-        rows = compare_rows(
-            self.kept["plain"],
-            self.kept[shown["arm"]],
-            normalise(image, self.val.mean, self.val.std),
-            image,
-            torch.tensor([sample["target"] for sample in samples]),
-            self.val.classes,
-            torch.stack([sample["box"] for sample in samples]),
-        )
-        self.rows = rows
+        try:
+            self.rows = look(self.kept["plain"], self.kept[shown["arm"]], self.task.val, shown["indices"])
+        except CBAMError as error:  # a picture is no reason to lose the numbers
+            self.watch.say(f"there is no picture: {error}")
         self.kept.clear()
 
     def _write_results(self) -> None:
@@ -313,151 +238,58 @@ class _Comparison:
         self._write_results()
         picture = None
         if self.rows:
+            label = LABELS[self.results["picture"]["arm"]]
             for name in (PICTURE, DRAWING):
-                comparison_figure(
-                    self.rows, self.folder.path / name, refined=LABELS[self.results["picture"]["arm"]]
-                )
+                comparison_figure(self.rows, self.folder.path / name, refined=label)
             picture = (self.folder.path / PICTURE).read_bytes()
         self.folder.write(REPORT, markdown(self.results, PICTURE if picture else None))
         self.folder.write(PAGE, page(self.results, picture))
 
-    def _record(self) -> dict:
-        """results.json before anything has run."""
-        config = asdict(self.settings) | {
-            "model": self.network,
-            "epochs": self.recipe.epochs,
-            "batch_size": self.recipe.batch_size,
-            "lr": self.recipe.lr,
-        }
-        phases = ["arms"] if self.settings.from_scratch or self.settings.pretrained else ["start", "arms"]
-        indices = _first_of_classes(self.val)
-        return {
-            "schema": SCHEMA,
-            "status": "running",
-            "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "config": config,
-            "protocol": _protocol_told(self.settings, self.recipe),
-            "recipes": {phase: asdict(self.recipe) for phase in phases},
-            "versions": machine.versions(),
-            "commit": machine.commit(),
-            "device": machine.describe(self.device),
-            "data": {
-                "name": self.train.name,
-                "train": len(self.train),
-                "val": len(self.val),
-                "size": self.train.size,
-                "classes": self.train.classes,
-                "has_boxes": self.val.has_boxes,
-                "mean": list(self.train.mean),
-                "std": list(self.train.std),
-                "notes": list(dict.fromkeys([*self.train.notes, *self.val.notes])),
-            },
-            "arms": [],
-            "timing": {},
-            "starts": [],
-            "runs": [],
-            "picture": {
-                "arm": "cbam" if "cbam" in self.settings.attention else self.settings.attention[-1],
-                "seed": 0,
-                "rows": len(indices),
-                "indices": indices,
-            },
-            "seconds": 0.0,
-            "memory_gib": 0.0,
-        }
 
-    def _announce(self) -> None:
-        data = self.results["data"]
-        self.watch.say(
-            f"{data['name']}: {data['train']} training and {data['val']} validation pictures of "
-            f"{data['size']} px, {len(data['classes'])} classes; {self.network} on "
-            f"{self.results['device']['name']} ({self.device.type})"
-        )
-        for note in data["notes"]:
-            self.watch.say(f"note: {note}")
-
-    # --- how far it is ---
-
-    def _work(self) -> float:
-        """The whole in forward passes of one picture; a training step counts as three."""
-        n_train, n_val = len(self.train), len(self.val)
-        training = self.recipe.epochs * (3 * n_train + n_val)
-        scoring = n_val * (1 + _GRADCAM * self.val.has_boxes)
-        start = training if len(self.results["recipes"]) == 2 else 0
-        return self.settings.seeds * (start + len(self.names) * (training + scoring))
-
-    def _advance(self, passes: float) -> None:
-        self.watch.advance(passes / self.total)
+def _new_record(settings: Settings, task: Task, device: torch.device) -> dict:
+    """results.json before anything has run."""
+    recipe, train, val = task.recipe, task.train, task.val
+    used = {"model": task.network, **{name: getattr(recipe, name) for name in ("epochs", "batch_size", "lr")}}
+    phases = ["arms"] if settings.from_scratch or settings.pretrained else ["start", "arms"]
+    rows = rows_of_picture(val)
+    return {
+        "schema": SCHEMA,
+        "status": "running",
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "config": asdict(settings) | used,
+        "protocol": _protocol_told(settings, recipe.epochs),
+        "recipes": {phase: asdict(recipe) for phase in phases},
+        "versions": machine.versions(),
+        "commit": machine.commit(),
+        "device": machine.describe(device),
+        "data": {
+            "name": train.name,
+            "train": len(train),
+            "val": len(val),
+            "size": train.size,
+            "classes": train.classes,
+            "has_boxes": val.has_boxes,
+            "mean": list(train.mean),
+            "std": list(train.std),
+            "notes": list(dict.fromkeys([*train.notes, *val.notes])),
+        },
+        "arms": [],
+        "timing": {},
+        "starts": [],
+        "runs": [],
+        "picture": {
+            "arm": "cbam" if "cbam" in settings.attention else settings.attention[-1],
+            "seed": 0,
+            "rows": len(rows),
+            "indices": rows,
+        },
+        "seconds": 0.0,
+        "memory_gib": 0.0,
+    }
 
 
-_GRADCAM = 4  # forward passes of a picture that its Grad-CAM takes
-
-
-def _data(settings: Settings) -> tuple[Images, Images]:
-    train, val = image_folder(settings.data, size=settings.size) if settings.data else cluttered_digits()
-    if settings.limit:
-        train, val = (images.subset(min(settings.limit, len(images))) for images in (train, val))
-    return train, _Remembered(val)
-
-
-class _Remembered(Images):
-    """A validation set that keeps its pictures once they have been read, where they are few."""
-
-    def __init__(self, images: Images) -> None:
-        super().__init__(
-            images.name,
-            images.classes,
-            images.targets,
-            size=images.size,
-            has_boxes=images.has_boxes,
-            mean=images.mean,
-            std=images.std,
-            notes=images.notes,
-        )
-        self._images = images
-        self._kept: dict[int, tuple[Tensor, Sequence[float]]] = {}
-        self._room = MEMORY // (3 * images.size**2)
-
-    def sample(self, epoch: int, index: int) -> tuple[Tensor, Sequence[float]]:
-        if index in self._kept:
-            return self._kept[index]
-        sample = self._images.sample(0, index)
-        if len(self._kept) < self._room:
-            self._kept[index] = sample
-        return sample
-
-
-def _recipe(settings: Settings) -> Recipe:
-    usual = FOLDER if settings.data else DIGITS
-    return Recipe(
-        epochs=settings.epochs or usual["epochs"],
-        batch_size=settings.batch_size or usual["batch_size"],
-        lr=settings.lr or (FINE_TUNING_LR if settings.pretrained else LR),
-    )
-
-
-def _protocol_told(settings: Settings, recipe: Recipe) -> str:
+def _protocol_told(settings: Settings, epochs: int) -> str:
     if settings.from_scratch:
-        return f"every arm from scratch for {recipe.epochs} epochs, attention initialised as in the paper"
-    start = (
-        f"weights of {settings.pretrained}" if settings.pretrained else f"plain for {recipe.epochs} epochs"
-    )
-    return f"{start}, then forked, attention at the identity start, every arm for {recipe.epochs} epochs"
-
-
-def _load(model: nn.Module, path: str):
-    try:
-        return load_weights(model, path)
-    except CheckpointError as misfit:
-        try:
-            return load_weights(model, path, head="reset")
-        except CheckpointError:
-            raise misfit from None
-
-
-def _first_of_classes(images: Images) -> list[int]:
-    """The first picture of up to ROWS classes, evenly spaced over the class list."""
-    present = sorted(set(images.targets))
-    count = min(ROWS, len(present))
-    chosen = [present[i * len(present) // count] for i in range(count)]
-    return [images.targets.index(target) for target in chosen]
+        return f"every arm from scratch for {epochs} epochs, attention initialised as in the paper"
+    start = f"weights of {settings.pretrained}" if settings.pretrained else f"plain for {epochs} epochs"
+    return f"{start}, then forked, attention at the identity start, every arm for {epochs} epochs"

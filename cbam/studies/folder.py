@@ -60,10 +60,12 @@ class ReportFolder:
             part.replace(target)
             _sync_folder(self.path)
             self.wrote = True
-        except OSError as error:
+        except BaseException as error:
             with contextlib.suppress(OSError):
                 part.unlink(missing_ok=True)
-            raise self._fault(error) from error
+            if isinstance(error, OSError):
+                raise self._fault(error) from error
+            raise
         return target
 
     def write_results(self, results: dict) -> Path:

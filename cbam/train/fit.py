@@ -98,7 +98,7 @@ def evaluate(
     """Errors and probabilities of `model` on `images`, in eval mode, every picture exactly once."""
     task = _lightning()(model, images.mean, images.std, on_step=on_step)
     modes = {name: module.training for name, module in model.named_modules()}
-    with _trainer(pick_device(device), 1) as trainer:
+    with _trainer(pick_device(device), 1) as trainer, _seeded(0):  # a loader draws a number for its workers
         trainer.validate(task, loader(images, batch_size, train=False, workers=workers), verbose=False)
     for name, module in model.named_modules():
         module.training = modes[name]
@@ -159,6 +159,10 @@ def _trainer(device: torch.device, epochs: int) -> Iterator:
             )
         except FloatingPointError as error:
             raise NonFiniteError(f"{error}; a lower learning rate usually helps") from None
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise DataError(f"a process that loads pictures died: {error}") from error
 
 
 @contextlib.contextmanager
@@ -194,7 +198,7 @@ def _interruptible() -> Iterator[None]:
         yield
     except SystemExit as stop:
         if isinstance(stop.__context__, KeyboardInterrupt):
-            raise KeyboardInterrupt from None
+            raise stop.__context__ from None  # what was raised: a subclass may tell SIGTERM from Ctrl-C
         raise
     finally:
         if in_main:

@@ -1,0 +1,130 @@
+import copy
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from cbam.studies.page import page
+from cbam.studies.report import markdown, summary, table, text, verdict
+
+
+def cells(results, name):
+    return next(row[1:] for row in table(results) if row[0].strip() == name)
+
+
+def test_the_summary_holds_means_spreads_and_paired_differences(results):
+    found = summary(results)
+    assert found["plain"]["top1"] == {"mean": 11.0, "spread": 1.0, "n": 3}
+    assert found["cbam"]["top1"]["mean"] == pytest.approx(9.0)
+    assert found["cbam"]["top1_difference"]["mean"] == pytest.approx(-2.0)
+    assert found["cbam"]["top1_difference"]["word"] == "better"
+    assert found["cbam"]["energy_inside_difference"]["word"] == "worse"
+    assert found["se"]["top1_difference"]["word"] == "no difference shown"
+    assert "top1_difference" not in found["plain"]
+    assert found["cbam"]["train"]["ratio"] == pytest.approx(2.0)
+
+
+def test_the_table_shows_the_arms_side_by_side(results):
+    assert table(results)[0] == ["", "plain", "SE", "CBAM"]
+    assert cells(results, "top-1 error, %") == ["11.00 ± 1.00", "11.07 ± 0.51", "9.00 ± 1.05"]
+    assert cells(results, "difference to plain")[0] == ""
+    assert cells(results, "shown") == ["", "no difference shown", "better"]
+    assert cells(results, "parameters") == ["1,000", "1,100", "1,200"]
+    assert cells(results, "inference time, plain = 1")[0] == "1"
+    assert cells(results, "inference time, plain = 1")[2] == "2.00 (2.00 to 2.00)"
+
+
+def test_the_verdict_is_computed_in_both_directions(results):
+    assert "CBAM against plain: top-1 error better (-2.00 points" in verdict(results)
+    assert "true box worse (" in verdict(results)
+    for run in results["runs"]:
+        if run["arm"] == "cbam":
+            run["top1"] += 4
+    assert "CBAM against plain: top-1 error worse (+2.00 points" in verdict(results)
+
+
+def test_one_seed_shows_nothing_and_says_so(results):
+    results["runs"] = [run for run in results["runs"] if run["seed"] == 0]
+    assert "one seed: no interval, so it shows nothing" in verdict(results)
+    assert cells(results, "95 % interval") == ["", "none", "none"]
+    assert cells(results, "top-1 error, %") == ["10.00", "10.50", "8.00"]
+
+
+def test_an_interrupted_comparison_pairs_only_the_seeds_that_both_finished(results):
+    # C10
+    results["status"] = "interrupted"
+    results["runs"] = [run for run in results["runs"] if (run["arm"], run["seed"]) != ("cbam", 2)]
+    assert summary(results)["cbam"]["top1_difference"]["n"] == 2
+    results["runs"] = [run for run in results["runs"] if run["arm"] == "plain"]
+    assert cells(results, "top-1 error, %") == ["11.00 ± 1.00", "-", "-"]
+    assert "Nothing was finished" in verdict(results)
+    assert "did not come to its end (interrupted)" in markdown(results, None)
+    page(results, None)
+
+
+def test_top_five_is_told_only_where_it_was_measured(results):
+    assert any(row[0].startswith("top-5") for row in table(results))
+    for run in results["runs"]:
+        run["top5"] = run["energy_inside"] = None
+    assert not any(row[0].startswith(("top-5", "Grad-CAM")) for row in table(results))
+
+
+def test_a_report_is_a_pure_function_of_the_results(results):
+    before = copy.deepcopy(results)
+    assert markdown(results, "picture.png") == markdown(results, "picture.png")
+    assert page(results, b"png") == page(results, b"png")
+    assert results == before
+
+
+class _Tags(HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.open, self.seen, self.attributes = [], [], []
+
+    def handle_starttag(self, tag, attrs):
+        self.seen.append(tag)
+        self.attributes += attrs
+        if tag not in ("meta", "img", "circle", "polyline", "path"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.seen.append(tag)
+        self.attributes += attrs
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_the_page_is_one_file_that_asks_for_nothing_from_outside(results):
+    written = page(results, b"\x89PNG")
+    tags = _Tags()
+    tags.feed(written)
+    assert tags.open == []
+    assert not {"script", "link", "iframe", "b"} & set(tags.seen)
+    assert not re.search(r"https?:|url\(|@import", written)
+    assert all(value.startswith("data:image/png;base64,") for name, value in tags.attributes if name == "src")
+    assert "width=device-width" in written
+
+
+def test_names_from_outside_cannot_write_into_the_report(results):
+    # W13
+    results["data"]["name"] = "<img src=x onerror=alert(1)>|[a](javascript:b)"
+    results["data"]["notes"] = ["<script>alert(1)</script>"]
+    written = page(results, None)
+    assert "<img" not in written
+    assert "<script" not in written
+    told = markdown(results, None)
+    assert "\\<script\\>" in told
+    assert "\\[a\\](javascript" in told
+
+
+def test_the_markdown_table_has_equal_rows(results):
+    rows = [line for line in markdown(results, "picture.png").splitlines() if line.startswith("|")]
+    assert len({len(re.findall(r"(?<!\\)\|", row)) for row in rows}) == 1
+    assert len(rows) == len(table(results)) + 1
+
+
+def test_the_terminal_text_fits_a_wide_terminal_and_ends_with_the_verdict(results):
+    lines = text(results).splitlines()
+    assert lines[-1] == verdict(results)
+    assert max(map(len, lines[:-1])) <= 110

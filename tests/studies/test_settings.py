@@ -1,0 +1,42 @@
+import pytest
+
+from cbam.errors import ConfigError
+from cbam.studies import Settings
+from cbam.studies.settings import ATTENTION
+from cbam.studies.task import ATTENTION as BUILDERS
+
+
+def test_every_attention_that_the_help_names_can_be_built():
+    assert set(ATTENTION) == set(BUILDERS)
+
+
+def test_all_problems_are_told_together():
+    # C3
+    with pytest.raises(ConfigError) as caught:
+        Settings(epochs=0, seeds=-1, lr=0, device="gpu", workers=-2, size=3)
+    told = str(caught.value)
+    for name in ("epochs", "seeds", "lr", "device", "workers", "size"):
+        assert name in told
+
+
+def test_an_unknown_attention_is_met_with_the_nearest():
+    # C6
+    with pytest.raises(ConfigError, match="unknown attention 'cbm'; nearest: cbam"):
+        Settings(attention=("se", "cbm"))
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"attention": ()}, "at least one"),
+        ({"attention": ("se", "se")}, "twice"),
+        ({"model": "resnet18+cbam"}, "must be the plain network"),
+        ({"from_scratch": True, "pretrained": "a.pth"}, "exclude each other"),
+        ({"data": ""}, "data must be a text"),
+        ({"epochs": True}, "epochs must be a whole number"),
+        ({"limit": 2.5}, "limit must be a whole number"),
+    ],
+)
+def test_settings_that_contradict_themselves_are_refused(given, told):
+    with pytest.raises(ConfigError, match=told):
+        Settings(**given)

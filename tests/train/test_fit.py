@@ -1,0 +1,204 @@
+import copy
+import logging
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import cbam
+from cbam.data import Images, loader
+from cbam.errors import ConfigError, DataError
+from cbam.train import NonFiniteError, Recipe, evaluate, fit, pick_device
+from cbam.train.classification import normalise
+
+SHORT = Recipe(epochs=2, batch_size=16)
+
+
+class Colours(Images):
+    """Pictures of a single colour, which is the class; tells which samples were asked for."""
+
+    def __init__(self, n: int, classes: int = 3) -> None:
+        super().__init__("colours", [str(c) for c in range(classes)], [i % classes for i in range(n)], size=8)
+        self.asked: list[tuple[int, int]] = []
+
+    def sample(self, epoch, index):
+        self.asked.append((epoch, index))
+        image = torch.zeros(3, 8, 8, dtype=torch.uint8)
+        image[self.targets[index] % 3] = 40 * (1 + self.targets[index])
+        return image, (float("nan"),) * 4
+
+
+class Deadly(Colours):
+    def sample(self, epoch, index):
+        os._exit(3)
+
+
+def small(classes: int = 3) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Linear(8, classes),
+    )  # fmt: skip
+
+
+def bits(model: nn.Module) -> dict:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def same(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_the_same_seed_gives_the_same_weights_bit_for_bit(digits, network):
+    one, two, other = (copy.deepcopy(network) for _ in range(3))
+    histories = [
+        fit(model, *digits, SHORT, seed=s, device="cpu") for model, s in ((one, 3), (two, 3), (other, 4))
+    ]
+    assert same(bits(one), bits(two))
+    assert not same(bits(one), bits(other))
+    assert [e["val_loss"] for e in histories[0]] == [e["val_loss"] for e in histories[1]]
+
+
+def test_two_arms_see_the_same_pictures_in_the_same_order():
+    asked = []
+    for model in (small(), nn.Sequential(*small(), nn.Identity())):
+        train = Colours(12)
+        fit(model, train, Colours(6), SHORT, seed=1, device="cpu", first_epoch=5)
+        asked.append(train.asked)
+    assert asked[0] == asked[1]
+    assert [epoch for epoch, _ in asked[0]] == [5] * 12 + [6] * 12
+    assert sorted(index for _, index in asked[0][:12]) == list(range(12))
+    assert asked[0][:12] != [(5, index) for _, index in asked[0][12:]]
+
+
+def test_a_fit_learns_and_tells_what_it_did_per_epoch():
+    recipe = Recipe(epochs=4, batch_size=8, lr=0.1)
+    work = []
+    history = fit(small(), Colours(48), Colours(9), recipe, seed=0, device="cpu", on_step=work.append)
+    assert [entry["epoch"] for entry in history] == [0, 1, 2, 3]
+    assert history[-1]["train_loss"] < 0.5 * history[0]["train_loss"]
+    assert history[0]["lr"] == recipe.lr
+    assert history[2]["lr"] == pytest.approx(recipe.lr / 2)
+    assert all(0 < entry["step_seconds"] < entry["seconds"] for entry in history)
+    assert all(entry["val_top5"] is None for entry in history)
+    assert sum(work) == 4 * (3 * 48 + 9)
+
+
+def test_adamw_and_the_step_schedule_train_too():
+    recipe = Recipe(epochs=3, batch_size=8, optimizer="adamw", lr=0.02, schedule="step", step_epochs=2)
+    history = fit(small(), Colours(24), Colours(9), recipe, seed=0, device="cpu")
+    assert [entry["lr"] for entry in history] == pytest.approx([0.02, 0.02, 0.002])
+    assert history[-1]["train_loss"] < history[0]["train_loss"]
+
+
+def test_an_evaluation_counts_every_picture_once_and_agrees_with_a_plain_loop(digits, network):
+    # D33
+    _, val = digits
+    scored = evaluate(network, val, batch_size=7, device="cpu")
+    network.eval()
+    with torch.no_grad():
+        image = torch.stack([val[i]["image"] for i in range(len(val))])
+        logits = network(normalise(image, val.mean, val.std)).double()
+    targets = torch.tensor(val.targets)
+    best = logits.topk(5, 1).indices
+    assert scored.targets.tolist() == val.targets
+    assert torch.allclose(scored.probabilities, logits.softmax(1), atol=1e-6)
+    assert scored.top1 == pytest.approx(100 * (best[:, 0] != targets).double().mean().item())
+    assert scored.top5 == pytest.approx(100 * (best != targets[:, None]).all(1).double().mean().item())
+    assert scored.loss == pytest.approx(nn.functional.cross_entropy(logits, targets).item(), rel=1e-5)
+
+
+def test_the_last_epoch_of_a_fit_is_what_an_evaluation_finds(digits, network):
+    history = fit(network, *digits, SHORT, seed=0, device="cpu")
+    scored = evaluate(network, digits[1], device="cpu")
+    assert history[-1]["val_top1"] == scored.top1
+    assert history[-1]["val_loss"] == pytest.approx(scored.loss, rel=1e-5)
+
+
+def test_a_fit_leaves_everything_else_as_it_was(digits, network, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    network.eval()
+    frozen = network.conv1.weight.requires_grad_(False).clone()
+    log, handler = logging.getLogger("pytorch_lightning").level, signal.getsignal(signal.SIGINT)
+    before = torch.random.get_rng_state()
+    fit(network, *digits, Recipe(epochs=1, batch_size=16), seed=0, device="cpu")
+    evaluate(network, digits[1], device="cpu")
+    assert not network.training
+    assert torch.equal(network.conv1.weight, frozen)
+    assert network.layer1[0].conv1.weight.is_contiguous()
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert logging.getLogger("pytorch_lightning").level == log
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert list(Path(tmp_path).iterdir()) == []
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_step():
+    # R10
+    model = small()
+    with torch.no_grad():
+        model[5].bias[0] = float("nan")
+    before = bits(model)
+    with pytest.raises(NonFiniteError, match="the loss is nan in epoch 0, step 0") as caught:
+        fit(model, Colours(12), Colours(6), SHORT, seed=0, device="cpu")
+    assert caught.value.exit_code == 5
+    assert isinstance(caught.value, ArithmeticError)
+    assert torch.equal(model[0].weight, before["0.weight"])
+
+
+def test_ctrl_c_is_a_keyboard_interrupt_again_and_the_next_one_still_works():
+    # R18
+    def stop(_):
+        raise KeyboardInterrupt
+
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        fit(small(), Colours(12), Colours(6), SHORT, seed=0, device="cpu", on_step=stop)
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+def test_a_loading_process_that_dies_is_a_data_error():
+    # R4
+    with pytest.raises(DataError, match="process that loads pictures died"):
+        fit(small(), Deadly(12), Colours(6), SHORT, seed=0, device="cpu", workers=1)
+
+
+def test_an_error_of_the_data_comes_through_as_it_was_raised():
+    class Broken(Colours):
+        def sample(self, epoch, index):
+            raise DataError("a.jpg: not an image")
+
+    with pytest.raises(DataError, match=r"^a\.jpg: not an image$"):
+        fit(small(), Broken(12), Colours(6), SHORT, seed=0, device="cpu")
+
+
+def test_an_unknown_device_and_an_absent_gpu_are_refused(monkeypatch):
+    # C8
+    with pytest.raises(ConfigError, match="auto, cpu or cuda, got 'gpu'"):
+        pick_device("gpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert pick_device("auto").type == "cpu"
+    with pytest.raises(ConfigError, match="no usable GPU") as caught:
+        pick_device("cuda")
+    assert caught.value.exit_code == 2
+
+
+def test_attention_trains_from_its_first_steps(digits, network):
+    cbam.attach(network)
+    before = bits(network)
+    fit(network, *digits, SHORT, seed=0, device="cpu")
+    for name, tensor in network.named_parameters():
+        if ".cbam." in name and name.endswith(("fc2.bias", "bn.bias")):
+            assert not torch.equal(tensor, before[name]), name
+
+
+def test_normalised_pictures_have_the_stated_mean_and_deviation(digits):
+    train, _ = digits
+    batch = next(iter(loader(train, 40, train=False)))["image"]
+    pixels = normalise(batch, train.mean, train.std)
+    by_hand = (batch[0, 1, 30, 30].item() / 255 - train.mean[1]) / train.std[1]
+    assert pixels[0, 1, 30, 30].item() == pytest.approx(by_hand, rel=1e-5)
+    assert pixels.is_contiguous(memory_format=torch.channels_last)
