@@ -184,7 +184,7 @@ def _to_rgb(image: "Image.Image") -> "Image.Image":
 
 def _deep_grey(image: "Image.Image") -> np.ndarray:
     """More than 8 bits a value -> uint8 (H, W)."""
-    values = np.asarray(image).astype(np.float64)
+    values = np.asarray(image).astype(np.float32)  # exact to 2^24
     low, high = values.min(), values.max()
     if not (low >= 0 and high <= 65535):
         raise ValueError(f"values from {low:g} to {high:g}; expected 0 to 65535")

@@ -37,8 +37,8 @@ def image_folder(
     are too many. In validation it is an error, for the set would silently be another one.
 
     Args:
-        size: side of the square that the network gets. None: 224, or the median short side of the training
-            pictures (200 of them, evenly spaced) to the nearest multiple of 32, if that is smaller; 32 at least.
+        size: side of the square that the network gets. None: the median short side of the training pictures
+            (200 of them, evenly spaced) to the nearest multiple of 32, but 32 to 224.
         unreadable: number of training pictures that may be unreadable. None: 0.1 % of them, but 1 to 100.
 
     Raises:
