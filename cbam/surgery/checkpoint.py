@@ -1,0 +1,121 @@
+"""Read a weights file without running code from it, and say what is wrong with one that is none."""
+
+import pickle
+import re
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cbam.errors import CheckpointError, CheckpointNotFoundError, MissingExtraError
+from cbam.surgery.dialect import some
+
+
+def read(path: Path) -> Any:
+    """What the file holds: safetensors, or anything of plain tensors that `torch.save` wrote.
+
+    Raises:
+        CheckpointNotFoundError: no such file.
+        CheckpointError: unreadable, damaged, no weights file, or one that asks to run code.
+        MissingExtraError: the file is safetensors, and the package to read it is absent.
+    """
+    try:
+        if not path.exists():
+            raise CheckpointNotFoundError(f"{path}: no such file")
+        if not path.is_file():
+            raise CheckpointError(f"{path}: not a file")
+        with path.open("rb") as file:
+            start = file.read(64)
+        size = path.stat().st_size
+        if size == 0:
+            raise CheckpointError(f"{path}: the file is empty")
+        if start[8:9] == b"{" and not start.startswith(b"PK"):
+            return _read_safetensors(path, size)
+        if start.startswith(b"PK"):
+            _check_archive(path, size)
+        elif not start.startswith(b"\x80"):
+            raise CheckpointError(f"{path}: not a weights file, it starts with {start[:20]!r}{_guess(start)}")
+        return _read_torch(path)
+    except OSError as error:
+        if isinstance(error, CheckpointNotFoundError):
+            raise
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def _guess(start: bytes) -> str:
+    if start.lstrip().startswith(b"<"):
+        return ", probably a web page saved by a failed download"
+    if start.startswith(b"version https://git-lfs"):
+        return ", a Git LFS pointer in place of the file: run git lfs pull"
+    return ""
+
+
+def _read_safetensors(path: Path, size: int) -> dict[str, Tensor]:
+    try:
+        from safetensors.torch import load_file
+    except ImportError as error:
+        raise MissingExtraError.of("reading a safetensors file", "vision") from error
+    try:
+        return load_file(path)
+    except OSError:
+        raise
+    except Exception as error:  # the library has one error class for everything, outside OSError
+        raise CheckpointError(
+            f"{path}: damaged or cut off ({size} bytes, read as safetensors): {error}"
+        ) from error
+
+
+def _check_archive(path: Path, size: int) -> None:
+    """Refuse a zip archive that is cut, fails its checksums, or unpacks to more than it holds."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+            if any(member.filename.endswith("/constants.pkl") for member in members):
+                raise CheckpointError(f"{path}: a TorchScript program; save its state_dict() instead")
+            unpacked = sum(member.file_size for member in members)
+            if unpacked > size:
+                raise CheckpointError(
+                    f"{path}: claims to unpack to {unpacked} bytes out of {size}; torch.save never compresses"
+                )
+            if not any(member.filename.endswith("/data.pkl") for member in members):
+                raise CheckpointError(f"{path}: a zip archive, but not one that torch.save wrote")
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, ValueError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{path}: damaged or cut off ({size} bytes): {error}") from error
+    if damaged is not None:
+        raise CheckpointError(f"{path}: damaged, the checksum of {damaged} is wrong")
+
+
+def _read_torch(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if found := _unsafe_globals(path, error):
+            raise CheckpointError(
+                f"{path}: refused, it asks to run {some(found)}, which plain weights never need. If "
+                "you trust it, save the weights alone where it was made: torch.save(model.state_dict(), path)"
+            ) from None
+        raise CheckpointError(f"{path}: damaged, or not plain weights: {_reason(error)}") from error
+    except OSError:
+        raise
+    except Exception as error:  # torch raises nearly every builtin for a damaged file
+        raise CheckpointError(f"{path}: damaged or not plain weights: {_reason(error)}") from error
+
+
+def _unsafe_globals(path: Path, error: Exception) -> list[str]:
+    """What a pickle names that plain weights do not need."""
+    try:
+        found = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except Exception:  # not an archive, or one that cannot be disassembled: the refusal names one
+        found = []
+    return sorted(found) or re.findall(r"(?:GLOBAL|class|function) ([\w.]+) ", str(error))
+
+
+def _reason(error: Exception) -> str:
+    """The first line of an error, without torch's advice to load the file unsafely."""
+    text = str(error).rpartition("WeightsUnpickler error: ")[2].strip()
+    return text.partition("\n")[0] or type(error).__name__

@@ -1,0 +1,93 @@
+"""What weights are called in each format, and which tensors, attached blocks and gates a model has."""
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedTensorMixin
+
+from cbam.errors import InputError
+from cbam.nn import ChannelAttention, SpatialAttention
+from cbam.surgery.route import SLOT, is_refined
+
+# ours, under `<block>.cbam.`; the released code, under the same; timm's CbamModule, under `<block>.se.`
+NAMES = [
+    ("channel.fc1.weight", "ChannelGate.mlp.1.weight", "channel.fc1.weight"),
+    ("channel.fc1.bias", "ChannelGate.mlp.1.bias", "channel.fc1.bias"),
+    ("channel.fc2.weight", "ChannelGate.mlp.3.weight", "channel.fc2.weight"),
+    ("channel.fc2.bias", "ChannelGate.mlp.3.bias", "channel.fc2.bias"),
+    ("spatial.conv.weight", "SpatialGate.spatial.conv.weight", "spatial.conv.conv.weight"),
+    *(
+        (f"spatial.bn.{name}", f"SpatialGate.spatial.bn.{name}", f"spatial.conv.bn.{name}")
+        for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+    ),
+]
+
+
+class MisfitError(Exception):
+    """Why weights do not fit; the caller adds where they come from."""
+
+
+class Target:
+    """The tensors, attached blocks and gates of a model, by name.
+
+    A wrapper that only lends its module (DistributedDataParallel, torch.compile) is looked through. A gain is
+    no tensor here: its key comes and goes with its value.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        while isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel) or _compiled(model):
+            model = model._orig_mod if _compiled(model) else model.module  # pyright: ignore
+        self.model = model
+        modules = list(model.named_modules(remove_duplicate=False))
+        self.blocks = {name: module for name, module in modules if is_refined(module)}
+        self.gates = {n: m for n, m in modules if isinstance(m, ChannelAttention | SpatialAttention)}
+        gains = {under(name, "gain") for name in self.gates}
+        state = model.state_dict()
+        self.tensors = {n: v for n, v in state.items() if isinstance(v, Tensor) and n not in gains}
+        if any(v.is_meta or isinstance(v, UninitializedTensorMixin) for v in self.tensors.values()):
+            raise InputError(
+                f"{type(model).__name__} has tensors without memory: call to_empty, or run it once"
+            )
+        slots = tuple(under(block, f"{SLOT}.") for block in self.blocks)
+        self.attention = {name for name in self.tensors if name.startswith(slots)}
+
+    def head(self) -> set[str]:
+        """The tensors of the last linear layer or convolution that is no attention's: the classifier."""
+        last = [
+            name
+            for name, module in self.model.named_modules()
+            if isinstance(module, nn.Linear | nn.Conv2d) and under(name, "weight") not in self.attention
+        ]
+        return {name for name in self.tensors if last and name.startswith(f"{last[-1]}.")}
+
+    def copy(self, values: Mapping[str, Tensor], gains: Mapping[str, float]) -> None:
+        """Copy checked values; put everything back if that fails none the less."""
+        before = {name: value.clone() for name, value in self.tensors.items()}
+        gains_before = {gate: gate.gain for gate in self.gates.values()}
+        try:
+            for name, gain in gains.items():
+                self.gates[name].set_gain(gain)
+            state = self.model.state_dict()  # its metadata says that the names are today's
+            state.update(values)
+            self.model.load_state_dict(state)
+        except BaseException:
+            for gate, gain in gains_before.items():
+                gate.gain = gain
+            for name, value in before.items():
+                self.tensors[name].copy_(value)
+            raise
+
+
+def _compiled(model: nn.Module) -> bool:
+    return isinstance(getattr(model, "_orig_mod", None), nn.Module)
+
+
+def under(module: str, name: str) -> str:
+    """The name of what `module` calls `name`; a model calls itself ""."""
+    return f"{module}.{name}" if module else name
+
+
+def some(names: list[str]) -> str:
+    """The first five of a list, and how many more there are."""
+    more = f", and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(names[:5]) + more
