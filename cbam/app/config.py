@@ -9,14 +9,16 @@ from cbam.errors import ConfigError, MissingExtraError
 
 MAX_BYTES = 1 << 20
 MAX_ALIASES = 100
+MAX_DEPTH = 20
 
 
 def read_config(path: str, kind: type) -> dict[str, Any]:
     """The settings in a YAML file, for the fields of the dataclass `kind`.
 
     Raises:
-        ConfigError: unreadable, not YAML, larger than MAX_BYTES, more than MAX_ALIASES aliases, a tag, a key
-            twice, an unknown key (with the nearest known one), a value of a wrong type. All together.
+        ConfigError: unreadable, not YAML, larger than MAX_BYTES, more than MAX_ALIASES aliases or
+            MAX_DEPTH levels, a tag, a key twice, an unknown key (with the nearest known one), a value of a
+            wrong type. All problems of keys and values together.
         MissingExtraError: PyYAML is not installed.
     """
     root = _compose(path)
@@ -55,12 +57,22 @@ def _compose(path: str):
     if len(data) > MAX_BYTES:
         raise ConfigError(f"config {path}: larger than {MAX_BYTES // 1024} KiB")
     try:
-        aliases = sum(isinstance(event, yaml.AliasEvent) for event in yaml.parse(data, yaml.SafeLoader))
-        if aliases > MAX_ALIASES:
-            raise ConfigError(f"config {path}: {aliases} aliases, {MAX_ALIASES} are allowed")
+        _refuse_bombs(yaml.parse(data, yaml.SafeLoader), path)
         return yaml.compose(data, yaml.SafeLoader)
     except (yaml.YAMLError, UnicodeError, RecursionError) as error:
         raise ConfigError(f"config {path}: not valid YAML: {' '.join(str(error).split())}") from error
+
+
+def _refuse_bombs(events, path: str) -> None:
+    """Read the events one by one, so that nothing has been built when there are too many."""
+    import yaml
+
+    aliases = depth = 0
+    for event in events:
+        aliases += isinstance(event, yaml.AliasEvent)
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if aliases > MAX_ALIASES or depth > MAX_DEPTH:
+            raise ConfigError(f"config {path}: more than {MAX_ALIASES} aliases or {MAX_DEPTH} levels")
 
 
 def _pairs(root, path: str) -> list:

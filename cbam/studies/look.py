@@ -37,7 +37,7 @@ def mean_energy_inside(
     workers: int,
     on_step: Callable[[int], None],
 ) -> float | None:
-    """Share of Grad-CAM's energy for the true class inside the true box, in %; mean over pictures with one."""
+    """Share of Grad-CAM's energy for the true class inside the true box, in %; mean over what has one."""
     model.to(device)
     shares = []
     for batch in loader(images, batch_size, train=False, workers=workers):

@@ -1,6 +1,7 @@
 """results.json -> what a reader sees: numbers, a sentence and a table, all computed from the record alone."""
 
 import statistics
+import textwrap
 from typing import Any
 
 from cbam.studies.statistics import paired_difference, ratio_of_medians, spread
@@ -44,27 +45,31 @@ def _of_arm(arm: dict, runs: dict, results: dict) -> dict[str, Any]:
     return found
 
 
-def verdict(results: dict) -> str:
-    """What the comparison shows, in a sentence per arm."""
-    found = summary(results)
+def verdict(results: dict) -> list[str]:
+    """What the comparison shows: a sentence per arm."""
     sentences = []
-    for name, numbers in found.items():
-        parts = []
-        for key, title, _, _ in MEASURES:
-            if key != "top5" and f"{key}_difference" in numbers:
-                parts.append(f"{title} {_told(numbers[f'{key}_difference'])}")
+    for name, numbers in summary(results).items():
+        parts = [
+            _told(title, numbers[f"{key}_difference"])
+            for key, title, _, _ in MEASURES
+            if key != "top5" and f"{key}_difference" in numbers
+        ]
         if parts:
-            sentences.append(f"{LABELS[name]} against plain: " + "; ".join(parts) + ".")
-    return " ".join(sentences) or "Nothing was finished, so there is nothing to compare."
+            sentences.append(f"{LABELS[name]} against plain: {'; '.join(parts)}.")
+    return sentences or ["Nothing was finished, so there is nothing to compare."]
 
 
-def _told(difference: dict) -> str:
-    points = f"{difference['mean']:+.2f} points"
+def _told(measure: str, difference: dict) -> str:
+    points, seeds = f"{difference['mean']:+.2f} points", difference["n"]
+    if seeds == 1:
+        return f"{measure} {points} with one seed, which shows nothing"
     if difference["low"] is None:
-        reason = "one seed" if difference["n"] == 1 else f"{difference['n']} equal differences"
-        return f"{points} ({reason}: no interval, so it shows nothing)"
-    interval = f"{points}, 95 % interval {difference['low']:+.2f} to {difference['high']:+.2f}"
-    return f"{difference['word']} ({interval}, {difference['n']} seeds)"
+        return (
+            f"no difference shown in {measure} ({points} with each of {seeds} seeds, so there is no interval)"
+        )
+    word = {"no difference shown": "no difference shown in ", "better": "better ", "worse": "worse "}
+    interval = f"95 % interval {difference['low']:+.2f} to {difference['high']:+.2f}"
+    return f"{word[difference['word']]}{measure} ({points}, {interval}, {seeds} seeds)"
 
 
 def table(results: dict) -> list[list[str]]:
@@ -77,7 +82,7 @@ def table(results: dict) -> list[list[str]]:
             differences = [numbers.get(f"{key}_difference") for numbers in found.values()]
             rows.append(["  difference to plain", *(_points(d) for d in differences)])
             rows.append(["  95 % interval", *(_interval(d) for d in differences)])
-            rows.append(["  shown", *(d["word"] if d else "" for d in differences)])
+            rows.append(["  verdict", *(d["word"] if d else "" for d in differences)])
     rows.append(["parameters", *(f"{numbers['parameters']:,}" for numbers in found.values())])
     rows.append(["GMAC per picture", *(f"{numbers['gmac']:.4f}" for numbers in found.values())])
     for kind, title in (("train", "training time, plain = 1"), ("inference", "inference time, plain = 1")):
@@ -207,13 +212,13 @@ def text(results: dict) -> str:
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
     ]
     lines.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join([*lines, "", verdict(results)])
+    return "\n".join([*lines, "", *(textwrap.fill(sentence, 100) for sentence in verdict(results))])
 
 
 def markdown(results: dict, picture: str | None) -> str:
     """report.md; `picture` is the name of the picture beside it."""
     header, *rows = table(results)
-    lines = [f"# {_md(title(results))}", "", _md(verdict(results)), ""]
+    lines = [f"# {_md(title(results))}", "", *(line for told in verdict(results) for line in (_md(told), ""))]
     lines += ["| " + " | ".join(map(_md, header)) + " |", "|" + " --- |" * len(header)]
     lines += ["| " + " | ".join(_md(cell.replace("  ", "", 1)) for cell in row) + " |" for row in rows]
     lines += ["", *(f"- {_md(note)}" for note in notes(results)), ""]

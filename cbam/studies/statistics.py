@@ -21,12 +21,12 @@ def paired_difference(values: Sequence[float], plain: Sequence[float], *, lower_
 
     Returns:
         {"n", "mean", "low", "high", "word"}; the word is "better" or "worse" where the interval
-        leaves out zero, "no difference shown" where it does not, "not known" where there is none.
+        leaves out zero, else "no difference shown", and for a single run "not known".
     """
     differences = [a - b for a, b in zip(values, plain, strict=True)]
     mean, deviation = statistics.fmean(differences), spread(differences)
     if not deviation or deviation < 1e-12:
-        word = "no difference shown" if len(differences) > 1 and mean == 0 else "not known"
+        word = "no difference shown" if len(differences) > 1 else "not known"
         return {"n": len(differences), "mean": mean, "low": None, "high": None, "word": word}
     half = student_quantile(len(differences) - 1) * deviation / math.sqrt(len(differences))
     low, high = mean - half, mean + half

@@ -51,7 +51,7 @@ def test_one_run_has_no_interval_and_proves_nothing():
 
 def test_equal_differences_are_no_proof_of_a_spread_of_zero():
     found = paired_difference([9.0, 11.0, 10.0], [10.0, 12.0, 11.0], lower_is_better=True)
-    assert (found["low"], found["word"]) == (None, "not known")
+    assert (found["low"], found["word"]) == (None, "no difference shown")
     same = paired_difference([9.0, 11.0], [9.0, 11.0], lower_is_better=True)
     assert (same["mean"], same["word"]) == (0, "no difference shown")
 

@@ -1,0 +1,225 @@
+"""The command line: what it refuses, with which exit code, and how it ends (rows C1 to C12)."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import cbam
+from cbam.app import cli
+from cbam.errors import MissingExtraError
+
+ROOT = Path(cbam.__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def _somewhere_else(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    handler = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, handler)
+
+
+def run(*arguments: str, **how) -> subprocess.CompletedProcess:
+    how.setdefault("stdout", subprocess.PIPE)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **how.pop("env", {})}
+    command = [sys.executable, *how.pop("python", []), "-m", "cbam", *arguments]
+    return subprocess.run(command, stderr=subprocess.PIPE, env=environment, timeout=120, **how)
+
+
+BAD = [
+    ([], 2, "a command is needed"),
+    (["compre"], 2, "invalid choice: 'compre'"),
+    (["--verson"], 2, "unknown option --verson; did you mean --version?"),
+    (["-z"], 2, "-z"),
+    (["compare", "--epoch", "3"], 2, "unknown option --epoch; did you mean --epochs?"),
+    (["compare", "--epoch=3"], 2, "did you mean --epochs?"),
+    (["compare", "--atention", "se"], 2, "did you mean --attention?"),
+    (["compare", "--quick"], 2, "unknown option --quick"),
+    (["compare", "a", "b"], 2, "unrecognized arguments: b"),
+    (["compare", "--epochs"], 2, "--epochs: expected one argument"),
+    (["compare", "--epochs", "many"], 2, "must be a whole number, got 'many'"),
+    (["compare", "--epochs", "1.5"], 2, "must be a whole number"),
+    (["compare", "--epochs", "0"], 2, "epochs must be a whole number above 0"),
+    (["compare", "--epochs", "-3"], 2, "epochs must be a whole number above 0"),
+    (["compare", "--seeds", "0"], 2, "seeds must be"),
+    (["compare", "--batch-size", "0"], 2, "batch_size must be"),
+    (["compare", "--lr", "fast"], 2, "must be a number, got 'fast'"),
+    (["compare", "--lr", "nan"], 2, "lr must be a number above 0"),
+    (["compare", "--lr", "inf"], 2, "lr must be a number above 0"),
+    (["compare", "--lr", "-1"], 2, "lr must be a number above 0"),
+    (["compare", "--workers", "-1"], 2, "workers must be 0 or more"),
+    (["compare", "--size", "64"], 2, "size belongs to an image folder"),
+    (["compare", "--limit", "0"], 2, "limit must be"),
+    (["compare", "--device", "gpu"], 2, "device must be auto, cpu or cuda"),
+    (["compare", "--device", "cuda:7"], 2, "device must be auto, cpu or cuda"),
+    (["compare", "--attention", "cbm"], 2, "unknown attention 'cbm'; nearest: cbam"),
+    (["compare", "--attention", "se", "se"], 2, "twice"),
+    (["compare", "--attention"], 2, "expected at least one argument"),
+    (["compare", "--model", "resnt_tiny"], 2, "unknown network 'resnt_tiny'; nearest: resnet_tiny"),
+    (["compare", "--model", "resnet18+cbam"], 2, "must be the plain network"),
+    (["compare", "--model", ""], 2, "model must be a text"),
+    (["compare", "--from-scratch", "--pretrained", "a"], 2, "exclude each other"),
+    (["compare", "--from-scratch=yes"], 2, "ignored explicit argument 'yes'"),
+    (["compare", "--pretrained", "nowhere.pth"], 4, "nowhere.pth"),
+    (["compare", "--pretrained", "."], 4, ""),
+    (["compare", "--pretrained", "text.pth"], 4, "text.pth"),
+    (["compare", "--config", "nowhere.yaml"], 2, "config nowhere.yaml: No such file"),
+    (["compare", "--config", "."], 2, "config .: Is a directory"),
+    (["compare", "--config", "bad.yaml"], 2, "did you mean 'epochs'?"),
+    (["compare", "--out", "full"], 2, "full is not empty: give another --out, or --overwrite"),
+    (["compare", "--out", "text.pth"], 2, "text.pth is a file"),
+    (["compare", "--out", "text.pth/below"], 7, "cannot write to text.pth/below"),
+    (["compare", "--out", "/proc/self/nowhere"], 7, "cannot write to"),
+    (["compare", "--out", "x" * 300], 7, "File name too long"),
+    (["compare", "nowhere"], 3, "nowhere"),
+    (["compare", "empty"], 3, "empty"),
+    (["compare", "text.pth"], 3, "text.pth"),
+    (["compare", "one_class"], 3, "one_class"),
+    (["compare", "nul\0byte"], 3, ""),
+    (["list", "resnt"], 2, "no network matches 'resnt'; nearest: resnet"),
+    (["list", "a", "b"], 2, "unrecognized arguments: b"),
+    (["sites"], 2, "the following arguments are required: NAME"),
+    (["sites", "resnt18"], 2, "unknown network 'resnt18'; nearest: resnet18"),
+    (["sites", "tim:resnet18"], 2, "unknown library 'tim'"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "code", "told"), BAD, ids=lambda value: str(value)[:40])
+def test_bad_input_is_one_line_and_its_exit_code(arguments, code, told, tmp_path, capsys):
+    # C1, C2, C3, C6, C7, C12
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("mine")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "one_class" / "cat").mkdir(parents=True)
+    (tmp_path / "one_class" / "cat" / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    (tmp_path / "text.pth").write_text("<html>")
+    (tmp_path / "bad.yaml").write_text("ephocs: 3")
+    before = sorted(tmp_path.rglob("*"))
+    assert cli.main(arguments) == code
+    out, err = capsys.readouterr()
+    assert err.startswith("cbam: ")
+    assert err.count("\n") == 1
+    assert told in err
+    assert "Traceback" not in out + err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_debug_shows_the_traceback(capsys):
+    # C1
+    assert cli.main(["sites", "resnt18", "--debug"]) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_cuda_that_is_not_there_is_refused_at_the_start(monkeypatch, capsys):
+    # C8
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert cli.main(["compare", "--device", "cuda"]) == 2
+    assert "no usable GPU here" in capsys.readouterr().err
+
+
+def test_a_missing_package_is_named_with_its_pip_line_before_any_work(monkeypatch, capsys):
+    # C5
+    find = cli.importlib.util.find_spec
+    absent = ("torchcam", "pytorch_lightning")
+    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None if name in absent else find(name))
+    assert cli.main(["compare"]) == MissingExtraError.exit_code == 8
+    err = capsys.readouterr().err
+    assert "pip install 'cbam[train,explain]' (missing: pytorch_lightning, torchcam)" in err
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "told"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), 6, "a smaller --batch-size"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 6, "out of memory"),
+        (OSError(28, "No space left on device"), 7, "No space left"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (cli._Terminated(), 143, "terminated"),
+        (ZeroDivisionError("division\nby zero"), 1, "ZeroDivisionError: division by zero"),
+        (BrokenPipeError(), 0, ""),
+    ],
+)
+def test_every_kind_of_failure_has_its_exit_code(error, code, told, monkeypatch, capsys):
+    def fail(options):
+        raise error
+
+    monkeypatch.setattr(cli, "_list", fail)
+    monkeypatch.setattr(cli, "silence", lambda stream: None)
+    assert cli.main(["list"]) == code
+    err = capsys.readouterr().err
+    assert told in err
+    assert "Traceback" not in err
+
+
+def test_list_and_sites_print_what_the_library_finds(capsys):
+    assert cli.main(["list", "resnet_t*"]) == 0
+    assert capsys.readouterr().out == "resnet_tiny\n"
+    assert cli.main(["sites", "resnet_tiny"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in lines] == [
+        ["layer1.0", "16"],
+        ["layer2.0", "32"],
+        ["layer3.0", "64"],
+    ]
+    assert all("attention:" in line for line in lines)
+
+
+def test_a_config_is_read_and_the_command_line_wins(tmp_path):
+    (tmp_path / "c.yaml").write_text("epochs: 3\nseeds: 2\nattention: [cbam]\n")
+    options = cli._parse(["compare", "--config", "c.yaml", "--seeds", "5"])
+    settings = cli._settings(options)
+    assert (settings.epochs, settings.seeds, settings.attention) == (3, 5, ("cbam",))
+
+
+def test_help_and_version_answer_at_once_without_torch():
+    # C11
+    for arguments in (["--version"], ["--help"], ["compare", "--help"]):
+        began = time.perf_counter()
+        done = run(*arguments, python=["-X", "importtime"])
+        seconds = time.perf_counter() - began
+        assert done.returncode == 0
+        assert b"torch" not in b"".join(line.split(b"|")[-1] for line in done.stderr.splitlines())
+        assert seconds < 3  # 0.1 on an idle machine
+    assert b"--pretrained" in done.stdout
+
+
+def test_a_reader_that_goes_away_and_closed_streams_are_no_error():
+    # C9
+    read, write = os.pipe()
+    os.close(read)
+    done = run("--help", stdout=write)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (0, b"")
+    done = subprocess.run(
+        f"exec {sys.executable} -m cbam --version <&- >&-",
+        shell=True,
+        stderr=subprocess.PIPE,
+        cwd=ROOT,
+        timeout=60,
+    )
+    assert (done.returncode, b"Traceback" in done.stderr) == (0, False)
+
+
+def test_ctrl_c_ends_a_run_with_130_and_leaves_nothing_half_done(tmp_path):
+    # C10, R18
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "ascii"}
+    command = [sys.executable, "-m", "cbam", "compare", "--limit", "30", "--epochs", "500", "--out", "out"]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, text=True, cwd=tmp_path
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        for line in process.stdout:
+            if "before the fork" in line:
+                break
+        time.sleep(1)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 130
+        assert process.stderr.read() == "cbam: interrupted\n"
+    assert list(tmp_path.iterdir()) == []

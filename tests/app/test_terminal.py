@@ -1,0 +1,65 @@
+import io
+import sys
+
+import pytest
+
+from cbam.app import terminal
+
+
+def stream(encoding: str) -> io.TextIOWrapper:
+    return io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+
+
+@pytest.mark.parametrize(
+    ("encoding", "written"),
+    [("utf-8", "1.0 ± 0.2 µm\n"), ("ascii", "1.0 +- 0.2 ?m\n"), ("latin-1", "1.0 ± 0.2 µm\n")],
+)
+def test_signs_that_the_terminal_lacks_are_written_otherwise(encoding, written):
+    # C9
+    out = stream(encoding)
+    terminal.show("1.0 ± 0.2 µm", out)
+    assert out.buffer.getvalue().decode(encoding) == written
+
+
+def test_a_closed_or_absent_output_is_no_error(monkeypatch):
+    # C9
+    out = stream("utf-8")
+    out.close()
+    terminal.show("text", out)
+    monkeypatch.setattr(sys, "stdout", None)
+    terminal.show("text")
+    assert isinstance(terminal.progress(), terminal.Lines)
+
+
+def test_without_a_terminal_there_is_a_line_per_phase(capsys):
+    # C9
+    with terminal.progress() as watch:
+        watch.now("seed 0: plain")
+        watch.advance(0.5)
+        watch.now("seed 0: CBAM")
+        watch.say("a line")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "[  0 %] seed 0: plain"
+    assert lines[1].startswith("[ 50 %, 0:00 left] seed 0: CBAM")
+    assert lines[2] == "a line"
+
+
+def test_in_a_terminal_there_is_one_bar_that_goes_away(monkeypatch):
+    class Screen(io.StringIO):
+        encoding = "utf-8"
+
+        def isatty(self):
+            return True
+
+    screen = Screen()
+    monkeypatch.setattr(sys, "stdout", screen)
+    monkeypatch.setenv("TERM", "xterm")
+    with terminal.progress() as watch:
+        assert isinstance(watch, terminal.Bar)
+        watch.now("seed 0: plain [1]")
+        watch.advance(0.25)
+        watch.say("logits [bold]bit-equal[/bold]")
+    written = screen.getvalue()
+    assert "logits [bold]bit-equal[/bold]" in written
+    assert "seed 0: plain (1]" in written
+    assert "25%" in written
