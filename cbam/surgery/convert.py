@@ -100,7 +100,7 @@ def affine_before(block: nn.Module) -> nn.Module | None:
 
 
 def _ends_in_affine(norm: nn.Module) -> bool:
-    """Whether a norm ends with its affine map: torch's own do, timm's where the activation they hold is none."""
+    """Whether a norm ends with its affine map: torch's own, and timm's where its activation is none."""
     ours = type(norm).forward in _FORWARDS
     children = list(norm.children())
     silent = bool(children) and all(type(child) is nn.Identity for child in children)

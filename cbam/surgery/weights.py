@@ -57,8 +57,8 @@ def load_weights(
     Every tensor of the plain network must be there; attention may be absent as a whole and then stays as it
     is.
 
-    A flipped bit in a `torch.save` file is found by the file's own checksums. A safetensors file has none:
-    there only damage to the header, the length or the finiteness of a value shows.
+    A flipped bit in a `torch.save` file is found by the file's own checksums. A safetensors file, and one in
+    torch's format of before 2020, has none: there only damage to the structure or the finiteness shows.
 
     Args:
         model: plain, or with attention attached.

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import cbam
-from cbam.errors import CheckpointError, CheckpointNotFoundError, InputError
+from cbam.errors import CheckpointError, CheckpointNotFoundError, InputError, MissingExtraError
 from cbam.models import build
 from cbam.surgery.weights import convert_state_dict, load_weights
 
@@ -462,6 +462,21 @@ def test_the_content_decides_and_not_the_suffix(tmp_path):
     (tmp_path / "a.safetensors").rename(tmp_path / "a.pth")
     load_weights(model, str(tmp_path / "a.pth"))
     assert digest(model) == digest(source)
+
+
+def test_an_absent_safetensors_is_named(tmp_path, monkeypatch):
+    """C5"""
+    real = builtins.__import__
+
+    def without(name, *args, **options):
+        if name.startswith("safetensors"):
+            raise ImportError(f"No module named {name!r}")
+        return real(name, *args, **options)
+
+    save(tiny(), tmp_path / "a.safetensors")
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(MissingExtraError, match=r"safetensors file needs .*pip install 'cbam\[vision\]'"):
+        load_weights(tiny(), tmp_path / "a.safetensors")
 
 
 def test_a_file_in_torchs_old_format_loads(tmp_path):
