@@ -1,5 +1,6 @@
 """Where attention can go in a model: the residual blocks, and the outputs of other modules."""
 
+import contextlib
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -107,11 +108,12 @@ def _places(name: str, block: nn.Module) -> list[Site]:
 def _attached_places(name: str, block: nn.Module) -> list[Site]:
     """The places of a block with attention, looked for in a copy without."""
     route: Route = vars(type(block))["_cbam_route"]
-    plain = copy.deepcopy(block)
-    restore(plain)
-    places = [replace(s, attached=s.route == route) for s in _places(name, plain)]
-    if any(s.attached for s in places):
-        return places
+    with contextlib.suppress(Exception):  # what a block holds may refuse a copy in any way it likes
+        plain = copy.deepcopy(block)
+        restore(plain)
+        places = [replace(s, attached=s.route == route) for s in _places(name, plain)]
+        if any(s.attached for s in places):
+            return places
     return [
         Site(name, getattr(getattr(block, SLOT), "channels", None), str(route), attached=True, route=route)
     ]

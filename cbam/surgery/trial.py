@@ -54,11 +54,14 @@ class Bench:
     """A copy of a block, and inputs that it takes.
 
     Raises:
-        MisfitError: no input of any plausible size runs through the block.
+        MisfitError: the block cannot be copied, or no input of any plausible size runs through it.
     """
 
     def __init__(self, block: nn.Module, graph: fx.Graph) -> None:
-        self.block = _detached_copy(block)
+        try:
+            self.block = _detached_copy(block)
+        except Exception as error:  # what a block holds may refuse a copy in any way it likes
+            raise MisfitError(f"cannot be copied: {str(error).splitlines()[0][:120]}") from error
         self._graph = graph
         self._refusal = ""
         arguments = [

@@ -379,3 +379,16 @@ def test_old_style_hooks_of_a_block_do_not_stop_the_trial():
     block.register_forward_pre_hook(lambda m, args, kwargs: None, with_kwargs=True)
     (site,) = cbam.sites(block)
     assert site.default
+
+
+def test_a_block_that_cannot_be_copied_is_taken_by_its_last_layer():
+    block = AfterTheLastChild().eval()
+    block.cache = block.alpha * 2  # no leaf: deepcopy refuses it
+    (site,) = cbam.sites(block)
+    assert site.default
+    assert site.why.startswith("after norm (not run: cannot be copied")
+    x = torch.randn(1, 8, 6, 7)
+    expected = block(x)
+    cbam.attach(block)
+    assert torch.equal(block(x), expected)
+    assert [s.attached for s in cbam.sites(block)] == [True]
