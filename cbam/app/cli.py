@@ -5,14 +5,16 @@ jsonargparse alone takes a quarter of a second to import. torch is imported insi
 """
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import errno
 import importlib.util
 import signal
 import sys
+import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import cbam
@@ -87,8 +89,21 @@ class _Terminated(KeyboardInterrupt):
     """SIGTERM: ends like Ctrl-C, so that what is finished is reported."""
 
 
-def _terminate(*_) -> None:
-    raise _Terminated
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """Raise SIGTERM as `_Terminated` inside the block."""
+
+    def terminate(*_) -> None:
+        raise _Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, handler)
 
 
 # --- the commands ---
@@ -107,10 +122,9 @@ def _compare(options: argparse.Namespace) -> int:
     from cbam.studies.folder import PAGE, ReportFolder
     from cbam.studies.report import text
 
-    signal.signal(signal.SIGTERM, _terminate)
     folder = ReportFolder(options.out, overwrite=options.overwrite)
     try:
-        with progress() as watch:
+        with _terminable(), progress() as watch:
             results = compare(settings, folder, watch=watch)
     except BaseException:
         if (folder.path / PAGE).exists() and folder.wrote:
@@ -216,11 +230,11 @@ def _add_compare(commands, debug) -> None:
     )
     for field in dataclasses.fields(Settings):
         _add_setting(parser, field)
+    parser.add_argument(
+        "--config", metavar="FILE", help="YAML file with options above; the command line wins"
+    )
     parser.add_argument("--out", default=OUT, metavar="DIR", help=f"report folder (default: {OUT})")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier report in it")
-    parser.add_argument(
-        "--config", metavar="FILE", help="YAML file with these options; the command line wins"
-    )
 
 
 def _add_setting(parser: _Parser, field: dataclasses.Field) -> None:

@@ -20,7 +20,7 @@ from cbam.errors import CBAMError
 from cbam.explain import Row, comparison_figure
 from cbam.models import profile
 from cbam.studies import machine
-from cbam.studies.folder import DRAWING, PAGE, PICTURE, REPORT, ReportFolder
+from cbam.studies.folder import DRAWING, PAGE, PICTURE, REPORT, WEIGHTS, ReportFolder
 from cbam.studies.look import (
     GRADCAM_WORK,
     first_batch,
@@ -114,6 +114,8 @@ class _Comparison:
             identity = None if name == "plain" else self._attach(model, name, seed, start)
             first_epoch = len(self.results["starts"][-1]["history"]) if self.results["starts"] else 0
             history = self._fit(model, f"seed {seed}: {LABELS[name]}", seed, first_epoch)
+            if self.settings.save_weights:
+                self._save(model, f"{name}-seed{seed}{WEIGHTS}")
             self._score(model, name, seed, identity, history)
             if seed == 0 and name in ("plain", self.results["picture"]["arm"]):
                 self.kept[name] = model
@@ -174,6 +176,11 @@ class _Comparison:
             }
         )
         self._write_results()
+
+    def _save(self, model: nn.Module, name: str) -> None:
+        from safetensors.torch import save
+
+        self.folder.write(name, save({key: value.contiguous() for key, value in model.state_dict().items()}))
 
     # --- before the trainings ---
 

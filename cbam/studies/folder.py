@@ -7,13 +7,9 @@ from pathlib import Path
 
 from cbam.errors import CBAMError, ConfigError
 
-RESULTS, REPORT, PAGE, PICTURE, DRAWING = (
-    "results.json",
-    "report.md",
-    "report.html",
-    "picture.png",
-    "picture.svg",
-)
+RESULTS, REPORT, PAGE = "results.json", "report.md", "report.html"
+PICTURE, DRAWING = "picture.png", "picture.svg"
+WEIGHTS = ".cbam.safetensors"  # the ending of the weights of an arm
 
 
 class OutputError(CBAMError, OSError):
@@ -35,7 +31,7 @@ class ReportFolder:
     def __init__(self, path: str | os.PathLike, *, overwrite: bool = False) -> None:
         self.path = Path(path)
         self.wrote = False
-        self._stale = [RESULTS, REPORT, PAGE, PICTURE, DRAWING]
+        self._stale = [RESULTS, REPORT, PAGE, PICTURE, DRAWING, f"*{WEIGHTS}"]
         try:
             if self.path.exists() and not self.path.is_dir():
                 raise ConfigError(f"{self.path} is a file; the report needs a folder: give another --out")
@@ -74,9 +70,8 @@ class ReportFolder:
 
     def _remove_stale(self, kept: str) -> None:
         """A report of an earlier run must not stand beside the results of this one."""
-        for name in self._stale:
-            if name != kept:
-                (self.path / name).unlink(missing_ok=True)
+        for path in [path for name in self._stale for path in self.path.glob(name) if path.name != kept]:
+            path.unlink()
         self._stale = []
 
     def _probe(self) -> None:

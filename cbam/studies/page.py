@@ -81,8 +81,9 @@ def _curves(results: dict) -> str:
         return ""
     top = max(error for arm in lines.values() for line in arm for error in line.values()) or 1.0
     scale = _Scale(epochs[0], epochs[-1], top)
-    names = [name for name in ("start", *(arm["name"] for arm in results["arms"])) if name in lines]
-    colours = {name: "#999" if name == "start" else COLOURS[i % len(COLOURS)] for i, name in enumerate(names)}
+    arms = [arm["name"] for arm in results["arms"]]
+    colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(arms)} | {"start": "#b0b0b0"}
+    names = [name for name in ("start", *arms) if name in lines]
     drawn = []
     for name in names:
         drawn += [scale.line(line, colours[name], 'stroke-width="1" opacity=".4"') for line in lines[name]]

@@ -39,7 +39,7 @@ class Settings:
         None, "side of the pictures in pixels (default: chosen from the folder)", "PIXELS"
     )
     limit: int | None = _option(
-        None, "use only N training and N validation pictures, drawn by a fixed seed (for a quick trial)", "N"
+        None, "use only about N training and N validation pictures, spread over the classes", "N"
     )
     from_scratch: bool = _option(
         False, "the paper's protocol: every arm from scratch, by the paper's initialisation"
@@ -47,6 +47,7 @@ class Settings:
     pretrained: str | None = _option(
         None, "start from these weights (.safetensors or .pth) instead of training the plain network", "FILE"
     )
+    save_weights: bool = _option(False, "keep the weights of every arm and seed, as safetensors")
     device: str = _option("auto", "auto, cpu or cuda", "NAME")
     workers: int = _option(0, "processes that load pictures", "N")
 

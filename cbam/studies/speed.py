@@ -54,6 +54,7 @@ def interleaved(
 def _steps(
     model: nn.Module, images: Tensor, targets: Tensor, recipe: Recipe
 ) -> dict[str, Callable[[], None]]:
+    model.to(memory_format=torch.channels_last)  # as in training
     optimizer = make_optimizer(recipe, model.parameters())
 
     def train() -> None:

@@ -20,9 +20,6 @@ ROOT = Path(cbam.__file__).parents[1]
 @pytest.fixture(autouse=True)
 def _somewhere_else(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    handler = signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGTERM, handler)
 
 
 def run(*arguments: str, **how) -> subprocess.CompletedProcess:

@@ -8,12 +8,14 @@ import torch
 from PIL import Image
 
 import cbam
+from cbam.data import cluttered_digits
 from cbam.errors import CheckpointError, ConfigError
 from cbam.studies import Settings, compare
 from cbam.studies.compare import Silent
 from cbam.studies.folder import DRAWING, PAGE, PICTURE, REPORT, RESULTS, ReportFolder
 from cbam.studies.page import page
 from cbam.studies.report import markdown, summary
+from cbam.train import evaluate
 
 SMALL = {"epochs": 1, "limit": 20, "batch_size": 16, "device": "cpu"}
 
@@ -141,6 +143,18 @@ def test_ctrl_c_before_anything_is_finished_leaves_nothing(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         compare(Settings(**SMALL), ReportFolder(tmp_path / "out"), watch=Listener("seed 0: plain"))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_kept_weights_load_into_the_network_they_came_from(tmp_path):
+    settings = Settings(**SMALL, seeds=1, attention=("cbam",), from_scratch=True, save_weights=True)
+    results = compare(settings, ReportFolder(tmp_path))
+    _, val = (images.subset(20) for images in cluttered_digits())
+    for run, name in zip(results["runs"], ("resnet_tiny", "resnet_tiny+cbam"), strict=True):
+        model = cbam.build(name, num_classes=10)
+        cbam.load_weights(model, tmp_path / f"{run['arm']}-seed0.cbam.safetensors")
+        assert evaluate(model, val, device="cpu").loss == pytest.approx(run["loss"], rel=1e-5)
+    ReportFolder(tmp_path, overwrite=True).write(REPORT, "new")
+    assert [path.name for path in tmp_path.iterdir()] == [REPORT]
 
 
 def test_from_scratch_trains_every_arm_from_the_same_seed_by_the_papers_start(tmp_path):
