@@ -4,7 +4,7 @@ import statistics
 import textwrap
 from typing import Any
 
-from cbam.studies.statistics import paired_difference, ratio_of_medians, spread
+from cbam.studies.statistics import median_ratio, paired_difference, spread
 
 LABELS = {"plain": "plain", "se": "SE", "cbam": "CBAM", "channel": "channel only", "spatial": "spatial only"}
 
@@ -41,7 +41,7 @@ def _of_arm(arm: dict, runs: dict, results: dict) -> dict[str, Any]:
                 [own[seed] for seed in both], [plain[seed] for seed in both], lower_is_better=lower
             )
     for kind, seconds in results["timing"].get(name, {}).items():
-        found[kind] = ratio_of_medians(seconds, results["timing"]["plain"][kind])
+        found[kind] = median_ratio(seconds, results["timing"]["plain"][kind])
     return found
 
 
@@ -128,8 +128,8 @@ def notes(results: dict) -> list[str]:
         "the same weights and see the same pictures in the same order.",
         'The interval is Student\'s t over the seeds\' differences; "better" and "worse" are said where it '
         "leaves out zero.",
-        "Times are ratios of medians, measured in turns on the machine below; in brackets the quartiles of "
-        "the ratios round by round.",
+        "Times are relative to plain, measured in turns on the machine below: median of the ratios round by "
+        "round, in brackets their quartiles.",
     ]
     if results["data"]["has_boxes"]:
         found.append(

@@ -44,11 +44,12 @@ def student_quantile(degrees: int) -> float:
     return float(stdtrit(degrees, 0.5 + CONFIDENCE / 2))
 
 
-def ratio_of_medians(values: Sequence[float], plain: Sequence[float]) -> dict:
-    """median(values) / median(plain), and the quartiles of the ratios round by round.
+def median_ratio(values: Sequence[float], plain: Sequence[float]) -> dict:
+    """Median and quartiles of the ratios of two times, round by round.
 
-    Both were measured in turns, so round i of one stands beside round i of the other.
+    Both were measured in turns, so what slowed the machine in round i slowed both: the ratio of the two
+    medians would not make use of that.
     """
     ratios = sorted(a / b for a, b in zip(values, plain, strict=True))
-    low, _, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else (ratios[0],) * 3
-    return {"ratio": statistics.median(values) / statistics.median(plain), "low": low, "high": high}
+    low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+    return {"ratio": middle, "low": low, "high": high}

@@ -21,7 +21,7 @@ def test_the_summary_holds_means_spreads_and_paired_differences(results):
     assert found["cbam"]["energy_inside_difference"]["word"] == "worse"
     assert found["se"]["top1_difference"]["word"] == "no difference shown"
     assert "top1_difference" not in found["plain"]
-    assert found["cbam"]["train"]["ratio"] == pytest.approx(2.0)
+    assert found["cbam"]["train"]["ratio"] == pytest.approx(2.1)
 
 
 def test_the_table_shows_the_arms_side_by_side(results):
