@@ -16,47 +16,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cbam.errors import DtypeError, InputError
-from cbam.ops import channel_descriptor, rescale, spatial_descriptor
-from cbam.ops.reference import POOLS
+from cbam.errors import InputError
+from cbam.nn import door
+from cbam.nn.gate import SigmoidGate
+from cbam.ops import channel_descriptor, spatial_descriptor
+from cbam.ops.reference import ALL_POOLS, POOLS
 
 _log = logging.getLogger("cbam")
 
 # A symbolic trace keeps these whole: they look at shapes and dtypes, which a trace does not know.
 torch.fx.wrap("channel_descriptor")
 torch.fx.wrap("spatial_descriptor")
-torch.fx.wrap("rescale")
-torch.fx.wrap("_check_fits")
-torch.fx.wrap("_check_statistics")
 
 
-class _Gate(nn.Module):
-    """A gate g sigmoid(logits), the gain g being 1, or 2 after `identity_`."""
-
-    gain: Tensor | None
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("gain", None)  # None is 1, and leaves no key in the state dict
-
-    def set_gain(self, gain: float) -> None:
-        """Make `gain` the factor of this gate; 1 takes its key out of the state dict."""
-        like = next(self.parameters())
-        self.gain = None if gain == 1 else torch.full((), gain, dtype=like.dtype, device=like.device)
-
-    def _open(self, logits: Tensor) -> Tensor:
-        gate = torch.sigmoid(logits)
-        return gate if self.gain is None else self.gain * gate
-
-    def gate(self, x: Tensor) -> Tensor:
-        """The factor that `forward` multiplies `x` by."""
-        raise NotImplementedError
-
-    def forward(self, x: Tensor) -> Tensor:
-        return rescale(x, self.gate(x))
-
-
-class ChannelAttention(_Gate):
+class ChannelAttention(SigmoidGate):
     """What: one gate per channel (paper section 3.1).
 
     `pools=("avg",)` is squeeze-and-excitation (arXiv 1709.01507) with both biases.
@@ -64,17 +37,20 @@ class ChannelAttention(_Gate):
     Args:
         channels: C of the feature map.
         reduction: the hidden layer has max(1, C // reduction) units.
-        pools: which of "avg" and "max" describe a channel; their logits are summed.
+        pools: which of "avg", "max", "lp" (root of the sum of squares) and "lse" (log of the sum of
+            exponentials) describe a channel; their logits are summed.
 
     Shape: (N, C, H, W) -> the same; unbatched (C, H, W) too.
     """
 
     def __init__(self, channels: int, *, reduction: int = 16, pools: Sequence[str] = POOLS) -> None:
         super().__init__()
-        _check_count("channels", channels)
-        _check_count("reduction", reduction)
-        if isinstance(pools, str) or not pools or len(set(pools)) < len(pools) or set(pools) - set(POOLS):
-            raise InputError(f'pools must be distinct names out of "avg" and "max", got {pools!r}')
+        door.check_count("channels", channels)
+        door.check_count("reduction", reduction)
+        if isinstance(pools, str) or not pools or len(set(pools)) < len(pools) or set(pools) - set(ALL_POOLS):
+            raise InputError(
+                f'pools must be distinct names out of "avg", "max", "lp" and "lse", got {pools!r}'
+            )
         self.channels, self.reduction, self.pools = channels, reduction, tuple(pools)
         if channels < reduction:
             _log.info("ChannelAttention(%d, reduction=%d): one hidden unit", channels, reduction)
@@ -99,7 +75,7 @@ class ChannelAttention(_Gate):
 
     def gate(self, x: Tensor) -> Tensor:
         """Mc: (N, C, H, W) -> (N, C, 1, 1)."""
-        _check_fits(x, self.channels, self.fc1.weight)
+        door.check_fits(x, self.channels, self.fc1.weight)
         logits = self.fc2(F.relu(self.fc1(channel_descriptor(x, self.pools)))).sum(1)
         return self._open(logits)[:, :, None, None]
 
@@ -107,7 +83,7 @@ class ChannelAttention(_Gate):
         return f"{self.channels}, reduction={self.reduction}, pools={self.pools}"
 
 
-class SpatialAttention(_Gate):
+class SpatialAttention(SigmoidGate):
     """Where: one gate per pixel (paper section 3.2).
 
     Args:
@@ -118,7 +94,7 @@ class SpatialAttention(_Gate):
 
     def __init__(self, *, kernel_size: int = 7) -> None:
         super().__init__()
-        _check_count("kernel_size", kernel_size)
+        door.check_count("kernel_size", kernel_size)
         if kernel_size % 2 == 0:
             raise InputError(f"the spatial kernel must be odd, got kernel_size={kernel_size}")
         self.kernel_size = kernel_size
@@ -143,10 +119,10 @@ class SpatialAttention(_Gate):
 
     def gate(self, x: Tensor) -> Tensor:
         """Ms: (N, C, H, W) -> (N, 1, H, W)."""
-        _check_fits(x, None, self.conv.weight)
+        door.check_fits(x, None, self.conv.weight)
         logits = self.conv(spatial_descriptor(x))
         if self.bn.training:
-            _check_statistics(logits)
+            door.check_statistics(logits)
         return self._open(self.bn(logits))
 
     def extra_repr(self) -> str:
@@ -191,30 +167,3 @@ class CBAM(nn.Module):
 def squeeze_excitation(channels: int, *, reduction: int = 16) -> ChannelAttention:
     """Squeeze-and-excitation (arXiv 1709.01507) as the paper's tables count it: both layers with a bias."""
     return ChannelAttention(channels, reduction=reduction, pools=("avg",))
-
-
-def _check_count(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise InputError(f"{name} must be a positive int, got {value!r}")
-
-
-def _check_fits(x: Tensor, channels: int | None, weight: Tensor) -> None:
-    """Refuse an input of other channels, device or dtype than the module's, before any work."""
-    if torch.jit.is_tracing():
-        return
-    if channels is not None and x.dim() in (3, 4) and x.shape[-3] != channels:
-        raise InputError(f"built for {channels} channels, got {x.shape[-3]} in shape {tuple(x.shape)}")
-    if x.device != weight.device:
-        raise InputError(f"x is on {x.device}, the weights on {weight.device}; move one of them")
-    if x.dtype != weight.dtype and x.dtype.is_floating_point and not torch.is_autocast_enabled(x.device.type):
-        raise DtypeError(
-            f"x is {x.dtype}, the weights are {weight.dtype}: use torch.autocast, or convert one of them"
-        )
-
-
-def _check_statistics(logits: Tensor) -> None:
-    if logits.numel() == 1 and not torch.jit.is_tracing():
-        raise InputError(
-            "Expected more than 1 value per channel when training, got one sample of 1 x 1 pixels; "
-            "use eval(), a larger batch or a larger map"
-        )

@@ -12,20 +12,22 @@ from cbam.errors import DtypeError, InputError
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 POOLS = ("avg", "max")
+ALL_POOLS = (*POOLS, "lp", "lse")
 
 
 def channel_descriptor(x: Tensor, pools: Sequence[str] = POOLS) -> Tensor:
     """Every pool of every channel: (N, C, H, W) -> (N, P, C) (paper section 3, equation 2).
 
-    The maximum hands its whole gradient to the first of equal pixels, as `max_pool2d` does.
+    "avg" and "max" are the paper's. "lp", the root of the sum of squares, and "lse", the logarithm of the sum
+    of exponentials, are the released code's; both sum in float32 where `x` has 16 bits. The maximum hands its
+    whole gradient to the first of equal pixels, as `max_pool2d` does.
 
     Raises:
         InputError: not a feature map, or an empty one.
         DtypeError: not float16, bfloat16, float32 or float64.
     """
-    x = _batched(x)
-    pooled = [x.mean((2, 3)) if pool == "avg" else _plane_max(x) for pool in pools]
-    return torch.stack(pooled, 1)
+    x = batched(x)
+    return torch.stack([_POOL[pool](x) for pool in pools], 1)
 
 
 def spatial_descriptor(x: Tensor) -> Tensor:
@@ -38,7 +40,7 @@ def spatial_descriptor(x: Tensor) -> Tensor:
         InputError: not a feature map, or an empty one.
         DtypeError: not float16, bfloat16, float32 or float64.
     """
-    x = _batched(x)
+    x = batched(x)
     return torch.cat((first_max(x, 1).unsqueeze(1), x.mean(1, keepdim=True)), 1)
 
 
@@ -96,8 +98,35 @@ def _plane_max(x: Tensor) -> Tensor:
     return first_max(x.reshape(N, C, H * W), 2)
 
 
-def _batched(x: Tensor) -> Tensor:
-    """`x` as (N, C, H, W), checked."""
+def _plane_mean(x: Tensor) -> Tensor:
+    return x.mean((2, 3))
+
+
+def _plane_norm(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x, dim=(2, 3), dtype=_sum_dtype(x)).to(x.dtype)
+
+
+def _plane_log_sum_exp(x: Tensor) -> Tensor:
+    top = x.detach().amax((2, 3), keepdim=True)  # a shift that cancels, and needs no gradient
+    total = (x - top).exp().sum((2, 3), dtype=_sum_dtype(x))
+    return (top[:, :, 0, 0] + total.log()).to(x.dtype)
+
+
+def _sum_dtype(x: Tensor) -> torch.dtype:
+    """Where sums over the pixels of `x` neither overflow nor lose their last terms."""
+    return x.dtype if x.dtype == torch.float64 else torch.float32
+
+
+_POOL = {"avg": _plane_mean, "max": _plane_max, "lp": _plane_norm, "lse": _plane_log_sum_exp}
+
+
+def batched(x: Tensor) -> Tensor:
+    """`x` as (N, C, H, W).
+
+    Raises:
+        InputError: not a feature map, or an empty one.
+        DtypeError: not float16, bfloat16, float32 or float64.
+    """
     if torch.jit.is_tracing():
         return x if x.dim() == 4 else x.unsqueeze(0)
     if x.dtype not in FLOATS:

@@ -1,0 +1,100 @@
+"""Bottleneck attention module."""
+
+import torch
+from torch import Tensor, nn
+
+from cbam.nn import door
+from cbam.nn.gate import Gate, zero_
+
+_COMBINE = ("sum", "product")
+
+
+class BAM(Gate):
+    """Bottleneck attention: what and where, combined before one sigmoid.
+
+        F' = F + (M(F) - m) F
+        M(F) = sigmoid(Mc(F) + Ms(F))       combine="sum", the paper
+        M(F) = sigmoid(Mc(F) Ms(F))         combine="product", the released code
+        Mc(F) = W1 relu(BN(W0 avgpool F + b0)) + b1
+        Ms(F) = f1(h(f3(h(f3(h(f1(F)))))))  h = relu(BN), f1 1x1 and f3 dilated 3x3 convolutions with biases
+
+    The middle m is 0 in the paper: the factor of F lies in (1, 2), and no weights make it 1. The identity
+    start takes m = 1/2: the factor is exactly 1 at sigmoid(0), and lies in (1/2, 3/2). m is kept in the state
+    dict where it is not 0.
+
+    Reference: Park, Woo, Lee, Kweon, "BAM: Bottleneck Attention Module", BMVC 2018, arXiv 1807.06514,
+    section 3, equations 1 to 5.
+
+    Args:
+        channels: C of the feature map.
+        reduction: the hidden layers have max(1, C // reduction) channels; 16 in the paper.
+        dilation: of the two 3x3 convolutions; 4 in the paper.
+        combine: "sum" or "product" of the two branches.
+
+    Shape: (N, C, H, W) -> the same; unbatched (C, H, W) too. Training needs more than one sample, for the
+    BatchNorm of Mc.
+
+    Elsewhere: the paper writes one BatchNorm at the end of each branch; the released code, whose layers these
+    are, has one after every hidden layer and none at the end. For Mc it pools H x H pixels, the whole of a
+    square map alone. It has no hidden channel where C < 16.
+    """
+
+    middle: Tensor | None
+
+    def __init__(
+        self, channels: int, *, reduction: int = 16, dilation: int = 4, combine: str = "sum"
+    ) -> None:
+        super().__init__()
+        door.check_count("channels", channels)
+        door.check_count("reduction", reduction)
+        door.check_count("dilation", dilation)
+        door.check_choice("combine", combine, _COMBINE)
+        self.channels, self.reduction = channels, reduction
+        self.dilation, self.combine = dilation, combine
+        self.register_buffer("middle", None)  # None is 0, and leaves no key in the state dict
+        hidden = max(1, channels // reduction)
+        self.channel = nn.Sequential(
+            nn.Linear(channels, hidden), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, channels)
+        )
+        self.spatial = nn.Sequential(
+            *_normalised(nn.Conv2d(channels, hidden, 1)),
+            *_normalised(nn.Conv2d(hidden, hidden, 3, padding=dilation, dilation=dilation)),
+            *_normalised(nn.Conv2d(hidden, hidden, 3, padding=dilation, dilation=dilation)),
+            nn.Conv2d(hidden, 1, 1),
+        )
+
+    def reset_parameters(self) -> None:
+        """Initialise every layer as torch does; the middle at 0."""
+        super().reset_parameters()
+        self.middle = None
+
+    def identity_(self) -> "BAM":
+        """Make the module compute exactly its input, at the steepest point of the sigmoid; in place.
+
+        Of a product one factor stays: were both zero, no gradient would reach either.
+        """
+        zero_(self.spatial[-1])
+        if self.combine == "sum":
+            zero_(self.channel[-1])
+        self.middle = torch.full_like(next(self.parameters())[0, 0].detach(), 0.5)
+        return self
+
+    def gate(self, x: Tensor) -> Tensor:
+        """1 + M - m: (N, C, H, W) -> the same."""
+        x = door.feature_map(x, self.channels, next(self.parameters()))
+        means = x.mean((2, 3))
+        if self.channel[1].training:
+            door.check_statistics(means)
+        what, where = self.channel(means)[:, :, None, None], self.spatial(x)
+        combined = what + where if self.combine == "sum" else what * where
+        mask = torch.sigmoid(combined)
+        return 1 + (mask if self.middle is None else mask - self.middle)
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.channels}, reduction={self.reduction}, dilation={self.dilation}, combine={self.combine!r}"
+        )
+
+
+def _normalised(conv: nn.Conv2d) -> tuple[nn.Module, ...]:
+    return conv, nn.BatchNorm2d(conv.out_channels), nn.ReLU()

@@ -1,0 +1,83 @@
+"""What every attention module refuses, before any work is done.
+
+The names are called through this module, `door.check_fits(x, ...)`: a symbolic trace keeps them whole then,
+since they look at shapes and dtypes, which a trace does not know.
+"""
+
+import logging
+
+import torch
+from torch import Tensor
+
+from cbam.errors import DtypeError, InputError
+from cbam.ops.reference import batched
+
+_log = logging.getLogger("cbam")
+
+torch.fx.wrap("feature_map")
+torch.fx.wrap("check_fits")
+torch.fx.wrap("check_statistics")
+
+
+def check_count(name: str, value: int) -> None:
+    """Refuse what is no positive int."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise InputError(f"{name} must be a positive int, got {value!r}")
+
+
+def check_odd(name: str, value: int) -> None:
+    """Refuse what is no positive odd int: the side of a kernel with a middle."""
+    check_count(name, value)
+    if value % 2 == 0:
+        raise InputError(f"{name} must be odd, got {value}")
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Refuse a name that is none of `choices`."""
+    if value not in choices:
+        raise InputError(f"{name} must be {' or '.join(map(repr, choices))}, got {value!r}")
+
+
+def divisor(name: str, value: int, channels: int) -> int:
+    """The largest divisor of `channels` that is not above `value`; said once where it is not `value`."""
+    check_count(name, value)
+    found = next(d for d in range(min(value, channels), 0, -1) if channels % d == 0)
+    if found != value:
+        _log.info("%d channels: %s is %d in place of %d", channels, name, found, value)
+    return found
+
+
+def feature_map(x: Tensor, channels: int, weight: Tensor | None) -> Tensor:
+    """`x` as (N, C, H, W); refused if it is no feature map or does not fit the module.
+
+    Raises:
+        InputError: no feature map, an empty one, or one of other channels or device than the module's.
+        DtypeError: no float16, bfloat16, float32 or float64, or another than the module's.
+    """
+    check_fits(x, channels, weight)
+    return batched(x)
+
+
+def check_fits(x: Tensor, channels: int | None, weight: Tensor | None) -> None:
+    """Refuse an input of other channels, device or dtype than the module's, before any work."""
+    if torch.jit.is_tracing():
+        return
+    if channels is not None and x.dim() in (3, 4) and x.shape[-3] != channels:
+        raise InputError(f"built for {channels} channels, got {x.shape[-3]} in shape {tuple(x.shape)}")
+    if weight is None:
+        return
+    if x.device != weight.device:
+        raise InputError(f"x is on {x.device}, the weights on {weight.device}; move one of them")
+    if x.dtype != weight.dtype and x.dtype.is_floating_point and not torch.is_autocast_enabled(x.device.type):
+        raise DtypeError(
+            f"x is {x.dtype}, the weights are {weight.dtype}: use torch.autocast, or convert one of them"
+        )
+
+
+def check_statistics(x: Tensor) -> None:
+    """Refuse (N, C, ...) with one value per channel, of which BatchNorm cannot take a variance."""
+    if not torch.jit.is_tracing() and x.numel() == x.shape[1]:
+        raise InputError(
+            f"Expected more than 1 value per channel when training, got shape {tuple(x.shape)} to normalise; "
+            "use eval(), a larger batch or a larger map"
+        )

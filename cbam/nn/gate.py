@@ -1,0 +1,62 @@
+"""Gates: attention that multiplies a feature map by a factor computed from it."""
+
+import torch
+from torch import Tensor, nn
+
+from cbam.ops import rescale
+
+torch.fx.wrap("rescale")
+
+
+class Gate(nn.Module):
+    """`x` times a factor of shape (N, C, 1, 1), (N, 1, H, W) or (N, C, H, W), computed from `x`."""
+
+    def gate(self, x: Tensor) -> Tensor:
+        """The factor that `forward` multiplies `x` by."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rescale(x, self.gate(x))
+
+    def reset_parameters(self) -> None:
+        """Initialise every layer as torch does."""
+        for layer in self.modules():
+            if layer is not self and hasattr(layer, "reset_parameters"):
+                layer.reset_parameters()  # pyright: ignore[reportCallIssue]
+
+
+class SigmoidGate(Gate):
+    """A gate g s(x), s being made of sigmoids, the gain g being 1 but for an identity start.
+
+    The gain is the reciprocal of what s is where its last layers are zero, so that it makes the gate exactly
+    1 there: 2 for sigmoid(0) = 1/2. It is kept in the state dict where it is not 1.
+    """
+
+    gain: Tensor | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("gain", None)  # None is 1, and leaves no key in the state dict
+
+    def set_gain(self, gain: float) -> None:
+        """Make `gain` the factor of this gate; 1 takes its key out of the state dict."""
+        like = next(self.parameters())
+        self.gain = None if gain == 1 else torch.full((), gain, dtype=like.dtype, device=like.device)
+
+    def reset_parameters(self) -> None:
+        """Initialise every layer as torch does; gain 1."""
+        super().reset_parameters()
+        self.set_gain(1)
+
+    def _open(self, logits: Tensor) -> Tensor:
+        return self._amplify(torch.sigmoid(logits))
+
+    def _amplify(self, gate: Tensor) -> Tensor:
+        return gate if self.gain is None else self.gain * gate
+
+
+def zero_(*layers: nn.Module) -> None:
+    """Set every weight and bias of these layers to zero, in place."""
+    for layer in layers:
+        for parameter in layer.parameters():
+            nn.init.zeros_(parameter)
