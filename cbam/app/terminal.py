@@ -86,7 +86,7 @@ class Bar:
             transient=True,
             speed_estimate_period=120,
         )
-        self._task = self._bar.add_task("", total=1.0)
+        self._task = self._bar.add_task("starting", total=1.0)
 
     def __enter__(self) -> "Bar":
         self._bar.start()

@@ -78,11 +78,13 @@ def fit(
         first_epoch=first_epoch,
         on_step=on_step,
     )
-    was_training = model.training
-    model.train().to(memory_format=torch.channels_last)
-    with _trainer(pick_device(device), recipe.epochs) as trainer, _seeded(seed):
-        trainer.fit(task, batches, loader(val, _eval_batch(recipe.batch_size), train=False, workers=workers))
-    model.train(was_training).to(memory_format=torch.contiguous_format)
+    checks = loader(val, 2 * recipe.batch_size, train=False, workers=workers)  # no gradients are kept
+    with _trainer(pick_device(device), recipe.epochs) as trainer, _seeded(seed), _modes_restored(model):
+        model.train().to(memory_format=torch.channels_last)  # what convolutions are fastest in
+        try:
+            trainer.fit(task, batches, checks)
+        finally:
+            model.to(memory_format=torch.contiguous_format)
     return task.history
 
 
@@ -97,11 +99,10 @@ def evaluate(
 ) -> Evaluation:
     """Errors and probabilities of `model` on `images`, in eval mode, every picture exactly once."""
     task = _lightning()(model, images.mean, images.std, on_step=on_step)
-    modes = {name: module.training for name, module in model.named_modules()}
-    with _trainer(pick_device(device), 1) as trainer, _seeded(0):  # a loader draws a number for its workers
-        trainer.validate(task, loader(images, batch_size, train=False, workers=workers), verbose=False)
-    for name, module in model.named_modules():
-        module.training = modes[name]
+    batches = loader(images, batch_size, train=False, workers=workers)
+    # Seeded, for a loader draws a number for its workers.
+    with _trainer(pick_device(device), 1) as trainer, _seeded(0), _modes_restored(model):
+        trainer.validate(task, batches, verbose=False)
     logits, targets, indices = task.collected()
     if not torch.equal(indices, torch.arange(len(images))):
         raise DataError(f"{images.name}: {len(indices)} pictures were evaluated instead of {len(images)}")
@@ -122,10 +123,6 @@ def pick_device(device: str) -> torch.device:
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device cuda: PyTorch finds no usable GPU here; take --device cpu, or auto")
     return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
-
-
-def _eval_batch(batch_size: int) -> int:
-    return 2 * batch_size  # no gradients are kept
 
 
 def _lightning():
@@ -170,6 +167,16 @@ def _seeded(seed: int) -> Iterator[None]:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         yield
+
+
+@contextlib.contextmanager
+def _modes_restored(model: nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ from PIL import Image
 
 import cbam
 from cbam.data import cluttered_digits
-from cbam.errors import CheckpointError, ConfigError
+from cbam.errors import CheckpointError, ConfigError, DataError
 from cbam.studies import Settings, compare
 from cbam.studies.compare import Silent
 from cbam.studies.folder import DRAWING, PAGE, PICTURE, REPORT, RESULTS, ReportFolder
@@ -27,10 +27,10 @@ def _few_rounds(monkeypatch):
 
 
 class Listener(Silent):
-    """Keeps what a comparison tells; `stop_at` is the phase at which the user presses Ctrl-C."""
+    """Keeps what a comparison tells; `error` happens at the phase `stop_at`."""
 
-    def __init__(self, stop_at: str = "-") -> None:
-        self.lines, self.phases, self.done, self.stop_at = [], [], 0.0, stop_at
+    def __init__(self, stop_at: str = "-", error: type[BaseException] = KeyboardInterrupt) -> None:
+        self.lines, self.phases, self.done, self.stop_at, self.error = [], [], 0.0, stop_at, error
 
     def say(self, line):
         self.lines.append(line)
@@ -38,7 +38,7 @@ class Listener(Silent):
     def now(self, what):
         self.phases.append(what)
         if what == self.stop_at:
-            raise KeyboardInterrupt
+            raise self.error("stopped")
 
     def advance(self, share):
         self.done += share
@@ -136,6 +136,28 @@ def test_ctrl_c_reports_what_is_finished(tmp_path):
     assert [(run["seed"], run["arm"]) for run in results["runs"]] == [(0, "plain"), (0, "cbam")]
     assert "did not come to its end" in (tmp_path / PAGE).read_text()
     assert (tmp_path / PICTURE).exists()
+
+
+def test_an_error_half_way_reports_what_is_finished(tmp_path):
+    # D15, R24
+    watch = Listener("seed 0: CBAM", DataError)
+    with pytest.raises(DataError, match="stopped"):
+        compare(Settings(**SMALL), ReportFolder(tmp_path), watch=watch)
+    results = json.loads((tmp_path / RESULTS).read_text())
+    assert results["status"] == "DataError: stopped"
+    assert [run["arm"] for run in results["runs"]] == ["plain", "se"]
+    assert not (tmp_path / PICTURE).exists()
+    assert "against plain" in (tmp_path / REPORT).read_text()
+
+
+def test_a_validation_picture_that_cannot_be_read_stops_the_comparison(tmp_path):
+    # D1, D3
+    data = folder_of_pictures(tmp_path / "data")
+    (data / "val" / "class1" / "1.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    settings = Settings(data=str(data), model="resnet_tiny", **{**SMALL, "limit": None})
+    with pytest.raises(DataError, match=r"1\.png"):
+        compare(settings, ReportFolder(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_ctrl_c_before_anything_is_finished_leaves_nothing(tmp_path):

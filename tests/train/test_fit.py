@@ -160,6 +160,18 @@ def test_ctrl_c_is_a_keyboard_interrupt_again_and_the_next_one_still_works():
     assert signal.getsignal(signal.SIGINT) is handler
 
 
+def test_a_failed_fit_leaves_modes_and_layout_as_they_were():
+    def stop(_):
+        raise RuntimeError("stop")
+
+    model = small().eval()
+    model[1].train()
+    with pytest.raises(RuntimeError, match="stop"):
+        fit(model, Colours(12), Colours(6), SHORT, seed=0, device="cpu", on_step=stop)
+    assert [module.training for module in model] == [False, True, False, False, False, False]
+    assert model[0].weight.is_contiguous()
+
+
 def test_a_loading_process_that_dies_is_a_data_error():
     # R4
     with pytest.raises(DataError, match="process that loads pictures died"):
