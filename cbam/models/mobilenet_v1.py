@@ -1,0 +1,76 @@
+"""MobileNet V1 (Howard et al., 2017, arXiv 1704.04861): depthwise and pointwise convolutions in turn.
+
+Shapes: N samples, H x W pixels, K classes. (N, 3, H, W) -> (N, K); a 224 x 224 image has a last map of 7 x 7.
+"""
+
+import math
+from collections import OrderedDict
+
+from torch import Tensor, nn
+
+from cbam.errors import InputError
+
+_STEM = 32
+# (channels, stride) of each pointwise convolution and of the depthwise one before it (table 1 there)
+_BLOCKS = (
+    *((64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2)),
+    *((512, 1),) * 5,
+    *((1024, 2), (1024, 1)),
+)
+
+
+class MobileNetV1(nn.Module):
+    """A stem, 13 blocks of a depthwise and a pointwise convolution, each with BatchNorm and ReLU, and a head.
+
+    Parameters are named `stem.conv.weight`, `blocks.0.depthwise.conv.weight`, `blocks.0.pointwise.bn.weight`,
+    ..., `fc.weight`. There is no residual block: CBAM's table 5 counts attention after every convolution, and
+    the modules that match `UNITS` are those 27 places. The ReLU is inside, so attention sees what it lets
+    through; attention of the stem has the keys `stem.cbam.*`.
+
+    Args:
+        num_classes: K.
+        width: the factor alpha; every layer has int(alpha * C) channels.
+
+    Raises:
+        InputError: a width outside [0.05, 8].
+    """
+
+    UNITS = r"stem|blocks\.\d+\.(depthwise|pointwise)"
+
+    def __init__(self, num_classes: int = 1000, *, width: float = 1.0) -> None:
+        super().__init__()
+        if not 0.05 <= width <= 8:
+            raise InputError(f"the width of a MobileNet V1 must be from 0.05 to 8, got {width}")
+        inputs = int(width * _STEM)
+        self.stem = _unit(3, inputs, kernel_size=3, stride=2)
+        self.blocks = nn.Sequential()
+        for channels, stride in _BLOCKS:
+            outputs = int(width * channels)
+            self.blocks.append(_block(inputs, outputs, stride))
+            inputs = outputs
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(inputs, num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                # Kaiming normal by the fan-out of one group: torch's counts every group's, and shrinks
+                # depthwise layers until the signal is lost.
+                fan_out = module.out_channels * module.kernel_size[0] ** 2 // module.groups
+                nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.blocks(self.stem(x))
+        return self.fc(self.avgpool(x).flatten(1))
+
+
+def _block(inputs: int, outputs: int, stride: int) -> nn.Sequential:
+    """(N, C, H, W) -> (N, D, H/s, W/s)."""
+    depthwise = _unit(inputs, inputs, kernel_size=3, stride=stride, groups=inputs)
+    pointwise = _unit(inputs, outputs, kernel_size=1)
+    return nn.Sequential(OrderedDict(depthwise=depthwise, pointwise=pointwise))
+
+
+def _unit(inputs: int, outputs: int, *, kernel_size: int, stride: int = 1, groups: int = 1) -> nn.Sequential:
+    conv = nn.Conv2d(
+        inputs, outputs, kernel_size, stride=stride, padding=kernel_size // 2, groups=groups, bias=False
+    )
+    return nn.Sequential(OrderedDict(conv=conv, bn=nn.BatchNorm2d(outputs), relu=nn.ReLU(inplace=True)))
