@@ -17,10 +17,14 @@ class Settings:
     """The settings of a comparison. All problems of a bad one are reported together (`ConfigError`)."""
 
     data: str | None = _option(
-        None, "image folder: train/ and val/ with one folder per class, or one folder, which is split"
+        None,
+        "image folder: train/ and val/ with one folder per class, or one folder, which is split "
+        "(default: cluttered_digits, handwritten digits among pieces of others)",
     )
     attention: tuple[str, ...] = _option(
-        ("se", "cbam"), f"what to compare with the plain network, out of: {', '.join(ATTENTION)}", "NAME"
+        ("se", "cbam"),
+        f"what to compare with the plain network, out of: {', '.join(ATTENTION)}; DATA goes before it",
+        "NAME",
     )
     model: str | None = _option(
         None, "network, see `cbam list` (default: resnet_tiny without DATA, resnet18 with)", "NAME"
