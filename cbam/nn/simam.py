@@ -52,8 +52,10 @@ class SimAM(Gate):
 def _saliency(x: Tensor, regularization: float) -> Tensor:
     """1 / e: (N, C, H, W) -> the same."""
     deviation = x - x.mean((2, 3), keepdim=True)
-    pixels = x.shape[2] * x.shape[3]
+    spare = x.shape[2] * x.shape[3] - 1
+    if not torch.jit.is_tracing():  # which has no ints to compare
+        spare = max(1, spare)
     dtype = x.dtype if x.dtype == torch.float64 else torch.float32
     norm = torch.linalg.vector_norm(deviation, dim=(2, 3), keepdim=True, dtype=dtype)
-    scale = (4 * (norm.square() / max(1, pixels - 1) + regularization)).rsqrt().to(x.dtype)
+    scale = (4 * (norm.square() / spare + regularization)).rsqrt().to(x.dtype)
     return (deviation * scale).square() + 0.5

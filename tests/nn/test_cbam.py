@@ -29,7 +29,12 @@ SHAPES = [
 def released_channel(x, part):
     """Mc(x) x with the pooling calls of the released code."""
     size = x.shape[2:]
-    pools = {"avg": F.avg_pool2d, "max": F.max_pool2d}
+    pools = {
+        "avg": F.avg_pool2d,
+        "max": F.max_pool2d,
+        "lp": lambda x, size, stride: F.lp_pool2d(x, 2, size, stride=stride),
+        "lse": lambda x, size, stride: torch.logsumexp(x.flatten(2), 2),
+    }
     logits = 0
     for pool in part.pools:
         flat = pools[pool](x, size, stride=size).view(x.size(0), -1)
@@ -96,6 +101,17 @@ def test_output_and_every_gradient_equal_the_released_code(shape, layout, dtype,
         torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=bound)
     assert out.is_contiguous(memory_format=layout)
     assert dx.is_contiguous(memory_format=layout)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("pools", [("lp",), ("lse",), ("lse", "avg", "lp", "max")])
+def test_the_other_pools_of_the_released_code_equal_it_too(shape, pools):
+    module = active(cbam.ChannelAttention(shape[1], reduction=4, pools=pools)).double()
+    x, grad = torch.randn(shape, dtype=torch.float64), torch.randn(shape, dtype=torch.float64)
+    ours = gradients(module, module, x, grad)
+    literal = gradients(lambda x: released_channel(x, module), module, x, grad)
+    for a, b in zip([*ours[:2], *ours[2]], [*literal[:2], *literal[2]], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-11)
 
 
 def test_evaluation_uses_the_running_statistics_of_the_spatial_norm():
