@@ -27,6 +27,10 @@ def channel_descriptor(x: Tensor, pools: Sequence[str] = POOLS) -> Tensor:
         DtypeError: not float16, bfloat16, float32 or float64.
     """
     x = batched(x)
+    if {"avg", "max"} <= set(pools):
+        top, mean = _plane_max_and_mean(x)
+        shared = {"avg": mean, "max": top}
+        return torch.stack([shared[p] if p in shared else _POOL[p](x) for p in pools], 1)
     return torch.stack([_POOL[pool](x) for pool in pools], 1)
 
 
@@ -41,7 +45,9 @@ def spatial_descriptor(x: Tensor) -> Tensor:
         DtypeError: not float16, bfloat16, float32 or float64.
     """
     x = batched(x)
-    return torch.cat((first_max(x, 1).unsqueeze(1), x.mean(1, keepdim=True)), 1)
+    if _is_nhwc(x):
+        return torch.stack(max_and_mean(x.permute(0, 2, 3, 1), 3), 1)
+    return torch.stack(max_and_mean(x, 1), 1)
 
 
 def rescale(x: Tensor, gate: Tensor) -> Tensor:
@@ -49,28 +55,28 @@ def rescale(x: Tensor, gate: Tensor) -> Tensor:
     return x * (gate if x.dim() == 4 else gate.squeeze(0))
 
 
-def first_max(x: Tensor, dim: int) -> Tensor:
-    """The maximum along `dim`, its gradient going to the first index that attains it.
+def max_and_mean(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """The maximum and the mean along `dim`; the maximum's gradient goes to the first index that attains it.
 
-    Values are those of `amax`, which on CPU costs a fraction of `torch.max(dim)`; the index is looked for
-    in the backward only.
+    The maximum is `amax`, which on CPU costs a fraction of `torch.max(dim)`; the index is looked for in the
+    backward only, which writes the gradient of both in one pass.
     """
     if torch.jit.is_tracing() or torch.compiler.is_compiling():
-        # The same values and the same gradient, by an operation that a trace and a compiler know.
-        return x.max(dim).values
+        # The same values and the same gradients, by operations that a trace and a compiler know.
+        return x.max(dim).values, x.mean(dim)
     if torch.is_grad_enabled() and x.requires_grad:
-        return _FirstMax.apply(x, dim)
-    return x.amax(dim)
+        return _MaxAndMean.apply(x, dim)
+    return x.amax(dim), x.mean(dim)
 
 
-class _FirstMax(torch.autograd.Function):
-    """amax forward; the first index that attains it in the backward."""
+class _MaxAndMean(torch.autograd.Function):
+    """amax and mean forward; the first index that attains the maximum in the backward."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, dim: int) -> Tensor:
-        return x.amax(dim)
+    def forward(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+        return x.amax(dim), x.mean(dim)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
@@ -79,23 +85,35 @@ class _FirstMax(torch.autograd.Function):
         ctx.save_for_forward(x)
 
     @staticmethod
-    def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx, grad_max, grad_mean):  # pyright: ignore[reportIncompatibleMethodOverride]
         (x,) = ctx.saved_tensors
-        index = x.argmax(ctx.dim, keepdim=True)
-        return torch.zeros_like(x).scatter(ctx.dim, index, grad.unsqueeze(ctx.dim)), None
+        every = (grad_mean / x.shape[ctx.dim]).unsqueeze(ctx.dim)
+        first = x.argmax(ctx.dim, keepdim=True)
+        # One dense write: the mean's share everywhere, and both shares where the maximum was.
+        return every.expand_as(x).scatter(ctx.dim, first, every + grad_max.unsqueeze(ctx.dim)), None
 
     @staticmethod
     def jvp(ctx, tangent, _):  # pyright: ignore[reportIncompatibleMethodOverride]
         (x,) = ctx.saved_tensors
-        return tangent.gather(ctx.dim, x.argmax(ctx.dim, keepdim=True)).squeeze(ctx.dim)
+        first = x.argmax(ctx.dim, keepdim=True)
+        return tangent.gather(ctx.dim, first).squeeze(ctx.dim), tangent.mean(ctx.dim)
+
+
+def _plane_max_and_mean(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(N, C, H, W) -> twice (N, C)."""
+    N, C, H, W = x.shape
+    if _is_nhwc(x):
+        return max_and_mean(x.permute(0, 2, 3, 1).view(N, H * W, C), 1)
+    return max_and_mean(x.reshape(N, C, H * W), 2)
+
+
+def _is_nhwc(x: Tensor) -> bool:
+    """Whether a permuted view of `x` is contiguous; reductions and their gradients then keep its layout."""
+    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 
 def _plane_max(x: Tensor) -> Tensor:
-    """(N, C, H, W) -> (N, C), reducing a view of either memory layout."""
-    N, C, H, W = x.shape
-    if x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
-        return first_max(x.permute(0, 2, 3, 1).view(N, H * W, C), 1)
-    return first_max(x.reshape(N, C, H * W), 2)
+    return _plane_max_and_mean(x)[0]
 
 
 def _plane_mean(x: Tensor) -> Tensor:
