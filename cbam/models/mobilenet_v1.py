@@ -42,7 +42,7 @@ class MobileNetV1(nn.Module):
         if not 0.05 <= width <= 8:
             raise InputError(f"the width of a MobileNet V1 must be from 0.05 to 8, got {width}")
         inputs = int(width * _STEM)
-        self.stem = _unit(3, inputs, kernel_size=3, stride=2)
+        self.stem = _Unit(3, inputs, 3, stride=2)
         self.blocks = nn.Sequential()
         for channels, stride in _BLOCKS:
             outputs = int(width * channels)
@@ -62,15 +62,21 @@ class MobileNetV1(nn.Module):
         return self.fc(self.avgpool(x).flatten(1))
 
 
+class _Unit(nn.Module):
+    """A convolution with BatchNorm and ReLU: (N, C, H, W) -> (N, D, H/s, W/s)."""
+
+    def __init__(self, inputs: int, outputs: int, side: int, *, stride: int = 1, groups: int = 1) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(
+            inputs, outputs, side, stride=stride, padding=side // 2, groups=groups, bias=False
+        )
+        self.bn = nn.BatchNorm2d(outputs)
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(self.bn(self.conv(x)))
+
+
 def _block(inputs: int, outputs: int, stride: int) -> nn.Sequential:
-    """(N, C, H, W) -> (N, D, H/s, W/s)."""
-    depthwise = _unit(inputs, inputs, kernel_size=3, stride=stride, groups=inputs)
-    pointwise = _unit(inputs, outputs, kernel_size=1)
-    return nn.Sequential(OrderedDict(depthwise=depthwise, pointwise=pointwise))
-
-
-def _unit(inputs: int, outputs: int, *, kernel_size: int, stride: int = 1, groups: int = 1) -> nn.Sequential:
-    conv = nn.Conv2d(
-        inputs, outputs, kernel_size, stride=stride, padding=kernel_size // 2, groups=groups, bias=False
-    )
-    return nn.Sequential(OrderedDict(conv=conv, bn=nn.BatchNorm2d(outputs), relu=nn.ReLU(inplace=True)))
+    depthwise = _Unit(inputs, inputs, 3, stride=stride, groups=inputs)
+    return nn.Sequential(OrderedDict(depthwise=depthwise, pointwise=_Unit(inputs, outputs, 1)))

@@ -122,6 +122,32 @@ def test_every_attention_goes_into_a_network_by_name_and_learns(attention):
     assert model.eval()(torch.rand(2, 3, 32, 32)).shape == (2, 3)
 
 
+NO_IDENTITY = {"simam", "sk"}  # a gate without weights, and a choice between two convolutions
+
+
+@pytest.mark.parametrize("attention", sorted(set(attentions()) - NO_IDENTITY))
+def test_an_identity_start_is_exact(attention):
+    torch.manual_seed(3)
+    plain = build("resnet_tiny", num_classes=3).eval()
+    model = build(f"resnet_tiny+{attention}", num_classes=3, start="identity").eval()
+    model.load_state_dict(plain.state_dict(), strict=False)
+    x = torch.randn(2, 3, 64, 64)
+    assert torch.equal(model(x), plain(x))
+
+
+@pytest.mark.parametrize("attention", sorted(NO_IDENTITY))
+def test_an_identity_start_that_does_not_exist_is_refused(attention):
+    with pytest.raises(AttachError, match=r'start="identity" needs \w+\.identity_\(\)'):
+        build(f"resnet_tiny+{attention}", start="identity")
+
+
+@pytest.mark.parametrize("name", ["mobilenet_v2+eca", "timm:test_resnet+coordatt", "resnet18+bam"])
+def test_any_attention_goes_into_any_library(name):
+    model = build(name, num_classes=3).eval()
+    assert attached(model)
+    assert model(torch.rand(1, 3, 64, 64)).shape == (1, 3)
+
+
 def test_attentions_are_those_of_the_modules_and_of_the_papers_tables():
     assert attentions() == sorted({*ATTENTION, *VARIANTS})
     assert {"se", "cbam", "cbam-avg", "cbam-parallel"} <= set(attentions())

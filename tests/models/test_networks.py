@@ -11,7 +11,7 @@ from torch import nn
 
 from cbam.errors import ConfigError, InputError
 from cbam.models import MobileNetV1, build, stride_in_1x1
-from cbam.surgery import attached, detach
+from cbam.surgery import attached, detach, sites
 
 
 def shapes(model):
@@ -69,6 +69,7 @@ def test_attention_follows_every_convolution_of_a_mobilenet():
     found = {name: part.channels for name, part in attached(model).items()}
     assert found == dict(convolutions)
     assert len(found) == 27
+    assert {(site.name, site.channels) for site in sites(model) if site.attached} == set(found.items())
     assert {"stem.cbam.channel.fc1.weight", "blocks.12.pointwise.cbam.spatial.conv.weight"} <= set(
         model.state_dict()
     )
