@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedTensorMixin
 
 from cbam.errors import InputError
-from cbam.nn import ChannelAttention, SpatialAttention
+from cbam.nn import CBAM, ChannelAttention, SpatialAttention
 from cbam.surgery.route import SLOT, is_refined
 
 # ours, under `<block>.cbam.`; the released code, under the same; timm's CbamModule, under `<block>.se.`
@@ -48,8 +48,10 @@ class Target:
             raise InputError(
                 f"{type(model).__name__} has tensors without memory: call to_empty, or run it once"
             )
-        slots = tuple(under(block, f"{SLOT}.") for block in self.blocks)
-        self.attention = {name for name in self.tensors if name.startswith(slots)}
+        attached = tuple(under(block, f"{SLOT}.") for block in self.blocks)
+        self.attention = {name for name in self.tensors if name.startswith(attached)}
+        # what the names of attention begin with: where it is attached, and where a network has its own
+        self.slots = {*attached, *(under(n, "") for n, m in modules if isinstance(m, CBAM))}
 
     def head(self) -> set[str]:
         """The tensors of the last linear layer or convolution that is no attention's: the classifier."""

@@ -1,7 +1,7 @@
-"""Weights from files of other shapes: plain networks, ours, the authors' released checkpoints, timm's.
+"""Weights from files of other shapes: plain networks, ours, the authors' released checkpoints, other codes'.
 
 Loading is all or nothing: everything is read, renamed and checked before the first value is copied.
-Released and timm files mean gain 1, ours say their gain where it is not 1: the model computes what the file's
+Other codes' files mean gain 1, ours say their gain where it is not 1: the model computes what the file's
 author computed, however its attention was started.
 """
 
@@ -18,13 +18,12 @@ from torch import Tensor, nn
 from cbam.errors import CheckpointError, InputError
 from cbam.surgery.checkpoint import read
 from cbam.surgery.convert import convert_state_dict
-from cbam.surgery.dialect import NAMES, MisfitError, Target, some, under
+from cbam.surgery.dialect import MisfitError, Target, some
 from cbam.surgery.route import SLOT
+from cbam.surgery.translate import dialect_of, translated
 
 __all__ = ["Loaded", "convert_state_dict", "load_weights"]
 
-_FROM_RELEASED = {released: ours for ours, released, _ in NAMES}
-_FROM_TIMM = {timm: ours for ours, _, timm in NAMES}
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "model_state", "net", "network", "params", "weights")
 _MAX_DEPTH = 4  # of dicts around a state dict; one that holds itself has no end
 _COUNTER = ".num_batches_tracked"  # absent in files older than torch 0.4.1, and no part of the function
@@ -35,16 +34,19 @@ class Loaded:
     """What `load_weights` did.
 
     Attributes:
-        format: "plain" (no attention in the file), "cbam" (ours), "released" or "timm".
+        format: "plain" (no attention in the file), "cbam" (ours), "released", "timm", "mmyolo" or "luuuyi".
         tensors: how many tensors of the model now hold the file's values.
         missing: attention tensors that the file does not have; they keep their values.
         head_reset: whether the head kept its own values.
+        eval_only: whether the model computes what the file's code does in eval mode alone: the file's spatial
+            gate has no BatchNorm, and the model's is set to add the bias and do nothing else.
     """
 
     format: str
     tensors: int
     missing: tuple[str, ...]
     head_reset: bool
+    eval_only: bool = False
 
 
 def load_weights(
@@ -55,7 +57,9 @@ def load_weights(
     Files are safetensors or `torch.save` files, read without running any code from them. The prefixes
     `module.` and `_orig_mod.`, and a surrounding dict such as `dict(epoch, state_dict, ...)`, are taken off.
     Every tensor of the plain network must be there; attention may be absent as a whole and then stays as it
-    is.
+    is. Attention of other codes is translated where ours computes the same, and refused with the reason where
+    it does not (docs/dialects.md); it may belong to an attached block, or stand where the model has a
+    `cbam.CBAM` of its own.
 
     A flipped bit in a `torch.save` file is found by the file's own checksums. A safetensors file, and one in
     torch's format of before 2020, has none: there only damage to the structure or the finiteness shows.
@@ -82,7 +86,7 @@ def load_weights(
     target = Target(model)
     try:
         tensors = _tensors(content, target)
-        file_format, tensors = _translated(tensors, target)
+        file_format, tensors, eval_only = translated(tensors, target)
         gains = _take_gains(tensors, target)
         kept = target.head() if head == "reset" else set()
         values = {name: value for name, value in tensors.items() if name not in kept}
@@ -92,7 +96,7 @@ def load_weights(
     except MisfitError as misfit:
         raise CheckpointError(f"{where}: {misfit}. The model is unchanged") from None
     target.copy(values, gains)
-    return Loaded(file_format, len(values), tuple(missing), bool(kept))
+    return Loaded(file_format, len(values), tuple(missing), bool(kept), eval_only)
 
 
 def _tensors(content: Any, target: Target) -> dict[str, Tensor]:
@@ -139,47 +143,6 @@ def _stripped(name: str) -> str:
     return name
 
 
-def _translated(tensors: dict[str, Tensor], target: Target) -> tuple[str, dict[str, Tensor]]:
-    """The file's format, and its tensors under our names."""
-    foreign = [name for name in tensors if name not in target.tensors]
-    if any(name.endswith(tuple(f".{suffix}" for suffix in _FROM_RELEASED)) for name in foreign):
-        return "released", _ours(tensors, target, _FROM_RELEASED)
-    if any(name.endswith(".spatial.conv.conv.weight") for name in foreign):
-        return "timm", _from_timm(_ours(tensors, target, _FROM_TIMM), target)
-    return ("plain" if target.attention.isdisjoint(tensors) else "cbam"), dict(tensors)
-
-
-def _ours(tensors: dict[str, Tensor], target: Target, table: dict[str, str]) -> dict[str, Tensor]:
-    """Rename `<block>.<any one name>.<theirs>` to `<block>.cbam.<ours>` at the attached blocks."""
-    renamed = {}
-    for name, value in tensors.items():
-        new = name
-        if name not in target.tensors:
-            theirs = next((suffix for suffix in table if name.endswith(f".{suffix}")), "")
-            block = name.removesuffix(f".{theirs}").rpartition(".")[0]
-            if theirs and block in target.blocks:
-                new = under(block, f"{SLOT}.{table[theirs]}")
-        if new in renamed:
-            raise MisfitError(f"it has two attentions for {new}")
-        renamed[new] = value
-    return renamed
-
-
-def _from_timm(tensors: dict[str, Tensor], target: Target) -> dict[str, Tensor]:
-    """1x1 convolutions to matrices, [mean, max] to [max, mean], no biases to zero biases."""
-    for block in target.blocks:
-        slot = under(block, SLOT)
-        for layer in (f"{slot}.channel.fc1", f"{slot}.channel.fc2"):
-            weight, bias = tensors.get(f"{layer}.weight"), f"{layer}.bias"
-            if weight is not None and weight.shape[2:] == (1, 1):
-                tensors[f"{layer}.weight"] = weight[:, :, 0, 0]
-            if weight is not None and bias in target.tensors:
-                tensors.setdefault(bias, torch.zeros_like(target.tensors[bias]))
-        if (conv := tensors.get(f"{slot}.spatial.conv.weight")) is not None and conv.dim() == 4:
-            tensors[f"{slot}.spatial.conv.weight"] = conv.flip(1)
-    return tensors
-
-
 def _take_gains(tensors: dict[str, Tensor], target: Target) -> dict[str, float]:
     """The gain of every gate whose weights are in `tensors`: 1 unless said; what is said is removed there."""
     gains = {}
@@ -214,9 +177,7 @@ def _check_names(values: Collection[str], target: Target, kept: set[str]) -> lis
 
 def _hint(missing: list[str], unexpected: list[str], target: Target) -> str:
     """What would have worked, as far as the names tell."""
-    if not target.blocks and any(
-        f".{SLOT}." in f".{name}" or name.endswith(".spatial.conv.conv.weight") for name in unexpected
-    ):
+    if not target.slots and (dialect_of(unexpected) or any(f".{SLOT}." in f".{name}" for name in unexpected)):
         return ". The file has attention: call cbam.attach(model) first"
     if prefix := _prefix(unexpected, missing):
         return (
