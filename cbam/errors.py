@@ -50,6 +50,18 @@ class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
     """A weights file does not exist."""
 
 
+class NonFiniteError(CBAMError, ArithmeticError):
+    """A loss, a score or a map became NaN or infinite; nothing was computed on with it."""
+
+    exit_code = 5
+
+
+class OutputError(CBAMError, OSError):
+    """A result cannot be written: no permission, no room, no such place."""
+
+    exit_code = 7
+
+
 class MissingExtraError(CBAMError, ImportError):
     """An optional dependency is needed; the message holds the pip line."""
 

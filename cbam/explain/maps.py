@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cbam.errors import ConfigError, InputError, MissingExtraError
+from cbam.errors import ConfigError, InputError, MissingExtraError, NonFiniteError
 from cbam.explain.watching import check_images, eval_mode, logits_of, refuse_unwatchable
 
 METHODS = ("gradcam", "gradcam++", "layercam", "scorecam")
@@ -47,7 +47,8 @@ def gradcam(
             "scorecam" (1910.01279: one forward pass per channel of the layer).
 
     Raises:
-        InputError: images, target or layer do not fit, or the model gives NaN or infinity.
+        InputError: images, target or layer do not fit.
+        NonFiniteError: the model gives NaN or infinity.
         ConfigError: an unknown method or layer; a compiled or scripted model.
         MissingExtraError: torchcam is not installed.
     """
@@ -93,14 +94,15 @@ def energy_inside(maps: Tensor, boxes: Tensor) -> Tensor:
     no energy or the box is NaN.
 
     Raises:
-        InputError: shapes do not fit, a map is not finite, or a box ends before it starts.
+        InputError: shapes do not fit, or a box ends before it starts.
+        NonFiniteError: a map is not finite.
     """
     if maps.dim() != 3 or boxes.shape != (len(maps), 4):
         raise InputError(
             f"expected maps (N, H, W) and boxes (N, 4), got {tuple(maps.shape)} and {tuple(boxes.shape)}"
         )
     if not maps.isfinite().all():
-        raise InputError("energy_inside: a map holds NaN or infinity")
+        raise NonFiniteError("energy_inside: a map holds NaN or infinity")
     boxes = boxes.to(maps.device, torch.float64)
     x0, y0, x1, y1 = boxes.unbind(1)
     if ((x1 < x0) | (y1 < y0)).any():
@@ -201,7 +203,7 @@ def _name_of(model: nn.Module, layer: str | nn.Module) -> str:
 
 def _refuse_nonfinite(*tensors: Tensor) -> None:
     if not all(bool(tensor.isfinite().all()) for tensor in tensors):
-        raise InputError(
+        raise NonFiniteError(
             "gradcam: the model gives NaN or infinity on these images; look at its weights and input"
         )
 

@@ -5,17 +5,11 @@ import json
 import os
 from pathlib import Path
 
-from cbam.errors import CBAMError, ConfigError
+from cbam.errors import ConfigError, OutputError
 
 RESULTS, REPORT, PAGE = "results.json", "report.md", "report.html"
 PICTURE, DRAWING = "picture.png", "picture.svg"
 WEIGHTS = ".cbam.safetensors"  # the ending of the weights of an arm
-
-
-class OutputError(CBAMError, OSError):
-    """A result cannot be written: no permission, no room, no such place."""
-
-    exit_code = 7
 
 
 class ReportFolder:

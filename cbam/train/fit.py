@@ -14,14 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from cbam.data import Images, loader
-from cbam.errors import CBAMError, ConfigError, DataError, MissingExtraError
+from cbam.errors import ConfigError, DataError, MissingExtraError, NonFiniteError
 from cbam.train.recipe import Recipe
-
-
-class NonFiniteError(CBAMError, ArithmeticError):
-    """The loss became NaN or infinite; no step was taken with it."""
-
-    exit_code = 5
 
 
 @dataclass(frozen=True)

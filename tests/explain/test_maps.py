@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import cbam
-from cbam.errors import ConfigError, InputError, MissingExtraError
+from cbam.errors import ConfigError, InputError, MissingExtraError, NonFiniteError
 from cbam.explain import energy_inside, gradcam
 from cbam.explain.maps import METHODS, last_map
 
@@ -199,14 +199,14 @@ def test_a_constant_map_and_an_empty_one_are_zeros(build, plain, images):  # E9
 def test_nan_is_an_error_and_not_a_map(build, images):  # E9
     images[1, 0, 5, 5] = torch.nan
     for method in METHODS:
-        with pytest.raises(InputError, match="NaN"):
+        with pytest.raises(NonFiniteError, match="NaN"):
             gradcam(build(), images, 0, method=method)
 
 
 def test_nan_in_one_channel_is_not_summed_away(build, images):  # E9
     model = build()
     model.stage2.register_forward_hook(lambda m, a, out: out.index_fill(1, torch.tensor(3), torch.nan))
-    with pytest.raises(InputError, match="NaN"):
+    with pytest.raises(NonFiniteError, match="NaN"):
         gradcam(model, images, 0)
 
 
@@ -344,7 +344,7 @@ def test_energy_refuses_what_cannot_be_measured():
         energy_inside(torch.ones(2, 4, 4), torch.ones(3, 4))
     with pytest.raises(InputError, match="ends before it starts"):
         energy_inside(torch.ones(1, 4, 4), torch.tensor([[3, 0, 1, 4]]))
-    with pytest.raises(InputError, match="NaN"):
+    with pytest.raises(NonFiniteError, match="NaN"):
         energy_inside(torch.full((1, 4, 4), torch.nan), torch.tensor([[0, 0, 1, 1]]))
 
 

@@ -4,8 +4,8 @@ import signal
 
 import pytest
 
-from cbam.errors import ConfigError
-from cbam.studies.folder import PAGE, REPORT, RESULTS, OutputError, ReportFolder
+from cbam.errors import ConfigError, OutputError
+from cbam.studies.folder import PAGE, REPORT, RESULTS, ReportFolder
 
 
 def test_looking_at_a_folder_leaves_nothing_behind(tmp_path):

@@ -10,8 +10,8 @@ from torch import nn
 
 import cbam
 from cbam.data import Images, loader
-from cbam.errors import ConfigError, DataError
-from cbam.train import NonFiniteError, Recipe, evaluate, fit, pick_device
+from cbam.errors import ConfigError, DataError, NonFiniteError
+from cbam.train import Recipe, evaluate, fit, pick_device
 from cbam.train.classification import normalise
 
 SHORT = Recipe(epochs=2, batch_size=16)
