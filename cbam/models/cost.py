@@ -21,7 +21,8 @@ def profile(model: nn.Module, size: int | tuple[int, int] = 224) -> Cost:
 
     Convolutions and matrix products are counted, as in the paper's tables (there called GFLOPs); sums,
     poolings and activations are not. The image runs in eval mode without gradients, on the device and in
-    the dtype of the model's first parameter; every module's mode is put back.
+    the dtype of the model's first parameter; every module's mode is put back. On the meta device
+    (`with torch.device("meta"): model = build(name)`) nothing is computed and no memory is taken.
 
     Args:
         size: side of a square image, or (height, width), in pixels.
