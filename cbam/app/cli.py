@@ -161,7 +161,7 @@ def _sites(options: argparse.Namespace) -> int:
     width = max((len(site.name) for site in found), default=0)
     for site in found:
         channels = "-" if site.channels is None else str(site.channels)
-        taken = "attention" if site.default else "left out"
+        taken = "attached" if site.attached else "attention" if site.default else "left out"
         show(f"{site.name:<{width}}  {channels:>5} channels  {taken}: {site.why}")
     return 0
 

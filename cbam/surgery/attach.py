@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 from cbam.errors import AttachError, InputError
 from cbam.nn import CBAM
 from cbam.surgery.route import is_refined, refine, restore
-from cbam.surgery.sites import Site, blocked, output_sites, sites
+from cbam.surgery.sites import Site, blocked, check_module, output_sites, sites
 from cbam.surgery.trial import Value
 
 _log = logging.getLogger("cbam")
@@ -201,6 +201,7 @@ def _check_part(part: nn.Module, name: str, value: Value, start: str) -> None:
 
 
 def _refuse_wrapped(model: nn.Module) -> None:
+    check_module(model)
     for name, module in model.named_modules():
         kind = type(module).__name__
         where = f"at {name!r}" if name else "as the model"

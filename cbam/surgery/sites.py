@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
-from cbam.errors import AttachError
+from cbam.errors import AttachError, InputError
 from cbam.surgery import graph
 from cbam.surgery.route import SLOT, Route, UnroutableError, graph_route, is_refined, refined_class, restore
 from cbam.surgery.trial import Bench, MisfitError, Value, static_channels, without_hooks
@@ -52,6 +52,7 @@ def sites(model: nn.Module) -> list[Site]:
     Blocks are recognised by what their own forward computes: a shortcut added to a branch that holds a
     convolution and a nonlinearity. Every site was run alone, on a copy, at two sizes.
     """
+    check_module(model)
     found: list[Site] = []
     with_site: set[type] = set()
     plain: list[tuple[str, nn.Module]] = []
@@ -65,6 +66,14 @@ def sites(model: nn.Module) -> list[Site]:
     found += [Site(n, None, "no skip connection") for n, b in plain if _plain_class(b) in with_site]
     order = {name: i for i, (name, _) in enumerate(model.named_modules())}
     return sorted(found, key=lambda site: order[site.name])
+
+
+def check_module(model: nn.Module) -> None:
+    """Refuse what is no model, before anything is looked for in it."""
+    if not isinstance(model, nn.Module):
+        raise InputError(
+            f"expected an nn.Module, got {type(model).__name__}; build one with cbam.build(name)"
+        )
 
 
 def blocked(site: Site) -> bool:
@@ -82,7 +91,8 @@ def _blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     inside = {m for part in attached(model).values() for m in part.modules()}
     for name, module in model.named_modules():
         own_forward = type(module).forward not in (nn.Sequential.forward, nn.Module.forward)
-        if own_forward and module not in inside and graph.convolutions(module) and any(module.children()):
+        may_add = own_forward and any(module.children()) and graph.convolutions(module) > 0
+        if module not in inside and (may_add or is_refined(module)):
             yield name, module
 
 

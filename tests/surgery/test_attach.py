@@ -236,6 +236,7 @@ def test_attention_after_a_stage_is_the_last_step_of_its_sequential(images):
     expected = model(images)
     cbam.attach(model, "0")
     assert list(model[0]._modules) == ["0", "1", "cbam"]
+    assert [(s.name, s.attached, s.why) for s in cbam.sites(model)] == [("0", True, "on its output")]
     assert model[0].cbam.channel.channels == 4
     assert torch.equal(model(images), expected)
     assert not torch.equal(open_gates(model)(images), expected)
@@ -410,6 +411,12 @@ def test_the_reversed_order_is_a_composition(net, images):
     expected = net(images)
     cbam.attach(net, attention=lambda c: nn.Sequential(cbam.SpatialAttention(), cbam.ChannelAttention(c)))
     assert torch.equal(net(images), expected)
+
+
+@pytest.mark.parametrize("call", [cbam.attach, cbam.detach, cbam.sites])
+def test_what_is_no_model_is_refused(call):
+    with pytest.raises(InputError, match=r"expected an nn.Module, got str"):
+        call("resnet50")
 
 
 def test_detaching_a_plain_model_is_refused(net):
