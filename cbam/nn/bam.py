@@ -4,23 +4,22 @@ import torch
 from torch import Tensor, nn
 
 from cbam.nn import door
-from cbam.nn.gate import Gate, zero_
+from cbam.nn.gate import SigmoidGate, zero_
 
 _COMBINE = ("sum", "product")
 
 
-class BAM(Gate):
+class BAM(SigmoidGate):
     """Bottleneck attention: what and where, combined before one sigmoid.
 
-        F' = F + (M(F) - m) F
+        F' = F / g + M(F) F
         M(F) = sigmoid(Mc(F) + Ms(F))       combine="sum", the paper
         M(F) = sigmoid(Mc(F) Ms(F))         combine="product", the released code
         Mc(F) = W1 relu(BN(W0 avgpool F + b0)) + b1
         Ms(F) = f1(h(f3(h(f3(h(f1(F)))))))  h = relu(BN), f1 1x1 and f3 dilated 3x3 convolutions with biases
 
-    The middle m is 0 in the paper: the factor of F lies in (1, 2), and no weights make it 1. The identity
-    start takes m = 1/2: the factor is exactly 1 at sigmoid(0), and lies in (1/2, 3/2). m is kept in the state
-    dict where it is not 0.
+    The gain g is 1 in the paper: the factor of F lies in (1, 2), and no weights make it 1. The identity start
+    takes g = 2: the factor lies in (1/2, 3/2), and is exactly 1/2 + sigmoid(0) = 1 in the middle.
 
     Reference: Park, Woo, Lee, Kweon, "BAM: Bottleneck Attention Module", BMVC 2018, arXiv 1807.06514,
     section 3, equations 1 to 5.
@@ -39,8 +38,6 @@ class BAM(Gate):
     square map alone. It has no hidden channel where C < 16.
     """
 
-    middle: Tensor | None
-
     def __init__(
         self, channels: int, *, reduction: int = 16, dilation: int = 4, combine: str = "sum"
     ) -> None:
@@ -51,7 +48,6 @@ class BAM(Gate):
         door.check_choice("combine", combine, _COMBINE)
         self.channels, self.reduction = channels, reduction
         self.dilation, self.combine = dilation, combine
-        self.register_buffer("middle", None)  # None is 0, and leaves no key in the state dict
         hidden = max(1, channels // reduction)
         self.channel = nn.Sequential(
             nn.Linear(channels, hidden), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, channels)
@@ -63,11 +59,6 @@ class BAM(Gate):
             nn.Conv2d(hidden, 1, 1),
         )
 
-    def reset_parameters(self) -> None:
-        """Initialise every layer as torch does; the middle at 0."""
-        super().reset_parameters()
-        self.middle = None
-
     def identity_(self) -> "BAM":
         """Make the module compute exactly its input, at the steepest point of the sigmoid; in place.
 
@@ -76,19 +67,18 @@ class BAM(Gate):
         zero_(self.spatial[-1])
         if self.combine == "sum":
             zero_(self.channel[-1])
-        self.middle = torch.full_like(next(self.parameters())[0, 0].detach(), 0.5)
+        self.set_gain(2)
         return self
 
     def gate(self, x: Tensor) -> Tensor:
-        """1 + M - m: (N, C, H, W) -> the same."""
+        """1 / g + M: (N, C, H, W) -> the same."""
         x = door.feature_map(x, self.channels, next(self.parameters()))
         means = x.mean((2, 3))
         if self.channel[1].training:
             door.check_statistics(means)
         what, where = self.channel(means)[:, :, None, None], self.spatial(x)
         combined = what + where if self.combine == "sum" else what * where
-        mask = torch.sigmoid(combined)
-        return 1 + (mask if self.middle is None else mask - self.middle)
+        return (1 if self.gain is None else 1 / self.gain) + torch.sigmoid(combined)
 
     def extra_repr(self) -> str:
         return (

@@ -26,10 +26,10 @@ class Gate(nn.Module):
 
 
 class SigmoidGate(Gate):
-    """A gate g s(x), s being made of sigmoids, the gain g being 1 but for an identity start.
+    """A gate made of sigmoids, with a gain g: 1 as in its paper, another for an identity start.
 
-    The gain is the reciprocal of what s is where its last layers are zero, so that it makes the gate exactly
-    1 there: 2 for sigmoid(0) = 1/2. It is kept in the state dict where it is not 1.
+    Nearly all multiply by the gain: it is the reciprocal of what the gate is where its last layers are zero,
+    and makes it exactly 1 there; 2 for sigmoid(0) = 1/2. It is kept in the state dict where it is not 1.
     """
 
     gain: Tensor | None
@@ -39,7 +39,7 @@ class SigmoidGate(Gate):
         self.register_buffer("gain", None)  # None is 1, and leaves no key in the state dict
 
     def set_gain(self, gain: float) -> None:
-        """Make `gain` the factor of this gate; 1 takes its key out of the state dict."""
+        """Make `gain` the gain of this gate; 1 takes its key out of the state dict."""
         like = next(self.parameters())
         self.gain = None if gain == 1 else torch.full((), gain, dtype=like.dtype, device=like.device)
 

@@ -238,12 +238,12 @@ def test_a_gain_multiplies_the_gate(name):
     torch.testing.assert_close(module(x), 3 * plain, rtol=1e-12, atol=1e-12)
 
 
-def test_the_middle_of_bam_is_taken_from_its_mask():
+def test_the_gain_of_bam_divides_the_shortcut_beside_its_mask():
     module = active(BAM(8))
     x = torch.randn(2, 8, 5, 6, dtype=torch.float64)
     plain = module(x)
-    module.middle = torch.full((), 0.5, dtype=torch.float64)
-    torch.testing.assert_close(module(x), plain - x / 2, rtol=1e-12, atol=1e-12)
+    module.set_gain(4)
+    torch.testing.assert_close(module(x), plain - x * 3 / 4, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize(
