@@ -9,7 +9,7 @@ READY := $(VENV)/.ready
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo readme test test-all check format clean again
+.PHONY: help demo readme cards matrix test test-all check format clean again
 
 help: ## this list
 	@echo "make TARGET [PYTHON=python3.12]; the first one sets up .venv, which needs Python 3.11 or newer and pip"
@@ -21,6 +21,13 @@ demo: $(READY) ## train a small network with and without attention, and show wha
 
 readme: $(READY) ## put the picture and the table of the last demo into README.md
 	$(BIN)/python docs/fill_readme.py demo-report
+
+cards: $(READY) ## write docs/methods/, a card for each attention module, and the tables of docs/dialects.md
+	$(BIN)/python -m docs.fill_methods
+	$(BIN)/python -m docs.fill_dialects
+
+matrix: $(READY) ## attach to every network of the matrix and write docs/matrix.md (goes on where it stopped)
+	$(BIN)/python -m benchmarks.matrix
 
 test: $(READY) ## the tests, with a sample of the large matrices (at most 8 minutes on 2 cores)
 	$(PYTEST) -m "not large"

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 
 from cbam.errors import InputError
 from cbam.nn import CBAM, ChannelAttention, SpatialAttention
@@ -44,7 +44,7 @@ class Target:
         gains = {under(name, "gain") for name in self.gates}
         state = model.state_dict()
         self.tensors = {n: v for n, v in state.items() if isinstance(v, Tensor) and n not in gains}
-        if any(v.is_meta or isinstance(v, UninitializedTensorMixin) for v in self.tensors.values()):
+        if any(v.is_meta or is_lazy(v) for v in self.tensors.values()):
             raise InputError(
                 f"{type(model).__name__} has tensors without memory: call to_empty, or run it once"
             )
