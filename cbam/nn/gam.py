@@ -23,7 +23,7 @@ class GAM(nn.Module):
         reduction: the hidden layers have max(1, C // reduction) channels; 4 in the paper.
         kernel_size: of the spatial convolutions; odd; 7 in the paper.
 
-    Shape: (N, C, H, W) -> the same; unbatched (C, H, W) too. Parameters: about 25 C^2 for the defaults, 103
+    Shape: (N, C, H, W) -> the same; unbatched (C, H, W) too. Parameters: about 25 C^2 for the defaults, 105
     million for 2048 channels.
 
     Elsewhere: for ResNet50 the paper also gives the convolutions groups and shuffles the channels, to save

@@ -256,6 +256,24 @@ def test_the_kernel_of_eca_grows_with_the_logarithm_of_the_channels(channels, k)
     assert abs(k - exact) == min(abs(odd - exact) for odd in range(1, 12, 2))
 
 
+def test_each_starts_as_its_released_code_does():
+    assert not any(p.any() for p in GlobalContext(64).fc2.parameters())
+    assert not GlobalContext(64).conv.bias.any()
+    mask = torch.cat([GlobalContext(64).conv.weight.flatten() for _ in range(50)])
+    assert mask.std().item() == pytest.approx((2 / 64) ** 0.5, rel=0.1)  # fan-in kaiming
+    gct = GCT(8)
+    assert (gct.alpha == 1).all()
+    assert not gct.gamma.any()
+    assert not gct.beta.any()
+    for plane in TripletAttention(8).children():
+        assert (plane.bn.weight.item(), plane.bn.bias.item(), plane.bn.momentum) == (1, 0, 0.01)
+    draws = torch.cat(
+        [plane.conv.weight.flatten() for _ in range(30) for plane in TripletAttention(8).children()]
+    )
+    assert draws.std().item() == pytest.approx((2 / 49) ** 0.5, rel=0.1)  # fan-out kaiming
+    assert EMA(64).norm.eps == BAM(64).channel[1].eps == 1e-5
+
+
 def count(module):
     return sum(p.numel() for p in module.parameters())
 
@@ -281,6 +299,7 @@ def test_selective_kernels_in_resnext50_have_the_published_parameters():
         (TripletAttention(64), 300),
         (GCT(64), 192),
         (EMA(256), 10 * 8 * 8 + 4 * 8),
+        (GAM(256), 2 * 49 * 256 * 64 + 2 * 256 * 64 + 2 * (64 + 256) + 2 * (64 + 256)),
         (SCSE(64), 2 * 64 * 32 + 32 + 64 + 65),
         (CoordAttention(64), 64 * 8 + 8 + 16 + 2 * (8 * 64 + 64)),
         (CoordAttention(512), 512 * 16 + 16 + 32 + 2 * (16 * 512 + 512)),
