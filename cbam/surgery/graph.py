@@ -5,10 +5,12 @@ nothing of the children. The trunk is walked from the output back; at every resi
 shortcut. What is found is a claim; `cbam.surgery.trial` checks it by running the block.
 """
 
+import contextlib
 import dis
 import inspect
 import operator
 import re
+from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -56,16 +58,29 @@ def trace(block: nn.Module, *, training: bool = False) -> fx.Graph:
     """
     parameters = inspect.signature(type(block).forward).parameters.values()
     defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
-    mode, block.training = block.training, training
-    try:
+    with _put_back(block):
+        block.training = training
         graph = _Shallow().trace(block, concrete_args=defaults)
-    finally:
-        block.training = mode
     for node in list(graph.nodes):
         if node.op == "call_module" and node.target == "cbam":
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
     return graph
+
+
+@contextlib.contextmanager
+def _put_back(block: nn.Module) -> Iterator[None]:
+    """Undo what a forward keeps in its module: a cache that a trace has filled would poison the next run."""
+    attributes = dict(vars(block))
+    contents = [(v, v.copy()) for v in attributes.values() if type(v) in (dict, OrderedDict, list, set)]
+    try:
+        yield
+    finally:
+        vars(block).clear()
+        vars(block).update(attributes)
+        for container, content in contents:
+            container.clear()
+            container.extend(content) if isinstance(container, list) else container.update(content)
 
 
 class Trunk:

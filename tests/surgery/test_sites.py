@@ -392,3 +392,40 @@ def test_a_block_that_cannot_be_copied_is_taken_by_its_last_layer():
     cbam.attach(block)
     assert torch.equal(block(x), expected)
     assert [s.attached for s in cbam.sites(block)] == [True]
+
+
+class Remembering(Host):
+    """Keeps what it computes: in a dict, in a list and as attributes of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen, self.means, self.last = {}, [], None
+
+    def forward(self, x):
+        y = self.norm(self.b(self.act(self.a(x))))
+        key = str(x.device)
+        if key not in self.seen:
+            self.seen[key] = y.mean()
+        self.means.append(self.seen[key])
+        self.last = self.newest = y
+        return x + y * self.seen[key].sign().abs()
+
+
+def test_nothing_of_a_trace_stays_in_what_a_block_keeps():
+    """S16: a cache that a trace had filled would poison the next run (timm's LeViT keeps its biases so)."""
+    block, x = Remembering().eval(), torch.randn(1, 8, 6, 7)
+    names = list(vars(block))
+    kept = block.seen, block.means
+    first = [str(s) for s in cbam.sites(block)]
+    assert block.seen == {}
+    assert block.means == []
+    assert block.last is None
+    assert list(vars(block)) == names
+    assert (block.seen, block.means) == kept
+    assert block.seen is kept[0]
+    assert [str(s) for s in cbam.sites(block)] == first
+    with torch.no_grad():
+        expected = block(x)
+        cbam.attach(block)
+        assert torch.equal(block(x), expected)
+    pickle.dumps(cbam.detach(block))
