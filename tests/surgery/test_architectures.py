@@ -1,6 +1,10 @@
 """Networks of torchvision, timm and transformers through attach, a training step, a round trip and detach."""
 
 import copy
+import json
+import runpy
+import tomllib
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,60 +15,13 @@ import cbam
 from cbam.errors import AttachError
 from cbam.surgery import attached
 
+ROOT = Path(__file__).parents[2]
 torchvision = pytest.importorskip("torchvision")
 timm = pytest.importorskip("timm")
 
-# The number of residual blocks with a shortcut and a convolutional branch, counted from the definitions in
-# the papers and in the libraries' configuration, not by running `sites`.
-NETWORKS = {
-    "torchvision/resnet18": 2 + 2 + 2 + 2,
-    "torchvision/resnet50": 3 + 4 + 6 + 3,
-    "torchvision/resnext50_32x4d": 3 + 4 + 6 + 3,
-    "torchvision/wide_resnet50_2": 3 + 4 + 6 + 3,
-    "torchvision/mobilenet_v2": 17 - 7,  # the first block of each of seven stages has no shortcut
-    "torchvision/mobilenet_v3_small": 11 - 5,  # 11 rows in table 2; strides or widths change in five
-    "torchvision/mnasnet0_5": 16 - 6,  # six stages of 3, 3, 3, 2, 4, 1 blocks
-    "torchvision/efficientnet_b0": 16 - 7,
-    "torchvision/regnet_y_400mf": 1 + 3 + 6 + 6,
-    "torchvision/convnext_tiny": 3 + 3 + 9 + 3,
-    "timm/resnet26": 2 + 2 + 2 + 2,
-    "timm/resnet50d": 3 + 4 + 6 + 3,
-    "timm/seresnet18": 2 + 2 + 2 + 2,
-    "timm/ecaresnet26t": 2 + 2 + 2 + 2,
-    "timm/skresnet18": 2 + 2 + 2 + 2,
-    "timm/resnest14d": 1 + 1 + 1 + 1,
-    "timm/res2net50_26w_4s": 3 + 4 + 6 + 3,
-    "timm/resnetv2_50": 3 + 4 + 6 + 3,
-    "timm/resnet50_gn": 3 + 4 + 6 + 3,
-    "timm/nf_resnet26": 2 + 2 + 2 + 2,
-    "timm/regnetx_002": 1 + 1 + 4 + 7,
-    "timm/convnextv2_atto": 2 + 2 + 6 + 2,
-    "timm/tf_efficientnet_lite0": 16 - 7,
-    "timm/mobilenetv3_small_050": 11 - 4,  # at half width 40 and 48 channels both round to 24
-    "timm/ghostnet_100": 16,  # every bottleneck projects its shortcut where shapes change
-    "timm/dla34": 12,  # as read off figure 3 of the paper: 1 + 4 + 4 + 1 + 2 basic blocks
-    "timm/darknet53": 1 + 2 + 8 + 8 + 4,
-    "timm/cspdarknet53": 1 + 2 + 8 + 8 + 4,
-    "timm/hrnet_w18_small": 23,
-    "timm/convmixer_768_32": 32,
-    "timm/poolformer_s12": 2 + 2 + 6 + 2,  # the last add of each block; the pooling branch is linear
-    "timm/xception41": 12,
-    "timm/repvgg_a0": 0,
-    "timm/densenet121": 0,
-    "timm/dpn68": 0,
-    "timm/rexnet_100": 0,
-    "timm/mambaout_femto": 0,
-    "torchvision/vgg11_bn": 0,
-    "torchvision/shufflenet_v2_x0_5": 0,
-    "torchvision/squeezenet1_1": 0,
-}
-SAMPLE = (
-    "torchvision/resnet18",
-    "torchvision/mobilenet_v2",
-    "timm/resnet26",
-    "timm/regnetx_002",
-    "timm/rexnet_100",
-)
+# The number of residual blocks with a shortcut and a convolutional branch, counted by hand, by network.
+LISTS = tomllib.loads(Path(__file__).with_name("architectures.toml").read_text("utf-8"))
+NETWORKS, SAMPLE = LISTS["expected"], LISTS["sample"]["names"].split()
 WAYS = [n if n in SAMPLE else pytest.param(n, marks=pytest.mark.large) for n in NETWORKS]
 
 
@@ -174,3 +131,19 @@ def test_imagenet_weights_give_bit_equal_logits_after_an_identity_start():
         cbam.attach(model)
         assert torch.equal(model(x), plain)
     assert len(attached(model)) == 9
+
+
+def test_the_page_of_the_matrix_is_computed_from_its_rows():
+    program = runpy.run_path(str(ROOT / "benchmarks" / "matrix.py"))
+    rows = [json.loads(line) for line in program["RESULTS"].read_text("utf-8").splitlines()]
+    expected = program["networks"]()
+    assert len(rows) == len(expected) >= 100
+    by_name = {row["network"]: row for row in rows}
+    assert [name for name, count in expected.items() if not program["sound"](by_name[name], count)] == []
+    page = program["page"]({name: by_name[name] for name in expected}, expected)
+    assert "\n".join(page) + "\n" == (ROOT / "docs" / "matrix.md").read_text("utf-8"), "run make matrix"
+
+
+def test_the_sample_is_part_of_what_was_counted_by_hand():
+    assert len(SAMPLE) >= 25
+    assert set(SAMPLE) <= NETWORKS.keys()

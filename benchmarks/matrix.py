@@ -1,0 +1,291 @@
+"""Attach attention to many networks, train a step, detach, and say what happened: docs/matrix.md.
+
+    python -m benchmarks.matrix [--only PATTERN] [--fresh]
+
+The networks, and for some the number of places counted by hand: tests/surgery/architectures.toml. A row
+per network goes to benchmarks/results/matrix.jsonl as soon as it is there, so that an interrupted run goes on
+where it stopped; rows of other library versions, or of another state of cbam's code, are run anew. `--fresh`
+runs all anew: after a change of this file, say.
+"""
+
+import argparse
+import copy
+import datetime
+import hashlib
+import json
+import re
+import sys
+import time
+import tomllib
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+
+import cbam
+from cbam.errors import AttachError
+from cbam.surgery import Site, attached
+
+ROOT = Path(__file__).parents[1]
+NETWORKS = ROOT / "tests" / "surgery" / "architectures.toml"
+RESULTS = ROOT / "benchmarks" / "results" / "matrix.jsonl"
+PAGE = ROOT / "docs" / "matrix.md"
+CLASSES, SIZE = 7, 64
+ROUTES = {"after": "after a child", "before": "before a child", "graph": "generated forward"}
+
+
+def networks() -> dict[str, int | None]:
+    """Every network, "library/name", with the number of sites counted by hand where there is one."""
+    lists = tomllib.loads(NETWORKS.read_text("utf-8"))
+    return lists["expected"] | dict.fromkeys(lists["more"]["names"].split())
+
+
+def versions() -> dict[str, str]:
+    """What a row depends on: the libraries, and the code that attaches."""
+    files = [*(ROOT / "cbam" / "surgery").glob("*.py"), ROOT / "cbam/nn/cbam.py", ROOT / "cbam/nn/gate.py"]
+    code = hashlib.sha256(b"".join(file.read_bytes() for file in sorted(files)))
+    return {
+        "torch": torch.__version__.partition("+")[0],
+        "torchvision": torchvision.__version__.partition("+")[0],
+        "timm": timm.__version__,
+        "code": code.hexdigest()[:12],
+    }
+
+
+def build(name: str) -> nn.Module:
+    """A network of seven classes in eval mode, no branch at zero, as a trained network has none."""
+    torch.manual_seed(0)
+    model = cbam.build(name.replace("/", ":"), num_classes=CLASSES)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d) and module.weight is not None:
+            nn.init.uniform_(module.weight, 0.5, 1.0)
+            assert module.running_var is not None
+            nn.init.uniform_(module.running_var, 0.8, 1.2)
+    return model.eval()
+
+
+def examine(name: str) -> dict[str, Any]:
+    """One row: what attaching to `name`, training a step and detaching did."""
+    model = build(name)
+    x, plain = first_run(model)
+    keys, classes = list(model.state_dict()), [type(m) for m in model.modules()]
+    found = cbam.sites(model)
+    row: dict[str, Any] = {
+        "size": x.shape[-1],
+        "routes": dict(Counter(s.route.when for s in found if s.default and s.route)),
+        "left_out": left_out(found),
+        "sites": sum(s.default for s in found),
+    }
+    try:
+        cbam.attach(model)
+    except AttachError as error:
+        return row | {"refused": str(error)}
+    row["attached"] = len(attached(model))
+    row["equal"] = torch.equal(evaluate(model, x), plain)
+    row["keys"] = [k for k in model.state_dict() if ".cbam." not in k] == keys
+    before = copy.deepcopy(model.state_dict())
+    row["without_gradient"] = without_gradient(model, x)
+    if row["without_gradient"]:
+        row["without_gradient"] = sorted({*row["without_gradient"]} - {*without_gradient(build(name), x)})
+    model.load_state_dict(before)
+    cbam.detach(model)
+    same = list(model.state_dict()) == keys and [type(m) for m in model.modules()] == classes
+    row["detached"] = same and torch.equal(evaluate(model, x), plain)
+    return row
+
+
+def first_run(model: nn.Module) -> tuple[Tensor, Tensor]:
+    """The smallest input that the network takes, and what it gives."""
+    default = getattr(model, "default_cfg", {}).get("input_size", (3, 224, 224))[-1]
+    sizes = sorted({SIZE, default})
+    for size in sizes:
+        torch.manual_seed(1)
+        x = torch.randn(2, 3, size, size)
+        try:
+            out = evaluate(model, x)
+        except Exception:  # a network refuses a size that it is not made for in any way it likes
+            if size == sizes[-1]:
+                raise
+        else:
+            return x, out
+    raise AssertionError
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, x: Tensor) -> Tensor:
+    """The logits in eval mode."""
+    return model.eval()(x)
+
+
+def without_gradient(model: nn.Module, x: Tensor) -> list[str]:
+    """The parameters that get no gradient in one step of training, which is taken."""
+    model.train()
+    F.cross_entropy(model(x), torch.arange(len(x))).backward()
+    torch.optim.SGD(model.parameters(), lr=1e-3).step()
+    return [name for name, parameter in model.named_parameters() if parameter.grad is None]
+
+
+def left_out(found: list[Site]) -> dict[str, int]:
+    """How many blocks have no site, by reason; names and numbers of one block taken out."""
+    reasons = Counter(reason(site.why) for site in found if not site.default)
+    return dict(reasons.most_common())
+
+
+def reason(why: str) -> str:
+    """What blocks have in common of the reasons why they have no site."""
+    for start in ("linear branch", "partial residual", "parallel sum", "a cell", "a gate", "a mask"):
+        if start in why:
+            return start
+    for start in ("an attention module", "works on channels-last", "works on tokens", "cannot be traced"):
+        if start in why:
+            return start
+    if why.startswith("cannot be run alone"):
+        return "cannot be run alone"
+    why = re.sub(r"\b[\w.]+ is called (\d+) times", r"its last child is called \1 times", why)
+    why = re.sub(r"\b[\w.]+ is no direct child", "its last layer is no direct child", why)
+    return re.sub(r"[\w.]+ uses the name \w+ for something else too", "its child's name is used twice", why)
+
+
+# --- the page --------------------------------------------------------------------------------------
+
+
+def page(rows: dict[str, dict[str, Any]], expected: dict[str, int | None]) -> Iterator[str]:
+    """docs/matrix.md, line by line."""
+    made = next(iter(rows.values()))
+    attached_to = {n: r for n, r in rows.items() if r.get("attached")}
+    counted = [n for n in rows if expected[n] is not None]
+    minutes = sum(r["seconds"] for r in rows.values()) / 60
+    yield "# Networks that attention was attached to"
+    yield ""
+    yield (
+        f"{len(rows)} networks of torchvision {made['torchvision']} and timm {made['timm']}, torch "
+        f"{made['torch']}, one CPU thread, float32, freshly initialised, {made['date']}. `make matrix` makes "
+        f"this page (`benchmarks/matrix.py`); it took {minutes:.0f} minutes."
+    )
+    yield ""
+    facts = {
+        "with attention attached": len(attached_to),
+        "bit-equal after `cbam.attach(model)`": sum(r["equal"] for r in attached_to.values()),
+        "with a gradient at every parameter in a step of training (where the plain network has one)": sum(
+            not r["without_gradient"] for r in attached_to.values()
+        ),
+        "bit-equal, with the plain keys and classes, after the step, plain weights and `cbam.detach`": sum(
+            r["detached"] for r in attached_to.values()
+        ),
+    }
+    yield "| networks | |"
+    yield "|---|---|"
+    for text, count in facts.items():
+        yield f"| {text} | {count} |"
+    right = sum(rows[n].get("sites") == expected[n] for n in counted)
+    yield f"| with as many places as were counted by hand from their definition | {right} of {len(counted)} |"
+    yield f"| places in all | {sum(r['attached'] for r in attached_to.values())} |"
+    yield ""
+    yield "Routes: " + "; ".join(f"{k} = {v}" for k, v in ROUTES.items()) + ", see [attaching](attaching.md)."
+    yield ""
+    yield "## Attached"
+    yield ""
+    yield "| network | input | places | counted | routes | bit-equal | gradients | detached | left out |"
+    yield "|---|---|---|---|---|---|---|---|---|"
+    for name, row in attached_to.items():
+        count = expected[name]
+        routes = ", ".join(f"{n} {when}" for when, n in row["routes"].items())
+        cells = [
+            name,
+            row["size"],
+            row["attached"],
+            "" if count is None else count,
+            routes,
+            yes(row["equal"]),
+            "all" if not row["without_gradient"] else "none at " + ", ".join(row["without_gradient"][:3]),
+            yes(row["detached"]),
+            listed(row["left_out"]),
+        ]
+        yield "| " + " | ".join(map(str, cells)) + " |"
+    yield ""
+    yield "## Not attached, and why"
+    yield ""
+    yield "| network | input | counted | why |"
+    yield "|---|---|---|---|"
+    for name, row in rows.items():
+        if name not in attached_to:
+            count = expected[name]
+            why = row.get("failed") or listed(row["left_out"]) or "no residual block with a convolution"
+            yield f"| {name} | {row.get('size', '')} | {'' if count is None else count} | {why} |"
+
+
+def yes(value: bool) -> str:
+    return "yes" if value else "**no**"
+
+
+def listed(reasons: dict[str, int]) -> str:
+    return "; ".join(f"{count} {text}" for text, count in reasons.items())
+
+
+# --- the run ---------------------------------------------------------------------------------------
+
+
+def kept(now: dict[str, str]) -> dict[str, dict[str, Any]]:
+    """The rows of an earlier run that would come out the same now."""
+    if not RESULTS.exists():
+        return {}
+    rows = [json.loads(line) for line in RESULTS.read_text("utf-8").splitlines()]
+    return {row["network"]: row for row in rows if all(row[k] == v for k, v in now.items())}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # pyright: ignore
+    parser.add_argument("--only", default="", help="run the networks whose name matches; no page is written")
+    parser.add_argument("--fresh", action="store_true", help="keep no row of an earlier run")
+    options = parser.parse_args()
+    torch.set_num_threads(1)  # the networks are small, and a second thread mostly waits
+    now, expected = versions(), networks()
+    rows = {} if options.fresh else kept(now)
+    RESULTS.parent.mkdir(exist_ok=True)
+    if not options.only:
+        RESULTS.write_text("".join(f"{json.dumps(row)}\n" for row in rows.values()), encoding="utf-8")
+    for name in expected:
+        if name in rows or not re.search(options.only, name):
+            continue
+        begin = time.perf_counter()
+        try:
+            row = examine(name)
+        except Exception as error:  # one network that fails is a row, not the end of the run
+            row = {"failed": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}"}
+        seconds = round(time.perf_counter() - begin, 2)
+        row = {"network": name, **now, "date": f"{datetime.date.today()}", "seconds": seconds, **row}
+        rows[name] = row
+        print(f"{seconds:6.1f} s  {name}  {summary(row)}", flush=True)
+        if not options.only:
+            with RESULTS.open("a", encoding="utf-8") as file:
+                file.write(f"{json.dumps(row)}\n")
+    if not options.only:
+        ordered = {name: rows[name] for name in expected}
+        PAGE.write_text("\n".join(page(ordered, expected)) + "\n", encoding="utf-8")
+    wrong = [n for n, row in rows.items() if not sound(row, expected.get(n))]
+    sys.exit(f"not as expected: {', '.join(wrong)}" if wrong else 0)
+
+
+def summary(row: dict[str, Any]) -> str:
+    known = ("network", "seconds", "date", "torch", "torchvision", "timm", "code")
+    facts = {k: v for k, v in row.items() if k not in known}
+    return json.dumps(facts)
+
+
+def sound(row: dict[str, Any], count: int | None) -> bool:
+    """Whether a row is what the project promises."""
+    if "failed" in row or (count is not None and row["sites"] != count):
+        return False
+    if "refused" in row:
+        return row["sites"] == 0
+    return row["equal"] and row["keys"] and row["detached"] and not row["without_gradient"]
+
+
+if __name__ == "__main__":
+    main()
