@@ -48,8 +48,9 @@ def networks() -> dict[str, int | None]:
 
 def versions() -> dict[str, str]:
     """What a row depends on: the libraries, and the code that attaches."""
-    files = [*(ROOT / "cbam" / "surgery").glob("*.py"), ROOT / "cbam/nn/cbam.py", ROOT / "cbam/nn/gate.py"]
-    code = hashlib.sha256(b"".join(file.read_bytes() for file in sorted(files)))
+    names = [f"cbam/surgery/{name}.py" for name in ("attach", "graph", "route", "sites", "trial")]
+    files = [ROOT / name for name in [*names, "cbam/nn/cbam.py", "cbam/nn/gate.py"]]
+    code = hashlib.sha256(b"".join(file.read_bytes() for file in files))
     return {
         "torch": torch.__version__.partition("+")[0],
         "torchvision": torchvision.__version__.partition("+")[0],

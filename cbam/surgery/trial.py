@@ -219,6 +219,11 @@ class _ShapeNotes(fx.Interpreter):
         super().__init__(block, graph=graph)
         self.noted: dict[str, torch.Size] = {}
 
+    def call_module(self, target, args, kwargs):
+        # a child may append to a list that it is given, and those of a graph refuse that
+        args = tuple(list(a) if isinstance(a, list) else a for a in args)
+        return super().call_module(target, args, kwargs)
+
     def run_node(self, n: fx.Node):
         out = super().run_node(n)
         if isinstance(out, Tensor):
@@ -227,9 +232,18 @@ class _ShapeNotes(fx.Interpreter):
 
 
 def _noted_shapes(block: nn.Module, graph: fx.Graph, x: Tensor) -> dict[str, torch.Size]:
+    """The shape of every tensor of the graph.
+
+    Raises:
+        MisfitError: the graph does not run, though the forward it was read from does.
+    """
     interpreter = _ShapeNotes(block, graph)
-    with torch.no_grad():
-        interpreter.run(x)
+    try:
+        with torch.no_grad():
+            interpreter.run(x)
+    except Exception as error:  # a graph leaves out what its forward does beside computing values
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
+        raise MisfitError(f"its traced forward does not run: {reason}") from error
     return interpreter.noted
 
 

@@ -429,3 +429,57 @@ def test_nothing_of_a_trace_stays_in_what_a_block_keeps():
         cbam.attach(block)
         assert torch.equal(block(x), expected)
     pickle.dumps(cbam.detach(block))
+
+
+class Appending(nn.Module):
+    """Appends what it computes to the list that it is given, as timm's VoVNet does."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = body(8)
+
+    def forward(self, x, seen):
+        seen.append(self.conv(x))
+        return torch.cat(seen, 1)
+
+
+class GivesAList(Host):
+    def __init__(self):
+        super().__init__()
+        self.middle, self.end = Appending(), nn.Conv2d(16, 8, 1)
+
+    def forward(self, x):
+        seen = [x]
+        return self.end(self.middle(x, seen)) + seen[0]
+
+
+class FillsADict(nn.Module):
+    def forward(self, x, notes):
+        notes["twice"] = x + x
+        return x
+
+
+class GivesADict(Host):
+    """Its traced forward hands over a dict that refuses to be filled."""
+
+    def __init__(self):
+        super().__init__()
+        self.taker = FillsADict()
+
+    def forward(self, x):
+        return x + self.norm(self.b(self.act(self.a(self.taker(x, {"once": x})))))
+
+
+def test_a_child_may_append_to_a_list_it_is_given():
+    block, x = GivesAList().eval(), torch.randn(1, 8, 6, 7)
+    (site,) = cbam.sites(block)
+    assert (site.why, site.channels, site.default) == ("after end", 8, True)
+    with torch.no_grad():
+        expected = block(x)
+        assert torch.equal(cbam.attach(block)(x), expected)
+
+
+def test_a_graph_that_does_not_run_is_a_reason_and_no_error():
+    (site,) = cbam.sites(GivesADict())
+    assert not site.default
+    assert site.why.startswith("its traced forward does not run")
