@@ -21,8 +21,7 @@ class BAM(SigmoidGate):
     The gain g is 1 in the paper: the factor of F lies in (1, 2), and no weights make it 1. The identity start
     takes g = 2: the factor lies in (1/2, 3/2), and is exactly 1/2 + sigmoid(0) = 1 in the middle.
 
-    Reference: Park, Woo, Lee, Kweon, "BAM: Bottleneck Attention Module", BMVC 2018, arXiv 1807.06514,
-    section 3, equations 1 to 5.
+    Reference: Park, Woo, Lee, Kweon, "BAM: Bottleneck Attention Module", BMVC 2018, arXiv 1807.06514.
 
     Args:
         channels: C of the feature map.

@@ -18,7 +18,7 @@ class CoordAttention(SigmoidGate):
     strip of H + W pixels. The identity start takes g = 4, since both sigmoids are then 1/2.
 
     Reference: Hou, Zhou, Feng, "Coordinate Attention for Efficient Mobile Network Design", CVPR 2021,
-    arXiv 2103.02907, section 3.2, equations 4 to 9.
+    arXiv 2103.02907.
 
     Args:
         channels: C of the feature map.

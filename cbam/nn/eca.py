@@ -17,7 +17,7 @@ class ECA(SigmoidGate):
     (log2(C) + 1) / 2, the larger of two equally near: 3 for 64 channels, 5 for 128 to 1024, 7 for 2048.
 
     Reference: Wang, Wu, Zhu, Li, Zuo, Hu, "ECA-Net: Efficient Channel Attention for Deep Convolutional Neural
-    Networks", CVPR 2020, arXiv 1910.03151, section 3.2 and equation 12.
+    Networks", CVPR 2020, arXiv 1910.03151.
 
     Args:
         channels: C of the feature map.

@@ -19,7 +19,7 @@ class EMA(SigmoidGate):
     the dot is a product over those channels. The identity start zeroes the affine of GN and f3.
 
     Reference: Ouyang, He, Zhang, Luo, Guo, Zhan, Huang, "Efficient Multi-Scale Attention Module with
-    Cross-Spatial Learning", ICASSP 2023, arXiv 2305.13563, section 3.
+    Cross-Spatial Learning", ICASSP 2023, arXiv 2305.13563.
 
     Args:
         channels: C of the feature map.

@@ -16,7 +16,7 @@ class GAM(nn.Module):
     The first 7x7 convolution f7 goes to the hidden channels, the second back to C; both have biases.
 
     Reference: Liu, Shao, Hoffmann, "Global Attention Mechanism: Retain Information to Enhance Channel-Spatial
-    Interactions", 2021, arXiv 2112.05561, section 3.
+    Interactions", 2021, arXiv 2112.05561.
 
     Args:
         channels: C of the feature map.

@@ -20,7 +20,7 @@ class GCT(Gate):
     With gamma = beta = 0, where the paper starts, the gate is exactly 1 + tanh(0) = 1. eps is 1e-5.
 
     Reference: Yang, Zhu, Wu, Yang, "Gated Channel Transformation for Visual Recognition", CVPR 2020,
-    arXiv 1909.11519, section 3.
+    arXiv 1909.11519.
 
     Args:
         channels: C of the feature map.

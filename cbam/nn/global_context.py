@@ -19,7 +19,7 @@ class GlobalContext(nn.Module):
     hidden channels. With W1 = b1 = 0, where the released code starts, F' is exactly F.
 
     Reference: Cao, Xu, Lin, Wei, Hu, "GCNet: Non-local Networks Meet Squeeze-Excitation Networks and Beyond",
-    ICCV Workshops 2019, arXiv 1904.11492, section 4.3.
+    ICCV Workshops 2019, arXiv 1904.11492.
 
     Args:
         channels: C of the feature map.

@@ -21,7 +21,7 @@ class SCSE(SigmoidGate):
     sigmoid(0) + sigmoid(0) = 1.
 
     Reference: Roy, Navab, Wachinger, "Concurrent Spatial and Channel Squeeze & Excitation in Fully
-    Convolutional Networks", MICCAI 2018, arXiv 1803.02579, section 2.
+    Convolutional Networks", MICCAI 2018, arXiv 1803.02579.
 
     Args:
         channels: C of the feature map.

@@ -20,8 +20,7 @@ class SelectiveKernel(nn.Module):
     in the place of the map, which no weights make the map itself (a relu is passed). So there is no identity
     start; where the map is the residual branch of a block, take start="paper".
 
-    Reference: Li, Wang, Hu, Yang, "Selective Kernel Networks", CVPR 2019, arXiv 1903.06586, section 3.1,
-    equations 1 to 6.
+    Reference: Li, Wang, Hu, Yang, "Selective Kernel Networks", CVPR 2019, arXiv 1903.06586.
 
     Args:
         channels: C of the feature map.

@@ -21,7 +21,7 @@ class SimAM(Gate):
     gate of a pixel at the mean is sigmoid(1/2) = 0.62: no identity start exists.
 
     Reference: Yang, Zhang, Li, Xie, "SimAM: A Simple, Parameter-Free Attention Module for Convolutional
-    Neural Networks", ICML 2021 (PMLR 139), section 3.2.
+    Neural Networks", ICML 2021 (PMLR 139).
 
     Args:
         channels: C of the feature map; nothing depends on it.

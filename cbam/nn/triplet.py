@@ -21,7 +21,7 @@ class TripletAttention(Gate):
     the gates sum to exactly 3, and 3 / 3 = 1.
 
     Reference: Misra, Nalamada, Arasanipalai, Hou, "Rotate to Attend: Convolutional Triplet Attention Module",
-    WACV 2021, arXiv 2010.03045, section 3.2.
+    WACV 2021, arXiv 2010.03045.
 
     Args:
         channels: C of the feature map; no weight depends on it.

@@ -6,7 +6,24 @@ from typing import Any
 
 from cbam.studies.statistics import median_ratio, paired_difference, spread
 
-LABELS = {"plain": "plain", "se": "SE", "cbam": "CBAM", "channel": "channel only", "spatial": "spatial only"}
+LABELS = {
+    "plain": "plain",
+    "se": "SE",
+    "cbam": "CBAM",
+    "channel": "channel only",
+    "spatial": "spatial only",
+    "eca": "ECA",
+    "scse": "scSE",
+    "bam": "BAM",
+    "gc": "GC",
+    "coordatt": "CoordAtt",
+    "simam": "SimAM",
+    "triplet": "Triplet",
+    "gct": "GCT",
+    "sk": "SK",
+    "gam": "GAM",
+    "ema": "EMA",
+}
 
 # measure, what it is called, its unit in the table, whether less is better
 MEASURES = (

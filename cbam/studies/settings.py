@@ -5,7 +5,14 @@ from dataclasses import dataclass, field, fields
 
 from cbam.errors import ConfigError
 
-ATTENTION = ("cbam", "se", "channel", "spatial")
+ATTENTION = (
+    *("cbam", "se", "channel", "spatial", "eca", "scse", "bam", "gc", "coordatt", "simam", "triplet", "gct"),
+    *("sk", "gam", "ema"),
+)
+NO_IDENTITY = ("simam", "sk")  # no identity start: a trained network cannot be forked to them
+    "simam",
+    "sk",
+)  # they cannot start at the identity, so a trained network cannot be forked to them
 
 
 def _option(default, help: str, metavar: str | None = None):
@@ -77,6 +84,10 @@ class Settings:
         yield len(set(self.attention)) == len(self.attention), f"attention names one twice: {self.attention}"
         for name in self.attention:
             near = difflib.get_close_matches(str(name), ATTENTION, 3, 0.1) or list(ATTENTION)
+            yield (
+                self.from_scratch or name not in NO_IDENTITY,
+                f"{name} has no identity start to go on from a trained network with; say from_scratch",
+            )
             yield name in ATTENTION, f"unknown attention {name!r}; nearest: {', '.join(near)}"
         for name in ("data", "model", "pretrained"):
             value = getattr(self, name)

@@ -10,7 +10,7 @@ The recipe, fixed before any arm was compared, from the plain network's training
   plain network comes down from 90 % (chance) to about 12 % error, which leaves room on both sides.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from cbam.data import Images, cluttered_digits, image_folder
 from cbam.errors import CheckpointError, CheckpointNotFoundError
 from cbam.models import build
-from cbam.nn import CBAM, ChannelAttention, SpatialAttention, squeeze_excitation
+from cbam.nn import ATTENTION
 from cbam.studies.settings import Settings
 from cbam.surgery import attach, load_weights
 from cbam.train import Recipe
@@ -27,18 +27,6 @@ from cbam.train import Recipe
 DIGITS, FOLDER = {"epochs": 8, "batch_size": 32}, {"epochs": 10, "batch_size": 64}
 LR, FINE_TUNING_LR = 0.05, 0.005
 MEMORY = 256 << 20  # bytes of validation pictures that are kept
-
-
-def _spatial(channels: int) -> SpatialAttention:
-    return SpatialAttention()
-
-
-ATTENTION: dict[str, Callable[[int], nn.Module]] = {
-    "cbam": CBAM,
-    "se": squeeze_excitation,
-    "channel": ChannelAttention,
-    "spatial": _spatial,
-}
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from cbam.errors import InputError
-from cbam.nn import CBAM, ChannelAttention, SpatialAttention
+from cbam.nn import CBAM
+from cbam.nn.gate import SigmoidGate
 from cbam.surgery.route import SLOT, is_refined
 
 # ours, under `<block>.cbam.`; the released code, under the same; timm's CbamModule, under `<block>.se.`
@@ -40,7 +41,7 @@ class Target:
         self.model = model
         modules = list(model.named_modules(remove_duplicate=False))
         self.blocks = {name: module for name, module in modules if is_refined(module)}
-        self.gates = {n: m for n, m in modules if isinstance(m, ChannelAttention | SpatialAttention)}
+        self.gates = {n: m for n, m in modules if isinstance(m, SigmoidGate)}
         gains = {under(name, "gain") for name in self.gates}
         state = model.state_dict()
         self.tensors = {n: v for n, v in state.items() if isinstance(v, Tensor) and n not in gains}

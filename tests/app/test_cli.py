@@ -208,7 +208,14 @@ def test_ctrl_c_ends_a_run_with_130_and_leaves_nothing_half_done(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "ascii"}
     command = [sys.executable, "-m", "cbam", "compare", "--limit", "30", "--epochs", "500", "--out", "out"]
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, text=True, cwd=tmp_path
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=environment,
+        text=True,
+        cwd=tmp_path,
+        # A shell starts background jobs deaf to Ctrl-C, and they hand that on.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
         assert process.stdout is not None
         assert process.stderr is not None
@@ -217,6 +224,9 @@ def test_ctrl_c_ends_a_run_with_130_and_leaves_nothing_half_done(tmp_path):
                 break
         time.sleep(1)
         process.send_signal(signal.SIGINT)
-        assert process.wait(60) == 130
+        try:
+            assert process.wait(60) == 130
+        finally:
+            process.kill()
         assert process.stderr.read() == "cbam: interrupted\n"
     assert list(tmp_path.iterdir()) == []

@@ -1,13 +1,21 @@
 import pytest
 
 from cbam.errors import ConfigError
+from cbam.nn import ATTENTION as MODULES
 from cbam.studies import Settings
-from cbam.studies.settings import ATTENTION
-from cbam.studies.task import ATTENTION as BUILDERS
+from cbam.studies.report import LABELS
+from cbam.studies.settings import ATTENTION, NO_IDENTITY
 
 
-def test_every_attention_that_the_help_names_can_be_built():
-    assert set(ATTENTION) == set(BUILDERS)
+def test_every_attention_that_the_help_names_can_be_built_and_told():
+    assert set(ATTENTION) == set(MODULES) == set(LABELS) - {"plain"}
+
+
+def test_attention_without_an_identity_start_is_compared_from_scratch_alone():
+    assert set(NO_IDENTITY) == {name for name, make in MODULES.items() if not hasattr(make(64), "identity_")}
+    assert Settings(attention=NO_IDENTITY, from_scratch=True).attention == NO_IDENTITY
+    with pytest.raises(ConfigError, match="simam has no identity start"):
+        Settings(attention=("cbam", "simam"))
 
 
 def test_all_problems_are_told_together():

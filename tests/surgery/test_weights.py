@@ -919,3 +919,19 @@ def test_trained_imagenet_weights_load_and_survive_attaching():
     attached = build("timm:tf_efficientnet_lite0+cbam").eval()
     assert load_weights(attached, converted).format == "released"
     assert torch.equal(outputs(attached), expected)
+
+
+@pytest.mark.parametrize("name", ["eca", "bam", "coordatt", "triplet", "ema", "scse"])
+def test_the_gains_of_every_attention_follow_the_file(name):
+    """Loading sets what the file says: gain 1 into an identity start, and an identity start into gain 1."""
+    make = cbam.nn.ATTENTION[name]
+    x = torch.randn(2, 3, 32, 32)
+    kinds = {
+        start: cbam.attach(cbam.build("resnet_tiny", num_classes=3), attention=make, start=start)
+        for start in ("paper", "identity")
+    }
+    for start, source in kinds.items():
+        for other in kinds:
+            target = cbam.attach(cbam.build("resnet_tiny", num_classes=3), attention=make, start=other)
+            cbam.load_weights(target, source.state_dict())
+            assert torch.equal(target.eval()(x), source.eval()(x)), (start, other)
