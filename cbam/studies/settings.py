@@ -10,9 +10,6 @@ ATTENTION = (
     *("sk", "gam", "ema"),
 )
 NO_IDENTITY = ("simam", "sk")  # no identity start: a trained network cannot be forked to them
-    "simam",
-    "sk",
-)  # they cannot start at the identity, so a trained network cannot be forked to them
 
 
 def _option(default, help: str, metavar: str | None = None):
