@@ -37,7 +37,11 @@ NETWORKS = ROOT / "tests" / "surgery" / "architectures.toml"
 RESULTS = ROOT / "benchmarks" / "results" / "matrix.jsonl"
 PAGE = ROOT / "docs" / "matrix.md"
 CLASSES, SIZE = 7, 64
-ROUTES = {"after": "after a child", "before": "before a child", "graph": "generated forward"}
+ROUTES = {
+    "after": "after a child of the block",
+    "before": "before one (dropout, drop path)",
+    "graph": "by a forward generated from the block's graph",
+}
 
 
 def networks() -> dict[str, int | None]:
@@ -188,7 +192,12 @@ def page(rows: dict[str, dict[str, Any]], expected: dict[str, int | None]) -> It
     yield f"| with as many places as were counted by hand from their definition | {right} of {len(counted)} |"
     yield f"| places in all | {sum(r['attached'] for r in attached_to.values())} |"
     yield ""
-    yield "Routes: " + "; ".join(f"{k} = {v}" for k, v in ROUTES.items()) + ", see [attaching](attaching.md)."
+    yield (
+        "Input is the side of the two square images. Routes: "
+        + "; ".join(f"{when} = {text}" for when, text in ROUTES.items())
+        + ". The reasons of what is left out are explained in [attaching](attaching.md#where-it-goes); a "
+        "network where nothing can be attached is refused with its reason, unchanged."
+    )
     yield ""
     yield "## Attached"
     yield ""
