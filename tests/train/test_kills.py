@@ -43,7 +43,8 @@ def test_a_run_killed_at_a_point_of_every_kind_ends_bitwise_the_same():
         ["save:half:3", "eval:1"],
         ["save:pre_rename:1", "log:4"],
         ["bwd:6"],
-        ["rotate:1"],
+        ["rotate:1", "data:1", "log:1"],
+        ["eval:2"],
     ]
     calm, *killed = ended([[], *runs])
     assert [end["killed"] for end in killed] == [len(run) for run in runs]
