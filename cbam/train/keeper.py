@@ -141,7 +141,8 @@ class Keeper(pl.Callback):
         self._say(
             f"epoch {entry['epoch']}: loss {entry['train_loss']:.4f}, "
             f"validation loss {entry['val_loss']:.4f}, "
-            f"top-1 error {entry['val_top1']:.2f} %, {entry['seconds']:.1f} s"
+            f"top-1 error {entry['val_top1']:.2f} %"
+            + (f", {seconds:.1f} s" if (seconds := entry["seconds"]) == seconds else "")
         )
 
     # --- saving ---
