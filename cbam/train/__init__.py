@@ -4,14 +4,14 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from cbam.train.fit import Evaluation, evaluate, fit, pick_device
+    from cbam.train.fitting import Evaluation, evaluate, fit, pick_device
     from cbam.train.recipe import Recipe
     from cbam.train.recipes import RECIPES, Config
     from cbam.train.runs import run, score
 
 # The command line reads the recipes for its help, which must not wait for torch.
 _HOME = {
-    **dict.fromkeys(("Evaluation", "evaluate", "fit", "pick_device"), "fit"),
+    **dict.fromkeys(("Evaluation", "evaluate", "fit", "pick_device"), "fitting"),
     **dict.fromkeys(("Config", "RECIPES"), "recipes"),
     **dict.fromkeys(("run", "score"), "runs"),
     "Recipe": "recipe",
@@ -23,7 +23,6 @@ __all__ = ["RECIPES", "Config", "Evaluation", "Recipe", "evaluate", "fit", "pick
 def __getattr__(name: str):
     if name not in _HOME:
         raise AttributeError(f"module 'cbam.train' has no attribute {name!r}")
-    # The function `fit` takes the place of the submodule of the same name.
     value = getattr(importlib.import_module(f"cbam.train.{_HOME[name]}"), name)
     globals()[name] = value
     return value

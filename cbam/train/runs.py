@@ -14,7 +14,7 @@ from cbam.errors import CheckpointError, CheckpointNotFoundError, ConfigError, M
 from cbam.models import build
 from cbam.surgery import load_weights
 from cbam.train import checkpoint
-from cbam.train.fit import Evaluation, evaluate, fit, pick_device
+from cbam.train.fitting import Evaluation, evaluate, fit, pick_device
 from cbam.train.folder import locked, write_config
 from cbam.train.recipes import Config, changes, full_path, recipe
 
