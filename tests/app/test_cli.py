@@ -247,7 +247,7 @@ def test_ctrl_c_ends_a_run_with_130_and_leaves_nothing_half_done(tmp_path):
 def test_train_is_stopped_resumed_and_evaluated(tmp_path, capsys):
     # R19
     small = ["--limit", "24", "--epochs", "2", "--batch-size", "8", "--device", "cpu"]
-    assert cli.main(["train", "digits", *small, "--out", "run", "--max-time", "0.1s"]) == 75
+    assert cli.main(["train", "digits", *small, "--out", "run", "--max-time", "0s"]) == 75
     assert "stopped by the time limit after 1 of 3 steps of epoch 0" in capsys.readouterr().err
     assert cli.main(["train", "digits", "--out", "run"]) == 2
     assert "--resume auto goes on" in capsys.readouterr().err
