@@ -56,6 +56,16 @@ class NonFiniteError(CBAMError, ArithmeticError):
     exit_code = 5
 
 
+class StoppedError(CBAMError, RuntimeError):
+    """A training was stopped from outside, or by its time limit, and can be resumed."""
+
+    exit_code = 75
+
+    def __init__(self, message: str, exit_code: int = 75) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
 class OutputError(CBAMError, OSError):
     """A result cannot be written: no permission, no room, no such place."""
 

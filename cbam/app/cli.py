@@ -10,11 +10,13 @@ import dataclasses
 import difflib
 import errno
 import importlib.util
+import re
 import signal
 import sys
 import threading
 import traceback
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import cbam
@@ -22,12 +24,14 @@ from cbam.app.config import read_config, wanted
 from cbam.app.terminal import progress, show, silence
 from cbam.errors import CBAMError, ConfigError, MissingExtraError
 from cbam.studies.settings import Settings
+from cbam.train.recipes import RECIPES, Config
 
 EXIT_CODES = """\
-exit codes: 0 done, 1 unexpected error, 2 usage, 3 data, 4 weights file, 5 loss not finite, 6 out of memory,
-7 no room or no permission, 8 optional package missing, 130 interrupted, 143 terminated"""
+exit codes: 0 done, 1 unexpected error, 2 usage, 3 data, 4 weights file or checkpoint, 5 loss not finite,
+6 out of memory, 7 no room or no permission, 8 optional package missing, 75 time limit, 130 interrupted,
+143 terminated; what `cbam train` saved before 75, 130 or 143 is taken up by --resume auto"""
 
-OUT = "cbam-report"
+OUT, RUNS = "cbam-report", "cbam-runs"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -166,6 +170,56 @@ def _sites(options: argparse.Namespace) -> int:
     return 0
 
 
+def _train(options: argparse.Namespace) -> int:
+    settings = _given(options, Config)
+    settings.pop("recipe", None)
+    _need("cbam train", {"train": ("torchvision", "PIL", "sklearn", "pytorch_lightning")})
+    from cbam.train import run
+
+    folder = _run_folder(options)
+    with _terminable(), progress() as watch:
+        history = run(
+            options.recipe, settings, folder, watch, resume=options.resume, max_time=options.max_time
+        )
+    last = history[-1]
+    show(f"Done: top-1 error {last['val_top1']:.2f} %, validation loss {last['val_loss']:.4f}; in {folder}")
+    return 0
+
+
+def _run_folder(options: argparse.Namespace) -> Path:
+    if options.out is not None:
+        return Path(options.out)
+    if options.resume not in (None, "auto"):
+        path = Path(options.resume)
+        return path if path.is_dir() else path.parent
+    return Path(RUNS) / options.recipe.replace("/", "-")
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    _need("cbam eval", {"train": ("torchvision", "PIL", "sklearn", "pytorch_lightning")})
+    from cbam.train import score
+
+    with _terminable():
+        scored, what = score(
+            Path(options.file), data=options.data, model=options.model, size=options.size,
+            batch_size=options.batch_size, device=options.device, workers=options.workers,
+        )  # fmt: skip
+    top5 = "" if scored.top5 is None else f", top-5 error {scored.top5:.2f} %"
+    show(f"{what}: top-1 error {scored.top1:.2f} %{top5}, loss {scored.loss:.4f}")
+    return 0
+
+
+def _recipes(options: argparse.Namespace) -> int:
+    for name, recipe in RECIPES.items():
+        config = recipe()
+        show(f"{name:<16}{(recipe.__doc__ or '').partition(chr(10))[0]}")
+        show(
+            f"{'':<16}{config.model}, {config.epochs} epochs, batch {config.batch_size}, {config.optimizer} "
+            f"lr {config.lr:g} {config.schedule}, weight decay {config.weight_decay:g}"
+        )
+    return 0
+
+
 # --- the command line ---
 
 
@@ -197,6 +251,9 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     debug = _Parser(add_help=False, allow_abbrev=False)
     debug.add_argument("--debug", action="store_true", help="show the traceback of an error")
     _add_compare(commands, debug)
+    _add_train(commands, debug)
+    _add_evaluate(commands, debug)
+    _add(commands, debug, "recipes", _recipes, "list the recipes of `cbam train`")
     listing = _add(commands, debug, "list", _list, "list the networks that can be built")
     listing.add_argument(
         "pattern", nargs="?", default="", metavar="PATTERN", help='part of a name, or "resnet*"'
@@ -207,7 +264,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     places.add_argument("name", metavar="NAME", help="network, see `cbam list`")
     options = parser.parse_args(argv)
     if not hasattr(options, "run"):
-        parser.error("a command is needed: compare, list or sites")
+        parser.error("a command is needed: compare, train, eval, recipes, list or sites")
     return options
 
 
@@ -237,9 +294,66 @@ def _add_compare(commands, debug) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier report in it")
 
 
-def _add_setting(parser: _Parser, field: dataclasses.Field) -> None:
-    """An option for a field of Settings. Its default stays out, so that what was given can be told."""
-    how: dict[str, Any] = {"default": argparse.SUPPRESS, "help": _help(field)}
+def _add_train(commands, debug) -> None:
+    parser = _add(
+        commands, debug, "train", _train, "train a network by a recipe; a stopped run can be resumed"
+    )
+    parser.add_argument("recipe", metavar="RECIPE", help=f"one of {', '.join(RECIPES)}")
+    for field in dataclasses.fields(Config):
+        if field.name != "recipe":
+            _add_setting(parser, field, of_recipe=True)
+    parser.add_argument(
+        "--config", metavar="FILE", help="YAML file with options above, as config.json of a run"
+    )
+    parser.add_argument("--out", metavar="DIR", help=f"folder of the run (default: {RUNS}/RECIPE)")
+    parser.add_argument(
+        "--resume",
+        metavar="auto|PATH",
+        help="go on from the newest valid checkpoint of the folder, if it has one, or from this one",
+    )
+    parser.add_argument(
+        "--max-time",
+        type=_duration,
+        metavar="TIME",
+        help="save and exit with 75 before this time is over: 90m, 11.5h, 11:30:00",
+    )
+
+
+def _add_evaluate(commands, debug) -> None:
+    parser = _add(
+        commands, debug, "eval", _evaluate, "evaluate a checkpoint, or the weights of a named network"
+    )
+    parser.add_argument("file", metavar="FILE", help="checkpoint or folder of a run, or weights with --model")
+    parser.add_argument("data", nargs="?", metavar="DATA", help="image folder (default: that of the run)")
+    parser.add_argument(
+        "--model", metavar="NAME", help="network, see `cbam list`; a checkpoint knows its own"
+    )
+    parser.add_argument("--size", type=_count, metavar="PIXELS", help="side of the pictures")
+    parser.add_argument("--batch-size", type=_count, default=256, metavar="N", help="(default: 256)")
+    parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu or cuda (default: auto)")
+    parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes that load pictures")
+
+
+def _count(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"must be a whole number above 0, got {text!r}")
+    return int(text)
+
+
+def _duration(text: str) -> float:
+    """Seconds: "90s", "90m", "11.5h" or "H:MM:SS"."""
+    if match := re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", text):
+        seconds = float(match[1]) * {"s": 1, "m": 60, "h": 3600}[match[2]]
+    elif match := re.fullmatch(r"(\d+):([0-5]\d):([0-5]\d)", text):
+        seconds = 3600.0 * int(match[1]) + 60 * int(match[2]) + int(match[3])
+    else:
+        raise argparse.ArgumentTypeError(f"must be a time such as 90m, 11.5h or 11:30:00, got {text!r}")
+    return seconds
+
+
+def _add_setting(parser: _Parser, field: dataclasses.Field, *, of_recipe: bool = False) -> None:
+    """An option for a field. Its default stays out, so that what was given can be told."""
+    how: dict[str, Any] = {"default": argparse.SUPPRESS, "help": _help(field, of_recipe)}
     if field.name == "data":
         parser.add_argument("data", nargs="?", metavar="DATA", **how)
         return
@@ -257,9 +371,9 @@ def _add_setting(parser: _Parser, field: dataclasses.Field) -> None:
     parser.add_argument(flag, **how)
 
 
-def _help(field: dataclasses.Field) -> str:
+def _help(field: dataclasses.Field, of_recipe: bool) -> str:
     text, default = field.metadata["help"].replace("%", "%%"), field.default
-    if default is None or default is False:
+    if default is None or default is False or of_recipe:
         return text
     return f"{text} (default: {' '.join(default) if isinstance(default, tuple) else default})"
 
@@ -275,12 +389,17 @@ def _reader(kind: type, field: dataclasses.Field):
 
 
 def _settings(options: argparse.Namespace) -> Settings:
-    given: dict[str, Any] = read_config(options.config, Settings) if options.config else {}
-    for name in Settings.names():
+    return Settings(**_given(options, Settings))
+
+
+def _given(options: argparse.Namespace, kind: type[Settings] | type[Config]) -> dict[str, Any]:
+    """What the file of --config says, and over it the command line."""
+    given: dict[str, Any] = read_config(options.config, kind) if options.config else {}
+    for name in kind.names():
         if hasattr(options, name):
             value = getattr(options, name)
             given[name] = tuple(value) if isinstance(value, list) else value
-    return Settings(**given)
+    return given
 
 
 def _need(what: str, extras: dict[str, tuple[str, ...]]) -> None:

@@ -148,19 +148,28 @@ class EpochSampler(Sampler[tuple[int, int]]):
 
     def __init__(self, length: int, *, shuffle: bool, seed: int = 0) -> None:
         self.length, self.shuffle, self.seed, self.epoch = length, shuffle, seed, 0
+        self._seen = (0, 0)
 
     def set_epoch(self, epoch: int) -> None:
         """Say which epoch the next iteration is; Lightning's Trainer does."""
         self.epoch = epoch
 
+    def resume(self, epoch: int, samples: int) -> None:
+        """Go on in `epoch`: its first `samples` have been seen, and are neither yielded nor counted."""
+        self.epoch, self._seen = epoch, (epoch, samples)
+
+    def _start(self) -> int:
+        epoch, samples = self._seen
+        return samples if epoch == self.epoch else 0
+
     def __iter__(self) -> Iterator[tuple[int, int]]:
         if not self.shuffle:
             return iter([(0, index) for index in range(self.length)])
         order = draws("order", self.seed, self.epoch).permutation(self.length).tolist()
-        return iter([(self.epoch, index) for index in order])
+        return iter([(self.epoch, index) for index in order[self._start() :]])
 
     def __len__(self) -> int:
-        return self.length
+        return self.length - self._start()
 
 
 class _Loader(DataLoader):
@@ -207,6 +216,8 @@ def loader(images: Images, batch_size: int, *, train: bool, seed: int = 0, worke
         num_workers=workers,
         persistent_workers=workers > 0,
         pin_memory=torch.cuda.is_available(),
+        # Its own, for the workers' seeds, which nothing uses: the caller's generator is left alone.
+        generator=torch.Generator().manual_seed(seed),
     )
 
 

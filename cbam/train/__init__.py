@@ -1,6 +1,28 @@
 """A network, a data set and a recipe -> a trained network and its metrics, on Lightning's Trainer."""
 
-from cbam.train.fit import Evaluation, evaluate, fit, pick_device
-from cbam.train.recipe import Recipe
+import importlib
+from typing import TYPE_CHECKING
 
-__all__ = ["Evaluation", "Recipe", "evaluate", "fit", "pick_device"]
+if TYPE_CHECKING:
+    from cbam.train.fitting import Evaluation, evaluate, fit, pick_device
+    from cbam.train.recipe import Recipe
+    from cbam.train.recipes import RECIPES, Config
+    from cbam.train.runs import run, score
+
+# The command line reads the recipes for its help, which must not wait for torch.
+_HOME = {
+    **dict.fromkeys(("Evaluation", "evaluate", "fit", "pick_device"), "fitting"),
+    **dict.fromkeys(("Config", "RECIPES"), "recipes"),
+    **dict.fromkeys(("run", "score"), "runs"),
+    "Recipe": "recipe",
+}
+
+__all__ = ["RECIPES", "Config", "Evaluation", "Recipe", "evaluate", "fit", "pick_device", "run", "score"]
+
+
+def __getattr__(name: str):
+    if name not in _HOME:
+        raise AttributeError(f"module 'cbam.train' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"cbam.train.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value

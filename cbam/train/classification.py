@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cbam.train.fault import fault
 from cbam.train.recipe import Recipe
 
 
@@ -31,13 +32,16 @@ class Classification(pl.LightningModule):
         steps_per_epoch: int = 1,
         first_epoch: int = 0,
         on_step: Callable[[int], None] | None = None,
+        on_epoch: Callable[[dict], None] | None = None,
     ) -> None:
         super().__init__()
         self.model = model
         self.recipe = recipe
         self.steps_per_epoch = steps_per_epoch
         self.first_epoch = first_epoch
-        self.on_step = on_step
+        self.on_step, self.on_epoch = on_step, on_epoch
+        self._seen: dict = {}
+        self._validated: dict = {}
         self.history: list[dict] = []
         self.outputs: list[tuple[Tensor, Tensor, Tensor]] = []
         self.mean, self.std = tuple(mean), tuple(std)
@@ -58,11 +62,35 @@ class Classification(pl.LightningModule):
 
     def on_train_epoch_start(self) -> None:
         # Lightning has just set the sampler to an epoch counted from 0.
-        self.trainer.train_dataloader.sampler.set_epoch(self.first_epoch + self.current_epoch)  # type: ignore[union-attr]
-        self._began = time.perf_counter()
-        self._steps: list[float] = []
-        self._sums = torch.zeros(3, dtype=torch.float64)
-        self._lr = self.trainer.optimizers[0].param_groups[0]["lr"]
+        self._set_sampler(self.epoch)
+        self._begin(self._seen or {"step": 0, "lr": self.trainer.optimizers[0].param_groups[0]["lr"]})
+        self._seen = {}
+
+    def _set_sampler(self, epoch: int) -> None:
+        self.trainer.train_dataloader.sampler.set_epoch(epoch)  # type: ignore[union-attr]
+
+    def _begin(self, seen: dict) -> None:
+        self.offset, self._lr = seen["step"], seen["lr"]
+        self._sums = torch.tensor(seen.get("sums", [0.0, 0, 0]), dtype=torch.float64)
+        self._began, self._seconds, self._steps = time.perf_counter(), float("nan"), []
+
+    @property
+    def epoch(self) -> int:
+        """The number of the epoch, those of earlier trainings counted."""
+        return self.first_epoch + self.current_epoch
+
+    def seen(self) -> dict:
+        """What of the running epoch is done, as plain values: see `take_up`."""
+        return {
+            "step": self.offset + len(self._steps),
+            "lr": self._lr,
+            "sums": self._sums.tolist(),
+        }
+
+    def take_up(self, epoch: int, seen: dict, history: list[dict]) -> None:
+        """Go on in `epoch`, of which `seen` is done."""
+        self.first_epoch, self._seen, self.history = epoch, seen, list(history)
+        self._begin(seen)
 
     def on_train_batch_start(self, batch, batch_idx: int) -> None:
         self._step_began = time.perf_counter()
@@ -72,9 +100,12 @@ class Classification(pl.LightningModule):
         loss = F.cross_entropy(logits, batch["target"])
         value = loss.item()
         if value != value or value in (float("inf"), float("-inf")):
+            pictures = ", ".join(map(str, batch["index"][:8].tolist()))
             raise FloatingPointError(
-                f"the loss is {value} in epoch {self.first_epoch + self.current_epoch}, step {batch_idx}"
+                f"the loss is {value} in epoch {self.epoch}, step {self.offset + batch_idx}, of the training "
+                f"pictures {pictures}{', ...' if len(logits) > 8 else ''}; no step was taken"
             )
+        fault("fwd")
         wrong = (logits.argmax(1) != batch["target"]).sum().item()
         count = len(logits)
         self._sums += torch.tensor([value * count, wrong, count], dtype=torch.float64)
@@ -86,21 +117,24 @@ class Classification(pl.LightningModule):
 
     def on_train_epoch_end(self) -> None:
         # Lightning validates before this hook: the epoch's seconds were taken when validation began.
-        loss, wrong, count = self._sums.tolist()
-        self.history.append(
-            {
-                "epoch": self.first_epoch + self.current_epoch,
-                "lr": self._lr,
-                "train_loss": loss / count,
-                "train_top1": 100 * wrong / count,
-                **self._validated,
-                "seconds": self._seconds,
-                "step_seconds": statistics.median(self._steps),
-            }
-        )
+        self.finish_epoch(self.epoch)
+        self._set_sampler(self.epoch + 1)  # Lightning asks for its length before it sets the epoch
 
-    def on_train_start(self) -> None:
-        self._validated: dict = {}
+    def finish_epoch(self, epoch: int) -> None:
+        """Add the epoch to `history`, once it has been trained and validated."""
+        loss, wrong, count = self._sums.tolist()
+        entry = {
+            "epoch": epoch,
+            "lr": self._lr,
+            "train_loss": loss / count,
+            "train_top1": 100 * wrong / count,
+            **self._validated,
+            "seconds": self._seconds,
+            "step_seconds": statistics.median(self._steps or [float("nan")]),
+        }
+        self.history.append(entry)
+        if self.on_epoch is not None:
+            self.on_epoch(entry)
 
     def on_validation_epoch_start(self) -> None:
         if self.trainer.state.fn == "fit":

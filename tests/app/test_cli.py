@@ -79,6 +79,28 @@ BAD = [
     (["compare", "text.pth"], 3, "text.pth"),
     (["compare", "one_class"], 3, "one_class"),
     (["compare", "nul\0byte"], 3, ""),
+    (["train"], 2, "the following arguments are required: RECIPE"),
+    (["train", "digit"], 2, "unknown recipe 'digit'; did you mean 'digits'?"),
+    (["train", "digits", "--epoch", "3"], 2, "did you mean --epochs?"),
+    (["train", "digits", "--lr", "fast"], 2, "must be a number, got 'fast'"),
+    (["train", "digits", "--epochs", "0"], 2, "epochs must be a positive int"),
+    (["train", "digits", "--model", "resnt_tiny"], 2, "unknown network 'resnt_tiny'; nearest: resnet_tiny"),
+    (["train", "digits", "full"], 2, "makes its own pictures"),
+    (["train", "digits", "--device", "gpu"], 2, "device must be auto, cpu or cuda"),
+    (["train", "digits", "--config", "bad.yaml"], 2, "did you mean 'epochs'?"),
+    (["train", "digits", "--max-time", "soon"], 2, "must be a time such as 90m, 11.5h or 11:30:00"),
+    (["train", "digits", "--resume", "nowhere.ckpt", "--out", "new"], 4, "nowhere.ckpt: no such file"),
+    (["train", "digits", "--resume", "text.pth", "--out", "new"], 4, "probably a web page"),
+    (["train", "digits", "--limit", "9", "--out", "text.pth/below"], 7, "cannot write to text.pth/below"),
+    (["train", "folder"], 2, "the recipe folder needs DATA"),
+    (["train", "folder", "nowhere"], 3, "nowhere"),
+    (["train", "folder", "empty"], 3, "empty"),
+    (["eval", "nowhere.ckpt"], 4, "nowhere.ckpt: no such file"),
+    (["eval", "text.pth"], 2, "give --model NAME"),
+    (["eval", "text.pth", "--model", "resnet_tiny"], 4, "text.pth"),
+    (["eval", "full"], 4, "no checkpoint in this folder"),
+    (["eval", "text.pth", "--batch-size", "0"], 2, "must be a whole number above 0"),
+    (["recipes", "a"], 2, "unrecognized arguments: a"),
     (["list", "resnt"], 2, "no network matches 'resnt'; nearest: resnet"),
     (["list", "a", "b"], 2, "unrecognized arguments: b"),
     (["sites"], 2, "the following arguments are required: NAME"),
@@ -230,3 +252,70 @@ def test_ctrl_c_ends_a_run_with_130_and_leaves_nothing_half_done(tmp_path):
             process.kill()
         assert process.stderr.read() == "cbam: interrupted\n"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_train_is_stopped_resumed_and_evaluated(tmp_path, capsys):
+    # R19
+    small = ["--limit", "24", "--epochs", "2", "--batch-size", "8", "--device", "cpu"]
+    assert cli.main(["train", "digits", *small, "--out", "run", "--max-time", "0s"]) == 75
+    assert "stopped by the time limit after 1 of 3 steps of epoch 0" in capsys.readouterr().err
+    assert cli.main(["train", "digits", "--out", "run"]) == 2
+    assert "--resume auto goes on" in capsys.readouterr().err
+    assert cli.main(["train", "digits", "--out", "run", "--resume", "auto", "--lr", "0.2"]) == 2
+    assert "lr 0.05 -> 0.2" in capsys.readouterr().err
+    assert cli.main(["train", "digits", "--out", "run", "--resume", "auto"]) == 0
+    done = capsys.readouterr().out.splitlines()[-1]
+    assert cli.main(["eval", "run", "--device", "cpu"]) == 0
+    score = capsys.readouterr().out
+    assert score.startswith("resnet_tiny+cbam on 20 validation pictures of cluttered_digits: top-1 error ")
+    assert done.split("%")[0].split()[-1] == score.split("%")[0].split()[-1]
+    assert cli.main(["train", "digits", "--config", "run/config.json", "--out", "again"]) == 0
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == (
+        tmp_path / "again" / "metrics.jsonl"
+    ).read_text()
+
+
+def test_the_recipes_are_listed(capsys):
+    assert cli.main(["recipes"]) == 0
+    out = capsys.readouterr().out
+    assert "imagenet/paper" in out
+    assert "resnet50+cbam, 90 epochs, batch 256, sgd lr 0.1 step, weight decay 0.0001" in out
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("90s", 90), ("90m", 5400), ("11.5h", 41400), ("11:30:00", 41400), ("0:00:05", 5)]
+)
+def test_a_time_is_read_as_people_write_it(text, seconds):
+    assert cli._duration(text) == seconds
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_from_outside_saves_and_another_run_is_kept_out(number, code, tmp_path):
+    # R17, R18, R21
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    train = [
+        sys.executable,
+        "-m",
+        "cbam",
+        "train",
+        "digits",
+        "--device",
+        "cpu",
+        "--save-every",
+        "2",
+        "--out",
+        "run",
+    ]
+    with subprocess.Popen(train, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment) as process:
+        deadline = time.monotonic() + 90
+        while not list(tmp_path.glob("run/step-*.ckpt")):
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        assert cli.main(["train", "digits", "--limit", "9", "--out", "run"]) == 2
+        process.send_signal(number)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert b"--resume auto goes on" in err
+    assert err.count(b"\n") == 1
+    assert not (tmp_path / "run" / "lock").exists()

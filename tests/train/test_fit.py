@@ -2,6 +2,8 @@ import copy
 import logging
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from cbam.errors import ConfigError, DataError, NonFiniteError
 from cbam.train import Recipe, evaluate, fit, pick_device
 from cbam.train.classification import normalise
 
+ROOT = Path(cbam.__file__).parents[1]
 SHORT = Recipe(epochs=2, batch_size=16)
 
 
@@ -214,3 +217,8 @@ def test_normalised_pictures_have_the_stated_mean_and_deviation(digits):
     by_hand = (batch[0, 1, 30, 30].item() / 255 - train.mean[1]) / train.std[1]
     assert pixels[0, 1, 30, 30].item() == pytest.approx(by_hand, rel=1e-5)
     assert pixels.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_the_front_door_leads_to_functions_in_any_order():
+    program = "from cbam.train import pick_device, run, fit, evaluate, score; assert callable(fit), fit"
+    subprocess.run([sys.executable, "-c", program], check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})

@@ -6,9 +6,10 @@ import signal
 import tempfile
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,9 @@ from torch import Tensor, nn
 from cbam.data import Images, loader
 from cbam.errors import ConfigError, DataError, MissingExtraError, NonFiniteError
 from cbam.train.recipe import Recipe
+
+if TYPE_CHECKING:
+    from cbam.train.keeper import Keeper
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,7 @@ def fit(
     first_epoch: int = 0,
     workers: int = 0,
     on_step: Callable[[int], None] | None = None,
+    keeper: "Keeper | None" = None,
 ) -> list[dict]:
     """Train `model` in place and return one dict of metrics per epoch.
 
@@ -56,9 +61,11 @@ def fit(
         seed: of the order and of whatever is random in the model (the caller's generator is left alone).
         first_epoch: the number of the first epoch, for a model that has been trained before.
         on_step: is told the work of every step in forward passes of a picture; training counts three.
+        keeper: saves checkpoints, and goes on from the one it was given, bit for bit on a CPU.
 
     Raises:
         ConfigError: no such device. NonFiniteError: the loss is not finite. DataError: a bad picture.
+        StoppedError: the keeper was told to stop. OutputError: it can no longer save.
     """
     task_class = _lightning()
     batches = loader(train, recipe.batch_size, train=True, seed=seed, workers=workers)
@@ -71,12 +78,25 @@ def fit(
         steps_per_epoch=len(batches),
         first_epoch=first_epoch,
         on_step=on_step,
+        on_epoch=keeper.log_epoch if keeper else None,
     )
     checks = loader(val, 2 * recipe.batch_size, train=False, workers=workers)  # no gradients are kept
-    with _trainer(pick_device(device), recipe.epochs) as trainer, _seeded(seed), _modes_restored(model):
-        model.train().to(memory_format=torch.channels_last)  # what convolutions are fastest in
+    where, callbacks = pick_device(device), [keeper] if keeper else []
+    with _seeded(seed), _modes_restored(model), keeper.listening() if keeper else contextlib.nullcontext():
+        model.to(memory_format=torch.channels_last)  # what convolutions are fastest in
         try:
-            trainer.fit(task, batches, checks)
+            if keeper and keeper.take_up(task, batches):
+                # Saved between the last step of an epoch and its validation, which comes first then.
+                with _trainer(where, 1, callbacks) as trainer:
+                    trainer.validate(task, checks, verbose=False)
+                task.finish_epoch(task.first_epoch)
+                task.first_epoch += 1
+                batches.sampler.set_epoch(task.first_epoch)  # type: ignore[attr-defined]
+            left = recipe.epochs - (task.first_epoch - first_epoch)
+            with _trainer(where, left, callbacks) as trainer:
+                model.train()
+                if left > 0:
+                    trainer.fit(task, batches, checks)
         finally:
             model.to(memory_format=torch.contiguous_format)
     return task.history
@@ -94,7 +114,6 @@ def evaluate(
     """Errors and probabilities of `model` on `images`, in eval mode, every picture exactly once."""
     task = _lightning()(model, images.mean, images.std, on_step=on_step)
     batches = loader(images, batch_size, train=False, workers=workers)
-    # Seeded, for a loader draws a number for its workers.
     with _trainer(pick_device(device), 1) as trainer, _seeded(0), _modes_restored(model):
         trainer.validate(task, batches, verbose=False)
     logits, targets, indices = task.collected()
@@ -130,7 +149,7 @@ def _lightning():
 
 
 @contextlib.contextmanager
-def _trainer(device: torch.device, epochs: int) -> Iterator:
+def _trainer(device: torch.device, epochs: int, callbacks: Sequence = ()) -> Iterator:
     """Lightning's Trainer, silent, writing nothing where the user works, and giving Ctrl-C back."""
     import pytorch_lightning as pl
 
@@ -147,6 +166,9 @@ def _trainer(device: torch.device, epochs: int) -> Iterator:
                 enable_model_summary=False,
                 num_sanity_val_steps=0,
                 use_distributed_sampler=False,
+                callbacks=list(callbacks),
+                # Asks anew how long an epoch is: a resumed one is shorter.
+                reload_dataloaders_every_n_epochs=1 if callbacks else 0,
             )
         except FloatingPointError as error:
             raise NonFiniteError(f"{error}; a lower learning rate usually helps") from None

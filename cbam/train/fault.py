@@ -1,0 +1,19 @@
+"""Named points where a test may kill the process, to prove that a run survives it."""
+
+import os
+import signal
+
+_passed: dict[str, int] = {}
+
+
+def fault(point: str) -> None:
+    """Do nothing, unless CBAM_FAULT is `point:count`: then the process kills itself at that passage.
+
+    Tests set it; it is no setting. Counts start at 1. SIGKILL lets nothing be tidied up, as a power cut does.
+    """
+    wanted = os.environ.get("CBAM_FAULT")
+    if not wanted or wanted.rpartition(":")[0] != point:
+        return
+    _passed[point] = _passed.get(point, 0) + 1
+    if _passed[point] == int(wanted.rpartition(":")[2]):
+        os.kill(os.getpid(), signal.SIGKILL)

@@ -1,0 +1,143 @@
+"""What `cbam train` can be told, and the named recipes. Imports no torch: the help is made from it.
+
+A recipe is a function that returns a Config; a variant of one is `dataclasses.replace` of what it returns.
+"""
+
+import difflib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from cbam.errors import ConfigError
+from cbam.train.recipe import OPTIMIZERS, SCHEDULES, Recipe
+
+
+def _option(default, help: str, metavar: str | None = None):
+    return field(default=default, metadata={"help": help, "metavar": metavar})
+
+
+@dataclass(frozen=True)
+class Config:
+    """The settings of a run. All problems of a bad one are reported together (`ConfigError`)."""
+
+    recipe: str = _option("digits", "the recipe that this began with")
+    data: str | None = _option(
+        None, "image folder: train/ and val/ with one folder per class, or one folder, which is split"
+    )
+    model: str = _option(
+        "resnet_tiny+cbam", "network, see `cbam list`; with attention: resnet50+cbam", "NAME"
+    )
+    epochs: int = _option(10, "passes over the training pictures", "N")
+    batch_size: int = _option(64, "pictures per step", "N")
+    optimizer: str = _option("sgd", f"one of {', '.join(OPTIMIZERS)}", "NAME")
+    lr: float = _option(0.05, "highest learning rate", "RATE")
+    momentum: float = _option(0.9, "momentum of sgd", "M")
+    weight_decay: float = _option(1e-4, "on every parameter", "W")
+    schedule: str = _option("cosine", f"one of {', '.join(SCHEDULES)}", "NAME")
+    step_epochs: int = _option(30, "with the step schedule: epochs between divisions by 10", "N")
+    size: int | None = _option(None, "side of the pictures in pixels; of a folder chosen from it", "PIXELS")
+    limit: int | None = _option(None, "use only about N training and N validation pictures", "N")
+    seed: int = _option(0, "of the weights, the order and the augmentation", "N")
+    device: str = _option("auto", "auto, cpu or cuda", "NAME")
+    workers: int = _option(0, "processes that load pictures", "N")
+    save_every: int | None = _option(
+        None, "save after every N steps too, not at the ends of epochs alone", "N"
+    )
+    log_every: int = _option(50, "write a line of metrics every N steps", "N")
+    keep: int = _option(3, "how many checkpoints stay", "N")
+
+    def __post_init__(self) -> None:
+        problems = [text for good, text in self._rules() if not good]
+        try:
+            self.training()
+        except ConfigError as error:
+            problems.append(str(error).removeprefix("bad recipe: "))
+        if problems:
+            raise ConfigError("; ".join(problems))
+
+    def _rules(self):
+        for name in ("size", "limit", "save_every", "log_every", "keep"):
+            value = getattr(self, name)
+            optional = type(self).__dataclass_fields__[name].default is None
+            good = (value is None and optional) or (type(value) is int and value > 0)
+            yield good, f"{name} must be a whole number above 0, got {value!r}"
+        for name, most in (("seed", 2**32 - 1), ("workers", 1024)):
+            value = getattr(self, name)
+            yield type(value) is int and 0 <= value <= most, f"{name} must be 0 to {most}, got {value!r}"
+        yield self.device in ("auto", "cpu", "cuda"), f"device must be auto, cpu or cuda, got {self.device!r}"
+        good = isinstance(self.model, str) and self.model != ""
+        yield good, f"model must be the name of a network, got {self.model!r}"
+        if self.recipe == "digits":
+            yield self.data is None, "the recipe digits makes its own pictures; for DATA there is folder"
+            yield self.size is None, "size belongs to an image folder, and no DATA is given"
+
+    def training(self) -> Recipe:
+        """The part that says how the network is trained."""
+        return Recipe(**{item.name: getattr(self, item.name) for item in fields(Recipe)})
+
+    @classmethod
+    def names(cls) -> list[str]:
+        """The names of all settings."""
+        return [item.name for item in fields(cls)]
+
+
+# What may change when a run is resumed: it says where and how fast, not what is computed.
+FREE = ("data", "device", "workers", "save_every", "log_every", "keep")
+
+
+def digits() -> Config:
+    """Handwritten digits in clutter, made on the spot: minutes on two CPU cores."""
+    return Config("digits", epochs=16, batch_size=32)
+
+
+def folder() -> Config:
+    """An image folder of your own, from scratch."""
+    return Config("folder", model="resnet18+cbam")
+
+
+def imagenette() -> Config:
+    """Imagenette, ten classes of ImageNet, from scratch."""
+    return Config("imagenette", model="resnet18+cbam", epochs=40, batch_size=128, lr=0.1)
+
+
+def imagenet_paper() -> Config:
+    """ImageNet-1k as in the paper: 90 epochs, learning rate 0.1 divided by 10 every 30."""
+    return Config(
+        "imagenet/paper", model="resnet50+cbam", epochs=90, batch_size=256, lr=0.1, schedule="step", size=224,
+        save_every=1000,
+    )  # fmt: skip
+
+
+RECIPES: dict[str, Callable[[], Config]] = {
+    "digits": digits,
+    "folder": folder,
+    "imagenette": imagenette,
+    "imagenet/paper": imagenet_paper,
+}
+
+
+def recipe(name: str) -> Config:
+    """The settings of the recipe of that name.
+
+    Raises:
+        ConfigError: there is none; the nearest name is told.
+    """
+    if name not in RECIPES:
+        near = difflib.get_close_matches(name, RECIPES, 1, 0.0)
+        raise ConfigError(f"unknown recipe {name!r}; did you mean {near[0]!r}? see `cbam recipes`")
+    return RECIPES[name]()
+
+
+def full_path(data: str | os.PathLike) -> str:
+    """The path of DATA from the root, as it is kept in a run's settings."""
+    return str(Path(data).absolute())
+
+
+def changes(before: dict[str, Any], now: dict[str, Any]) -> tuple[list[str], list[str]]:
+    """How the settings of a resumed run differ: what changes what is computed, and what does not."""
+    told = {
+        name: f"{name} {before.get(name)!r} -> {now[name]!r}" for name in now if now[name] != before.get(name)
+    }
+    return [told[name] for name in told if name not in FREE], [told[name] for name in told if name in FREE]

@@ -1,0 +1,254 @@
+"""A run that is told to stop, or meets a full disk or a loss that is not finite; and how it goes on."""
+
+import json
+import os
+import resource
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from cbam.data import Images
+from cbam.errors import CheckpointError, NonFiniteError, OutputError, StoppedError
+from cbam.train import Recipe, checkpoint, fit
+from cbam.train.folder import METRICS
+from cbam.train.keeper import Keeper
+
+RECIPE = Recipe(epochs=2, batch_size=4)  # 3 steps per epoch
+
+
+class Colours(Images):
+    """Pictures of a single colour, which is the class; tells which samples were asked for."""
+
+    def __init__(self, n: int) -> None:
+        super().__init__("colours", ["r", "g", "b"], [i % 3 for i in range(n)], size=8)
+        self.asked: list[tuple[int, int]] = []
+
+    def sample(self, epoch, index):
+        self.asked.append((epoch, index))
+        image = torch.zeros(3, 8, 8, dtype=torch.uint8)
+        image[self.targets[index]] = 200
+        return image, (float("nan"),) * 4
+
+
+class Watched(nn.Sequential):
+    """A small network; `before` is told the number of every forward pass."""
+
+    def __init__(self, before=lambda passes: None) -> None:
+        torch.manual_seed(0)
+        super().__init__(
+            nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Dropout(0.2), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+            nn.Linear(8, 3),
+        )  # fmt: skip
+        self.before, self.passes = before, 0
+
+    def forward(self, input):
+        self.passes += 1
+        self.before(self.passes)
+        return super().forward(input)
+
+
+def train(folder: Path, model: nn.Module | None = None, images: Images | None = None, **how) -> list[dict]:
+    found = checkpoint.newest(folder, print)
+    how = {"save_every": 2, "log_every": 1, "say": lambda _: None, **how}
+    keeper = Keeper(folder, {}, state=found[1] if found else None, **how)
+    return fit(
+        model or Watched(), images or Colours(12), Colours(6), RECIPE, seed=0, device="cpu", keeper=keeper
+    )
+
+
+def bits(folder: Path) -> list:
+    found = checkpoint.newest(folder, print)
+    assert found is not None
+    state = found[1]
+    momentum = [state["optimizer"]["state"][i]["momentum_buffer"] for i in state["optimizer"]["state"]]
+    tensors = [*state["model"].values(), *momentum, state["rng"]["cpu"]]
+    return [[t.tolist() for t in tensors], state["schedule"], (folder / METRICS).read_text()]
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def sends(number: int, *, at: int):
+    """For `Watched`: send this process the signal in the forward pass `at`."""
+    return lambda passes: os.kill(os.getpid(), number) if passes == at else None
+
+
+@pytest.fixture
+def calm(tmp_path_factory):
+    """The folder of a run that nothing happened to."""
+    folder = tmp_path_factory.mktemp("calm")
+    train(folder)
+    return folder
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("at", [1, 3, 4], ids=["first step", "epoch end", "validation"])
+def test_a_signal_ends_the_step_saves_and_gives_the_handlers_back(tmp_path, calm, number, code, at):
+    # R17, R18
+    before = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
+    with pytest.raises(StoppedError, match=f"stopped by {signal.Signals(number).name}") as caught:
+        train(tmp_path, Watched(sends(number, at=at)))
+    assert caught.value.exit_code == code
+    assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == before
+    found = checkpoint.newest(tmp_path, print)
+    assert found is not None
+    assert found[1]["step"] == min(at, 3)
+    train(tmp_path)
+    assert bits(tmp_path) == bits(calm)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_ends_at_once_and_the_checkpoints_stay(tmp_path, calm, number):
+    # R17, R18
+    def twice(passes):
+        if passes == 3:
+            os.kill(os.getpid(), number)
+            os.kill(os.getpid(), number)
+            pytest.fail("the process heard the second signal late")
+
+    with pytest.raises(StoppedError, match="at once") as caught:
+        train(tmp_path, Watched(twice))
+    assert caught.value.exit_code == 128 + number
+    assert files(tmp_path) == ["last.json", METRICS, "step-00000002.ckpt"]
+    train(tmp_path)
+    assert bits(tmp_path) == bits(calm)
+
+
+def test_the_time_limit_stops_with_a_checkpoint_whatever_the_clock_on_the_wall_says(
+    tmp_path, calm, monkeypatch
+):
+    # R19, R20
+    monkeypatch.setattr(time, "time", lambda: 86400.0)
+    with pytest.raises(StoppedError, match="stopped by the time limit after 1 of 3 steps") as caught:
+        train(tmp_path, max_time=1e-3)
+    assert caught.value.exit_code == 75
+    monkeypatch.undo()
+    train(tmp_path, max_time=3600)
+    assert bits(tmp_path) == bits(calm)
+
+
+def test_a_resumed_run_reads_no_picture_again_and_misses_none(tmp_path):
+    # R3
+    whole, first, second = Colours(12), Colours(12), Colours(12)
+    calm, folder = tmp_path / "calm", tmp_path / "cut"
+    calm.mkdir()
+    folder.mkdir()
+    train(calm, images=whole)
+    with pytest.raises(StoppedError):
+        train(folder, Watched(sends(signal.SIGTERM, at=2)), first)
+    train(folder, images=second)
+    assert len(first.asked) == 8
+    assert first.asked + second.asked == whole.asked
+
+
+def test_workers_do_not_change_a_resumed_run(tmp_path, calm):
+    # D34
+    with pytest.raises(StoppedError):
+        train(tmp_path, Watched(sends(signal.SIGINT, at=2)))
+    found = checkpoint.newest(tmp_path, print)
+    keeper = Keeper(tmp_path, {}, state=found and found[1], save_every=2, log_every=1)
+    fit(Watched(), Colours(12), Colours(6), RECIPE, seed=0, device="cpu", keeper=keeper, workers=2)
+    assert bits(tmp_path) == bits(calm)
+
+
+def test_a_run_that_is_over_is_scored_again_and_nothing_else(calm):
+    before = bits(calm)
+    model = Watched()
+    history = train(calm, model)
+    assert [entry["epoch"] for entry in history] == [0, 1]
+    assert model.passes == 1  # the validation
+    assert bits(calm) == before
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_step_with_the_pictures_named(tmp_path):
+    # R10
+    def poison(passes):
+        if passes == 3:
+            with torch.no_grad():
+                model[5].bias[0] = float("nan")
+
+    model = Watched(poison)
+    with pytest.raises(
+        NonFiniteError, match=r"epoch 0, step 2, of the training pictures \d+, \d+, \d+, \d+;"
+    ):
+        train(tmp_path, model)
+    assert files(tmp_path) == ["last.json", METRICS, "step-00000002.ckpt"]
+    assert len((tmp_path / METRICS).read_text().splitlines()) == 2
+
+
+def test_weights_that_are_not_finite_are_never_saved(tmp_path):
+    # K11
+    def poison(passes):
+        if passes == 4:  # in the validation: the next step's loss is finite still
+            with torch.no_grad():
+                model[1].running_mean[0] = float("inf")
+
+    model = Watched(poison)
+    with pytest.raises(NonFiniteError, match=r"after step 4 \(1\.running_mean\)"):
+        train(tmp_path, model)
+    assert files(tmp_path) == ["last.json", METRICS, "step-00000002.ckpt", "step-00000003.ckpt"]
+
+
+def full_from(step: int, until: int | None = None):
+    """For `Watched`: no file may be longer than 2000 bytes from this forward pass on."""
+
+    def limit(passes: int) -> None:
+        if passes in (step, until):
+            hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+            resource.setrlimit(resource.RLIMIT_FSIZE, (2000 if passes == step else hard, hard))
+
+    return limit
+
+
+@pytest.fixture
+def _room_again():
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.mark.usefixtures("_room_again")
+def test_a_full_disk_keeps_the_old_checkpoint_and_the_run_goes_on_when_there_is_room(tmp_path, calm):
+    # K13
+    said: list[str] = []
+    train(tmp_path, Watched(full_from(3, until=5)), say=said.append)
+    assert [line for line in said if "the older stay" in line] == [
+        f"{tmp_path}: the checkpoint after step 3 cannot be written (File too large); "
+        "the older stay, training goes on"
+    ]
+    assert bits(tmp_path) == bits(calm)
+
+
+@pytest.mark.usefixtures("_room_again")
+def test_the_third_save_in_a_row_that_fails_ends_the_run(tmp_path, calm):
+    # K13
+    with pytest.raises(OutputError, match="after step 6 cannot be written") as caught:
+        train(tmp_path, Watched(full_from(3)))
+    assert caught.value.exit_code == 7
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.getrlimit(resource.RLIMIT_FSIZE)[1],) * 2)
+    assert files(tmp_path) == ["last.json", METRICS, "step-00000002.ckpt"]
+    train(tmp_path)
+    assert bits(tmp_path) == bits(calm)
+
+
+def test_metrics_have_a_line_per_step_and_per_epoch(calm):
+    # R22
+    lines = [json.loads(line) for line in (calm / METRICS).read_text().splitlines()]
+    assert [(line["epoch"], line["step"]) for line in lines if "loss" in line] == [
+        (0, 1), (0, 2), (0, 3), (1, 4), (1, 5), (1, 6),
+    ]  # fmt: skip
+    epochs = [line for line in lines if "val_loss" in line]
+    assert [line["epoch"] for line in epochs] == [0, 1]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert epochs[0]["train_loss"] == pytest.approx(sum(losses[:3]) / 3)
+    assert lines[0]["lr"] == RECIPE.lr
+
+
+def test_a_checkpoint_of_another_number_of_steps_is_refused(calm):
+    with pytest.raises(CheckpointError, match="counts 3 steps per epoch, this run 2"):
+        train(calm, images=Colours(8))

@@ -1,0 +1,65 @@
+"""The named recipes, and the settings a run is told (rows C2, C3, C6, R13)."""
+
+import dataclasses
+
+import pytest
+
+from cbam.errors import ConfigError
+from cbam.train import RECIPES, Config, Recipe
+from cbam.train.recipes import changes, recipe
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_is_a_frozen_config_of_its_name_that_says_what_it_is(name):
+    config = recipe(name)
+    assert config.recipe == name
+    assert RECIPES[name].__doc__
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.lr = 1  # type: ignore[misc]
+
+
+def test_the_papers_recipe_is_the_papers():
+    config = recipe("imagenet/paper")
+    assert config.training() == Recipe(
+        epochs=90, batch_size=256, optimizer="sgd", lr=0.1, momentum=0.9, weight_decay=1e-4, schedule="step",
+        step_epochs=30,
+    )  # fmt: skip
+    assert (config.model, config.size) == ("resnet50+cbam", 224)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right"), [("digit", "digits"), ("imagenet/papers", "imagenet/paper"), ("", "")]
+)
+def test_a_misspelt_recipe_is_told_the_nearest(wrong, right):
+    # C6
+    with pytest.raises(ConfigError, match=f"unknown recipe '{wrong}'; did you mean '{right}"):
+        recipe(wrong)
+
+
+def test_all_problems_of_a_config_are_told_together():
+    # C3
+    with pytest.raises(ConfigError) as caught:
+        Config(
+            "digits",
+            data="x",
+            size=-1,
+            keep=0,
+            seed=-1,
+            workers=True,
+            lr=-1,
+            device="gpu",
+            model="",
+            epochs=0,
+        )
+    told = str(caught.value)
+    assert "makes its own pictures" in told
+    for name in ("size", "keep", "seed", "workers", "lr", "device", "model", "epochs"):
+        assert f"{name} must" in told
+
+
+def test_what_is_computed_may_not_change_and_where_it_is_may():
+    # R13
+    before = dataclasses.asdict(recipe("imagenette"))
+    refused, free = changes(before, {**before, "lr": 0.2, "seed": 3, "device": "cpu", "data": "elsewhere"})
+    assert refused == ["lr 0.1 -> 0.2", "seed 0 -> 3"]
+    assert free == ["data None -> 'elsewhere'", "device 'auto' -> 'cpu'"]

@@ -1,0 +1,207 @@
+"""Runs in a folder, from recipe to score (rows C7, K7, K19, R13, R21)."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import cbam
+from cbam.errors import CheckpointError, CheckpointNotFoundError, ConfigError, StoppedError
+from cbam.train import Config, checkpoint, run, score
+from cbam.train.folder import CONFIG, METRICS
+
+SMALL = {"limit": 24, "epochs": 2, "batch_size": 8, "save_every": 2, "log_every": 1, "device": "cpu"}
+
+
+class Watch:
+    def __init__(self) -> None:
+        self.said: list[str] = []
+        self.done = 0.0
+
+    def say(self, line: str) -> None:
+        self.said.append(line)
+
+    now = say
+
+    def advance(self, share: float) -> None:
+        self.done += share
+
+
+def digits(folder: Path, *, watch=None, resume=None, max_time=None, **settings) -> list[dict]:
+    """A run of a few steps; resumed, it is told nothing that it should know."""
+    given = settings if resume else {**SMALL, **settings}
+    return run("digits", given, folder, watch or Watch(), resume=resume, max_time=max_time)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The folder of a run that is over; to be copied before it is changed."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    digits(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(finished, tmp_path):
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+def weights(folder: Path) -> dict:
+    found = checkpoint.newest(folder, print)
+    assert found is not None
+    return found[1]["model"]
+
+
+def test_a_run_leaves_its_settings_its_metrics_and_checkpoints(finished):
+    names = sorted(path.name for path in finished.iterdir() if path.suffix != ".ckpt")
+    assert names == [CONFIG, "last.json", METRICS]
+    config = Config(**json.loads((finished / CONFIG).read_text()))
+    assert (config.limit, config.epochs, config.model) == (24, 2, "resnet_tiny+cbam")
+    assert len(checkpoint.checkpoints(finished)) == 3
+
+
+def test_a_stopped_run_goes_on_with_its_own_settings_to_the_same_weights(finished, tmp_path):
+    # R1, R19
+    folder, watch = tmp_path / "run", Watch()
+    with pytest.raises(StoppedError):
+        digits(folder, max_time=1e-3)
+    digits(folder, resume="auto", watch=watch)
+    ours, theirs = weights(folder), weights(finished)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert (folder / METRICS).read_text() == (finished / METRICS).read_text()
+    assert (folder / CONFIG).read_text() == (finished / CONFIG).read_text()
+    assert watch.said[0].endswith("epoch 0, 1 steps of it done")
+    assert watch.done == pytest.approx(1)
+
+
+def test_a_new_run_into_the_folder_of_another_is_refused(folder):
+    # C7
+    before = sorted(folder.iterdir())
+    with pytest.raises(ConfigError, match="holds a run: --resume auto goes on with it"):
+        digits(folder)
+    assert sorted(folder.iterdir()) == before
+
+
+def test_resume_auto_begins_where_there_is_nothing_and_says_so(tmp_path):
+    # K19
+    watch = Watch()
+    digits(tmp_path / "run", resume="auto", watch=watch, **SMALL)
+    assert watch.said[0] == f"no checkpoint in {tmp_path / 'run'}: a new run"
+
+
+def test_resume_from_a_path_that_is_not_there_is_refused(tmp_path):
+    # K19
+    with pytest.raises(CheckpointNotFoundError) as caught:
+        digits(tmp_path / "run", resume=str(tmp_path / "step-00000001.ckpt"))
+    assert caught.value.exit_code == 4
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_goes_on_in_another_folder_from_a_path(finished, tmp_path):
+    oldest = checkpoint.checkpoints(finished)[-1]
+    digits(tmp_path / "run", resume=str(oldest))
+    assert all(torch.equal(weights(tmp_path / "run")[n], t) for n, t in weights(finished).items())
+    with pytest.raises(ConfigError, match="holds the checkpoint"):
+        digits(tmp_path / "run", resume=str(oldest))
+
+
+def test_damage_falls_back_to_an_older_checkpoint_and_never_to_a_fresh_start(folder, finished):
+    # K1, K6
+    last, older, oldest = checkpoint.checkpoints(folder)
+    watch = Watch()
+    last.write_bytes(last.read_bytes()[:-100])
+    digits(folder, resume="auto", watch=watch)
+    assert f"using {older.name}" in watch.said[0]
+    assert all(torch.equal(weights(folder)[n], t) for n, t in weights(finished).items())
+    for path in (last, older, oldest):
+        path.write_bytes(b"")
+    with pytest.raises(CheckpointError, match="none of the 3 checkpoints"):
+        digits(folder, resume="auto")
+
+
+def test_settings_that_change_the_run_are_refused_and_others_told(folder):
+    # R13
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(ConfigError, match=r"lr 0\.05 -> 0\.1; seed 0 -> 1; leave them out"):
+        digits(folder, resume="auto", lr=0.1, seed=1)
+    with pytest.raises(ConfigError, match="recipe 'digits' -> 'folder'"):
+        run("folder", {}, folder, Watch(), resume="auto")
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    watch = Watch()
+    digits(folder, resume="auto", keep=1, lr=0.05, watch=watch)
+    assert "changed: keep 3 -> 1" in watch.said
+
+
+def test_a_score_is_that_of_the_last_epoch(finished):
+    entry = json.loads((finished / METRICS).read_text().splitlines()[-1])
+    for path in (finished, checkpoint.checkpoints(finished)[0]):
+        scored, what = score(path, device="cpu")
+        assert scored.top1 == entry["val_top1"]
+        assert scored.loss == pytest.approx(entry["val_loss"], rel=1e-5)
+        assert what == "resnet_tiny+cbam on 20 validation pictures of cluttered_digits"
+
+
+def test_weights_without_settings_need_the_name_of_a_network(tmp_path):
+    path = tmp_path / "weights.pth"
+    torch.save(cbam.build("resnet_tiny", num_classes=10).state_dict(), path)
+    with pytest.raises(ConfigError, match="give --model NAME"):
+        score(path)
+    with pytest.raises(CheckpointNotFoundError):
+        score(tmp_path / "nowhere.pth")
+    with pytest.raises(CheckpointNotFoundError, match="no checkpoint in this folder"):
+        score(tmp_path)
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """An image folder of two classes."""
+    from PIL import Image
+
+    random = np.random.default_rng(0)
+    for part, count in (("train", 6), ("val", 2)):
+        for label, name in enumerate(("bright", "dark")):
+            folder = tmp_path / "pictures" / part / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = random.integers(0, 100, (40, 48, 3)) + 150 * (1 - label)
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i}.png")
+    return tmp_path / "pictures"
+
+
+def test_a_folder_is_trained_on_moved_and_evaluated(pictures, tmp_path):
+    out = tmp_path / "run"
+    settings = {"model": "resnet_tiny", "epochs": 1, "batch_size": 4, "device": "cpu"}
+    with pytest.raises(ConfigError, match="needs DATA"):
+        run("folder", settings, out, Watch())
+    assert not out.exists()
+    run("folder", {**settings, "data": str(pictures)}, out, Watch())
+    config = Config(**json.loads((out / CONFIG).read_text()))
+    assert (config.data, config.size) == (str(pictures), 32)
+    moved = pictures.rename(tmp_path / "moved")
+    watch = Watch()
+    run("folder", {"data": str(moved)}, out, watch, resume="auto")
+    assert any(line.startswith("changed: data") for line in watch.said)
+    scored, what = score(out, data=str(moved), device="cpu")
+    assert (scored.top5, what) == (None, "resnet_tiny on 4 validation pictures of moved")
+    shutil.copytree(moved / "train" / "dark", moved / "train" / "grey")
+    shutil.copytree(moved / "val" / "dark", moved / "val" / "grey")
+    with pytest.raises(ConfigError, match="other classes than the run"):
+        score(out, data=str(moved), device="cpu")
+
+
+def test_other_pictures_than_those_of_the_run_are_refused(pictures, tmp_path):
+    # R13
+    settings = {"model": "resnet_tiny", "epochs": 1, "batch_size": 4, "device": "cpu", "data": str(pictures)}
+    run("folder", settings, tmp_path / "run", Watch())
+    (pictures / "train" / "dark" / "0.png").unlink()
+    with pytest.raises(ConfigError, match="not those of the run: training 12 -> 11"):
+        run("folder", {}, tmp_path / "run", Watch(), resume="auto")
+
+
+def test_a_config_survives_json():
+    config = dataclasses.asdict(Config("digits", limit=3))
+    assert Config(**json.loads(json.dumps(config))) == Config("digits", limit=3)
