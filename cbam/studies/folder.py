@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from cbam.errors import ConfigError, OutputError
+from cbam.train import checkpoint
 
 RESULTS, REPORT, PAGE = "results.json", "report.md", "report.html"
 PICTURE, DRAWING = "picture.png", "picture.svg"
@@ -39,23 +40,13 @@ class ReportFolder:
         """Put `content` into the file `name`: temporary file, fsync, rename, fsync of the folder."""
         data = content.encode() if isinstance(content, str) else content
         target = self.path / name
-        part = target.with_name(f".{name}.part")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._remove_stale(name)
-            with part.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            part.replace(target)
-            _sync_folder(self.path)
+            checkpoint.write(target, data)
             self.wrote = True
-        except BaseException as error:
-            with contextlib.suppress(OSError):
-                part.unlink(missing_ok=True)
-            if isinstance(error, OSError):
-                raise self._fault(error) from error
-            raise
+        except OSError as error:
+            raise self._fault(error) from error
         return target
 
     def write_results(self, results: dict) -> Path:
@@ -84,13 +75,3 @@ class ReportFolder:
 
     def _fault(self, error: OSError) -> OutputError:
         return OutputError(f"cannot write to {self.path}: {error.strerror or error}; give another --out")
-
-
-def _sync_folder(path: Path) -> None:
-    if os.name != "posix":
-        return
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
