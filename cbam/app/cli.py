@@ -24,6 +24,7 @@ COMMANDS = {
     "recipes": "recipes",
     "list": "networks",
     "sites": "sites",
+    "bench": "bench",
 }
 
 EXIT_CODES = """\
