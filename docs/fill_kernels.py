@@ -47,8 +47,8 @@ def _section(rows: list[Row]) -> str:
     title = (
         f"### {first['device']}, {first['dtype']}, torch {first['torch']}\n\n"
         f"{first['threads']} threads, {kernels}, commit `{first['commit'][:12]}`, {first['rounds']} rounds "
-        "in turns. Times are ratios to the first column of their line: the median of all rounds, the least, the "
-        "most."
+        "in turns. Times are ratios to the first column of their line: the median of all rounds, the least, "
+        "the most."
     )
     tables = [_table([r for r in rows if r["op"] == op]) for op in ("attention", "end of a block")]
     networks = [r for r in rows if r["op"] not in ("attention", "end of a block")]
