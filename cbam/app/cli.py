@@ -26,6 +26,7 @@ COMMANDS = {
     "recipes": "recipes",
     "list": "networks",
     "sites": "sites",
+    "bench": "bench",
 }
 
 EXIT_CODES = """\
