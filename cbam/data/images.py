@@ -87,6 +87,14 @@ class Images(Dataset):
         """The picture, uint8 (3, S, S), and its box."""
         raise NotImplementedError
 
+    def whole(self, index: int) -> Tensor:
+        """The middle square of a picture, brought to uint8 (3, S, S) without any random choice."""
+        raise DataError(f"{self.name} makes its pictures anew in every epoch, so none can be kept")
+
+    def batches(self, batch_size: int, *, train: bool, seed: int) -> Any:
+        """Batches of the set's own making, in place of a DataLoader's; None where it makes none."""
+        return None
+
     @property
     def unreadable(self) -> list[str]:
         """The files that were found unreadable so far, in this process or in the loader's workers."""
@@ -128,6 +136,9 @@ class _Subset(Images):
 
     def sample(self, epoch: int, index: int) -> tuple[Tensor, Sequence[float]]:
         return self._images.sample(epoch, self._indices[index])
+
+    def whole(self, index: int) -> Tensor:
+        return self._images.whole(self._indices[index])
 
     @property
     def unreadable(self) -> list[str]:
@@ -208,6 +219,9 @@ def loader(images: Images, batch_size: int, *, train: bool, seed: int = 0, worke
     seed = check_int("seed", seed, 0, MAX_SEED)
     if len(images) == 0:
         raise DataError(f"{images.name} has no samples")
+    own = images.batches(batch_size, train=train, seed=seed)
+    if own is not None:
+        return own
     return _Loader(
         images.seeded(seed) if train else images,
         batch_size,
