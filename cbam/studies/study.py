@@ -123,8 +123,8 @@ class Protocol:
 def digits() -> Protocol:
     """Cluttered digits: 15 to 30 s on one CPU core.
 
-    The learning rate is that of `cbam compare` (cbam/studies/task.py says how it was chosen). Batch and epochs
-    make as many steps as a whole run of it, 720, in half the time; docs/evidence.md says what was tried before.
+    The learning rate is that of `cbam compare` (cbam/studies/task.py says how it was chosen). Batch and
+    epochs make as many steps as a comparison makes in all, 720; docs/evidence.md says what was tried first.
     """
     return Protocol("digits", "resnet_tiny", epochs=8, batch_size=16, lr=0.05)
 
@@ -132,7 +132,7 @@ def digits() -> Protocol:
 def imagenette() -> Protocol:
     """An image folder of some ten thousand pictures, from scratch, on one GPU: the rates of the paper, and
     half a cosine in place of its steps, which are made for 90 epochs."""
-    return Protocol("", "resnet18", epochs=40, batch_size=128, lr=0.1, resident=True)
+    return Protocol("", "resnet18", epochs=40, batch_size=128, lr=0.1, precision="bf16", resident=True)
 
 
 def imagenet() -> Protocol:
@@ -141,6 +141,15 @@ def imagenet() -> Protocol:
 
 
 PROTOCOLS = {"digits": digits, "imagenette": imagenette, "imagenet": imagenet}
+LARGE = 1_000_000  # training pictures, from which a data set is taken for ImageNet
+
+
+def usual(data: str, train: int) -> Protocol:
+    """The protocol for a data set of that name and number of training pictures."""
+    if data == "digits":
+        return digits()
+    return dataclasses.replace(imagenet() if train >= LARGE else imagenette(), data=data)
+
 
 _OF_ARM = ("network", "attention", "start", "forked", "reduction", "where")
 
