@@ -22,6 +22,7 @@ COMMANDS = {
     "train": "train",
     "eval": "evaluate",
     "recipes": "recipes",
+    "study": "study",
     "list": "networks",
     "sites": "sites",
 }

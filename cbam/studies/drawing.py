@@ -92,7 +92,7 @@ def _heading(table: Table) -> str:
 
 def _line(table: Table, row: dict[str, Any], scale: _Scale, y: float) -> str:
     arms = table.study.arms
-    label = f"{arms[row['arm']].label} − {arms[row['against']].label}"
+    label = f"{arms[row['arm']].label} against {arms[row['against']].label}"
     colour = _SHOWN if row["word"] in ("better", "worse") else _NOT
     parts = [
         f'<text x="{LEFT - 12}" y="{y + 4}" text-anchor="end" fill="{_INK}">{escape(_short(label))}</text>'

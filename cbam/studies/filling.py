@@ -13,7 +13,7 @@ from cbam.studies import machine
 from cbam.studies.compare import Silent, Watch
 from cbam.studies.records import Records, counts
 from cbam.studies.study import Arm, Protocol, Study, run_config, run_name
-from cbam.studies.training import Training, check
+from cbam.studies.training import Training
 
 
 class Run(NamedTuple):
@@ -25,7 +25,7 @@ class Run(NamedTuple):
 
 
 class Filling:
-    """The runs of a study by a protocol, on one device.
+    """The runs of a study by one protocol, on one device.
 
     Args:
         arms: names of rows; None for all that the protocol's scale asks for.
@@ -39,7 +39,6 @@ class Filling:
     def __init__(
         self,
         study: Study,
-        protocol: Protocol,
         records: Records,
         training: Training,
         *,
@@ -47,13 +46,14 @@ class Filling:
         commit: str | None = None,
         watch: Watch | None = None,
     ) -> None:
-        self.study, self.protocol, self.records, self.training = study, protocol, records, training
+        self.study, self.records, self.training = study, records, training
+        self.protocol = protocol = training.protocol
         self.watch = watch or Silent()
         self.arms = _chosen(study, protocol, arms)
         self.origin = origin(commit)
         about = training.pictures.about
         for arm in self.arms.values():
-            check(run_config(protocol, arm, 0), about["classes"])
+            training.cost(run_config(protocol, arm, 0))
         for name, record in records.all().items():
             if record["config"]["data"] == protocol.data and not _same_pictures(record["data"], about):
                 raise DataError(
@@ -148,6 +148,17 @@ class Filling:
         here = [r for r in self.records.all().values() if r["device"] == told]
         own = [record["seconds"] for record in here if record["arm"] == run.arm]
         return max(own or [record["seconds"] for record in here], default=0.0)
+
+    def plan(self, seeds: int) -> str:
+        """How much there is to do, and how long that takes by the records made on such a device."""
+        todo, whole = self.missing(seeds), len(list(self.runs(seeds)))
+        known = [seconds for run in todo if (seconds := self._expected(run))]
+        told = f"{self.study.name} on {self.protocol.data}: {whole - len(todo)} of {whole} runs have a record"
+        if not todo:
+            return told
+        if not known:
+            return f"{told}; how long the others take is not known, no run was made on this device yet"
+        return f"{told}; the other {len(todo)} take at most about {sum(known) / 3600:.1f} hours one by one"
 
     def _tell(self, run: Run, what: str) -> None:
         self.watch.say(f"{self.study.name} {run.arm} seed {run.config['seed']}: {what}")

@@ -8,7 +8,7 @@ results/<study>/.claims/                                who is at which run; emp
 import contextlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,25 @@ class Records:
 
     def _place(self, name: str, data: bytes) -> bool:
         """A name that appears with all its bytes, and is never taken from another: link, not rename."""
-        target = self.path / f"{name}.json"
+        with self._written(f"{name}.json", data) as part:
+            try:
+                os.link(part, self.path / f"{name}.json")
+            except FileExistsError:
+                return False
+        return True
+
+    def compute(self, make: Callable[[list[dict[str, Any]]], dict[str, str]]) -> list[Path]:
+        """Write the files that `make` computes from the records: name -> text. One process at a time."""
+        with self.claimed("tables", wait=True):
+            made = make(list(self.all().values()))
+            for name, text in made.items():
+                with self._written(name, text.encode()) as part:
+                    part.replace(self.path / name)
+        return [self.path / name for name in made]
+
+    @contextlib.contextmanager
+    def _written(self, name: str, data: bytes) -> Iterator[Path]:
+        """A file of this process alone with these bytes on the disk, gone after the block."""
         part = self.path / f".{name}.{os.getpid()}.part"
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -69,12 +87,8 @@ class Records:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            try:
-                os.link(part, target)
-            except FileExistsError:
-                return False
+            yield part
             sync_folder(self.path)
-            return True
         except OSError as error:
             raise _fault(self.path, error) from error
         finally:
@@ -82,10 +96,13 @@ class Records:
                 part.unlink(missing_ok=True)
 
     @contextlib.contextmanager
-    def claimed(self, name: str) -> Iterator[bool]:
+    def claimed(self, name: str, *, wait: bool = False) -> Iterator[bool]:
         """Take a run for this process; false where another process is at it.
 
         The claim is a lock of the system on a file, so it ends with the process however that ends.
+
+        Args:
+            wait: until nobody is at it.
         """
         try:
             import fcntl
@@ -95,10 +112,14 @@ class Records:
         claim = self.path / CLAIMS / name
         handle = None
         try:
-            claim.parent.mkdir(parents=True, exist_ok=True)
-            handle = os.open(claim, os.O_CREAT | os.O_RDWR, 0o644)
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            mine = _is_at(handle, claim)
+            while True:
+                claim.parent.mkdir(parents=True, exist_ok=True)
+                handle = os.open(claim, os.O_CREAT | os.O_RDWR, 0o644)
+                fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+                mine = _is_at(handle, claim)
+                if mine or not wait:
+                    break
+                os.close(handle)
         except BlockingIOError:
             mine = False
         except OSError as error:

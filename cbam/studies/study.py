@@ -16,6 +16,7 @@ from cbam.train.recipe import Recipe
 
 STARTS, PRECISIONS = ("paper", "identity"), ("fp32", "bf16")
 SEEDS = 5  # fewer make no table
+DIGITS = "digits"
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ def digits() -> Protocol:
     The learning rate is that of `cbam compare` (cbam/studies/task.py says how it was chosen). Batch and
     epochs make as many steps as a comparison makes in all, 720; docs/evidence.md says what was tried first.
     """
-    return Protocol("digits", "resnet_tiny", epochs=8, batch_size=16, lr=0.05)
+    return Protocol(DIGITS, "resnet_tiny", epochs=8, batch_size=16, lr=0.05)
 
 
 def imagenette() -> Protocol:
@@ -146,7 +147,7 @@ LARGE = 1_000_000  # training pictures, from which a data set is taken for Image
 
 def usual(data: str, train: int) -> Protocol:
     """The protocol for a data set of that name and number of training pictures."""
-    if data == "digits":
+    if data == DIGITS:
         return digits()
     return dataclasses.replace(imagenet() if train >= LARGE else imagenette(), data=data)
 

@@ -137,8 +137,8 @@ def differences(table: Table, measure: str) -> list[dict[str, Any]]:
         for other in arm.against:
             own, base = table.values(name, measure), table.values(other, measure)
             both = sorted(own.keys() & base.keys())
-            printed = arm.paper, table.study.arms[other].paper
-            paper = None if None in printed else round(printed[0][place] - printed[1][place], 2)
+            ours, theirs = arm.paper, table.study.arms[other].paper
+            paper = round(ours[place] - theirs[place], 2) if ours and theirs else None
             row: dict[str, Any] = {"arm": name, "against": other, "paper": paper, "n": len(both)}
             if both:
                 pairs = [own[s] for s in both], [base[s] for s in both]

@@ -11,30 +11,37 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import cbam
 from cbam.data import Images, Resident, cluttered_digits, image_folder
-from cbam.errors import ConfigError, NonFiniteError
+from cbam.errors import AttachError, ConfigError, NonFiniteError
 from cbam.models import MobileNetV1, build, profile
 from cbam.models.variants import VARIANTS
 from cbam.nn import ATTENTION
 from cbam.studies import machine
 from cbam.studies.records import SCHEMA
-from cbam.studies.study import Protocol
+from cbam.studies.study import DIGITS, Protocol, run_key
 from cbam.surgery import attach, attached
 from cbam.train import fit
 
 
 class Pictures:
-    """The training and the validation pictures of a protocol, read when they are first needed."""
+    """The training and the validation pictures of a study, read when they are first needed.
 
-    def __init__(self, protocol: Protocol, folder: str | None, device: torch.device) -> None:
-        self.protocol, self.device = protocol, device
-        if folder is None:
-            train, val = cluttered_digits()
-        else:
-            train, val = image_folder(folder, size=protocol.size)
-        if protocol.limit:
-            train, val = (images.subset(min(protocol.limit, len(images))) for images in (train, val))
+    Args:
+        folder: an image folder; None for the digits.
+        size: side in pixels; None: chosen from the folder.
+        limit: about so many training and validation pictures; None for all.
+    """
+
+    def __init__(
+        self, folder: str | None = None, *, size: int | None = None, limit: int | None = None
+    ) -> None:
+        train, val = image_folder(folder, size=size) if folder else cluttered_digits()
+        self.all, self.name = len(train), DIGITS
+        if folder:
+            self.name = train.name if train.name != DIGITS else f"{train.name}_folder"
+        if limit:
+            train, val = (images.subset(min(limit, len(images))) for images in (train, val))
+        self.size = train.size if folder else None
         self._found = train, val
         self._ready: tuple[Images, Images] | None = None
 
@@ -52,14 +59,14 @@ class Pictures:
             "sha256": hashlib.sha256(told.encode()).hexdigest(),
         }
 
-    def ready(self) -> tuple[Images, Images]:
+    def ready(self, protocol: Protocol, device: torch.device) -> tuple[Images, Images]:
         """Both sets; what fits lies on the device."""
         if self._ready is None:
             train, val = self._found
-            if self.protocol.resident:
-                train = Resident(train, self.device, augment=True)
-            if self.protocol.small:
-                val = Resident(val, self.device, augment=False)
+            if protocol.resident:
+                train = Resident(train, device, augment=True)
+            if protocol.small:
+                val = Resident(val, device, augment=False)
             self._ready = train, val
         return self._ready
 
@@ -67,9 +74,12 @@ class Pictures:
 class Training:
     """Trains one run after another on the same pictures and device."""
 
-    def __init__(self, pictures: Pictures, device: torch.device, *, workers: int = 0) -> None:
-        self.pictures, self.device, self.workers = pictures, device, workers
+    def __init__(
+        self, protocol: Protocol, pictures: Pictures, device: torch.device, *, workers: int = 0
+    ) -> None:
+        self.protocol, self.pictures, self.device, self.workers = protocol, pictures, device, workers
         self._forked: tuple[dict[str, Any], nn.Module, list[dict]] | None = None
+        self._costs: dict[str, dict[str, Any]] = {}
 
     def run(self, config: dict[str, Any], on_work: Callable[[float], None]) -> dict[str, Any]:
         """What comes out of a run, as the part of its record that was measured.
@@ -83,7 +93,7 @@ class Training:
         """
         began, worked = time.monotonic(), time.process_time()
         made = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        train, val = self.pictures.ready()
+        train, val = self._pictures()
         phases = 2 if config["forked"] else 1
         total = phases * config["epochs"] * (3 * len(train) + len(val))
         tell = partial(_share, on_work, total)
@@ -102,9 +112,7 @@ class Training:
                 found["status"] = f"NonFiniteError: {error}"
         spent = sum(entry["seconds"] for entry in history)
         return found | {
-            "parameters": (cost := _cost(config, len(train.classes), train.size))[0],
-            "gmac": cost[1],
-            "sites": cost[2],
+            **self.cost(config),
             "epochs": history,
             "images_per_second": len(train) * len(history) / spent if spent else None,
             "seconds": time.monotonic() - began,
@@ -112,27 +120,42 @@ class Training:
             "memory_gib": machine.largest_memory(),
         }
 
+    def cost(self, config: dict[str, Any]) -> dict[str, Any]:
+        """`cost_of` a run, which does not depend on its seed.
+
+        Raises:
+            ConfigError: the network cannot be made.
+        """
+        key = run_key(config | {"seed": 0})
+        if key not in self._costs:
+            about = self.pictures.about
+            self._costs[key] = cost_of(config, about["classes"], about["size"])
+        return self._costs[key]
+
     def _fork(self, config: dict[str, Any], tell: Callable[[int], None]) -> tuple[nn.Module, list[dict]]:
         """The plain network after its training; that of the last call is kept, for the next row."""
-        train, _ = self.pictures.ready()
+        train, _ = self._pictures()
         own = config | {"attention": "", "start": "paper", "where": None, "reduction": None}
         if self._forked is None or self._forked[0] != own:
             model = plain(own, len(train.classes))
             self._forked = own, model, self._fit(model, own, 0, tell)
         else:
-            tell(own["epochs"] * (3 * len(train) + len(self.pictures.ready()[1])))
+            tell(own["epochs"] * (3 * len(train) + len(self._pictures()[1])))
         _, model, history = self._forked
         copy = plain(own, len(train.classes))
         copy.load_state_dict(model.state_dict())
         return copy, history
 
+    def _pictures(self) -> tuple[Images, Images]:
+        return self.pictures.ready(self.protocol, self.device)
+
     def _fit(self, model: nn.Module, config: dict, first_epoch: int, tell: Callable[[int], None]) -> list:
-        train, val = self.pictures.ready()
+        train, val = self._pictures()
         return fit(
             _HalfPrecision(model) if config["precision"] == "bf16" else model,
             train,
             val,
-            self.pictures.protocol.recipe(),
+            self.protocol.recipe(),
             seed=config["seed"],
             device=self.device.type,
             first_epoch=first_epoch,
@@ -166,7 +189,7 @@ def refine(model: nn.Module, config: dict[str, Any]) -> nn.Module:
         return model
     attention = (ATTENTION | VARIANTS)[config["attention"]]
     if config["reduction"] is not None:
-        attention = partial(attention, reduction=config["reduction"])
+        attention = partial(attention, reduction=config["reduction"])  # pyright: ignore[reportCallIssue]
     where = config["where"] or (MobileNetV1.UNITS if isinstance(model, MobileNetV1) else None)
     with torch.random.fork_rng():
         torch.manual_seed(config["seed"])
@@ -181,24 +204,19 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def check(config: dict[str, Any], classes: int) -> None:
-    """Refuse settings whose network cannot be made, before any training.
+def cost_of(config: dict[str, Any], classes: int, size: int) -> dict[str, Any]:
+    """Parameters, 10^9 multiply-accumulates for one picture, and places of attention; nothing is computed.
 
     Raises:
-        ConfigError: with the reason.
+        ConfigError: the network cannot be made.
     """
     try:
-        _cost(config, classes, 64)
-    except cbam.CBAMError as error:
-        raise ConfigError(f"{config['network']}+{config['attention']}: {error}") from error
-
-
-def _cost(config: dict[str, Any], classes: int, size: int) -> tuple[int, float, int]:
-    """Parameters, 10^9 multiply-accumulates for one picture, places of attention; nothing is computed."""
-    with torch.device("meta"):
-        model = refine(build(config["network"], num_classes=classes), config)
-        cost = profile(model, size)
-    return cost.parameters, cost.gmac, len(attached(model))
+        with torch.device("meta"):
+            model = refine(build(config["network"], num_classes=classes), config)
+            cost = profile(model, size)
+    except AttachError as error:
+        raise ConfigError(f"{config['network']}, {config['attention']}: {error}") from error
+    return {"parameters": cost.parameters, "gmac": cost.gmac, "sites": len(attached(model))}
 
 
 def _share(on_work: Callable[[float], None], total: int, passes: int) -> None:
