@@ -164,7 +164,7 @@ def read(path: Path) -> dict[str, Any]:
 
 def counts(record: dict[str, Any]) -> bool:
     """Whether a record may enter a table: finished, of a commit that is known, with no change to it."""
-    return record["status"] == "complete" and record["commit"] is not None and not record["dirty"]
+    return record["status"] == "complete" and record["commit"] is not None and record["dirty"] is False
 
 
 def _fault(path: Path, error: OSError) -> OutputError:
