@@ -31,9 +31,22 @@ def find_study(name: str) -> Study:
     return STUDIES[name]
 
 
+def find_pictures(dataset: str, changes: dict[str, Any]) -> Pictures:
+    """The pictures of "digits", or of an image folder; several studies can share them.
+
+    Raises:
+        ConfigError, DataError: no such data set, or a size for the digits.
+    """
+    if dataset != DIGITS:
+        return Pictures(dataset, size=changes.get("size"), limit=changes.get("limit"))
+    if changes.get("size"):
+        raise ConfigError("size belongs to an image folder, and the data set is digits")
+    return Pictures(limit=changes.get("limit"))
+
+
 def prepare(
     name: str,
-    dataset: str,
+    pictures: Pictures,
     changes: dict[str, Any],
     *,
     out: str,
@@ -46,7 +59,6 @@ def prepare(
     """What there is to do for a study; nothing is written yet.
 
     Args:
-        dataset: "digits" or the path of an image folder.
         changes: settings of `Protocol` in place of the usual ones.
         out: the folder that holds a folder for every study.
 
@@ -54,26 +66,23 @@ def prepare(
         ConfigError, DataError: names, settings or pictures that do not go together.
     """
     study, where = find_study(name), pick_device(device)
-    pictures = Pictures(
-        None if dataset == DIGITS else dataset, size=changes.get("size"), limit=changes.get("limit")
-    )
-    if dataset == DIGITS and changes.get("size"):
-        raise ConfigError("size belongs to an image folder, and the data set is digits")
     if study.many_networks and changes.get("network"):
         raise ConfigError(f"study {name} names its networks itself: leave --network out, or choose --arms")
-    protocol = dataclasses.replace(usual(pictures.name, pictures.all), **(changes | {"size": pictures.size}))
-    training = Training(protocol, pictures, where, workers=workers)
+    own = changes | {"size": pictures.size}
+    training = Training(
+        dataclasses.replace(usual(pictures.name, pictures.all), **own), pictures, where, workers=workers
+    )
     return Filling(study, Records(out, name), training, arms=arms, commit=commit, watch=watch)
 
 
-def conduct(filling: Filling, *, seeds: int = SEEDS, budget: float | None = None) -> int:
+def conduct(filling: Filling, *, seeds: int = SEEDS, budget: float | None = None, share: float = 1.0) -> int:
     """Train what has no record, and compute the tables anew, also where that is broken off.
 
     Returns:
         How many runs are still without a record.
     """
     try:
-        left = filling.fill(seeds, budget=budget)
+        left = filling.fill(seeds, budget=budget, share=share)
     except BaseException:
         with contextlib.suppress(Exception):  # what broke it off is told
             write_tables(filling.records, filling.study)

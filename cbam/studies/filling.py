@@ -12,8 +12,8 @@ from cbam.errors import ConfigError, DataError, StoppedError
 from cbam.studies import machine
 from cbam.studies.compare import Silent, Watch
 from cbam.studies.records import Records, counts
-from cbam.studies.study import Arm, Protocol, Study, run_config, run_name
-from cbam.studies.training import Training
+from cbam.studies.study import Arm, Protocol, Study, run_config, run_key, run_name
+from cbam.studies.training import Training, trunk
 
 
 class Run(NamedTuple):
@@ -71,11 +71,12 @@ class Filling:
         """The runs that have no record yet."""
         return [run for run in self.runs(seeds) if not self._has(run)]
 
-    def fill(self, seeds: int, *, budget: float | None = None) -> int:
+    def fill(self, seeds: int, *, budget: float | None = None, share: float = 1.0) -> int:
         """Train what has no record; how many runs are still without one, for another process or another day.
 
         Args:
             budget: seconds. A run that would not end in time is not begun, one that does not is given up.
+            share: what part this study is of all that the watch watches.
 
         Raises:
             DataError, ConfigError, OutputError; KeyboardInterrupt, after which no half record is left.
@@ -84,24 +85,27 @@ class Filling:
         end = None if budget is None else began + budget
         todo = self.missing(seeds)
         for run in todo:
+            part = share / len(todo)
             if self._has(run):  # by now
-                continue
-            if taken := self.records.take_over(run.name, run.config):
+                self.watch.advance(part)
+            elif taken := self.records.take_over(run.name, run.config):
                 self._tell(run, f"taken over from {taken.parent.name}/{taken.name}")
+                self.watch.advance(part)
             elif end is not None and time.monotonic() + self._expected(run) > end:
                 self.watch.say("the time is over before another run would be")
                 break
             else:
                 try:
-                    self._train(run, end, 1 / len(todo))
+                    self._train(run, end, part)
                 except StoppedError as stop:
                     self._tell(run, str(stop))
                     break
         return len(self.missing(seeds))
 
     def _train(self, run: Run, end: float | None, share: float) -> None:
-        with self.records.claimed(run.name) as mine:
+        with self.records.claimed(_claim(run)) as mine:
             if not mine or self._has(run):
+                self.watch.advance(share)
                 return
             self.watch.now(f"{self.study.name}: {self.arms[run.arm].label}, seed {run.config['seed']}")
 
@@ -162,6 +166,11 @@ class Filling:
 
     def _tell(self, run: Run, what: str) -> None:
         self.watch.say(f"{self.study.name} {run.arm} seed {run.config['seed']}: {what}")
+
+
+def _claim(run: Run) -> str:
+    """What a process takes for a run: for a fork all forks of that network, so that it is trained once."""
+    return f"fork-{run_key(trunk(run.config))}" if run.config["forked"] else run.name
 
 
 def counts_or_dirty(record: dict[str, Any]) -> bool:

@@ -135,7 +135,7 @@ class Training:
     def _fork(self, config: dict[str, Any], tell: Callable[[int], None]) -> tuple[nn.Module, list[dict]]:
         """The plain network after its training; that of the last call is kept, for the next row."""
         train, _ = self._pictures()
-        own = config | {"attention": "", "start": "paper", "where": None, "reduction": None}
+        own = trunk(config)
         if self._forked is None or self._forked[0] != own:
             model = plain(own, len(train.classes))
             self._forked = own, model, self._fit(model, own, 0, tell)
@@ -174,6 +174,11 @@ class _HalfPrecision(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, torch.bfloat16):
             return self.model(x).float()
+
+
+def trunk(config: dict[str, Any]) -> dict[str, Any]:
+    """The settings of the network that a forked run begins with."""
+    return config | {"attention": "", "start": "paper", "where": None, "reduction": None}
 
 
 def plain(config: dict[str, Any], classes: int) -> nn.Module:

@@ -15,7 +15,7 @@ from cbam.errors import ConfigError, DataError
 from cbam.studies import filling as filling_file
 from cbam.studies import machine
 from cbam.studies.compare import Silent
-from cbam.studies.conduct import conduct, prepare
+from cbam.studies.conduct import conduct, find_pictures, prepare
 from cbam.studies.records import Records
 from cbam.studies.tables import STUDIES
 from cbam.studies.tabulate import tables
@@ -49,7 +49,9 @@ class Listener(Silent):
 
 def study(out, name="order", watch=None, arms=("se", "channel-spatial"), **changes):
     """Two rows of a study, of which a run takes a fraction of a second."""
-    return prepare(name, "digits", TINY | changes, out=str(out), device="cpu", watch=watch, arms=list(arms))
+    own = TINY | changes
+    pictures = find_pictures("digits", own)
+    return prepare(name, pictures, own, out=str(out), device="cpu", watch=watch, arms=list(arms))
 
 
 @pytest.fixture(scope="module")
@@ -159,10 +161,7 @@ def test_a_budget_begins_no_run_that_would_not_end_in_time(tmp_path, filled):
 
 def test_a_run_that_diverges_has_a_record_that_does_not_count(tmp_path):
     # R1
-    wanted = prepare(
-        "order", "digits", TINY | {"lr": 1e30, "epochs": 2}, out=str(tmp_path), device="cpu", arms=["se"]
-    )
-    assert conduct(wanted, seeds=1) == 0
+    assert conduct(study(tmp_path, arms=["se"], lr=1e30, epochs=2), seeds=1) == 0
     (record,) = Records(tmp_path, "order").all().values()
     assert record["status"].startswith("NonFiniteError")
     (table,) = tables(STUDIES["order"], [record])
@@ -232,8 +231,9 @@ def test_bfloat16_on_pictures_that_stay_on_the_device(tmp_path):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 pixels = torch.randint(0, 256, (32, 32, 3), generator=random, dtype=torch.uint8)
                 Image.fromarray(pixels.numpy()).save(path)
+    pictures = find_pictures(str(tmp_path / "pictures"), {})
     wanted = prepare(
-        "order", str(tmp_path / "pictures"), {"network": "resnet_tiny", "epochs": 1, "batch_size": 8},
+        "order", pictures, {"network": "resnet_tiny", "epochs": 1, "batch_size": 8},
         out=str(tmp_path / "out"), device="cpu", arms=["se"],
     )  # fmt: skip
     assert (wanted.protocol.resident, wanted.protocol.precision, wanted.protocol.size) == (True, "bf16", 32)
@@ -244,7 +244,7 @@ def test_bfloat16_on_pictures_that_stay_on_the_device(tmp_path):
     assert record["epochs"][0]["val_top5"] is None
     (tmp_path / "pictures" / "val" / "0" / "0.png").rename(tmp_path / "pictures" / "val" / "1" / "9.png")
     with pytest.raises(DataError, match="other pictures of the same name"):
-        prepare("order", str(tmp_path / "pictures"), {}, out=str(tmp_path / "out"), device="cpu")
+        prepare("order", find_pictures(str(tmp_path / "pictures"), {}), {}, out=str(tmp_path / "out"))
 
 
 @pytest.mark.parametrize(
@@ -263,8 +263,9 @@ def test_bfloat16_on_pictures_that_stay_on_the_device(tmp_path):
 )  # fmt: skip
 def test_what_does_not_go_together_is_refused_before_any_work(tmp_path, name, changes, how, told):
     # C6, C12
+    how = {"out": str(tmp_path / "out"), "device": "cpu", **how}
     with pytest.raises(ConfigError, match=told):
-        prepare(name, "digits", changes, **{"out": str(tmp_path / "out"), "device": "cpu", **how})
+        prepare(name, find_pictures("digits", changes), changes, **how)
     assert not (tmp_path / "out").exists()
 
 

@@ -1,6 +1,7 @@
 """`cbam study`."""
 
 import argparse
+import time
 
 from cbam.app.options import Parser, count, duration, need, terminable
 from cbam.app.terminal import progress, show
@@ -8,7 +9,7 @@ from cbam.errors import StoppedError
 from cbam.studies.study import PRECISIONS, SEEDS
 from cbam.studies.tables import STUDIES
 
-HELP = "fill a table of the paper: train what has no record yet, and compute the table from the records"
+HELP = "fill tables of the paper: train what has no record yet, and compute the tables from the records"
 OUT = "results"
 EXTRAS = {"train": ("torchvision", "PIL", "sklearn", "pytorch_lightning")}
 _CHANGES = ("network", "epochs", "batch_size", "lr", "size", "limit", "precision")
@@ -16,9 +17,7 @@ _CHANGES = ("network", "epochs", "batch_size", "lr", "size", "limit", "precision
 
 def add(parser: Parser) -> None:
     """The options: which study, on what, how much of it, and what to change of the usual training."""
-    parser.add_argument(
-        "name", nargs="?", metavar="NAME", help=f"one of {', '.join(STUDIES)}; without: a list"
-    )
+    parser.add_argument("name", nargs="*", metavar="NAME", help=f"of {', '.join(STUDIES)}; without: a list")
     parser.add_argument(
         "--dataset", default="digits", metavar="D", help="digits, or an image folder (default: digits)"
     )
@@ -52,36 +51,55 @@ def add(parser: Parser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Fill the study as far as the time reaches, and print its tables."""
-    if options.name is None:
+    """Fill the studies one after another, as far as the time reaches, and print their tables."""
+    if not options.name:
         return _list()
     need("cbam study", EXTRAS)
-    from cbam.studies.conduct import conduct, find_study, prepare, told, write_tables
+    from cbam.studies.conduct import find_study, told, write_tables
     from cbam.studies.records import Records
 
-    study, records = find_study(options.name), Records(options.out, options.name)
+    folders = {name: (Records(options.out, name), find_study(name)) for name in options.name}
+    left = 0
     if options.tables:
-        for path in write_tables(records, study):
-            show(str(path))
+        for folder in folders.values():
+            write_tables(*folder)
+    else:
+        left = _fill(options)
+    if options.plan:
         return 0
-    changes = {name: getattr(options, name) for name in _CHANGES if hasattr(options, name)}
-    with terminable(), progress() as watch:
-        filling = prepare(
-            options.name, options.dataset, changes, out=options.out, device=options.device,
-            workers=options.workers, arms=options.arms, commit=options.commit, watch=watch,
-        )  # fmt: skip
-        watch.say(filling.plan(options.seeds))
-        if options.plan:
-            return 0
-        if filling.origin["dirty"] is not False:
-            watch.say(f"note: {_uncounted(filling.origin)}; these runs will not count")
-        left = conduct(filling, seeds=options.seeds, budget=options.budget)
-    show("")
-    show(told(records, study))
-    show(f"Records, tables and figures: {records.path}")
+    for records, study in folders.values():
+        if table := told(records, study):
+            show("")
+            show(table)
+            show(f"Records, tables and figures: {records.path}")
     if left:
         raise StoppedError(f"{left} runs are still without a record; the same command goes on with them")
     return 0
+
+
+def _fill(options: argparse.Namespace) -> int:
+    """How many runs are left after this."""
+    from cbam.studies.conduct import conduct, find_pictures, prepare
+
+    changes = {name: getattr(options, name) for name in _CHANGES if hasattr(options, name)}
+    end = None if options.budget is None else time.monotonic() + options.budget
+    begun = []
+    with terminable(), progress() as watch:
+        pictures = find_pictures(options.dataset, changes)
+        for name in options.name:
+            filling = prepare(
+                name, pictures, changes, out=options.out, device=options.device, workers=options.workers,
+                arms=options.arms, commit=options.commit, watch=watch,
+            )  # fmt: skip
+            watch.say(filling.plan(options.seeds))
+            if options.plan:
+                continue
+            if filling.origin["dirty"] is not False:
+                watch.say(f"note: {_uncounted(filling.origin)}; these runs will not count")
+            budget = None if end is None else max(0.0, end - time.monotonic())
+            conduct(filling, seeds=options.seeds, budget=budget, share=1 / len(options.name))
+            begun.append(filling)
+    return sum(len(filling.missing(options.seeds)) for filling in begun)
 
 
 def _uncounted(origin: dict) -> str:
