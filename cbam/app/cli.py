@@ -25,6 +25,7 @@ COMMANDS = {
     "study": "study",
     "list": "networks",
     "sites": "sites",
+    "bench": "bench",
 }
 
 EXIT_CODES = """\

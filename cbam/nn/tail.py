@@ -48,7 +48,7 @@ def refined(attention: Fusable, x: Tensor) -> Tensor | None:
     return out if x.dim() == 4 else out.squeeze(0)
 
 
-def begin(norm: nn.Module, attention: nn.Module, x: Tensor) -> "Pending | Tensor":
+def begin(norm: nn.Module, attention: nn.Module, x: Tensor) -> Tensor:
     """`attention(norm(x))`, waiting for the add behind it where one operation can do both; else at once.
 
     For a value that is used once: each use of one that waits would count a batch in the running statistics.
@@ -61,7 +61,7 @@ def begin(norm: nn.Module, attention: nn.Module, x: Tensor) -> "Pending | Tensor
         and not _norm_obstacle(norm, x)
         and not watched(attention)
     ):
-        return Pending(norm, attention, x)
+        return Pending(norm, attention, x)  # pyright: ignore[reportReturnType]
     return attention(norm(x))
 
 
