@@ -152,7 +152,7 @@ class Training:
     def _fit(self, model: nn.Module, config: dict, first_epoch: int, tell: Callable[[int], None]) -> list:
         train, val = self._pictures()
         return fit(
-            _HalfPrecision(model) if config["precision"] == "bf16" else model,
+            HalfPrecision(model) if config["precision"] == "bf16" else model,
             train,
             val,
             self.protocol.recipe(),
@@ -164,7 +164,7 @@ class Training:
         )
 
 
-class _HalfPrecision(nn.Module):
+class HalfPrecision(nn.Module):
     """Runs a network in bfloat16 where that is safe, weights and logits in float32."""
 
     def __init__(self, model: nn.Module) -> None:
