@@ -31,11 +31,11 @@ settle what is open. `make evidence` writes it from the records in `results/`; n
 """
 
 DIGITS_ARE_NOT = """\
-**The digits are not the evidence.** They are handwriting of 8x8 pixels enlarged, and a network of {parameters:,}
-parameters, trained for {steps} steps. They show that the studies run, and what an attention costs such a
-network at the start of its training; they say nothing about photographs, ImageNet or a network that has
-converged. The evidence that the README cites is the tables on Imagenette; where the list above has none, they
-are still to be run.
+**The digits are not the evidence.** They are handwriting of 8x8 pixels, enlarged, and a network of
+{parameters:,} parameters, trained for {steps} steps. They show that the studies run, and what an attention
+costs such a network at the start of its training; they say nothing about photographs, ImageNet or a network
+that has converged. The evidence that the README cites is the tables on Imagenette; where the list above has
+none, they are still to be run.
 """
 
 STILL = """\
@@ -49,10 +49,10 @@ On one GPU, without a network; it stops with the time that it is given, and the 
 benchmarks/gpu_studies.sh path/to/imagenette96 25
 ```
 
-ResNet18, 34 and 50, plain, SE and CBAM; then, on ResNet18, channel, spatial, order, peers and start; {epochs}
-epochs from scratch, {seeds} seeds of every row, the pictures on the device, in bfloat16. The settings were fixed
-before the first of these runs: rate, momentum and weight decay are the paper's, the batch is {batch}, and half a
-cosine stands in place of the steps that the paper makes over 90 epochs.
+ResNet18, 34 and 50, plain, SE and CBAM; then, on ResNet18, channel, spatial, order, peers and start;
+{epochs} epochs from scratch, {seeds} seeds of every row, the pictures on the device, in bfloat16. The
+settings were fixed before the first of these runs: rate, momentum and weight decay are the paper's, the
+batch is {batch}, and half a cosine stands in place of the steps that the paper makes over 90 epochs.
 
 ## ImageNet on 8 GPUs
 
@@ -71,12 +71,12 @@ done; wait
 CHOICES = """\
 ## Choices that were made on validation sets
 
-- The learning rate of the digits, {lr:g}, is that of `cbam compare`. It was chosen there from trainings of the
-  plain network, whose validation error was seen.
-- The studies on the digits were planned with 6 epochs at batch 32, by the time that a run takes. {first} runs of
-  that plan were made; the plain network ended at {error:.0f} % error, far from trained, and epochs and batch were
-  changed, once, to {epochs} and {batch}. That was decided on validation errors, those of rows with attention
-  among them. The records of the first plan are kept, as a table of their own.
+- The learning rate of the digits, {lr:g}, is that of `cbam compare`. It was chosen there from trainings of
+  the plain network, whose validation error was seen.
+- The studies on the digits were planned with 6 epochs at batch 32, by the time that a run takes. {first} runs
+  of that plan were made; the plain network ended at {error:.0f} % error, far from trained, and epochs and
+  batch were changed, once, to {epochs} and {batch}. That was decided on validation errors, those of rows with
+  attention among them. The records of the first plan are kept, as a table of their own.
 - No other setting was changed after a result. The last epoch of every run counts, not the best.
 - Imagenette and ImageNet: none, no run has been made there.
 """
@@ -155,8 +155,8 @@ def _open(usual: list[Table]) -> str:
     lines = [
         "## What is open",
         "",
-        "No difference is shown in these. Beside each: the smallest true difference that so many pairs show",
-        "in four cases of five, and how many pairs would show one of the size found, if that is the true one.",
+        "No difference is shown in these. Beside each: the smallest true difference that so many pairs",
+        "show in four cases of five, and how many would show one of the size found, if it is the true one.",
         "",
         "| study | | against | points | pairs | would show | pairs to settle |",
         "| --- | --- | --- | --- | --- | --- | --- |",
@@ -212,8 +212,8 @@ def _hours() -> str:
     if not measured:
         return (
             "How many hours that takes is computed from a throughput that is measured:\n"
-            "`python -m benchmarks.imagenet_hours` prints it and writes it down for this page. It has not been\n"
-            "measured on a GPU yet, so no number stands here."
+            "`python -m benchmarks.imagenet_hours` prints it and writes it down for this page. It has not\n"
+            "been measured on a GPU yet, so no number stands here."
         )
     told = json.loads(measured[-1].read_text("utf-8"))
     return "\n".join(imagenet_hours.lines(told, seeds=SEEDS, devices=8))

@@ -1,4 +1,4 @@
-"""What results/ holds: records of clean commits, and tables, figures and a page that are computed from them."""
+"""What results/ holds: records of clean commits; tables, figures and a page that are computed from them."""
 
 import subprocess
 from pathlib import Path
