@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from cbam.errors import ConfigError
 from cbam.studies import machine
 from cbam.studies.speed import interleaved
 from cbam.studies.study import imagenet, run_config
 from cbam.studies.tables import STUDIES
-from cbam.studies.training import HalfPrecision, plain, refine
+from cbam.studies.training import plain, refine
 from cbam.train import pick_device
 
 TRAIN, VAL, CLASSES = 1_281_167, 50_000, 1000
@@ -52,6 +53,18 @@ def main(argv: list[str] | None = None) -> None:
     out.write_text(json.dumps(told, indent=1) + "\n", "utf-8")
     print("\n".join(lines(told, seeds=options.seeds, devices=options.devices)))
     print(out)
+
+
+class HalfPrecision(nn.Module):
+    """Runs a network in bfloat16 where that is safe, weights and logits in float32, as training does."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, torch.bfloat16):
+            return self.model(x).float()
 
 
 def measure(arms: dict[str, Any], batch_size: int, size: int, device: torch.device) -> dict[str, dict]:

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cbam.data.images import UNKNOWN_BOX, EpochSampler, Images, draws
+from cbam.data.images import UNKNOWN_BOX, Images, draws
+from cbam.data.loading import Batches
 
 TRIES = 10  # as torchvision's RandomResizedCrop
 AREA, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
@@ -51,7 +52,7 @@ class Resident(Images):
         for index in range(len(images)):
             self.pixels[index] = images.whole(index) if augment else images.sample(0, index)[0]
         self.pixels = self.pixels.to(self.device)
-        self._targets = torch.tensor(self.targets, device=self.device)
+        self.labels = torch.tensor(self.targets, device=self.device)
         self._drawn: tuple[tuple[int, int], Tensor] | None = None
 
     def sample(self, epoch: int, index: int) -> tuple[Tensor, Sequence[float]]:
@@ -62,10 +63,8 @@ class Resident(Images):
         pictures = self.pixels[indices]
         return crop_and_flip(pictures, self._crops(epoch)[indices]) if self.augment else pictures
 
-    def batches(self, batch_size: int, *, train: bool, seed: int) -> "ResidentBatches":
-        images = self.seeded(seed) if train else self
-        assert isinstance(images, Resident)
-        return ResidentBatches(images, batch_size, train=train, seed=seed)
+    def loaded(self, batches: Batches) -> "ResidentBatches":
+        return ResidentBatches(self, batches)
 
     def _crops(self, epoch: int) -> Tensor:
         """The crops of an epoch, on the device; those of the last epoch asked for are kept."""
@@ -78,29 +77,21 @@ class Resident(Images):
 class ResidentBatches:
     """Batches as `cbam.data.loader` makes them, of a set that lies on a device."""
 
-    def __init__(self, images: Resident, batch_size: int, *, train: bool, seed: int) -> None:
-        self.dataset, self.batch_size = images, batch_size
-        self.sampler = EpochSampler(len(images), shuffle=train, seed=seed)
-        self.batch_sampler = None  # Lightning looks for it beside a sampler
-        # BatchNorm cannot train on one picture.
-        self.drop_last = train and len(images) > batch_size and len(images) % batch_size == 1
+    def __init__(self, images: Resident, batches: Batches) -> None:
+        self.dataset, self.batch_sampler, self.sampler = images, batches, batches.sampler
+        self.batch_size = batches.size
 
     def __len__(self) -> int:
-        return -(-(len(self.sampler) - self.drop_last) // self.batch_size)
+        return len(self.batch_sampler)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        keys = list(self.sampler)
-        keys = keys[: len(keys) - self.drop_last]
-        if not keys:
-            return
-        epoch = keys[0][0]
-        order = torch.tensor([index for _, index in keys], device=self.dataset.device)
-        for indices in order.split(self.batch_size):
+        for keys in self.batch_sampler:
+            indices = torch.tensor([index for _, index in keys]).to(self.dataset.device, non_blocking=True)
             yield {
-                "image": self.dataset.at(epoch, indices),
-                "target": self.dataset._targets[indices],
+                "image": self.dataset.at(keys[0][0], indices),
+                "target": self.dataset.labels[indices],
                 "index": indices,
-                "box": torch.full((len(indices), 4), float("nan"), device=indices.device),
+                "box": torch.full((len(keys), 4), float("nan"), device=indices.device),
             }
 
 

@@ -164,9 +164,12 @@ def _norm_obstacle(norm: nn.Module, x: Tensor) -> bool:
 
 def watched(*modules: nn.Module) -> bool:
     """Whether somebody has hooks on these modules, which only their own calls run."""
-    if torch.nn.modules.module._has_any_global_hook():
+    if nn.modules.module._has_any_global_hook():
         return True
-    return any(
-        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
-        for m in modules
-    )
+    for module in modules:
+        own = module.__dict__  # a module looks names up slowly
+        if own["_forward_hooks"] or own["_forward_pre_hooks"]:
+            return True
+        if own["_backward_hooks"] or own["_backward_pre_hooks"]:
+            return True
+    return False

@@ -118,6 +118,7 @@ class Protocol:
         return Recipe(
             epochs=self.epochs, batch_size=self.batch_size, optimizer=self.optimizer, lr=self.lr,
             momentum=self.momentum, weight_decay=self.weight_decay, schedule=self.schedule,
+            precision=self.precision,
         )  # fmt: skip
 
 

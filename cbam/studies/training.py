@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from cbam.data import Images, Resident, cluttered_digits, image_folder
 from cbam.errors import AttachError, ConfigError, NonFiniteError
@@ -152,7 +152,7 @@ class Training:
     def _fit(self, model: nn.Module, config: dict, first_epoch: int, tell: Callable[[int], None]) -> list:
         train, val = self._pictures()
         return fit(
-            HalfPrecision(model) if config["precision"] == "bf16" else model,
+            model,
             train,
             val,
             self.protocol.recipe(),
@@ -162,18 +162,6 @@ class Training:
             workers=self.workers,
             on_step=tell,
         )
-
-
-class HalfPrecision(nn.Module):
-    """Runs a network in bfloat16 where that is safe, weights and logits in float32."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, torch.bfloat16):
-            return self.model(x).float()
 
 
 def trunk(config: dict[str, Any]) -> dict[str, Any]:
