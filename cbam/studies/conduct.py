@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from cbam.errors import ConfigError
-from cbam.studies.compare import Watch
 from cbam.studies.drawing import figure
 from cbam.studies.filling import Filling
 from cbam.studies.printing import markdown, text
@@ -16,6 +15,7 @@ from cbam.studies.study import DIGITS, SEEDS, Study, usual
 from cbam.studies.tables import STUDIES
 from cbam.studies.tabulate import tables
 from cbam.studies.training import Pictures, Training
+from cbam.studies.watch import Watch
 from cbam.train import pick_device
 
 

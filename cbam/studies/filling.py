@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 
 from cbam.errors import ConfigError, DataError, StoppedError
 from cbam.studies import machine
-from cbam.studies.compare import Silent, Watch
 from cbam.studies.records import Records, counts
 from cbam.studies.study import Arm, Protocol, Study, run_config, run_key, run_name
 from cbam.studies.training import Training, trunk
+from cbam.studies.watch import Silent, Watch
 
 
 class Run(NamedTuple):

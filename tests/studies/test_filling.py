@@ -14,11 +14,11 @@ import cbam
 from cbam.errors import ConfigError, DataError
 from cbam.studies import filling as filling_file
 from cbam.studies import machine
-from cbam.studies.compare import Silent
 from cbam.studies.conduct import conduct, find_pictures, prepare
 from cbam.studies.records import Records
 from cbam.studies.tables import STUDIES
 from cbam.studies.tabulate import tables
+from cbam.studies.watch import Silent
 
 ROOT = Path(cbam.__file__).parents[1]
 TINY = {"epochs": 1, "limit": 20, "batch_size": 16}
