@@ -255,13 +255,13 @@ def write(
     tile = within(lc, lp, C, L, NHWC, WIDE)
     if S is not None:
         s = tl.load(S + n * L + p, mask=column, other=0.0)
-        _, logit = normalised_map(s, S_GAMMA, S_BETA, S_MU, S_VAR, S_EPS, ACC)
+        logit = normalised_map(s, S_GAMMA, S_BETA, S_MU, S_VAR, S_EPS, ACC)[1]
         ms = sigmoid(logit, GAIN)
     for c0 in range(part * STEPS * BC, tl.minimum(C, (part + 1) * STEPS * BC), BC):
         c, row = c0 + lc, c0 + lc < C
         inside = row[:, None] & column[None, :]
         spot = origin(n, c0, p0, C, L, NHWC) + tile
-        mu, a, _, mc = channel_terms(GAMMA, BETA, MU, VAR, GATE, n, c, row, C, EPS, ACC)
+        mu, a, beta, mc = channel_terms(GAMMA, BETA, MU, VAR, GATE, n, c, row, C, EPS, ACC)
         d = tl.load(GRAD + spot, mask=inside, other=0.0).to(ACC)
         if S is not None:
             d = d * ms[None, :] + weight(D, J, n, c, p, column, C, L)

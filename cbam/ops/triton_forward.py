@@ -143,7 +143,8 @@ def pool(
     if TOP is not None:
         best = tl.full((BC, BP), float("-inf"), ACC)
         at = tl.zeros((BC, BP), tl.int32) + (begin + lp)[None, :]
-        bad = tl.zeros((BC, BP), tl.int32)
+        if NANS:
+            bad = tl.zeros((BC, BP), tl.int32)
     for start in range(begin, end, BP):
         inside = row[:, None] & (start + lp < end)[None, :]
         x = tl.load(X + origin(n, c0, start, C, L, NHWC) + tile, mask=inside, other=0.0).to(ACC)
@@ -317,9 +318,9 @@ def convolve(
                 r = start + tl.arange(0, BR)
                 inside = r < N * tiles
                 counts = tl.minimum(BP, L - r % tiles * BP).to(tl.float64)
-                apart = tl.load(SUMS + 2 * r, mask=inside, other=0.0, cache_modifier=".cg") / counts - mean
+                gap = tl.load(SUMS + 2 * r, mask=inside, other=0.0, cache_modifier=".cg") / counts - mean
                 within_part = tl.load(SUMS + 2 * r + 1, mask=inside, other=0.0, cache_modifier=".cg")
-                squares += tl.where(inside, within_part + counts * apart * apart, 0.0)
+                squares += tl.where(inside, within_part + counts * gap * gap, 0.0)
             tl.store(S_MU, mean)
             tl.store(S_VAR, tl.sum(squares, 0) / M)
 

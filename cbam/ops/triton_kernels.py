@@ -102,7 +102,7 @@ def processors(device: torch.device) -> int:
 
 def on(device: torch.device) -> AbstractContextManager:
     """Make `device` the current one; nothing to do where it is, or where kernels are interpreted."""
-    if device.type == "cpu" or device.index == torch.cuda.current_device():
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
         return nullcontext()
     return torch.cuda.device(device)
 

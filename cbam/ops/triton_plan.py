@@ -6,6 +6,7 @@ the same in each run on one kind of device.
 
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import product
 
 INTERPRETED = 4  # multiprocessors that a device without any counts as
 
@@ -54,59 +55,59 @@ class Gate:
     alone: bool
 
 
-# Elements of a tile and lanes along the contiguous axis, (NCHW, NHWC), for two bytes or four a value; a
-# program of pass 1 keeps four accumulators per element, those of A and 2 two to four, of B two.
+# Values that a thread holds of each tile, and the lanes along the contiguous axis that a tile may have, best
+# first, (NCHW, NHWC). A program of pass 1 keeps four sums for each value, of A two to four, of B and 2 two.
 TILES = {
-    "pool": (4096, 1024, 128),
-    "weigh": (4096, 1024, 128),
-    "squeeze": (4096, 256, 128),
-    "refine": (4096, 512, 256),
-    "gradient": (2048, 256, 64),
-    "write": (4096, 512, 256),
+    "pool": (8, (512, 256, 1024, 128), (128, 64)),
+    "weigh": (8, (512, 256, 1024, 128), (128, 64)),
+    "squeeze": (16, (256, 128, 64), (128, 256, 512)),
+    "refine": (16, (512, 256, 128), (64, 128, 256)),
+    "gradient": (8, (256, 128, 64, 32), (64, 128, 256, 512)),
+    "write": (8, (512, 256, 128), (64, 128, 256)),
 }
-ELEMENTS_PER_THREAD = 16
-WAVES = 4  # programs per multiprocessor that a pass is cut into where the shape allows
+WALKS_PIXELS = ("pool", "weigh")
+PARTS = {"pool": 16, "weigh": 16, "squeeze": 4, "refine": 8, "gradient": 1, "write": 8}  # at most
+ENOUGH = 4  # programs per multiprocessor; a pass with fewer is cut finer where the shape allows
 
 
 @lru_cache(4096)
 def plan(N: int, C: int, L: int, nhwc: bool, itemsize: int, processors: int) -> Plan:
     """The plan of a map (N, C, L) of `itemsize` bytes a value on a device of `processors` multiprocessors."""
-
-    def tile(name: str) -> Tile:
-        elements, lanes = TILES[name][0], TILES[name][1 + nhwc]
-        if processors == INTERPRETED:
-            elements, lanes = 128, 16
-        elif itemsize == 8:
-            elements //= 2
-        walks_pixels = name in ("pool", "weigh")
-        BC, BP = shape(
-            C, L, nhwc, elements, lanes, few=N * blocks(C if walks_pixels else L, lanes) < processors
-        )
-        if walks_pixels:
-            programs, tiles, most = N * blocks(C, BC), blocks(L, BP), 16
-        else:
-            programs, tiles, most = N * blocks(L, BP), blocks(C, BC), 8
-        if name == "gradient":
-            most = 1  # a program must see every channel of its pixels
-        parts = max(1, min(tiles, most, blocks(WAVES * processors, programs)))
-        steps = blocks(tiles, parts)
-        warps = min(8, max(1, power(BC * BP) // (32 * ELEMENTS_PER_THREAD)))
-        parts = blocks(tiles, steps)
-        return Tile(BC, BP, warps, parts, steps, programs * parts)
-
-    tiles = {name: tile(name) for name in TILES}
+    tiles = {name: tile(name, N, C, L, nhwc, itemsize, processors) for name in TILES}
     small = N * C * L * itemsize <= 1 << 23
     conv = min(power(L), 16 if processors == INTERPRETED else 256)
     chunks = max(min(blocks(L, conv), blocks(2 * processors, N)), blocks(L, 1024))
     steps = blocks(blocks(L, conv), chunks)
-    taps, pixels = (32, 8) if processors == INTERPRETED else (128, 32)
+    taps, pixels = (32, 8) if processors == INTERPRETED else (64, 32)
     chunks = blocks(blocks(L, conv), steps)
     spread = Tile(taps, min(pixels, conv), 4, chunks, steps, N * chunks)
-    fast = C if nhwc else L
-    unit = next(u for u in (8, 4, 2, 1) if fast % u == 0)
-    return Plan(
-        nhwc, unit, **tiles, fold=small or (not nhwc and tiles["refine"].parts == 1), conv=conv, spread=spread
-    )
+    unit = next(u for u in (8, 4, 2, 1) if (C if nhwc else L) % u == 0)
+    fold = small or (not nhwc and tiles["refine"].parts == 1)
+    return Plan(nhwc, unit, **tiles, fold=fold, conv=conv, spread=spread)
+
+
+def tile(name: str, N: int, C: int, L: int, nhwc: bool, itemsize: int, processors: int) -> Tile:
+    """The first form of tile that makes enough programs, or the one that makes the most."""
+    per_thread, *lanes = TILES[name]
+    if itemsize == 8:
+        per_thread //= 2
+    found: list[Tile] = []
+    for warps, lane in product((8, 4, 2), lanes[nhwc]):
+        if processors == INTERPRETED:
+            warps, lane, per_thread = 1, 16, 4
+        BC, BP = shape(C, L, nhwc, 32 * warps * per_thread, lane)
+        over_pixels, over_channels = blocks(L, BP), blocks(C, BC)
+        others, steps = (over_channels, over_pixels) if name in WALKS_PIXELS else (over_pixels, over_channels)
+        programs = N * others
+        parts = max(1, min(steps, PARTS[name], blocks(ENOUGH * processors, programs)))
+        steps = blocks(steps, parts)
+        parts = blocks(
+            blocks(C if name not in WALKS_PIXELS else L, BC if name not in WALKS_PIXELS else BP), steps
+        )
+        found.append(Tile(BC, BP, warps, parts, steps, programs * parts))
+        if found[-1].programs >= ENOUGH * processors and parts == 1:
+            return found[-1]
+    return max(found, key=lambda t: min(t.programs, ENOUGH * processors))
 
 
 @lru_cache(4096)
@@ -132,10 +133,8 @@ def statistics_plan(C: int, processors: int) -> tuple[int, int]:
     return (8, 8) if processors == INTERPRETED else (64, min(power(C), 16))
 
 
-def shape(C: int, L: int, nhwc: bool, elements: int, lanes: int, *, few: bool) -> tuple[int, int]:
-    """[BC, BP]: full along the contiguous axis up to `lanes`, the other axis takes what is left."""
-    if few:  # too few programs: smaller tiles
-        elements //= 2
+def shape(C: int, L: int, nhwc: bool, elements: int, lanes: int) -> tuple[int, int]:
+    """[BC, BP]: up to `lanes` along the contiguous axis, the other axis takes what is left of the elements."""
     if nhwc:
         BC = min(power(C), lanes)
         return BC, max(1, min(power(L), elements // BC))
