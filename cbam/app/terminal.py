@@ -65,8 +65,9 @@ class Lines:
     def _left(self) -> str:
         if self.done < 0.02:
             return ""
-        seconds = (time.monotonic() - self.began) * (1 - self.done) / self.done
-        return f", {seconds // 60:.0f}:{seconds % 60:02.0f} left"
+        # The shares are floats: their sum may pass 1 by a hair.
+        seconds = round((time.monotonic() - self.began) * max(0.0, 1 - self.done) / self.done)
+        return f", {seconds // 60}:{seconds % 60:02} left"
 
 
 class Bar:

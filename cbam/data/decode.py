@@ -12,6 +12,7 @@ import io
 import os
 import re
 import stat
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -45,6 +46,15 @@ _TURNS = {  # EXIF orientation -> the name of Pillow's transposition that undoes
     7: "TRANSVERSE",
     8: "ROTATE_90",
 }
+
+
+@dataclass(frozen=True)
+class Header:
+    """Height and width in pixels, as stored; whether more frames follow the first."""
+
+    height: int
+    width: int
+    animated: bool
 
 
 def decode(source: str | os.PathLike | bytes) -> Tensor:
@@ -102,15 +112,15 @@ def decode_bytes(data: bytes, where: str) -> Tensor:
         raise DataError(f"{where}: damaged or unsupported picture ({reason})") from error
 
 
-def size_of(path: str | os.PathLike) -> tuple[int, int] | None:
-    """(height, width) from the header, as stored; None where it cannot be read."""
+def header_of(path: str | os.PathLike) -> Header | None:
+    """What the header says; None where it cannot be read."""
     try:
         from PIL import Image
     except ImportError as error:
         raise MissingExtraError.of("reading pictures", "vision") from error
     try:
         with Image.open(path, formats=FORMATS) as image:
-            return image.height, image.width
+            return Header(image.height, image.width, getattr(image, "is_animated", False))
     except Exception:  # the reader of the picture itself says what is wrong with it
         return None
 

@@ -14,12 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cbam.data.decode import decode_bytes, not_an_image, read, shown, size_of
+from cbam.data.decode import decode_bytes, header_of, not_an_image, read, shown
 from cbam.data.images import MAX_SEED, UNKNOWN_BOX, Images, check_int, draws
 from cbam.data.scan import Classes, find_pictures
 from cbam.errors import DataError, MissingExtraError
 
-PEEKS = 20_000  # first bytes read of so many pictures at the start; all the others as they come
+PEEKS = 20_000  # headers read of so many pictures at the start; all the others as they come
+TINY, NARROW = 10, 10  # pixels on the short side; times as long as wide
 
 _log = logging.getLogger("cbam")
 
@@ -32,6 +33,8 @@ def image_folder(
     `path` holds `train` and one of `val`, `validation`, `valid`, `test`; or it holds the class folders, and
     of every class the 1st, 6th, 11th, ... picture by name validates. Class folders may have folders
     inside. Hidden files and files without the ending of a picture are left out and counted in `notes`.
+
+    Animations, of which the first frame is taken, and tiny or very narrow pictures are counted there too.
 
     A training picture that cannot be read is named once and replaced by the next of its class, until there
     are too many. In validation it is an error, for the set would silently be another one.
@@ -82,9 +85,13 @@ class _Folder(Images):
                 time.sleep(pause)
         raise AssertionError
 
-    def _peek(self) -> Iterator[tuple[int, str]]:
-        """Index and message of the files whose first bytes show that they are no pictures."""
-        for index in range(0, len(self), -(-len(self) // PEEKS)):
+    def _peek(self, split: str) -> Iterator[tuple[int, str]]:
+        """Index and message of the files whose first bytes show that they are no pictures.
+
+        What is a picture and odd is counted, and then told in `notes`.
+        """
+        looked_at, odd = range(0, len(self), -(-len(self) // PEEKS)), _Odd()
+        for index in looked_at:
             try:
                 with Path(self._paths[index]).open("rb", buffering=0) as file:
                     fault = not_an_image(file.read(16))
@@ -92,12 +99,40 @@ class _Folder(Images):
                 fault = error.strerror or str(error)
             if fault:
                 yield index, f"{self._where(index)}: {fault}"
+            else:
+                odd.look(self._paths[index])
+        of = "" if len(looked_at) == len(self) else f" (of {len(looked_at)} that were looked at)"
+        self.notes += [f"{split}: {line}{of}" for line in odd.told()]
+
+
+class _Odd:
+    """Counts the pictures that are read, but may not be what was meant; the first of each kind is named."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, list[str]] = {}
+
+    def look(self, path: str) -> None:
+        header = header_of(path)
+        if header is None:
+            return
+        short, long = sorted((header.height, header.width))
+        if header.animated:
+            self._found.setdefault("with several frames, of which the first is taken", []).append(path)
+        if short < TINY or long > NARROW * short:
+            kind = f"below {TINY} pixels on a side, or more than {NARROW} times as long as wide"
+            self._found.setdefault(kind, []).append(path)
+
+    def told(self) -> list[str]:
+        return [
+            f"{len(paths)} picture{'s' * (len(paths) > 1)} {kind}; the first: {shown(paths[0])}"
+            for kind, paths in self._found.items()
+        ]
 
 
 class _Val(_Folder):
     def __init__(self, name: str, classes: Classes, size: int, notes: Sequence[str]) -> None:
         super().__init__(name, classes, size, notes)
-        broken = list(self._peek())
+        broken = list(self._peek("validation"))
         if broken:
             raise DataError(
                 f"validation pictures that cannot be read: {len(broken)}, the first: {broken[0][1]}"
@@ -116,7 +151,7 @@ class _Train(_Folder):
         super().__init__(name, classes, size, notes)
         self._allowed = min(100, max(1, len(self) // 1000)) if unreadable is None else unreadable
         self._broken = torch.zeros(len(self), dtype=torch.bool).share_memory_()
-        for index, message in self._peek():
+        for index, message in self._peek("training"):
             self._mark(index, message)
 
     @property
@@ -190,8 +225,8 @@ def centre(picture: Tensor, size: int) -> Tensor:
 
 def _input_size(classes: Classes, notes: list[str]) -> int:
     paths = [path for own in classes.values() for path in own]
-    sizes = [size_of(paths[i]) for i in range(0, len(paths), -(-len(paths) // 200))]
-    short = float(np.median([min(size) for size in sizes if size] or [224]))
+    headers = [header_of(paths[i]) for i in range(0, len(paths), -(-len(paths) // 200))]
+    short = float(np.median([min(header.height, header.width) for header in headers if header] or [224]))
     size = int(min(224, max(32, round(short / 32) * 32)))
     notes.append(f"the network gets {size} x {size} pixels (median short side of the pictures: {short:g})")
     return size

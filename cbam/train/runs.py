@@ -75,7 +75,7 @@ def run(
         if not folder.is_dir():
             stack.enter_context(locked(folder))
         write_config(folder, about["config"])
-        for note in train.notes:
+        for note in dict.fromkeys([*train.notes, *val.notes]):
             watch.say(note)
         watch.now(f"{config.model} on {where}, in {folder}")
         keeper = keeper_class(

@@ -1,5 +1,6 @@
 """The command line: what it refuses, with which exit code, and how it ends (rows C1 to C12)."""
 
+import importlib.util
 import os
 import signal
 import subprocess
@@ -11,8 +12,10 @@ import pytest
 import torch
 
 import cbam
-from cbam.app import cli
+from cbam.app import cli, options
+from cbam.app.commands import networks
 from cbam.errors import MissingExtraError
+from cbam.studies.settings import Settings
 
 ROOT = Path(cbam.__file__).parents[1]
 
@@ -144,9 +147,8 @@ def test_cuda_that_is_not_there_is_refused_at_the_start(monkeypatch, capsys):
 
 def test_a_missing_package_is_named_with_its_pip_line_before_any_work(monkeypatch, capsys):
     # C5
-    find = cli.importlib.util.find_spec
-    absent = ("torchcam", "pytorch_lightning")
-    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None if name in absent else find(name))
+    find, absent = importlib.util.find_spec, ("torchcam", "pytorch_lightning")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in absent else find(name))
     assert cli.main(["compare"]) == MissingExtraError.exit_code == 8
     err = capsys.readouterr().err
     assert "pip install 'cbam[train,explain]' (missing: pytorch_lightning, torchcam)" in err
@@ -159,16 +161,16 @@ def test_a_missing_package_is_named_with_its_pip_line_before_any_work(monkeypatc
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 6, "out of memory"),
         (OSError(28, "No space left on device"), 7, "No space left"),
         (KeyboardInterrupt(), 130, "interrupted"),
-        (cli._Terminated(), 143, "terminated"),
+        (options.Terminated(), 143, "terminated"),
         (ZeroDivisionError("division\nby zero"), 1, "ZeroDivisionError: division by zero"),
         (BrokenPipeError(), 0, ""),
     ],
 )
 def test_every_kind_of_failure_has_its_exit_code(error, code, told, monkeypatch, capsys):
-    def fail(options):
+    def fail(_):
         raise error
 
-    monkeypatch.setattr(cli, "_list", fail)
+    monkeypatch.setattr(networks, "run", fail)
     monkeypatch.setattr(cli, "silence", lambda stream: None)
     assert cli.main(["list"]) == code
     err = capsys.readouterr().err
@@ -191,9 +193,18 @@ def test_list_and_sites_print_what_the_library_finds(capsys):
 
 def test_a_config_is_read_and_the_command_line_wins(tmp_path):
     (tmp_path / "c.yaml").write_text("epochs: 3\nseeds: 2\nattention: [cbam]\n")
-    options = cli._parse(["compare", "--config", "c.yaml", "--seeds", "5"])
-    settings = cli._settings(options)
+    given = options.given(cli.parse(["compare", "--config", "c.yaml", "--seeds", "5"]), Settings)
+    settings = Settings(**given)
     assert (settings.epochs, settings.seeds, settings.attention) == (3, 5, ("cbam",))
+
+
+def test_the_help_names_every_command_and_every_command_has_a_help(capsys):
+    assert cli.main(["--help"]) == 0
+    out = capsys.readouterr().out
+    for name in cli.COMMANDS:
+        assert f"\n    {name} " in out
+        assert cli.main([name, "--help"]) == 0
+        assert "--debug" in capsys.readouterr().out
 
 
 def test_help_and_version_answer_at_once_without_torch():
@@ -286,7 +297,7 @@ def test_the_recipes_are_listed(capsys):
     ("text", "seconds"), [("90s", 90), ("90m", 5400), ("11.5h", 41400), ("11:30:00", 41400), ("0:00:05", 5)]
 )
 def test_a_time_is_read_as_people_write_it(text, seconds):
-    assert cli._duration(text) == seconds
+    assert options.duration(text) == seconds
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])

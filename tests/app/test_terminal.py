@@ -44,6 +44,19 @@ def test_without_a_terminal_there_is_a_line_per_phase(capsys):
     assert lines[2] == "a line"
 
 
+@pytest.mark.parametrize(
+    ("seconds", "shares", "left"),
+    [(119.7, [0.5], "2:00"), (100, [0.1] * 3 + [0.7 + 1e-9], "0:00"), (3, [0.25], "0:09")],
+)
+def test_the_time_left_is_never_negative_nor_sixty_seconds(seconds, shares, left, monkeypatch, capsys):
+    watch = terminal.Lines()
+    for share in shares:
+        watch.advance(share)
+    monkeypatch.setattr(terminal.time, "monotonic", lambda: watch.began + seconds)
+    watch.now("the end")
+    assert f" %, {left} left] the end" in capsys.readouterr().out
+
+
 def test_in_a_terminal_there_is_one_bar_that_goes_away(monkeypatch):
     class Screen(io.StringIO):
         encoding = "utf-8"

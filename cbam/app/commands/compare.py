@@ -1,0 +1,48 @@
+"""`cbam compare`."""
+
+import argparse
+import dataclasses
+
+from cbam.app.options import Parser, add_setting, given, need, terminable
+from cbam.app.terminal import progress, show
+from cbam.studies.settings import Settings
+
+HELP = "train a network with and without attention and report what it brought"
+OUT = "cbam-report"
+EXTRAS = {
+    "train": ("torchvision", "PIL", "sklearn", "pytorch_lightning"),
+    "explain": ("torchcam", "matplotlib"),
+}
+
+
+def add(parser: Parser) -> None:
+    """The options: the fields of Settings, and where it goes."""
+    for field in dataclasses.fields(Settings):
+        add_setting(parser, field)
+    parser.add_argument(
+        "--config", metavar="FILE", help="YAML file with options above; the command line wins"
+    )
+    parser.add_argument("--out", default=OUT, metavar="DIR", help=f"report folder (default: {OUT})")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier report in it")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Compare, and print the table."""
+    settings = Settings(**given(options, Settings))
+    need("cbam compare", EXTRAS)
+    from cbam.studies import compare
+    from cbam.studies.folder import PAGE, ReportFolder
+    from cbam.studies.report import text
+
+    folder = ReportFolder(options.out, overwrite=options.overwrite)
+    try:
+        with terminable(), progress() as watch:
+            results = compare(settings, folder, watch=watch)
+    except BaseException:
+        if (folder.path / PAGE).exists() and folder.wrote:
+            show(f"What was finished is in {folder.path / PAGE}")
+        raise
+    show("")
+    show(text(results))
+    show(f"\nReport: {folder.path / PAGE}")
+    return 0

@@ -1,0 +1,38 @@
+"""`cbam eval`."""
+
+import argparse
+from pathlib import Path
+
+from cbam.app.commands.train import EXTRAS
+from cbam.app.options import Parser, count, need, terminable
+from cbam.app.terminal import show
+
+HELP = "evaluate a checkpoint, or the weights of a named network"
+
+
+def add(parser: Parser) -> None:
+    """The options."""
+    parser.add_argument("file", metavar="FILE", help="checkpoint or folder of a run, or weights with --model")
+    parser.add_argument("data", nargs="?", metavar="DATA", help="image folder (default: that of the run)")
+    parser.add_argument(
+        "--model", metavar="NAME", help="network, see `cbam list`; a checkpoint knows its own"
+    )
+    parser.add_argument("--size", type=count, metavar="PIXELS", help="side of the pictures")
+    parser.add_argument("--batch-size", type=count, default=256, metavar="N", help="(default: 256)")
+    parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu or cuda (default: auto)")
+    parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes that load pictures")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Evaluate, and print the errors."""
+    need("cbam eval", EXTRAS)
+    from cbam.train import score
+
+    with terminable():
+        scored, what = score(
+            Path(options.file), data=options.data, model=options.model, size=options.size,
+            batch_size=options.batch_size, device=options.device, workers=options.workers,
+        )  # fmt: skip
+    top5 = "" if scored.top5 is None else f", top-5 error {scored.top5:.2f} %"
+    show(f"{what}: top-1 error {scored.top1:.2f} %{top5}, loss {scored.loss:.4f}")
+    return 0

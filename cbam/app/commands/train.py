@@ -1,0 +1,62 @@
+"""`cbam train`."""
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+from cbam.app.options import Parser, add_setting, duration, given, need, terminable
+from cbam.app.terminal import progress, show
+from cbam.train.recipes import RECIPES, Config
+
+HELP = "train a network by a recipe; a stopped run can be resumed"
+RUNS = "cbam-runs"
+EXTRAS = {"train": ("torchvision", "PIL", "sklearn", "pytorch_lightning")}
+
+
+def add(parser: Parser) -> None:
+    """The options: the recipe, the fields of Config, where it goes, and how it goes on."""
+    parser.add_argument("recipe", metavar="RECIPE", help=f"one of {', '.join(RECIPES)}")
+    for field in dataclasses.fields(Config):
+        if field.name != "recipe":
+            add_setting(parser, field, of_recipe=True)
+    parser.add_argument(
+        "--config", metavar="FILE", help="YAML file with options above, as config.json of a run"
+    )
+    parser.add_argument("--out", metavar="DIR", help=f"folder of the run (default: {RUNS}/RECIPE)")
+    parser.add_argument(
+        "--resume",
+        metavar="auto|PATH",
+        help="go on from the newest valid checkpoint of the folder, if it has one, or from this one",
+    )
+    parser.add_argument(
+        "--max-time",
+        type=duration,
+        metavar="TIME",
+        help="save and exit with 75 before this time is over: 90m, 11.5h, 11:30:00",
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """Train, and print the last epoch."""
+    settings = given(options, Config)
+    settings.pop("recipe", None)
+    need("cbam train", EXTRAS)
+    from cbam.train import run
+
+    folder = _folder(options)
+    with terminable(), progress() as watch:
+        history = run(
+            options.recipe, settings, folder, watch, resume=options.resume, max_time=options.max_time
+        )
+    last = history[-1]
+    show(f"Done: top-1 error {last['val_top1']:.2f} %, validation loss {last['val_loss']:.4f}; in {folder}")
+    return 0
+
+
+def _folder(options: argparse.Namespace) -> Path:
+    if options.out is not None:
+        return Path(options.out)
+    if options.resume not in (None, "auto"):
+        path = Path(options.resume)
+        return path if path.is_dir() else path.parent
+    return Path(RUNS) / options.recipe.replace("/", "-")

@@ -1,0 +1,130 @@
+"""What the commands share: options made from the fields of a dataclass, times, counts, extras, SIGTERM."""
+
+import argparse
+import contextlib
+import dataclasses
+import difflib
+import importlib.util
+import re
+import signal
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+from cbam.app.config import read_config, wanted
+from cbam.errors import ConfigError, MissingExtraError
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with one-line errors and the nearest option for a misspelt one."""
+
+    def error(self, message: str):
+        raise ConfigError(f"{message} (see `{self.prog} --help`)")
+
+    def parse_known_args(self, args=None, namespace=None):  # type: ignore[override]
+        found, left = super().parse_known_args(args, namespace)
+        for argument in left:
+            if argument.startswith("-"):
+                self.error(f"unknown option {argument}{self._hint(argument)}")
+        return found, left
+
+    def _hint(self, argument: str) -> str:
+        near = difflib.get_close_matches(argument.partition("=")[0], self._option_string_actions, 1, 0.5)
+        return f"; did you mean {near[0]}?" if near else ""
+
+
+def add_setting(parser: Parser, field: dataclasses.Field, *, of_recipe: bool = False) -> None:
+    """An option for a field. Its default stays out, so that what was given can be told."""
+    how: dict[str, Any] = {"default": argparse.SUPPRESS, "help": _help(field, of_recipe)}
+    if field.name == "data":
+        parser.add_argument("data", nargs="?", metavar="DATA", **how)
+        return
+    flag = "--" + field.name.replace("_", "-")
+    if field.type is bool:
+        parser.add_argument(flag, action="store_true", **how)
+        return
+    how["metavar"] = field.metadata["metavar"]
+    if field.type is int or "int" in str(field.type):
+        how["type"] = _reader(int, field)
+    elif "float" in str(field.type):
+        how["type"] = _reader(float, field)
+    if "tuple" in str(field.type):
+        how["nargs"] = "+"
+    parser.add_argument(flag, **how)
+
+
+def _help(field: dataclasses.Field, of_recipe: bool) -> str:
+    text, default = field.metadata["help"].replace("%", "%%"), field.default
+    if default is None or default is False or of_recipe:
+        return text
+    return f"{text} (default: {' '.join(default) if isinstance(default, tuple) else default})"
+
+
+def _reader(kind: type, field: dataclasses.Field):
+    def read(text: str):
+        try:
+            return kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"must be {wanted(field)}, got {text!r}") from None
+
+    return read
+
+
+def given(options: argparse.Namespace, kind: type) -> dict[str, Any]:
+    """What the file of --config says for the dataclass `kind`, and over it the command line."""
+    found: dict[str, Any] = read_config(options.config, kind) if options.config else {}
+    for field in dataclasses.fields(kind):
+        if hasattr(options, field.name):
+            value = getattr(options, field.name)
+            found[field.name] = tuple(value) if isinstance(value, list) else value
+    return found
+
+
+def count(text: str) -> int:
+    """A whole number above 0."""
+    if not text.isascii() or not text.isdigit() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"must be a whole number above 0, got {text!r}")
+    return int(text)
+
+
+def duration(text: str) -> float:
+    """Seconds: "90s", "90m", "11.5h" or "H:MM:SS"."""
+    if match := re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", text):
+        seconds = float(match[1]) * {"s": 1, "m": 60, "h": 3600}[match[2]]
+    elif match := re.fullmatch(r"(\d+):([0-5]\d):([0-5]\d)", text):
+        seconds = 3600.0 * int(match[1]) + 60 * int(match[2]) + int(match[3])
+    else:
+        raise argparse.ArgumentTypeError(f"must be a time such as 90m, 11.5h or 11:30:00, got {text!r}")
+    return seconds
+
+
+def need(what: str, extras: dict[str, tuple[str, ...]]) -> None:
+    """Refuse before any work when a package of these extras is not installed."""
+    missing = {
+        extra: [n for n in names if importlib.util.find_spec(n) is None] for extra, names in extras.items()
+    }
+    wanted_extras = ",".join(extra for extra, names in missing.items() if names)
+    if wanted_extras:
+        absent = ", ".join(name for names in missing.values() for name in names)
+        raise MissingExtraError(f"{MissingExtraError.of(what, wanted_extras)} (missing: {absent})")
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: ends like Ctrl-C, so that what is finished is reported."""
+
+
+@contextlib.contextmanager
+def terminable() -> Iterator[None]:
+    """Raise SIGTERM as `Terminated` inside the block."""
+
+    def terminate(*_) -> None:
+        raise Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, handler)
