@@ -45,7 +45,8 @@ DROPS_NAN = {
 MANY_REGISTERS: dict[str, str] = {}
 
 TYPES = {
-    torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64", torch.int32: "i32",
+    torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64",
+    torch.int32: "i32",
 }  # fmt: skip
 
 
@@ -66,7 +67,7 @@ class Launch:
 def specialised(
     kernel: Any, programs: int, arguments: tuple[Any, ...], constants: dict[str, Any], case: str
 ) -> Launch:
-    """What the runtime makes of the arguments: None and 1 are constants, multiples of 16 are known as such."""
+    """What the runtime makes of the arguments: None and 1 are constants, multiples of 16 known as such."""
     warps = constants.pop("num_warps", 4)
     given = {**dict(zip(kernel.arg_names, arguments, strict=False)), **constants}
     signature, fixed, divisible = {}, {}, []
@@ -82,8 +83,8 @@ def specialised(
             if value % 16 == 0:
                 divisible.append(name)
     return Launch(
-        kernel.fn.__name__, kernel.fn.__module__, tuple(signature.items()), tuple(fixed.items()), tuple(divisible),
-        warps, programs, case,
+        kernel.fn.__name__, kernel.fn.__module__, tuple(signature.items()), tuple(fixed.items()),
+        tuple(divisible), warps, programs, case,
     )  # fmt: skip
 
 
@@ -137,20 +138,18 @@ def launches(
     spatial = (
         [vector(1, 2, form.side, form.side), *(vector(1) for _ in range(4))] if form.spatial else [None] * 5
     )
-    pools = ("avg" in form.pools, "max" in form.pools, 1.0)
     launch, count = triton_kernels.launch, triton_kernels.processors
     triton_kernels.launch, triton_kernels.processors = record, lambda device: PROCESSORS
     try:
-        x = map()
-        out, *saved = triton_kernels.tail(
-            x, map() if form.shortcut else None, *norm, form.norm == "batch", 1e-5, *weights, *pools,
-            *spatial, form.spatial == "batch", 1e-5, 1.0, relu, form.save,
-        )  # fmt: skip
+        x, middle = map(), [*weights, "avg" in form.pools, "max" in form.pools, 1.0]
+        bn, where = (form.norm == "batch", 1e-5), (form.spatial == "batch", 1e-5, 1.0)
+        shortcut = map() if form.shortcut else None
+        arguments: list[Any] = [x, shortcut, *norm, *bn, *middle, *spatial, *where, relu, form.save]
+        out, *saved = triton_kernels.tail(*arguments)
         if form.save:
-            triton_kernels.tail_backward(
-                map(), x, out if relu else None, *norm[:2], form.norm == "batch", 1e-5, *weights, *pools,
-                *spatial[:3], form.spatial == "batch", 1e-5, 1.0, relu, *saved, True, True,
-            )  # fmt: skip
+            arguments = [map(), x, out if relu else None, *norm[:2], *bn, *middle, *spatial[:3], *where]
+            arguments += [relu, *saved, True, True]
+            triton_kernels.tail_backward(*arguments)
     finally:
         triton_kernels.launch, triton_kernels.processors = launch, count
     return found
@@ -253,7 +252,8 @@ def main() -> None:
                 print(line(result), flush=True)
     kernels = len({launch.kernel for launch in found})
     print(
-        f"{len(work)} compilations of {kernels} kernels for sm_{', '.join(map(str, targets))}: {wrong} with faults"
+        f"{len(work)} compilations of {kernels} kernels for sm_{', '.join(map(str, targets))}: "
+        f"{wrong} with faults"
     )
     sys.exit(wrong > 0)
 

@@ -11,6 +11,10 @@ channel c is j, the first maximum of its pixel), G = sum_p weight, H = sum_p wei
 two reductions follow from R0 and R1 without another read. Names and layouts are those of triton_forward.py.
 """
 
+# Tensors, pointers and constants of the kernel language are no Python types.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
+# pyright: reportOperatorIssue=false, reportIndexIssue=false, reportCallIssue=false, reportReturnType=false
+
 import triton
 import triton.language as tl
 
@@ -36,8 +40,8 @@ def reduce_gradient(
 ):  # fmt: skip
     """Pass 1: a program sees every channel of its BP pixels.
 
-    P and Q leave as PQ (N, tiles, 2, C), a part per tile of pixels; du = dMs Ms' as DU (N, L), and its two sums
-    over the pixels, with and without shat, as SUMS (programs, 2) in float64: they cancel.
+    P and Q leave as PQ (N, tiles, 2, C), a part per tile of pixels; du = dMs Ms' as DU (N, L), and its two
+    sums over the pixels, without and with shat, as SUMS (programs, 2) in float64: they cancel.
     """
     C, L = extents(C, L, NHWC, UNIT)
     tiles = tl.cdiv(L, BP)
@@ -201,7 +205,7 @@ def weigh(
     EPS: tl.constexpr, S: tl.constexpr, ACC: tl.constexpr, NHWC: tl.constexpr, UNIT: tl.constexpr,
     BC: tl.constexpr, BP: tl.constexpr, WIDE: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
-    """Pass 2: R0 and R1 as R (N, S, 2, C), in S parts of the pixels; the first adds the TILES parts of P, Q."""
+    """Pass 2: R0 and R1 as R (N, S, 2, C), in S parts of the pixels; the first adds P and Q in TILES."""
     C, L = extents(C, L, NHWC, UNIT)
     blocks = tl.cdiv(C, BC)
     pid = tl.program_id(0)
@@ -261,7 +265,7 @@ def write(
         c, row = c0 + lc, c0 + lc < C
         inside = row[:, None] & column[None, :]
         spot = origin(n, c0, p0, C, L, NHWC) + tile
-        mu, a, beta, mc = channel_terms(GAMMA, BETA, MU, VAR, GATE, n, c, row, C, EPS, ACC)
+        mu, a, _beta, mc = channel_terms(GAMMA, BETA, MU, VAR, GATE, n, c, row, C, EPS, ACC)
         d = tl.load(GRAD + spot, mask=inside, other=0.0).to(ACC)
         if S is not None:
             d = d * ms[None, :] + weight(D, J, n, c, p, column, C, L)

@@ -14,6 +14,10 @@ None. Products and sums are fused by `tl.fma` alone, so that the same expression
 kernel. Passes walk the samples in alternate order: what one has read last, the next finds in L2.
 """
 
+# Tensors, pointers and constants of the kernel language are no Python types.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
+# pyright: reportOperatorIssue=false, reportIndexIssue=false, reportCallIssue=false, reportReturnType=false
+
 import triton
 import triton.language as tl
 
@@ -336,7 +340,8 @@ def normalised_map(s, S_GAMMA, S_BETA, S_MU, S_VAR, EPS: tl.constexpr, ACC: tl.c
 
 @triton.jit
 def refine(
-    X, SHORTCUT, GAMMA, BETA, MU, VAR, GATE, Q, KERNEL, S, S_GAMMA, S_BETA, S_MU, S_VAR, OUT, W, N, C, L, STEPS,
+    X, SHORTCUT, GAMMA, BETA, MU, VAR, GATE, Q, KERNEL, S, S_GAMMA, S_BETA, S_MU, S_VAR, OUT,
+    W, N, C, L, STEPS,
     EPS: tl.constexpr, S_EPS: tl.constexpr, GAIN: tl.constexpr, RELU: tl.constexpr, KS: tl.constexpr,
     QS: tl.constexpr, CS: tl.constexpr, ACC: tl.constexpr, NHWC: tl.constexpr, UNIT: tl.constexpr,
     BC: tl.constexpr, BP: tl.constexpr, WIDE: tl.constexpr,
@@ -352,7 +357,7 @@ def refine(
     if S_MU is not None:
         if Q is not None:
             s = convolved(Q, KERNEL, n, p, L, W, KS, QS, ACC)
-            if S is not None:
+            if S is not None:  # noqa: SIM102  (one is known to the compiler, the other is not)
                 if part == 0:
                     tl.store(S + tl.cast(n, tl.int64) * L + p, s, mask=column)
         else:

@@ -5,8 +5,12 @@
     parameter_gradients    -> dW1 ... dgamma, davg, dmx     by channels
 
 h(t) = relu(W1 t + b1), H hidden units, POOLS of them; avg and mx are BatchNorm's of m and e.
-A block is BN samples, BH hidden units, BC channels; products are summed without `tl.dot`, so in full precision.
+A block is BN samples, BH hidden units, BC channels; no `tl.dot` sums the products, so all is in full width.
 """
+
+# Tensors, pointers and constants of the kernel language are no Python types.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
+# pyright: reportOperatorIssue=false, reportIndexIssue=false, reportCallIssue=false, reportReturnType=false
 
 import triton
 import triton.language as tl
@@ -134,7 +138,7 @@ def gate(
     EPS: tl.constexpr, GAIN: tl.constexpr, POOLS: tl.constexpr, S: tl.constexpr, AVG: tl.constexpr,
     ACC: tl.constexpr, BN: tl.constexpr, BH: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
-    """Mc (N, C): a program takes BN samples, the hidden layer too, or BC of their channels where ACT is there."""
+    """Mc (N, C): a program takes BN samples and both layers, or BC of their channels where ACT is there."""
     if ACT is None:
         first, last = 0, C
         n = tl.program_id(0) * BN + tl.arange(0, BN)

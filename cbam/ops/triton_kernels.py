@@ -87,6 +87,10 @@ class Map:
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty(shape, dtype=dtype or self.acc, device=self.x.device)
 
+    def alike(self) -> Tensor:
+        """A map of the same shape, type and layout."""
+        return torch.empty_like(self.x)
+
     def absent(self, dtype: torch.dtype | None = None) -> Tensor:
         """An output that does not exist."""
         return self.empty(0, dtype=dtype)
@@ -141,25 +145,27 @@ def tail(
             elif save:
                 s = _map_of_pixels(a)
         spatial = Norm(s_gamma, s_beta, s_mean, s_var)
-        out = torch.empty_like(x)
+        out = a.alike()
         a.sweep(
             forward.refine, a.plan.refine, x, shortcut, *norm, gate, q, kernel, s, *spatial, out, a.W,
             EPS=bn_eps, S_EPS=s_eps, GAIN=spatial_gain, RELU=relu, KS=_side(kernel), QS=a.plan.squeeze.parts,
             CS=a.plan.refine.parts,
         )  # fmt: skip
-        kept = [t if save and w1 is not None else None for t in (m, e, k)]
-        return (
-            out,
-            *(
-                a.absent(dtype) if t is None else t
-                for t, dtype in zip(kept, (a.acc, x.dtype, torch.int32), strict=True)
-            ),
-            *_statistics_kept(a, (mean, var), a.acc, fresh=batch, save=save and gamma is not None),
-            *(t if save and t is not None else a.absent() for t in (gate, s)),
-            *_statistics_kept(
-                a, (s_mean, s_var), torch.float64, fresh=s_batch, save=save and kernel is not None
-            ),
-        )
+        if save and w1 is None and gamma is not None and not (batch and a.plan.pool.parts == 1):
+            # The schema wants m, which no gradient does.
+            m = x.mean((2, 3), dtype=a.acc)
+        saved = zip((m, e, k, gate, s), (a.acc, x.dtype, torch.int32, a.acc, a.acc), strict=True)
+        m, e, k, gate, s = (t if save and t is not None else a.absent(dtype) for t, dtype in saved)
+        mu, v = _kept(a, norm, a.acc, fresh=batch, save=save)
+        s_mu, s_v = _kept(a, spatial, torch.float64, fresh=s_batch, save=save)
+        return out, m, e, k, mu, v, gate, s, s_mu, s_v
+
+
+def probe(device: torch.device) -> None:
+    """Compile and start one kernel on `device`; raises what the compiler or the driver raises."""
+    with on(device):
+        a = Map.of(torch.ones(1, 1, 1, 1, device=device))
+        _pool(a, None, moments=False, top=True, nans=False)
 
 
 def _pool(a: Map, gamma: Tensor | None, *, moments: bool, top: bool, nans: bool) -> tuple[Tensor | None, ...]:
@@ -172,7 +178,7 @@ def _pool(a: Map, gamma: Tensor | None, *, moments: bool, top: bool, nans: bool)
     return m, M2, e, k
 
 
-def _statistics(a: Map, m: Tensor, M2: Tensor) -> tuple[Tensor, Tensor]:
+def _statistics(a: Map, m: Tensor | None, M2: Tensor | None) -> tuple[Tensor, Tensor]:
     """mu and v (C,) of the batch."""
     mu, v = a.empty(a.C), a.empty(a.C)
     rows, channels = statistics_plan(a.C, processors(a.x.device))
@@ -184,11 +190,12 @@ def _statistics(a: Map, m: Tensor, M2: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _gate(
-    a: Map, m: Tensor, e: Tensor | None, k: Tensor | None, norm: Norm, eps: float,
-    weights: tuple[Tensor, ...], avg: bool, gain: float, save: bool,
+    a: Map, m: Tensor | None, e: Tensor | None, k: Tensor | None, norm: Norm, eps: float,
+    weights: tuple[Tensor | None, ...], avg: bool, gain: float, save: bool,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """m, e, k and Mc, (N, C); the first three are those of whole planes, where they are to be saved."""
     w1, b1, w2, b2 = weights
+    assert w1 is not None
     H, tile, parts = len(w1), a.plan.pool, (m, e, k)
     block = gate_plan(a.N, a.C, H, processors(a.x.device))
     whole: tuple[Tensor | None, ...] = (None, None, None)
@@ -203,7 +210,8 @@ def _gate(
     programs = blocks(a.N, block.samples)
     if act is not None:
         launch(
-            gates.hidden, programs * blocks(H, block.hidden), *parts, *whole, *norm, w1, b1, act, *sizes, **constants
+            gates.hidden, programs * blocks(H, block.hidden), *parts, *whole, *norm, w1, b1, act, *sizes,
+            **constants,
         )  # fmt: skip
         programs *= blocks(a.C, block.channels)
     launch(
@@ -247,13 +255,14 @@ def _side(kernel: Tensor | None) -> int:
     return 1 if kernel is None else kernel.shape[-1]
 
 
-def _statistics_kept(
-    a: Map, pair: tuple[Tensor | None, Tensor | None], dtype: torch.dtype, *, fresh: bool, save: bool
-) -> tuple[Tensor, ...]:
+def _kept(a: Map, norm: Norm, dtype: torch.dtype, *, fresh: bool, save: bool) -> tuple[Tensor, Tensor]:
     """The statistics of the batch, or a copy of the running ones where a backward follows."""
-    if fresh:
-        return pair  # pyright: ignore[reportReturnType]
-    return tuple(t.to(dtype, copy=True) if save and t is not None else a.absent(dtype) for t in pair)
+    mean, var = norm.mean, norm.var
+    if fresh and mean is not None and var is not None:
+        return mean, var
+    if save and mean is not None and var is not None:
+        return mean.to(dtype, copy=True), var.to(dtype, copy=True)
+    return a.absent(dtype), a.absent(dtype)
 
 
 def tail_backward(
@@ -263,8 +272,8 @@ def tail_backward(
     avg_pool: bool, max_pool: bool, channel_gain: float,
     kernel: Tensor | None, s_gamma: Tensor | None, s_beta: Tensor | None,
     s_batch: bool, s_eps: float, spatial_gain: float, relu: bool,
-    m: Tensor, e: Tensor, k: Tensor, mu: Tensor, v: Tensor, gate: Tensor, s: Tensor, s_mu: Tensor, s_v: Tensor,
-    need_x: bool, need_shortcut: bool,
+    m: Tensor, e: Tensor, k: Tensor, mu: Tensor, v: Tensor, gate: Tensor,
+    s: Tensor, s_mu: Tensor, s_v: Tensor, need_x: bool, need_shortcut: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """`cbam::tail_backward`: dx, g, the nine parameters' gradients; what does not exist is of shape (0,)."""
     with on(x.device):
@@ -275,7 +284,7 @@ def tail_backward(
         mc, conv = None if w1 is None else gate, None if kernel is None else s
         found = Found(a, w1, gamma, kernel)
         if relu and (need_x or need_shortcut):
-            found.g = torch.empty_like(x)
+            found.g = a.alike()
         if relu or found.reduces or kernel is not None:
             _reduce(
                 a, found, grad, out if relu else None, norm, bn_eps, mc, conv, spatial, s_eps, spatial_gain
@@ -289,14 +298,14 @@ def tail_backward(
         if found.reduces or kernel is not None:
             _parameters(a, found, m, e, mc, norm, bn_eps, w1, pools, kernel)
         if need_x:
-            found.dx = torch.empty_like(x)
+            found.dx = a.alike()
             a.sweep(
-                backward.write, a.plan.write, x, grad if found.g is None else found.g, found.dx, *norm, mc, conv,
-                *spatial, found.d, found.j, k, found.davg, found.dtop, found.dgamma, found.dbeta,
+                backward.write, a.plan.write, x, grad if found.g is None else found.g, found.dx, *norm, mc,
+                conv, *spatial, found.d, found.j, k, found.davg, found.dtop, found.dgamma, found.dbeta,
                 EPS=bn_eps, S_EPS=s_eps, GAIN=spatial_gain, BATCH=gamma is not None and bn_batch,
                 CS=a.plan.write.parts,
             )  # fmt: skip
-        return found.returned(x.dtype)
+        return found.returned(x.dtype, need_shortcut)
 
 
 class Found:
@@ -328,8 +337,9 @@ class Found:
         self.ds = [a.empty(int(kernel is not None)) for _ in range(2)]
         self.absent = a.absent
 
-    def returned(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        maps = (self.absent(dtype) if t is None else t for t in (self.dx, self.g))
+    def returned(self, dtype: torch.dtype, need_shortcut: bool) -> tuple[Tensor, ...]:
+        g = self.g if need_shortcut else None  # else it was written for pass 3 alone
+        maps = (self.absent(dtype) if t is None else t for t in (self.dx, g))
         norm = (self.absent() if t is None else t for t in (self.dgamma, self.dbeta))
         return (*maps, *norm, *self.weights, self.dkernel, *self.ds)
 
@@ -386,18 +396,19 @@ def _weigh(a: Map, found: Found, norm: Norm, eps: float) -> None:
 
 def _hidden_gradient(
     a: Map, found: Found, m: Tensor, e: Tensor, gate: Tensor, norm: Norm, eps: float,
-    weights: tuple[Tensor, ...], pools: tuple[bool, bool], gain: float,
+    weights: tuple[Tensor | None, ...], pools: tuple[bool, bool], gain: float,
 ) -> None:  # fmt: skip
     """The gate's gradient by samples."""
     w1, b1, w2 = weights
-    H = len(w1)
+    assert w1 is not None
     assert found.r is not None
+    H = len(w1)
     block = gate_plan(a.N, a.C, H, processors(a.x.device))
     found.dl, found.act = a.empty(a.N, a.C), a.empty(a.N, H)
     found.da, found.dm = (a.empty(a.N, H) if there else None for there in pools)
     launch(
-        gates.hidden_gradient, blocks(a.N, block.samples) * blocks(H, block.hidden), found.r, m, e, gate, *norm,
-        w1, b1, w2, found.dl, found.act, found.da, found.dm, a.N, a.C, a.L, H, found.r.shape[1],
+        gates.hidden_gradient, blocks(a.N, block.samples) * blocks(H, block.hidden), found.r, m, e, gate,
+        *norm, w1, b1, w2, found.dl, found.act, found.da, found.dm, a.N, a.C, a.L, H, found.r.shape[1],
         EPS=eps, GAIN=gain, AVG=pools[0], MAX=pools[1], ACC=a.constants["ACC"],
         BN=block.samples, BH=block.hidden, BC=block.channels,
     )  # fmt: skip
@@ -415,8 +426,8 @@ def _parameters(
     if found.reduces:
         programs += blocks(a.C, channels) * blocks(H, hidden)
     launch(
-        gates.parameter_gradients, programs, found.r, m, e, mc, *norm, w1, found.dl, found.act, found.da, found.dm,
-        dw, found.davg, found.dtop, *found.weights, found.dgamma, found.dbeta, found.dkernel,
+        gates.parameter_gradients, programs, found.r, m, e, mc, *norm, w1, found.dl, found.act, found.da,
+        found.dm, dw, found.davg, found.dtop, *found.weights, found.dgamma, found.dbeta, found.dkernel,
         a.N, a.C, a.L, H, 1 if found.r is None else found.r.shape[1],
         0 if kernel is None else kernel.numel(), 0 if dw is None else len(dw),
         EPS=eps, POOLS=sum(pools), AVG=pools[0], MAX=pools[1], ACC=a.constants["ACC"],

@@ -1,7 +1,7 @@
 """Which tiles the Triton kernels work in: a table by shape, layout, type and number of multiprocessors.
 
-Nothing here looks at data, time or load, so that the order of every sum, and with it every bit of a result, is
-the same in each run on one kind of device.
+Nothing here looks at data, time or load, so that the order of every sum, and with it every bit of a result,
+is the same in each run on one kind of device.
 """
 
 from dataclasses import dataclass
@@ -47,7 +47,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Gate:
-    """The blocks of the channel gate: samples, hidden units, channels; `alone`: one kernel does both layers."""
+    """The blocks of the channel gate: samples, hidden units, channels; `alone`: one kernel for both."""
 
     samples: int
     hidden: int
@@ -134,7 +134,7 @@ def statistics_plan(C: int, processors: int) -> tuple[int, int]:
 
 
 def shape(C: int, L: int, nhwc: bool, elements: int, lanes: int) -> tuple[int, int]:
-    """[BC, BP]: up to `lanes` along the contiguous axis, the other axis takes what is left of the elements."""
+    """[BC, BP]: up to `lanes` along the contiguous axis, the other axis takes what is left."""
     if nhwc:
         BC = min(power(C), lanes)
         return BC, max(1, min(power(L), elements // BC))
