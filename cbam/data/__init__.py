@@ -19,6 +19,7 @@ from cbam.data.digits import cluttered_digits
 from cbam.data.folder import image_folder
 from cbam.data.images import Images
 from cbam.data.loading import ALONE, EpochSampler, Shard, loader
+from cbam.data.resident import Resident
 from cbam.data.voc import voc
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "BoxedImages",
     "EpochSampler",
     "Images",
+    "Resident",
     "Shard",
     "check",
     "cluttered_digits",
