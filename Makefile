@@ -43,6 +43,7 @@ check: $(READY) ## format, lint, types, floors
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m pyright
+	$(BIN)/python -m benchmarks.aot
 	$(BIN)/python -m pytest -q tests/house/test_floors.py
 
 format: $(READY) ## format the code and apply the safe lint fixes

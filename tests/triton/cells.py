@@ -12,7 +12,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from cbam.ops.triton_kernels import Map, tail, tail_backward
+from cbam.ops.triton_kernels import tail, tail_backward
+from cbam.ops.triton_map import Map
 from cbam.ops.triton_plan import PARTS
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
