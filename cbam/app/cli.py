@@ -24,6 +24,7 @@ COMMANDS = {
     "train": "train",
     "eval": "evaluate",
     "recipes": "recipes",
+    "study": "study",
     "list": "networks",
     "sites": "sites",
     "bench": "bench",

@@ -4,9 +4,11 @@ Where a sample comes in an epoch is a function of (seed, epoch, index), and of n
 pictures is the same N pictures however many processes, and however many parts of a step, share them.
 """
 
+import ctypes
 import itertools
 import logging
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -201,6 +203,11 @@ class _Loader(DataLoader):
             raise DataError(f"a process that loads pictures died, for the second time: {error}") from error
         _log.warning("a process that loads pictures died and is started anew: %s", error)
 
+    def end(self) -> None:
+        """End the workers, if there are any."""
+        if self._iterator is not None:
+            self._end(self._iterator)
+
     def _end(self, batches) -> None:
         """End the workers now: the garbage collector would wait seconds, for a stopped one for ever."""
         if self.num_workers:
@@ -208,6 +215,16 @@ class _Loader(DataLoader):
                 worker.kill()
             batches._shutdown_workers()
             self._iterator = None
+
+
+def _end_with_parent(worker: int) -> None:
+    """Let this worker be killed with the process that it loads for (Linux).
+
+    It would notice by itself after seconds, in which it keeps that process's connections to others open.
+    """
+    if sys.platform.startswith("linux"):
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
 def loader(
@@ -248,11 +265,18 @@ def loader(
             f"batch_size {batch_size} cannot be shared evenly by {shard.world} processes of "
             f"{shard.accumulate} batches each; take a multiple of {shard.parts}"
         )
+    images = images.seeded(seed) if train else images
+    sampler = EpochSampler(len(images), shuffle=train, seed=seed, shard=shard)
+    batches = Batches(sampler, batch_size, shard)
+    own = images.loaded(batches)
+    if own is not None:
+        return own
     return _Loader(
-        images.seeded(seed) if train else images,
-        Batches(EpochSampler(len(images), shuffle=train, seed=seed, shard=shard), batch_size, shard),
+        images,
+        batches,
         patience=patience,
         num_workers=workers,
+        worker_init_fn=_end_with_parent if workers else None,
         persistent_workers=workers > 0,
         pin_memory=torch.cuda.is_available(),
         # Its own, for the workers' seeds, which nothing uses: the caller's generator is left alone.

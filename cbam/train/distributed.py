@@ -25,7 +25,7 @@ from cbam.errors import CBAMError, DistributedError, NonFiniteError, StoppedErro
 from cbam.train.launch import Place, die_with_parent
 
 TIMEOUT = 600.0  # seconds that the others wait for a process
-ROLL_CALL = 3.0  # seconds to answer whether one is there
+ROLL_CALL = 1.5  # seconds to answer whether one is there
 T = TypeVar("T")
 
 

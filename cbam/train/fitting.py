@@ -98,6 +98,8 @@ def fit(
             if task.average is not None:
                 task.average.swap()
         finally:
+            for each in (batches, checks):
+                each.end()  # type: ignore[attr-defined]
             model.to(memory_format=torch.contiguous_format)
     return task.history
 
@@ -160,7 +162,10 @@ def evaluate(
     task = task_class(model, images.mean, images.std, on_step=on_step)
     batches = _checks(images, batch_size, workers, here)
     with trainer(pick_device(device), 1) as lightning, _seeded(0), _modes_restored(model):
-        lightning.validate(task, batches, verbose=False)
+        try:
+            lightning.validate(task, batches, verbose=False)
+        finally:
+            batches.end()  # type: ignore[attr-defined]
     logits, targets, indices = task.collected()
     if not torch.equal(indices, torch.arange(len(images))):
         raise DataError(f"{images.name}: {len(indices)} pictures were evaluated instead of {len(images)}")

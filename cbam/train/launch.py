@@ -96,7 +96,7 @@ def launch(arguments: Sequence[str], processes: int) -> int:
             for rank in ranks:
                 rank.kill()
                 rank.wait()
-    return _exit_code(ended)
+    return _exit_code(ended, processes)
 
 
 def _start(arguments: Sequence[str], where: Place) -> subprocess.Popen:
@@ -138,13 +138,13 @@ def _wait(ranks: Sequence[subprocess.Popen]) -> list[tuple[int, int]]:
     return ended
 
 
-def _exit_code(ended: Sequence[tuple[int, int]]) -> int:
+def _exit_code(ended: Sequence[tuple[int, int]], processes: int) -> int:
     """Of the first that failed by itself: not of one that was left alone by another, nor of one killed."""
     failed = [(rank, code) for rank, code in ended if code]
     own = [code for _, code in failed if code > 0 and code != DistributedError.exit_code]
     if own or not failed:
         return own[0] if own else 0
-    if all(code < 0 for _, code in failed):  # nobody is left who could have said it
+    if all(code < 0 for _, code in failed) and len(failed) == processes:  # nobody could say it
         rank, code = failed[0]
         raise DistributedError(f"process {rank} was ended by {signal.Signals(-code).name}")
     return DistributedError.exit_code
