@@ -65,7 +65,7 @@ class Pictures:
             train, val = self._found
             if protocol.resident:
                 train = Resident(train, device, augment=True)
-            if protocol.small:
+            if protocol.resident or self.name == DIGITS:
                 val = Resident(val, device, augment=False)
             self._ready = train, val
         return self._ready
