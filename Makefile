@@ -10,7 +10,7 @@ NATIVE := $(VENV)/.native
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo readme cards matrix test test-all test-sanitized check format clean again
+.PHONY: help demo readme cards evidence matrix bench test test-all test-sanitized check format clean again
 
 help: ## this list
 	@echo "make TARGET [PYTHON=python3.12]; the first one sets up .venv, which needs Python 3.11 or newer and pip"
@@ -27,8 +27,15 @@ cards: $(READY) ## write docs/methods/, a card for each attention module, and th
 	$(BIN)/python -m docs.fill_methods
 	$(BIN)/python -m docs.fill_dialects
 
+evidence: $(READY) ## compute the tables of results/ from their records, and docs/evidence.md from those
+	$(BIN)/python -m docs.fill_evidence
+
 matrix: $(NATIVE) ## attach to every network of the matrix and write docs/matrix.md (goes on where it stopped)
 	$(BIN)/python -m benchmarks.matrix
+
+bench: $(NATIVE) ## measure what attention costs here (correctness first), and put it into docs/kernels.md
+	$(BIN)/cbam bench --compiled --out benchmarks/results
+	$(BIN)/python -m docs.fill_kernels
 
 test: $(NATIVE) ## the tests, with a sample of the large matrices (at most 8 minutes on 2 cores)
 	$(PYTEST) -m "not large"
@@ -37,7 +44,6 @@ test-all: $(NATIVE) ## every test
 	$(PYTEST)
 
 test-sanitized: $(READY) ## the CPU kernels under the address and undefined-behaviour sanitizers
-	$(BIN)/python native/compile.py --sanitize
 	$(BIN)/python -m pytest tests/native/test_sanitized.py -m large -rs
 
 check: $(READY) ## format, lint, types, floors

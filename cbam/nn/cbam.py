@@ -105,11 +105,14 @@ class ChannelAttention(_FusableGate):
         """What of this module no kernel knows, or nothing."""
         if type(self).gate is not ChannelAttention.gate or "gate" in vars(self):
             return "its gate is computed in another way"
-        if type(self.fc1) is not nn.Linear or type(self.fc2) is not nn.Linear or self.fc1.bias is None:
+        one, two = self.fc1, self.fc2
+        if type(one) is not nn.Linear or type(two) is not nn.Linear:
             return "its layers are no plain nn.Linear"
-        if not set(POOLS).issuperset(self.pools):
+        if one.bias is None or two.bias is None:
+            return "its layers have no bias"
+        if self.pools != POOLS and not set(POOLS).issuperset(self.pools):
             return f"no kernel has all of the pools {self.pools}"
-        return "somebody has hooks on its layers" if watched(self.fc1, self.fc2) else ""
+        return "somebody has hooks on its layers" if watched(one, two) else ""
 
     def check(self, x: Tensor) -> None:
         """Refuse an `x` (N, C, H, W) that does not fit, before any work."""
@@ -170,9 +173,10 @@ class SpatialAttention(_FusableGate):
         """What of this module no kernel knows, or nothing."""
         if type(self).gate is not SpatialAttention.gate or "gate" in vars(self):
             return "its gate is computed in another way"
-        if type(self.conv) is not nn.Conv2d or type(self.bn) is not nn.BatchNorm2d or self.bn.weight is None:
+        conv, norm = self.conv, self.bn
+        if type(conv) is not nn.Conv2d or type(norm) is not nn.BatchNorm2d or norm.weight is None:
             return "its layers are no plain nn.Conv2d and nn.BatchNorm2d"
-        return "somebody has hooks on its layers" if watched(self.conv, self.bn) else ""
+        return "somebody has hooks on its layers" if watched(conv, norm) else ""
 
     def check(self, x: Tensor) -> None:
         """Refuse an `x` (N, C, H, W) that does not fit, before any work."""
@@ -225,12 +229,12 @@ class CBAM(nn.Module):
 
     def obstacle(self) -> str:
         """What of this module no kernel knows, or nothing."""
-        parts = self.channel, self.spatial
-        if type(parts[0]) is not ChannelAttention or type(parts[1]) is not SpatialAttention:
+        what, where = self.channel, self.spatial
+        if type(what) is not ChannelAttention or type(where) is not SpatialAttention:
             return "its parts are of other classes"
-        if watched(*parts):
+        if watched(what, where):
             return "somebody has hooks on its parts"
-        return parts[0].obstacle() or parts[1].obstacle()
+        return what.obstacle() or where.obstacle()
 
     def check(self, x: Tensor) -> None:
         """Refuse an `x` (N, C, H, W) that does not fit, before any work."""

@@ -48,7 +48,7 @@ def refined(attention: Fusable, x: Tensor) -> Tensor | None:
     return out if x.dim() == 4 else out.squeeze(0)
 
 
-def begin(norm: nn.Module, attention: nn.Module, x: Tensor) -> "Pending | Tensor":
+def begin(norm: nn.Module, attention: nn.Module, x: Tensor) -> Tensor:
     """`attention(norm(x))`, waiting for the add behind it where one operation can do both; else at once.
 
     For a value that is used once: each use of one that waits would count a batch in the running statistics.
@@ -61,7 +61,7 @@ def begin(norm: nn.Module, attention: nn.Module, x: Tensor) -> "Pending | Tensor
         and not _norm_obstacle(norm, x)
         and not watched(attention)
     ):
-        return Pending(norm, attention, x)
+        return Pending(norm, attention, x)  # pyright: ignore[reportReturnType]
     return attention(norm(x))
 
 
@@ -164,9 +164,12 @@ def _norm_obstacle(norm: nn.Module, x: Tensor) -> bool:
 
 def watched(*modules: nn.Module) -> bool:
     """Whether somebody has hooks on these modules, which only their own calls run."""
-    if torch.nn.modules.module._has_any_global_hook():
+    if nn.modules.module._has_any_global_hook():
         return True
-    return any(
-        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
-        for m in modules
-    )
+    for module in modules:
+        own = module.__dict__  # a module looks names up slowly
+        if own["_forward_hooks"] or own["_forward_pre_hooks"]:
+            return True
+        if own["_backward_hooks"] or own["_backward_pre_hooks"]:
+            return True
+    return False

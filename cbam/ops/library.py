@@ -81,7 +81,7 @@ def tail(
         where.kernel, *where.norm[:5], where.norm.eps, where.gain,
         relu,
     )  # fmt: skip
-    results = _forward(*args, _wants_gradient(args))
+    results = _run(*args, _wants_gradient(args))
     out = results[0]
     pixels = x.shape[0] * x.shape[2] * x.shape[3]
     if bn.batch:
@@ -98,10 +98,9 @@ def track(norm: Norm, mean: Tensor, var: Tensor, count: int) -> None:
     """
     if norm.running_mean is None or norm.running_var is None or norm.momentum == 0:
         return
-    with torch.no_grad():
-        unbiased = var * (count / (count - 1))
-        for running, new in ((norm.running_mean, mean), (norm.running_var, unbiased)):
-            running.mul_(1 - norm.momentum).add_(new.to(running.dtype), alpha=norm.momentum)
+    unbiased = var * (count / (count - 1))
+    for running, new in ((norm.running_mean, mean), (norm.running_var, unbiased)):
+        running.lerp_(new if new.dtype == running.dtype else new.to(running.dtype), norm.momentum)
 
 
 _NO_NORM = Norm(None, None, None, None, False, 0.0, 0.0)
@@ -236,10 +235,17 @@ def _norm(weight: Tensor, bias: Tensor | None, mean: Tensor, var: Tensor, batch:
     return Norm(weight, bias, *known, batch, 0.0, eps)
 
 
-def _autograd(*args: Any):
+def _run(*args: Any) -> tuple[Tensor, ...]:
+    """The operator. A compiler meets it whole; else its way through the dispatcher would only take time."""
+    if torch.compiler.is_compiling():
+        return _forward(*args)
+    return _autograd(*args)
+
+
+def _autograd(*args: Any) -> tuple[Tensor, ...]:
     """The operator with gradients, where one is asked for."""
     if _wants_gradient(args):
-        return _Tail.apply(*args)
+        return _Tail.apply(*args)  # pyright: ignore[reportReturnType]
     with torch._C._AutoDispatchBelowAutograd():
         return _forward(*args)
 

@@ -101,7 +101,7 @@ struct BackwardPass {
     double du = 0, du_shat = 0;
   };
 
-  // d_open becomes du = dMs Ms (gain - Ms) / gain. Its sums cancel strongly, so they are formed in double.
+  // d_open becomes du, the gradient of the logits. Its sums cancel strongly, so they are formed in double.
   Cancelling through_sigmoid() {
     SpatialNorm<A> s_norm = spatial_norm();
     Buffer<Cancelling> parts(set.N);
@@ -109,10 +109,9 @@ struct BackwardPass {
       for (; n < end; n++) {
         Cancelling sum;
         A* du = d_open + n * set.L;
-        const A *Ms = open + n * set.L, *from = s + n * set.L;
+        const A* from = s + n * set.L;
         walk<A>(set.L, [&](int64_t p, auto part) {
-          V o = load(Ms + p, part);
-          store(du + p, load(du + p, part) * o * (s_norm.gain - o) / s_norm.gain, part);
+          store(du + p, load(du + p, part) * s_norm.slope(load(from + p, part)), part);
         });
         for (int64_t p = 0; p < set.L; p++) {
           sum.du += du[p];

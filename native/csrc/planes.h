@@ -12,6 +12,9 @@ struct Planes {
   using V = Vec<A>;
   static constexpr int TOGETHER = BYTES == 64 ? 4 : 2;
 
+  static constexpr int LIMIT = Setting<T>::PLANE_CHUNK;
+  static constexpr int64_t BLOCK = 128;  // channels summed before they are added to those before: fewer roundings
+
   const Setting<T>& set;
   const T* x;
   Scale<A> z;
@@ -20,12 +23,15 @@ struct Planes {
 
   void describe(int64_t unit, A* q0, A* q1) const {
     int64_t n = unit / set.chunks, at = unit % set.chunks * set.chunk, count = set.pixels(unit % set.chunks);
-    A *top = q0 + n * set.L + at, *sum = q1 + n * set.L + at;
-    for (int64_t p = 0; p < count; p++) top[p] = -INFINITY, sum[p] = 0;
-    int64_t c = 0;
-    for (; c + 8 <= set.C; c += 8) channels<8>(n, c, at, count, top, sum);
-    for (; c < set.C; c++) channels<1>(n, c, at, count, top, sum);
-    for (int64_t p = 0; p < count; p++) sum[p] /= A(set.C);
+    A *top = q0 + n * set.L + at, *mean = q1 + n * set.L + at, sum[LIMIT] = {};
+    for (int64_t p = 0; p < count; p++) top[p] = -INFINITY, mean[p] = 0;
+    for (int64_t c = 0, end; c < set.C; c = end) {
+      end = least(set.C, c + BLOCK);
+      for (; c + 8 <= end; c += 8) channels<8>(n, c, at, count, top, sum);
+      for (; c < end; c++) channels<1>(n, c, at, count, top, sum);
+      flush(sum, mean, count);
+    }
+    for (int64_t p = 0; p < count; p++) mean[p] /= A(set.C);
   }
 
   // --- pass C: a plane ---
@@ -66,6 +72,10 @@ struct Planes {
   }
 
  private:
+  static INLINE void flush(A* part, A* total, int64_t count) {
+    for (int64_t p = 0; p < count; p++) total[p] += part[p], part[p] = 0;
+  }
+
   template <int U>
   INLINE void channels(int64_t n, int64_t c, int64_t at, int64_t count, A* top, A* sum) const {
     const T* p = x + (n * set.C + c) * set.L + at;
@@ -103,18 +113,27 @@ struct Planes {
   void receive_chunk(int64_t unit, const Incoming<T>& to) const {
     int64_t n = unit / set.chunks, at = unit % set.chunks * set.chunk, count = set.pixels(unit % set.chunks);
     int64_t map = n * set.L + at;
+    A d_open[LIMIT], sum[LIMIT];
     if (SPATIAL)
-      for (int64_t p = map; p < map + count; p++)
-        to.d_open[p] = 0, to.q0[p] = -INFINITY, to.q1[p] = 0, to.first[p] = 0;
-    int64_t c = 0;
-    for (; c + TOGETHER <= set.C; c += TOGETHER) receive_channels<TOGETHER, RELU, SPATIAL>(unit, n, c, at, count, to);
-    for (; c < set.C; c++) receive_channels<1, RELU, SPATIAL>(unit, n, c, at, count, to);
+      for (int64_t p = 0; p < count; p++) {
+        to.d_open[map + p] = to.q1[map + p] = d_open[p] = sum[p] = 0;
+        to.q0[map + p] = -INFINITY, to.first[map + p] = 0;
+      }
+    for (int64_t c = 0, end; c < set.C; c = end) {
+      end = least(set.C, c + BLOCK);
+      for (; c + TOGETHER <= end; c += TOGETHER)
+        receive_channels<TOGETHER, RELU, SPATIAL>(unit, n, c, at, count, d_open, sum, to);
+      for (; c < end; c++) receive_channels<1, RELU, SPATIAL>(unit, n, c, at, count, d_open, sum, to);
+      if (!SPATIAL) continue;
+      flush(d_open, to.d_open + map, count);
+      flush(sum, to.q1 + map, count);
+    }
     if (SPATIAL)
       for (int64_t p = map; p < map + count; p++) to.q1[p] /= A(set.C);
   }
 
   template <int U, bool RELU, bool SPATIAL>
-  INLINE void receive_channels(int64_t unit, int64_t n, int64_t c, int64_t at, int64_t count,
+  INLINE void receive_channels(int64_t unit, int64_t n, int64_t c, int64_t at, int64_t count, A* d_opens, A* sums,
                                const Incoming<T>& to) const {
     int64_t base = (n * set.C + c) * set.L + at, map = n * set.L + at;
     A za[U], zb[U], shift[U];
@@ -126,9 +145,7 @@ struct Planes {
       Int<A> first{};
       if constexpr (SPATIAL) {
         open = load(to.open + map + i, part);
-        d_open = load(to.d_open + map + i, part);
         best = load(to.q0 + map + i, part);
-        sum = load(to.q1 + map + i, part);
         first = load_index<A>(to.first + map + i, part);
       }
       for (int u = 0; u < U; u++) {
@@ -152,9 +169,9 @@ struct Planes {
         Q[u] += g * d;
       }
       if constexpr (SPATIAL) {
-        store(to.d_open + map + i, d_open, part);
+        store(d_opens + i, load(d_opens + i, part) + d_open, part);
         store(to.q0 + map + i, best, part);
-        store(to.q1 + map + i, sum, part);
+        store(sums + i, load(sums + i, part) + sum, part);
         store_index<A>(to.first + map + i, first, part);
       }
     });

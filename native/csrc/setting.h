@@ -79,12 +79,14 @@ class Read {
 template <class T>
 struct Setting {
   using A = Acc<T>;
+  static constexpr int64_t PLANE_CHUNK = 512;  // at most, where planes lie together
+
   const Block& block;
   int64_t N, C, H, W, L;
   int64_t chunk, chunks;  // pixels of a chunk, chunks of a sample
 
   explicit Setting(const Block& b) : block(b), N(b.N), C(b.C), H(b.H), W(b.W), L(b.H * b.W) {
-    int64_t limit = b.rows ? most(64, least(256, 65536 / C)) : 512;
+    int64_t limit = b.rows ? most(64, least(256, 65536 / C)) : PLANE_CHUNK;
     chunk = up(up(L, up(L, limit)), 16) * 16;
     chunks = up(L, chunk);
   }

@@ -134,7 +134,13 @@ struct SpatialNorm {
 
   INLINE Vec<A> shat(Vec<A> s) const { return (s - mu) * r; }
   INLINE double exact_shat(A s) const { return (s - exact_mu) * exact_r; }
-  INLINE Vec<A> open(Vec<A> s) const { return gate_of<A>(gamma * shat(s) + beta, gain); }
+  INLINE Vec<A> logit(Vec<A> s) const { return gamma * shat(s) + beta; }
+  INLINE Vec<A> open(Vec<A> s) const { return gate_of<A>(logit(s), gain); }
+  // The derivative of `open` by its logit, exact also where the gate saturates: gain e / (1 + e)^2, e = exp(-|l|).
+  INLINE Vec<A> slope(Vec<A> s) const {
+    Vec<A> l = logit(s), e = exponential(l > Vec<A>{} ? -l : l), one = splat(A(1));
+    return gain * e / ((one + e) * (one + e));
+  }
 };
 
 }  // namespace

@@ -280,7 +280,7 @@ def cells() -> list[tuple[Case, int]]:
                         biases=r.random() < 0.8,
                         parameters=r.choice((None, None, torch.float32, torch.bfloat16)),
                         data=r.choice(("normal", "normal", "normal", "ties", "zeros")),
-                        # One channel and gamma = 0 make a constant map: its norm has nothing to divide by.
+                        # One channel and gamma = 0 make a constant map, whose norm divides by nothing.
                         gammas=r.choice(("mixed", "mixed", "negative", "zero" if shape[1] > 1 else "mixed")),
                         seed=len(found),
                     )  # fmt: skip
