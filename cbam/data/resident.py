@@ -84,6 +84,9 @@ class ResidentBatches:
     def __len__(self) -> int:
         return len(self.batch_sampler)
 
+    def end(self) -> None:
+        """Nothing: no process reads ahead."""
+
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for keys in self.batch_sampler:
             indices = torch.tensor([index for _, index in keys]).to(self.dataset.device, non_blocking=True)

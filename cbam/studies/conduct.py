@@ -70,7 +70,10 @@ def prepare(
         raise ConfigError(f"study {name} names its networks itself: leave --network out, or choose --arms")
     own = changes | {"size": pictures.size}
     training = Training(
-        dataclasses.replace(usual(pictures.name, pictures.all), **own), pictures, where, workers=workers
+        dataclasses.replace(usual(pictures.name, pictures.all, pictures.about["size"]), **own),
+        pictures,
+        where,
+        workers=workers,
     )
     return Filling(study, Records(out, name), training, arms=arms, commit=commit, watch=watch)
 

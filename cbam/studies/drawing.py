@@ -9,7 +9,7 @@ from cbam.studies.printing import status, title
 from cbam.studies.statistics import CONFIDENCE
 from cbam.studies.tabulate import Table, differences
 
-WIDE, LEFT, RIGHT, ROW, TOP = 860, 400, 24, 30, 78
+WIDE, LEFT, RIGHT, ROW, TOP = 860, 320, 24, 42, 78
 _SHOWN, _NOT, _SEED, _PAPER, _INK, _RULE = "#2166ac", "#6b6b6b", "#a6a6a6", "#b35806", "#1a1a1a", "#d9d9d9"
 
 
@@ -92,13 +92,15 @@ def _heading(table: Table) -> str:
 
 def _line(table: Table, row: dict[str, Any], scale: _Scale, y: float) -> str:
     arms = table.study.arms
-    label = f"{arms[row['arm']].label} against {arms[row['against']].label}"
     colour = _SHOWN if row["word"] in ("better", "worse") else _NOT
     parts = [
-        f'<text x="{LEFT - 12}" y="{y + 4}" text-anchor="end" fill="{_INK}">{escape(_short(label))}</text>'
+        f'<text x="{LEFT - 12}" y="{y - 2}" text-anchor="end" fill="{_INK}">'
+        f"{escape(arms[row['arm']].label)}</text>",
+        f'<text x="{LEFT - 12}" y="{y + 13}" text-anchor="end" font-size="11" fill="{_NOT}">'
+        f"against {escape(arms[row['against']].label)}</text>",
     ]
     parts += [
-        f'<circle cx="{scale.at(value)}" cy="{y + 8}" r="2.5" fill="{_SEED}"/>'
+        f'<circle cx="{scale.at(value)}" cy="{y + 9}" r="2.5" fill="{_SEED}"/>'
         for value in row["each"].values()
     ]
     if row["low"] is not None:
@@ -112,7 +114,3 @@ def _line(table: Table, row: dict[str, Any], scale: _Scale, y: float) -> str:
             f'<path d="M{x} {y - 6}l6 6l-6 6l-6 -6z" fill="none" stroke="{_PAPER}" stroke-width="1.5"/>'
         )
     return "\n".join(parts)
-
-
-def _short(label: str, most: int = 60) -> str:
-    return label if len(label) <= most else f"{label[: most - 1]}…"

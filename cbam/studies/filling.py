@@ -12,7 +12,7 @@ from cbam.errors import ConfigError, DataError, StoppedError
 from cbam.studies import machine
 from cbam.studies.records import Records, counts
 from cbam.studies.study import Arm, Protocol, Study, run_config, run_key, run_name
-from cbam.studies.training import Training, trunk
+from cbam.studies.training import Keep, Training, trunk
 from cbam.studies.watch import Silent, Watch
 
 
@@ -91,13 +91,15 @@ class Filling:
             elif taken := self.records.take_over(run.name, run.config):
                 self._tell(run, f"taken over from {taken.parent.name}/{taken.name}")
                 self.watch.advance(part)
-            elif end is not None and time.monotonic() + self._expected(run) > end:
+            elif end is not None and time.monotonic() + self._least(run) > end:
                 self.watch.say("the time is over before another run would be")
                 break
             else:
                 try:
                     self._train(run, end, part)
                 except StoppedError as stop:
+                    if stop.exit_code != StoppedError.exit_code:  # by a signal, not by the time
+                        raise
                     self._tell(run, str(stop))
                     break
         return len(self.missing(seeds))
@@ -109,17 +111,28 @@ class Filling:
                 return
             self.watch.now(f"{self.study.name}: {self.arms[run.arm].label}, seed {run.config['seed']}")
 
+            keep = self._keep(run, end)
+
             def on_work(done: float) -> None:
-                if end is not None and time.monotonic() > end:
+                if keep is None and end is not None and time.monotonic() > end:
                     raise StoppedError("given up, for the time is over; it begins anew next time")
                 self.watch.advance(share * done)
 
-            measured = self.training.run(run.config, on_work)
+            measured = self.training.run(run.config, on_work, keep)
             record = self._head(run) | measured
             self.records.add(self._name(run), record)
+            if keep is not None:
+                self.records.forget(run.name)
         last = record["epochs"][-1] if record["epochs"] else {}
         told = f"top-1 error {last['val_top1']:.2f} %" if counts_or_dirty(record) else record["status"]
         self._tell(run, f"{told}, {record['seconds']:.0f} s")
+
+    def _keep(self, run: Run, end: float | None) -> Keep | None:
+        """A run on ImageNet takes longer than one would train anew; others do not."""
+        if self.protocol.small:
+            return None
+        about = {"config": run.config, "data": self.training.pictures.about, "source": self.origin["source"]}
+        return Keep(self.records.unfinished(run.name), about, end, self.watch.say)
 
     def _head(self, run: Run) -> dict[str, Any]:
         """The part of a record that is known before the run."""
@@ -152,6 +165,10 @@ class Filling:
         here = [r for r in self.records.all().values() if r["device"] == told]
         own = [record["seconds"] for record in here if record["arm"] == run.arm]
         return max(own or [record["seconds"] for record in here], default=0.0)
+
+    def _least(self, run: Run) -> float:
+        """The seconds below which it is no use to begin: those of the whole run, where it cannot be kept."""
+        return self._expected(run) if self.protocol.small else 0.0
 
     def plan(self, seeds: int) -> str:
         """How much there is to do, and how long that takes by the records made on such a device."""

@@ -2,12 +2,14 @@
 
 results/<study>/<data>-<row>-s<seed>-<settings>.json   a run of a clean commit
 results/<study>/<...>.dirty-<source>.json               a run of changed code; never counted
-results/<study>/.claims/                                who is at which run; empty when nobody is
+results/<study>/.claims/                                who is at which run; not there when nobody is
+results/<study>/.unfinished/<run>/                      checkpoints of a run of many hours, till its record
 """
 
 import contextlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from cbam.studies.study import run_key, said
 from cbam.train.checkpoint import sync_folder
 
 SCHEMA = 1
-CLAIMS = ".claims"
+CLAIMS, UNFINISHED = ".claims", ".unfinished"
 _NEEDED = ("schema", "study", "arm", "status", "config", "data", "epochs", "commit", "dirty")
 
 
@@ -49,6 +51,16 @@ class Records:
         """Write a record, whole or not at all; false where there is one already, which stays."""
         text = json.dumps(record, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
         return self._place(name, text.encode())
+
+    def unfinished(self, name: str) -> Path:
+        """The folder for what a run without a record has saved."""
+        return self.path / UNFINISHED / name
+
+    def forget(self, name: str) -> None:
+        """Remove what a run had saved while it had no record."""
+        shutil.rmtree(self.unfinished(name), ignore_errors=True)
+        with contextlib.suppress(OSError):  # there are others
+            (self.path / UNFINISHED).rmdir()
 
     def take_over(self, name: str, config: dict[str, Any]) -> Path | None:
         """Copy the record of the same settings from another study beside this one, if there is one."""

@@ -144,13 +144,17 @@ def imagenet() -> Protocol:
 
 PROTOCOLS = {"digits": digits, "imagenette": imagenette, "imagenet": imagenet}
 LARGE = 1_000_000  # training pictures, from which a data set is taken for ImageNet
+ROOM = 8 << 30  # bytes of pictures that may lie on a device
 
 
-def usual(data: str, train: int) -> Protocol:
-    """The protocol for a data set of that name and number of training pictures."""
+def usual(data: str, train: int, size: int) -> Protocol:
+    """The protocol for a data set of that name, number of training pictures and size of pictures."""
     if data == DIGITS:
         return digits()
-    return dataclasses.replace(imagenet() if train >= LARGE else imagenette(), data=data)
+    if train >= LARGE:
+        return dataclasses.replace(imagenet(), data=data)
+    fits = train * 3 * size**2 <= ROOM
+    return dataclasses.replace(imagenette(), data=data, resident=fits)
 
 
 _OF_ARM = ("network", "attention", "start", "forked", "reduction", "where")

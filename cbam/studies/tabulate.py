@@ -66,7 +66,7 @@ class Table:
         """What its files are called; with a digest where the settings are not the usual ones."""
         name = f"{self.study.name}-{self.shared['data']}"
         network = self.shared.get("network")
-        protocol = usual(self.shared["data"], self.about["train"])
+        protocol = usual(self.shared["data"], self.about["train"], self.about["size"])
         plain = Arm("", network=None if self.study.many_networks else protocol.network)
         common = shared_part(self.study, run_config(protocol, plain, 0)) | {"size": self.shared["size"]}
         if said(common) == said(self.shared):

@@ -3,9 +3,12 @@
 import contextlib
 import datetime
 import hashlib
+import shutil
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +23,9 @@ from cbam.studies import machine
 from cbam.studies.records import SCHEMA
 from cbam.studies.study import DIGITS, Protocol, run_key
 from cbam.surgery import attach, attached
-from cbam.train import fit
+from cbam.train import checkpoint, fit
+
+SAVE_EVERY = 1000  # steps
 
 
 class Pictures:
@@ -65,10 +70,48 @@ class Pictures:
             train, val = self._found
             if protocol.resident:
                 train = Resident(train, device, augment=True)
-            if protocol.small:
+            if protocol.resident or self.name == DIGITS:
                 val = Resident(val, device, augment=False)
             self._ready = train, val
         return self._ready
+
+
+@dataclass
+class Keep:
+    """Where a run of many hours is kept while it is not finished, so that it goes on and is not begun anew.
+
+    Args:
+        folder: of this run alone.
+        about: what must be the same for it to go on: settings, pictures and code.
+        end: when it must stop, by the monotonic clock; None for never.
+        say: is told, in a line, how it goes.
+    """
+
+    folder: Path
+    about: dict[str, Any]
+    end: float | None
+    say: Callable[[str], None]
+    seconds: float = 0.0  # what earlier processes spent
+
+    def keeper(self, part: str):
+        """What saves and stops one of the trainings of the run, and knows how far it came."""
+        from cbam.train.keeper import Keeper
+
+        folder = self.folder / part
+        folder.mkdir(parents=True, exist_ok=True)
+        found = checkpoint.newest(folder, self.say)
+        state = found[1] if found and found[1].get("about") == self.about else None
+        if found and state is None:
+            self.say("what was kept of this run is of other settings or other code: it begins anew")
+            shutil.rmtree(folder)
+            folder.mkdir()
+        if state is not None:
+            self.seconds += sum(entry["seconds"] for entry in _measured(state["history"]))
+        left = None if self.end is None else max(0.0, self.end - time.monotonic())
+        about = {"about": self.about}
+        return Keeper(
+            folder, about, state=state, save_every=SAVE_EVERY, copies=2, max_time=left, say=self.say
+        )
 
 
 class Training:
@@ -81,15 +124,19 @@ class Training:
         self._forked: tuple[dict[str, Any], nn.Module, list[dict]] | None = None
         self._costs: dict[str, dict[str, Any]] = {}
 
-    def run(self, config: dict[str, Any], on_work: Callable[[float], None]) -> dict[str, Any]:
+    def run(
+        self, config: dict[str, Any], on_work: Callable[[float], None], keep: Keep | None = None
+    ) -> dict[str, Any]:
         """What comes out of a run, as the part of its record that was measured.
 
         Args:
             config: see `cbam.studies.study.run_config`.
             on_work: is told how much more of the run, out of 1, is done.
+            keep: saves it while it goes on, and takes up what was saved.
 
         Raises:
             ConfigError, DataError: settings or pictures that do not go together.
+            StoppedError: `keep` was told to stop; it is saved.
         """
         began, worked = time.monotonic(), time.process_time()
         made = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
@@ -102,20 +149,21 @@ class Training:
         with _fast_convolutions(self.device):
             try:
                 if config["forked"]:
-                    model, start = self._fork(config, tell)
-                    found["start"] = {"sha256": fingerprint(model), "epochs": start}
+                    model, start = self._fork(config, tell, keep)
+                    found["start"] = {"sha256": fingerprint(model), "epochs": _without_nan(start)}
                 else:
                     model = plain(config, len(train.classes))
                 refine(model, config)
-                history = self._fit(model, config, (phases - 1) * config["epochs"], tell)
+                history = self._fit(model, config, tell, keep and keep.keeper("run"))
             except NonFiniteError as error:
                 found["status"] = f"NonFiniteError: {error}"
-        spent = sum(entry["seconds"] for entry in history)
+        timed = _measured(history)
+        spent = sum(entry["seconds"] for entry in timed)
         return found | {
             **self.cost(config),
-            "epochs": history,
-            "images_per_second": len(train) * len(history) / spent if spent else None,
-            "seconds": time.monotonic() - began,
+            "epochs": _without_nan(history),
+            "images_per_second": len(train) * len(timed) / spent if spent else None,
+            "seconds": time.monotonic() - began + (keep.seconds if keep else 0.0),
             "processor_seconds": time.process_time() - worked,
             "memory_gib": machine.largest_memory(),
         }
@@ -132,13 +180,16 @@ class Training:
             self._costs[key] = cost_of(config, about["classes"], about["size"])
         return self._costs[key]
 
-    def _fork(self, config: dict[str, Any], tell: Callable[[int], None]) -> tuple[nn.Module, list[dict]]:
+    def _fork(
+        self, config: dict[str, Any], tell: Callable[[int], None], keep: Keep | None
+    ) -> tuple[nn.Module, list[dict]]:
         """The plain network after its training; that of the last call is kept, for the next row."""
         train, _ = self._pictures()
         own = trunk(config)
         if self._forked is None or self._forked[0] != own:
             model = plain(own, len(train.classes))
-            self._forked = own, model, self._fit(model, own, 0, tell)
+            keeper = keep and keep.keeper("trunk")
+            self._forked = own, model, self._fit(model, own | {"forked": False}, tell, keeper)
         else:
             tell(own["epochs"] * (3 * len(train) + len(self._pictures()[1])))
         _, model, history = self._forked
@@ -149,7 +200,7 @@ class Training:
     def _pictures(self) -> tuple[Images, Images]:
         return self.pictures.ready(self.protocol, self.device)
 
-    def _fit(self, model: nn.Module, config: dict, first_epoch: int, tell: Callable[[int], None]) -> list:
+    def _fit(self, model: nn.Module, config: dict, tell: Callable[[int], None], keeper: Any) -> list[dict]:
         train, val = self._pictures()
         return fit(
             model,
@@ -158,9 +209,10 @@ class Training:
             self.protocol.recipe(),
             seed=config["seed"],
             device=self.device.type,
-            first_epoch=first_epoch,
+            first_epoch=config["epochs"] if config["forked"] else 0,
             workers=self.workers,
             on_step=tell,
+            keeper=keeper,
         )
 
 
@@ -210,6 +262,16 @@ def cost_of(config: dict[str, Any], classes: int, size: int) -> dict[str, Any]:
     except AttachError as error:
         raise ConfigError(f"{config['network']}, {config['attention']}: {error}") from error
     return {"parameters": cost.parameters, "gmac": cost.gmac, "sites": len(attached(model))}
+
+
+def _measured(history: list[dict]) -> list[dict]:
+    """The epochs whose time is known; of one that was taken up at its validation it is not."""
+    return [entry for entry in history if entry["seconds"] == entry["seconds"]]
+
+
+def _without_nan(history: list[dict]) -> list[dict]:
+    """None for what is not known: JSON has no NaN."""
+    return [{name: None if value != value else value for name, value in e.items()} for e in history]
 
 
 def _share(on_work: Callable[[float], None], total: int, passes: int) -> None:

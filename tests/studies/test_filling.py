@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -157,6 +158,52 @@ def test_a_budget_begins_no_run_that_would_not_end_in_time(tmp_path, filled):
     assert conduct(study(tmp_path, watch=watch), seeds=3, budget=600.0) == 2
     assert watch.phases == []
     assert "the time is over before another run would be" in watch.lines
+
+
+class Clock(Listener):
+    """Lets the time be over after so many pieces of work."""
+
+    def __init__(self, monkeypatch, pieces: int) -> None:
+        super().__init__()
+        self._now, self._left = time.monotonic, pieces
+        monkeypatch.setattr(time, "monotonic", lambda: self._now() + (1e6 if self._left < 0 else 0))
+
+    def advance(self, share):
+        super().advance(share)
+        self._left -= 1
+
+
+@pytest.mark.parametrize(("name", "arm"), [("order", "se"), ("start", "forked-plain")])
+def test_a_run_of_many_hours_is_kept_when_the_time_is_over_and_goes_on_to_the_same_end(
+    tmp_path, monkeypatch, name, arm
+):
+    whole = study(tmp_path / "whole", name, arms=[arm], epochs=2)
+    conduct(whole, seeds=1)
+    (wanted,) = Records(tmp_path / "whole", name).all().values()
+    for pieces in (0, 1):
+        with monkeypatch.context() as patch:
+            watch = Clock(patch, pieces)
+            parts = study(tmp_path / "parts", name, watch, arms=[arm], epochs=2, small=False)
+            assert conduct(parts, seeds=1, budget=1000.0) == 1
+    assert list((tmp_path / "parts" / name / ".unfinished").iterdir())
+    assert conduct(study(tmp_path / "parts", name, arms=[arm], epochs=2, small=False), seeds=1) == 0
+    (found,) = Records(tmp_path / "parts", name).all().values()
+    for one, other in (
+        ((found, wanted), (found["start"], wanted["start"])) if name == "start" else ((found, wanted),)
+    ):
+        losses = [[(e["epoch"], e["val_loss"], e["train_loss"]) for e in r["epochs"]] for r in (one, other)]
+        assert losses[0] == losses[1]
+    assert not (tmp_path / "parts" / name / ".unfinished").exists()
+
+
+def test_what_was_kept_of_other_code_is_not_gone_on_with(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        parts = study(tmp_path, watch=Clock(patch, 2), arms=["se"], epochs=2, small=False)
+        assert conduct(parts, seeds=1, budget=1000.0) == 1
+    monkeypatch.setattr(filling_file, "origin", lambda commit: CLEAN | {"source": "other"})
+    watch = Listener()
+    assert conduct(study(tmp_path, watch=watch, arms=["se"], epochs=2, small=False), seeds=1) == 0
+    assert "what was kept of this run is of other settings or other code: it begins anew" in watch.lines
 
 
 def test_a_run_that_diverges_has_a_record_that_does_not_count(tmp_path):

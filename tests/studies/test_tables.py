@@ -81,10 +81,11 @@ def test_the_papers_errors_are_those_of_its_tables():
 
 
 def test_the_usual_protocol_follows_the_data():
-    assert usual("digits", 1437) == digits()
-    assert usual("flowers", 9469).network == "resnet18"
-    assert usual("flowers", 9469).data == "flowers"
-    assert usual("imagenet", 1_281_167).schedule == "step"
+    assert usual("digits", 1437, 64) == digits()
+    flowers = usual("flowers", 9469, 96)
+    assert (flowers.network, flowers.data, flowers.resident) == ("resnet18", "flowers", True)
+    assert not usual("flowers", 100_000, 224).resident  # 15 GB
+    assert usual("imagenet", 1_281_167, 224).schedule == "step"
 
 
 def test_a_setting_that_is_off_has_no_part_in_the_name_of_a_run():
