@@ -43,14 +43,7 @@ test: $(NATIVE) ## the tests, with a sample of the large matrices (at most 8 min
 test-all: $(NATIVE) ## every test
 	$(PYTEST)
 
-<<<<<<< HEAD
-test-sanitized: $(READY) ## the CPU kernels under the address and undefined-behaviour sanitizers
-	$(BIN)/python -m pytest tests/native/test_sanitized.py -m large -rs
-
-check: $(READY) ## format, lint, types, floors
-=======
 check: $(READY) ## format, lint, types, floors, GPU kernels (compiled ahead of time)
->>>>>>> main
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m pyright

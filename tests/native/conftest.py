@@ -272,7 +272,7 @@ def cells() -> list[tuple[Case, int]]:
                         norm=r.choice(("batch", "batch", "running", "") if enough else ("running", "")),
                         pools=r.choice(((), ("avg",), ("max",), ("avg", "max"), ("avg", "max"))),
                         # On one pixel only one tap counts, and a norm of the batch undoes its scale.
-                        spatial=r.choice(("batch", "batch", "running", "plain", "")[0 if pixels > 1 else 2 :]),
+                        spatial=r.choice(("batch", "batch", "running", "plain", "")[2 * (pixels == 1) :]),
                         shortcut=r.random() < 0.7,
                         relu=r.random() < 0.7,
                         gain=r.choice((1.0, 2.0)),
