@@ -43,6 +43,9 @@ test: $(NATIVE) ## the tests, with a sample of the large matrices (at most 8 min
 test-all: $(NATIVE) ## every test
 	$(PYTEST)
 
+test-sanitized: $(READY) ## the CPU kernels under the address and undefined-behaviour sanitizers
+	$(BIN)/python -m pytest tests/native/test_sanitized.py -m large -rs
+
 check: $(READY) ## format, lint, types, floors, GPU kernels (compiled ahead of time)
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m ruff check .
