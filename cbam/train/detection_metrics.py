@@ -2,9 +2,9 @@
 
 Both take two mappings from the id of an image: what was found there (`boxes` (N, 4), `scores` (N,), `labels`
 (N,), as torchvision's detectors return them) and what is there (`boxes`, `labels`, `area`, `crowd`,
-`difficult`, as the samples of a data set have them). Boxes are x0 y0 x1 y1 in pixels, ends exclusive. An image
-is scored once however many processes saw it, since a mapping holds it once. Numbers are percentages, NaN where
-there is nothing to find.
+`difficult`, as the samples of a data set have them). Boxes are x0 y0 x1 y1 in pixels, ends exclusive. An
+image is scored once however many processes saw it, since a mapping holds it once. Numbers are percentages,
+NaN where there is nothing to find.
 """
 
 import contextlib
@@ -44,7 +44,7 @@ def coco_numbers(found: Found, truth: Truth, classes: Sequence[str]) -> dict[str
     """
     check_detections(found, truth, len(classes))
     try:
-        from faster_coco_eval import COCO, COCOeval_faster
+        from faster_coco_eval import COCO, COCOeval_faster  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise MissingExtraError.of("COCO's numbers", "detect") from error
     numbers = {image: number for number, image in enumerate(truth, 1)}
