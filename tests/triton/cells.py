@@ -106,7 +106,7 @@ def test_every_cell_agrees_with_the_equation(tails, guarded, form, dtype, nhwc, 
     check(tails, dtype=dtype, nhwc=nhwc, shape=shape, side=5, **FORMS[form])
 
 
-@pytest.mark.parametrize("shape", [(2, 9, 5, 7), (1, 1, 1, 5), (2, 2, 1, 19)])
+@pytest.mark.parametrize("shape", [(2, 9, 4, 5), (1, 1, 1, 5), pytest.param((2, 2, 1, 19), marks=large)])
 def test_odd_sizes_agree_with_the_equation(tails, guarded, shape):  # T8 T10
     check(tails, shape=shape, side=7, dtype=torch.float64, nhwc=shape[1] == 9)
 
@@ -177,7 +177,7 @@ def test_only_the_gradients_asked_for_are_there(tails, guarded, need_x, need_sho
             assert torch.equal(value, every[name]), name
 
 
-@pytest.mark.parametrize("form", ["tail", "frozen", "block, running"])
+@pytest.mark.parametrize("form", ["tail", "frozen", pytest.param("block, running", marks=large)])
 def test_a_forward_that_saves_nothing_gives_the_same_bits(tails, form):  # T25
     case = tails.draw(tails.Cell(shape=(2, 9, 4, 5), **FORMS[form]), DEVICE)
     kept, lean = tails.run(tail, case), tails.run(tail, case, save=False)
@@ -188,9 +188,9 @@ def test_a_forward_that_saves_nothing_gives_the_same_bits(tails, form):  # T25
     assert (lean["mu"].numel() > 0) == (lean["s_mu"].numel() > 0) == (form == "tail")
 
 
-@pytest.mark.parametrize("form", ["tail", "block"])
+@pytest.mark.parametrize("form", ["tail", pytest.param("block", marks=large)])
 def test_results_repeat_bitwise(tails, form):  # T30
-    case = tails.draw(tails.Cell(shape=(2, 9, 5, 5), nhwc=form == "tail", **FORMS[form]), DEVICE)
+    case = tails.draw(tails.Cell(shape=(2, 9, 4, 4), nhwc=form == "tail", **FORMS[form]), DEVICE)
     grad, x = case.grad.clone(), case.x.clone()
     runs = []
     for _ in range(REPEATS):
@@ -225,6 +225,22 @@ def test_a_mean_in_float16_does_not_overflow(tails):  # T20
     case = tails.draw(tails.Cell(dtype=torch.float16, norm="", shape=(1, 1, 9, 9)), DEVICE)
     case.x.fill_(60000)
     assert tails.run(tail, case)["m"].item() == 60000
+
+
+@pytest.mark.parametrize("form", ["tail", *(pytest.param(f, marks=large) for f in FORMS if f != "tail")])
+def test_results_have_the_shapes_that_tracing_is_told(tails, form):  # T33
+    from cbam.ops import library
+
+    def shapes(function):
+        case = tails.draw(tails.Cell(**FORMS[form]), DEVICE)
+        kept, lean = tails.run(function[0], case), tails.run(function[0], case, save=False)
+        found = [kept, lean]
+        for need_x, need_shortcut in product((True, False), (True, False)):
+            needs = {"need_x": need_x, "need_shortcut": need_shortcut and case.cell.relu}
+            found.append(tails.run_backward(function[1], case, kept, **needs))
+        return [{n: (t.shape, t.dtype, t.stride()) for n, t in result.items()} for result in found]
+
+    assert shapes((tail, tail_backward)) == shapes((library._fake_forward, library._fake_backward))
 
 
 @gpu
