@@ -5,6 +5,7 @@ Without a GPU the kernels are interpreted: TRITON_INTERPRET=1 must be set before
 """
 
 import os
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -12,9 +13,10 @@ import torch
 
 pytest.importorskip("triton")
 
+from cbam.ops import triton_kernels, triton_map
 from cbam.ops.triton_kernels import tail, tail_backward
 from cbam.ops.triton_map import Map
-from cbam.ops.triton_plan import PARTS
+from cbam.ops.triton_plan import PARTS, plan
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -146,6 +148,31 @@ def test_parameters_may_be_of_another_type_than_the_map(tails, guarded):  # T1 T
     check(tails, dtype=torch.float32, parameters=torch.float64, norm="running")
 
 
+def test_a_large_map_in_evaluation_convolves_by_a_kernel_of_its_own(tails, guarded, monkeypatch):
+    monkeypatch.setattr(triton_map, "plan", lambda *size: replace(plan(*size), fold=False))
+    for save in (True, False):
+        case = tails.draw(tails.Cell(**FORMS["frozen"]), DEVICE)
+        found = tails.run(tail, case, save=save)
+        compare(case, found, {"out": tails.written_out(case)[0]}, {"out": 1.0})
+    check(tails, dtype=torch.float64, **FORMS["frozen"])
+
+
+def test_very_many_parts_of_a_sum_are_added_up_first(tails, guarded, monkeypatch):
+    monkeypatch.setattr(triton_kernels, "MANY", 1)
+    check(tails, dtype=torch.float64)
+
+
+def test_offsets_of_64_bits_inside_a_tile_are_right(tails, guarded, monkeypatch):  # T22
+    launch = Map.launch
+
+    def wide(*arguments, **constants):
+        launch(*arguments, **constants | ({"WIDE": True} if "WIDE" in constants else {}))
+
+    monkeypatch.setattr(Map, "launch", staticmethod(wide))
+    for nhwc in (False, True):
+        check(tails, dtype=torch.float64, nhwc=nhwc)
+
+
 def test_the_gains_scale_the_gates(tails, guarded):
     check(tails, dtype=torch.float64, gains=(2.0, 2.0))
 
@@ -208,11 +235,15 @@ def test_masks_of_nan_and_inf_are_those_of_the_equation(tails, form, data):  # T
     changes = {**FORMS[form], "spatial": "running", "norm": FORMS[form].get("norm", "running")}
     for nhwc in (False, True):
         case = tails.draw(tails.Cell(shape=(2, 5, 6, 5), data=data, nhwc=nhwc, **changes), DEVICE)
-        out = tails.run(tail, case)["out"].cpu()
-        true, _, _ = tails.written_out(case)
+        saved = tails.run(tail, case)
+        found = tails.run_backward(tail_backward, case, saved)
+        out, dx = saved["out"].cpu(), found["dx"].cpu()
+        true, gradients, _ = tails.written_out(case)
         assert torch.equal(out.isnan(), true.isnan())
         assert torch.equal(out.isinf(), true.isinf())
+        assert torch.equal(dx.isnan(), gradients["dx"].isnan())
         assert out[1].isfinite().all()  # the other sample is untouched
+        assert dx[1].isfinite().all()
 
 
 def test_a_nan_in_training_reaches_the_whole_batch(tails):  # T17
