@@ -27,7 +27,8 @@ REPEATS = 2 if INTERPRETED else 250
 
 # Error of a value that is stored in the type it was computed in, against its scale; and of one rounded to 16
 # bits, in halves of its last place besides. The interpreter cuts bfloat16 off instead: up to two halves.
-EXACT = {torch.float64: 1e-11, torch.float32: 1e-5, torch.float16: 1e-5, torch.bfloat16: 1e-5}
+# A parameter's gradient on a tiny map is a sum that cancels: its scale is at least a thousandth of grad's.
+EXACT = {torch.float64: 1e-11, torch.float32: 2e-5, torch.float16: 2e-5, torch.bfloat16: 2e-5}
 HALVES = {torch.float16: 1.25, torch.bfloat16: 2.5 if INTERPRETED else 1.25}
 
 
@@ -35,7 +36,8 @@ def compare(case, found, true, scales):
     """Every name of `true` within the tolerance of its dtype in `found`."""
     for name, value in true.items():
         got = found[name].detach().cpu().double().reshape(value.shape)
-        scale = max(scales[name], 1.0) if case.cell.data == "constant" else scales[name]
+        least = 1.0 if case.cell.data == "constant" else 1e-3 * case.grad.abs().max().item()
+        scale = max(scales[name], least)
         tolerance = torch.full_like(value, EXACT[case.cell.dtype] * scale)
         if found[name].dtype in HALVES:
             exponent = value.abs().clamp(min=torch.finfo(found[name].dtype).tiny).log2().floor()
@@ -99,9 +101,10 @@ def test_every_type_agrees_with_the_equation(tails, guarded, form, dtype):  # T1
 
 
 @large
-@pytest.mark.parametrize(
-    ("form", "dtype", "nhwc", "shape"), list(product(FORMS, EXACT, [False, True], SIZES))
-)
+@pytest.mark.parametrize("shape", SIZES, ids=lambda shape: "x".join(map(str, shape)))
+@pytest.mark.parametrize("nhwc", [False, True], ids=["NCHW", "NHWC"])
+@pytest.mark.parametrize("dtype", EXACT, ids=str)
+@pytest.mark.parametrize("form", FORMS)
 def test_every_cell_agrees_with_the_equation(tails, guarded, form, dtype, nhwc, shape):  # T1 T8 T10 T14
     if shape[0] * shape[2] * shape[3] == 1 and "batch" in FORMS[form].values():
         pytest.skip("one value has no variance")
