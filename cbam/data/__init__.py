@@ -16,5 +16,16 @@ from cbam.data.digits import cluttered_digits
 from cbam.data.folder import image_folder
 from cbam.data.images import Images
 from cbam.data.loading import ALONE, EpochSampler, Shard, loader
+from cbam.data.parquet import picture_set
 
-__all__ = ["ALONE", "EpochSampler", "Images", "Shard", "cluttered_digits", "decode", "image_folder", "loader"]
+__all__ = [
+    "ALONE",
+    "EpochSampler",
+    "Images",
+    "Shard",
+    "cluttered_digits",
+    "decode",
+    "image_folder",
+    "loader",
+    "picture_set",
+]
