@@ -24,9 +24,11 @@ COMMANDS = {
     "train": "train",
     "eval": "evaluate",
     "recipes": "recipes",
+    "study": "study",
     "list": "networks",
     "sites": "sites",
     "bench": "bench",
+    "data": "data",
 }
 
 EXIT_CODES = """\

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from cbam.errors import InputError
+from cbam.errors import DataError, InputError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -87,6 +87,14 @@ class Images(Dataset):
         """The picture, uint8 (3, S, S), and its box."""
         raise NotImplementedError
 
+    def whole(self, index: int) -> Tensor:
+        """The middle square of a picture, brought to uint8 (3, S, S) without any random choice."""
+        raise DataError(f"{self.name} makes its pictures anew in every epoch, so none can be kept")
+
+    def loaded(self, batches: Any) -> Any:
+        """The batches that `loading.Batches` names, of a set that loads them itself; None of any other."""
+        return None
+
     @property
     def unreadable(self) -> list[str]:
         """The files that were found unreadable so far, in this process or in the loader's workers."""
@@ -128,6 +136,9 @@ class _Subset(Images):
 
     def sample(self, epoch: int, index: int) -> tuple[Tensor, Sequence[float]]:
         return self._images.sample(epoch, self._indices[index])
+
+    def whole(self, index: int) -> Tensor:
+        return self._images.whole(self._indices[index])
 
     @property
     def unreadable(self) -> list[str]:

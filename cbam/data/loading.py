@@ -265,9 +265,15 @@ def loader(
             f"batch_size {batch_size} cannot be shared evenly by {shard.world} processes of "
             f"{shard.accumulate} batches each; take a multiple of {shard.parts}"
         )
+    images = images.seeded(seed) if train else images
+    sampler = EpochSampler(len(images), shuffle=train, seed=seed, shard=shard)
+    batches = Batches(sampler, batch_size, shard)
+    own = images.loaded(batches)
+    if own is not None:
+        return own
     return _Loader(
-        images.seeded(seed) if train else images,
-        Batches(EpochSampler(len(images), shuffle=train, seed=seed, shard=shard), batch_size, shard),
+        images,
+        batches,
         patience=patience,
         num_workers=workers,
         worker_init_fn=_end_with_parent if workers else None,
