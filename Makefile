@@ -42,10 +42,11 @@ test: $(READY) ## the tests, with a sample of the large matrices (at most 8 minu
 test-all: $(READY) ## every test
 	$(PYTEST)
 
-check: $(READY) ## format, lint, types, floors
+check: $(READY) ## format, lint, types, floors, GPU kernels (compiled ahead of time)
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m pyright
+	$(BIN)/python -m benchmarks.aot
 	$(BIN)/python -m pytest -q tests/house/test_floors.py
 
 format: $(READY) ## format the code and apply the safe lint fixes
