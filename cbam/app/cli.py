@@ -28,6 +28,7 @@ COMMANDS = {
     "list": "networks",
     "sites": "sites",
     "bench": "bench",
+    "data": "data",
 }
 
 EXIT_CODES = """\
