@@ -24,6 +24,7 @@ COMMANDS = {
     "recipes": "recipes",
     "list": "networks",
     "sites": "sites",
+    "look": "look",
 }
 
 EXIT_CODES = """\

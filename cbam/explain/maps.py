@@ -15,7 +15,12 @@ from torch import Tensor, nn
 from cbam.errors import ConfigError, InputError, MissingExtraError, NonFiniteError
 from cbam.explain.watching import check_images, eval_mode, logits_of, refuse_unwatchable
 
-METHODS = ("gradcam", "gradcam++", "layercam", "scorecam")
+METHODS = {  # name -> what it is called in words
+    "gradcam": "Grad-CAM",
+    "gradcam++": "Grad-CAM++",
+    "layercam": "LayerCAM",
+    "scorecam": "Score-CAM",
+}
 
 _log = logging.getLogger("cbam")
 
