@@ -25,6 +25,7 @@ COMMANDS = {
     "list": "networks",
     "sites": "sites",
     "look": "look",
+    "serve": "serve",
 }
 
 EXIT_CODES = """\

@@ -71,16 +71,14 @@ def _load(
         if model is None:
             raise ConfigError(f"{file} does not say what network it is: give --model NAME, see `cbam list`")
         name = f"{model}+{label}" if arms and label != "plain" else model
-        side, weights, digits = size or _SIZE, file, False
-        names = class_names() if names is None else names
+        side, weights, digits, known = size or _SIZE, file, False, names or class_names()
     else:
         name, weights = state["config"]["model"], state["model"]
-        side = size or state["data"]["size"]
+        side, known = size or state["data"]["size"], names or state["data"]["classes"]
         digits = state["config"]["data"] is None
-        names = state["data"]["classes"] if names is None else names
-    net = build(name, num_classes=len(names))
+    net = build(name, num_classes=len(known))
     load_weights(net, weights)
-    how: dict[str, Any] = {"classes": names, "size": side, "resized": round(side * 256 / 224)}
+    how: dict[str, Any] = {"classes": known, "size": side, "resized": round(side * 256 / 224)}
     if digits:
         _, val = cluttered_digits()
         how |= {"mean": val.mean, "std": val.std, "resized": side}

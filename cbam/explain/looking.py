@@ -50,6 +50,14 @@ class Viewer:
         """What the networks see of a picture, uint8 (3, size, size)."""
         return pair.view(picture, self.size, self.resized, self.mode)
 
+    def boxes_in_view(self, boxes: Sequence[Sequence[float]], height: int, width: int) -> list[list[float]]:
+        """Boxes of a picture of this height and width as they lie in its view; they may reach out of it."""
+        side = min(height, width)
+        scale, margin = self.resized / side, (self.resized - self.size) // 2
+        left, top = (width - side) // 2, (height - side) // 2
+        at = (left, top, left, top)
+        return [[(v - o) * scale - margin for v, o in zip(box, at, strict=True)] for box in boxes]
+
 
 @dataclass(frozen=True, eq=False)
 class Glance:
@@ -123,9 +131,21 @@ def look(
         InputError: not such a picture, or no such class.
         ConfigError, NonFiniteError: as in `gradcam`.
     """
+    return look_at_view(viewer, viewer.view(picture), name, target=target, method=method, layer=layer)
+
+
+def look_at_view(
+    viewer: Viewer,
+    seen: Tensor,
+    name: str = "",
+    *,
+    target: int | None = None,
+    method: str = "gradcam",
+    layer: str | None = None,
+) -> Look:
+    """`look` for what `viewer.view` gave."""
     if target is not None and not 0 <= target < len(viewer.classes):
         raise InputError(f"target must be a class in 0..{len(viewer.classes) - 1}, got {target}")
-    seen = viewer.view(picture)
     images = viewer.normalised(seen)[None]
     scores: dict[str, Tensor] = {}
     blocks: dict[str, dict[str, Refinement]] = {}

@@ -117,7 +117,8 @@ class _Stages(Page):
 
     def _row(self, name: str, block: Refinement, top: float) -> None:
         C, h, w = block.before.shape[1:]
-        self.say(0.06, top + _CELL / 2, f"{paper.cut(name, 0.56)}\n{C} ch.\n{h} × {w}", ha="left", size=SMALL)
+        words = f"{paper.cut(name, 0.56)}\n{C} ch.\n{h} × {w}"
+        self.say(0.06, top + _CELL / 2, words, ha="left", size=SMALL)
         self._where(block, top)
         self._what(block, top)
         raised, lowered = top_channels(block)
@@ -146,8 +147,8 @@ class _Stages(Page):
         ax.set_xlim(step.middle - reach, step.middle + reach)
         ticks = (step.middle - reach, step.middle, step.middle + reach)
         ax.set_xticks(ticks, labels=[f"{tick:.2f}" for tick in ticks])
-        ax.get_xticklabels()[0].set_ha("left")
-        ax.get_xticklabels()[-1].set_ha("right")
+        for label, side in zip(ax.get_xticklabels(), ("left", "center", "right"), strict=True):
+            label.set_horizontalalignment(side)
         ax.set_yticks([])
         ax.tick_params(labelsize=TEXT, length=2, width=0.4, pad=1.5)
         for side in ("top", "right", "left"):

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from cbam.app.options import Parser, count, need, terminable
-from cbam.app.terminal import show
+from cbam.app.terminal import progress, show
 from cbam.errors import ConfigError, DataError
 
 HELP = "show what networks look at in your pictures, with and without attention"
@@ -28,6 +28,18 @@ def add(parser: Parser) -> None:
     )
     parser.add_argument("--method", default="gradcam", choices=METHODS, help="(default: gradcam)")
     parser.add_argument("--layer", metavar="NAME", help="layer of the maps (default: the last feature map)")
+    parser.add_argument(
+        "--score", metavar="DATA",
+        help="measure how well maps find objects: a folder of VOC XML, a COCO .json, a .csv, or digits",
+    )  # fmt: skip
+    parser.add_argument(
+        "--gates", metavar="DATA",
+        help="sum up what the gates do over pictures: a folder of them, or of a folder per class, or digits",
+    )  # fmt: skip
+    parser.add_argument("--label", metavar="NAME", help="with --score: the boxes of this label alone")
+    parser.add_argument(
+        "--limit", type=count, metavar="N", help="with --score and --gates: so many pictures, evenly spaced"
+    )
     parser.add_argument("--out", default=OUT, metavar="DIR", help=f"folder of the figures (default: {OUT})")
 
 
@@ -49,10 +61,12 @@ def add_networks(parser: Parser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Look, and say what was written."""
-    if not options.images:
+    measured = options.score or options.gates
+    if not options.images and not measured:
         raise ConfigError("cbam look needs pictures: cbam look photo.jpg")
+    if (options.label and not options.score) or (options.limit and not measured):
+        raise ConfigError("--label goes with --score, --limit with --score and --gates")
     need("cbam look", EXTRAS)
-    from cbam.app.look import Wanted, look_at
     from cbam.app.networks import viewer
 
     for path in map(Path, options.images):
@@ -62,19 +76,46 @@ def run(options: argparse.Namespace) -> int:
         eyes = viewer(options.model, options.weights, options.compare, options.classes, options.size)
         for line in eyes.about:
             show(line)
-        wanted = Wanted(
-            [Path(p) for p in options.images],
-            Path(options.out),
-            options.target,
-            options.method,
-            options.layer,
-        )
-        told = look_at(eyes, wanted, show)
+        unreadable = _look(options, eyes) if options.images else ""
+        if options.score:
+            _score(options, eyes)
+        if options.gates:
+            _gates(options, eyes)
+    if unreadable:
+        raise DataError(unreadable)
+    return 0
+
+
+def _look(options: argparse.Namespace, eyes) -> str:
+    """Draw; what to say of pictures that could not be read."""
+    from cbam.app.look import Wanted, look_at
+
+    paths, out = [Path(path) for path in options.images], Path(options.out)
+    told = look_at(eyes, Wanted(paths, out, options.target, options.method, options.layer), show)
     show("")
     for path in told.figures:
         show(str(path))
-    if told.unreadable:
-        raise DataError(
-            f"{len(told.unreadable)} of {told.looked + len(told.unreadable)} pictures were left out"
+    count = len(told.unreadable)
+    return f"{count} of {told.looked + count} pictures were left out" if count else ""
+
+
+def _score(options: argparse.Namespace, eyes) -> None:
+    from cbam.app.score import markdown, score, write
+
+    with progress() as watch:
+        results = score(
+            eyes, options.score, watch, method=options.method, limit=options.limit, label=options.label
         )
-    return 0
+    show("")
+    show(markdown(results))
+    for path in write(results, Path(options.out)):
+        show(str(path))
+
+
+def _gates(options: argparse.Namespace, eyes) -> None:
+    from cbam.app.gates import gates
+
+    with progress() as watch:
+        written = gates(eyes, options.gates, Path(options.out), watch, limit=options.limit)
+    for path in written:
+        show(str(path))
