@@ -9,7 +9,7 @@ READY := $(VENV)/.ready
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo readme cards matrix test test-all check format clean again
+.PHONY: help demo readme cards matrix bench test test-all test-web check format clean again
 
 help: ## this list
 	@echo "make TARGET [PYTHON=python3.12]; the first one sets up .venv, which needs Python 3.11 or newer and pip"
@@ -29,11 +29,23 @@ cards: $(READY) ## write docs/methods/, a card for each attention module, and th
 matrix: $(READY) ## attach to every network of the matrix and write docs/matrix.md (goes on where it stopped)
 	$(BIN)/python -m benchmarks.matrix
 
+bench: $(READY) ## measure what attention costs here (correctness first), and put it into docs/kernels.md
+	$(BIN)/cbam bench --compiled --out benchmarks/results
+	$(BIN)/python -m docs.fill_kernels
+
 test: $(READY) ## the tests, with a sample of the large matrices (at most 8 minutes on 2 cores)
 	$(PYTEST) -m "not large"
 
 test-all: $(READY) ## every test
 	$(PYTEST)
+
+# Gradio, which holds Pillow back and takes 300 MB, is put beside .venv and not into it.
+test-web: $(READY) ## the tests of `cbam serve` in a real browser (sets up .venv-web; needs chromium)
+	$(BIN)/python -m venv .venv-web
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" > .venv-web/outer.txt
+	cp .venv-web/outer.txt "$$(.venv-web/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/outer.pth"
+	.venv-web/bin/python -m pip install --quiet "gradio>=6.31" "scikit-image>=0.25" "playwright>=1.50"
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 .venv-web/bin/python -m pytest tests/app/test_serve.py
 
 check: $(READY) ## format, lint, types, floors
 	$(BIN)/python -m ruff format --check .

@@ -26,6 +26,7 @@ COMMANDS = {
     "sites": "sites",
     "look": "look",
     "serve": "serve",
+    "bench": "bench",
 }
 
 EXIT_CODES = """\

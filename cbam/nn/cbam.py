@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from cbam.errors import InputError
 from cbam.nn import door
 from cbam.nn.gate import SigmoidGate
-from cbam.ops import channel_descriptor, spatial_descriptor
+from cbam.nn.tail import normalising, refined, watched
+from cbam.ops import Channel, Spatial, channel_descriptor, rescale, spatial_descriptor
 from cbam.ops.reference import ALL_POOLS, POOLS
 
 _log = logging.getLogger("cbam")
@@ -27,9 +28,30 @@ _log = logging.getLogger("cbam")
 # A symbolic trace keeps these whole: they look at shapes and dtypes, which a trace does not know.
 torch.fx.wrap("channel_descriptor")
 torch.fx.wrap("spatial_descriptor")
+torch.fx.wrap("rescale")
 
 
-class ChannelAttention(SigmoidGate):
+class _FusableGate(SigmoidGate):
+    """A gate that runs by fused kernels where its layers are what those know."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = refined(self, x)
+        return rescale(x, self.gate(x)) if out is None else out
+
+    def obstacle(self) -> str:
+        """What of this module no kernel knows, or nothing."""
+        raise NotImplementedError
+
+    def check(self, x: Tensor) -> None:
+        """Refuse an `x` (N, C, H, W) that does not fit, before any work."""
+        raise NotImplementedError
+
+    def operands(self, x: Tensor) -> tuple[Channel | None, Spatial | None]:
+        """What kernels are given; counts a batch where statistics are tracked."""
+        raise NotImplementedError
+
+
+class ChannelAttention(_FusableGate):
     """What: one gate per channel (paper section 3.1).
 
     `pools=("avg",)` is squeeze-and-excitation (arXiv 1709.01507) with both biases.
@@ -79,11 +101,33 @@ class ChannelAttention(SigmoidGate):
         logits = self.fc2(F.relu(self.fc1(channel_descriptor(x, self.pools)))).sum(1)
         return self._open(logits)[:, :, None, None]
 
+    def obstacle(self) -> str:
+        """What of this module no kernel knows, or nothing."""
+        if type(self).gate is not ChannelAttention.gate or "gate" in vars(self):
+            return "its gate is computed in another way"
+        one, two = self.fc1, self.fc2
+        if type(one) is not nn.Linear or type(two) is not nn.Linear:
+            return "its layers are no plain nn.Linear"
+        if one.bias is None or two.bias is None:
+            return "its layers have no bias"
+        if self.pools != POOLS and not set(POOLS).issuperset(self.pools):
+            return f"no kernel has all of the pools {self.pools}"
+        return "somebody has hooks on its layers" if watched(one, two) else ""
+
+    def check(self, x: Tensor) -> None:
+        """Refuse an `x` (N, C, H, W) that does not fit, before any work."""
+        door.check_fits(x, self.channels, self.fc1.weight)
+
+    def operands(self, x: Tensor) -> tuple[Channel | None, Spatial | None]:
+        """What kernels are given."""
+        one, two = self.fc1, self.fc2
+        return Channel(one.weight, one.bias, two.weight, two.bias, self.pools, self.gain_value()), None
+
     def extra_repr(self) -> str:
         return f"{self.channels}, reduction={self.reduction}, pools={self.pools}"
 
 
-class SpatialAttention(SigmoidGate):
+class SpatialAttention(_FusableGate):
     """Where: one gate per pixel (paper section 3.2).
 
     Args:
@@ -125,6 +169,25 @@ class SpatialAttention(SigmoidGate):
             door.check_statistics(logits)
         return self._open(self.bn(logits))
 
+    def obstacle(self) -> str:
+        """What of this module no kernel knows, or nothing."""
+        if type(self).gate is not SpatialAttention.gate or "gate" in vars(self):
+            return "its gate is computed in another way"
+        conv, norm = self.conv, self.bn
+        if type(conv) is not nn.Conv2d or type(norm) is not nn.BatchNorm2d or norm.weight is None:
+            return "its layers are no plain nn.Conv2d and nn.BatchNorm2d"
+        return "somebody has hooks on its layers" if watched(conv, norm) else ""
+
+    def check(self, x: Tensor) -> None:
+        """Refuse an `x` (N, C, H, W) that does not fit, before any work."""
+        door.check_fits(x, None, self.conv.weight)
+        if self.bn.training:
+            door.check_statistics(x[:, :1])
+
+    def operands(self, x: Tensor) -> tuple[Channel | None, Spatial | None]:
+        """What kernels are given; counts a batch where statistics are tracked."""
+        return None, Spatial(self.conv.weight, normalising(self.bn), self.gain_value())
+
     def extra_repr(self) -> str:
         return f"kernel_size={self.kernel_size}"
 
@@ -161,7 +224,26 @@ class CBAM(nn.Module):
         return self
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.spatial(self.channel(x))
+        out = refined(self, x)
+        return self.spatial(self.channel(x)) if out is None else out
+
+    def obstacle(self) -> str:
+        """What of this module no kernel knows, or nothing."""
+        what, where = self.channel, self.spatial
+        if type(what) is not ChannelAttention or type(where) is not SpatialAttention:
+            return "its parts are of other classes"
+        if watched(what, where):
+            return "somebody has hooks on its parts"
+        return what.obstacle() or where.obstacle()
+
+    def check(self, x: Tensor) -> None:
+        """Refuse an `x` (N, C, H, W) that does not fit, before any work."""
+        self.channel.check(x)
+        self.spatial.check(x)
+
+    def operands(self, x: Tensor) -> tuple[Channel | None, Spatial | None]:
+        """What kernels are given; counts a batch where statistics are tracked."""
+        return self.channel.operands(x)[0], self.spatial.operands(x)[1]
 
 
 def squeeze_excitation(channels: int, *, reduction: int = 16) -> ChannelAttention:

@@ -33,15 +33,28 @@ class SigmoidGate(Gate):
     """
 
     gain: Tensor | None
+    _read: tuple[Tensor, int, float] | None = None  # the gain's tensor, its version, and its value
 
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("gain", None)  # None is 1, and leaves no key in the state dict
 
+    def gain_value(self) -> float:
+        """The gain as a number; read from its device once, and again when somebody has changed it."""
+        gain, read = self.gain, self._read
+        if gain is None:
+            return 1.0
+        if read is not None and torch.compiler.is_compiling():
+            return read[2]
+        if read is None or read[0] is not gain or read[1] != gain._version:
+            self._read = read = (gain, gain._version, gain.item())
+        return read[2]
+
     def set_gain(self, gain: float) -> None:
         """Make `gain` the gain of this gate; 1 takes its key out of the state dict."""
         like = next(self.parameters())
         self.gain = None if gain == 1 else torch.full((), gain, dtype=like.dtype, device=like.device)
+        self._read = None if self.gain is None else (self.gain, self.gain._version, float(gain))
 
     def reset_parameters(self) -> None:
         """Initialise every layer as torch does; gain 1."""

@@ -1,6 +1,26 @@
 """Tensor operations of attention: equations, and the choice between their implementations."""
 
-from cbam.ops.reference import channel_descriptor, max_and_mean, rescale, spatial_descriptor
-from cbam.ops.switch import using
+from cbam.ops.library import tail
+from cbam.ops.reference import (
+    Channel,
+    Norm,
+    Spatial,
+    channel_descriptor,
+    max_and_mean,
+    rescale,
+    spatial_descriptor,
+)
+from cbam.ops.switch import fused, using
 
-__all__ = ["channel_descriptor", "max_and_mean", "rescale", "spatial_descriptor", "using"]
+__all__ = [
+    "Channel",
+    "Norm",
+    "Spatial",
+    "channel_descriptor",
+    "fused",
+    "max_and_mean",
+    "rescale",
+    "spatial_descriptor",
+    "tail",
+    "using",
+]

@@ -4,8 +4,10 @@ Shapes: N samples, C channels, H x W pixels, P pools. A feature map is (N, C, H,
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from cbam.errors import DtypeError, InputError
@@ -13,6 +15,88 @@ from cbam.errors import DtypeError, InputError
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 POOLS = ("avg", "max")
 ALL_POOLS = (*POOLS, "lp", "lse")
+
+
+class Norm(NamedTuple):
+    """A BatchNorm: weight, bias and running statistics (C,), as `torch.nn.functional.batch_norm` takes them.
+
+    `batch`: normalise by the batch's statistics, and move the running ones, where there are, by `momentum`.
+    """
+
+    weight: Tensor | None
+    bias: Tensor | None
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    batch: bool
+    momentum: float
+    eps: float
+
+
+class Channel(NamedTuple):
+    """What: w1 (hidden, C), b1 (hidden,), w2 (C, hidden), b2 (C,); pools out of "avg" and "max"; the gain."""
+
+    w1: Tensor | None
+    b1: Tensor | None
+    w2: Tensor | None
+    b2: Tensor | None
+    pools: tuple[str, ...]
+    gain: float
+
+
+class Spatial(NamedTuple):
+    """Where: kernel (1, 2, k, k), k odd, over [maximum; mean]; the norm of its one channel; the gain."""
+
+    kernel: Tensor | None
+    norm: Norm
+    gain: float
+
+
+def tail(
+    x: Tensor,
+    shortcut: Tensor | None = None,
+    *,
+    norm: Norm | None = None,
+    channel: Channel | None = None,
+    spatial: Spatial | None = None,
+    relu: bool = False,
+) -> Tensor:
+    """What attention makes of a block's end, every part optional: (N, C, H, W) -> the same.
+
+        y = BN(x)   z = Mc(y) y   v = Ms(z) z + shortcut   out = relu(v)
+
+    Mc and Ms are those of `cbam.CBAM` (paper section 3, equations 2 and 3), times their gains.
+    """
+    if norm is not None:
+        x = _normalised(x, norm)
+    if channel is not None:
+        x = x * what(x, channel)
+    if spatial is not None:
+        x = x * where(x, spatial)
+    if shortcut is not None:
+        x = x + shortcut
+    return torch.relu(x) if relu else x
+
+
+def what(x: Tensor, channel: Channel) -> Tensor:
+    """Mc: (N, C, H, W) -> (N, C, 1, 1) (paper equation 2)."""
+    assert channel.w1 is not None
+    assert channel.w2 is not None
+    hidden = F.relu(F.linear(channel_descriptor(x, channel.pools), channel.w1, channel.b1))
+    logits = F.linear(hidden, channel.w2, channel.b2).sum(1)
+    return channel.gain * torch.sigmoid(logits)[:, :, None, None]
+
+
+def where(x: Tensor, spatial: Spatial) -> Tensor:
+    """Ms: (N, C, H, W) -> (N, 1, H, W) (paper equation 3)."""
+    assert spatial.kernel is not None
+    logits = F.conv2d(spatial_descriptor(x), spatial.kernel, padding=spatial.kernel.shape[-1] // 2)
+    return spatial.gain * torch.sigmoid(_normalised(logits, spatial.norm))
+
+
+def _normalised(x: Tensor, norm: Norm) -> Tensor:
+    return F.batch_norm(
+        x, norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.batch, norm.momentum, norm.eps
+    )
 
 
 def channel_descriptor(x: Tensor, pools: Sequence[str] = POOLS) -> Tensor:
@@ -109,7 +193,7 @@ def _plane_max_and_mean(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def _is_nhwc(x: Tensor) -> bool:
     """Whether a permuted view of `x` is contiguous; reductions and their gradients then keep its layout."""
-    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
 
 
 def _plane_max(x: Tensor) -> Tensor:

@@ -1,25 +1,101 @@
-"""Which implementation computes the operations."""
+"""Which implementation computes the operations: fused kernels, or the equations in plain torch."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
 from cbam.errors import ConfigError
+from cbam.ops import cpu
+from cbam.ops.reference import FLOATS
+
+_log = logging.getLogger("cbam")
+_IMPLEMENTATIONS = ("reference", "fused")
+_known: dict[torch.device, str] = {}
+_choice = ""  # of the whole process: a backward that computes a forward anew runs in a thread of its own
 
 
 @contextmanager
 def using(implementation: str) -> Iterator[None]:
-    """Compute attention inside the `with` block by "reference" or by "fused".
+    """Compute attention inside the `with` block by "reference" or by "fused", in all threads.
 
     The default, outside any block, is the fastest that the input allows. An explicit choice never falls
-    back: "fused" is refused where no fused kernel exists, which in this version is everywhere.
+    back: with "fused", what no kernel takes is refused with the reason.
 
     Raises:
-        ConfigError: an unknown implementation, or one that this version does not have.
+        ConfigError: an unknown implementation; inside the block, an input that no kernel takes.
     """
-    if implementation == "fused":
-        raise ConfigError(
-            'using("fused"): this version has no fused kernels; leave the choice out or take "reference"'
-        )
-    if implementation != "reference":
+    global _choice
+    if implementation not in _IMPLEMENTATIONS:
         raise ConfigError(f'using({implementation!r}): expected "reference" or "fused"')
-    yield
+    before, _choice = _choice, implementation
+    try:
+        yield
+    finally:
+        _choice = before
+
+
+def fused(x: Tensor, obstacle: str = "") -> bool:
+    """Whether attention on `x`, (N, C, H, W), runs by fused kernels.
+
+    Args:
+        obstacle: what of the module no kernel knows, if anything.
+
+    Raises:
+        ConfigError: `using("fused")` is in effect, and they cannot.
+    """
+    if _choice == "reference":
+        return False
+    reason = obstacle or _obstacle(x)
+    if reason and _choice == "fused":
+        raise ConfigError(f'using("fused"): {reason}; leave the choice out, or take "reference"')
+    return not reason
+
+
+def _obstacle(x: Tensor) -> str:
+    """Why kernels do not take `x`, or nothing."""
+    if torch.jit.is_tracing() or torch.compiler.is_exporting():
+        return "what is exported holds no operator of ours"
+    if type(x) is not Tensor and type(x) is not nn.Parameter:
+        return f"x is a {type(x).__name__}, no plain tensor"
+    if x.dtype not in FLOATS or x.dim() != 4 or x.numel() == 0:
+        return f"x is {x.dtype} of shape {tuple(x.shape)}"
+    if not torch.compiler.is_compiling() and _transformed():
+        return "inside torch.func and forward-mode transforms the equation is used"
+    return _device_obstacle(x.device)
+
+
+def _transformed() -> bool:
+    level = torch._C._functorch.maybe_current_level()  # pyright: ignore[reportAttributeAccessIssue]
+    return level is not None or forward_ad._current_level >= 0
+
+
+def _device_obstacle(device: torch.device) -> str:
+    """Why no kernels run on `device`, or nothing; found out once, and said then."""
+    if device not in _known:
+        _known[device] = reason = _missing(device)
+        if reason and device.type in ("cpu", "cuda"):
+            _log.warning("attention runs as plain torch operations on %s: %s", device, reason)
+    return _known[device]
+
+
+# What torch.compiler.assume_constant_result does, without its import of the whole compiler.
+_device_obstacle._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
+
+
+def _missing(device: torch.device) -> str:
+    if device.type == "cpu":
+        return cpu.missing()
+    if device.type != "cuda" or torch.version.hip:
+        return f"there are no kernels for {'ROCm' if device.type == 'cuda' else device.type}"
+    try:
+        from cbam.ops import triton_kernels  # pyright: ignore[reportAttributeAccessIssue]
+
+        triton_kernels.probe(device)
+    except Exception as error:  # a compiler, a driver or a cache folder fails in any way it likes
+        reason = (str(error).strip().splitlines() or [""])[0][:200]
+        return f"the kernels do not run ({type(error).__name__}: {reason})"
+    return ""

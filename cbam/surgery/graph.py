@@ -188,6 +188,23 @@ class Trunk:
         for child in reversed(passed):
             yield child, "before"
 
+    def is_tail(self, add: Add) -> bool:
+        """Whether the block ends in relu(norm + shortcut), with nothing else reading the norm or the sum."""
+        after = list(add.node.users)
+        relu = after[0] if len(after) == 1 else None
+        return (
+            relu is not None
+            and self._is_a(relu, nn.ReLU, "relu")
+            and [user.op for user in relu.users] == ["output"]
+            and self._is_a(add.branch, nn.BatchNorm2d, None)
+            and len(add.branch.users) == 1
+        )
+
+    def _is_a(self, node: Node, kind: type[nn.Module], name: str | None) -> bool:
+        if node.op == "call_module":
+            return type(self._children[str(node.target)]) is kind
+        return name is not None and _name(node).rstrip("_") == name
+
     def _by_scalar(self, node: Node) -> bool:
         """Whether a product has a number, or a parameter of one element, as its other factor."""
         factors = [a for a in node.args if a not in self.inputs(node)]

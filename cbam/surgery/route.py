@@ -18,6 +18,7 @@ from typing import Any
 
 from torch import nn
 
+from cbam.nn.tail import Pending, begin
 from cbam.surgery.graph import trace
 
 SLOT = "cbam"  # the attribute that holds the attention, as in the authors' released checkpoints
@@ -34,12 +35,15 @@ class Route:
             "graph".
         child: the direct child whose call is redirected, or the name of the value in the graph.
         source: for "graph", the generated forward and the importable names it uses.
+        tail: whether `child` is the norm of the block's end, `relu(attention(norm(x)) + shortcut)`, which may
+            run as one operation.
     """
 
     when: str
     child: str = ""
     source: str = ""
     names: tuple[tuple[str, str, str], ...] = ()
+    tail: bool = False
 
     def __str__(self) -> str:
         return (
@@ -86,6 +90,8 @@ def refined_class(base: type[nn.Module], route: Route) -> type[nn.Module]:
     else:
         methods = _redirected_methods(base, route.child)
         methods[_REDIRECTED] = _redirected_call(route)
+        if route.tail:
+            methods["forward"] = _settled(methods.get("forward", base.forward))
     return type(
         base.__name__,
         (base,),
@@ -164,6 +170,12 @@ def _output_forward(base: type[nn.Module]) -> Callable:
 
 def _redirected_call(route: Route) -> Callable:
     child = route.child
+    if route.tail:
+
+        def begin_tail(self, x):
+            return begin(getattr(self, child), self.cbam, x)
+
+        return begin_tail
     if route.when == "after":
 
         def call(self, *args, **kwargs):
@@ -175,6 +187,18 @@ def _redirected_call(route: Route) -> Callable:
         return getattr(self, child)(self.cbam(x), *args, **kwargs)
 
     return call_on_attended
+
+
+def _settled(forward: Callable) -> Callable:
+    """`forward` returning a tensor also where no ReLU came to what was waiting for it."""
+
+    def settled(self, *args, **kwargs):
+        out = forward(self, *args, **kwargs)
+        return out.tensor() if isinstance(out, Pending) else out
+
+    code = settled.__code__.replace(co_filename=f"<cbam: {forward.__name__} with a tail of one operation>")
+    settled.__code__ = code  # scripting must find no source
+    return settled
 
 
 def _redirected_methods(base: type[nn.Module], child: str) -> dict[str, Any]:

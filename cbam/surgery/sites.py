@@ -43,7 +43,8 @@ class Site:
 
     def __str__(self) -> str:
         state = "attached" if self.attached else "free" if self.default else "left out"
-        return f"{self.name or '(the model)'}: {state}, {self.channels or '?'} channels, {self.why}"
+        tail = ", one operation with the norm, the add and the ReLU" if self.route and self.route.tail else ""
+        return f"{self.name or '(the model)'}: {state}, {self.channels or '?'} channels, {self.why}{tail}"
 
 
 def sites(model: nn.Module) -> list[Site]:
@@ -184,7 +185,7 @@ def _routes(
         elif calls.count(child) != 1:
             yield UnroutableError(f"{child} is called {calls.count(child)} times")
         else:
-            yield Route(when, child)
+            yield Route(when, child, tail=child == add.branch.target and trunk.is_tail(add))
     try:
         yield graph_route(block, add.branch.name)
     except UnroutableError as refusal:

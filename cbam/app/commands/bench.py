@@ -1,0 +1,33 @@
+"""`cbam bench`."""
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+from cbam.app.options import Parser, add_setting, given, need, terminable
+from cbam.app.terminal import show
+from cbam.studies.bench.settings import Bench
+
+HELP = "measure what attention costs here, against plain networks and other codes"
+EXTRAS = {"vision": ("torchvision", "timm"), "train": ("pytorch_lightning",)}
+
+
+def add(parser: Parser) -> None:
+    """The options: the fields of Bench, and where the rows go."""
+    for field in dataclasses.fields(Bench):
+        add_setting(parser, field)
+    parser.add_argument("--config", metavar="FILE", help="YAML file with options above")
+    parser.add_argument("--out", metavar="DIR", help="folder for the rows as CSV (default: none is written)")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Measure, and print a line per case."""
+    settings = Bench(**given(options, Bench))
+    need("cbam bench", EXTRAS)
+    from cbam.studies.bench.run import benchmark, write
+
+    with terminable():
+        rows = benchmark(settings, show)
+    if options.out is not None:
+        show(f"Rows: {write(rows, Path(options.out))}")
+    return 0

@@ -1,0 +1,175 @@
+"""Attention by fused kernels: alone, and as one operation with what stands around it in a residual block.
+
+The end of a residual block, `relu(attention(norm(x)) + shortcut)`, is four operations that read the same map
+again and again. Here the norm and the attention wait as a `Pending` until the add and the ReLU have told what
+they are; then all of it runs as one. Whatever else meets a `Pending` gets the tensor it stands for.
+"""
+
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from cbam import ops
+from cbam.ops import Channel, Norm, Spatial
+
+_ADDS = {torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__}
+_RELUS = {F.relu, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_}
+
+
+class Fusable(Protocol):
+    """Attention that kernels know."""
+
+    def obstacle(self) -> str:
+        """What of this module no kernel knows, or nothing."""
+        ...
+
+    def check(self, x: Tensor) -> None:
+        """Refuse an `x` that does not fit, before any work."""
+        ...
+
+    def operands(self, x: Tensor) -> tuple[Channel | None, Spatial | None]:
+        """What kernels are given; counts a batch where statistics are tracked."""
+        ...
+
+
+def refined(attention: Fusable, x: Tensor) -> Tensor | None:
+    """`attention` on a map (N, C, H, W) or (C, H, W) by fused kernels; None where the equation must do."""
+    if not isinstance(x, Tensor) or x.dim() not in (3, 4):
+        return None
+    maps = x if x.dim() == 4 else x.unsqueeze(0)
+    if not ops.fused(maps, attention.obstacle()):
+        return None
+    attention.check(maps)
+    channel, spatial = attention.operands(maps)
+    out = ops.tail(maps, channel=channel, spatial=spatial)
+    return out if x.dim() == 4 else out.squeeze(0)
+
+
+def begin(norm: nn.Module, attention: nn.Module, x: Tensor) -> Tensor:
+    """`attention(norm(x))`, waiting for the add behind it where one operation can do both; else at once.
+
+    For a value that is used once: each use of one that waits would count a batch in the running statistics.
+    """
+    if (
+        isinstance(x, Tensor)
+        and hasattr(attention, "operands")
+        and x.dim() == 4
+        and ops.fused(x, attention.obstacle())  # pyright: ignore[reportCallIssue]
+        and not _norm_obstacle(norm, x)
+        and not watched(attention)
+    ):
+        return Pending(norm, attention, x)  # pyright: ignore[reportReturnType]
+    return attention(norm(x))
+
+
+class Pending:
+    """`attention(norm(x))`, and then plus a shortcut, not computed yet.
+
+    A ReLU computes all of it in one operation; every other use computes what is there so far and goes on with
+    the tensor. That one is the same for all uses.
+    """
+
+    __slots__ = ("_attention", "_norm", "_shortcut", "_value", "_x")
+
+    def __init__(self, norm: Any, attention: Any, x: Tensor, shortcut: Tensor | None = None) -> None:
+        self._norm, self._attention, self._x, self._shortcut = norm, attention, x, shortcut
+        self._value: Tensor | None = None
+
+    def tensor(self) -> Tensor:
+        """What this stands for."""
+        if self._value is None:
+            self._value = self._run(relu=False)
+        return self._value
+
+    def _run(self, relu: bool) -> Tensor:
+        self._attention.check(self._x)
+        channel, spatial = self._attention.operands(self._x)
+        return ops.tail(
+            self._x, self._shortcut, norm=normalising(self._norm), channel=channel, spatial=spatial, relu=relu
+        )
+
+    def relu(self) -> Tensor:
+        """The ReLU of what this stands for."""
+        return torch.relu(self._value) if self._value is not None else self._run(relu=True)
+
+    def plus(self, other: Any) -> "Pending | Tensor":
+        """This and a shortcut, still waiting where it can."""
+        x = self._x
+        if (
+            self._value is None
+            and self._shortcut is None
+            and type(other) is Tensor
+            and (other.shape, other.dtype, other.device) == (x.shape, x.dtype, x.device)
+        ):
+            return Pending(self._norm, self._attention, x, other)
+        return self.tensor() + other
+
+    __add__ = __radd__ = __iadd__ = plus
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func in _RELUS and isinstance(args[0], cls):
+            return args[0].relu()
+        if func in _ADDS and len(args) == 2 and not kwargs:
+            ours, other = args if isinstance(args[0], cls) else reversed(args)
+            return ours.plus(other)
+        return func(*tree_map(_tensor, args), **tree_map(_tensor, kwargs or {}))
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self.tensor(), name)
+
+
+def _forwarded(name: str) -> Any:
+    def operator(self: Pending, *args: Any) -> Any:
+        return getattr(self.tensor(), name)(*map(_tensor, args))
+
+    return operator
+
+
+for _name in ("mul", "rmul", "truediv", "rtruediv", "sub", "rsub", "pow", "matmul", "neg", "getitem", "len"):
+    setattr(Pending, f"__{_name}__", _forwarded(f"__{_name}__"))  # Python looks these up on the class alone
+
+
+def _tensor(value: Any) -> Any:
+    return value.tensor() if isinstance(value, Pending) else value
+
+
+def normalising(norm: nn.BatchNorm2d) -> Norm:
+    """What kernels are given of `norm`; counts a batch where statistics are tracked, as its forward does."""
+    momentum = norm.momentum
+    counted = norm.num_batches_tracked
+    if norm.training and norm.track_running_stats and counted is not None:
+        counted.add_(1)
+        momentum = 1 / float(counted) if momentum is None else momentum
+    kept = norm.track_running_stats or not norm.training
+    statistics = (norm.running_mean, norm.running_var) if kept else (None, None)
+    batch = norm.training or norm.running_mean is None
+    return Norm(norm.weight, norm.bias, *statistics, batch, momentum or 0.0, norm.eps)
+
+
+def _norm_obstacle(norm: nn.Module, x: Tensor) -> bool:
+    return (
+        type(norm) is not nn.BatchNorm2d
+        or norm.weight is None
+        or norm.num_features != x.shape[1]
+        or (norm.training and x.numel() == x.shape[1])  # its own forward says what is wrong then
+        or watched(norm)
+    )
+
+
+def watched(*modules: nn.Module) -> bool:
+    """Whether somebody has hooks on these modules, which only their own calls run."""
+    if nn.modules.module._has_any_global_hook():
+        return True
+    for module in modules:
+        own = module.__dict__  # a module looks names up slowly
+        if own["_forward_hooks"] or own["_forward_pre_hooks"]:
+            return True
+        if own["_backward_hooks"] or own["_backward_pre_hooks"]:
+            return True
+    return False

@@ -1,0 +1,18 @@
+"""The CPU kernels: a library of the companion distribution `cbam-native`, loaded on first use."""
+
+import importlib
+
+import torch
+
+
+def missing() -> str:
+    """Why the CPU kernels are not there, or nothing where they are; loads them."""
+    try:
+        path = importlib.import_module("cbam_native").library()
+    except ModuleNotFoundError:
+        return "cbam-native is not installed"
+    try:
+        torch.ops.load_library(path)
+    except OSError as error:
+        return f"{path} does not load: {error}"
+    return ""

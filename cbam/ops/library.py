@@ -1,0 +1,316 @@
+"""The fused operators: schemas, shapes for tracing, and their one autograd function.
+
+`cbam::tail` is all that attention adds to a block, every part of it optional:
+
+    y = BN(x)   z = Mc y   v = Ms z + shortcut   out = relu(v)
+
+Kernels register themselves for a device: cpu.py loads those for the CPU, triton_kernels.py holds those for
+CUDA. `reference.tail` is the same equation in plain torch, against which they are tested.
+
+Shapes: N samples, C channels, H x W pixels; `x`, `shortcut` and `out` are (N, C, H, W).
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from cbam.ops import reference
+from cbam.ops.reference import Channel, Norm, Spatial
+
+_NORM = "Tensor? gamma, Tensor? beta, {mean}bool bn_batch, float bn_eps, "
+_CHANNEL = (
+    "Tensor? w1, Tensor? b1, Tensor? w2, Tensor? b2, bool avg_pool, bool max_pool, float channel_gain, "
+)
+_SPATIAL = (
+    "Tensor? kernel, Tensor? s_gamma, Tensor? s_beta, {mean}bool s_batch, float s_eps, float spatial_gain, "
+)
+_SAVED = "Tensor m, Tensor e, Tensor k, Tensor mu, Tensor v, Tensor gate, Tensor s, Tensor s_mu, Tensor s_v"
+_FORWARD = (
+    "tail(Tensor x, Tensor? shortcut, "
+    + _NORM.format(mean="Tensor? mean, Tensor? var, ")
+    + _CHANNEL
+    + _SPATIAL.format(mean="Tensor? s_mean, Tensor? s_var, ")
+    + f"bool relu, bool save) -> (Tensor out, {_SAVED})"
+)
+_BACKWARD = (
+    "tail_backward(Tensor grad, Tensor x, Tensor? out, "
+    + _NORM.format(mean="")
+    + _CHANNEL
+    + _SPATIAL.format(mean="")
+    + f"bool relu, {_SAVED}, bool need_x, bool need_shortcut) -> (Tensor dx, Tensor g, Tensor dgamma, "
+    "Tensor dbeta, Tensor dw1, Tensor db1, Tensor dw2, Tensor db2, Tensor dkernel, Tensor ds_gamma, "
+    "Tensor ds_beta)"
+)
+
+_library = torch.library.Library("cbam", "DEF")
+_library.define(_FORWARD)
+_library.define(_BACKWARD)
+_forward = torch.ops.cbam.tail.default
+_backward = torch.ops.cbam.tail_backward.default
+
+
+def tail(
+    x: Tensor,
+    shortcut: Tensor | None = None,
+    *,
+    norm: Norm | None = None,
+    channel: Channel | None = None,
+    spatial: Spatial | None = None,
+    relu: bool = False,
+) -> Tensor:
+    """`reference.tail` by the kernels of the device that `x` is on; running statistics follow as in torch.
+
+    Args:
+        x: (N, C, H, W), N at least 1. Whichever of NCHW and channels_last it has, the result has.
+        shortcut: of the shape and dtype of `x`.
+
+    Raises:
+        NotImplementedError: no kernel is there for the device of `x`; see `switch.fused`.
+    """
+    x, layout = _dense(x)
+    if shortcut is not None:
+        shortcut = shortcut.contiguous(memory_format=layout)
+    bn = norm or _NO_NORM
+    mlp = channel or _NO_CHANNEL
+    where = spatial or _NO_SPATIAL
+    args = (
+        x, shortcut,
+        *bn[:5], bn.eps,
+        mlp.w1, mlp.b1, mlp.w2, mlp.b2, "avg" in mlp.pools, "max" in mlp.pools, mlp.gain,
+        where.kernel, *where.norm[:5], where.norm.eps, where.gain,
+        relu,
+    )  # fmt: skip
+    results = _run(*args, _wants_gradient(args))
+    out = results[0]
+    pixels = x.shape[0] * x.shape[2] * x.shape[3]
+    if bn.batch:
+        track(bn, results[4], results[5], pixels)
+    if where.norm.batch:
+        track(where.norm, results[8], results[9], pixels)
+    return out
+
+
+def track(norm: Norm, mean: Tensor, var: Tensor, count: int) -> None:
+    """Move running statistics towards those of a batch of `count` values per channel, as `nn.BatchNorm2d`.
+
+    `var` is the biased one. Nothing happens where there are none, or no momentum.
+    """
+    if norm.running_mean is None or norm.running_var is None or norm.momentum == 0:
+        return
+    unbiased = var * (count / (count - 1))
+    for running, new in ((norm.running_mean, mean), (norm.running_var, unbiased)):
+        running.lerp_(new if new.dtype == running.dtype else new.to(running.dtype), norm.momentum)
+
+
+_NO_NORM = Norm(None, None, None, None, False, 0.0, 0.0)
+_NO_CHANNEL = Channel(None, None, None, None, ("avg",), 1.0)
+_NO_SPATIAL = Spatial(None, _NO_NORM, 1.0)
+
+
+def _dense(x: Tensor) -> tuple[Tensor, torch.memory_format]:
+    """`x` in one of the two layouts that kernels take: its own where it has one, else a copy."""
+    if x.is_contiguous():
+        return x, torch.contiguous_format
+    if x.is_contiguous(memory_format=torch.channels_last):
+        return x, torch.channels_last
+    return x.contiguous(), torch.contiguous_format
+
+
+class _Args(NamedTuple):
+    """The arguments of `cbam::tail`, in order."""
+
+    x: Any
+    shortcut: Any
+    gamma: Any
+    beta: Any
+    mean: Any
+    var: Any
+    bn_batch: Any
+    bn_eps: Any
+    w1: Any
+    b1: Any
+    w2: Any
+    b2: Any
+    avg_pool: Any
+    max_pool: Any
+    channel_gain: Any
+    kernel: Any
+    s_gamma: Any
+    s_beta: Any
+    s_mean: Any
+    s_var: Any
+    s_batch: Any
+    s_eps: Any
+    spatial_gain: Any
+    relu: Any
+    save: Any
+
+
+# What has a gradient, in the order of what `cbam::tail_backward` returns.
+_DIFFERENTIABLE = ("x", "shortcut", "gamma", "beta", "w1", "b1", "w2", "b2", "kernel", "s_gamma", "s_beta")
+_GRADIENTS = tuple(_Args._fields.index(name) for name in _DIFFERENTIABLE)
+_KEPT = tuple(place for place in _GRADIENTS if place != 1)  # the backward needs no shortcut
+
+
+class _Tail(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *args: Any):
+        with torch._C._AutoDispatchBelowAutograd():
+            results = _forward(*args)
+        ctx.mark_non_differentiable(*results[1:])
+        ctx.set_materialize_grads(False)
+        ctx.plain = tuple(None if isinstance(a, Tensor) else a for a in args)
+        relu = args[-2]
+        ctx.save_for_backward(*(args[place] for place in _KEPT), results[0] if relu else None, *results[1:])
+        return results
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, *_: Any):  # pyright: ignore[reportIncompatibleMethodOverride]
+        if grad is None:
+            return (None,) * len(_Args._fields)
+        args, out, saved = _restored(ctx)
+        needs = [ctx.needs_input_grad[place] for place in _GRADIENTS]
+        if torch.is_grad_enabled():  # a gradient of this gradient is wanted
+            found = _differentiable_gradients(grad, args, out, saved, needs)
+        else:
+            found = _gradients(grad, args, out, saved, needs)
+        grads: list[Tensor | None] = [None] * len(args)
+        for place, needed, value in zip(_GRADIENTS, needs, found, strict=True):
+            if needed and value is not None:
+                like = args[place] if place > 1 else value
+                grads[place] = value.to(like.dtype)
+        return tuple(grads)
+
+
+def _restored(ctx: Any) -> tuple[_Args, Tensor | None, tuple[Tensor, ...]]:
+    """The arguments of the forward but for the shortcut and running statistics, and what it returned."""
+    tensors = ctx.saved_tensors
+    args = list(ctx.plain)
+    for place, value in zip(_KEPT, tensors, strict=False):
+        args[place] = value
+    return _Args(*args), tensors[len(_KEPT)], tensors[len(_KEPT) + 1 :]
+
+
+def _gradients(grad: Tensor, a: _Args, out: Tensor | None, saved: tuple[Tensor, ...], needs: list[bool]):
+    """The gradients by the kernels, in the order of `_DIFFERENTIABLE`."""
+    layout = _dense(a.x)[1]
+    found = _backward(
+        grad.contiguous(memory_format=layout), a.x, out,
+        a.gamma, a.beta, a.bn_batch, a.bn_eps,
+        a.w1, a.b1, a.w2, a.b2, a.avg_pool, a.max_pool, a.channel_gain,
+        a.kernel, a.s_gamma, a.s_beta, a.s_batch, a.s_eps, a.spatial_gain,
+        a.relu, *saved, needs[0], needs[1] and a.relu,
+    )  # fmt: skip
+    return found if a.relu else (found[0], grad, *found[2:])
+
+
+def _differentiable_gradients(
+    grad: Tensor, a: _Args, out: Tensor | None, saved: tuple[Tensor, ...], needs: list[bool]
+):
+    """The gradients as functions of all that they depend on, by the equation."""
+    masked = grad if out is None else torch.where(out <= 0, torch.zeros_like(grad), grad)
+    _, _, _, mu, var, _, _, s_mu, s_var = saved
+    norm = channel = spatial = None
+    if a.gamma is not None:
+        norm = _norm(a.gamma, a.beta, mu, var, a.bn_batch, a.bn_eps)
+    if a.w1 is not None:
+        pools = tuple(pool for pool, taken in (("avg", a.avg_pool), ("max", a.max_pool)) if taken)
+        channel = Channel(a.w1, a.b1, a.w2, a.b2, pools, a.channel_gain)
+    if a.kernel is not None:
+        where = _norm(a.s_gamma, a.s_beta, s_mu, s_var, a.s_batch, a.s_eps)
+        spatial = Spatial(a.kernel, where, a.spatial_gain)
+    branch = reference.tail(a.x, norm=norm, channel=channel, spatial=spatial)
+    wanted = [place for place, needed in zip(_GRADIENTS, needs, strict=True) if needed and place != 1]
+    found = {1: masked}
+    if wanted:
+        values = torch.autograd.grad(branch, [a[place] for place in wanted], masked, create_graph=True)
+        found |= dict(zip(wanted, values, strict=True))
+    return [found.get(place) for place in _GRADIENTS]
+
+
+def _norm(weight: Tensor, bias: Tensor | None, mean: Tensor, var: Tensor, batch: bool, eps: float) -> Norm:
+    """The norm of a forward that found these statistics; the batch's follow from it anew."""
+    known = (None, None) if batch else (mean.to(weight.dtype), var.to(weight.dtype))
+    return Norm(weight, bias, *known, batch, 0.0, eps)
+
+
+def _run(*args: Any) -> tuple[Tensor, ...]:
+    """The operator. A compiler meets it whole; else its way through the dispatcher would only take time."""
+    if torch.compiler.is_compiling():
+        return _forward(*args)
+    return _autograd(*args)
+
+
+def _autograd(*args: Any) -> tuple[Tensor, ...]:
+    """The operator with gradients, where one is asked for."""
+    if _wants_gradient(args):
+        return _Tail.apply(*args)  # pyright: ignore[reportReturnType]
+    with torch._C._AutoDispatchBelowAutograd():
+        return _forward(*args)
+
+
+def _wants_gradient(args: tuple) -> bool:
+    if not torch.is_grad_enabled():
+        return False
+    return any(args[place] is not None and args[place].requires_grad for place in _GRADIENTS)
+
+
+def _fake_forward(x, shortcut, gamma, beta, mean, var, bn_batch, bn_eps, w1, b1, w2, b2, avg_pool, max_pool,
+                  channel_gain, kernel, s_gamma, s_beta, s_mean, s_var, s_batch, s_eps, spatial_gain, relu,
+                  save):  # fmt: skip
+    N, C, H, W = x.shape
+    acc = torch.float64 if x.dtype == torch.float64 else torch.float32
+
+    def some(there: bool, *shape: int, dtype: torch.dtype = acc) -> Tensor:
+        return x.new_empty(shape if there else (0,), dtype=dtype)
+
+    planes = save and (gamma is not None or w1 is not None)
+    extremes = save and w1 is not None and max_pool
+    return (
+        torch.empty_like(x),
+        some(planes, N, C),
+        some(extremes, N, C, dtype=x.dtype),
+        some(extremes, N, C, dtype=torch.int32),
+        some(gamma is not None and (save or bn_batch), C),
+        some(gamma is not None and (save or bn_batch), C),
+        some(save and w1 is not None, N, C),
+        some(save and kernel is not None, N, 1, H, W),
+        some(kernel is not None and (save or s_batch), 1, dtype=torch.float64),
+        some(kernel is not None and (save or s_batch), 1, dtype=torch.float64),
+    )
+
+
+def _fake_backward(grad, x, out, gamma, beta, bn_batch, bn_eps, w1, b1, w2, b2, avg_pool, max_pool,
+                   channel_gain, kernel, s_gamma, s_beta, s_batch, s_eps, spatial_gain, relu, m, e, k, mu, v,
+                   gate, s, s_mu, s_v, need_x, need_shortcut):  # fmt: skip
+    acc = torch.float64 if x.dtype == torch.float64 else torch.float32
+
+    def like(part: Tensor | None) -> Tensor:
+        return x.new_empty((0,) if part is None else part.shape, dtype=acc)
+
+    return (
+        torch.empty_like(x) if need_x else x.new_empty(0),
+        torch.empty_like(x) if need_shortcut else x.new_empty(0),
+        *(like(part) for part in (gamma, beta, w1, b1, w2, b2, kernel, s_gamma, s_beta)),
+    )
+
+
+def _on_cuda(*args: Any):
+    from cbam.ops import triton_kernels  # pyright: ignore[reportAttributeAccessIssue]
+
+    return triton_kernels.tail(*args)
+
+
+def _backward_on_cuda(*args: Any):
+    from cbam.ops import triton_kernels  # pyright: ignore[reportAttributeAccessIssue]
+
+    return triton_kernels.tail_backward(*args)
+
+
+_library.impl("tail", _autograd, "Autograd")
+_library.impl("tail", _on_cuda, "CUDA")
+_library.impl("tail_backward", _backward_on_cuda, "CUDA")
+# Meta kernels serve fake tensors too; register_fake would import half of torch's compiler.
+_library.impl("tail", _fake_forward, "Meta")
+_library.impl("tail_backward", _fake_backward, "Meta")

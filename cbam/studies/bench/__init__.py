@@ -1,0 +1,1 @@
+"""What attention costs: correctness first, then times in turns against peers on the same machine."""

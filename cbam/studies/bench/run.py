@@ -1,0 +1,269 @@
+"""`cbam bench`: the gate, then blocks, ends of blocks and whole networks, a row for each."""
+
+import copy
+import csv
+import dataclasses
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cbam import ops
+from cbam.errors import OutputError
+from cbam.models import build
+from cbam.nn import CBAM
+from cbam.studies import machine
+from cbam.studies.bench import gate, rivals
+from cbam.studies.bench.settings import Bench
+from cbam.studies.bench.timing import Step, Timed, interleaved
+from cbam.surgery import attach
+from cbam.train.fitting import pick_device
+
+STAGES = ((256, 56), (512, 28), (1024, 14), (2048, 7))  # channels and side of ResNet50's stages at 224
+LINE = (
+    "{op:18} {shape:15} {layout} {mode:9} {implementation:18} {ms:9.3f} ms"
+    "  {ratio:5.2f} [{low:.2f}, {high:.2f}]{more}"
+)
+
+
+def benchmark(settings: Bench, say: Callable[[str], None]) -> list[dict[str, Any]]:
+    """Check, then measure; every row is said when it is there.
+
+    A row has the median milliseconds of an implementation, and its ratio to the first one of its group with
+    the least and the most of all rounds: below 1 is faster. `floor` is the traffic that the operation cannot
+    do without, in bytes; `bandwidth` the share of a copy's speed at which it was moved.
+
+    Raises:
+        GateError: the kernels do not compute the equation. ConfigError: no such device or network.
+    """
+    device = pick_device(settings.device)
+    dtype = getattr(torch, settings.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
+    batch = settings.batch_size or (8 if device.type == "cpu" else 128)
+    measure = _Measure(settings, device, dtype, batch, say)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        checked = sum(gate.check(device, kind) for kind in dict.fromkeys((torch.float64, dtype)))
+        kernels = "fused kernels" if _has_kernels(device, dtype) else "plain torch operations"
+        say(f"{kernels} on {machine.describe(device)['name']}: {checked} results equal the equation")
+        stages = STAGES[2:3] if settings.quick else STAGES
+        for layout in settings.layouts[:1] if settings.quick else settings.layouts:
+            for channels, side in stages:
+                measure.blocks(channels, side, layout)
+        for name in ("resnet18",) if settings.quick else settings.networks:
+            for layout in settings.layouts[:1] if settings.quick else settings.layouts:
+                measure.network(name, layout)
+    return measure.rows
+
+
+def write(rows: list[dict[str, Any]], folder: Path) -> Path:
+    """Put the rows into `folder` as <device>-torch<version>.csv, in place of those of the same device.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    name = "-".join(rows[0]["device"].split())
+    path = folder / f"{name}-torch{rows[0]['torch'].partition('+')[0]}.csv"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
+    return path
+
+
+@dataclass
+class _Measure:
+    settings: Bench
+    device: torch.device
+    dtype: torch.dtype
+    batch: int
+    say: Callable[[str], None]
+    rows: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+
+    def blocks(self, channels: int, side: int, layout: str) -> None:
+        """Attention alone, then the end of a block, at one shape."""
+        shape = (self.batch, channels, side, side)
+        x, shortcut = (
+            torch.randn(shape, device=self.device, dtype=self.dtype).contiguous(
+                memory_format=gate.LAYOUTS[layout]
+            )
+            for _ in range(2)
+        )
+        size = x.numel() * x.element_size()
+        copy_ms = interleaved({"copy": lambda: shortcut.copy_(x)}, self.device, rounds=5)["copy"].median
+        speed = 2 * size / copy_ms  # bytes per millisecond
+        for training in (False, True):
+            # Passes over the map that cannot be saved: docs/kernels.md counts them.
+            alone = {name: _map_step(m, (x,), training) for name, m in self._attention(channels, training)}
+            self._time("attention", shape, layout, training, alone, (9 if training else 4) * size, speed)
+            ends = {
+                name: _map_step(m, (x, shortcut), training) for name, m in self._tails(channels, training)
+            }
+            self._time("end of a block", shape, layout, training, ends, (13 if training else 5) * size, speed)
+
+    def _attention(self, channels: int, training: bool) -> Iterator[tuple[str, nn.Module]]:
+        ours = CBAM(channels)
+        yield "timm", self._ready(rivals.timm_cbam(channels), training)
+        yield "released", self._ready(rivals.Released(channels), training)
+        if _can_compile(self.device):
+            yield "released, compiled", torch.compile(self._ready(rivals.Released(channels), training))  # type: ignore[misc]
+        yield "cbam", self._ready(ours, training)
+        yield "cbam, reference", self._ready(_Reference(copy.deepcopy(ours)), training)
+
+    def _tails(self, channels: int, training: bool) -> Iterator[tuple[str, nn.Module]]:
+        yield "plain", self._ready(rivals.Tail(channels), training)
+        yield "timm", self._ready(rivals.Tail(channels, rivals.timm_cbam(channels)), training)
+        yield "cbam", self._ready(rivals.OurTail(channels, CBAM(channels)), training)
+
+    def _ready(self, module: nn.Module, training: bool) -> nn.Module:
+        return module.to(self.device, self.dtype).train(training)
+
+    def network(self, name: str, layout: str) -> None:
+        """A whole network without attention, and with that of several codes."""
+        plain = build(name)
+        arms = {"plain": plain}
+        for arm, attention in (("cbam", CBAM), ("timm", rivals.timm_cbam), ("released", rivals.Released)):
+            arms[arm] = attach(copy.deepcopy(plain), attention=attention, start="paper")
+        arms["cbam, reference"] = _Reference(copy.deepcopy(arms["cbam"]))
+        shape = (self.batch, 3, 224, 224)
+        for compiled in (False, True) if self.settings.compiled else (False,):
+            for training in (False, True):
+                chosen = {a: m for a, m in arms.items() if not compiled or a in ("plain", "cbam", "timm")}
+                images = torch.randn(shape, device=self.device)
+                steps = {
+                    arm: self._network_step(m, images, layout, training, compiled)
+                    for arm, m in chosen.items()
+                }
+                peaks = {arm: _peak_memory(step, self.device) for arm, step in steps.items()}
+                title = f"{name}{', compiled' if compiled else ''}"
+                self._time(title, shape, layout, training, steps, 0, 0.0, peaks)
+
+    def _network_step(
+        self, model: nn.Module, images: Tensor, layout: str, training: bool, compiled: bool
+    ) -> Step:
+        memory_format = gate.LAYOUTS[layout]
+        model = model.to(self.device).to(memory_format=memory_format).train(training)  # type: ignore[call-overload]
+        run: Callable = torch.compile(model, dynamic=False) if compiled else model
+        images = images.contiguous(memory_format=memory_format)
+        targets = torch.arange(len(images), device=self.device) % 10
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
+
+        def forward() -> Tensor:
+            with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+                return run(images)
+
+        def train() -> None:
+            optimizer.zero_grad()
+            F.cross_entropy(forward().float(), targets).backward()
+            optimizer.step()
+
+        def infer() -> None:
+            with torch.no_grad():
+                forward()
+
+        return train if training else infer
+
+    def _time(
+        self,
+        op: str,
+        shape: tuple[int, ...],
+        layout: str,
+        training: bool,
+        steps: dict[str, Step],
+        floor: int,
+        speed: float,
+        peaks: dict[str, int | str] | None = None,
+    ) -> None:
+        timed = interleaved(steps, self.device, rounds=self.settings.rounds)
+        for name, found in timed.items():
+            row = self._row(op, shape, layout, training, name, found) | {
+                "peer": next(iter(steps)),
+                "floor": floor or "",
+                "bandwidth": round(floor / found.median / speed, 3) if floor and name == "cbam" else "",
+                "peak_memory": (peaks or {}).get(name, ""),
+            }
+            self.rows.append(row)
+            told = f"  {100 * row['bandwidth']:.0f} % of a copy's speed" if row["bandwidth"] != "" else ""
+            self.say(LINE.format(**row, more=told))
+
+    def _row(
+        self, op: str, shape: tuple[int, ...], layout: str, training: bool, name: str, found: Timed
+    ) -> dict:
+        about = machine.describe(self.device)
+        return {
+            "op": op,
+            "implementation": name,
+            "shape": "x".join(map(str, shape)),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "layout": layout,
+            "mode": "training" if training else "inference",
+            "ms": round(found.median, 4),
+            "ratio": round(found.ratio, 4),
+            "low": round(min(found.ratios), 4),
+            "high": round(max(found.ratios), 4),
+            "rounds": len(found.ms),
+            "kernels": _has_kernels(self.device, self.dtype),
+            "threads": about["threads"],
+            "device": about["name"],
+            "torch": torch.__version__,
+            "commit": machine.commit(),
+        }
+
+
+class _Reference(nn.Module):
+    """A module that computes attention by the equation."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor) -> Tensor:
+        with ops.using("reference"):
+            return self.module(x)
+
+
+def _map_step(module: nn.Module, maps: tuple[Tensor, ...], training: bool) -> Step:
+    if not training:
+
+        def infer() -> None:
+            with torch.no_grad():
+                module(*maps)
+
+        return infer
+    leaves = [x.detach().requires_grad_() for x in maps]
+    grad = torch.randn_like(maps[0])
+
+    def train() -> None:
+        for leaf in leaves:
+            leaf.grad = None
+        module(*leaves).backward(grad)
+
+    return train
+
+
+def _peak_memory(step: Step, device: torch.device) -> int | str:
+    """The bytes that a step needs at most, beside what is there before it; known on a GPU alone."""
+    if device.type != "cuda":
+        return ""
+    step()
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    step()
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def _has_kernels(device: torch.device, dtype: torch.dtype) -> bool:
+    return ops.fused(torch.ones(1, 1, 1, 1, device=device, dtype=dtype))
+
+
+def _can_compile(device: torch.device) -> bool:
+    """Whether torch.compile finds what it needs on this machine: a C++ compiler on a CPU."""
+    return device.type == "cuda" or any(shutil.which(name) for name in ("g++", "c++", "clang++"))

@@ -1,0 +1,68 @@
+"""Times of several programs, one after the other in every round: machines drift, neighbours do not."""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+WARM_UP = 3
+Step = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Timed:
+    """Milliseconds of one program, a number per round; `ratios` to the first of its peers, round by round."""
+
+    ms: list[float]
+    ratios: list[float]
+
+    @property
+    def median(self) -> float:
+        """The median milliseconds."""
+        return statistics.median(self.ms)
+
+    @property
+    def ratio(self) -> float:
+        """The median ratio."""
+        return statistics.median(self.ratios)
+
+
+def interleaved(
+    steps: dict[str, Step], device: torch.device, *, rounds: int = 11, seconds: float = 60.0
+) -> dict[str, Timed]:
+    """Time every step once per round; each other round runs them in the opposite order.
+
+    A round repeats its step until it lasts two milliseconds on a GPU, whose clock is coarse. After `seconds`
+    no further round begins, but five there are.
+    """
+    repeats = {}
+    for name, step in steps.items():
+        for _ in range(WARM_UP):
+            _once(step, 1, device)
+        repeats[name] = max(1, min(100, int(2 / max(_once(step, 1, device), 1e-3)))) if _is_gpu(device) else 1
+    found: dict[str, list[float]] = {name: [] for name in steps}
+    began = time.perf_counter()
+    for turn in range(rounds):
+        if turn >= 5 and time.perf_counter() - began > seconds:
+            break
+        for name in list(steps)[:: 1 if turn % 2 == 0 else -1]:
+            found[name].append(_once(steps[name], repeats[name], device))
+    first = found[next(iter(steps))]
+    return {name: Timed(ms, [a / b for a, b in zip(ms, first, strict=True)]) for name, ms in found.items()}
+
+
+def _once(step: Step, repeats: int, device: torch.device) -> float:
+    if _is_gpu(device):
+        torch.cuda.synchronize(device)
+    began = time.perf_counter()
+    for _ in range(repeats):
+        step()
+    if _is_gpu(device):
+        torch.cuda.synchronize(device)
+    return 1e3 * (time.perf_counter() - began) / repeats
+
+
+def _is_gpu(device: torch.device) -> bool:
+    return device.type == "cuda"

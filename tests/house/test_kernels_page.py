@@ -1,0 +1,49 @@
+"""docs/kernels.md is computed from benchmarks/results: what it shows is what the files say."""
+
+import csv
+
+import pytest
+
+from docs.fill_kernels import BEGIN, END, fill
+
+ROW = {
+    "op": "attention", "implementation": "timm", "shape": "8x4x7x7", "dtype": "float32", "layout": "NCHW",
+    "mode": "inference", "ms": "2.0", "ratio": "1.0", "low": "1.0", "high": "1.0", "rounds": "11",
+    "kernels": "True", "threads": "2", "device": "A device", "torch": "2.15.0", "commit": "abc",
+    "floor": "6272", "bandwidth": "",
+}  # fmt: skip
+
+
+@pytest.fixture
+def page(tmp_path):
+    path = tmp_path / "kernels.md"
+    path.write_text(f"above\n{BEGIN}\nold\n{END}\nbelow\n")
+    (tmp_path / "results").mkdir()
+    return path
+
+
+def write(path, *rows):
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def test_without_results_the_page_says_so(page):
+    fill(page, page.parent / "results")
+    assert "No machine's results" in page.read_text()
+    assert page.read_text().startswith("above\n")
+    assert page.read_text().endswith("\nbelow\n")
+
+
+def test_a_case_is_a_line_and_an_implementation_a_column(page):
+    ours = ROW | {"implementation": "cbam", "ms": "0.5", "ratio": "0.25", "low": "0.2", "high": "0.3"}
+    write(page.parent / "results" / "a.csv", ROW, ours | {"bandwidth": "0.8"})
+    write(page.parent / "results" / "other.csv", {"network": "resnet18"})
+    fill(page, page.parent / "results")
+    text = page.read_text()
+    assert "| what | timm | cbam |" in text
+    assert "| attention 8x4x7x7 NCHW inference | 2 ms | 0.25 [0.20, 0.30] |" in text
+    assert "### A device, float32, torch 2.15.0" in text
+    assert (page.parent / "img" / "bandwidth.svg").stat().st_size > 1000
+    assert "old" not in text

@@ -1,0 +1,377 @@
+"""Attention by fused kernels against the equation: when they run, and that all else stays as it was."""
+
+import copy
+import pickle
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import cbam
+from cbam import ops
+from cbam.errors import ConfigError, InputError
+from cbam.nn.tail import Pending, begin
+from cbam.ops import library, switch
+
+pytestmark = pytest.mark.usefixtures("kernels")
+DOUBLE = {"rtol": 1e-10, "atol": 1e-10}
+MODULES = {
+    "cbam": partial(cbam.CBAM, 6, reduction=2),
+    "what": partial(cbam.ChannelAttention, 6, reduction=2),
+    "squeeze": partial(cbam.ChannelAttention, 6, reduction=2, pools=("avg",)),
+    "where": partial(cbam.SpatialAttention, kernel_size=3),
+}
+
+
+@pytest.fixture(params=MODULES)
+def attention(request):
+    module = MODULES[request.param]().double()
+    for p in module.parameters():
+        nn.init.normal_(p, std=0.5)
+    return module
+
+
+@pytest.fixture
+def runs(monkeypatch):
+    """How often the fused operator ran."""
+    counted = []
+    run = ops.tail
+    monkeypatch.setattr(ops, "tail", lambda *args, **parts: counted.append(1) or run(*args, **parts))
+    return counted
+
+
+def outcome(module, function, *inputs):
+    """Output, gradients of inputs and parameters, and buffers, of a training step."""
+    leaves = [x.detach().clone(memory_format=torch.preserve_format).requires_grad_() for x in inputs]
+    out = function(module, *leaves)
+    grad = torch.linspace(-1, 2, out.numel(), dtype=out.dtype).view_as(out)
+    out.backward(grad)
+    grads = [x.grad for x in leaves] + [p.grad for p in module.parameters()]
+    return [out.detach(), *grads, *(b.clone() for b in module.buffers())]
+
+
+def both_ways(module, function, *inputs):
+    """The same step by the kernels and by the equation."""
+    other = copy.deepcopy(module)
+    with ops.using("fused"):
+        fused = outcome(module, function, *inputs)
+    with ops.using("reference"):
+        return fused, outcome(other, function, *inputs)
+
+
+def call(module, x):
+    return module(x)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+def test_a_module_and_its_statistics_are_those_of_the_equation(attention, layout, training):  # T14
+    x = torch.randn(2, 6, 5, 7, dtype=torch.float64).contiguous(memory_format=layout)
+    fused, expected = both_ways(attention.train(training), call, x)
+    torch.testing.assert_close(fused, expected, **DOUBLE)
+    assert fused[0].is_contiguous(memory_format=layout)
+    assert fused[1].is_contiguous(memory_format=layout)
+
+
+def test_one_sample_without_a_batch_axis_is_a_batch_of_one(attention):  # T4
+    x = torch.randn(6, 5, 7, dtype=torch.float64)
+    with ops.using("fused"):
+        assert torch.equal(attention.eval()(x), attention(x[None])[0])
+
+
+def test_a_gain_is_read_again_when_it_changes():
+    module, x = cbam.CBAM(6).double().eval(), torch.randn(2, 6, 4, 4, dtype=torch.float64)
+    with ops.using("fused"):
+        assert torch.equal(module.identity_()(x), x)
+        module.channel.gain.fill_(4)
+        torch.testing.assert_close(module(x), 2 * x)
+        assert torch.equal(copy.deepcopy(module)(x), module(x))
+        assert torch.equal(pickle.loads(pickle.dumps(module))(x), module(x))
+        module.load_state_dict(cbam.CBAM(6).double().identity_().state_dict())
+        assert torch.equal(module(x), x)
+
+
+def test_running_statistics_follow_torch_with_and_without_a_momentum():
+    for momentum in (0.3, None):
+        module = cbam.SpatialAttention(kernel_size=3)
+        module.bn.momentum = momentum
+        module.double().conv.weight.data.normal_()
+        for _ in range(3):
+            x = torch.randn(2, 6, 5, 5, dtype=torch.float64)
+            fused, expected = both_ways(module, call, x)
+            torch.testing.assert_close(fused, expected, **DOUBLE)
+            module.zero_grad()
+        assert module.bn.num_batches_tracked == 3
+
+
+def test_second_derivatives_come_by_the_equation(attention):  # T26
+    x = torch.randn(1, 6, 2, 3, dtype=torch.float64, requires_grad=True)
+    for training in (True, False):
+        attention.train(training)
+        with ops.using("fused"):
+            assert torch.autograd.gradcheck(attention, (x,), nondet_tol=0)
+            assert torch.autograd.gradgradcheck(attention, (x,), nondet_tol=0)
+
+
+def test_second_derivatives_of_a_whole_tail_are_right():  # T26
+    norm, attention = nn.BatchNorm2d(6).double(), cbam.CBAM(6, reduction=2).double()
+    for p in (*norm.parameters(), *attention.parameters()):
+        nn.init.normal_(p)
+    x, shortcut = torch.randn(2, 1, 6, 3, 2, dtype=torch.float64).requires_grad_().unbind()
+
+    def end(x, shortcut):
+        return F.relu(begin(norm, attention, x) + shortcut)
+
+    with ops.using("fused"):
+        assert torch.autograd.gradcheck(end, (x, shortcut), nondet_tol=0)
+        assert torch.autograd.gradgradcheck(end, (x, shortcut), nondet_tol=0)
+
+
+def test_only_the_gradients_that_are_wanted_are_there(attention):  # T24
+    x = torch.randn(2, 6, 4, 4, dtype=torch.float64)
+    attention.requires_grad_(False)
+    with ops.using("fused"):
+        assert not attention(x).requires_grad
+        for p in list(attention.parameters())[:1]:
+            p.requires_grad_()
+            attention(x).sum().backward()
+            assert p.grad is not None
+        frozen = list(attention.parameters())[1:]
+        assert all(p.grad is None for p in frozen)
+        x.requires_grad_()
+        attention.requires_grad_(False)
+        attention(x).sum().backward()
+        assert x.grad is not None
+
+
+def test_what_backward_needs_cannot_be_changed_or_used_twice_unseen(attention):  # T27
+    x = torch.randn(2, 6, 4, 4, dtype=torch.float64, requires_grad=True)
+    with ops.using("fused"):
+        doubled = 2 * x
+        out = attention(doubled)
+        doubled.add_(1)
+        with pytest.raises(RuntimeError, match="inplace"):
+            out.sum().backward()
+        out = attention(x).sum()
+        out.backward()
+        with pytest.raises(RuntimeError, match="second time"):
+            out.backward()
+
+
+def test_strides_of_every_kind_give_the_same(attention):  # T13, T15
+    base = torch.randn(2, 6, 8, 9, dtype=torch.float64)
+    views = [base[:, :, 1:7, 2:8], base.transpose(2, 3), base[:, :, ::2], base[:1].expand(2, -1, -1, -1)]
+    with ops.using("fused"):
+        for x in views:
+            dense = x.contiguous()
+            torch.testing.assert_close(outcome(attention, call, x)[:2], outcome(attention, call, dense)[:2])
+        x = dense.requires_grad_()
+        attention(x).sum().backward()  # a gradient of stride 0
+        spread = x.grad.clone()
+        x.grad = None
+        attention(x).backward(torch.ones_like(x))
+        assert torch.equal(x.grad, spread)
+
+
+@pytest.mark.parametrize("reason", ["export", "hook", "shadow", "empty", "subclass", "transform"])
+def test_what_no_kernel_takes_runs_by_the_equation_and_is_refused_on_demand(attention, runs, reason):
+    x = torch.randn(2, 6, 4, 4, dtype=torch.float64)
+    attention.eval()
+    for part in attention.modules():
+        if reason == "hook" and not list(part.children()):
+            part.register_forward_hook(lambda *_: None)
+        if reason == "shadow" and hasattr(part, "gate"):
+            part.gate = part.gate
+    if reason == "empty":  # T11
+        x = x[:0]
+    if reason == "subclass":  # T33
+        x = x.as_subclass(type("Mine", (torch.Tensor,), {}))
+    function = {
+        "export": lambda x: torch.jit.trace(attention, x, check_trace=False)(x),
+        "transform": lambda x: torch.func.vmap(attention)(x[None])[0],  # T28
+    }.get(reason, attention)
+    with ops.using("reference"):
+        expected = attention(x)
+    torch.testing.assert_close(function(x), expected)
+    assert not runs
+    with ops.using("fused"), pytest.raises(ConfigError, match='using\\("fused"\\): '):
+        function(x)
+
+
+def test_a_device_without_kernels_says_so_once(monkeypatch, caplog):  # T35
+    monkeypatch.setattr(switch, "_known", {})
+    monkeypatch.setattr(switch.cpu, "missing", lambda: "they were not built")
+    module, x = cbam.CBAM(6), torch.randn(2, 6, 4, 4)
+    for _ in range(3):
+        module(x)
+    told = [r.message for r in caplog.records if "not built" in r.message]
+    assert told == ["attention runs as plain torch operations on cpu: they were not built"]
+
+
+def test_the_choice_is_over_with_its_block(runs):
+    module, x = cbam.CBAM(6).eval(), torch.randn(2, 6, 4, 4)
+    with ops.using("reference"):
+        module(x)
+        with ops.using("fused"):
+            module(x)
+        module(x)
+    assert len(runs) == 1
+    with pytest.raises(InputError), ops.using("reference"):
+        module(x[:, :2])
+    module(x)
+    assert len(runs) == 2
+
+
+def test_a_tensor_that_does_not_fit_is_refused_at_the_door():  # T6, T7
+    with ops.using("fused"):
+        with pytest.raises(InputError, match="built for 6 channels, got 4"):
+            cbam.CBAM(6)(torch.zeros(2, 4, 3, 3))
+        with pytest.raises(InputError, match="more than 1 value"):
+            cbam.CBAM(6)(torch.zeros(1, 6, 1, 1))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # opcheck's own
+def test_the_operators_keep_torchs_rules():  # T34
+    x = torch.randn(2, 6, 4, 5)
+    attention = cbam.CBAM(6, reduction=2)
+    norm = nn.BatchNorm2d(6)
+    for training in (True, False):
+        channel, spatial = attention.train(training).operands(x)
+        args = library._Args(
+            x.clone().requires_grad_(), torch.randn_like(x).requires_grad_(),
+            *(norm.weight, norm.bias, norm.running_mean, norm.running_var, training, 1e-5),
+            *channel[:4], True, True, 1.0,
+            spatial.kernel, *spatial.norm[:5], 1e-5, 2.0, True, True,
+        )  # fmt: skip
+        # One tolerance: batch statistics of a few values amplify the last bit.
+        torch.library.opcheck(torch.ops.cbam.tail.default, tuple(args), rtol=1e-3, atol=1e-4)
+
+
+# --- the end of a residual block ---
+
+
+class Block(nn.Module):
+    """A residual block's end, written in the way `style` says."""
+
+    def __init__(self, style: str, channels: int = 6) -> None:
+        super().__init__()
+        self.style = style
+        self.norm = nn.BatchNorm2d(channels)
+        self.attention = cbam.CBAM(channels, reduction=2)
+        self.act = nn.ReLU(inplace=True)
+
+    def forward(self, x, shortcut):
+        out = begin(self.norm, self.attention, x)
+        if self.style == "in place":
+            out += shortcut
+            return self.act(out)
+        if self.style == "swapped":
+            return F.relu(shortcut + out)
+        if self.style == "torch.add":
+            return torch.relu(torch.add(out, shortcut))
+        if self.style == "method":
+            return out.add(shortcut).relu()
+        if self.style == "other activation":
+            return F.silu(out + shortcut)
+        if self.style == "scaled":
+            return F.relu(0.5 * out + shortcut)
+        if self.style == "broadcast":
+            return F.relu(out + shortcut[:, :1])
+        if self.style == "used twice":
+            return F.relu(out + shortcut) + out.sigmoid()
+        return self.act(out) + shortcut  # "no add"
+
+
+STYLES = ["in place", "swapped", "torch.add", "method", "no add"]
+STYLES += ["other activation", "scaled", "broadcast", "used twice"]
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("style", STYLES)
+def test_the_end_of_a_block_is_that_of_its_operations(style, training, runs):
+    if style == "used twice" and training:
+        pytest.skip("begin() is for values that are used once")
+    block = Block(style).double().train(training)
+    for p in block.parameters():
+        nn.init.normal_(p)
+    x, shortcut = torch.randn(2, 2, 6, 5, 4, dtype=torch.float64).unbind()
+    fused, expected = both_ways(block, Block.forward, x, shortcut)
+    torch.testing.assert_close(fused, expected, **DOUBLE)
+    assert len(runs) == (2 if style == "used twice" else 1)
+
+
+@pytest.mark.parametrize("watched", ["norm", "attention", "attention.spatial"])
+def test_hooks_of_the_user_fire_as_ever(watched):  # S12
+    block, seen = Block("in place"), []
+    block.get_submodule(watched).register_forward_hook(lambda *_: seen.append(1))
+    block(*torch.randn(2, 2, 6, 4, 4).unbind())
+    assert seen == [1]
+
+
+def test_another_norm_runs_by_itself(runs):
+    block = Block("in place")
+    block.norm = nn.GroupNorm(2, 6)
+    x, shortcut = torch.randn(2, 2, 6, 4, 4).unbind()
+    out = block.eval()(x, shortcut)
+    torch.testing.assert_close(out, F.relu(block.attention(block.norm(x)) + shortcut))
+    assert runs
+
+
+def test_one_value_per_channel_is_refused_as_torch_does():  # T7
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        Block("in place")(*torch.randn(2, 1, 6, 1, 1).unbind())
+
+
+def test_what_waits_is_a_tensor_to_everybody_else():
+    block = Block("in place").eval()
+    x = torch.randn(2, 6, 4, 4)
+    waiting = begin(block.norm, block.attention, x)
+    assert isinstance(waiting, Pending)
+    expected = block.attention(block.norm(x))
+    torch.testing.assert_close(torch.cat([waiting, waiting]), torch.cat([expected, expected]))
+    torch.testing.assert_close(waiting * 2, expected * 2)
+    torch.testing.assert_close(F.conv2d(waiting, torch.ones(1, 6, 1, 1)), expected.sum(1, keepdim=True))
+    assert waiting.shape == x.shape
+    assert waiting.tensor() is waiting.tensor()
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_compiles_whole_with_the_operator_in_the_graph(training):  # T33
+    torch._dynamo.reset()
+    block = Block("in place").train(training)
+    block.attention.identity_()
+    inputs = torch.randn(2, 2, 6, 5, 4).unbind()
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    with ops.using("fused"):
+        expected = copy.deepcopy(block)(*inputs)
+        out = torch.compile(block, fullgraph=True, backend=backend)(*inputs)
+    torch.testing.assert_close(out, expected)
+    assert ["cbam.tail" in str(n.target) for g in graphs for n in g.graph.nodes].count(True) == 1
+    torch._dynamo.reset()
+
+
+def test_an_exported_graph_has_no_operator_of_ours():  # E1
+    block = Block("in place").eval()
+    inputs = torch.randn(2, 2, 6, 5, 4).unbind()
+    with torch.no_grad():
+        program = torch.export.export(block, inputs)
+    assert not [n for n in program.graph.nodes if "cbam." in str(n.target)]
+    torch.testing.assert_close(program.module()(*inputs), block(*inputs))
+
+
+def test_checkpointing_gives_the_same_bits():  # T37
+    block = Block("in place").eval()
+    x, shortcut = torch.randn(2, 2, 6, 5, 4).unbind()
+    results = []
+    for wrap in (Block.forward, partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)):
+        leaf = x.clone().requires_grad_()
+        wrap(block, leaf, shortcut).sum().backward()
+        results.append(leaf.grad)
+    assert torch.equal(*results)

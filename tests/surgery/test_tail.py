@@ -1,0 +1,123 @@
+"""Blocks whose end runs as one operation: which ones, and that nothing else about them changes."""
+
+import copy
+import pickle
+
+import pytest
+import timm
+import torch
+import torchvision
+from torch import nn
+
+import cbam
+from cbam import ops
+from cbam.surgery import attached
+
+pytestmark = pytest.mark.usefixtures("kernels")
+TAILS = {
+    "torchvision/resnet18": 8,
+    "torchvision/resnet50": 16,
+    "torchvision/resnext50_32x4d": 16,
+    "timm/resnet18": 8,
+    "timm/resnet26d": 8,
+    "timm/seresnet18": 0,  # its own SE stands between the norm and the add
+    "timm/resnetv2_50": 0,  # pre-activation
+    "torchvision/mobilenet_v2": 0,  # no ReLU after the add
+    "timm/resnet50_gn": 0,  # no BatchNorm
+    "timm/convnext_atto": 0,
+}
+
+
+def network(name):
+    library, _, model = name.partition("/")
+    make = torchvision.models.get_model if library == "torchvision" else timm.create_model
+    torch.manual_seed(0)
+    return make(model, num_classes=5)
+
+
+@pytest.fixture
+def runs(monkeypatch):
+    """Whether each run of the fused operator had a norm and a ReLU."""
+    counted = []
+    run = ops.tail
+
+    def tail(*args, **parts):
+        counted.append(bool(parts.get("norm") and parts.get("relu")))
+        return run(*args, **parts)
+
+    monkeypatch.setattr(ops, "tail", tail)
+    return counted
+
+
+@pytest.mark.parametrize("name", TAILS)
+def test_blocks_that_end_in_norm_add_and_relu_run_that_as_one(name, runs):
+    model = network(name).eval()
+    cbam.attach(model)
+    runs.clear()  # attaching has tried each attention
+    model(torch.randn(1, 3, 64, 64))
+    assert len(runs) == len(attached(model))
+    assert sum(runs) == TAILS[name]
+    assert sum("one operation" in str(site) for site in cbam.sites(model)) == TAILS[name]
+
+
+@pytest.mark.parametrize("name", ["torchvision/resnet18", "timm/resnet26d"])
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_a_step_is_that_of_the_equation(name, training):
+    model = cbam.attach(network(name).double(), start="paper").train(training)
+    other, x = copy.deepcopy(model), torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    with ops.using("fused"):
+        out = model(x)
+    with ops.using("reference"):
+        expected = other(x)
+    torch.testing.assert_close(out, expected)
+    out.square().sum().backward()
+    expected.square().sum().backward()
+    for ours, theirs in ((model.parameters, other.parameters), (model.buffers, other.buffers)):
+        for a, b in zip(ours(), theirs(), strict=True):
+            torch.testing.assert_close(a, b)
+            torch.testing.assert_close(a.grad, b.grad, rtol=1e-6, atol=1e-8)
+
+
+def test_pickles_copies_and_detaches_as_ever():
+    model = network("torchvision/resnet18").eval()
+    x = torch.randn(1, 3, 64, 64)
+    plain, keys = model(x), list(model.state_dict())
+    cbam.attach(model, start="paper")
+    expected = model(x)
+    assert torch.equal(pickle.loads(pickle.dumps(model))(x), expected)
+    assert torch.equal(copy.deepcopy(model)(x), expected)
+    cbam.detach(model)
+    assert torch.equal(model(x), plain)
+    assert list(model.state_dict()) == keys
+    assert type(model.layer1[0]) is torchvision.models.resnet.BasicBlock
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda block: setattr(block, "relu", nn.SiLU()),
+        lambda block: setattr(block, "relu", nn.Identity()),
+        lambda block: setattr(block, "bn2", nn.GroupNorm(2, 64)),
+        lambda block: setattr(block, "bn2", nn.Identity()),
+        lambda block: block.relu.register_forward_pre_hook(lambda _, args: (args[0] * 2,)),
+    ],
+    ids=["silu", "no activation", "group norm", "no norm", "hook"],
+)
+def test_a_block_changed_after_attaching_computes_what_it_then_says(change):
+    model = cbam.attach(network("torchvision/resnet18"), start="paper").eval()
+    block, x = model.layer1[0], torch.randn(1, 64, 8, 8)
+    change(block)
+    with ops.using("reference"):
+        expected = block(x)
+    out = block(x)
+    assert type(out) is torch.Tensor
+    torch.testing.assert_close(out, expected)
+
+
+def test_synchronised_norms_run_by_themselves(runs):  # S12
+    model = cbam.attach(network("torchvision/resnet18"), start="paper").eval()
+    expected = model(torch.ones(1, 3, 64, 64))
+    runs.clear()
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    torch.testing.assert_close(model(torch.ones(1, 3, 64, 64)), expected)
+    assert not any(runs)
