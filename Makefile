@@ -42,8 +42,8 @@ test-all: $(READY) ## every test
 # Gradio, which holds Pillow back and takes 300 MB, is put beside .venv and not into it.
 test-web: $(READY) ## the tests of `cbam serve` in a real browser (sets up .venv-web; needs chromium)
 	$(BIN)/python -m venv .venv-web
-	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" > .venv-web/outer.txt
-	cp .venv-web/outer.txt "$$(.venv-web/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/outer.pth"
+	$(BIN)/python -c "import sysconfig; print('import site; site.addsitedir(%r)' % sysconfig.get_path('purelib'))" \
+		> "$$(.venv-web/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/outer.pth"
 	.venv-web/bin/python -m pip install --quiet "gradio>=6.31" "scikit-image>=0.25" "playwright>=1.50"
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 .venv-web/bin/python -m pytest tests/app/test_serve.py
 
