@@ -18,7 +18,13 @@ _SIZE = 224
 
 
 def viewer(
-    model: str | None, weights: str | None, compare: list[str], classes: str | None, size: int | None
+    model: str | None,
+    weights: str | None,
+    compare: list[str],
+    classes: str | None,
+    size: int | None,
+    *,
+    digits: bool = False,
 ) -> Viewer:
     """The networks to look with: the default pair, one network with its weights, or several to compare.
 
@@ -29,6 +35,7 @@ def viewer(
             another NAME is `model` with that attention.
         classes: a file with a class name per line; by default those of the checkpoint, or ImageNet's.
         size: side of what the networks see; by default that of the checkpoint, or 224.
+        digits: the pictures are the cluttered digits, and so are classes, size and normalisation by default.
 
     Raises:
         ConfigError: the names do not fit together. CheckpointError: a file does not fit.
@@ -43,7 +50,7 @@ def viewer(
         return default_viewer()
     names = _lines(classes) if classes else None
     parts = [_named(text) for text in compare] if compare else [("network", weights or "")]
-    loaded = [_load(label, Path(file), model, names, size, bool(compare)) for label, file in parts]
+    loaded = [_load(label, Path(file), model, names, size, bool(compare), digits) for label, file in parts]
     if len({label for label, _ in parts}) < len(parts):
         raise ConfigError("--compare: each network needs a name of its own")
     if any(about != loaded[0][2] for *_, about in loaded):
@@ -61,7 +68,13 @@ def _named(text: str) -> tuple[str, str]:
 
 
 def _load(
-    label: str, file: Path, model: str | None, names: list[str] | None, size: int | None, arms: bool
+    label: str,
+    file: Path,
+    model: str | None,
+    names: list[str] | None,
+    size: int | None,
+    arms: bool,
+    digits: bool,
 ) -> tuple[str, nn.Module, dict[str, Any]]:
     """What it is in words, the network, and how pictures come to it: the fields of a `Viewer`."""
     if not file.exists():
@@ -71,7 +84,11 @@ def _load(
         if model is None:
             raise ConfigError(f"{file} does not say what network it is: give --model NAME, see `cbam list`")
         name = f"{model}+{label}" if arms and label != "plain" else model
-        side, weights, digits, known = size or _SIZE, file, False, names or class_names()
+        weights = file
+        side, known = size or _SIZE, names or class_names()
+        if digits:
+            _, val = cluttered_digits()
+            side, known = size or val.size, names or val.classes
     else:
         name, weights = state["config"]["model"], state["model"]
         side, known = size or state["data"]["size"], names or state["data"]["classes"]

@@ -73,7 +73,10 @@ def run(options: argparse.Namespace) -> int:
         if not path.exists():
             raise DataError(f"{path}: no such file or folder")
     with terminable():
-        eyes = viewer(options.model, options.weights, options.compare, options.classes, options.size)
+        eyes = viewer(
+            options.model, options.weights, options.compare, options.classes, options.size,
+            digits="digits" in (options.score, options.gates),
+        )  # fmt: skip
         for line in eyes.about:
             show(line)
         unreadable = _look(options, eyes) if options.images else ""
