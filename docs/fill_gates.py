@@ -38,12 +38,13 @@ def draw() -> None:
 def pair() -> str:
     """What the record of the default pair's gates says."""
     known = gates_record()
-    pictures, gates, classes = known["pictures"], known["gates"], len(known["classes"])
+    pictures, gates = known["pictures"], known["gates"]
     lines = [
-        f"EfficientNet-Lite0, its `{known['base']['file']}` frozen to the last bit, and {gates['parameters']} ",
-        "parameters of CBAM, trained from the identity on one CPU thread on the ",
-        f"{pictures['train']} training pictures of Imagenette at 96 pixels, {classes} of ImageNet's classes ",
-        f"(`{known['command']}`). On its {pictures['val']} validation pictures:",
+        f"EfficientNet-Lite0, its `{known['base']['file']}` frozen to the last bit, and ",
+        f"{gates['parameters']} parameters of CBAM, trained from the identity on one CPU thread, on ",
+        f"{pictures['train']} training pictures of Imagenette at 96 pixels, ",
+        f"{len(known['classes'])} of ImageNet's classes (`{known['command']}`). ",
+        f"On {pictures['val']} of its validation pictures:",
     ]
     table = [
         "| side | right of | plain, % | with CBAM, % | difference, 95 % interval |",
@@ -53,11 +54,11 @@ def pair() -> str:
         for key, one in found.items():
             if key.startswith("top1"):
                 span = f"{one['difference']:+.2f} ({one['low']:+.2f} to {one['high']:+.2f})"
-                cells = [size, f"{key.removeprefix('top1_of_')} classes", f"{one['plain']:.2f}"]
-                table.append(f"| {' | '.join([*cells, format(one['cbam'], '.2f'), span])} |")
+                of = key.removeprefix("top1_of_")
+                table.append(f"| {size} | {of} classes | {one['plain']:.2f} | {one['cbam']:.2f} | {span} |")
     note = (
-        "These are small pictures, enlarged, of classes that the gates were trained on: what the gates brought "
-        "there says nothing of the other classes, of sharp photographs, or of a network that was trained with "
+        "These are small pictures, enlarged, of classes that the gates were trained on: what they brought there "
+        "says nothing of the other classes, of sharp photographs, or of a network that was trained with "
         "attention from the start. The pair is there to be looked at."
     )
     return "\n".join(["".join(lines), "", *table, "", note])

@@ -38,20 +38,23 @@ def main() -> None:
     options = _options()
     torch.manual_seed(options.seed)
     began = time.monotonic()
-    train, val = (_pictures(options.pictures / part, options.per_class) for part in ("train", "val"))
+    train = _pictures(options.pictures / "train", options.per_class)
+    val = _pictures(options.pictures / "val", options.val_per_class)
     model = cbam.attach(pair.plain_network())
     teacher = pair.plain_network()
     losses = fit(model, teacher, train, options)
-    scores = {str(size): score(teacher, model, val, size) for size in SCORED}
     options.out.mkdir(parents=True, exist_ok=True)
     gates, record = options.out / pair.GATES.name, options.out / pair.RECORD.name
     save_file(pair.gates_of(model), gates)
+    scores = {str(size): score(teacher, model, val, size) for size in SCORED}
     record.write_text(
         json.dumps(
             {
                 "what": "CBAM on EfficientNet-Lite0, base frozen, gates trained from the identity",
                 "command": f"python tools/train_gates.py PICTURES --epochs {options.epochs} "
-                f"--batch-size {options.batch_size} --lr {options.lr} --seed {options.seed}",
+                f"--batch-size {options.batch_size} --lr {options.lr} --seed {options.seed}"
+                + (f" --per-class {options.per_class}" if options.per_class else "")
+                + (f" --val-per-class {options.val_per_class}" if options.val_per_class else ""),
                 "pictures": {"name": options.pictures.name, "train": len(train[1]), "val": len(val[1])},
                 "classes": train[2].tolist(),
                 "sizes": SIZES,
@@ -91,7 +94,10 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--per-class", type=int, help="use so many pictures of each class (for a trial)")
+    parser.add_argument(
+        "--per-class", type=int, metavar="N", help="the first N training pictures of each class"
+    )
+    parser.add_argument("--val-per-class", type=int, metavar="N", help="the same of the validation pictures")
     return parser.parse_args()
 
 
