@@ -9,7 +9,7 @@ READY := $(VENV)/.ready
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo readme cards matrix bench test test-all test-web check format clean again
+.PHONY: help demo readme cards evidence matrix bench test test-all test-web check format clean again
 
 help: ## this list
 	@echo "make TARGET [PYTHON=python3.12]; the first one sets up .venv, which needs Python 3.11 or newer and pip"
@@ -25,6 +25,9 @@ readme: $(READY) ## put the picture and the table of the last demo into README.m
 cards: $(READY) ## write docs/methods/, a card for each attention module, and the tables of docs/dialects.md
 	$(BIN)/python -m docs.fill_methods
 	$(BIN)/python -m docs.fill_dialects
+
+evidence: $(READY) ## compute the tables of results/ from their records, and docs/evidence.md from those
+	$(BIN)/python -m docs.fill_evidence
 
 matrix: $(READY) ## attach to every network of the matrix and write docs/matrix.md (goes on where it stopped)
 	$(BIN)/python -m benchmarks.matrix

@@ -66,6 +66,18 @@ class StoppedError(CBAMError, RuntimeError):
         self.exit_code = exit_code
 
 
+class OutOfMemoryError(CBAMError, MemoryError):
+    """The memory of the device, or of the machine, does not suffice; what was saved is intact."""
+
+    exit_code = 6
+
+
+class DistributedError(CBAMError, RuntimeError):
+    """One of several processes is gone, does not answer, or they cannot meet."""
+
+    exit_code = 9
+
+
 class OutputError(CBAMError, OSError):
     """A result cannot be written: no permission, no room, no such place."""
 

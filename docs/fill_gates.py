@@ -57,8 +57,8 @@ def pair() -> str:
                 of = key.removeprefix("top1_of_")
                 table.append(f"| {size} | {of} classes | {one['plain']:.2f} | {one['cbam']:.2f} | {span} |")
     note = (
-        "These are small pictures, enlarged, of classes that the gates were trained on: what they brought there "
-        "says nothing of the other classes, of sharp photographs, or of a network that was trained with "
+        "These are small pictures, enlarged, of classes that the gates were trained on: what they brought "
+        "there says nothing of the other classes, of sharp photographs, or of a network that was trained with "
         "attention from the start. The pair is there to be looked at."
     )
     return "\n".join(["".join(lines), "", *table, "", note])

@@ -5,6 +5,7 @@ jsonargparse alone takes a quarter of a second to import. torch is imported insi
 """
 
 import argparse
+import contextlib
 import errno
 import importlib
 import sys
@@ -15,6 +16,7 @@ import cbam
 from cbam.app.options import Parser, Terminated
 from cbam.app.terminal import show, silence
 from cbam.errors import CBAMError
+from cbam.train.launch import place
 
 # Name of a command -> its module in cbam/app/commands.
 COMMANDS = {
@@ -22,6 +24,7 @@ COMMANDS = {
     "train": "train",
     "eval": "evaluate",
     "recipes": "recipes",
+    "study": "study",
     "list": "networks",
     "sites": "sites",
     "look": "look",
@@ -31,8 +34,9 @@ COMMANDS = {
 
 EXIT_CODES = """\
 exit codes: 0 done, 1 unexpected error, 2 usage, 3 data, 4 weights file or checkpoint, 5 loss not finite,
-6 out of memory, 7 no room or no permission, 8 optional package missing, 75 time limit, 130 interrupted,
-143 terminated; what `cbam train` saved before 75, 130 or 143 is taken up by --resume auto"""
+6 out of memory, 7 no room or no permission, 8 optional package missing, 9 one of several processes gone,
+75 time limit, 130 interrupted, 143 terminated; --resume auto takes up what `cbam train` saved before 75,
+130 or 143"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         try:
             options = parse(argv)
+            options.argv = argv
             return options.run(options)
         finally:
             if sys.stdout is not None:
@@ -83,8 +88,17 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def _fail(error: BaseException, *, debug: bool) -> int:
     if debug:
         traceback.print_exception(error)
-    show(f"cbam: {_one_line(error)}", sys.stderr)
+    if not _told_elsewhere(error):
+        show(f"cbam: {_one_line(error)}", sys.stderr)
     return _exit_code(error)
+
+
+def _told_elsewhere(error: BaseException) -> bool:
+    """Whether another of several processes says it: see cbam/train/distributed.py."""
+    here = None
+    with contextlib.suppress(CBAMError):
+        here = place()
+    return getattr(error, "silent", here is not None and here.rank > 0)
 
 
 def _one_line(error: BaseException) -> str:

@@ -41,7 +41,7 @@ def add_setting(parser: Parser, field: dataclasses.Field, *, of_recipe: bool = F
         return
     flag = "--" + field.name.replace("_", "-")
     if field.type is bool:
-        parser.add_argument(flag, action="store_true", **how)
+        parser.add_argument(flag, action=argparse.BooleanOptionalAction, **how)
         return
     how["metavar"] = field.metadata["metavar"]
     if field.type is int or "int" in str(field.type):

@@ -44,6 +44,8 @@ def silence(stream: TextIO | None) -> None:
 class Lines:
     """For logs and pipes: a line per phase, with the share done and the time left."""
 
+    every = 30.0  # seconds between two lines about the same phase
+
     def __init__(self) -> None:
         self.done, self.began = 0.0, time.monotonic()
 
@@ -72,6 +74,8 @@ class Lines:
 
 class Bar:
     """One bar over the whole, with what is running and the time left."""
+
+    every = 1.0  # seconds between two changes of its text
 
     def __init__(self) -> None:
         from rich.console import Console
@@ -106,8 +110,20 @@ class Bar:
         self._bar.advance(self._task, share)
 
 
-def progress() -> Lines | Bar:
-    """The bar where somebody watches, lines elsewhere."""
+class Nothing(Lines):
+    """For the processes beside the first."""
+
+    def say(self, line: str) -> None:
+        pass
+
+    def now(self, what: str) -> None:
+        pass
+
+
+def progress(*, quiet: bool = False) -> Lines | Bar:
+    """The bar where somebody watches, lines elsewhere; nothing if `quiet`."""
+    if quiet:
+        return Nothing()
     if sys.stdout is None or not sys.stdout.isatty():
         return Lines()
     try:

@@ -14,6 +14,18 @@ except ImportError as error:
 from cbam.data.decode import decode
 from cbam.data.digits import cluttered_digits
 from cbam.data.folder import image_folder
-from cbam.data.images import EpochSampler, Images, loader
+from cbam.data.images import Images
+from cbam.data.loading import ALONE, EpochSampler, Shard, loader
+from cbam.data.resident import Resident
 
-__all__ = ["EpochSampler", "Images", "cluttered_digits", "decode", "image_folder", "loader"]
+__all__ = [
+    "ALONE",
+    "EpochSampler",
+    "Images",
+    "Resident",
+    "Shard",
+    "cluttered_digits",
+    "decode",
+    "image_folder",
+    "loader",
+]

@@ -162,6 +162,13 @@ class _Train(_Folder):
         picture = self._readable(index)
         return augment(picture, self.size, draws("augmentation", self.seed, epoch, index)), UNKNOWN_BOX
 
+    def whole(self, index: int) -> Tensor:
+        from torchvision.transforms.v2 import functional as tv
+
+        picture = self._readable(index)
+        side = min(picture.shape[1:])
+        return tv.resize(tv.center_crop(picture, [side, side]), [self.size, self.size], antialias=True)
+
     def _readable(self, index: int) -> Tensor:
         """The picture, or the next readable one of its class, the first following the last."""
         for other in self._candidates(index):

@@ -1,18 +1,18 @@
-"""A set of labelled pictures, and the loader that turns it into batches.
+"""A set of labelled pictures, and the draws that its random choices come from.
 
-What a sample looks like and where it comes in an epoch are functions of (seed, epoch, index):
-the sampler hands out (epoch, index), the set draws from a generator that these numbers start.
+What a sample looks like is a function of (seed, epoch, index): the set draws from a generator that these
+numbers start.
 """
 
 import copy
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset
 
 from cbam.errors import DataError, InputError
 
@@ -22,7 +22,7 @@ UNKNOWN_BOX = (float("nan"),) * 4
 
 
 MAX_SEED = 2**32 - 1
-_PURPOSES = ("order", "augmentation", "composition", "fixed composition")
+_PURPOSES = ("order", "augmentation", "composition", "fixed composition", "mixing", "rank")
 
 
 def draws(purpose: str, *numbers: int) -> np.random.Generator:
@@ -87,6 +87,14 @@ class Images(Dataset):
         """The picture, uint8 (3, S, S), and its box."""
         raise NotImplementedError
 
+    def whole(self, index: int) -> Tensor:
+        """The middle square of a picture, brought to uint8 (3, S, S) without any random choice."""
+        raise DataError(f"{self.name} makes its pictures anew in every epoch, so none can be kept")
+
+    def loaded(self, batches: Any) -> Any:
+        """The batches that `loading.Batches` names, of a set that loads them itself; None of any other."""
+        return None
+
     @property
     def unreadable(self) -> list[str]:
         """The files that were found unreadable so far, in this process or in the loader's workers."""
@@ -129,6 +137,9 @@ class _Subset(Images):
     def sample(self, epoch: int, index: int) -> tuple[Tensor, Sequence[float]]:
         return self._images.sample(epoch, self._indices[index])
 
+    def whole(self, index: int) -> Tensor:
+        return self._images.whole(self._indices[index])
+
     @property
     def unreadable(self) -> list[str]:
         return self._images.unreadable
@@ -138,87 +149,6 @@ class _Subset(Images):
         assert isinstance(other, _Subset)
         other._images = self._images.seeded(seed)
         return other
-
-
-class EpochSampler(Sampler[tuple[int, int]]):
-    """Yields (epoch, index) for every index once: in an order that (seed, epoch) makes, or in plain order.
-
-    In plain order the epoch is always 0, so that an evaluation sees the same samples each time.
-    """
-
-    def __init__(self, length: int, *, shuffle: bool, seed: int = 0) -> None:
-        self.length, self.shuffle, self.seed, self.epoch = length, shuffle, seed, 0
-        self._seen = (0, 0)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Say which epoch the next iteration is; Lightning's Trainer does."""
-        self.epoch = epoch
-
-    def resume(self, epoch: int, samples: int) -> None:
-        """Go on in `epoch`: its first `samples` have been seen, and are neither yielded nor counted."""
-        self.epoch, self._seen = epoch, (epoch, samples)
-
-    def _start(self) -> int:
-        epoch, samples = self._seen
-        return samples if epoch == self.epoch else 0
-
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        if not self.shuffle:
-            return iter([(0, index) for index in range(self.length)])
-        order = draws("order", self.seed, self.epoch).permutation(self.length).tolist()
-        return iter([(self.epoch, index) for index in order[self._start() :]])
-
-    def __len__(self) -> int:
-        return self.length - self._start()
-
-
-class _Loader(DataLoader):
-    """A DataLoader whose workers' DataErrors arrive as they were raised, without the worker's traceback."""
-
-    def __iter__(self):  # pyright: ignore[reportIncompatibleMethodOverride]
-        batches = super().__iter__()
-        try:
-            yield from batches
-        except DataError as error:
-            if self.num_workers:  # left to the garbage collector, they end after a time-out of 5 s
-                batches._shutdown_workers()  # pyright: ignore[reportAttributeAccessIssue]
-                self._iterator = None
-            lines = [line for line in str(error).splitlines() if line.startswith(_RAISED)]
-            raise DataError(lines[-1].removeprefix(_RAISED) if lines else str(error)) from None
-
-
-_RAISED = f"{DataError.__module__}.{DataError.__name__}: "
-
-
-def loader(images: Images, batch_size: int, *, train: bool, seed: int = 0, workers: int = 0) -> DataLoader:
-    """Batches of `images` as dicts: image uint8 (N, 3, S, S), target (N,), index (N,), box (N, 4).
-
-    For training the order and the random choices are functions of (seed, epoch, index); call
-    `loader.sampler.set_epoch(epoch)` before each epoch, as Lightning does. Every sample comes once in an
-    epoch. One exception: a last training batch of a single sample is left out, for BatchNorm cannot
-    train on it (that sample differs from epoch to epoch).
-
-    Args:
-        batch_size: N.
-        train: shuffled if true; in plain order, always as in epoch 0, if false.
-        workers: processes that read ahead; they change the speed alone.
-    """
-    batch_size = check_int("batch_size", batch_size, 1, MAX_SEED)
-    workers = check_int("workers", workers, 0, 1024)
-    seed = check_int("seed", seed, 0, MAX_SEED)
-    if len(images) == 0:
-        raise DataError(f"{images.name} has no samples")
-    return _Loader(
-        images.seeded(seed) if train else images,
-        batch_size,
-        sampler=EpochSampler(len(images), shuffle=train, seed=seed),
-        drop_last=train and len(images) > batch_size and len(images) % batch_size == 1,
-        num_workers=workers,
-        persistent_workers=workers > 0,
-        pin_memory=torch.cuda.is_available(),
-        # Its own, for the workers' seeds, which nothing uses: the caller's generator is left alone.
-        generator=torch.Generator().manual_seed(seed),
-    )
 
 
 def check_int(name: str, value: int, least: int, most: int) -> int:

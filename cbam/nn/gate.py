@@ -40,15 +40,23 @@ class SigmoidGate(Gate):
         self.register_buffer("gain", None)  # None is 1, and leaves no key in the state dict
 
     def gain_value(self) -> float:
-        """The gain as a number; read from its device once, and again when somebody has changed it."""
+        """The gain as a number.
+
+        It is read from a GPU once for every tensor that `gain` becomes, and again after `load_state_dict`: to
+        look at it in each step would make the CPU wait. Change it by `set_gain`, not in place.
+        """
         gain, read = self.gain, self._read
         if gain is None:
             return 1.0
         if read is not None and torch.compiler.is_compiling():
             return read[2]
-        if read is None or read[0] is not gain or read[1] != gain._version:
+        if read is None or read[0] is not gain or (gain.device.type == "cpu" and read[1] != gain._version):
             self._read = read = (gain, gain._version, gain.item())
         return read[2]
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._read = None
 
     def set_gain(self, gain: float) -> None:
         """Make `gain` the gain of this gate; 1 takes its key out of the state dict."""

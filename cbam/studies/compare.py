@@ -11,7 +11,6 @@ import copy
 import datetime
 import time
 from dataclasses import asdict
-from typing import Protocol
 
 import torch
 from torch import nn
@@ -34,33 +33,11 @@ from cbam.studies.report import LABELS, markdown
 from cbam.studies.settings import Settings
 from cbam.studies.speed import interleaved
 from cbam.studies.task import Task, load, refine
+from cbam.studies.watch import Silent, Watch
 from cbam.surgery import attached
 from cbam.train import evaluate, fit, pick_device
 
 SCHEMA = 1
-
-
-class Watch(Protocol):
-    """What a comparison tells while it runs."""
-
-    def say(self, line: str) -> None:
-        """A line of lasting interest."""
-
-    def now(self, what: str) -> None:
-        """What is running from here on."""
-
-    def advance(self, share: float) -> None:
-        """How much more of the whole, out of 1, is done."""
-
-
-class Silent:
-    """A `Watch` that tells nobody."""
-
-    def say(self, line: str) -> None: ...
-
-    def now(self, what: str) -> None: ...
-
-    def advance(self, share: float) -> None: ...
 
 
 def compare(settings: Settings, folder: ReportFolder, *, watch: Watch | None = None) -> dict:

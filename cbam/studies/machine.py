@@ -1,9 +1,12 @@
 """Where a run happens: versions, commit, device, memory."""
 
+import hashlib
 import importlib.metadata
+import io
 import platform
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import torch
@@ -11,6 +14,7 @@ import torch
 import cbam
 
 PACKAGES = ("torch", "torchvision", "timm", "pytorch-lightning", "torchcam", "scikit-learn")
+SOURCES = (".py", ".cpp", ".h", ".cu")
 
 
 def versions() -> dict[str, str]:
@@ -31,6 +35,41 @@ def commit() -> str | None:
         return None  # installed, perhaps inside a checkout of something else
     found, changes = _git(home, "rev-parse", "HEAD"), _git(home, "status", "--porcelain", "--", ".")
     return f"{found}+changes" if found and changes else found
+
+
+def source() -> str:
+    """A digest of the sources of this package, which is the same wherever the same commit is."""
+    home = Path(cbam.__file__).parent
+    return digest({path.relative_to(home).as_posix(): path.read_bytes() for path in home.rglob("*")
+                   if path.suffix in SOURCES and "__pycache__" not in path.parts})  # fmt: skip
+
+
+def source_of(commit: str, folder: Path) -> str | None:
+    """`source()` of a commit of the checkout `folder`; None where git does not know it."""
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(folder), "archive", "--format=tar", commit, "cbam"],
+            capture_output=True, timeout=60, check=True,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return None
+    with tarfile.open(fileobj=io.BytesIO(done.stdout)) as archive:
+        files = [member for member in archive if member.isfile() and Path(member.name).suffix in SOURCES]
+        return digest({member.name.removeprefix("cbam/"): _content(archive, member) for member in files})
+
+
+def digest(files: dict[str, bytes]) -> str:
+    """SHA-256 over names and contents, in the order of the names."""
+    whole = hashlib.sha256()
+    for name, content in sorted(files.items()):
+        whole.update(f"{name} {len(content)} ".encode() + content)
+    return whole.hexdigest()
+
+
+def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    file = archive.extractfile(member)
+    assert file is not None
+    return file.read()
 
 
 def describe(device: torch.device) -> dict:

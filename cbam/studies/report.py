@@ -235,17 +235,28 @@ def text(results: dict) -> str:
 def markdown(results: dict, picture: str | None) -> str:
     """report.md; `picture` is the name of the picture beside it."""
     header, *rows = table(results)
-    lines = [f"# {_md(title(results))}", "", *(line for told in verdict(results) for line in (_md(told), ""))]
-    lines += ["| " + " | ".join(map(_md, header)) + " |", "|" + " --- |" * len(header)]
-    lines += ["| " + " | ".join(_md(cell.replace("  ", "", 1)) for cell in row) + " |" for row in rows]
-    lines += ["", *(f"- {_md(note)}" for note in notes(results)), ""]
+    lines = [
+        f"# {as_markdown(title(results))}",
+        "",
+        *(line for told in verdict(results) for line in (as_markdown(told), "")),
+    ]
+    lines += ["| " + " | ".join(map(as_markdown, header)) + " |", "|" + " --- |" * len(header)]
+    lines += [
+        "| " + " | ".join(as_markdown(cell.replace("  ", "", 1)) for cell in row) + " |" for row in rows
+    ]
+    lines += ["", *(f"- {as_markdown(note)}" for note in notes(results)), ""]
     if picture:
-        lines += [f"![Grad-CAM and feature maps]({picture})", "", _md(picture_caption(results)), ""]
-    lines += ["## What was run", "", *(f"- {_md(name)}: {_md(value)}" for name, value in facts(results)), ""]
+        lines += [f"![Grad-CAM and feature maps]({picture})", "", as_markdown(picture_caption(results)), ""]
+    lines += [
+        "## What was run",
+        "",
+        *(f"- {as_markdown(name)}: {as_markdown(value)}" for name, value in facts(results)),
+        "",
+    ]
     return "\n".join(lines)
 
 
-def _md(cell: str) -> str:
+def as_markdown(cell: str) -> str:
     """One line of text that Markdown and HTML take as it is written."""
     for mark in "\\`*_|<>[]":
         cell = cell.replace(mark, f"\\{mark}")

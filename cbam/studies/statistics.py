@@ -5,6 +5,8 @@ import statistics
 from collections.abc import Sequence
 
 CONFIDENCE = 0.95
+POWER = 0.8
+MOST_PAIRS = 1000
 
 
 def spread(values: Sequence[float]) -> float | None:
@@ -37,11 +39,27 @@ def paired_difference(values: Sequence[float], plain: Sequence[float], *, lower_
     return {"n": len(differences), "mean": mean, "low": low, "high": high, "word": word}
 
 
-def student_quantile(degrees: int) -> float:
-    """The two-sided 95 % quantile of Student's t: 4.303 for two degrees of freedom."""
+def student_quantile(degrees: int, probability: float = 0.5 + CONFIDENCE / 2) -> float:
+    """A quantile of Student's t; the two-sided 95 % one is 4.303 for two degrees of freedom."""
     from scipy.special import stdtrit  # comes with scikit-learn
 
-    return float(stdtrit(degrees, 0.5 + CONFIDENCE / 2))
+    return float(stdtrit(degrees, probability))
+
+
+def resolution(deviation: float, n: int) -> float:
+    """The smallest true difference that n pairs would show with a probability of POWER.
+
+    (t(0.975, n - 1) + t(POWER, n - 1)) s / sqrt(n), the usual approximation; s is the standard deviation of
+    the differences.
+    """
+    degrees = n - 1
+    return (student_quantile(degrees) + student_quantile(degrees, POWER)) * deviation / math.sqrt(n)
+
+
+def pairs_needed(difference: float, deviation: float) -> int | None:
+    """The number of pairs whose `resolution` is the size of `difference`; None above MOST_PAIRS."""
+    enough = (n for n in range(2, MOST_PAIRS + 1) if resolution(deviation, n) <= abs(difference))
+    return next(enough, None)
 
 
 def median_ratio(values: Sequence[float], plain: Sequence[float]) -> dict:

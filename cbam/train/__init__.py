@@ -7,13 +7,15 @@ if TYPE_CHECKING:
     from cbam.train.fitting import Evaluation, evaluate, fit, pick_device
     from cbam.train.recipe import Recipe
     from cbam.train.recipes import RECIPES, Config
-    from cbam.train.runs import run, score
+    from cbam.train.runs import run
+    from cbam.train.scoring import score
 
 # The command line reads the recipes for its help, which must not wait for torch.
 _HOME = {
     **dict.fromkeys(("Evaluation", "evaluate", "fit", "pick_device"), "fitting"),
     **dict.fromkeys(("Config", "RECIPES"), "recipes"),
-    **dict.fromkeys(("run", "score"), "runs"),
+    "run": "runs",
+    "score": "scoring",
     "Recipe": "recipe",
 }
 

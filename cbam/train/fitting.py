@@ -1,21 +1,18 @@
 """Training and evaluation of a classifier: two functions around Lightning's Trainer."""
 
 import contextlib
-import logging
-import signal
-import tempfile
-import threading
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
-from cbam.data import Images, loader
-from cbam.errors import ConfigError, DataError, MissingExtraError, NonFiniteError
+from cbam.data import Images, Shard, loader
+from cbam.data.images import draws
+from cbam.errors import ConfigError, DataError, MissingExtraError
+from cbam.train.distributed import World, world
 from cbam.train.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -55,7 +52,11 @@ def fit(
     The order of the pictures and their augmentation are functions of (seed, epoch, index): two models
     trained with the same seed and epochs see the same batches. On a CPU the same call gives the same
     weights, bit for bit. Errors are in %, `seconds` is the training part of the epoch, `step_seconds`
-    the median step.
+    the median step, `wait_seconds` what was waited for pictures. With an average (`ema`) it is what is
+    evaluated, and what `model` holds in the end.
+
+    In several processes (see distributed.py), each of which calls this alike, the steps are the same, but for
+    what BatchNorm and dropout see: each process has its part of every batch.
 
     Args:
         seed: of the order and of whatever is random in the model (the caller's generator is left alone).
@@ -64,42 +65,80 @@ def fit(
         keeper: saves checkpoints, and goes on from the one it was given, bit for bit on a CPU.
 
     Raises:
-        ConfigError: no such device. NonFiniteError: the loss is not finite. DataError: a bad picture.
+        ConfigError: no such device, or processes that cannot share the batches. DataError: a bad picture.
+        NonFiniteError: the loss is not finite. OutOfMemoryError. DistributedError: another process is gone.
         StoppedError: the keeper was told to stop. OutputError: it can no longer save.
     """
     task_class = _lightning()
-    batches = loader(train, recipe.batch_size, train=True, seed=seed, workers=workers)
+    here, where = world(), pick_device(device)
+    if recipe.precision == "fp64":
+        model.double()  # before a checkpoint is read into it
+    _check_processes(here, where, recipe, val)
+    shard = Shard(here.rank, here.size, recipe.accumulate)
+    batches = loader(train, recipe.batch_size, train=True, seed=seed, workers=workers, shard=shard)
     batches.sampler.set_epoch(first_epoch)  # type: ignore[attr-defined]
     task = task_class(
         model,
         train.mean,
         train.std,
         recipe,
-        steps_per_epoch=len(batches),
+        steps_per_epoch=len(batches) // recipe.accumulate,
         first_epoch=first_epoch,
+        samples=len(train),
+        seed=seed,
+        shard=shard,
         on_step=on_step,
         on_epoch=keeper.log_epoch if keeper else None,
     )
-    checks = loader(val, 2 * recipe.batch_size, train=False, workers=workers)  # no gradients are kept
-    where, callbacks = pick_device(device), [keeper] if keeper else []
-    with _seeded(seed), _modes_restored(model), keeper.listening() if keeper else contextlib.nullcontext():
+    checks = _checks(val, 2 * recipe.batch_size // shard.parts, workers, here)  # no gradients are kept
+    with _seeded(_own(seed, here)), _modes_restored(model), _listening(keeper):
         model.to(memory_format=torch.channels_last)  # what convolutions are fastest in
         try:
-            if keeper and keeper.take_up(task, batches):
-                # Saved between the last step of an epoch and its validation, which comes first then.
-                with _trainer(where, 1, callbacks) as trainer:
-                    trainer.validate(task, checks, verbose=False)
-                task.finish_epoch(task.first_epoch)
-                task.first_epoch += 1
-                batches.sampler.set_epoch(task.first_epoch)  # type: ignore[attr-defined]
-            left = recipe.epochs - (task.first_epoch - first_epoch)
-            with _trainer(where, left, callbacks) as trainer:
-                model.train()
-                if left > 0:
-                    trainer.fit(task, batches, checks)
+            _train(task, batches, checks, where, keeper)
+            if task.average is not None:
+                task.average.swap()
         finally:
+            for each in (batches, checks):
+                each.end()  # type: ignore[attr-defined]
             model.to(memory_format=torch.contiguous_format)
     return task.history
+
+
+def _train(task, batches: DataLoader, checks: DataLoader, where: torch.device, keeper) -> None:
+    """The epochs that are left, and before them the validation that a killed run did not come to."""
+    from cbam.train.engine import trainer
+
+    recipe, callbacks, first_epoch = task.recipe, [keeper] if keeper else [], task.first_epoch
+    common = len(checks.dataset) // world().size  # type: ignore[arg-type]
+    if keeper and keeper.take_up(task, batches, -(-common // checks.batch_sampler.size)):  # type: ignore[union-attr]
+        with trainer(where, 1, callbacks, recipe) as lightning:
+            lightning.validate(task, checks, verbose=False)
+        task.finish_epoch(task.first_epoch)
+        task.first_epoch += 1
+        batches.sampler.set_epoch(task.first_epoch)  # type: ignore[attr-defined]
+    left = recipe.epochs - (task.first_epoch - first_epoch)
+    with trainer(where, left, callbacks, recipe) as lightning:
+        task.model.train()
+        if left > 0:
+            lightning.fit(task, batches, checks)
+
+
+def _checks(images: Images, batch_size: int, workers: int, here: World) -> DataLoader:
+    """The part of a validation set that is this process's: every world-th picture."""
+    return loader(images, max(1, batch_size), train=False, workers=workers, shard=Shard(here.rank, here.size))
+
+
+def _check_processes(here: World, where: torch.device, recipe: Recipe, val: Images) -> None:
+    parts = here.size * recipe.accumulate
+    if recipe.batch_size % parts:
+        raise ConfigError(
+            f"batch_size {recipe.batch_size} cannot be shared evenly by {here.size} processes of "
+            f"{recipe.accumulate} batches each; take a multiple of {parts}"
+        )
+    if here.size > len(val):
+        raise ConfigError(f"{len(val)} validation pictures are too few for {here.size} processes")
+    if recipe.sync_bn and where.type == "cpu":
+        raise ConfigError("sync_bn: torch has a synchronised BatchNorm for GPUs only; leave it out")
 
 
 def evaluate(
@@ -111,11 +150,22 @@ def evaluate(
     workers: int = 0,
     on_step: Callable[[int], None] | None = None,
 ) -> Evaluation:
-    """Errors and probabilities of `model` on `images`, in eval mode, every picture exactly once."""
-    task = _lightning()(model, images.mean, images.std, on_step=on_step)
-    batches = loader(images, batch_size, train=False, workers=workers)
-    with _trainer(pick_device(device), 1) as trainer, _seeded(0), _modes_restored(model):
-        trainer.validate(task, batches, verbose=False)
+    """Errors and probabilities of `model` on `images`, in eval mode, every picture exactly once.
+
+    In several processes (see distributed.py) each takes its part, and all return the whole.
+    """
+    task_class, here = _lightning(), world()
+    from cbam.train.engine import trainer
+
+    if here.size > len(images):
+        raise ConfigError(f"{len(images)} pictures are too few for {here.size} processes")
+    task = task_class(model, images.mean, images.std, on_step=on_step)
+    batches = _checks(images, batch_size, workers, here)
+    with trainer(pick_device(device), 1) as lightning, _seeded(0), _modes_restored(model):
+        try:
+            lightning.validate(task, batches, verbose=False)
+        finally:
+            batches.end()  # type: ignore[attr-defined]
     logits, targets, indices = task.collected()
     if not torch.equal(indices, torch.arange(len(images))):
         raise DataError(f"{images.name}: {len(indices)} pictures were evaluated instead of {len(images)}")
@@ -148,34 +198,13 @@ def _lightning():
     return Classification
 
 
-@contextlib.contextmanager
-def _trainer(device: torch.device, epochs: int, callbacks: Sequence = ()) -> Iterator:
-    """Lightning's Trainer, silent, writing nothing where the user works, and giving Ctrl-C back."""
-    import pytorch_lightning as pl
+def _own(seed: int, here: World) -> int:
+    """The seed of what is random in the network: each process draws its own."""
+    return seed if here.is_first else int(draws("rank", here.rank, seed).integers(2**62))
 
-    with _quiet(), _interruptible(), tempfile.TemporaryDirectory() as scratch:
-        try:
-            yield pl.Trainer(
-                accelerator="gpu" if device.type == "cuda" else "cpu",
-                devices=1,
-                max_epochs=epochs,
-                default_root_dir=Path(scratch),
-                logger=False,
-                enable_checkpointing=False,
-                enable_progress_bar=False,
-                enable_model_summary=False,
-                num_sanity_val_steps=0,
-                use_distributed_sampler=False,
-                callbacks=list(callbacks),
-                # Asks anew how long an epoch is: a resumed one is shorter.
-                reload_dataloaders_every_n_epochs=1 if callbacks else 0,
-            )
-        except FloatingPointError as error:
-            raise NonFiniteError(f"{error}; a lower learning rate usually helps") from None
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            raise DataError(f"a process that loads pictures died: {error}") from error
+
+def _listening(keeper: "Keeper | None") -> contextlib.AbstractContextManager:
+    return keeper.listening() if keeper else contextlib.nullcontext()
 
 
 @contextlib.contextmanager
@@ -193,36 +222,3 @@ def _modes_restored(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    loggers = [logging.getLogger(name) for name in ("pytorch_lightning", "lightning_fabric")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-            warnings.filterwarnings("ignore", message=".*GPU available but not used.*")
-            warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated.*")  # Lightning's own
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-
-
-@contextlib.contextmanager
-def _interruptible() -> Iterator[None]:
-    """Lightning answers Ctrl-C with sys.exit(1), deaf to a second one; here it is KeyboardInterrupt again."""
-    in_main = threading.current_thread() is threading.main_thread()
-    handler = signal.getsignal(signal.SIGINT)
-    try:
-        yield
-    except SystemExit as stop:
-        if isinstance(stop.__context__, KeyboardInterrupt):
-            raise stop.__context__ from None  # what was raised: a subclass may tell SIGTERM from Ctrl-C
-        raise
-    finally:
-        if in_main:
-            signal.signal(signal.SIGINT, handler)

@@ -2,11 +2,12 @@
 
 import contextlib
 import errno
+import json
 import logging
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,23 @@ import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader
 
-from cbam.errors import CheckpointError, OutputError, StoppedError
+from cbam.data.images import draws
+from cbam.errors import CheckpointError, DataError, OutputError, StoppedError
 from cbam.train import checkpoint
-from cbam.train.classification import Classification
+from cbam.train.classification import CLOCK, Classification, NonFiniteLossError
+from cbam.train.distributed import world
 from cbam.train.fault import fault
 from cbam.train.folder import Metrics
+from cbam.train.guard import rng, set_rng
+from cbam.train.loggers import Loggers
 
 PATIENCE = 3  # saves that may fail one after the other
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+NONFINITE = "nonfinite.json"  # the pictures of a step whose loss is not finite
+
+_Stop = tuple[str, int]  # what stops a run, and the exit code
+LIMIT: _Stop = ("the time limit", 75)
+_STOPS: list[_Stop] = [*((number.name, 128 + number) for number in SIGNALS), LIMIT]
 
 _log = logging.getLogger("cbam")
 
@@ -41,6 +51,9 @@ class Keeper(pl.Callback):
         copies: how many checkpoints stay.
         max_time: seconds from now; the stop comes earlier by a margin for saving.
         say: is told, in a line, what the user should know.
+        overrides: whether the recipe's learning rate, schedule, weight decay and momentum count, not those of
+            `state`.
+        loggers: are given every line of metrics, with what the clock says.
     """
 
     def __init__(
@@ -54,23 +67,31 @@ class Keeper(pl.Callback):
         copies: int = 3,
         max_time: float | None = None,
         say: Callable[[str], None] = _log.info,
+        overrides: bool = False,
+        loggers: Loggers | None = None,
     ) -> None:
         self.folder, self.about, self.state = folder, about, state
         self.save_every, self.log_every, self.copies = save_every, log_every, copies
         self.metrics = Metrics(folder, say)
-        self._say = say
+        self._say, self.overrides, self._loggers = say, overrides, loggers
         self._began, self._max_time = time.monotonic(), max_time
         self._save_seconds, self._failures, self._step, self._lr = 0.0, 0, 0, 0.0
-        self._stop: tuple[str, int] | None = None
+        self._stop: _Stop | None = None
         self._saved: Path | None = None
+        self._here, self._between, self._began_at = world(), True, 0
 
     # --- going on ---
 
-    def take_up(self, task: Classification, batches: DataLoader) -> bool:
-        """Put all but the optimizer where the checkpoint has it; whether its epoch waits for validation."""
-        state, self._task = self.state, task
+    def take_up(self, task: Classification, batches: DataLoader, common: int = 0) -> bool:
+        """Put all but the optimizer where the checkpoint has it; whether its epoch waits for validation.
+
+        `common` is the number of batches that every process validates.
+        """
+        state, self._task, self._common = self.state, task, common
+        self._began_at = state["step"] if state else 0
+        task.wishes = self._wishes
         if state is None:
-            self.metrics.cut(0, -1)
+            self._cut(0, -1)
             return False
         epoch, seen = state["epoch"], state["seen"]
         if state["steps_per_epoch"] != task.steps_per_epoch:
@@ -79,28 +100,62 @@ class Keeper(pl.Callback):
                 f"this run {task.steps_per_epoch}"
             )
         self._step = state["step"]
-        self.metrics.cut(epoch, self._step)
+        self._cut(epoch, self._step)
         task.model.load_state_dict(state["model"])
+        if task.average is not None:
+            task.average.load_state_dict(state["average"])
         task.take_up(epoch, seen, state["history"])
-        sampler: Any = batches.sampler
-        sampler.resume(epoch, seen["step"] * (batches.batch_size or 1))
-        _set_rng(state["rng"])
+        sampler: Any = batches.batch_sampler
+        sampler.sampler.resume(epoch, seen["step"] * sampler.size)
+        self._take_up_rng(state, task)
         waits = seen["step"] == task.steps_per_epoch
         if waits:
             task._seen = {}
         return waits
 
+    def _cut(self, epoch: int, step: int) -> None:
+        if self._here.is_first:
+            self.metrics.cut(epoch, step)
+
+    def _take_up_rng(self, state: dict[str, Any], task: Classification) -> None:
+        """Its own state, where there were as many processes; else one made from the place in the run."""
+        states = [state["rng"], *state.get("more_rng", [])]
+        if len(states) == self._here.size:
+            set_rng(states[self._here.rank])
+        elif self._here.rank > 0:
+            torch.manual_seed(int(draws("rank", self._here.rank, self._step).integers(2**62)))
+        else:
+            set_rng(states[0])
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._listen()
         if self.state is not None:
-            trainer.optimizers[0].load_state_dict(self.state["optimizer"])
-            trainer.lr_scheduler_configs[0].scheduler.load_state_dict(self.state["schedule"])
+            optimizer, schedule = trainer.optimizers[0], trainer.lr_scheduler_configs[0].scheduler
+            fresh = [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
+            bases = list(schedule.base_lrs)
+            optimizer.load_state_dict(self.state["optimizer"])
+            schedule.load_state_dict(self.state["schedule"])
+            if self.overrides:
+                self._override(optimizer, schedule, bases, fresh)
+            trainer.precision_plugin.load_state_dict(self.state.get("scaler", {}))
             self.state = None
+
+    def _override(self, optimizer, schedule, bases: list[Any], fresh: list[tuple[float, float]]) -> None:
+        """Let the settings that the run goes on with count, not those that it began with."""
+        schedule.base_lrs = bases
+        momentum = self._task.recipe.momentum
+        for group, base, (_, decay), factor in zip(
+            optimizer.param_groups, bases, fresh, schedule.lr_lambdas, strict=True
+        ):
+            group |= {"initial_lr": base, "lr": base * factor(schedule.last_epoch), "weight_decay": decay}
+            if "momentum" in group:
+                group["momentum"] = momentum
 
     # --- steps ---
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
         fault("data")
+        self._between = False
 
     def on_after_backward(self, trainer, pl_module) -> None:
         fault("bwd")
@@ -110,45 +165,95 @@ class Keeper(pl.Callback):
         self._lr = optimizer.param_groups[0]["lr"]
 
     def on_train_batch_end(self, trainer, pl_module, outputs: Any, batch, batch_idx) -> None:
+        task = self._task
+        if not task.ends_step(batch_idx):
+            return
         fault("post_step")
         self._step += 1
-        task = self._task
-        if self._step % self.log_every == 0:
-            loss = outputs["loss"].item()
-            self.metrics.add({"epoch": task.epoch, "step": self._step, "loss": loss, "lr": self._lr})
+        self._between = True
+        done = task.place(batch_idx)[0] + 1
+        if self._here.is_first and self._step % self.log_every == 0:
+            self._log_step(task)
         self._check_time()
-        done = task.offset + batch_idx + 1
+        stop = self._agreed(task.wished)
         due = self.save_every and self._step % self.save_every == 0
-        if due or self._stop or done == task.steps_per_epoch:
+        if due or stop or done == task.steps_per_epoch:
             self._save(trainer, done)
-        if self._stop:
-            self._raise(f"after {done} of {task.steps_per_epoch} steps of epoch {task.epoch}")
+        if stop:
+            self._raise(stop, f"after {done} of {task.steps_per_epoch} steps of epoch {task.epoch}")
+
+    def _log_step(self, task: Classification) -> None:
+        entry = {"epoch": task.epoch, "step": self._step, "loss": task.step_loss, "lr": self._lr}
+        self.metrics.add(entry)
+        self._log(entry | task.rates())
+
+    def _log(self, entry: dict[str, Any]) -> None:
+        if self._loggers is not None:
+            self._loggers.add(entry, self._step)
 
     def on_validation_start(self, trainer, pl_module) -> None:
         self._listen()
 
-    def on_validation_batch_end(self, *_) -> None:
+    def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, *_) -> None:
         fault("eval")
         self._check_time()
-        if self._stop:  # the epoch was saved before its validation
-            self._raise(f"in the validation of epoch {self._task.epoch}")
+        if self._here.size > 1:  # a process may have a batch less than another
+            wished = self._here.sum(*self._wishes()) if batch_idx < self._common else []
+            stop = self._agreed(wished)
+        else:
+            stop = self._stop
+        if stop:  # the epoch was saved before its validation
+            self._raise(stop, f"in the validation of epoch {self._task.epoch}")
+
+    def on_exception(self, trainer, pl_module, exception: BaseException) -> None:
+        """Save what was reached: before a step whose loss is not finite, or when a picture ends the run."""
+        if isinstance(exception, NonFiniteLossError):
+            if self._here.is_first:
+                self._name_pictures(exception)
+            self._save_last(trainer)
+        elif isinstance(exception, DataError) and self._here.size == 1 and self._between and self._is_new():
+            self._save_last(trainer)
+
+    def _is_new(self) -> bool:
+        """Whether a step was taken that no checkpoint has."""
+        saved = checkpoint.step_of(self._saved) if self._saved else self._began_at
+        return self._step > saved
+
+    def _name_pictures(self, error: NonFiniteLossError) -> None:
+        told = {"epoch": self._task.epoch, "step": self._step, "loss": str(error), "pictures": error.pictures}
+        with contextlib.suppress(OSError):
+            checkpoint.write(self.folder / NONFINITE, (json.dumps(told) + "\n").encode())
+
+    def _save_last(self, trainer: pl.Trainer) -> None:
+        try:
+            self._save(trainer, self._task.seen()["step"])
+        except (FloatingPointError, OutputError) as error:
+            self._say(f"nothing new was saved: {error}")
 
     def log_epoch(self, entry: dict[str, Any]) -> None:
         """Write the line of an epoch; what the clock says of it is no part of the run and stays out."""
-        timeless = {name: value for name, value in entry.items() if not name.endswith("seconds")}
+        if not self._here.is_first:
+            return
+        timeless = {name: value for name, value in entry.items() if name not in CLOCK}
         self.metrics.add({**timeless, "step": self._step})
         self.metrics.sync()
+        self._log(entry)
+        clock = ""
+        if (seconds := entry["seconds"]) == seconds:
+            clock = f", {seconds:.1f} s, {entry['images_per_second']:.0f} images/s"
+            clock += f", {100 * entry['wait_seconds'] / seconds:.0f} % of it waiting for them"
         self._say(
             f"epoch {entry['epoch']}: loss {entry['train_loss']:.4f}, "
-            f"validation loss {entry['val_loss']:.4f}, "
-            f"top-1 error {entry['val_top1']:.2f} %"
-            + (f", {seconds:.1f} s" if (seconds := entry["seconds"]) == seconds else "")
+            f"validation loss {entry['val_loss']:.4f}, top-1 error {entry['val_top1']:.2f} %{clock}"
         )
 
     # --- saving ---
 
     def _save(self, trainer: pl.Trainer, done: int) -> None:
-        state = self._state(trainer, done)
+        others = self._here.all(rng())  # of every process: all of them come here
+        if not self._here.is_first:
+            return
+        state = self._state(trainer, done, others)
         if broken := [name for name, value in state["model"].items() if not value.isfinite().all()]:
             raise FloatingPointError(
                 f"{len(broken)} tensors of the network hold NaN or infinity after step {self._step} "
@@ -168,20 +273,27 @@ class Keeper(pl.Callback):
         except OSError as error:
             self._say(f"older checkpoints stay: {error}")
 
-    def _state(self, trainer: pl.Trainer, done: int) -> dict[str, Any]:
+    def _state(self, trainer: pl.Trainer, done: int, states: list[dict[str, Any]]) -> dict[str, Any]:
         task = self._task
-        return {
+        state = {
             **self.about,
             "model": task.model.state_dict(),
             "optimizer": trainer.optimizers[0].state_dict(),
             "schedule": trainer.lr_scheduler_configs[0].scheduler.state_dict(),
-            "rng": _rng(),
+            "rng": states[0],
             "epoch": task.epoch,
             "step": self._step,
             "steps_per_epoch": task.steps_per_epoch,
             "seen": {**task.seen(), "step": done},
             "history": task.history,
         }
+        if len(states) > 1:
+            state["more_rng"] = states[1:]
+        if task.average is not None:
+            state["average"] = task.average.state_dict()
+        if scaler := trainer.precision_plugin.state_dict():
+            state["scaler"] = scaler
+        return state
 
     def _failed(self, error: OSError) -> None:
         self._failures += 1
@@ -225,21 +337,19 @@ class Keeper(pl.Callback):
             return
         margin = 2 * self._save_seconds + min(60, self._max_time / 10)
         if time.monotonic() - self._began > self._max_time - margin:
-            self._stop = ("the time limit", 75)
+            self._stop = LIMIT
 
-    def _raise(self, where: str) -> None:
-        assert self._stop is not None
-        name, code = self._stop
+    def _wishes(self) -> list[float]:
+        """What this process has heard, for all to agree on when to stop."""
+        return [float(self._stop == stop) for stop in _STOPS]
+
+    def _agreed(self, wished: Sequence[float]) -> _Stop | None:
+        """What all processes stop for after this step: several have to be told by each other."""
+        if self._here.size == 1:
+            return self._stop
+        return next((stop for stop, wish in zip(_STOPS, wished, strict=False) if wish), None)
+
+    def _raise(self, stop: _Stop, where: str) -> None:
+        name, code = stop
         saved = f"saved as {self._saved}" if self._saved else "the checkpoint it came from holds"
         raise StoppedError(f"stopped by {name} {where}; {saved}; --resume auto goes on", code)
-
-
-def _rng() -> dict[str, Any]:
-    states = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return {"cpu": torch.get_rng_state(), "cuda": states}
-
-
-def _set_rng(states: dict[str, Any]) -> None:
-    torch.set_rng_state(states["cpu"])
-    if torch.cuda.is_available() and len(states["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(states["cuda"])

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from cbam.errors import ConfigError
-from cbam.train.recipe import OPTIMIZERS, SCHEDULES, Recipe
+from cbam.train.recipe import NONFINITE, OPTIMIZERS, PRECISIONS, SCHEDULES, Recipe
+
+LOGGERS = ("csv", "tensorboard", "wandb", "mlflow")
 
 
 def _option(default, help: str, metavar: str | None = None):
@@ -30,25 +32,47 @@ class Config:
         "resnet_tiny+cbam", "network, see `cbam list`; with attention: resnet50+cbam", "NAME"
     )
     epochs: int = _option(10, "passes over the training pictures", "N")
-    batch_size: int = _option(64, "pictures per step", "N")
+    batch_size: int = _option(64, "pictures per step, on all devices together", "N")
     optimizer: str = _option("sgd", f"one of {', '.join(OPTIMIZERS)}", "NAME")
     lr: float = _option(0.05, "highest learning rate", "RATE")
     momentum: float = _option(0.9, "momentum of sgd", "M")
     weight_decay: float = _option(1e-4, "on every parameter", "W")
+    decay_matrices_only: bool = _option(False, "no weight decay on biases and norms")
     schedule: str = _option("cosine", f"one of {', '.join(SCHEDULES)}", "NAME")
     step_epochs: int = _option(30, "with the step schedule: epochs between divisions by 10", "N")
+    warmup_epochs: float = _option(0.0, "in which the learning rate rises from almost nothing", "N")
+    attention_lr: float = _option(1.0, "learning rate of attention, as a multiple of --lr", "FACTOR")
+    label_smoothing: float = _option(0.0, "share of the target that all classes get", "SHARE")
+    mixup: float = _option(0.0, "mix pictures, share drawn from Beta(A, A); 0: no", "A")
+    cutmix: float = _option(0.0, "cut pictures into each other, as --mixup", "A")
+    ema: float = _option(0.0, "decay of an average of the weights, which is evaluated; 0: none", "DECAY")
+    nonfinite: str = _option("stop", f"at a loss that is not finite: {' or '.join(NONFINITE)}", "WHAT")
     size: int | None = _option(None, "side of the pictures in pixels; of a folder chosen from it", "PIXELS")
     limit: int | None = _option(None, "use only about N training and N validation pictures", "N")
     seed: int = _option(0, "of the weights, the order and the augmentation", "N")
+    pretrained: str | None = _option(
+        None, "begin with the weights of this file; attention starts as the identity then", "FILE"
+    )
+    precision: str = _option("fp32", f"one of {', '.join(PRECISIONS)}", "NAME")
+    compile: bool = _option(False, "run the network through torch.compile")
+    sync_bn: bool = _option(False, "BatchNorm over the pictures of all GPUs")
     device: str = _option("auto", "auto, cpu or cuda", "NAME")
+    devices: int = _option(1, "processes on this machine, a GPU for each; they share every batch", "N")
+    nodes: int = _option(1, "machines; start it on each by torchrun or srun", "N")
+    accumulate: int = _option(1, "compute every step in N parts, which takes less memory", "N")
     workers: int = _option(0, "processes that load pictures", "N")
     save_every: int | None = _option(
         None, "save after every N steps too, not at the ends of epochs alone", "N"
     )
     log_every: int = _option(50, "write a line of metrics every N steps", "N")
     keep: int = _option(3, "how many checkpoints stay", "N")
+    loggers: tuple[str, ...] = _option(
+        ("csv", "tensorboard"), f"where metrics go beside metrics.jsonl: {', '.join(LOGGERS)}", "NAME"
+    )
 
     def __post_init__(self) -> None:
+        if isinstance(self.loggers, list):  # as JSON has it
+            object.__setattr__(self, "loggers", tuple(self.loggers))
         problems = [text for good, text in self._rules() if not good]
         try:
             self.training()
@@ -58,7 +82,7 @@ class Config:
             raise ConfigError("; ".join(problems))
 
     def _rules(self):
-        for name in ("size", "limit", "save_every", "log_every", "keep"):
+        for name in ("size", "limit", "save_every", "log_every", "keep", "devices", "nodes"):
             value = getattr(self, name)
             optional = type(self).__dataclass_fields__[name].default is None
             good = (value is None and optional) or (type(value) is int and value > 0)
@@ -69,6 +93,8 @@ class Config:
         yield self.device in ("auto", "cpu", "cuda"), f"device must be auto, cpu or cuda, got {self.device!r}"
         good = isinstance(self.model, str) and self.model != ""
         yield good, f"model must be the name of a network, got {self.model!r}"
+        for name in self.loggers:
+            yield name in LOGGERS, f"loggers must be of {', '.join(LOGGERS)}, got {name!r}"
         if self.recipe == "digits":
             yield self.data is None, "the recipe digits makes its own pictures; for DATA there is folder"
             yield self.size is None, "size belongs to an image folder, and no DATA is given"
@@ -84,7 +110,15 @@ class Config:
 
 
 # What may change when a run is resumed: it says where and how fast, not what is computed.
-FREE = ("data", "device", "workers", "save_every", "log_every", "keep")
+FREE = (
+    *("data", "device", "devices", "nodes", "accumulate", "workers", "compile"),
+    *("save_every", "log_every", "keep", "loggers"),
+)
+# What may change when it is resumed with --override.
+OVERRIDABLE = (
+    *("epochs", "lr", "momentum", "weight_decay", "schedule", "step_epochs", "warmup_epochs"),
+    *("label_smoothing", "mixup", "cutmix", "nonfinite"),
+)
 
 
 def digits() -> Config:
@@ -110,11 +144,30 @@ def imagenet_paper() -> Config:
     )  # fmt: skip
 
 
+def imagenet_modern() -> Config:
+    """ImageNet-1k with what came after the paper: cosine, warm-up, smoothing, mixing, average, bf16."""
+    return Config(
+        "imagenet/modern", model="resnet50+cbam", epochs=100, batch_size=1024, lr=0.5, weight_decay=2e-5,
+        decay_matrices_only=True, warmup_epochs=5, label_smoothing=0.1, mixup=0.2, cutmix=1.0, ema=0.9999,
+        precision="bf16", compile=True, size=224, save_every=500,
+    )  # fmt: skip
+
+
+def imagenet_finetune() -> Config:
+    """Attention in a trained network (--pretrained FILE): identity start, gates at ten times the rate."""
+    return Config(
+        "imagenet/finetune", model="resnet50+cbam", epochs=15, batch_size=256, lr=0.005, warmup_epochs=0.5,
+        attention_lr=10.0, precision="bf16", size=224, save_every=1000,
+    )  # fmt: skip
+
+
 RECIPES: dict[str, Callable[[], Config]] = {
     "digits": digits,
     "folder": folder,
     "imagenette": imagenette,
     "imagenet/paper": imagenet_paper,
+    "imagenet/modern": imagenet_modern,
+    "imagenet/finetune": imagenet_finetune,
 }
 
 
@@ -135,9 +188,12 @@ def full_path(data: str | os.PathLike) -> str:
     return str(Path(data).absolute())
 
 
-def changes(before: dict[str, Any], now: dict[str, Any]) -> tuple[list[str], list[str]]:
-    """How the settings of a resumed run differ: what changes what is computed, and what does not."""
+def changes(
+    before: dict[str, Any], now: dict[str, Any], *, override: bool = False
+) -> tuple[list[str], list[str]]:
+    """How the settings of a resumed run differ: what may not, and what may."""
+    may = FREE + (OVERRIDABLE if override else ())
     told = {
         name: f"{name} {before.get(name)!r} -> {now[name]!r}" for name in now if now[name] != before.get(name)
     }
-    return [told[name] for name in told if name not in FREE], [told[name] for name in told if name in FREE]
+    return [told[name] for name in told if name not in may], [told[name] for name in told if name in may]

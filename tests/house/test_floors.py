@@ -26,6 +26,7 @@ FLOORS = {
     "app": 6,
 }
 EXEMPT = ("__init__.py", "__main__.py")  # the front door: it leads to every floor
+TRITON = "ops/triton_*.py"  # imported on first use of a GPU, by nothing at module level but each other
 TORCH_ALONE = ("__init__.py", "errors", "ops", "nn", "surgery")  # what `import cbam` and `attach` need
 
 
@@ -46,9 +47,11 @@ def floor_offenders(package: Path) -> list[str]:
 
 def extra_offenders(package: Path) -> list[str]:
     """One line per import, at module level in a TORCH_ALONE room, of more than torch: file:line, what."""
-    allowed = {"torch", package.name, *sys.stdlib_module_names}
     found = []
     for path, room, tree in modules(package):
+        allowed = {"torch", package.name, *sys.stdlib_module_names}
+        if path.match(TRITON):
+            allowed.add("triton")
         if room in TORCH_ALONE:
             for node in at_module_level(tree):
                 names = absolute_names(path, node, package)
@@ -202,6 +205,7 @@ def test_an_import_that_goes_downstairs_is_not_named(house, module, text):
         ("class A:\n    import numpy\n", [2]),
         ("def f():\n    import torchvision\nimport json, cbam.ops\n", []),
         ("if TYPE_CHECKING:\n    import numpy\n", []),
+        ("import triton\n", [1]),
     ],
 )
 def test_an_optional_package_at_module_level_is_named(house, text, lines):

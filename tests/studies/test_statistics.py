@@ -1,9 +1,17 @@
 import statistics
 
+import numpy as np
 import pytest
 from scipy import stats
 
-from cbam.studies.statistics import median_ratio, paired_difference, spread, student_quantile
+from cbam.studies.statistics import (
+    median_ratio,
+    paired_difference,
+    pairs_needed,
+    resolution,
+    spread,
+    student_quantile,
+)
 
 
 def test_the_interval_is_students_t_over_the_paired_differences():
@@ -67,3 +75,21 @@ def test_a_time_ratio_is_taken_round_by_round_and_does_not_see_a_machine_that_sl
     assert median_ratio([3.0], [2.0]) == {"ratio": 1.5, "low": 1.5, "high": 1.5}
     slowing = [1.0, 2.0, 4.0, 8.0]
     assert median_ratio([2 * seconds for seconds in slowing], slowing)["ratio"] == 2
+
+
+def test_what_n_pairs_resolve_is_shown_in_four_of_five_draws():
+    random = np.random.default_rng(0)
+    size, shown = resolution(1.0, 8), 0
+    draws = random.normal(size, 1.0, (4000, 8))
+    for values in draws:
+        word = paired_difference(values.tolist(), [0.0] * 8, lower_is_better=False)["word"]
+        shown += word == "better"
+    assert shown / len(draws) == pytest.approx(0.8, abs=0.03)
+
+
+def test_the_pairs_needed_are_the_fewest_that_resolve_the_difference():
+    needed = pairs_needed(-0.7, 1.0)
+    assert needed is not None
+    assert resolution(1.0, needed) <= 0.7 < resolution(1.0, needed - 1)
+    assert pairs_needed(0.001, 1.0) is None
+    assert pairs_needed(0.0, 1.0) is None

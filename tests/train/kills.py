@@ -20,6 +20,7 @@ from torch import nn
 from cbam import CBAM
 from cbam.data import cluttered_digits
 from cbam.train import Recipe, checkpoint, fit
+from cbam.train.classification import CLOCK
 from cbam.train.folder import METRICS
 from cbam.train.keeper import Keeper
 
@@ -64,7 +65,8 @@ def digest(folder: Path) -> str:
     assert found is not None
     state = found[1]
     for entry in state["history"]:
-        del entry["seconds"], entry["step_seconds"]
+        for name in CLOCK:
+            del entry[name]
     sha = hashlib.sha256((folder / METRICS).read_bytes())
     _add(sha, state)
     return sha.hexdigest()

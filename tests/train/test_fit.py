@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 import logging
 import os
 import signal
@@ -12,9 +13,9 @@ from torch import nn
 
 import cbam
 from cbam.data import Images, loader
-from cbam.errors import ConfigError, DataError, NonFiniteError
+from cbam.errors import ConfigError, DataError, NonFiniteError, OutOfMemoryError
 from cbam.train import Recipe, evaluate, fit, pick_device
-from cbam.train.classification import normalise
+from cbam.train.classification import normalise, parameter_groups
 
 ROOT = Path(cbam.__file__).parents[1]
 SHORT = Recipe(epochs=2, batch_size=16)
@@ -173,6 +174,97 @@ def test_a_failed_fit_leaves_modes_and_layout_as_they_were():
         fit(model, Colours(12), Colours(6), SHORT, seed=0, device="cpu", on_step=stop)
     assert [module.training for module in model] == [False, True, False, False, False, False]
     assert model[0].weight.is_contiguous()
+
+
+class Hungry(nn.Module):
+    """Asks for more memory than there is."""
+
+    def __init__(self, ask) -> None:
+        super().__init__()
+        self.layer, self.ask = nn.Linear(192, 3), ask
+
+    def forward(self, x):
+        self.ask()
+        return self.layer(x.flatten(1))
+
+
+def gpu_is_full() -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+
+@pytest.mark.parametrize("ask", [lambda: torch.empty(1 << 50), gpu_is_full], ids=["cpu", "gpu"])
+def test_memory_that_does_not_suffice_is_told_with_what_to_do(ask):
+    # R15, R16
+    recipe = Recipe(epochs=1, batch_size=8, accumulate=2)
+    with pytest.raises(
+        OutOfMemoryError, match="with batches of 4; --accumulate 4 computes the same steps"
+    ) as caught:
+        fit(Hungry(ask), Colours(12), Colours(6), recipe, seed=0, device="cpu")
+    assert caught.value.exit_code == 6
+    assert isinstance(caught.value, MemoryError)
+
+
+def test_the_average_follows_the_weights_and_is_what_is_evaluated_and_left():
+    model, plain, copies = small(), small(), []
+    recipe = Recipe(epochs=1, batch_size=8, lr=0.1, ema=0.8)
+    fit(plain, Colours(24), Colours(9), dataclasses.replace(recipe, ema=0.0), seed=0, device="cpu",
+        on_step=lambda work: copies.append(bits(plain)))  # fmt: skip
+    history = fit(model, Colours(24), Colours(9), recipe, seed=0, device="cpu")
+    torch.manual_seed(0)
+    expected = bits(small())
+    for step, weights in enumerate(copies[:3], 1):
+        decay = min(0.8, (1 + step) / (10 + step))
+        for name, tensor in weights.items():
+            if tensor.is_floating_point():
+                expected[name] = expected[name] + (1 - decay) * (tensor - expected[name])
+    for name, tensor in bits(model).items():
+        if tensor.is_floating_point():
+            assert torch.allclose(tensor, expected[name], atol=1e-6), name
+    assert evaluate(model, Colours(9), device="cpu").loss == pytest.approx(history[0]["val_loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp64"])
+def test_other_precisions_train_and_fp64_is_closest_to_itself(precision):
+    recipe = Recipe(epochs=2, batch_size=8, lr=0.1, precision=precision)
+    model, single = small(), small()
+    history = fit(model, Colours(24), Colours(9), recipe, seed=0, device="cpu")
+    fit(single, Colours(24), Colours(9), dataclasses.replace(recipe, precision="fp32"), seed=0, device="cpu")
+    assert history[1]["train_loss"] < history[0]["train_loss"]
+    kind = torch.float64 if precision == "fp64" else torch.float32
+    assert model[0].weight.dtype == kind
+    far = (model[0].weight - single[0].weight).abs().max().item()
+    assert 0 < far < (1e-5 if precision == "fp64" else 0.05)
+
+
+def test_a_compiled_network_is_trained_under_its_own_names(monkeypatch):
+    compiled = []
+
+    def compile(model):
+        compiled.append(model)
+        return torch._dynamo.optimize("eager")(model)
+
+    monkeypatch.setattr(torch, "compile", compile)
+    model, plain = small(), small()
+    fit(model, Colours(12), Colours(6), dataclasses.replace(SHORT, compile=True), seed=0, device="cpu")
+    fit(plain, Colours(12), Colours(6), SHORT, seed=0, device="cpu")
+    assert compiled == [model]
+    assert same(bits(model), bits(plain))
+
+
+def test_gates_get_their_own_rate_and_biases_and_norms_no_decay():
+    model = cbam.attach(cbam.build("resnet_tiny", num_classes=10))
+    groups = parameter_groups(Recipe(lr=0.1, attention_lr=10.0, decay_matrices_only=True), model)
+    told = [(group["lr"], group["weight_decay"], len(group["params"])) for group in groups]
+    assert [kind[:2] for kind in told] == [(0.1, 1e-4), (0.1, 0.0), (1.0, 1e-4), (1.0, 0.0)]
+    assert sum(count for *_, count in told) == len(list(model.parameters()))
+    assert all(p.ndim < 2 for group in groups[1::2] for p in group["params"])
+    (one,) = parameter_groups(Recipe(), model)
+    assert [id(p) for p in one["params"]] == [id(p) for p in model.parameters()]
+
+
+def test_a_synchronised_batchnorm_is_refused_where_torch_has_none():
+    with pytest.raises(ConfigError, match="for GPUs only"):
+        fit(small(), Colours(12), Colours(6), dataclasses.replace(SHORT, sync_bn=True), seed=0, device="cpu")
 
 
 def test_a_loading_process_that_dies_is_a_data_error():

@@ -1,5 +1,6 @@
 """A run that is told to stop, or meets a full disk or a loss that is not finite; and how it goes on."""
 
+import dataclasses
 import json
 import os
 import resource
@@ -15,7 +16,7 @@ from cbam.data import Images
 from cbam.errors import CheckpointError, NonFiniteError, OutputError, StoppedError
 from cbam.train import Recipe, checkpoint, fit
 from cbam.train.folder import METRICS
-from cbam.train.keeper import Keeper
+from cbam.train.keeper import NONFINITE, Keeper
 
 RECIPE = Recipe(epochs=2, batch_size=4)  # 3 steps per epoch
 
@@ -51,12 +52,12 @@ class Watched(nn.Sequential):
         return super().forward(input)
 
 
-def train(folder: Path, model: nn.Module | None = None, images: Images | None = None, **how) -> list[dict]:
+def train(folder: Path, model: nn.Module | None = None, images: Images | None = None, recipe=RECIPE, **how):
     found = checkpoint.newest(folder, print)
     how = {"save_every": 2, "log_every": 1, "say": lambda _: None, **how}
     keeper = Keeper(folder, {}, state=found[1] if found else None, **how)
     return fit(
-        model or Watched(), images or Colours(12), Colours(6), RECIPE, seed=0, device="cpu", keeper=keeper
+        model or Watched(), images or Colours(12), Colours(6), recipe, seed=0, device="cpu", keeper=keeper
     )
 
 
@@ -177,8 +178,47 @@ def test_a_loss_that_is_not_finite_stops_before_the_step_with_the_pictures_named
         NonFiniteError, match=r"epoch 0, step 2, of the training pictures \d+, \d+, \d+, \d+;"
     ):
         train(tmp_path, model)
-    assert files(tmp_path) == ["last.json", METRICS, "step-00000002.ckpt"]
+    assert files(tmp_path) == ["last.json", METRICS, NONFINITE, "step-00000002.ckpt"]
     assert len((tmp_path / METRICS).read_text().splitlines()) == 2
+
+
+def nan_at(*passes: int) -> Watched:
+    """A network whose output is NaN in these forward passes, and whose running statistics with it."""
+
+    class Nan(Watched):
+        def forward(self, input):
+            bad = self.passes + 1 in passes
+            return super().forward(input * float("nan") if bad else input)
+
+    return Nan()
+
+
+def test_before_a_step_whose_loss_is_not_finite_all_is_saved_and_resumed_to_the_same_end(tmp_path, calm):
+    # R10
+    said: list[str] = []
+    with pytest.raises(NonFiniteError, match="the loss is nan in epoch 0, step 2"):
+        train(tmp_path, nan_at(3), save_every=None, say=said.append)
+    assert "step-00000002.ckpt" in files(tmp_path)
+    pictures = json.loads((tmp_path / NONFINITE).read_text())["pictures"]
+    assert len(pictures) == 4
+    train(tmp_path)
+    assert bits(tmp_path) == bits(calm)
+
+
+def test_a_step_whose_loss_is_not_finite_can_be_skipped_and_leaves_no_trace(tmp_path):
+    # R10
+    history = train(tmp_path, nan_at(2), recipe=dataclasses.replace(RECIPE, nonfinite="skip"))
+    assert all(entry["train_loss"] < 3 for entry in history)
+    found = checkpoint.newest(tmp_path, print)
+    assert found is not None
+    assert all(tensor.isfinite().all() for tensor in found[1]["model"].values())
+
+
+def test_more_than_ten_steps_in_a_row_are_not_skipped(tmp_path):
+    # R10
+    recipe = Recipe(epochs=5, batch_size=4, nonfinite="skip")
+    with pytest.raises(NonFiniteError, match="the 10 steps before were skipped"):
+        train(tmp_path, nan_at(*range(2, 40)), recipe=recipe)
 
 
 def test_weights_that_are_not_finite_are_never_saved(tmp_path):

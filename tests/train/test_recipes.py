@@ -27,6 +27,18 @@ def test_the_papers_recipe_is_the_papers():
     assert (config.model, config.size) == ("resnet50+cbam", 224)
 
 
+def test_the_modern_recipe_has_what_came_later():
+    config = recipe("imagenet/modern")
+    assert (config.schedule, config.precision, config.compile) == ("cosine", "bf16", True)
+    assert min(config.warmup_epochs, config.label_smoothing, config.mixup, config.cutmix, config.ema) > 0
+
+
+def test_fine_tuning_trains_the_gates_faster_than_the_network():
+    config = recipe("imagenet/finetune")
+    assert config.attention_lr > 1
+    assert config.lr < recipe("imagenet/paper").lr
+
+
 @pytest.mark.parametrize(
     ("wrong", "right"), [("digit", "digits"), ("imagenet/papers", "imagenet/paper"), ("", "")]
 )
@@ -60,6 +72,10 @@ def test_all_problems_of_a_config_are_told_together():
 def test_what_is_computed_may_not_change_and_where_it_is_may():
     # R13
     before = dataclasses.asdict(recipe("imagenette"))
-    refused, free = changes(before, {**before, "lr": 0.2, "seed": 3, "device": "cpu", "data": "elsewhere"})
+    now = {**before, "lr": 0.2, "seed": 3, "device": "cpu", "data": "elsewhere", "devices": 2}
+    refused, free = changes(before, now)
     assert refused == ["lr 0.1 -> 0.2", "seed 0 -> 3"]
-    assert free == ["data None -> 'elsewhere'", "device 'auto' -> 'cpu'"]
+    assert free == ["data None -> 'elsewhere'", "device 'auto' -> 'cpu'", "devices 1 -> 2"]
+    refused, free = changes(before, now, override=True)
+    assert refused == ["seed 0 -> 3"]
+    assert free[1] == "lr 0.1 -> 0.2"

@@ -13,8 +13,17 @@ import cbam
 from cbam.errors import CheckpointError, CheckpointNotFoundError, ConfigError, StoppedError
 from cbam.train import Config, checkpoint, run, score
 from cbam.train.folder import CONFIG, METRICS
+from cbam.train.material import network
 
-SMALL = {"limit": 24, "epochs": 2, "batch_size": 8, "save_every": 2, "log_every": 1, "device": "cpu"}
+SMALL = {
+    "limit": 24,
+    "epochs": 2,
+    "batch_size": 8,
+    "save_every": 2,
+    "log_every": 1,
+    "device": "cpu",
+    "loggers": (),
+}
 
 
 class Watch:
@@ -31,10 +40,11 @@ class Watch:
         self.done += share
 
 
-def digits(folder: Path, *, watch=None, resume=None, max_time=None, **settings) -> list[dict]:
+def digits(folder: Path, *, watch=None, resume=None, max_time=None, override=False, **settings) -> list[dict]:
     """A run of a few steps; resumed, it is told nothing that it should know."""
     given = settings if resume else {**SMALL, **settings}
-    return run("digits", given, folder, watch or Watch(), resume=resume, max_time=max_time)
+    how = {"resume": resume, "max_time": max_time, "override": override}
+    return run("digits", given, folder, watch or Watch(), **how)
 
 
 @pytest.fixture(scope="module")
@@ -130,10 +140,61 @@ def test_settings_that_change_the_run_are_refused_and_others_told(folder):
         digits(folder, resume="auto", lr=0.1, seed=1)
     with pytest.raises(ConfigError, match="recipe 'digits' -> 'folder'"):
         run("folder", {}, folder, Watch(), resume="auto")
+    with pytest.raises(ConfigError, match=r"lr 0\.05 -> 0\.1; .* --override to go on"):
+        digits(folder, resume="auto", lr=0.1)
+    with pytest.raises(ConfigError, match=r"model 'resnet_tiny\+cbam' -> 'resnet_tiny'"):
+        digits(folder, resume="auto", model="resnet_tiny", override=True)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     watch = Watch()
     digits(folder, resume="auto", keep=1, lr=0.05, watch=watch)
     assert "changed: keep 3 -> 1" in watch.said
+
+
+def test_a_run_goes_on_with_another_rate_and_more_epochs_where_that_is_asked_for(folder):
+    # R13
+    watch = Watch()
+    history = digits(folder, resume="auto", override=True, lr=0.2, epochs=4, schedule="constant", watch=watch)
+    assert [entry["epoch"] for entry in history] == [0, 1, 2, 3]
+    assert [entry["lr"] for entry in history][2:] == [0.2, 0.2]
+    assert "changed: lr 0.05 -> 0.2" in watch.said
+    assert json.loads((folder / CONFIG).read_text())["epochs"] == 4
+    again = digits(folder, resume="auto")  # what it began with is what it now has
+    assert again[-1]["lr"] == 0.2
+
+
+def test_a_run_with_every_setting_is_stopped_and_ends_bitwise_the_same_and_is_scored_by_its_average(tmp_path):
+    # R1, R27: the average, the two batches of a step, mixing
+    settings = {
+        "ema": 0.9, "accumulate": 2, "mixup": 0.2, "cutmix": 1.0, "label_smoothing": 0.1, "precision": "bf16",
+        "warmup_epochs": 0.5, "attention_lr": 3.0, "decay_matrices_only": True,
+    }  # fmt: skip
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    history = digits(whole, **settings)
+    with pytest.raises(StoppedError):
+        digits(cut, max_time=1e-3, **settings)
+    digits(cut, resume="auto")
+    ours, theirs = weights(cut), weights(whole)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert (cut / METRICS).read_text() == (whole / METRICS).read_text()
+    scored, _ = score(cut, device="cpu")
+    assert scored.loss == pytest.approx(history[-1]["val_loss"], rel=1e-5)
+    state = checkpoint.load(checkpoint.checkpoints(cut)[0])
+    assert state["average"]["updates"] == 6
+    assert not torch.equal(state["average"]["tensors"]["fc.weight"], state["model"]["fc.weight"])
+
+
+def test_a_run_begins_with_the_weights_of_a_file(tmp_path):
+    torch.manual_seed(5)
+    plain = cbam.build("resnet_tiny", num_classes=10)
+    torch.save(plain.state_dict(), tmp_path / "plain.pth")
+    config = Config("digits", pretrained=str(tmp_path / "plain.pth"))
+    image = torch.randn(2, 3, 64, 64)
+    model = network(config, 10)
+    assert torch.equal(model.eval()(image), plain.eval()(image))  # the identity start
+    other = network(config, 7)  # another head is made anew
+    assert torch.equal(other.conv1.weight, plain.conv1.weight)
+    with pytest.raises(CheckpointNotFoundError):
+        digits(tmp_path / "run", pretrained=str(tmp_path / "nowhere.pth"))
 
 
 def test_a_score_is_that_of_the_last_epoch(finished):
@@ -174,7 +235,7 @@ def pictures(tmp_path):
 
 def test_a_folder_is_trained_on_moved_and_evaluated(pictures, tmp_path):
     out = tmp_path / "run"
-    settings = {"model": "resnet_tiny", "epochs": 1, "batch_size": 4, "device": "cpu"}
+    settings = {"model": "resnet_tiny", "epochs": 1, "batch_size": 4, "device": "cpu", "loggers": ()}
     with pytest.raises(ConfigError, match="needs DATA"):
         run("folder", settings, out, Watch())
     assert not out.exists()

@@ -3,9 +3,10 @@
 import argparse
 from pathlib import Path
 
-from cbam.app.commands.train import EXTRAS
+from cbam.app.commands.train import EXTRAS, to_start, uses_cuda
 from cbam.app.options import Parser, count, need, terminable
 from cbam.app.terminal import show
+from cbam.train.launch import launch, place
 
 HELP = "evaluate a checkpoint, or the weights of a named network"
 
@@ -20,19 +21,27 @@ def add(parser: Parser) -> None:
     parser.add_argument("--size", type=count, metavar="PIXELS", help="side of the pictures")
     parser.add_argument("--batch-size", type=count, default=256, metavar="N", help="(default: 256)")
     parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu or cuda (default: auto)")
+    parser.add_argument(
+        "--devices", type=count, default=1, metavar="N", help="processes that share it (default: 1)"
+    )
     parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes that load pictures")
 
 
 def run(options: argparse.Namespace) -> int:
     """Evaluate, and print the errors."""
     need("cbam eval", EXTRAS)
+    if (processes := to_start({"devices": options.devices})) > 1:
+        return launch(options.argv, processes)
     from cbam.train import score
+    from cbam.train.distributed import joined
 
-    with terminable():
+    here = place()
+    with terminable(), joined(here, cuda=uses_cuda({"device": options.device})):
         scored, what = score(
             Path(options.file), data=options.data, model=options.model, size=options.size,
             batch_size=options.batch_size, device=options.device, workers=options.workers,
         )  # fmt: skip
     top5 = "" if scored.top5 is None else f", top-5 error {scored.top5:.2f} %"
-    show(f"{what}: top-1 error {scored.top1:.2f} %{top5}, loss {scored.loss:.4f}")
+    if here is None or here.rank == 0:
+        show(f"{what}: top-1 error {scored.top1:.2f} %{top5}, loss {scored.loss:.4f}")
     return 0

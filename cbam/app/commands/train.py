@@ -3,10 +3,13 @@
 import argparse
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 from cbam.app.options import Parser, add_setting, duration, given, need, terminable
 from cbam.app.terminal import progress, show
-from cbam.train.recipes import RECIPES, Config
+from cbam.errors import ConfigError
+from cbam.train.launch import launch, place
+from cbam.train.recipes import RECIPES, Config, recipe
 
 HELP = "train a network by a recipe; a stopped run can be resumed"
 RUNS = "cbam-runs"
@@ -29,6 +32,11 @@ def add(parser: Parser) -> None:
         help="go on from the newest valid checkpoint of the folder, if it has one, or from this one",
     )
     parser.add_argument(
+        "--override",
+        action="store_true",
+        help="let a resumed run go on with another learning rate, schedule or number of epochs",
+    )
+    parser.add_argument(
         "--max-time",
         type=duration,
         metavar="TIME",
@@ -40,17 +48,42 @@ def run(options: argparse.Namespace) -> int:
     """Train, and print the last epoch."""
     settings = given(options, Config)
     settings.pop("recipe", None)
+    recipe(options.recipe)
     need("cbam train", EXTRAS)
+    if (processes := to_start(settings)) > 1:
+        return launch(options.argv, processes)
     from cbam.train import run
+    from cbam.train.distributed import joined
 
-    folder = _folder(options)
-    with terminable(), progress() as watch:
+    folder, here = _folder(options), place()
+    quiet = here is not None and here.rank > 0
+    with terminable(), progress(quiet=quiet) as watch, joined(here, cuda=uses_cuda(settings)):
         history = run(
-            options.recipe, settings, folder, watch, resume=options.resume, max_time=options.max_time
-        )
+            options.recipe, settings, folder, watch, resume=options.resume, max_time=options.max_time,
+            override=options.override,
+        )  # fmt: skip
     last = history[-1]
-    show(f"Done: top-1 error {last['val_top1']:.2f} %, validation loss {last['val_loss']:.4f}; in {folder}")
+    if not quiet:
+        show(
+            f"Done: top-1 error {last['val_top1']:.2f} %, validation loss {last['val_loss']:.4f}; in {folder}"
+        )
     return 0
+
+
+def to_start(settings: dict[str, Any]) -> int:
+    """How many processes this one shall start, if it is none of several already."""
+    if place() is not None:
+        return 1
+    if settings.get("nodes", 1) > 1:
+        raise ConfigError("on several machines start it by torchrun or srun on each; see docs/training.md")
+    return settings.get("devices", 1)
+
+
+def uses_cuda(settings: dict[str, Any]) -> bool:
+    """Whether the processes have a GPU each."""
+    from cbam.train import pick_device
+
+    return pick_device(settings.get("device", "auto")).type == "cuda"
 
 
 def _folder(options: argparse.Namespace) -> Path:

@@ -1,0 +1,269 @@
+"""Compile every Triton kernel ahead of time, with no GPU, and examine what came out.
+
+    python -m benchmarks.aot [--all] [--verbose]
+
+The launchers run on tensors without data and each launch is recorded instead of made; every different
+specialisation is then compiled for each architecture, and its PTX and its resources are examined:
+
+- no `max.f32` or `max.f64` that drops NaN, but in the kernels of DROPS_NAN, where it is shown why it is safe,
+- no TF32,
+- no register spilled, no stack, at most 48 KB of shared memory, at most 128 registers but in MANY_REGISTERS.
+
+Without --all: a map of every kind, float32 and bfloat16 in both layouts, for sm_80 and sm_90.
+"""
+
+import argparse
+import itertools
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from cbam.ops import triton_kernels
+
+ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
+PROCESSORS = 132
+MAX_SHARED, MAX_REGISTERS = 48 * 1024, 128
+
+# Where a maximum may drop NaN: every value that reaches `tl.max` has passed `value > best`, which is false
+# for NaN, so none can be NaN. The NaN of the map goes on by another way.
+DROPS_NAN = {
+    "pool": "the mean takes NaN to the gate; with max alone the extremum is made NaN by a flag of integers",
+    "squeeze": "the sum over the channels takes NaN to the convolution, at the same pixels",
+    "reduce_gradient": "q0 is used for dw only, beside q1, which has the NaN; dMs has it as well",
+}
+MANY_REGISTERS: dict[str, str] = {}
+
+TYPES = {
+    torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64",
+    torch.int32: "i32",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One specialisation of a kernel, as the runtime would compile it."""
+
+    kernel: str
+    module: str
+    signature: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, Any], ...]
+    divisible: tuple[str, ...]
+    warps: int
+    programs: int = field(compare=False)
+    case: str = field(compare=False)
+
+
+def specialised(
+    kernel: Any, programs: int, arguments: tuple[Any, ...], constants: dict[str, Any], case: str
+) -> Launch:
+    """What the runtime makes of the arguments: None and 1 are constants, multiples of 16 known as such."""
+    warps = constants.pop("num_warps", 4)
+    given = {**dict(zip(kernel.arg_names, arguments, strict=False)), **constants}
+    signature, fixed, divisible = {}, {}, []
+    for name, value in given.items():
+        if isinstance(value, torch.Tensor):
+            signature[name] = f"*{TYPES[value.dtype]}"
+            if value.storage_offset() * value.itemsize % 16 == 0:
+                divisible.append(name)
+        elif name in constants or value is None or value == 1:
+            signature[name], fixed[name] = "constexpr", value
+        else:
+            signature[name] = "i32"
+            if value % 16 == 0:
+                divisible.append(name)
+    return Launch(
+        kernel.fn.__name__, kernel.fn.__module__, tuple(signature.items()), tuple(fixed.items()),
+        tuple(divisible), warps, programs, case,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Form:
+    """One way to call the tail: which parts are there, which statistics are the batch's."""
+
+    name: str
+    norm: str = "batch"
+    pools: str = "avg max"
+    spatial: str = "batch"
+    shortcut: bool = True
+    save: bool = True
+    side: int = 7
+
+
+FORMS = (
+    Form("tail, training"),
+    Form("tail, inference", norm="running", spatial="running", save=False),
+    Form("tail, frozen", norm="running", spatial="running"),
+    Form("block", norm="", shortcut=False),
+    Form("block, inference", norm="", spatial="running", shortcut=False, save=False),
+    Form("channels", pools="max", spatial=""),
+    Form("squeeze and excitation", norm="", pools="avg", spatial="", shortcut=False),
+    Form("pixels", norm="", pools="", side=5),
+)
+SHAPES = ((8, 256, 56, 56), (8, 2048, 7, 7), (2, 24, 14, 14), (1, 3, 13, 17), (128, 64, 112, 112))
+
+
+def launches(
+    shape: tuple[int, ...], dtype: torch.dtype, nhwc: bool, form: Form, offset: int = 0
+) -> list[Launch]:
+    """The launches of a forward, and of its backward, on tensors without data, `offset` values unaligned."""
+    N, C, H, W = shape
+    found: list[Launch] = []
+
+    def vector(*size: int) -> torch.Tensor:
+        return torch.empty(size, device="meta")
+
+    def map() -> torch.Tensor:
+        t = torch.empty(N * C * H * W + offset, dtype=dtype, device="meta")[offset:]
+        return t.view(N, H, W, C).permute(0, 3, 1, 2) if nhwc else t.view(N, C, H, W)
+
+    def record(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
+        case = f"{form.name} {shape} {TYPES[dtype]} {'NHWC' if nhwc else 'NCHW'}"
+        found.append(specialised(kernel, programs, arguments, constants, case))
+
+    hidden, relu = max(1, C // 16), form.shortcut
+    norm = [vector(C) if form.norm else None for _ in range(4)]
+    weights = [vector(hidden, C), vector(hidden), vector(C, hidden), vector(C)] if form.pools else [None] * 4
+    spatial = (
+        [vector(1, 2, form.side, form.side), *(vector(1) for _ in range(4))] if form.spatial else [None] * 5
+    )
+    launch, count = triton_kernels.launch, triton_kernels.processors
+    triton_kernels.launch, triton_kernels.processors = record, lambda device: PROCESSORS
+    try:
+        x, middle = map(), [*weights, "avg" in form.pools, "max" in form.pools, 1.0]
+        bn, where = (form.norm == "batch", 1e-5), (form.spatial == "batch", 1e-5, 1.0)
+        shortcut = map() if form.shortcut else None
+        arguments: list[Any] = [x, shortcut, *norm, *bn, *middle, *spatial, *where, relu, form.save]
+        out, *saved = triton_kernels.tail(*arguments)
+        if form.save:
+            arguments = [map(), x, out if relu else None, *norm[:2], *bn, *middle, *spatial[:3], *where]
+            arguments += [relu, *saved, True, True]
+            triton_kernels.tail_backward(*arguments)
+    finally:
+        triton_kernels.launch, triton_kernels.processors = launch, count
+    return found
+
+
+def cases(full: bool) -> Iterator[tuple[tuple[int, ...], torch.dtype, bool, Form, int]]:
+    """Maps and forms whose launches are compiled."""
+    dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    if full:
+        for shape, dtype, nhwc, form in itertools.product(SHAPES, dtypes, (False, True), FORMS):
+            yield shape, dtype, nhwc, form, 0
+        for dtype, nhwc in itertools.product(dtypes, (False, True)):
+            yield SHAPES[0], dtype, nhwc, FORMS[0], 1
+    else:
+        for dtype, nhwc in itertools.product(dtypes[:2], (False, True)):
+            yield SHAPES[0], dtype, nhwc, FORMS[0], 0
+
+
+@dataclass(frozen=True)
+class Result:
+    """What compiling one launch for one architecture gave."""
+
+    launch: Launch
+    sm: int
+    registers: int = 0
+    stack: int = 0
+    local: int = 0
+    shared: int = 0
+    faults: tuple[str, ...] = ()
+
+
+def compiled(launch: Launch, sm: int) -> Result:
+    """Compile and examine."""
+    kernel = getattr(sys.modules[launch.module], launch.kernel)
+    signature = dict(launch.signature)
+    attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in launch.divisible}
+    source = ASTSource(kernel, signature, dict(launch.constants), attributes)
+    options = {"num_warps": launch.warps, "num_stages": 2, "enable_fp_fusion": False}
+    try:
+        binary = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
+    except Exception as error:  # the compiler fails in any way it likes; it is a row, not the end
+        text = f"{type(error).__name__}: {error}".strip().splitlines()
+        return Result(launch, sm, faults=(" | ".join(text[:1] + text[-3:]),))
+    used = resources(binary.asm["cubin"])
+    shared = max(used["SHARED"], binary.metadata.shared)
+    result = Result(launch, sm, used["REG"], used["STACK"], used["LOCAL"], shared)
+    return Result(
+        launch,
+        sm,
+        used["REG"],
+        used["STACK"],
+        used["LOCAL"],
+        shared,
+        tuple(faults(result, binary.asm["ptx"])),
+    )
+
+
+def faults(result: Result, ptx: str) -> Iterator[str]:
+    """What a kernel may not have."""
+    kernel = result.launch.kernel
+    dropping = [line for line in re.findall(r"\b(?:max|min)\.f\w+[^;]*", ptx) if ".NaN" not in line]
+    if dropping and kernel not in DROPS_NAN:
+        yield f"drops NaN: {dropping[0].strip()}"
+    if "tf32" in ptx:
+        yield "TF32"
+    if result.local or result.stack:
+        yield f"{result.stack} bytes of stack, {result.local} of spills"
+    if result.shared > MAX_SHARED:
+        yield f"{result.shared} bytes of shared memory"
+    if result.registers > MAX_REGISTERS and kernel not in MANY_REGISTERS:
+        yield f"{result.registers} registers"
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    """REG, STACK, SHARED and LOCAL of the kernel in `cubin`, by the disassembler that Triton brings."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run(
+            [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    return {name: int(value) for name, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", text)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Compile every Triton kernel ahead of time and examine it.")
+    parser.add_argument("--all", action="store_true", help="every form, type and architecture")
+    parser.add_argument("--verbose", action="store_true", help="a line for each kernel that was compiled")
+    parser.add_argument("--jobs", type=int, default=2)
+    options = parser.parse_args()
+    found = {launch: None for case in cases(options.all) for launch in launches(*case)}
+    targets = ARCHITECTURES if options.all else (80, 90)
+    work = [(launch, sm) for launch in found for sm in targets]
+    wrong = 0
+    with ProcessPoolExecutor(options.jobs) as pool:
+        for result in pool.map(compiled, *zip(*work, strict=True), chunksize=4):
+            wrong += bool(result.faults)
+            if result.faults or options.verbose:
+                print(line(result), flush=True)
+    kernels = len({launch.kernel for launch in found})
+    print(
+        f"{len(work)} compilations of {kernels} kernels for sm_{', '.join(map(str, targets))}: "
+        f"{wrong} with faults"
+    )
+    sys.exit(wrong > 0)
+
+
+def line(result: Result) -> str:
+    launch = result.launch
+    tile = " ".join(f"{k}={v}" for k, v in launch.constants if k in ("BC", "BP", "BN", "BH", "S", "CS"))
+    what = "; ".join(result.faults) or f"{result.registers} registers, {result.shared} bytes shared"
+    return f"sm_{result.sm:<3} {launch.kernel:19} {launch.warps} warps {tile}  {launch.case}: {what}"
+
+
+if __name__ == "__main__":
+    main()

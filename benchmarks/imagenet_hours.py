@@ -1,0 +1,124 @@
+"""How long the ImageNet tables take on machines like this one: `python -m benchmarks.imagenet_hours`.
+
+Training steps and inferences of every row are timed in turns on pictures of noise, in bfloat16 as the studies
+train, and the hours of a run follow from ImageNet's number of pictures. A row per network and device goes to
+benchmarks/results/imagenet-<device>-torch<version>.json, which docs/evidence.md reads. Reading pictures is
+not in it: they must come as fast as the last column says, on every device.
+"""
+
+import argparse
+import json
+import re
+import statistics
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cbam.errors import ConfigError
+from cbam.studies import machine
+from cbam.studies.speed import interleaved
+from cbam.studies.study import imagenet, run_config
+from cbam.studies.tables import STUDIES
+from cbam.studies.training import plain, refine
+from cbam.train import pick_device
+
+TRAIN, VAL, CLASSES = 1_281_167, 50_000, 1000
+RESULTS = Path(__file__).parent / "results"
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure, print, write."""
+    options = _options(argv)
+    device = pick_device(options.device)
+    arms = STUDIES[options.study].arms
+    unknown = set(options.arms or ()) - set(arms)
+    if unknown:
+        raise ConfigError(
+            f"study {options.study} has no row {', '.join(unknown)}; its rows: {', '.join(arms)}"
+        )
+    measured = measure({n: arms[n] for n in options.arms or arms}, options.batch_size, options.size, device)
+    told = {
+        "study": options.study,
+        "device": machine.describe(device),
+        "versions": machine.versions(),
+        "batch_size": options.batch_size,
+        "size": options.size,
+        "rows": measured,
+    }
+    kind = re.sub(r"[^A-Za-z0-9]+", "-", told["device"]["name"]).strip("-").lower()
+    out = Path(options.out) / f"imagenet-{kind}-torch{told['versions']['torch']}.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(told, indent=1) + "\n", "utf-8")
+    print("\n".join(lines(told, seeds=options.seeds, devices=options.devices)))
+    print(out)
+
+
+class HalfPrecision(nn.Module):
+    """Runs a network in bfloat16 where that is safe, weights and logits in float32, as training does."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, torch.bfloat16):
+            return self.model(x).float()
+
+
+def measure(arms: dict[str, Any], batch_size: int, size: int, device: torch.device) -> dict[str, dict]:
+    """Pictures per second of training and of inference, of every row."""
+    protocol = imagenet()
+    models = {}
+    for name, arm in arms.items():
+        config = run_config(protocol, arm, 0)
+        models[name] = HalfPrecision(refine(plain(config, CLASSES), config))
+    images, targets = torch.randn(batch_size, 3, size, size), torch.randint(CLASSES, (batch_size,))
+    times = interleaved(models, images, targets, protocol.recipe(), device)
+    return {
+        name: {kind: batch_size / statistics.median(seconds) for kind, seconds in own.items()}
+        for name, own in times.items()
+    }
+
+
+def hours(row: dict[str, float]) -> float:
+    """Hours of one run on one device: training, and a validation after every epoch."""
+    return imagenet().epochs * (TRAIN / row["train"] + VAL / row["inference"]) / 3600
+
+
+def lines(told: dict[str, Any], *, seeds: int, devices: int) -> list[str]:
+    """The table and its sum, as Markdown."""
+    rows = told["rows"]
+    name = told["device"]["name"]
+    found = [
+        f"| row | pictures/s in training, {name} | hours of a run |",
+        "| --- | --- | --- |",
+        *(f"| {row} | {own['train']:,.0f} | {hours(own):.1f} |" for row, own in rows.items()),
+    ]
+    whole = seeds * sum(hours(row) for row in rows.values())
+    fastest = max(row["train"] for row in rows.values())
+    found += [
+        "",
+        f"All {len(rows)} rows with {seeds} seeds: {whole:,.0f} hours of one {name}, "
+        f"{whole / devices:,.0f} hours of {devices}, a run on each. Pictures must come at up to "
+        f"{fastest:,.0f} a second for every device.",
+    ]
+    return found
+
+
+def _options(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.imagenet_hours", description=__doc__)
+    parser.add_argument("--study", default="networks", choices=STUDIES, metavar="NAME")
+    parser.add_argument("--arms", nargs="+", metavar="ROW", help="these rows alone")
+    parser.add_argument("--devices", type=int, default=8, metavar="N", help="(default: 8)")
+    parser.add_argument("--seeds", type=int, default=5, metavar="N", help="(default: 5)")
+    parser.add_argument("--batch-size", type=int, default=imagenet().batch_size, metavar="N")
+    parser.add_argument("--size", type=int, default=imagenet().size, metavar="PIXELS")
+    parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu or cuda")
+    parser.add_argument("--out", default=str(RESULTS), metavar="DIR")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""`cbam study`."""
+
+import argparse
+import time
+
+from cbam.app.options import Parser, count, duration, need, terminable
+from cbam.app.terminal import progress, show
+from cbam.errors import StoppedError
+from cbam.studies.study import PRECISIONS, SEEDS
+from cbam.studies.tables import STUDIES
+
+HELP = "fill tables of the paper: train what has no record yet, and compute the tables from the records"
+OUT = "results"
+EXTRAS = {"train": ("torchvision", "PIL", "sklearn", "pytorch_lightning")}
+_CHANGES = ("network", "epochs", "batch_size", "lr", "size", "limit", "precision")
+
+
+def add(parser: Parser) -> None:
+    """The options: which study, on what, how much of it, and what to change of the usual training."""
+    parser.add_argument("name", nargs="*", metavar="NAME", help=f"of {', '.join(STUDIES)}; without: a list")
+    parser.add_argument(
+        "--dataset", default="digits", metavar="D", help="digits, or an image folder (default: digits)"
+    )
+    parser.add_argument(
+        "--seeds", type=count, default=SEEDS, metavar="N", help=f"repetitions of every row (default: {SEEDS})"
+    )
+    parser.add_argument("--arms", nargs="+", metavar="ROW", help="these rows alone")
+    parser.add_argument(
+        "--budget", type=duration, metavar="TIME", help="stop before this is over: 90m, 11.5h"
+    )
+    parser.add_argument(
+        "--out", default=OUT, metavar="DIR", help=f"where the folder of the study is (default: {OUT})"
+    )
+    parser.add_argument("--plan", action="store_true", help="say what there is to do, and do nothing")
+    parser.add_argument("--tables", action="store_true", help="compute the tables anew, and train nothing")
+    parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu or cuda (default: auto)")
+    parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes that load pictures")
+    parser.add_argument(
+        "--commit", metavar="SHA", help="what this code is a copy of, where it is no git checkout"
+    )
+    absent = argparse.SUPPRESS  # the usual value depends on the data set
+    parser.add_argument("--network", default=absent, metavar="NAME", help="network, see `cbam list`")
+    parser.add_argument("--epochs", type=count, default=absent, metavar="N", help="epochs of a run")
+    parser.add_argument("--batch-size", type=count, default=absent, metavar="N", help="pictures per step")
+    parser.add_argument("--lr", type=float, default=absent, metavar="RATE", help="highest learning rate")
+    parser.add_argument("--size", type=count, default=absent, metavar="PIXELS", help="side of the pictures")
+    parser.add_argument(
+        "--limit", type=count, default=absent, metavar="N", help="about N pictures of each set"
+    )
+    parser.add_argument("--precision", default=absent, metavar="NAME", help=f"one of {', '.join(PRECISIONS)}")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Fill the studies one after another, as far as the time reaches, and print their tables."""
+    if not options.name:
+        return _list()
+    need("cbam study", EXTRAS)
+    from cbam.studies.conduct import find_study, told, write_tables
+    from cbam.studies.records import Records
+
+    folders = {name: (Records(options.out, name), find_study(name)) for name in options.name}
+    left = 0
+    if options.tables:
+        for folder in folders.values():
+            write_tables(*folder)
+    else:
+        left = _fill(options)
+    if options.plan:
+        return 0
+    for records, study in folders.values():
+        if table := told(records, study):
+            show("")
+            show(table)
+            show(f"Records, tables and figures: {records.path}")
+    if left:
+        raise StoppedError(f"{left} runs are still without a record; the same command goes on with them")
+    return 0
+
+
+def _fill(options: argparse.Namespace) -> int:
+    """How many runs are left after this."""
+    from cbam.studies.conduct import conduct, find_pictures, prepare
+
+    changes = {name: getattr(options, name) for name in _CHANGES if hasattr(options, name)}
+    end = None if options.budget is None else time.monotonic() + options.budget
+    begun = []
+    with terminable(), progress() as watch:
+        pictures = find_pictures(options.dataset, changes)
+        for name in options.name:
+            filling = prepare(
+                name, pictures, changes, out=options.out, device=options.device, workers=options.workers,
+                arms=options.arms, commit=options.commit, watch=watch,
+            )  # fmt: skip
+            watch.say(filling.plan(options.seeds))
+            if options.plan:
+                continue
+            if filling.origin["dirty"] is not False:
+                watch.say(f"note: {_uncounted(filling.origin)}; these runs will not count")
+            budget = None if end is None else max(0.0, end - time.monotonic())
+            conduct(filling, seeds=options.seeds, budget=budget, share=1 / len(options.name))
+            begun.append(filling)
+    return sum(len(filling.missing(options.seeds)) for filling in begun)
+
+
+def _uncounted(origin: dict) -> str:
+    if origin["dirty"]:
+        return "the code differs from its commit"
+    return "no commit is known of this code (--commit says it)"
+
+
+def _list() -> int:
+    for name, study in STUDIES.items():
+        show(f"{name:<11}{study.title}: {len(study.arms)} rows")
+        show(f"{'':<11}{', '.join(study.arms)}")
+    return 0

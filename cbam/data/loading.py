@@ -1,0 +1,284 @@
+"""Batches of a set of pictures, for one process or for each of several.
+
+Where a sample comes in an epoch is a function of (seed, epoch, index), and of nothing else: a step of N
+pictures is the same N pictures however many processes, and however many parts of a step, share them.
+"""
+
+import ctypes
+import itertools
+import logging
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Sampler
+
+from cbam.data.images import MAX_SEED, Images, check_int, draws
+from cbam.errors import DataError, InputError
+
+PATIENCE = 300.0  # seconds that a process may take for a batch
+_POLL = 1.0  # seconds after which it is looked whether the processes are alive
+_RAISED = f"{DataError.__module__}.{DataError.__name__}: "
+_Key = tuple[int, int]
+
+_log = logging.getLogger("cbam")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Which part of every step is this process's: `rank` of `world`, in `accumulate` batches one by one.
+
+    A step is cut into world x accumulate equal parts. Where its pictures, the last of an epoch, do not fill
+    them, a part is filled up with pictures that do not count; `share` says how many do.
+    """
+
+    rank: int = 0
+    world: int = 1
+    accumulate: int = 1
+
+    @property
+    def parts(self) -> int:
+        """Number of parts of a step."""
+        return self.world * self.accumulate
+
+    def part(self, step: list[_Key], number: int) -> list[_Key]:
+        """Batch `number` (below `accumulate`) of this process in a step of these samples."""
+        size = -(-len(step) // self.parts)
+        first = (number * self.world + self.rank) * size
+        own = step[first : first + size]
+        return own + step[:1] * (size - len(own))
+
+    def share(self, samples: int, number: int) -> int:
+        """How many of the samples in `part(step, number)` count, in a step of `samples`."""
+        size = -(-samples // self.parts)
+        return min(size, max(0, samples - (number * self.world + self.rank) * size))
+
+
+ALONE = Shard()
+
+
+class EpochSampler(Sampler[_Key]):
+    """Yields (epoch, index) for every index once: in an order that (seed, epoch) makes, or in plain order.
+
+    In plain order the epoch is always 0, so that an evaluation sees the same samples each time; there
+    `shard` takes every world-th index.
+    """
+
+    def __init__(self, length: int, *, shuffle: bool, seed: int = 0, shard: Shard = ALONE) -> None:
+        self.length, self.shuffle, self.seed, self.epoch = length, shuffle, seed, 0
+        self.plain = range(length)[shard.rank :: shard.world]
+        self._seen = (0, 0)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Say which epoch the next iteration is; Lightning's Trainer does."""
+        self.epoch = epoch
+
+    def resume(self, epoch: int, samples: int) -> None:
+        """Go on in `epoch`: its first `samples` have been seen, and are neither yielded nor counted."""
+        self.epoch, self._seen = epoch, (epoch, samples)
+
+    def _start(self) -> int:
+        epoch, samples = self._seen
+        return samples if epoch == self.epoch else 0
+
+    def __iter__(self) -> Iterator[_Key]:
+        if not self.shuffle:
+            return iter([(0, index) for index in self.plain])
+        order = draws("order", self.seed, self.epoch).permutation(self.length).tolist()
+        return iter([(self.epoch, index) for index in order[self._start() :]])
+
+    def __len__(self) -> int:
+        return self.length - self._start() if self.shuffle else len(self.plain)
+
+
+class Batches(Sampler[list[_Key]]):
+    """The batches of one process: steps of `size` samples out of `sampler`, and of each the part of `shard`.
+
+    A last training step of one sample is left out, unless it is the only one. `skip` batches are left out of
+    the next iteration, and of no other.
+    """
+
+    def __init__(self, sampler: EpochSampler, size: int, shard: Shard) -> None:
+        self.sampler, self.size, self.shard, self.skip = sampler, size, shard, 0
+        self._leaves_one = sampler.shuffle and sampler.length > size and sampler.length % size == 1
+
+    def __iter__(self) -> Iterator[list[_Key]]:
+        skip, self.skip = self.skip, 0
+        return itertools.islice(self._all(), skip, None)
+
+    def _all(self) -> Iterator[list[_Key]]:
+        keys = list(self.sampler)
+        for first in range(0, self.steps() * self.size, self.size):
+            step = keys[first : first + self.size]
+            for number in range(self.shard.accumulate):
+                yield self.shard.part(step, number) if self.sampler.shuffle else step
+
+    def steps(self) -> int:
+        """Steps that an iteration has from here: fewer in an epoch that is resumed."""
+        return -(-len(self.sampler) // self.size) - self._leaves_one
+
+    def samples(self, step: int) -> int:
+        """Samples in a step of a whole epoch, those of all processes."""
+        return min(self.size, self.sampler.length - step * self.size)
+
+    def __len__(self) -> int:
+        return self.steps() * (self.shard.accumulate if self.sampler.shuffle else 1)
+
+
+class _Loader(DataLoader):
+    """A DataLoader that outlives the death of a worker once, and tells a DataError as it was raised."""
+
+    batch_sampler: Batches
+
+    def __init__(self, images: Images, batches: Batches, *, patience: float, **how: Any) -> None:
+        workers = how["num_workers"]
+        super().__init__(images, batch_sampler=batches, timeout=_POLL if workers else 0, **how)
+        object.__setattr__(self, "sampler", batches.sampler)  # a DataLoader lets nobody set it
+        self._patience, self._deaths = patience, 0
+
+    def __iter__(self):  # pyright: ignore[reportIncompatibleMethodOverride]
+        done = 0
+        while True:
+            self.batch_sampler.skip = done
+            batches = self._started()
+            try:
+                while True:
+                    batch = self._next(batches, done)
+                    done += 1
+                    yield batch
+            except StopIteration:
+                return
+            except DataError as error:
+                self._end(batches)
+                lines = [line for line in str(error).splitlines() if line.startswith(_RAISED)]
+                raise DataError(lines[-1].removeprefix(_RAISED) if lines else str(error)) from None
+            except RuntimeError as error:
+                self._restart(batches, error)
+
+    def _started(self):
+        """An iterator; without torch's handler, which raises the death of a worker at any line of a step."""
+        if not self.num_workers or threading.current_thread() is not threading.main_thread():
+            return super().__iter__()
+        before = signal.getsignal(signal.SIGCHLD)
+        batches = super().__iter__()
+        signal.signal(signal.SIGCHLD, before)
+        return batches
+
+    def _next(self, batches, done: int):
+        began = time.monotonic()
+        while True:
+            try:
+                return next(batches)
+            except RuntimeError as error:
+                if "timed out" not in str(error):
+                    raise
+                if time.monotonic() - began > self._patience:
+                    raise DataError(self._hung(batches, done)) from None
+            except (OSError, EOFError) as error:  # it died with a batch in its hands
+                if not self.num_workers:
+                    raise
+                raise RuntimeError(f"DataLoader worker ended early: {error}") from error
+
+    def _hung(self, batches, done: int) -> str:
+        worker = batches._task_info[batches._rcvd_idx][0]
+        self.batch_sampler.skip = done
+        pictures = [index for _, index in next(iter(self.batch_sampler), [])]
+        told = ", ".join(map(str, pictures[:8])) + (", ..." if len(pictures) > 8 else "")
+        return (
+            f"process {batches._workers[worker].pid} (loader worker {worker}) brought nothing for "
+            f"{self._patience:g} s; it was reading the pictures {told}"
+        )
+
+    def _restart(self, batches, error: RuntimeError) -> None:
+        if not self.num_workers or "DataLoader worker" not in str(error):
+            raise error
+        self._end(batches)
+        self._deaths += 1
+        if self._deaths > 1:
+            raise DataError(f"a process that loads pictures died, for the second time: {error}") from error
+        _log.warning("a process that loads pictures died and is started anew: %s", error)
+
+    def end(self) -> None:
+        """End the workers, if there are any."""
+        if self._iterator is not None:
+            self._end(self._iterator)
+
+    def _end(self, batches) -> None:
+        """End the workers now: the garbage collector would wait seconds, for a stopped one for ever."""
+        if self.num_workers:
+            for worker in batches._workers:
+                worker.kill()
+            batches._shutdown_workers()
+            self._iterator = None
+
+
+def _end_with_parent(worker: int) -> None:
+    """Let this worker be killed with the process that it loads for (Linux).
+
+    It would notice by itself after seconds, in which it keeps that process's connections to others open.
+    """
+    if sys.platform.startswith("linux"):
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+
+
+def loader(
+    images: Images,
+    batch_size: int,
+    *,
+    train: bool,
+    seed: int = 0,
+    workers: int = 0,
+    shard: Shard = ALONE,
+    patience: float = PATIENCE,
+) -> DataLoader:
+    """Batches of `images` as dicts: image uint8 (N, 3, S, S), target (N,), index (N,), box (N, 4).
+
+    For training the order and the random choices are functions of (seed, epoch, index); call
+    `loader.sampler.set_epoch(epoch)` before each epoch, as Lightning does. Every sample comes once in an
+    epoch. One exception: a last training batch of a single sample is left out, for BatchNorm cannot
+    train on it (that sample differs from epoch to epoch).
+
+    Args:
+        batch_size: samples per step of all processes together, of which each gets N; for evaluation, N.
+        train: shuffled if true; in plain order, always as in epoch 0, if false.
+        workers: processes that read ahead; they change the speed alone. One that dies is replaced, once.
+        shard: the part of this process.
+        patience: seconds that a worker may take for a batch.
+
+    Raises:
+        InputError: the samples of a step cannot be shared evenly.
+        DataError: no samples; while it runs: a bad picture, a worker that died again or brings nothing.
+    """
+    batch_size = check_int("batch_size", batch_size, 1, MAX_SEED)
+    workers = check_int("workers", workers, 0, 1024)
+    seed = check_int("seed", seed, 0, MAX_SEED)
+    if len(images) == 0:
+        raise DataError(f"{images.name} has no samples")
+    if train and batch_size % shard.parts:
+        raise InputError(
+            f"batch_size {batch_size} cannot be shared evenly by {shard.world} processes of "
+            f"{shard.accumulate} batches each; take a multiple of {shard.parts}"
+        )
+    images = images.seeded(seed) if train else images
+    sampler = EpochSampler(len(images), shuffle=train, seed=seed, shard=shard)
+    batches = Batches(sampler, batch_size, shard)
+    own = images.loaded(batches)
+    if own is not None:
+        return own
+    return _Loader(
+        images,
+        batches,
+        patience=patience,
+        num_workers=workers,
+        worker_init_fn=_end_with_parent if workers else None,
+        persistent_workers=workers > 0,
+        pin_memory=torch.cuda.is_available(),
+        # Its own, for the workers' seeds, which nothing uses: the caller's generator is left alone.
+        generator=torch.Generator().manual_seed(seed),
+    )

@@ -1,0 +1,380 @@
+"""Triton kernels of the forward: three passes over the feature map, and the small steps between them.
+
+    pool      A     x -> m, M2, e, k            every channel of every sample
+    statistics      m, M2 -> mu, v              BatchNorm's, over the batch
+    (the gate)      m, e -> Mc                  in triton_gate.py
+    squeeze   B     x -> q = [max_c z; mean_c z], z = Mc y, y = a (x - mu) + beta
+    convolve        q -> s, s_mu, s_v           the spatial convolution and its statistics over the batch
+    refine    C     x, shortcut -> out = relu(z Ms + shortcut)
+
+N samples, C channels, L = H W pixels; M = N L. A tile is [BC channels, BP pixels] in both layouts: the
+compiler lays the lanes along whichever is contiguous. Its extent comes in as a multiple of UNIT, so that the
+compiler knows how wide a load may be. ACC is the type that is computed in. A pointer to what is absent is
+None. Products and sums are fused by `tl.fma` alone, so that the same expression gives the same bits in every
+kernel. Passes walk the samples in alternate order: what one has read last, the next finds in L2.
+"""
+
+# Tensors, pointers and constants of the kernel language are no Python types.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
+# pyright: reportOperatorIssue=false, reportIndexIssue=false, reportCallIssue=false, reportReturnType=false
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def extents(C, L, NHWC: tl.constexpr, UNIT: tl.constexpr):
+    """C and L; the one that is contiguous is given in multiples of UNIT."""
+    if NHWC:
+        return C * UNIT, L
+    return C, L * UNIT
+
+
+@triton.jit
+def origin(n, c, p, C, L, NHWC: tl.constexpr):
+    """Where channel c, pixel p of sample n lies; 64 bits wide."""
+    sample = tl.cast(n, tl.int64) * C * L
+    if NHWC:
+        return sample + tl.cast(p, tl.int64) * C + c
+    return sample + tl.cast(c, tl.int64) * L + p
+
+
+@triton.jit
+def within(c, p, C, L, NHWC: tl.constexpr, WIDE: tl.constexpr):
+    """The offsets [BC, BP] of a tile from its origin."""
+    if WIDE:
+        c, p = c.to(tl.int64), p.to(tl.int64)
+    if NHWC:
+        return p[None, :] * C + c[:, None]
+    return c[:, None] * L + p[None, :]
+
+
+@triton.jit
+def divide(a, b):
+    """a / b, rounded once."""
+    if a.dtype == tl.float64:
+        return a / tl.cast(b, tl.float64)
+    return tl.div_rn(a, tl.cast(b, tl.float32))
+
+
+@triton.jit
+def inverse_std(v, EPS: tl.constexpr):
+    """1 / sqrt(v + EPS), each step rounded once."""
+    if v.dtype == tl.float64:
+        return 1.0 / tl.sqrt(v + EPS)
+    return tl.div_rn(1.0, tl.sqrt_rn(v + EPS))
+
+
+@triton.jit
+def sigmoid(t, GAIN: tl.constexpr):
+    """GAIN times the sigmoid of t, exactly 1 at t = 0 where GAIN is 2."""
+    return divide(tl.full(t.shape, GAIN, t.dtype), 1.0 + tl.exp(-t))
+
+
+@triton.jit
+def relu(t):
+    """A select, so that NaN passes."""
+    return tl.where(t <= 0, 0.0, t)
+
+
+@triton.jit
+def channel_terms(GAMMA, BETA, MU, VAR, GATE, n, c, inside, C, EPS: tl.constexpr, ACC: tl.constexpr):
+    """mu, a, beta and Mc [BC] of sample n; 0, 1, 0 and 1 where there is no BatchNorm or no gate."""
+    mu = tl.zeros(c.shape, ACC)
+    a = tl.full(c.shape, 1.0, ACC)
+    beta = tl.zeros(c.shape, ACC)
+    gate = tl.full(c.shape, 1.0, ACC)
+    if GAMMA is not None:
+        mu = tl.load(MU + c, mask=inside, other=0.0).to(ACC)
+        r = inverse_std(tl.load(VAR + c, mask=inside, other=0.0).to(ACC), EPS)
+        a = tl.load(GAMMA + c, mask=inside, other=0.0).to(ACC) * r
+        beta = tl.load(BETA + c, mask=inside, other=0.0).to(ACC)
+    if GATE is not None:
+        gate = tl.load(GATE + tl.cast(n, tl.int64) * C + c, mask=inside, other=0.0)
+    return mu, a, beta, gate
+
+
+@triton.jit
+def normalised(x, mu, a, beta, GAMMA):
+    """y = a (x - mu) + beta: never a x + (beta - a mu), which loses the digits of a large mean."""
+    if GAMMA is None:
+        return x
+    return tl.fma(a, x - mu, beta)
+
+
+@triton.jit
+def gated(x, mu, a, beta, gate, GAMMA, GATE):
+    """z = Mc y of a tile; the terms are [BC]."""
+    y = normalised(x, mu[:, None], a[:, None], beta[:, None], GAMMA)
+    if GATE is None:
+        return y
+    return gate[:, None] * y
+
+
+@triton.jit
+def pool(
+    X, GAMMA, MEAN, M2, TOP, AT, N, C, L, STEPS,
+    S: tl.constexpr, NANS: tl.constexpr, ACC: tl.constexpr, NHWC: tl.constexpr, UNIT: tl.constexpr,
+    BC: tl.constexpr, BP: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Pass A: (N, S, C) mean, centred second moment, extremum and its first pixel, of S parts of each plane.
+
+    The extremum of x is the maximum of y: its minimum where gamma is negative, and the first pixel where it
+    is zero. It may drop NaN: the mean takes every one of them to the gate. NANS: there is no mean, so it is
+    made NaN itself. A part is STEPS tiles long.
+    """
+    C, L = extents(C, L, NHWC, UNIT)
+    blocks = tl.cdiv(C, BC)
+    pid = tl.program_id(0)
+    n, part, c0 = pid // (blocks * S), pid // blocks % S, pid % blocks * BC
+    begin = part * STEPS * BP
+    end = tl.minimum(L, begin + STEPS * BP)
+    lc, lp = tl.arange(0, BC), tl.arange(0, BP)
+    c, row = c0 + lc, c0 + lc < C
+    tile = within(lc, lp, C, L, NHWC, WIDE)
+    if TOP is not None and GAMMA is not None:
+        gamma = tl.load(GAMMA + c, mask=row, other=0.0).to(ACC)
+        sign = tl.where(gamma > 0, 1.0, tl.where(gamma < 0, -1.0, gamma)).to(ACC)
+    mean = tl.zeros((BC, BP), ACC)
+    if M2 is not None:
+        # The pixel that differences are taken to: near the mean, however far that is from zero.
+        pivot = tl.load(X + origin(n, c0, begin, C, L, NHWC) + within(lc, tl.arange(0, 1), C, L, NHWC, WIDE),
+                        mask=row[:, None], other=0.0).to(ACC)  # fmt: skip
+        pivot = tl.where(tl.abs(pivot) < float("inf"), pivot, 0.0)
+        moment = tl.zeros((BC, BP), ACC)
+        one = tl.full((1, 1), 1.0, ACC)
+        seen = tl.zeros((1, 1), ACC)
+    if TOP is not None:
+        best = tl.full((BC, BP), float("-inf"), ACC)
+        at = tl.zeros((BC, BP), tl.int32) + (begin + lp)[None, :]
+        if NANS:
+            bad = tl.zeros((BC, BP), tl.int32)
+    for start in range(begin, end, BP):
+        inside = row[:, None] & (start + lp < end)[None, :]
+        x = tl.load(X + origin(n, c0, start, C, L, NHWC) + tile, mask=inside, other=0.0).to(ACC)
+        if M2 is None:
+            mean += x
+        else:
+            seen += 1.0
+            shifted = x - pivot
+            step = tl.where(inside, shifted - mean, 0.0)
+            mean = tl.fma(step, divide(one, seen), mean)
+            moment = tl.fma(step, tl.where(inside, shifted - mean, 0.0), moment)
+        if TOP is not None:
+            if GAMMA is not None:
+                x = x * sign[:, None]
+            better = inside & (x > best)
+            best = tl.where(better, x, best)
+            at = tl.where(better, start + lp[None, :], at)
+            if NANS:
+                bad |= (inside & (x != x)).to(tl.int32)
+    out = (tl.cast(n, tl.int64) * S + part) * C + c
+    count = end - begin
+    if M2 is None:
+        tl.store(MEAN + out, divide(tl.sum(mean, 1), count), mask=row)
+    else:
+        # Every lane has a mean of its own; merged about the mean of all, in two steps.
+        counts = ((count - lp + BP - 1) // BP).to(ACC)[None, :]
+        middle = divide(tl.sum(counts * mean, 1), count)
+        apart = mean - middle[:, None]
+        tl.store(M2 + out, tl.sum(tl.fma(counts * apart, apart, moment), 1), mask=row)
+        tl.store(MEAN + out, tl.sum(pivot, 1) + middle, mask=row)
+    if TOP is not None:
+        top = tl.max(best, 1)
+        first = tl.min(tl.where(best == top[:, None], at, 2147483647), 1)
+        if NHWC:
+            spot = first.to(tl.int64) * C + lc
+        else:
+            spot = lc.to(tl.int64) * L + first
+        value = tl.load(X + origin(n, c0, 0, C, L, NHWC) + spot, mask=row, other=0.0).to(ACC)
+        if NANS:
+            value = tl.where(tl.max(bad, 1) > 0, float("nan"), value)
+        tl.store(TOP + out, value.to(TOP.dtype.element_ty), mask=row)
+        tl.store(AT + out, first, mask=row)
+
+
+@triton.jit
+def statistics(
+    MEAN, M2, MU, VAR, N, C, L, STEPS,
+    S: tl.constexpr, ACC: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr,
+):  # fmt: skip
+    """mu and the biased v (C,) over the batch, merged in float64 about the first plane's mean."""
+    c = tl.program_id(0) * BC + tl.arange(0, BC)
+    column = c < C
+    first = tl.load(MEAN + c, mask=column, other=0.0).to(tl.float64)
+    within_planes = tl.zeros((BR, BC), tl.float64)
+    weighted = tl.zeros((BR, BC), tl.float64)
+    squared = tl.zeros((BR, BC), tl.float64)
+    for start in range(0, N * S, BR):
+        r = start + tl.arange(0, BR)
+        inside = (r < N * S)[:, None] & column[None, :]
+        spot = r.to(tl.int64)[:, None] * C + c[None, :]
+        count = tl.minimum(STEPS * BP, L - r % S * STEPS * BP).to(tl.float64)[:, None]
+        apart = tl.load(MEAN + spot, mask=inside, other=0.0).to(tl.float64) - first[None, :]
+        apart = tl.where(inside, apart, 0.0)
+        within_planes += tl.load(M2 + spot, mask=inside, other=0.0).to(tl.float64)
+        weighted += count * apart
+        squared += count * apart * apart
+    M = tl.cast(N, tl.float64) * L
+    shift = tl.sum(weighted, 0) / M
+    between = tl.sum(squared, 0) / M - shift * shift
+    between = tl.where(between < 0, 0.0, between)
+    tl.store(MU + c, (first + shift).to(ACC), mask=column)
+    tl.store(VAR + c, (tl.sum(within_planes, 0) / M + between).to(ACC), mask=column)
+
+
+@triton.jit
+def squeeze(
+    X, GAMMA, BETA, MU, VAR, GATE, Q, TICKET, N, C, L, STEPS,
+    EPS: tl.constexpr, CS: tl.constexpr, ACC: tl.constexpr, NHWC: tl.constexpr, UNIT: tl.constexpr,
+    BC: tl.constexpr, BP: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Pass B: q (N, CS, 2, L), the maximum of z and its sum / C over each of CS parts of the channels.
+
+    The maximum may drop NaN: the sum does not, and the convolution sees both at the same pixels.
+    """
+    C, L = extents(C, L, NHWC, UNIT)
+    tiles = tl.cdiv(L, BP)
+    pid = tl.program_id(0)
+    if TICKET is not None:  # of `convolve`, the next kernel
+        tl.store(TICKET, 0, mask=pid == 0)
+    n, part, p0 = N - 1 - pid // (tiles * CS), pid // tiles % CS, pid % tiles * BP
+    lc, lp = tl.arange(0, BC), tl.arange(0, BP)
+    column = p0 + lp < L
+    tile = within(lc, lp, C, L, NHWC, WIDE)
+    best = tl.full((BC, BP), float("-inf"), ACC)
+    total = tl.zeros((BC, BP), ACC)
+    for c0 in range(part * STEPS * BC, tl.minimum(C, (part + 1) * STEPS * BC), BC):
+        c, row = c0 + lc, c0 + lc < C
+        inside = row[:, None] & column[None, :]
+        x = tl.load(X + origin(n, c0, p0, C, L, NHWC) + tile, mask=inside, other=0.0).to(ACC)
+        mu, a, beta, mc = channel_terms(GAMMA, BETA, MU, VAR, GATE, n, c, row, C, EPS, ACC)
+        z = gated(x, mu, a, beta, mc, GAMMA, GATE)
+        total += tl.where(inside, z, 0.0)
+        best = tl.where(inside & (z > best), z, best)
+    out = Q + (tl.cast(n, tl.int64) * CS + part) * 2 * L + p0 + lp
+    tl.store(out, tl.max(best, 0), mask=column)
+    tl.store(out + L, divide(tl.sum(total, 0), C), mask=column)
+
+
+@triton.jit
+def pooled(Q, n, at, ok, L, CS: tl.constexpr):
+    """q0 and q1 of sample n at pixels `at`, from the CS parts of the channels in order; 0 where not ok."""
+    base = Q + tl.cast(n, tl.int64) * (CS * 2) * L + at
+    q0 = tl.load(base, mask=ok, other=0.0)
+    q1 = tl.load(base + L, mask=ok, other=0.0)
+    for part in tl.static_range(1, CS):
+        other = tl.load(base + 2 * part * L, mask=ok, other=0.0)
+        q0 = tl.where(other > q0, other, q0)
+        q1 += tl.load(base + (2 * part + 1) * L, mask=ok, other=0.0)
+    return q0, q1
+
+
+@triton.jit
+def convolved(Q, KERNEL, n, p, L, W, KS: tl.constexpr, CS: tl.constexpr, ACC: tl.constexpr):
+    """s at pixels p of sample n: the convolution of q, zero padding, in one order of the taps everywhere."""
+    y, x = p // W, p % W
+    s = tl.zeros(p.shape, ACC)
+    for row in range(KS):
+        for column in tl.static_range(KS):
+            yy, xx = y + row - KS // 2, x + column - KS // 2
+            at = yy * W + xx
+            ok = (yy >= 0) & (at < L) & (xx >= 0) & (xx < W) & (p < L)
+            q0, q1 = pooled(Q, n, at, ok, L, CS)
+            tap = KERNEL + row * KS + column
+            s = tl.fma(q0, tl.zeros(p.shape, ACC) + tl.load(tap).to(ACC), s)
+            s = tl.fma(q1, tl.zeros(p.shape, ACC) + tl.load(tap + KS * KS).to(ACC), s)
+    return s
+
+
+@triton.jit
+def convolve(
+    Q, KERNEL, SUMS, TICKET, S, S_MU, S_VAR, N, L, W,
+    KS: tl.constexpr, CS: tl.constexpr, ACC: tl.constexpr, BP: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    """s (N, L), and, where SUMS is there, its mean and biased variance over the batch in float64.
+
+    Each program leaves the sum and the centred second moment of its pixels in SUMS (programs, 2); the one
+    that draws the last ticket merges them in the order of the pixels, whichever it is.
+    """
+    pid = tl.program_id(0)
+    tiles = tl.cdiv(L, BP)
+    n, p = pid // tiles, pid % tiles * BP + tl.arange(0, BP)
+    s = convolved(Q, KERNEL, n, p, L, W, KS, CS, ACC)
+    tl.store(S + tl.cast(n, tl.int64) * L + p, s, mask=p < L)
+    if SUMS is not None:
+        wide = tl.where(p < L, s.to(tl.float64), 0.0)
+        total = tl.sum(wide, 0)
+        count = tl.minimum(BP, L - pid % tiles * BP).to(tl.float64)
+        apart = tl.where(p < L, wide - total / count, 0.0)
+        tl.store(SUMS + 2 * pid, total)
+        tl.store(SUMS + 2 * pid + 1, tl.sum(apart * apart, 0))
+        tl.debug_barrier()
+        if tl.atomic_add(TICKET, 1, sem="acq_rel", scope="gpu") == N * tiles - 1:
+            M = tl.cast(N, tl.float64) * L
+            totals = tl.zeros((BR,), tl.float64)
+            for start in range(0, N * tiles, BR):
+                r = start + tl.arange(0, BR)
+                totals += tl.load(SUMS + 2 * r, mask=r < N * tiles, other=0.0, cache_modifier=".cg")
+            mean = tl.sum(totals, 0) / M
+            squares = tl.zeros((BR,), tl.float64)
+            for start in range(0, N * tiles, BR):
+                r = start + tl.arange(0, BR)
+                inside = r < N * tiles
+                counts = tl.minimum(BP, L - r % tiles * BP).to(tl.float64)
+                gap = tl.load(SUMS + 2 * r, mask=inside, other=0.0, cache_modifier=".cg") / counts - mean
+                within_part = tl.load(SUMS + 2 * r + 1, mask=inside, other=0.0, cache_modifier=".cg")
+                squares += tl.where(inside, within_part + counts * gap * gap, 0.0)
+            tl.store(S_MU, mean)
+            tl.store(S_VAR, tl.sum(squares, 0) / M)
+
+
+@triton.jit
+def normalised_map(s, S_GAMMA, S_BETA, S_MU, S_VAR, EPS: tl.constexpr, ACC: tl.constexpr):
+    """shat and the logit of Ms of convolution outputs s; both norms' terms are one element each."""
+    zero = tl.zeros(s.shape, ACC)
+    r = (1.0 / tl.sqrt(tl.load(S_VAR).to(tl.float64) + EPS)).to(ACC)
+    shat = (s - tl.load(S_MU).to(ACC)) * r
+    return shat, tl.fma(zero + tl.load(S_GAMMA).to(ACC), shat, zero + tl.load(S_BETA).to(ACC))
+
+
+@triton.jit
+def refine(
+    X, SHORTCUT, GAMMA, BETA, MU, VAR, GATE, Q, KERNEL, S, S_GAMMA, S_BETA, S_MU, S_VAR, OUT,
+    W, N, C, L, STEPS,
+    EPS: tl.constexpr, S_EPS: tl.constexpr, GAIN: tl.constexpr, RELU: tl.constexpr, KS: tl.constexpr,
+    QS: tl.constexpr, CS: tl.constexpr, ACC: tl.constexpr, NHWC: tl.constexpr, UNIT: tl.constexpr,
+    BC: tl.constexpr, BP: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Pass C: out. Where Q is there, the convolution is done here, and s written if S is there too."""
+    C, L = extents(C, L, NHWC, UNIT)
+    tiles = tl.cdiv(L, BP)
+    pid = tl.program_id(0)
+    n, part, p0 = pid // (tiles * CS), pid // tiles % CS, pid % tiles * BP
+    lc, lp = tl.arange(0, BC), tl.arange(0, BP)
+    p, column = p0 + lp, p0 + lp < L
+    tile = within(lc, lp, C, L, NHWC, WIDE)
+    if S_MU is not None:
+        if Q is not None:
+            s = convolved(Q, KERNEL, n, p, L, W, KS, QS, ACC)
+            if S is not None:  # noqa: SIM102  (one is known to the compiler, the other is not)
+                if part == 0:
+                    tl.store(S + tl.cast(n, tl.int64) * L + p, s, mask=column)
+        else:
+            s = tl.load(S + tl.cast(n, tl.int64) * L + p, mask=column, other=0.0)
+        _, logit = normalised_map(s, S_GAMMA, S_BETA, S_MU, S_VAR, S_EPS, ACC)
+        ms = sigmoid(logit, GAIN)[None, :]
+    for c0 in range(part * STEPS * BC, tl.minimum(C, (part + 1) * STEPS * BC), BC):
+        c, row = c0 + lc, c0 + lc < C
+        inside = row[:, None] & column[None, :]
+        spot = origin(n, c0, p0, C, L, NHWC) + tile
+        x = tl.load(X + spot, mask=inside, other=0.0).to(ACC)
+        mu, a, beta, mc = channel_terms(GAMMA, BETA, MU, VAR, GATE, n, c, row, C, EPS, ACC)
+        v = gated(x, mu, a, beta, mc, GAMMA, GATE)
+        if S_MU is not None:
+            v = v * ms
+        if SHORTCUT is not None:
+            v += tl.load(SHORTCUT + spot, mask=inside, other=0.0).to(ACC)
+        if RELU:
+            v = relu(v)
+        tl.store(OUT + spot, v.to(OUT.dtype.element_ty), mask=inside)

@@ -1,0 +1,340 @@
+"""Triton kernels of the channel gate, forward and backward: everything here is of the size (N, C).
+
+    hidden, gate           m, e -> Mc = GAIN sigmoid(W2 (h(avg) + h(mx)) + POOLS b2)
+    hidden_gradient        R0, R1 -> dl, da, dm             by samples
+    parameter_gradients    -> dW1 ... dgamma, davg, dmx     by channels
+
+h(t) = relu(W1 t + b1), H hidden units, POOLS of them; avg and mx are BatchNorm's of m and e.
+A block is BN samples, BH hidden units, BC channels; no `tl.dot` sums the products, so all is in full width.
+"""
+
+# Tensors, pointers and constants of the kernel language are no Python types.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
+# pyright: reportOperatorIssue=false, reportIndexIssue=false, reportCallIssue=false, reportReturnType=false
+
+import triton
+import triton.language as tl
+
+from cbam.ops.triton_forward import channel_terms, divide, inverse_std, normalised, relu, sigmoid
+
+
+@triton.jit
+def merged(
+    MEAN, TOP, AT, GAMMA, n, c, inside, C, L, STEPS,
+    S: tl.constexpr, ACC: tl.constexpr, BP: tl.constexpr,
+):  # fmt: skip
+    """m, e and k [BN, BC] of whole planes, from their S parts in order; e and k 0 where there is no TOP."""
+    spot = (n.to(tl.int64) * S)[:, None] * C + c[None, :]
+    mean = tl.load(MEAN + spot, mask=inside, other=0.0)
+    top, at = tl.zeros(mean.shape, ACC), tl.zeros(mean.shape, tl.int32)
+    if TOP is not None:
+        top = tl.load(TOP + spot, mask=inside, other=0.0).to(ACC)
+        at = tl.load(AT + spot, mask=inside, other=0)
+    if S > 1:
+        sign = tl.full(c.shape, 1.0, ACC)
+        if GAMMA is not None:
+            gamma = tl.load(GAMMA + c, mask=c < C, other=0.0).to(ACC)
+            sign = tl.where(gamma > 0, 1.0, tl.where(gamma < 0, -1.0, 0.0)).to(ACC)
+        mean = mean * (STEPS * BP)
+        for part in range(1, S):
+            count = tl.minimum(STEPS * BP, L - part * STEPS * BP)
+            mean += tl.load(MEAN + spot + part * C, mask=inside, other=0.0) * count
+            if TOP is not None:
+                other = tl.load(TOP + spot + part * C, mask=inside, other=0.0).to(ACC)
+                wins = (other * sign[None, :] > top * sign[None, :]) | (other != other)
+                top = tl.where(wins, other, top)
+                at = tl.where(wins, tl.load(AT + spot + part * C, mask=inside, other=0), at)
+        mean = divide(mean, L)
+    return mean, top, at
+
+
+@triton.jit
+def hidden_units(
+    MEAN, TOP, AT, M, E, K, GAMMA, BETA, MU, VAR, W1, B1, n, h, N, C, L, H, STEPS,
+    EPS: tl.constexpr, S: tl.constexpr, AVG: tl.constexpr, ACC: tl.constexpr,
+    BC: tl.constexpr, BP: tl.constexpr,
+):  # fmt: skip
+    """W1 avg + b1 and W1 mx + b1 [BN, BH] before the ReLU; keeps the merged m, e, k where M is there."""
+    rows, units = n < N, h < H
+    bias = tl.load(B1 + h, mask=units, other=0.0).to(ACC)[None, :]
+    of_avg = tl.zeros((n.shape[0], h.shape[0]), ACC) + bias
+    of_top = of_avg
+    for c0 in range(0, C, BC):
+        c = c0 + tl.arange(0, BC)
+        inside = rows[:, None] & (c < C)[None, :]
+        m, e, k = merged(MEAN, TOP, AT, GAMMA, n, c, inside, C, L, STEPS, S, ACC, BP)
+        if M is not None:
+            spot = n.to(tl.int64)[:, None] * C + c[None, :]
+            tl.store(M + spot, m, mask=inside)
+            if E is not None:
+                tl.store(E + spot, e.to(E.dtype.element_ty), mask=inside)
+                tl.store(K + spot, k, mask=inside)
+        mu, a, beta, _ = channel_terms(GAMMA, BETA, MU, VAR, None, 0, c, c < C, C, EPS, ACC)
+        w1 = tl.load(W1 + h[:, None] * C + c[None, :], mask=units[:, None] & (c < C)[None, :], other=0.0)
+        w1 = w1.to(ACC)[None, :, :]
+        if AVG:
+            avg = tl.where(inside, normalised(m, mu[None, :], a[None, :], beta[None, :], GAMMA), 0.0)
+            of_avg += tl.sum(w1 * avg[:, None, :], 2)
+        if TOP is not None:
+            top = tl.where(inside, normalised(e, mu[None, :], a[None, :], beta[None, :], GAMMA), 0.0)
+            of_top += tl.sum(w1 * top[:, None, :], 2)
+    return of_avg, of_top
+
+
+@triton.jit
+def activation(of_avg, of_top, AVG: tl.constexpr, MAX: tl.constexpr):
+    """h(avg) + h(mx), of the pools that are there."""
+    if not MAX:
+        return relu(of_avg)
+    if not AVG:
+        return relu(of_top)
+    return relu(of_avg) + relu(of_top)
+
+
+@triton.jit
+def hidden(
+    MEAN, TOP, AT, M, E, K, GAMMA, BETA, MU, VAR, W1, B1, ACT, N, C, L, H, STEPS,
+    EPS: tl.constexpr, S: tl.constexpr, AVG: tl.constexpr, ACC: tl.constexpr,
+    BN: tl.constexpr, BH: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr,
+):  # fmt: skip
+    """h(avg) + h(mx) (N, H) of wide gates, whose weights are too many for one program."""
+    blocks = tl.cdiv(H, BH)
+    n = tl.program_id(0) // blocks * BN + tl.arange(0, BN)
+    h = tl.program_id(0) % blocks * BH + tl.arange(0, BH)
+    of_avg, of_top = hidden_units(
+        MEAN,
+        TOP,
+        AT,
+        M,
+        E,
+        K,
+        GAMMA,
+        BETA,
+        MU,
+        VAR,
+        W1,
+        B1,
+        n,
+        h,
+        N,
+        C,
+        L,
+        H,
+        STEPS,
+        EPS,
+        S,
+        AVG,
+        ACC,
+        BC,
+        BP,
+    )
+    inside = (n < N)[:, None] & (h < H)[None, :]
+    tl.store(ACT + n[:, None] * H + h[None, :], activation(of_avg, of_top, AVG, TOP is not None), mask=inside)
+
+
+@triton.jit
+def gate(
+    MEAN, TOP, AT, M, E, K, GAMMA, BETA, MU, VAR, W1, B1, W2, B2, ACT, GATE, N, C, L, H, STEPS,
+    EPS: tl.constexpr, GAIN: tl.constexpr, POOLS: tl.constexpr, S: tl.constexpr, AVG: tl.constexpr,
+    ACC: tl.constexpr, BN: tl.constexpr, BH: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr,
+):  # fmt: skip
+    """Mc (N, C): a program takes BN samples and both layers, or BC of their channels where ACT is there."""
+    if ACT is None:
+        first, last = 0, C
+        n = tl.program_id(0) * BN + tl.arange(0, BN)
+        of_avg, of_top = hidden_units(
+            MEAN, TOP, AT, M, E, K, GAMMA, BETA, MU, VAR, W1, B1, n, tl.arange(0, BH), N, C, L, H, STEPS,
+            EPS, S, AVG, ACC, BC, BP,
+        )  # fmt: skip
+        act = activation(of_avg, of_top, AVG, TOP is not None)
+    else:
+        blocks = tl.cdiv(C, BC)
+        first = tl.program_id(0) % blocks * BC
+        last = first + BC
+        n = tl.program_id(0) // blocks * BN + tl.arange(0, BN)
+    for c0 in range(first, last, BC):
+        c = c0 + tl.arange(0, BC)
+        logits = tl.zeros((BN, BC), ACC) + POOLS * tl.load(B2 + c, mask=c < C, other=0.0).to(ACC)[None, :]
+        for h0 in range(0, H, BH):
+            h = h0 + tl.arange(0, BH)
+            if ACT is not None:
+                act = tl.load(
+                    ACT + n[:, None] * H + h[None, :], mask=(n < N)[:, None] & (h < H)[None, :], other=0.0
+                )
+            w2 = tl.load(
+                W2 + c[:, None] * H + h[None, :], mask=(c < C)[:, None] & (h < H)[None, :], other=0.0
+            )
+            logits += tl.sum(w2.to(ACC)[None, :, :] * act[:, None, :], 2)
+        spot = n.to(tl.int64)[:, None] * C + c[None, :]
+        tl.store(GATE + spot, sigmoid(logits, GAIN), mask=(n < N)[:, None] & (c < C)[None, :])
+
+
+@triton.jit
+def reductions(R, n, c, inside, C, RS):
+    """R0 and R1 [BN, BC] from their RS parts in order."""
+    spot = (n.to(tl.int64) * RS)[:, None] * 2 * C + c[None, :]
+    r0 = tl.load(R + spot, mask=inside, other=0.0)
+    r1 = tl.load(R + spot + C, mask=inside, other=0.0)
+    for part in range(1, RS):
+        r0 += tl.load(R + spot + 2 * part * C, mask=inside, other=0.0)
+        r1 += tl.load(R + spot + (2 * part + 1) * C, mask=inside, other=0.0)
+    return r0, r1
+
+
+@triton.jit
+def hidden_gradient(
+    R, M, E, GATE, GAMMA, BETA, MU, VAR, W1, B1, W2, DL, ACT, DA, DM, N, C, L, H, RS,
+    EPS: tl.constexpr, GAIN: tl.constexpr, AVG: tl.constexpr, MAX: tl.constexpr,
+    ACC: tl.constexpr, BN: tl.constexpr, BH: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """dl (N, C), the gradient of the gate's logits; h(avg) + h(mx), da and dm (N, H), by samples."""
+    blocks = tl.cdiv(H, BH)
+    n = tl.program_id(0) // blocks * BN + tl.arange(0, BN)
+    h = tl.program_id(0) % blocks * BH + tl.arange(0, BH)
+    rows, units = n < N, h < H
+    bias = tl.load(B1 + h, mask=units, other=0.0).to(ACC)[None, :]
+    of_avg = tl.zeros((BN, BH), ACC) + bias
+    of_top, dh = of_avg, tl.zeros((BN, BH), ACC)
+    for c0 in range(0, C, BC):
+        c = c0 + tl.arange(0, BC)
+        inside = rows[:, None] & (c < C)[None, :]
+        spot = n.to(tl.int64)[:, None] * C + c[None, :]
+        mu, a, beta, _ = channel_terms(GAMMA, BETA, MU, VAR, None, 0, c, c < C, C, EPS, ACC)
+        r0, r1 = reductions(R, n, c, inside, C, RS)
+        mc = tl.load(GATE + spot, mask=inside, other=0.0)
+        dl = tl.where(inside, (a[None, :] * r1 + beta[None, :] * r0) * (mc * divide(GAIN - mc, GAIN)), 0.0)
+        if tl.program_id(0) % blocks == 0:
+            tl.store(DL + spot, dl, mask=inside)
+        square = units[:, None] & (c < C)[None, :]
+        w2 = tl.load(W2 + c[None, :] * H + h[:, None], mask=square, other=0.0).to(ACC)
+        dh += tl.sum(w2[None, :, :] * dl[:, None, :], 2)
+        w1 = tl.load(W1 + h[:, None] * C + c[None, :], mask=square, other=0.0).to(ACC)
+        if AVG:
+            m = tl.load(M + spot, mask=inside, other=0.0)
+            avg = tl.where(inside, normalised(m, mu[None, :], a[None, :], beta[None, :], GAMMA), 0.0)
+            of_avg += tl.sum(w1[None, :, :] * avg[:, None, :], 2)
+        if MAX:
+            e = tl.load(E + spot, mask=inside, other=0.0).to(ACC)
+            top = tl.where(inside, normalised(e, mu[None, :], a[None, :], beta[None, :], GAMMA), 0.0)
+            of_top += tl.sum(w1[None, :, :] * top[:, None, :], 2)
+    out = n[:, None] * H + h[None, :]
+    inside = rows[:, None] & units[None, :]
+    tl.store(ACT + out, activation(of_avg, of_top, AVG, MAX), mask=inside)
+    if AVG:
+        tl.store(DA + out, tl.where(of_avg <= 0, 0.0, dh), mask=inside)
+    if MAX:
+        tl.store(DM + out, tl.where(of_top <= 0, 0.0, dh), mask=inside)
+
+
+@triton.jit
+def through_hidden(
+    DH, W1, n, c, N, C, H, BN: tl.constexpr, BH: tl.constexpr, BC: tl.constexpr, ACC: tl.constexpr
+):
+    """dh W1 [BN, BC]: the gradient of a pooled value."""
+    total = tl.zeros((BN, BC), ACC)
+    for h0 in range(0, H, BH):
+        h = h0 + tl.arange(0, BH)
+        dh = tl.load(DH + n[:, None] * H + h[None, :], mask=(n < N)[:, None] & (h < H)[None, :], other=0.0)
+        w1 = tl.load(W1 + h[:, None] * C + c[None, :], mask=(h < H)[:, None] & (c < C)[None, :], other=0.0)
+        total += tl.sum(dh[:, :, None] * w1.to(ACC)[None, :, :], 1)
+    return total
+
+
+@triton.jit
+def kernel_gradient(DW, DKERNEL, TAPS, COUNT, BR: tl.constexpr, BT: tl.constexpr):
+    """dw from its COUNT parts, added up in float64 in one order."""
+    for t0 in range(0, TAPS, BT):
+        t = t0 + tl.arange(0, BT)
+        total = tl.zeros((BR, BT), tl.float64)
+        for start in range(0, COUNT, BR):
+            r = start + tl.arange(0, BR)
+            inside = (r < COUNT)[:, None] & (t < TAPS)[None, :]
+            total += tl.load(DW + r[:, None] * TAPS + t[None, :], mask=inside, other=0.0).to(tl.float64)
+        tl.store(DKERNEL + t, tl.sum(total, 0).to(DKERNEL.dtype.element_ty), mask=t < TAPS)
+
+
+@triton.jit
+def parameter_gradients(
+    R, M, E, GATE, GAMMA, BETA, MU, VAR, W1, DL, ACT, DA, DM, DW,
+    DAVG, DTOP, DW1, DB1, DW2, DB2, DGAMMA, DBETA, DKERNEL, N, C, L, H, RS, TAPS, COUNT,
+    EPS: tl.constexpr, POOLS: tl.constexpr, AVG: tl.constexpr, MAX: tl.constexpr, ACC: tl.constexpr,
+    BN: tl.constexpr, BH: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, BT: tl.constexpr,
+):  # fmt: skip
+    """Every parameter's gradient but the spatial norm's; davg and dmx (N, C): by BC channels and BH units.
+
+    The first block of units does what has no unit: BatchNorm's gradients, davg and dmx. One more program,
+    the first, adds up the spatial kernel's gradient.
+    """
+    pid = tl.program_id(0)
+    if DW is not None:
+        if pid == 0:
+            kernel_gradient(DW, DKERNEL, TAPS, COUNT, BR, BT)
+        pid -= 1
+    channels, samples = tl.where(pid >= 0, C, 0), tl.where(pid >= 0, N, 0)
+    pid = tl.maximum(pid, 0)
+    units = tl.cdiv(H, BH)
+    c = pid // units * BC + tl.arange(0, BC)
+    h = pid % units * BH + tl.arange(0, BH)
+    lead = pid % units == 0
+    row = c < channels
+    mu, a, beta, _ = channel_terms(GAMMA, BETA, MU, VAR, None, 0, c, row, C, EPS, ACC)
+    dgamma, dbeta = tl.zeros((BN, BC), ACC), tl.zeros((BN, BC), ACC)
+    if W1 is not None:
+        dw1, dw2 = tl.zeros((BC, BH), ACC), tl.zeros((BC, BH), ACC)
+        db1, db2 = tl.zeros((BN, BH), ACC), tl.zeros((BN, BC), ACC)
+    for start in range(0, samples, BN):
+        n = start + tl.arange(0, BN)
+        inside = (n < N)[:, None] & row[None, :]
+        spot = n.to(tl.int64)[:, None] * C + c[None, :]
+        if W1 is not None:
+            wide = (n < N)[:, None] & (h < H)[None, :]
+            of_units = n[:, None] * H + h[None, :]
+            dl = tl.load(DL + spot, mask=inside, other=0.0)
+            act = tl.load(ACT + of_units, mask=wide, other=0.0)
+            db2 += dl
+            dw2 += tl.sum(dl[:, :, None] * act[:, None, :], 0)
+            if AVG:
+                m = tl.load(M + spot, mask=inside, other=0.0)
+                da = tl.load(DA + of_units, mask=wide, other=0.0)
+                avg = tl.where(inside, normalised(m, mu[None, :], a[None, :], beta[None, :], GAMMA), 0.0)
+                dw1 += tl.sum(avg[:, :, None] * da[:, None, :], 0)
+                db1 += da
+            if MAX:
+                e = tl.load(E + spot, mask=inside, other=0.0).to(ACC)
+                dm = tl.load(DM + of_units, mask=wide, other=0.0)
+                top = tl.where(inside, normalised(e, mu[None, :], a[None, :], beta[None, :], GAMMA), 0.0)
+                dw1 += tl.sum(top[:, :, None] * dm[:, None, :], 0)
+                db1 += dm
+        if lead:
+            mc = tl.full((BN, BC), 1.0, ACC)
+            if GATE is not None:
+                mc = tl.load(GATE + spot, mask=inside, other=0.0)
+            if GAMMA is not None:
+                r0, r1 = reductions(R, n, c, inside, C, RS)
+                dbeta += mc * r0
+                dgamma += mc * r1
+            if W1 is not None and AVG:
+                davg = through_hidden(DA, W1, n, c, N, C, H, BN, BH, BC, ACC)
+                tl.store(DAVG + spot, davg, mask=inside)
+                if GAMMA is not None:
+                    dbeta += tl.where(inside, davg, 0.0)
+                    dgamma += tl.where(inside, davg * (m - mu[None, :]), 0.0)
+            if W1 is not None and MAX:
+                dtop = through_hidden(DM, W1, n, c, N, C, H, BN, BH, BC, ACC)
+                tl.store(DTOP + spot, dtop, mask=inside)
+                if GAMMA is not None:
+                    dbeta += tl.where(inside, dtop, 0.0)
+                    dgamma += tl.where(inside, dtop * (e - mu[None, :]), 0.0)
+    if W1 is not None:
+        square = row[:, None] & (h < H)[None, :]
+        tl.store(DW1 + h[None, :] * C + c[:, None], dw1, mask=square)
+        tl.store(DW2 + c[:, None] * H + h[None, :], dw2, mask=square)
+        if pid < tl.where(channels > 0, units, 0):
+            tl.store(DB1 + h, tl.sum(db1, 0), mask=h < H)
+        if lead:
+            tl.store(DB2 + c, POOLS * tl.sum(db2, 0), mask=row)
+    if GAMMA is not None:
+        r = inverse_std(tl.load(VAR + c, mask=row, other=0.0).to(ACC), EPS)
+        if lead:
+            tl.store(DBETA + c, tl.sum(dbeta, 0), mask=row)
+            tl.store(DGAMMA + c, r * tl.sum(dgamma, 0), mask=row)

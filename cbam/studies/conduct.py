@@ -1,0 +1,114 @@
+"""`cbam study`: a name and a data set -> runs, records, tables, figures."""
+
+import contextlib
+import dataclasses
+import difflib
+from pathlib import Path
+from typing import Any
+
+from cbam.errors import ConfigError
+from cbam.studies.drawing import figure
+from cbam.studies.filling import Filling
+from cbam.studies.printing import markdown, text
+from cbam.studies.records import Records
+from cbam.studies.study import DIGITS, SEEDS, Study, usual
+from cbam.studies.tables import STUDIES
+from cbam.studies.tabulate import tables
+from cbam.studies.training import Pictures, Training
+from cbam.studies.watch import Watch
+from cbam.train import pick_device
+
+
+def find_study(name: str) -> Study:
+    """The study of that name.
+
+    Raises:
+        ConfigError: there is none; the nearest is told.
+    """
+    if name not in STUDIES:
+        near = difflib.get_close_matches(name, STUDIES, 1, 0.0)
+        raise ConfigError(f"unknown study {name!r}; did you mean {near[0]!r}? `cbam study` lists them")
+    return STUDIES[name]
+
+
+def find_pictures(dataset: str, changes: dict[str, Any]) -> Pictures:
+    """The pictures of "digits", or of an image folder; several studies can share them.
+
+    Raises:
+        ConfigError, DataError: no such data set, or a size for the digits.
+    """
+    if dataset != DIGITS:
+        return Pictures(dataset, size=changes.get("size"), limit=changes.get("limit"))
+    if changes.get("size"):
+        raise ConfigError("size belongs to an image folder, and the data set is digits")
+    return Pictures(limit=changes.get("limit"))
+
+
+def prepare(
+    name: str,
+    pictures: Pictures,
+    changes: dict[str, Any],
+    *,
+    out: str,
+    device: str = "auto",
+    workers: int = 0,
+    arms: list[str] | None = None,
+    commit: str | None = None,
+    watch: Watch | None = None,
+) -> Filling:
+    """What there is to do for a study; nothing is written yet.
+
+    Args:
+        changes: settings of `Protocol` in place of the usual ones.
+        out: the folder that holds a folder for every study.
+
+    Raises:
+        ConfigError, DataError: names, settings or pictures that do not go together.
+    """
+    study, where = find_study(name), pick_device(device)
+    if study.many_networks and changes.get("network"):
+        raise ConfigError(f"study {name} names its networks itself: leave --network out, or choose --arms")
+    own = changes | {"size": pictures.size}
+    training = Training(
+        dataclasses.replace(usual(pictures.name, pictures.all, pictures.about["size"]), **own),
+        pictures,
+        where,
+        workers=workers,
+    )
+    return Filling(study, Records(out, name), training, arms=arms, commit=commit, watch=watch)
+
+
+def conduct(filling: Filling, *, seeds: int = SEEDS, budget: float | None = None, share: float = 1.0) -> int:
+    """Train what has no record, and compute the tables anew, also where that is broken off.
+
+    Returns:
+        How many runs are still without a record.
+    """
+    try:
+        left = filling.fill(seeds, budget=budget, share=share)
+    except BaseException:
+        with contextlib.suppress(Exception):  # what broke it off is told
+            write_tables(filling.records, filling.study)
+        raise
+    write_tables(filling.records, filling.study)
+    return left
+
+
+def write_tables(records: Records, study: Study) -> list[Path]:
+    """Compute every table and figure of a study from its records."""
+
+    def make(found: list[dict[str, Any]]) -> dict[str, str]:
+        files = {}
+        for table in tables(study, found):
+            drawn = figure(table)
+            files[f"{table.name}.md"] = markdown(table, f"{table.name}.svg" if drawn else None)
+            if drawn:
+                files[f"{table.name}.svg"] = drawn
+        return files
+
+    return records.compute(make) if records.all() else []
+
+
+def told(records: Records, study: Study) -> str:
+    """Every table of a study for a terminal."""
+    return "\n".join(text(table) for table in tables(study, records.all().values()))

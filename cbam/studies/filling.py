@@ -1,0 +1,232 @@
+"""A study fills up: the runs without a record are trained, as far as the time reaches.
+
+Seeds go first to last, and all rows of a seed before the next, so that pairs are whole as early as can be.
+Several processes may fill one folder: each takes a run that nobody is at.
+"""
+
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+from cbam.errors import ConfigError, DataError, StoppedError
+from cbam.studies import machine
+from cbam.studies.records import Records, counts
+from cbam.studies.study import Arm, Protocol, Study, run_config, run_key, run_name
+from cbam.studies.training import Keep, Training, trunk
+from cbam.studies.watch import Silent, Watch
+
+
+class Run(NamedTuple):
+    """One run of a study: its row, its settings, the name of its record."""
+
+    arm: str
+    config: dict[str, Any]
+    name: str
+
+
+class Filling:
+    """The runs of a study by one protocol, on one device.
+
+    Args:
+        arms: names of rows; None for all that the protocol's scale asks for.
+        commit: of what this code is a copy, where git cannot say.
+
+    Raises:
+        ConfigError: an unknown row, or one that cannot be built.
+        DataError: the folder holds records of other pictures under the same name.
+    """
+
+    def __init__(
+        self,
+        study: Study,
+        records: Records,
+        training: Training,
+        *,
+        arms: Iterable[str] | None = None,
+        commit: str | None = None,
+        watch: Watch | None = None,
+    ) -> None:
+        self.study, self.records, self.training = study, records, training
+        self.protocol = protocol = training.protocol
+        self.watch = watch or Silent()
+        self.arms = _chosen(study, protocol, arms)
+        self.origin = origin(commit)
+        about = training.pictures.about
+        for arm in self.arms.values():
+            training.cost(run_config(protocol, arm, 0))
+        for name, record in records.all().items():
+            if record["config"]["data"] == protocol.data and not _same_pictures(record["data"], about):
+                raise DataError(
+                    f"{records.path / name} is of other pictures of the same name: give another --out"
+                )
+
+    def runs(self, seeds: int) -> Iterator[Run]:
+        """All runs, in the order in which they are trained."""
+        for seed in range(seeds):
+            for name, arm in self.arms.items():
+                config = run_config(self.protocol, arm, seed)
+                yield Run(name, config, run_name(self.protocol, name, config))
+
+    def missing(self, seeds: int) -> list[Run]:
+        """The runs that have no record yet."""
+        return [run for run in self.runs(seeds) if not self._has(run)]
+
+    def fill(self, seeds: int, *, budget: float | None = None, share: float = 1.0) -> int:
+        """Train what has no record; how many runs are still without one, for another process or another day.
+
+        Args:
+            budget: seconds. A run that would not end in time is not begun, one that does not is given up.
+            share: what part this study is of all that the watch watches.
+
+        Raises:
+            DataError, ConfigError, OutputError; KeyboardInterrupt, after which no half record is left.
+        """
+        began = time.monotonic()
+        end = None if budget is None else began + budget
+        todo = self.missing(seeds)
+        for run in todo:
+            part = share / len(todo)
+            if self._has(run):  # by now
+                self.watch.advance(part)
+            elif taken := self.records.take_over(run.name, run.config):
+                self._tell(run, f"taken over from {taken.parent.name}/{taken.name}")
+                self.watch.advance(part)
+            elif end is not None and time.monotonic() + self._least(run) > end:
+                self.watch.say("the time is over before another run would be")
+                break
+            else:
+                try:
+                    self._train(run, end, part)
+                except StoppedError as stop:
+                    if stop.exit_code != StoppedError.exit_code:  # by a signal, not by the time
+                        raise
+                    self._tell(run, str(stop))
+                    break
+        return len(self.missing(seeds))
+
+    def _train(self, run: Run, end: float | None, share: float) -> None:
+        with self.records.claimed(_claim(run)) as mine:
+            if not mine or self._has(run):
+                self.watch.advance(share)
+                return
+            self.watch.now(f"{self.study.name}: {self.arms[run.arm].label}, seed {run.config['seed']}")
+
+            keep = self._keep(run, end)
+
+            def on_work(done: float) -> None:
+                if keep is None and end is not None and time.monotonic() > end:
+                    raise StoppedError("given up, for the time is over; it begins anew next time")
+                self.watch.advance(share * done)
+
+            measured = self.training.run(run.config, on_work, keep)
+            record = self._head(run) | measured
+            self.records.add(self._name(run), record)
+            if keep is not None:
+                self.records.forget(run.name)
+        last = record["epochs"][-1] if record["epochs"] else {}
+        told = f"top-1 error {last['val_top1']:.2f} %" if counts_or_dirty(record) else record["status"]
+        self._tell(run, f"{told}, {record['seconds']:.0f} s")
+
+    def _keep(self, run: Run, end: float | None) -> Keep | None:
+        """A run on ImageNet takes longer than one would train anew; others do not."""
+        if self.protocol.small:
+            return None
+        about = {"config": run.config, "data": self.training.pictures.about, "source": self.origin["source"]}
+        return Keep(self.records.unfinished(run.name), about, end, self.watch.say)
+
+    def _head(self, run: Run) -> dict[str, Any]:
+        """The part of a record that is known before the run."""
+        device = self.training.device
+        return {
+            "study": self.study.name,
+            "arm": run.arm,
+            "seed": run.config["seed"],
+            "config": run.config,
+            "data": self.training.pictures.about,
+            **self.origin,
+            "versions": machine.versions(),
+            "device": machine.describe(device),
+        }
+
+    def _has(self, run: Run) -> bool:
+        return self.records.has(run.name) or (
+            self.origin["dirty"] is not False and self.records.has(self._name(run))
+        )
+
+    def _name(self, run: Run) -> str:
+        """A run of changed code has a name of its own: it must not stand in for the one that counts."""
+        if self.origin["dirty"] is False:
+            return run.name
+        return f"{run.name}.dirty-{self.origin['source'][:8]}"
+
+    def _expected(self, run: Run) -> float:
+        """Seconds of the longest run of this row so far on such a device; of any row where it has none."""
+        told = machine.describe(self.training.device)
+        here = [r for r in self.records.all().values() if r["device"] == told]
+        own = [record["seconds"] for record in here if record["arm"] == run.arm]
+        return max(own or [record["seconds"] for record in here], default=0.0)
+
+    def _least(self, run: Run) -> float:
+        """The seconds below which it is no use to begin: those of the whole run, where it cannot be kept."""
+        return self._expected(run) if self.protocol.small else 0.0
+
+    def plan(self, seeds: int) -> str:
+        """How much there is to do, and how long that takes by the records made on such a device."""
+        todo, whole = self.missing(seeds), len(list(self.runs(seeds)))
+        known = [seconds for run in todo if (seconds := self._expected(run))]
+        told = f"{self.study.name} on {self.protocol.data}: {whole - len(todo)} of {whole} runs have a record"
+        if not todo:
+            return told
+        if not known:
+            return f"{told}; how long the others take is not known, no run was made on this device yet"
+        return f"{told}; the other {len(todo)} take at most about {sum(known) / 3600:.1f} hours one by one"
+
+    def _tell(self, run: Run, what: str) -> None:
+        self.watch.say(f"{self.study.name} {run.arm} seed {run.config['seed']}: {what}")
+
+
+def _claim(run: Run) -> str:
+    """What a process takes for a run: for a fork all forks of that network, so that it is trained once."""
+    return f"fork-{run_key(trunk(run.config))}" if run.config["forked"] else run.name
+
+
+def counts_or_dirty(record: dict[str, Any]) -> bool:
+    """Whether a run came to its end, whatever code it ran."""
+    return counts(record | {"dirty": False, "commit": "any"})
+
+
+def origin(commit: str | None) -> dict[str, Any]:
+    """Which code runs here: its commit, whether that was changed, and a digest of the sources.
+
+    Args:
+        commit: said by the caller, for a copy without git; where git knows better, it is refused.
+
+    Raises:
+        ConfigError: git says another commit.
+    """
+    found, source = machine.commit(), machine.source()
+    if found is None:
+        return {"commit": commit, "dirty": None if commit is None else False, "source": source}
+    own = found.removesuffix("+changes")
+    if commit is not None and not own.startswith(commit):
+        raise ConfigError(f"--commit {commit}: this is a checkout of {own}; leave --commit out")
+    return {"commit": own, "dirty": found != own, "source": source}
+
+
+def _chosen(study: Study, protocol: Protocol, arms: Iterable[str] | None) -> dict[str, Arm]:
+    if arms is None:
+        return study.chosen(small=protocol.small)
+    names = list(arms)
+    unknown = [name for name in names if name not in study.arms]
+    if unknown or not names:
+        raise ConfigError(
+            f"study {study.name} has no row {', '.join(unknown)}; its rows: {', '.join(study.arms)}"
+        )
+    return {name: arm for name, arm in study.arms.items() if name in names}
+
+
+def _same_pictures(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Sizes and limits may differ, they are settings; what the classes hold may not, at equal counts."""
+    if (one["train"], one["val"]) != (other["train"], other["val"]):
+        return True
+    return one["sha256"] == other["sha256"]

@@ -1,0 +1,191 @@
+"""The table of a study for a reader: Markdown, and the same cells for a terminal."""
+
+import statistics
+from typing import Any
+
+from cbam.studies.report import as_markdown
+from cbam.studies.statistics import CONFIDENCE, MOST_PAIRS, POWER
+from cbam.studies.study import SEEDS
+from cbam.studies.tabulate import MEASURES, Table, commits, differences, levels
+
+
+def status(table: Table) -> str:
+    """How much of the table is there, and whether it counts as run."""
+    whole = len(table.study.chosen(small=table.small))
+    told = f"{len(table.filled)} of {whole} rows have {SEEDS} seeds or more"
+    if table.partial:
+        return f"Partial: {told}. This table does not count as run."
+    return f"{told[0].upper()}{told[1:]}." if len(table.filled) < whole else "Complete: " + told + "."
+
+
+def outcome(table: Table) -> list[str]:
+    """What the table shows in top-1 error: a sentence per word that was computed."""
+    found: dict[str, list[str]] = {}
+    for row in differences(table, "val_top1"):
+        if "word" in row:
+            told = f"{_label(table, row['arm'])} against {_label(table, row['against'])}"
+            found.setdefault(row["word"], []).append(f"{told} ({_interval_told(row)})")
+    order = ("better", "worse", "no difference shown", "not known")
+    return [
+        f"{word[0].upper()}{word[1:]} in top-1 error: {'; '.join(found[word])}."
+        for word in order
+        if word in found
+    ]
+
+
+def _interval_told(row: dict[str, Any]) -> str:
+    if row["low"] is None:
+        return f"{row['mean']:+.2f} points"
+    return f"{row['mean']:+.2f} points, {row['low']:+.2f} to {row['high']:+.2f}"
+
+
+def _label(table: Table, arm: str) -> str:
+    return table.study.arms[arm].label
+
+
+def level_rows(table: Table) -> list[list[str]]:
+    """A header, then a row per arm: cost and errors, the paper's beside ours."""
+    rows = [["", "parameters", "GMAC", "seeds"]]
+    for _, title, _ in MEASURES:
+        rows[0] += [f"{title}, %", "paper"]
+    for row in levels(table):
+        cost = [f"{row['parameters']:,}", f"{row['gmac']:.4f}"] if row["n"] else ["-", "-"]
+        cells = [row["label"], *cost, str(row["n"])]
+        for measure, _, place in MEASURES:
+            cells += [_level(row[measure]), f"{row['paper'][place]:.2f}" if row["paper"] else "-"]
+        rows.append(cells)
+    return rows
+
+
+def difference_rows(table: Table, measure: str) -> list[list[str]]:
+    """A header, then a row per comparison."""
+    interval = f"{CONFIDENCE:.0%} interval".replace("%", " %")
+    rows = [["", "against", "paper", "ours", interval, "verdict", "pairs", "would show", "pairs to settle"]]
+    for row in differences(table, measure):
+        cells = [_label(table, row["arm"]), _label(table, row["against"]), _points(row["paper"])]
+        rows.append(cells + _outcome_cells(row))
+    return rows
+
+
+def _outcome_cells(row: dict[str, Any]) -> list[str]:
+    if not row["n"]:
+        return ["-", "-", "-", "0", "-", "-"]
+    if row["low"] is None:
+        return [_points(row["mean"]), "none", row["word"], str(row["n"]), "-", "-"]
+    needed = f"over {MOST_PAIRS:,}" if row["needed"] is None else str(row["needed"])
+    interval = f"{row['low']:+.2f} to {row['high']:+.2f}"
+    return [_points(row["mean"]), interval, row["word"], str(row["n"]), f"{row['resolution']:.2f}", needed]
+
+
+def _level(numbers: dict[str, Any] | None) -> str:
+    if numbers is None:
+        return "-"
+    return f"{numbers['mean']:.2f}" + ("" if numbers["spread"] is None else f" ± {numbers['spread']:.2f}")
+
+
+def _points(value: float | None) -> str:
+    return "-" if value is None else f"{value:+.2f}"
+
+
+def reading(table: Table) -> list[str]:
+    """How to read the numbers, and what a reader must know of these."""
+    count = sum("word" in row for row in differences(table, "val_top1"))
+    found = [
+        "± is the standard deviation over seeds. Of every run the last epoch counts, never the best.",
+        "Differences are in points, paired by seed: runs of a seed start from the same weights, as far as "
+        "they have them in common, and see the same pictures in the same order. The interval is Student's t.",
+        f"{count} differences are looked at. Where there is none at all, {count * (1 - CONFIDENCE):.2f} "
+        "intervals of so many leave out zero by chance.",
+        f'"Would show": the smallest true difference that so many pairs show in {100 * POWER:.0f} % of all '
+        'cases. "Pairs to settle": how many would show one of the size found, if that is the true one.',
+        *table.study.notes,
+    ]
+    if table.failed:
+        seeds = ", ".join(f"{r['arm']} seed {r['config']['seed']}" for r in table.failed)
+        found.append(f"Runs that failed, and do not count: {seeds}.")
+    if table.changed:
+        found.append(f"{table.changed} runs of changed code do not count, and are left out.")
+    starts = [run["start"]["sha256"] for runs in table.runs.values() for run in runs.values() if run["start"]]
+    if starts:
+        seeds = {s for name, runs in table.runs.items() if table.study.arms[name].forked for s in runs}
+        found.append(
+            f"Networks that were trained and then forked: {len(set(starts))} different, {len(seeds)} seeds."
+        )
+    return found
+
+
+def facts(table: Table) -> list[tuple[str, str]]:
+    """What was run, on what."""
+    runs = [run for row in table.runs.values() for run in row.values()]
+    shared, about = table.shared, table.about
+    if not runs:
+        return []
+    steps = f"{shared['epochs']} epochs, batch {shared['batch_size']}, {shared['optimizer']}"
+    devices = {f"{r['device']['name']} ({r['device']['type']})" for r in runs}
+    versions = {", ".join(f"{k} {v}" for k, v in run["versions"].items()) for run in runs}
+    seconds = [run["seconds"] for run in runs]
+    taken = sum(run["study"] != table.study.name for run in runs)
+    return [
+        (
+            "data",
+            f"{about['name']}: {about['train']:,} training and {about['val']:,} validation pictures of "
+            f"{about['size']} px, {about['classes']} classes",
+        ),
+        ("network", shared.get("network", "named in each row")),
+        (
+            "training",
+            f"from scratch, {steps}, learning rate {shared['lr']:g} ({shared['schedule']}), momentum "
+            f"{shared['momentum']:g}, weight decay {shared['weight_decay']:g}, {shared['precision']}"
+            + (", pictures cropped and flipped on the device" if shared["resident"] else ""),
+        ),
+        ("runs", f"{len(runs)}" + (f", {taken} of them taken over from other studies" if taken else "")),
+        (
+            "time",
+            f"{sum(seconds) / 3600:.1f} hours in all, {statistics.median(seconds):.0f} s a run (median); "
+            f"{sum(run['processor_seconds'] for run in runs) / 3600:.1f} hours of processors",
+        ),
+        ("devices", "; ".join(sorted(devices))),
+        ("versions", "; ".join(sorted(versions))),
+        ("commits", ", ".join(f"{name} ({n})" for name, n in commits(runs).items())),
+    ]
+
+
+def title(table: Table) -> str:
+    """The headline."""
+    return f"{table.study.title}: {table.shared.get('network', 'several networks')} on {table.shared['data']}"
+
+
+def markdown(table: Table, figure: str | None) -> str:
+    """The whole page; `figure` is the name of the drawing beside it."""
+    lines = [f"# {as_markdown(title(table))}", "", f"**{as_markdown(status(table))}**", ""]
+    lines += [line for told in outcome(table) for line in (as_markdown(told), "")]
+    lines += _block(level_rows(table))
+    for measure, name, _ in MEASURES:
+        rows = difference_rows(table, measure)
+        if len(rows) > 1:
+            lines += [f"## Differences in {name}", "", *_block(rows)]
+        if figure and measure == MEASURES[0][0]:
+            lines += [f"![Differences in top-1 error]({figure})", ""]
+    lines += ["## How to read it", "", *(f"- {as_markdown(note)}" for note in reading(table)), ""]
+    lines += ["## What was run", ""]
+    lines += [f"- {as_markdown(name)}: {as_markdown(value)}" for name, value in facts(table)]
+    return "\n".join(lines) + "\n"
+
+
+def _block(rows: list[list[str]]) -> list[str]:
+    header, *body = rows
+    lines = ["| " + " | ".join(map(as_markdown, header)) + " |", "|" + " --- |" * len(header)]
+    return [*lines, *("| " + " | ".join(map(as_markdown, row)) + " |" for row in body), ""]
+
+
+def text(table: Table) -> str:
+    """The tables for a terminal."""
+    lines = [title(table), status(table), ""]
+    for rows in (level_rows(table), difference_rows(table, "val_top1")):
+        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+        told = [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+            for row in rows
+        ]
+        lines += [told[0], "  ".join("-" * width for width in widths), *told[1:], ""]
+    return "\n".join(lines)

@@ -1,0 +1,183 @@
+"""The records of a study's runs: one JSON file per run, written once and never again.
+
+results/<study>/<data>-<row>-s<seed>-<settings>.json   a run of a clean commit
+results/<study>/<...>.dirty-<source>.json               a run of changed code; never counted
+results/<study>/.claims/                                who is at which run; not there when nobody is
+results/<study>/.unfinished/<run>/                      checkpoints of a run of many hours, till its record
+"""
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from cbam.errors import DataError, OutputError
+from cbam.studies.study import run_key, said
+from cbam.train.checkpoint import sync_folder
+
+SCHEMA = 1
+CLAIMS, UNFINISHED = ".claims", ".unfinished"
+_NEEDED = ("schema", "study", "arm", "status", "config", "data", "epochs", "commit", "dirty")
+
+
+class Records:
+    """The records in one folder, of one study.
+
+    Raises:
+        OutputError: the folder cannot be made or written to.
+    """
+
+    def __init__(self, root: str | os.PathLike, study: str) -> None:
+        self.root, self.path = Path(root), Path(root) / study
+
+    def all(self) -> dict[str, dict[str, Any]]:
+        """Every record by the name of its file, in order.
+
+        Raises:
+            DataError: a file that is no record.
+        """
+        if not self.path.is_dir():
+            return {}
+        return {path.name: read(path) for path in sorted(self.path.glob("*.json"))}
+
+    def has(self, name: str) -> bool:
+        """Whether there is a record of that name."""
+        return (self.path / f"{name}.json").exists()
+
+    def add(self, name: str, record: dict[str, Any]) -> bool:
+        """Write a record, whole or not at all; false where there is one already, which stays."""
+        text = json.dumps(record, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+        return self._place(name, text.encode())
+
+    def unfinished(self, name: str) -> Path:
+        """The folder for what a run without a record has saved."""
+        return self.path / UNFINISHED / name
+
+    def forget(self, name: str) -> None:
+        """Remove what a run had saved while it had no record."""
+        shutil.rmtree(self.unfinished(name), ignore_errors=True)
+        with contextlib.suppress(OSError):  # there are others
+            (self.path / UNFINISHED).rmdir()
+
+    def take_over(self, name: str, config: dict[str, Any]) -> Path | None:
+        """Copy the record of the same settings from another study beside this one, if there is one."""
+        ending = f"-s{config['seed']}-{run_key(config)}.json"
+        for path in sorted(self.root.glob(f"*/*{ending}")):
+            if path.parent != self.path and counts(read(path)) and said(read(path)["config"]) == said(config):
+                self._place(name, path.read_bytes())
+                return path
+        return None
+
+    def _place(self, name: str, data: bytes) -> bool:
+        """A name that appears with all its bytes, and is never taken from another: link, not rename."""
+        with self._written(f"{name}.json", data) as part:
+            try:
+                os.link(part, self.path / f"{name}.json")
+            except FileExistsError:
+                return False
+        return True
+
+    def compute(self, make: Callable[[list[dict[str, Any]]], dict[str, str]]) -> list[Path]:
+        """Write the files that `make` computes from the records: name -> text. One process at a time."""
+        with self.claimed("tables", wait=True):
+            made = make(list(self.all().values()))
+            for name, text in made.items():
+                with self._written(name, text.encode()) as part:
+                    part.replace(self.path / name)
+        return [self.path / name for name in made]
+
+    @contextlib.contextmanager
+    def _written(self, name: str, data: bytes) -> Iterator[Path]:
+        """A file of this process alone with these bytes on the disk, gone after the block."""
+        part = self.path / f".{name}.{os.getpid()}.part"
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            with part.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            yield part
+            sync_folder(self.path)
+        except OSError as error:
+            raise _fault(self.path, error) from error
+        finally:
+            with contextlib.suppress(OSError):
+                part.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def claimed(self, name: str, *, wait: bool = False) -> Iterator[bool]:
+        """Take a run for this process; false where another process is at it.
+
+        The claim is a lock of the system on a file, so it ends with the process however that ends.
+
+        Args:
+            wait: until nobody is at it.
+        """
+        try:
+            import fcntl
+        except ImportError:  # Windows: one process at a time
+            yield True
+            return
+        claim = self.path / CLAIMS / name
+        handle = None
+        try:
+            while True:
+                claim.parent.mkdir(parents=True, exist_ok=True)
+                handle = os.open(claim, os.O_CREAT | os.O_RDWR, 0o644)
+                fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+                mine = _is_at(handle, claim)
+                if mine or not wait:
+                    break
+                os.close(handle)
+        except BlockingIOError:
+            mine = False
+        except OSError as error:
+            raise _fault(self.path, error) from error
+        try:
+            yield mine
+        finally:
+            if mine:
+                claim.unlink(missing_ok=True)
+            if handle is not None:
+                os.close(handle)
+            for folder in (claim.parent, self.path):
+                with contextlib.suppress(OSError):  # not empty
+                    folder.rmdir()
+
+
+def _is_at(handle: int, path: Path) -> bool:
+    """Whether the open file is still the one at `path`: another process may have ended and removed it."""
+    try:
+        return os.path.samestat(os.fstat(handle), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A record.
+
+    Raises:
+        DataError: not one, or of a newer version.
+    """
+    try:
+        record = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: not a record of a run: {error}; move it away") from error
+    absent = [name for name in _NEEDED if name not in record] if isinstance(record, dict) else list(_NEEDED)
+    if absent:
+        raise DataError(f"{path}: not a record of a run, it lacks {', '.join(absent)}; move it away")
+    if record["schema"] > SCHEMA:
+        raise DataError(f"{path}: written by a newer cbam (format {record['schema']}); upgrade cbam")
+    return record
+
+
+def counts(record: dict[str, Any]) -> bool:
+    """Whether a record may enter a table: finished, of a commit that is known, with no change to it."""
+    return record["status"] == "complete" and record["commit"] is not None and record["dirty"] is False
+
+
+def _fault(path: Path, error: OSError) -> OutputError:
+    return OutputError(f"cannot write to {path}: {error.strerror or error}; give another --out")

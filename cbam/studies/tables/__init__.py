@@ -1,0 +1,19 @@
+"""The studies: one file per table, each a dict of named rows."""
+
+from cbam.studies.study import Study
+from cbam.studies.tables import (
+    channel,
+    mobile,
+    networks,
+    order,
+    peers,
+    placement,
+    reduction,
+    spatial,
+    start,
+)
+
+__all__ = ["STUDIES"]
+
+_FILES = (channel, spatial, order, networks, mobile, peers, reduction, start, placement)
+STUDIES: dict[str, Study] = {file.STUDY.name: file.STUDY for file in _FILES}

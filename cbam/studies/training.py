@@ -1,0 +1,289 @@
+"""One run of a study: the network of a row, trained on the pictures of the study, and its record."""
+
+import contextlib
+import datetime
+import hashlib
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from cbam.data import Images, Resident, cluttered_digits, image_folder
+from cbam.errors import AttachError, ConfigError, NonFiniteError
+from cbam.models import MobileNetV1, build, profile
+from cbam.models.variants import VARIANTS
+from cbam.nn import ATTENTION
+from cbam.studies import machine
+from cbam.studies.records import SCHEMA
+from cbam.studies.study import DIGITS, Protocol, run_key
+from cbam.surgery import attach, attached
+from cbam.train import checkpoint, fit
+
+SAVE_EVERY = 1000  # steps
+
+
+class Pictures:
+    """The training and the validation pictures of a study, read when they are first needed.
+
+    Args:
+        folder: an image folder; None for the digits.
+        size: side in pixels; None: chosen from the folder.
+        limit: about so many training and validation pictures; None for all.
+    """
+
+    def __init__(
+        self, folder: str | None = None, *, size: int | None = None, limit: int | None = None
+    ) -> None:
+        train, val = image_folder(folder, size=size) if folder else cluttered_digits()
+        self.all, self.name = len(train), DIGITS
+        if folder:
+            self.name = train.name if train.name != DIGITS else f"{train.name}_folder"
+        if limit:
+            train, val = (images.subset(min(limit, len(images))) for images in (train, val))
+        self.size = train.size if folder else None
+        self._found = train, val
+        self._ready: tuple[Images, Images] | None = None
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What tells these pictures from others, without their place on the disk."""
+        train, val = self._found
+        told = repr((train.classes, train.targets, val.targets))
+        return {
+            "name": train.name,
+            "train": len(train),
+            "val": len(val),
+            "size": train.size,
+            "classes": len(train.classes),
+            "sha256": hashlib.sha256(told.encode()).hexdigest(),
+        }
+
+    def ready(self, protocol: Protocol, device: torch.device) -> tuple[Images, Images]:
+        """Both sets; what fits lies on the device."""
+        if self._ready is None:
+            train, val = self._found
+            if protocol.resident:
+                train = Resident(train, device, augment=True)
+            if protocol.resident or self.name == DIGITS:
+                val = Resident(val, device, augment=False)
+            self._ready = train, val
+        return self._ready
+
+
+@dataclass
+class Keep:
+    """Where a run of many hours is kept while it is not finished, so that it goes on and is not begun anew.
+
+    Args:
+        folder: of this run alone.
+        about: what must be the same for it to go on: settings, pictures and code.
+        end: when it must stop, by the monotonic clock; None for never.
+        say: is told, in a line, how it goes.
+    """
+
+    folder: Path
+    about: dict[str, Any]
+    end: float | None
+    say: Callable[[str], None]
+    seconds: float = 0.0  # what earlier processes spent
+
+    def keeper(self, part: str):
+        """What saves and stops one of the trainings of the run, and knows how far it came."""
+        from cbam.train.keeper import Keeper
+
+        folder = self.folder / part
+        folder.mkdir(parents=True, exist_ok=True)
+        found = checkpoint.newest(folder, self.say)
+        state = found[1] if found and found[1].get("about") == self.about else None
+        if found and state is None:
+            self.say("what was kept of this run is of other settings or other code: it begins anew")
+            shutil.rmtree(folder)
+            folder.mkdir()
+        if state is not None:
+            self.seconds += sum(entry["seconds"] for entry in _measured(state["history"]))
+        left = None if self.end is None else max(0.0, self.end - time.monotonic())
+        about = {"about": self.about}
+        return Keeper(
+            folder, about, state=state, save_every=SAVE_EVERY, copies=2, max_time=left, say=self.say
+        )
+
+
+class Training:
+    """Trains one run after another on the same pictures and device."""
+
+    def __init__(
+        self, protocol: Protocol, pictures: Pictures, device: torch.device, *, workers: int = 0
+    ) -> None:
+        self.protocol, self.pictures, self.device, self.workers = protocol, pictures, device, workers
+        self._forked: tuple[dict[str, Any], nn.Module, list[dict]] | None = None
+        self._costs: dict[str, dict[str, Any]] = {}
+
+    def run(
+        self, config: dict[str, Any], on_work: Callable[[float], None], keep: Keep | None = None
+    ) -> dict[str, Any]:
+        """What comes out of a run, as the part of its record that was measured.
+
+        Args:
+            config: see `cbam.studies.study.run_config`.
+            on_work: is told how much more of the run, out of 1, is done.
+            keep: saves it while it goes on, and takes up what was saved.
+
+        Raises:
+            ConfigError, DataError: settings or pictures that do not go together.
+            StoppedError: `keep` was told to stop; it is saved.
+        """
+        began, worked = time.monotonic(), time.process_time()
+        made = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        train, val = self._pictures()
+        phases = 2 if config["forked"] else 1
+        total = phases * config["epochs"] * (3 * len(train) + len(val))
+        tell = partial(_share, on_work, total)
+        found: dict[str, Any] = {"schema": SCHEMA, "created": made, "status": "complete", "start": None}
+        history: list[dict] = []
+        with _fast_convolutions(self.device):
+            try:
+                if config["forked"]:
+                    model, start = self._fork(config, tell, keep)
+                    found["start"] = {"sha256": fingerprint(model), "epochs": _without_nan(start)}
+                else:
+                    model = plain(config, len(train.classes))
+                refine(model, config)
+                history = self._fit(model, config, tell, keep and keep.keeper("run"))
+            except NonFiniteError as error:
+                found["status"] = f"NonFiniteError: {error}"
+        timed = _measured(history)
+        spent = sum(entry["seconds"] for entry in timed)
+        return found | {
+            **self.cost(config),
+            "epochs": _without_nan(history),
+            "images_per_second": len(train) * len(timed) / spent if spent else None,
+            "seconds": time.monotonic() - began + (keep.seconds if keep else 0.0),
+            "processor_seconds": time.process_time() - worked,
+            "memory_gib": machine.largest_memory(),
+        }
+
+    def cost(self, config: dict[str, Any]) -> dict[str, Any]:
+        """`cost_of` a run, which does not depend on its seed.
+
+        Raises:
+            ConfigError: the network cannot be made.
+        """
+        key = run_key(config | {"seed": 0})
+        if key not in self._costs:
+            about = self.pictures.about
+            self._costs[key] = cost_of(config, about["classes"], about["size"])
+        return self._costs[key]
+
+    def _fork(
+        self, config: dict[str, Any], tell: Callable[[int], None], keep: Keep | None
+    ) -> tuple[nn.Module, list[dict]]:
+        """The plain network after its training; that of the last call is kept, for the next row."""
+        train, _ = self._pictures()
+        own = trunk(config)
+        if self._forked is None or self._forked[0] != own:
+            model = plain(own, len(train.classes))
+            keeper = keep and keep.keeper("trunk")
+            self._forked = own, model, self._fit(model, own | {"forked": False}, tell, keeper)
+        else:
+            tell(own["epochs"] * (3 * len(train) + len(self._pictures()[1])))
+        _, model, history = self._forked
+        copy = plain(own, len(train.classes))
+        copy.load_state_dict(model.state_dict())
+        return copy, history
+
+    def _pictures(self) -> tuple[Images, Images]:
+        return self.pictures.ready(self.protocol, self.device)
+
+    def _fit(self, model: nn.Module, config: dict, tell: Callable[[int], None], keeper: Any) -> list[dict]:
+        train, val = self._pictures()
+        return fit(
+            model,
+            train,
+            val,
+            self.protocol.recipe(),
+            seed=config["seed"],
+            device=self.device.type,
+            first_epoch=config["epochs"] if config["forked"] else 0,
+            workers=self.workers,
+            on_step=tell,
+            keeper=keeper,
+        )
+
+
+def trunk(config: dict[str, Any]) -> dict[str, Any]:
+    """The settings of the network that a forked run begins with."""
+    return config | {"attention": "", "start": "paper", "where": None, "reduction": None}
+
+
+def plain(config: dict[str, Any], classes: int) -> nn.Module:
+    """The network of a run before attention, initialised by the run's seed alone."""
+    with torch.random.fork_rng():
+        torch.manual_seed(config["seed"])
+        return build(config["network"], num_classes=classes)
+
+
+def refine(model: nn.Module, config: dict[str, Any]) -> nn.Module:
+    """Attach the attention of a run in place; what is random in it is the run's seed's."""
+    if not config["attention"]:
+        return model
+    attention = (ATTENTION | VARIANTS)[config["attention"]]
+    if config["reduction"] is not None:
+        attention = partial(attention, reduction=config["reduction"])  # pyright: ignore[reportCallIssue]
+    where = config["where"] or (MobileNetV1.UNITS if isinstance(model, MobileNetV1) else None)
+    with torch.random.fork_rng():
+        torch.manual_seed(config["seed"])
+        return attach(model, where, attention, start=config["start"])
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A digest of all weights: two runs that were forked from the same network have the same."""
+    digest = hashlib.sha256()
+    for key, value in sorted(model.state_dict().items()):
+        digest.update(key.encode() + value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def cost_of(config: dict[str, Any], classes: int, size: int) -> dict[str, Any]:
+    """Parameters, 10^9 multiply-accumulates for one picture, and places of attention; nothing is computed.
+
+    Raises:
+        ConfigError: the network cannot be made.
+    """
+    try:
+        with torch.device("meta"):
+            model = refine(build(config["network"], num_classes=classes), config)
+            cost = profile(model, size)
+    except AttachError as error:
+        raise ConfigError(f"{config['network']}, {config['attention']}: {error}") from error
+    return {"parameters": cost.parameters, "gmac": cost.gmac, "sites": len(attached(model))}
+
+
+def _measured(history: list[dict]) -> list[dict]:
+    """The epochs whose time is known; of one that was taken up at its validation it is not."""
+    return [entry for entry in history if entry["seconds"] == entry["seconds"]]
+
+
+def _without_nan(history: list[dict]) -> list[dict]:
+    """None for what is not known: JSON has no NaN."""
+    return [{name: None if value != value else value for name, value in e.items()} for e in history]
+
+
+def _share(on_work: Callable[[float], None], total: int, passes: int) -> None:
+    on_work(passes / total)
+
+
+@contextlib.contextmanager
+def _fast_convolutions(device: torch.device) -> Iterator[None]:
+    """Let cuDNN try which algorithm is fastest: every batch but the last is of one size."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = before or device.type == "cuda"
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before

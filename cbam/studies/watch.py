@@ -1,0 +1,26 @@
+"""Who is told how a comparison or a study goes."""
+
+from typing import Protocol
+
+
+class Watch(Protocol):
+    """What is told while a comparison or a study runs."""
+
+    def say(self, line: str) -> None:
+        """A line of lasting interest."""
+
+    def now(self, what: str) -> None:
+        """What is running from here on."""
+
+    def advance(self, share: float) -> None:
+        """How much more of the whole, out of 1, is done."""
+
+
+class Silent:
+    """A `Watch` that tells nobody."""
+
+    def say(self, line: str) -> None: ...
+
+    def now(self, what: str) -> None: ...
+
+    def advance(self, share: float) -> None: ...

@@ -1,0 +1,68 @@
+"""The exponential moving average of a network's weights and statistics (Polyak and Juditsky 1992).
+
+It is what is evaluated, and what a checkpoint of such a run is scored with; training goes on from the
+weights.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Average:
+    """average <- d average + (1 - d) weights after step n, with d = min(decay, (1 + n) / (10 + n)).
+
+    BatchNorm's running statistics are averaged likewise; whole numbers are copied.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay, self.updates, self._model = decay, 0, model
+        self.tensors = {name: tensor.detach().clone() for name, tensor in self._live().items()}
+
+    def _live(self) -> dict[str, Tensor]:
+        """The network's own tensors, as they are now: moving a network replaces its buffers."""
+        return self._model.state_dict(keep_vars=True)
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Take in what the weights are now."""
+        live = self._followed()
+        self.updates += 1
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        floats = [name for name, tensor in self.tensors.items() if tensor.is_floating_point()]
+        torch._foreach_lerp_([self.tensors[n] for n in floats], [live[n] for n in floats], 1 - decay)
+        for name in self.tensors.keys() - set(floats):
+            self.tensors[name].copy_(live[name])
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        """Exchange the weights of the network and the average."""
+        for name, tensor in self._followed().items():
+            kept = tensor.detach().clone()
+            tensor.copy_(self.tensors[name])
+            self.tensors[name].copy_(kept)
+
+    def _followed(self) -> dict[str, Tensor]:
+        """The network's tensors, once the average went to where they are."""
+        live = self._live()
+        for name, tensor in live.items():
+            own = self.tensors[name]
+            if (own.device, own.dtype) != (tensor.device, tensor.dtype):
+                self.tensors[name] = own.to(tensor.device, tensor.dtype)
+        return live
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {"updates": self.updates, "tensors": self.tensors}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+        self.updates = state["updates"]
+        for name, tensor in self.tensors.items():
+            tensor.copy_(state["tensors"][name])
+
+
+def average_of(state: dict[str, Any]) -> dict[str, Tensor]:
+    """The weights that a checkpoint is scored with: the average, where the run keeps one."""
+    return state["average"]["tensors"] if state.get("average") else state["model"]

@@ -1,0 +1,173 @@
+"""Lightning's Trainer as we use it: silent, writing nothing where the user works, on one device or many."""
+
+import contextlib
+import inspect
+import logging
+import signal
+import tempfile
+import threading
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.plugins import MixedPrecision
+from pytorch_lightning.plugins.environments import ClusterEnvironment
+from pytorch_lightning.strategies import DDPStrategy
+from torch.nn.parallel import DistributedDataParallel
+
+from cbam.errors import DataError, InputError, NonFiniteError, OutOfMemoryError
+from cbam.train.distributed import World, world
+from cbam.train.recipe import Recipe
+
+_PRECISIONS = {"fp32": "32-true", "fp64": "64-true"}
+
+
+class _Joined(ClusterEnvironment):
+    """For Lightning: the processes are there, and have met (see distributed.py)."""
+
+    def __init__(self, here: World) -> None:
+        super().__init__()
+        self._here = here
+
+    @property
+    def creates_processes_externally(self) -> bool:
+        return True
+
+    @property
+    def main_address(self) -> str:
+        return "127.0.0.1"
+
+    @property
+    def main_port(self) -> int:
+        return 0
+
+    @staticmethod
+    def detect() -> bool:
+        return False
+
+    def world_size(self) -> int:
+        return self._here.size
+
+    def set_world_size(self, size: int) -> None: ...
+
+    def global_rank(self) -> int:
+        return self._here.rank
+
+    def set_global_rank(self, rank: int) -> None: ...
+
+    def local_rank(self) -> int:
+        return self._here.local_rank
+
+    def node_rank(self) -> int:
+        return self._here.rank // self._here.local_size
+
+
+@contextlib.contextmanager
+def trainer(
+    device: torch.device, epochs: int, callbacks: Sequence[pl.Callback] = (), recipe: Recipe | None = None
+) -> Iterator[pl.Trainer]:
+    """A Trainer for `recipe`, or for an evaluation; what it trips over is told in our words.
+
+    Raises:
+        NonFiniteError, DataError, OutOfMemoryError, InputError: see `cbam.train.fit`.
+    """
+    recipe = recipe or Recipe()
+    with _quiet(), _interruptible(), tempfile.TemporaryDirectory() as scratch:
+        try:
+            yield pl.Trainer(
+                max_epochs=epochs,
+                default_root_dir=Path(scratch),
+                logger=False,
+                enable_checkpointing=False,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+                num_sanity_val_steps=0,
+                use_distributed_sampler=False,
+                callbacks=list(callbacks),
+                accumulate_grad_batches=recipe.accumulate,
+                # Asks anew how long an epoch is: a resumed one is shorter.
+                reload_dataloaders_every_n_epochs=1 if callbacks else 0,
+                **_devices(device, recipe),
+            )
+        except FloatingPointError as error:
+            raise NonFiniteError(f"{error}; a lower learning rate usually helps") from None
+        except (RuntimeError, MemoryError) as error:
+            told = _told(error, device, recipe)
+            if told is None:
+                raise
+            raise told from error
+
+
+def _devices(device: torch.device, recipe: Recipe) -> dict[str, Any]:
+    here, cuda = world(), device.type == "cuda"
+    plugins: list[Any] = [_Joined(here)]
+    how: dict[str, Any] = {"accelerator": "gpu" if cuda else "cpu", "devices": 1, "plugins": plugins}
+    if recipe.precision in _PRECISIONS:
+        how["precision"] = _PRECISIONS[recipe.precision]
+    else:
+        kind = "bf16-mixed" if recipe.precision == "bf16" else "16-mixed"
+        plugins.append(MixedPrecision(kind, device.type))
+    if here.size > 1:
+        how |= {"devices": here.local_size, "num_nodes": here.size // here.local_size}
+        how["sync_batchnorm"] = recipe.sync_bn
+        # What BatchNorm has counted is spread once, before it is evaluated with: see Classification.
+        known = inspect.signature(DistributedDataParallel.__init__).parameters
+        name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+        how["strategy"] = DDPStrategy(**{name: False})  # pyright: ignore[reportArgumentType]
+    return how
+
+
+def _told(error: BaseException, device: torch.device, recipe: Recipe) -> BaseException | None:
+    """The error in our words, or None for one that has them or that we know nothing of."""
+    text = " ".join(str(error).split())
+    if "DataLoader worker" in text:
+        return DataError(f"a process that loads pictures died: {text}")
+    memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    if memory or "can't allocate memory" in text:
+        peak = ""
+        if device.type == "cuda":
+            peak = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB at the peak"
+        return OutOfMemoryError(
+            f"out of memory on {device.type} with batches of {recipe.batch_size // recipe.accumulate}{peak}; "
+            f"--accumulate {2 * recipe.accumulate} computes the same steps in smaller parts ({text[:200]})"
+        )
+    if "Expected to have finished reduction" in text:
+        return InputError(f"parameters of the network had no part in the loss: {text[:300]}")
+    return None
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    loggers = [logging.getLogger(name) for name in ("pytorch_lightning", "lightning_fabric")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+            warnings.filterwarnings("ignore", message=".*GPU available but not used.*")
+            warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated.*")  # Lightning's own
+            warnings.filterwarnings("ignore", message=".*is configured to be used as a.*")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Lightning answers Ctrl-C with sys.exit(1), deaf to a second one; here it is KeyboardInterrupt again."""
+    in_main = threading.current_thread() is threading.main_thread()
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit as stop:
+        if isinstance(stop.__context__, KeyboardInterrupt):
+            raise stop.__context__ from None  # what was raised: a subclass may tell SIGTERM from Ctrl-C
+        raise
+    finally:
+        if in_main:
+            signal.signal(signal.SIGINT, handler)

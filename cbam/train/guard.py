@@ -1,0 +1,74 @@
+"""Numbers of a step that are brought to the CPU without stopping a GPU, and the way back to before a step."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Pending:
+    """Scalars on their way to the CPU. A GPU goes on with the backward pass meanwhile."""
+
+    def __init__(self, *scalars: Tensor) -> None:
+        numbers = torch.stack([scalar.detach().double() for scalar in scalars])
+        self._event = None
+        if numbers.is_cuda:
+            self._numbers = torch.empty(len(scalars), dtype=torch.float64, pin_memory=True)
+            self._numbers.copy_(numbers, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+        else:
+            self._numbers = numbers
+
+    def numbers(self) -> list[float]:
+        """The scalars, once they are here."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._numbers.tolist()
+
+
+class Before:
+    """What the forward pass of a step changes: BatchNorm's statistics and the random state."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model, self._kept = model, []
+        self._rng: dict[str, Any] = {}
+
+    @torch.no_grad()
+    def remember(self) -> None:
+        """Keep them as they are."""
+        live = self._live()
+        if [(t.device, t.dtype) for t in self._kept] != [(t.device, t.dtype) for t in live]:
+            self._kept = [tensor.clone() for tensor in live]
+        else:
+            _copy(self._kept, live)
+        self._rng = rng()
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put them back."""
+        _copy(self._live(), self._kept)
+        set_rng(self._rng)
+
+    def _live(self) -> list[Tensor]:
+        return list(self._model.buffers())
+
+
+def _copy(to: list[Tensor], source: list[Tensor]) -> None:
+    if to:
+        torch._foreach_copy_(to, source)
+
+
+def rng() -> dict[str, Any]:
+    """The random state of this process, on the CPU and on its GPU."""
+    return {
+        "cpu": torch.get_rng_state(),
+        "cuda": [torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else [],
+    }
+
+
+def set_rng(states: dict[str, Any]) -> None:
+    """Go on from such a state; of a GPU where there is one."""
+    torch.set_rng_state(states["cpu"])
+    if torch.cuda.is_available() and states["cuda"]:
+        torch.cuda.set_rng_state(states["cuda"][0])

@@ -1,0 +1,160 @@
+"""Where a process stands among those that train one network, and starting them on one machine.
+
+Imports no torch: `cbam train --devices N` waits for its processes without it.
+"""
+
+import contextlib
+import ctypes
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from cbam.errors import DistributedError
+
+GRACE = 10.0  # seconds for the others to end, once one of the processes has failed
+_OURS = "_CBAM_PLACE"  # from `launch` to the processes that it starts
+
+
+@dataclass(frozen=True)
+class Place:
+    """Process `rank` of `size`, the `local_rank`-th of `local_size` on its machine.
+
+    `store` is where they meet: "file:PATH", "tcp:HOST:PORT", or "agent:HOST:PORT" where torchrun serves it.
+    """
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    store: str
+
+
+def place() -> Place | None:
+    """This process's place, as `launch`, torchrun or SLURM's srun says; None for a process of its own.
+
+    Raises:
+        DistributedError: what they say makes no sense.
+    """
+    said = os.environ
+    try:
+        if _OURS in said:
+            return Place(**json.loads(said[_OURS]))
+        if (
+            "TORCHELASTIC_RUN_ID" in said
+            or {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= said.keys()
+        ):
+            served = said.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+            return Place(
+                int(said["RANK"]), int(said["WORLD_SIZE"]),
+                int(said.get("LOCAL_RANK", 0)), int(said.get("LOCAL_WORLD_SIZE", 1)),
+                f"{'agent' if served else 'tcp'}:{said['MASTER_ADDR']}:{said['MASTER_PORT']}",
+            )  # fmt: skip
+        if "SLURM_PROCID" in said and int(said.get("SLURM_STEP_NUM_TASKS", said.get("SLURM_NTASKS", 1))) > 1:
+            return _slurm()
+    except (KeyError, ValueError, TypeError) as error:
+        raise DistributedError(f"the processes' environment cannot be read: {error!r}") from error
+    return None
+
+
+def _slurm() -> Place:
+    said = os.environ
+    size = int(said.get("SLURM_STEP_NUM_TASKS", said.get("SLURM_NTASKS", 1)))
+    nodes = int(said.get("SLURM_STEP_NUM_NODES", said.get("SLURM_NNODES", 1)))
+    host = first_host(said.get("SLURM_STEP_NODELIST", said.get("SLURM_NODELIST", "127.0.0.1")))
+    port = 15000 + int(said["SLURM_JOB_ID"]) % 20000
+    return Place(
+        int(said["SLURM_PROCID"]), size, int(said["SLURM_LOCALID"]), size // nodes, f"tcp:{host}:{port}"
+    )
+
+
+def first_host(nodes: str) -> str:
+    """The first name of a SLURM list of nodes: "gpu[003-006,9],login" -> "gpu003"."""
+    name, bracket, rest = nodes.partition(",")[0].partition("[")
+    return name + rest.partition("-")[0].rstrip("]") if bracket else name
+
+
+def launch(arguments: Sequence[str], processes: int) -> int:
+    """Run `cbam ARGUMENTS` in that many processes on this machine; the exit code of the first failure.
+
+    Each signal is handed on. When a process has failed, the others have GRACE seconds to end; a process
+    never outlives this one.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        store = f"file:{Path(folder) / 'store'}"
+        ranks = [_start(arguments, Place(r, processes, r, processes, store)) for r in range(processes)]
+        try:
+            with _handing_on(ranks):
+                ended = _wait(ranks)
+        finally:
+            for rank in ranks:
+                rank.kill()
+                rank.wait()
+    return _exit_code(ended, processes)
+
+
+def _start(arguments: Sequence[str], where: Place) -> subprocess.Popen:
+    environment = {**os.environ, _OURS: json.dumps(asdict(where))}
+    return subprocess.Popen(
+        [sys.executable, "-m", "cbam", *arguments],
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=None if where.rank == 0 else subprocess.DEVNULL,
+        start_new_session=True,  # Ctrl-C comes to them from here, and once
+    )
+
+
+@contextlib.contextmanager
+def _handing_on(ranks: Sequence[subprocess.Popen]) -> Iterator[None]:
+    def hand_on(number: int, frame) -> None:
+        for rank in ranks:
+            rank.send_signal(number)
+
+    before = {number: signal.signal(number, hand_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _wait(ranks: Sequence[subprocess.Popen]) -> list[tuple[int, int]]:
+    """(rank, exit code) in the order in which they ended; those that do not end are killed, and left out."""
+    ended: list[tuple[int, int]] = []
+    deadline = float("inf")
+    while len(ended) < len(ranks) and time.monotonic() < deadline:
+        known = {rank for rank, _ in ended}
+        new = [(r, process.poll()) for r, process in enumerate(ranks) if r not in known]
+        ended += [(r, code) for r, code in new if code is not None]
+        if deadline == float("inf") and any(ended_with for _, ended_with in ended):
+            deadline = time.monotonic() + GRACE
+        time.sleep(0.05)
+    return ended
+
+
+def _exit_code(ended: Sequence[tuple[int, int]], processes: int) -> int:
+    """Of the first that failed by itself: not of one that was left alone by another, nor of one killed."""
+    failed = [(rank, code) for rank, code in ended if code]
+    own = [code for _, code in failed if code > 0 and code != DistributedError.exit_code]
+    if own or not failed:
+        return own[0] if own else 0
+    if all(code < 0 for _, code in failed) and len(failed) == processes:  # nobody could say it
+        rank, code = failed[0]
+        raise DistributedError(f"process {rank} was ended by {signal.Signals(-code).name}")
+    return DistributedError.exit_code
+
+
+def die_with_parent() -> None:
+    """Let SIGTERM come to this process when the one that launched it is gone (Linux)."""
+    if _OURS not in os.environ or not sys.platform.startswith("linux"):
+        return
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+    if os.getppid() == 1:  # it was gone before
+        os.kill(os.getpid(), signal.SIGTERM)

@@ -1,0 +1,148 @@
+"""Metrics for other programs: a table, TensorBoard, W&B, MLflow. What fails there is told once and left out.
+
+None of them is the record of a run: that is metrics.jsonl, which knows nothing of the clock and is resumed
+to the byte.
+"""
+
+import csv
+import io
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+from cbam.train.checkpoint import write
+from cbam.train.folder import METRICS
+
+TABLE = "epochs.csv"
+
+
+class _Logger(Protocol):
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None: ...
+
+    def finalize(self, status: str) -> None: ...
+
+
+class Loggers:
+    """The loggers of these names in the folder of a run; `config` is shown by those that can."""
+
+    def __init__(
+        self, names: tuple[str, ...], folder: Path, config: dict[str, Any], say: Callable[[str], None]
+    ) -> None:
+        self._say, self._loggers = say, {}
+        for name in names:
+            self._guarded(name, lambda make=_MAKERS[name], name=name: self._keep(name, make(folder, config)))
+
+    def _keep(self, name: str, logger: _Logger | None) -> None:
+        if logger is not None:
+            self.put(name, logger)
+
+    def put(self, name: str, logger: _Logger) -> None:
+        """One logger more."""
+        self._loggers[name] = logger
+
+    def add(self, metrics: dict[str, Any], step: int) -> None:
+        """The metrics after a step of the whole run."""
+        numbers = {n: float(v) for n, v in metrics.items() if isinstance(v, int | float) and v == v}
+        for name, logger in list(self._loggers.items()):
+            self._guarded(name, lambda to=logger: to.log_metrics(numbers, step))
+
+    def close(self) -> None:
+        """Bring out what they hold."""
+        for name, logger in list(self._loggers.items()):
+            self._guarded(name, lambda to=logger: to.finalize("success"))
+
+    def _guarded(self, name: str, act: Callable[[], None]) -> None:
+        try:
+            act()
+        except (Exception, SystemExit) as error:
+            self._loggers.pop(name, None)
+            self._say(f"{name}: {type(error).__name__}: {error}; training goes on without it")
+
+
+class Line:
+    """Tells `now` how far a run is and how fast, at most every so many seconds."""
+
+    def __init__(self, now: Callable[[str], None], epochs: int, *, every: float) -> None:
+        self._now, self._epochs, self._every, self._last = now, epochs, every, float("-inf")
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        if "val_loss" in metrics or time.monotonic() < self._last + self._every:
+            return
+        self._last = time.monotonic()
+        rate, waited = metrics["images_per_second"], metrics["wait_share"]
+        self._now(
+            f"epoch {metrics['epoch']:.0f} of {self._epochs}, step {step}: loss {metrics['loss']:.4f}, "
+            f"{rate:.0f} images/s, {100 * waited:.0f} % of the time waiting for them"
+        )
+
+    def finalize(self, status: str) -> None: ...
+
+
+class _Table:
+    """epochs.csv: a row per epoch, written anew from metrics.jsonl each time."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        if "val_loss" not in metrics:
+            return
+        lines = (self._folder / METRICS).read_text("utf-8").splitlines()
+        rows = [entry for entry in map(json.loads, lines) if "val_loss" in entry]
+        text = io.StringIO()
+        table = csv.DictWriter(text, rows[0], lineterminator="\n", extrasaction="ignore")
+        table.writeheader()
+        table.writerows(rows)
+        write(self._folder / TABLE, text.getvalue().encode())
+
+    def finalize(self, status: str) -> None: ...
+
+
+class _TensorBoard:
+    def __init__(self, folder: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._folder, self._make, self._writer = folder, SummaryWriter, None
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        if self._writer is None:  # now it is known where the run is: what was written beyond does not count
+            self._writer = self._make(str(self._folder / "tensorboard"), purge_step=step)
+        for name, value in metrics.items():
+            self._writer.add_scalar(name, value, step)
+        self._writer.flush()
+
+    def finalize(self, status: str) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+
+def _tensorboard(folder: Path, config: dict[str, Any]) -> _Logger | None:
+    try:
+        return _TensorBoard(folder)
+    except ImportError:  # it is asked for by default, and not everybody has it
+        return None
+
+
+def _wandb(folder: Path, config: dict[str, Any]) -> _Logger:
+    from pytorch_lightning.loggers import WandbLogger
+
+    name = "-".join(folder.absolute().parts[-2:])
+    return WandbLogger(project="cbam", name=name, id=name, save_dir=folder, resume="allow", config=config)
+
+
+def _mlflow(folder: Path, config: dict[str, Any]) -> _Logger:
+    from pytorch_lightning.loggers import MLFlowLogger
+
+    logger = MLFlowLogger("cbam", run_name=folder.name)
+    logger.log_hyperparams(config)
+    return logger
+
+
+_MAKERS: dict[str, Callable[[Path, dict[str, Any]], _Logger | None]] = {
+    "csv": lambda folder, config: _Table(folder),
+    "tensorboard": _tensorboard,
+    "wandb": _wandb,
+    "mlflow": _mlflow,
+}

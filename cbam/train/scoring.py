@@ -1,0 +1,63 @@
+"""How a checkpoint, or a file of weights, does on the pictures that validate."""
+
+import dataclasses
+from pathlib import Path
+
+from cbam.errors import CheckpointNotFoundError, ConfigError
+from cbam.surgery import load_weights
+from cbam.train import checkpoint
+from cbam.train.average import average_of
+from cbam.train.fitting import Evaluation, evaluate, pick_device
+from cbam.train.material import network, ours, pictures
+from cbam.train.recipes import Config
+
+
+def score(
+    path: Path,
+    *,
+    data: str | None = None,
+    model: str | None = None,
+    size: int | None = None,
+    batch_size: int = 256,
+    device: str = "auto",
+    workers: int = 0,
+) -> tuple[Evaluation, str]:
+    """Evaluate a checkpoint of `run`, or the weights of a named network; and say on what.
+
+    Of a run that averages its weights it is the average.
+
+    Args:
+        path: of a checkpoint, of a run's folder (its newest valid one), or of a weights file.
+        data: image folder, whose validation pictures are taken; None: what the run was trained on, or the
+            digits.
+        model: the network of a weights file; a checkpoint knows its own.
+        size: side of the pictures; a checkpoint knows its own.
+
+    Raises:
+        CheckpointNotFoundError, CheckpointError: as `checkpoint.load` and `load_weights`.
+        ConfigError: no model is named, or the classes are not the checkpoint's.
+    """
+    if not path.exists():
+        raise CheckpointNotFoundError(f"{path}: no such file")
+    pick_device(device)
+    if path.is_dir() or checkpoint.step_of(path) >= 0:
+        state = ours(path)
+        began = Config(**state["config"])
+        config = dataclasses.replace(
+            began, model=model or began.model, size=size or began.size, recipe="folder",
+            data=data or began.data,
+        )  # fmt: skip
+        _, val = pictures(config)
+        if val.classes != state["data"]["classes"]:
+            raise ConfigError(f"{val.name} has other classes than the run: {str(val.classes)[:120]}")
+        net = network(config, len(val.classes), loaded=True)
+        load_weights(net, average_of(state))
+    else:
+        if model is None:
+            raise ConfigError(f"{path} does not say what network it is: give --model NAME, see `cbam list`")
+        config = Config("folder", data=data, model=model, size=size)
+        _, val = pictures(config)
+        net = network(config, len(val.classes))
+        load_weights(net, path)
+    scored = evaluate(net, val, batch_size=batch_size, device=device, workers=workers)
+    return scored, f"{config.model} on {len(val)} validation pictures of {val.name}"

@@ -1,0 +1,230 @@
+"""Write docs/evidence.md from the records in results/: `python -m docs.fill_evidence`, or `make evidence`.
+
+Tables and figures of the studies are computed anew first. What is said of a result is computed; what a
+reader must know of how it came about stands here in words.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from benchmarks import imagenet_hours
+from cbam.studies.conduct import write_tables
+from cbam.studies.printing import status, title
+from cbam.studies.records import Records
+from cbam.studies.report import as_markdown
+from cbam.studies.statistics import MOST_PAIRS
+from cbam.studies.study import DIGITS, LARGE, SEEDS, digits, imagenette
+from cbam.studies.tables import STUDIES
+from cbam.studies.tabulate import Table, differences, tables
+
+ROOT = Path(__file__).parents[1]
+RESULTS, MEASURED = ROOT / "results", ROOT / "benchmarks" / "results"
+PAGE = Path(__file__).parent / "evidence.md"
+
+OPENING = """\
+# What the evidence is
+
+`cbam study` trains the rows of the paper's tables, and of four more, and computes the tables from one record
+per run. This page says what they show so far, where attention does not help, and what it would take to
+settle what is open. `make evidence` writes it from the records in `results/`; no number here is typed.
+"""
+
+DIGITS_ARE_NOT = """\
+**The digits are not the evidence.** They are handwriting of 8x8 pixels, enlarged, and a network of
+{parameters:,} parameters, trained for {steps} steps. They show that the studies run, and what an attention
+costs such a network at the start of its training; they say nothing about photographs, ImageNet or a network
+that has converged. The evidence that the README cites is the tables on Imagenette; where the list above has
+none, they are still to be run.
+"""
+
+STILL = """\
+## Still to be run
+
+{missing}
+
+On one GPU, without a network; it stops with the time that it is given, and the same command goes on:
+
+```sh
+benchmarks/gpu_studies.sh path/to/imagenette96 25
+```
+
+ResNet18, 34 and 50, plain, SE and CBAM; then, on ResNet18, channel, spatial, order, peers and start;
+{epochs} epochs from scratch, {seeds} seeds of every row, the pictures on the device, in bfloat16. The
+settings were fixed before the first of these runs: rate, momentum and weight decay are the paper's, the
+batch is {batch}, and half a cosine stands in place of the steps that the paper makes over 90 epochs.
+
+## ImageNet on 8 GPUs
+
+One process per GPU; each takes a run that nobody is at, and a row that has a record is not repeated:
+
+```sh
+for gpu in 0 1 2 3 4 5 6 7; do
+    CUDA_VISIBLE_DEVICES=$gpu cbam study networks mobile channel spatial order \\
+        --dataset path/to/imagenet --workers 12 &
+done; wait
+```
+
+{hours}
+"""
+
+CHOICES = """\
+## Choices that were made on validation sets
+
+- The learning rate of the digits, {lr:g}, is that of `cbam compare`. It was chosen there from trainings of
+  the plain network, whose validation error was seen.
+- The studies on the digits were planned with 6 epochs at batch 32, by the time that a run takes. {first} runs
+  of that plan were made; the plain network ended at {error:.0f} % error, far from trained, and epochs and
+  batch were changed, once, to {epochs} and {batch}. That was decided on validation errors, those of rows with
+  attention among them. The records of the first plan are kept, as a table of their own.
+- No other setting was changed after a result. The last epoch of every run counts, not the best.
+- Imagenette and ImageNet: none, no run has been made there.
+"""
+
+
+def page(results: Path = RESULTS) -> str:
+    """The whole page."""
+    found = {name: tables(study, Records(results, name).all().values()) for name, study in STUDIES.items()}
+    every = [table for own in found.values() for table in own]
+    usual = [table for table in every if table.name == f"{table.study.name}-{table.shared['data']}"]
+    parts = [OPENING, _count(every), _listing(usual), _digits_note(usual)]
+    parts += [_shown(usual), _open(usual), _choices(found), _still(usual)]
+    return "\n".join(part for part in parts if part)
+
+
+def _runs(table: Table) -> list[dict[str, Any]]:
+    return [run for own in table.runs.values() for run in own.values()]
+
+
+def _count(every: list[Table]) -> str:
+    distinct = {json.dumps(run["config"], sort_keys=True) for table in every for run in _runs(table)}
+    hours = sum(
+        run["seconds"] for run in {r["created"] + r["arm"]: r for t in every for r in _runs(t)}.values()
+    )
+    return (
+        f"There are records of {len(distinct)} different runs, {hours / 3600:.1f} hours in all. A run whose "
+        "settings\nstand in several tables was trained once and enters each of them, so the tables are not "
+        "independent of each\nother.\n"
+    )
+
+
+def _listing(usual: list[Table]) -> str:
+    lines = ["| table | runs | state |", "| --- | --- | --- |"]
+    for table in usual:
+        link = f"[{as_markdown(title(table))}](../results/{table.study.name}/{table.name}.md)"
+        lines.append(f"| {link} | {len(_runs(table))} | {status(table)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _digits_note(usual: list[Table]) -> str:
+    runs = [run for t in usual if t.shared["data"] == DIGITS for run in t.runs.get("plain", {}).values()]
+    if not runs:
+        return ""
+    steps = runs[0]["config"]["epochs"] * -(-runs[0]["data"]["train"] // runs[0]["config"]["batch_size"])
+    return DIGITS_ARE_NOT.format(steps=steps, parameters=runs[0]["parameters"])
+
+
+def _shown(usual: list[Table]) -> str:
+    """Differences whose interval leaves out zero, both ways."""
+    lines = ["## What is shown", ""]
+    for word, told in (
+        ("better", "Lower top-1 error:"),
+        ("worse", "Higher top-1 error: attention does harm"),
+    ):
+        rows = [line for table in usual for line in _rows(table, word)]
+        lines += [told, "", *(rows or ["- nothing"]), ""]
+    return "\n".join(lines)
+
+
+def _rows(table: Table, word: str) -> list[str]:
+    labels = {name: arm.label for name, arm in table.study.arms.items()}
+    found = []
+    for row in differences(table, "val_top1"):
+        if row.get("word") == word:
+            paper = "" if row["paper"] is None else f"; the paper on ImageNet: {row['paper']:+.2f}"
+            interval = "no interval" if row["low"] is None else f"{row['low']:+.2f} to {row['high']:+.2f}"
+            found.append(
+                f"- {table.study.name}, {table.shared['data']}: {labels[row['arm']]} against "
+                f"{labels[row['against']]}: {row['mean']:+.2f} points ({interval}, {row['n']} seeds{paper})"
+            )
+    return found
+
+
+def _open(usual: list[Table]) -> str:
+    """What is not settled, and how many pairs would settle it."""
+    lines = [
+        "## What is open",
+        "",
+        "No difference is shown in these. Beside each: the smallest true difference that so many pairs",
+        "show in four cases of five, and how many would show one of the size found, if it is the true one.",
+        "",
+        "| study | | against | points | pairs | would show | pairs to settle |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    count = 0
+    for table in usual:
+        labels = {name: arm.label for name, arm in table.study.arms.items()}
+        for row in differences(table, "val_top1"):
+            if row.get("word") == "no difference shown" and row["resolution"] is not None:
+                count += 1
+                needed = f"over {MOST_PAIRS:,}" if row["needed"] is None else row["needed"]
+                names = f"{table.study.name} | {labels[row['arm']]} | {labels[row['against']]}"
+                lines.append(
+                    f"| {names} | {row['mean']:+.2f} | {row['n']} | {row['resolution']:.2f} | {needed} |"
+                )
+    return "\n".join(lines) + "\n" if count else "\n".join(lines[:1]) + "\n\nNothing that was run.\n"
+
+
+def _choices(found: dict[str, list[Table]]) -> str:
+    """The words of CHOICES with the numbers of the first plan, which was given up."""
+    first = [
+        t for own in found.values() for t in own if (t.shared["epochs"], t.shared["batch_size"]) == (6, 32)
+    ]
+    if not first:
+        return ""
+    errors = [error for table in first for error in table.values("plain", "val_top1").values()]
+    protocol = digits()
+    return CHOICES.format(
+        first=sum(len(_runs(table)) for table in first),
+        error=sum(errors) / len(errors),
+        lr=protocol.lr,
+        batch=protocol.batch_size,
+        epochs=protocol.epochs,
+    )
+
+
+def _still(usual: list[Table]) -> str:
+    there = {table.study.name for table in usual if table.shared["data"] != DIGITS and not table.partial}
+    wanted = [
+        name for name in ("networks", "channel", "spatial", "order", "peers", "start") if name not in there
+    ]
+    missing = f"On Imagenette: {', '.join(wanted)}." if wanted else "On Imagenette: nothing."
+    large = {t.study.name for t in usual if t.about["train"] >= LARGE and not t.partial}
+    missing += f" On ImageNet: {', '.join(name for name in STUDIES if name not in large) or 'nothing'}."
+    protocol = imagenette()
+    return STILL.format(
+        missing=missing, seeds=SEEDS, epochs=protocol.epochs, batch=protocol.batch_size, hours=_hours()
+    )
+
+
+def _hours() -> str:
+    measured = sorted(MEASURED.glob("imagenet-*.json"))
+    if not measured:
+        return (
+            "How many hours that takes is computed from a throughput that is measured:\n"
+            "`python -m benchmarks.imagenet_hours` prints it and writes it down for this page. It has not\n"
+            "been measured on a GPU yet, so no number stands here."
+        )
+    told = json.loads(measured[-1].read_text("utf-8"))
+    return "\n".join(imagenet_hours.lines(told, seeds=SEEDS, devices=8))
+
+
+def main() -> None:
+    """Compute all tables and figures, and write the page."""
+    for name, study in STUDIES.items():
+        write_tables(Records(RESULTS, name), study)
+    PAGE.write_text(page(), "utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""What results/ holds: records of clean commits; tables, figures and a page that are computed from them."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from cbam.studies import machine
+from cbam.studies.drawing import figure
+from cbam.studies.printing import markdown
+from cbam.studies.records import Records, counts, read
+from cbam.studies.study import run_key
+from cbam.studies.tables import STUDIES
+from cbam.studies.tabulate import tables
+from docs import fill_evidence
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "results"
+RECORDS = sorted(RESULTS.glob("*/*.json"))
+
+
+def test_there_are_records_of_the_studies_alone():
+    assert RECORDS
+    assert {path.parent.name for path in RECORDS} <= set(STUDIES)
+    assert {path.suffix for path in RESULTS.glob("*/*")} <= {".json", ".md", ".svg"}
+
+
+def test_every_record_is_finished_of_a_known_commit_and_named_by_its_settings():
+    for path in RECORDS:
+        record = read(path)
+        assert counts(record), path
+        assert path.stem.endswith(f"-s{record['seed']}-{run_key(record['config'])}"), path
+        assert len(record["epochs"]) == record["config"]["epochs"], path
+        assert len(record["versions"]) > 2, path
+
+
+def test_a_record_ran_the_sources_of_the_commit_that_it_names():
+    origins = {(record["commit"], record["source"]) for record in map(read, RECORDS)}
+    for commit, source in origins:
+        there = subprocess.run(
+            ["git", "-C", ROOT, "cat-file", "-e", commit], capture_output=True, check=False
+        )
+        if there.returncode:
+            pytest.skip(f"the history here does not reach {commit[:8]}")
+        assert machine.source_of(commit, ROOT) == source, commit
+
+
+def test_a_record_that_stands_in_several_studies_is_the_same_to_the_byte():
+    content: dict[str, bytes] = {}
+    for path in RECORDS:
+        record = read(path)
+        key = f"{record['study']} {run_key(record['config'])} {record['created']}"
+        assert content.setdefault(key, path.read_bytes()) == path.read_bytes(), path
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_tables_and_figures_are_those_of_the_records(name):
+    records = Records(RESULTS, name)
+    made = tables(STUDIES[name], records.all().values())
+    assert {path.stem for path in records.path.glob("*.md")} == {table.name for table in made}, (
+        "make evidence"
+    )
+    for table in made:
+        drawn, drawing = figure(table), records.path / f"{table.name}.svg"
+        page = (records.path / f"{table.name}.md").read_text("utf-8")
+        assert page == markdown(table, drawing.name if drawn else None), "make evidence"
+        assert (drawing.read_text("utf-8") if drawing.exists() else None) == drawn, "make evidence"
+
+
+def test_the_page_of_the_evidence_is_what_its_program_writes():
+    assert fill_evidence.PAGE.read_text("utf-8") == fill_evidence.page(), "make evidence"
+
+
+def test_the_page_says_that_the_digits_are_not_the_evidence():
+    assert "**The digits are not the evidence.**" in fill_evidence.page()

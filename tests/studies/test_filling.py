@@ -1,0 +1,333 @@
+"""Studies fill up: what has a record is not repeated, what is broken off leaves none, tables follow."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import cbam
+from cbam.errors import ConfigError, DataError
+from cbam.studies import filling as filling_file
+from cbam.studies import machine
+from cbam.studies.conduct import conduct, find_pictures, prepare
+from cbam.studies.records import Records
+from cbam.studies.tables import STUDIES
+from cbam.studies.tabulate import tables
+from cbam.studies.watch import Silent
+
+ROOT = Path(cbam.__file__).parents[1]
+TINY = {"epochs": 1, "limit": 20, "batch_size": 16}
+CLEAN = {"commit": "c" * 40, "dirty": False, "source": "s" * 64}
+
+
+@pytest.fixture(autouse=True)
+def clean(monkeypatch):
+    """The code under test counts as a clean commit, whatever state it is in."""
+    monkeypatch.setattr(filling_file, "origin", lambda commit: dict(CLEAN))
+
+
+class Listener(Silent):
+    def __init__(self, stop_at: str = "-", error: type[BaseException] = KeyboardInterrupt) -> None:
+        self.lines, self.phases, self.done, self.stop_at, self.error = [], [], 0.0, stop_at, error
+
+    def say(self, line):
+        self.lines.append(line)
+
+    def now(self, what):
+        self.phases.append(what)
+
+    def advance(self, share):
+        self.done += share
+        if self.phases and self.phases[-1] == self.stop_at:
+            raise self.error("stopped")
+
+
+def study(out, name="order", watch=None, arms=("se", "channel-spatial"), **changes):
+    """Two rows of a study, of which a run takes a fraction of a second."""
+    own = TINY | changes
+    pictures = find_pictures("digits", own)
+    return prepare(name, pictures, own, out=str(out), device="cpu", watch=watch, arms=list(arms))
+
+
+@pytest.fixture(scope="module")
+def filled(tmp_path_factory):
+    """A study of two seeds, by one call."""
+    out, watch = tmp_path_factory.mktemp("results"), Listener()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(filling_file, "origin", lambda commit: dict(CLEAN))
+        assert conduct(study(out, watch=watch), seeds=2) == 0
+    return out, watch
+
+
+def test_every_run_leaves_one_record_with_all_that_is_needed_to_repeat_it(filled):
+    out, watch = filled
+    records = list(Records(out, "order").all().values())
+    assert len(records) == 4
+    assert watch.done == pytest.approx(1)
+    for record in records:
+        assert record["status"] == "complete"
+        assert record["config"]["seed"] == record["seed"]
+        assert record["commit"] == CLEAN["commit"]
+        assert record["dirty"] is False
+        assert record["versions"]["torch"]
+        assert record["device"]["type"] == "cpu"
+        assert record["seconds"] > 0
+        assert [entry["epoch"] for entry in record["epochs"]] == [0]
+        assert {"train_loss", "val_top1", "val_top5", "val_loss", "lr"} <= record["epochs"][0].keys()
+    assert len({json.dumps(record["config"]) for record in records}) == 4
+
+
+def test_the_folder_holds_records_and_what_is_computed_from_them(filled):
+    out, _ = filled
+    kinds = sorted(path.suffix for path in (out / "order").iterdir())
+    assert kinds == [".json"] * 4 + [".md", ".svg"]
+    (table,) = tables(STUDIES["order"], Records(out, "order").all().values())
+    assert (out / "order" / f"{table.name}.md").read_text().startswith("# The arrangement of the two gates")
+    assert "Partial: 0 of 4 rows" in (out / "order" / f"{table.name}.md").read_text()
+
+
+def test_runs_that_have_a_record_are_not_repeated(filled):
+    out, _ = filled
+    before = {path: path.read_bytes() for path in (out / "order").glob("*.json")}
+    watch = Listener()
+    assert conduct(study(out, watch=watch), seeds=2) == 0
+    assert watch.phases == []
+    assert {path: path.read_bytes() for path in (out / "order").glob("*.json")} == before
+
+
+def test_the_same_run_gives_the_same_numbers(filled, tmp_path):
+    out, _ = filled
+    conduct(study(tmp_path), seeds=1)
+    for name, record in Records(tmp_path, "order").all().items():
+        before = json.loads((out / "order" / name).read_text())
+        assert [e["val_loss"] for e in record["epochs"]] == [e["val_loss"] for e in before["epochs"]]
+        assert record["config"] == before["config"]
+
+
+def test_rows_of_one_seed_start_alike_and_see_the_same_pictures(filled):
+    out, _ = filled
+    from cbam.studies.training import fingerprint, plain
+
+    configs = [run.config for run in study(out).runs(1)]
+    assert len({fingerprint(plain(config, 10)) for config in configs}) == 1
+
+
+def test_runs_of_equal_settings_are_taken_over_by_another_study(filled, tmp_path):
+    out, _ = filled
+    shutil.copytree(out / "order", tmp_path / "order")
+    watch = Listener()
+    assert conduct(study(tmp_path, "peers", watch, ("se", "cbam")), seeds=2) == 0
+    assert watch.phases == []
+    assert sum("taken over from order/" in line for line in watch.lines) == 4
+    (table,) = tables(STUDIES["peers"], Records(tmp_path, "peers").all().values())
+    assert {name: len(runs) for name, runs in table.runs.items()} == {"se": 2, "cbam": 2}
+
+
+def test_ctrl_c_leaves_no_half_record_and_a_table_of_what_is_there(tmp_path):
+    # C10, R18
+    label = STUDIES["order"].arms["channel-spatial"].label
+    with pytest.raises(KeyboardInterrupt):
+        conduct(study(tmp_path, watch=Listener(f"order: {label}, seed 0")), seeds=1)
+    names = sorted(path.name for path in (tmp_path / "order").iterdir())
+    assert [name.split("-s0-")[0] for name in names if name.endswith(".json")] == ["digits-se"]
+    assert not [name for name in names if name.startswith(".")]
+    assert conduct(study(tmp_path), seeds=1) == 0
+    assert len(Records(tmp_path, "order").all()) == 2
+
+
+def test_a_budget_gives_up_a_run_that_does_not_end_in_time(tmp_path):
+    watch = Listener()
+    long = study(tmp_path, watch=watch, epochs=50, limit=500)
+    assert conduct(long, seeds=1, budget=1.0) == 2
+    assert not (tmp_path / "order").exists()
+    assert len(watch.phases) == 1
+    assert any("given up, for the time is over" in line for line in watch.lines)
+
+
+def test_a_budget_begins_no_run_that_would_not_end_in_time(tmp_path, filled):
+    shutil.copytree(filled[0] / "order", tmp_path / "order")
+    for path in (tmp_path / "order").glob("*.json"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"seconds": 3600.0}))
+    watch = Listener()
+    assert conduct(study(tmp_path, watch=watch), seeds=3, budget=600.0) == 2
+    assert watch.phases == []
+    assert "the time is over before another run would be" in watch.lines
+
+
+class Clock(Listener):
+    """Lets the time be over after so many pieces of work."""
+
+    def __init__(self, monkeypatch, pieces: int) -> None:
+        super().__init__()
+        self._now, self._left = time.monotonic, pieces
+        monkeypatch.setattr(time, "monotonic", lambda: self._now() + (1e6 if self._left < 0 else 0))
+
+    def advance(self, share):
+        super().advance(share)
+        self._left -= 1
+
+
+@pytest.mark.parametrize(("name", "arm"), [("order", "se"), ("start", "forked-plain")])
+def test_a_run_of_many_hours_is_kept_when_the_time_is_over_and_goes_on_to_the_same_end(
+    tmp_path, monkeypatch, name, arm
+):
+    whole = study(tmp_path / "whole", name, arms=[arm], epochs=2)
+    conduct(whole, seeds=1)
+    (wanted,) = Records(tmp_path / "whole", name).all().values()
+    for pieces in (0, 1):
+        with monkeypatch.context() as patch:
+            watch = Clock(patch, pieces)
+            parts = study(tmp_path / "parts", name, watch, arms=[arm], epochs=2, small=False)
+            assert conduct(parts, seeds=1, budget=1000.0) == 1
+    assert list((tmp_path / "parts" / name / ".unfinished").iterdir())
+    assert conduct(study(tmp_path / "parts", name, arms=[arm], epochs=2, small=False), seeds=1) == 0
+    (found,) = Records(tmp_path / "parts", name).all().values()
+    for one, other in (
+        ((found, wanted), (found["start"], wanted["start"])) if name == "start" else ((found, wanted),)
+    ):
+        losses = [[(e["epoch"], e["val_loss"], e["train_loss"]) for e in r["epochs"]] for r in (one, other)]
+        assert losses[0] == losses[1]
+    assert not (tmp_path / "parts" / name / ".unfinished").exists()
+
+
+def test_what_was_kept_of_other_code_is_not_gone_on_with(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        parts = study(tmp_path, watch=Clock(patch, 2), arms=["se"], epochs=2, small=False)
+        assert conduct(parts, seeds=1, budget=1000.0) == 1
+    monkeypatch.setattr(filling_file, "origin", lambda commit: CLEAN | {"source": "other"})
+    watch = Listener()
+    assert conduct(study(tmp_path, watch=watch, arms=["se"], epochs=2, small=False), seeds=1) == 0
+    assert "what was kept of this run is of other settings or other code: it begins anew" in watch.lines
+
+
+def test_a_run_that_diverges_has_a_record_that_does_not_count(tmp_path):
+    # R1
+    assert conduct(study(tmp_path, arms=["se"], lr=1e30, epochs=2), seeds=1) == 0
+    (record,) = Records(tmp_path, "order").all().values()
+    assert record["status"].startswith("NonFiniteError")
+    (table,) = tables(STUDIES["order"], [record])
+    assert table.runs == {}
+    page = (tmp_path / "order" / f"{table.name}.md").read_text()
+    assert "Runs that failed, and do not count: se seed 0" in page
+
+
+def test_runs_of_changed_code_have_names_of_their_own_and_do_not_count(tmp_path, monkeypatch):
+    dirty = {"commit": "c" * 40, "dirty": True, "source": "d" * 64}
+    monkeypatch.setattr(filling_file, "origin", lambda commit: dict(dirty))
+    assert conduct(study(tmp_path), seeds=1) == 0
+    names = list(Records(tmp_path, "order").all())
+    assert all(".dirty-dddddddd.json" in name for name in names)
+    assert conduct(study(tmp_path), seeds=1) == 0
+    monkeypatch.setattr(filling_file, "origin", lambda commit: dict(CLEAN))
+    assert len(study(tmp_path).missing(1)) == 2
+    (table,) = tables(STUDIES["order"], Records(tmp_path, "order").all().values())
+    assert (table.runs, table.changed) == ({}, 2)
+
+
+def test_a_fork_goes_on_from_one_trained_network_per_seed(tmp_path):
+    conduct(study(tmp_path, "start", arms=["forked-plain", "forked-identity"]), seeds=1)
+    plain, identity = sorted(Records(tmp_path, "start").all().values(), key=lambda r: r["arm"], reverse=True)
+    assert plain["arm"] == "forked-plain"
+    assert plain["start"] == identity["start"]
+    assert [entry["epoch"] for entry in plain["start"]["epochs"]] == [0]
+    assert [entry["epoch"] for entry in plain["epochs"]] == [1]
+    assert (plain["sites"], identity["sites"]) == (0, 3)
+    conduct(study(tmp_path / "b", "start", arms=["forked-identity"]), seeds=1)
+    (alone,) = Records(tmp_path / "b", "start").all().values()
+    assert alone["start"]["sha256"] == identity["start"]["sha256"]
+    assert alone["epochs"][0]["val_loss"] == identity["epochs"][0]["val_loss"]
+
+
+@pytest.mark.large
+def test_two_processes_fill_one_folder_without_repeating_a_run(tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    given = (
+        "study order --arms se channel-spatial --seeds 2 --epochs 1 --limit 20 --batch-size 16 --device cpu"
+    )
+    command = [sys.executable, "-m", "cbam", *given.split(), "--out", str(tmp_path)]
+    both = [
+        subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        for _ in range(2)
+    ]
+    told = [process.communicate(timeout=120)[0] for process in both]
+    assert all(process.returncode in (0, 75) for process in both), told
+    trained = [
+        line for text in told for line in text.splitlines() if "top-1 error" in line and " s" in line[-3:]
+    ]
+    assert len(trained) == 4, told
+    assert len(list((tmp_path / "order").glob("*.json"))) == 4
+    assert not list((tmp_path / "order").glob(".*"))
+
+
+def test_bfloat16_on_pictures_that_stay_on_the_device(tmp_path):
+    from PIL import Image
+
+    random = torch.Generator().manual_seed(0)
+    for split, count in (("train", 8), ("val", 4)):
+        for label in range(2):
+            for i in range(count):
+                path = tmp_path / "pictures" / split / str(label) / f"{i}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                pixels = torch.randint(0, 256, (32, 32, 3), generator=random, dtype=torch.uint8)
+                Image.fromarray(pixels.numpy()).save(path)
+    pictures = find_pictures(str(tmp_path / "pictures"), {})
+    wanted = prepare(
+        "order", pictures, {"network": "resnet_tiny", "epochs": 1, "batch_size": 8},
+        out=str(tmp_path / "out"), device="cpu", arms=["se"],
+    )  # fmt: skip
+    assert (wanted.protocol.resident, wanted.protocol.precision, wanted.protocol.size) == (True, "bf16", 32)
+    conduct(wanted, seeds=1)
+    (record,) = Records(tmp_path / "out", "order").all().values()
+    assert record["config"]["data"] == "pictures"
+    assert str(tmp_path) not in json.dumps(record)
+    assert record["epochs"][0]["val_top5"] is None
+    (tmp_path / "pictures" / "val" / "0" / "0.png").rename(tmp_path / "pictures" / "val" / "1" / "9.png")
+    with pytest.raises(DataError, match="other pictures of the same name"):
+        prepare("order", find_pictures(str(tmp_path / "pictures"), {}), {}, out=str(tmp_path / "out"))
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "how", "told"),
+    [
+        ("chanel", {}, {}, "unknown study 'chanel'; did you mean 'channel'"),
+        ("order", {"network": "resnt18"}, {}, "unknown network 'resnt18'; nearest"),
+        ("order", {"network": "vgg11"}, {}, "no place for attention"),
+        ("order", {}, {"arms": ["cbam"]}, "study order has no row cbam; its rows: se"),
+        ("order", {"lr": float("nan")}, {}, "lr must be a finite number"),
+        ("order", {"precision": "fp8"}, {}, "precision must be one of fp32, bf16"),
+        ("order", {"size": 32}, {}, "size belongs to an image folder"),
+        ("networks", {"network": "resnet18"}, {}, "names its networks itself"),
+        ("order", {}, {"device": "gpu"}, "device must be auto, cpu or cuda"),
+    ],
+)  # fmt: skip
+def test_what_does_not_go_together_is_refused_before_any_work(tmp_path, name, changes, how, told):
+    # C6, C12
+    how = {"out": str(tmp_path / "out"), "device": "cpu", **how}
+    with pytest.raises(ConfigError, match=told):
+        prepare(name, find_pictures("digits", changes), changes, **how)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_plan_says_what_is_left_and_how_long_it_takes(filled):
+    out, _ = filled
+    assert study(out).plan(2) == "order on digits: 4 of 4 runs have a record"
+    assert "4 of 6 runs have a record; the other 2 take at most about 0.0 hours" in study(out).plan(3)
+    assert "not known" in study(out, "placement", arms=["plain"]).plan(1)
+
+
+def test_the_sources_of_a_commit_are_known_without_its_checkout():
+    if machine.commit() is None:
+        pytest.skip("no git checkout")
+    commit = machine.commit()
+    assert commit is not None
+    found = machine.source_of(commit.removesuffix("+changes"), ROOT)
+    assert (found == machine.source()) == (not commit.endswith("+changes"))
+    assert machine.source_of("no-such-commit", ROOT) is None

@@ -1,0 +1,121 @@
+"""Records: written once, whole, found by their settings; claims that end with their process."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import cbam
+from cbam.errors import DataError, OutputError
+from cbam.studies.records import Records, counts, read
+
+ROOT = Path(cbam.__file__).parents[1]
+RECORD = {
+    "schema": 1, "study": "channel", "arm": "plain", "status": "complete", "config": {"seed": 0, "lr": 0.1},
+    "data": {}, "epochs": [], "commit": "abc", "dirty": False,
+}  # fmt: skip
+
+
+def test_a_record_is_never_written_over(tmp_path):
+    records = Records(tmp_path, "channel")
+    assert records.add("a", RECORD)
+    assert not records.add("a", RECORD | {"commit": "def"})
+    assert records.all() == {"a.json": RECORD}
+    assert sorted(path.name for path in records.path.iterdir()) == ["a.json"]
+
+
+def test_a_record_that_cannot_be_json_leaves_nothing(tmp_path):
+    records = Records(tmp_path, "channel")
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        records.add("a", RECORD | {"seconds": float("nan")})
+    assert not records.path.exists()
+
+
+def test_a_place_that_cannot_be_written_is_named():
+    # K16; root may write anywhere but here
+    with pytest.raises(OutputError, match="give another --out"):
+        Records("/proc/self", "channel").add("a", RECORD)
+
+
+def test_a_run_of_the_same_settings_is_taken_over_from_another_study_to_the_byte(tmp_path):
+    one, other = Records(tmp_path, "channel"), Records(tmp_path, "order")
+    from cbam.studies.study import run_key
+
+    config = RECORD["config"]
+    name = f"digits-avg-s0-{run_key(config)}"
+    one.add(name, RECORD)
+    taken = other.take_over(name.replace("avg", "se"), config)
+    assert taken == one.path / f"{name}.json"
+    assert (other.path / f"{name.replace('avg', 'se')}.json").read_bytes() == taken.read_bytes()
+    assert other.take_over("x", {"seed": 1, "lr": 0.1}) is None
+
+
+@pytest.mark.parametrize("change", [{"dirty": True}, {"status": "NonFiniteError: nan"}, {"commit": None}])
+def test_what_does_not_count_is_not_taken_over(tmp_path, change):
+    from cbam.studies.study import run_key
+
+    record = RECORD | change
+    assert not counts(record)
+    Records(tmp_path, "channel").add(f"digits-avg-s0-{run_key(RECORD['config'])}", record)
+    assert Records(tmp_path, "order").take_over("x", RECORD["config"]) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [("{", "not a record"), ("[]", "lacks schema"), ("{}", "lacks schema"), ("\xff", "not a")],
+)
+def test_a_file_that_is_no_record_is_named(tmp_path, text, told):
+    (tmp_path / "channel").mkdir()
+    (tmp_path / "channel" / "a.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(DataError, match=told) as caught:
+        Records(tmp_path, "channel").all()
+    assert "a.json" in str(caught.value)
+
+
+def test_a_record_of_a_newer_version_is_refused(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps(RECORD | {"schema": 2}))
+    with pytest.raises(DataError, match="newer cbam"):
+        read(tmp_path / "a.json")
+
+
+def test_a_run_is_at_one_process_and_its_claim_leaves_nothing(tmp_path):
+    records = Records(tmp_path, "channel")
+    with records.claimed("a") as mine, records.claimed("b") as too:
+        assert mine
+        assert too
+        with records.claimed("a") as again:
+            assert not again
+    assert list(tmp_path.iterdir()) == []
+    with records.claimed("a") as mine:
+        assert mine
+
+
+HOLD = """
+import sys, time
+from cbam.studies.records import Records
+with Records(sys.argv[1], "channel").claimed("a") as mine:
+    print(mine, flush=True)
+    time.sleep(60)
+"""
+
+
+def test_the_claim_of_a_killed_process_is_free(tmp_path):
+    # R18
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", HOLD, str(tmp_path)]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "True\n"
+        with Records(tmp_path, "channel").claimed("a") as mine:
+            assert not mine
+        other.send_signal(signal.SIGKILL)
+        other.wait(10)
+    began = time.monotonic()
+    with Records(tmp_path, "channel").claimed("a") as mine:
+        assert mine
+    assert time.monotonic() - began < 1

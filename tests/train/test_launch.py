@@ -1,0 +1,79 @@
+"""Where a process stands among several, and what a launch ends with (rows R6, R9, R25)."""
+
+import json
+
+import pytest
+
+from cbam.errors import ConfigError, DistributedError
+from cbam.train import Config
+from cbam.train.distributed import World, joined, world
+from cbam.train.launch import Place, _exit_code, first_host, place
+from cbam.train.runs import _places
+
+
+@pytest.fixture(autouse=True)
+def _nowhere(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "SLURM_PROCID", "SLURM_NTASKS"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_a_process_of_its_own_has_no_place_and_is_a_world():
+    assert place() is None
+    with joined(None) as here:
+        assert here == world() == World()
+        assert here.sum(1.5, 2) == [1.5, 2]
+        assert here.all("a") == ["a"]
+
+
+def test_torchrun_says_where_a_process_stands(monkeypatch):
+    said = {
+        "RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4", "MASTER_ADDR": "a1",
+        "MASTER_PORT": "29500", "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }  # fmt: skip
+    for name, value in said.items():
+        monkeypatch.setenv(name, value)
+    assert place() == Place(5, 8, 1, 4, "agent:a1:29500")
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "False")
+    assert place() == Place(5, 8, 1, 4, "tcp:a1:29500")
+    monkeypatch.setenv("WORLD_SIZE", "many")
+    with pytest.raises(DistributedError, match="environment cannot be read") as caught:
+        place()
+    assert caught.value.exit_code == 9
+
+
+def test_srun_says_where_a_process_stands(monkeypatch):
+    said = {
+        "SLURM_PROCID": "9", "SLURM_LOCALID": "1", "SLURM_NTASKS": "16", "SLURM_NNODES": "2",
+        "SLURM_JOB_ID": "123456", "SLURM_NODELIST": "gpu[003-004]",
+    }  # fmt: skip
+    for name, value in said.items():
+        monkeypatch.setenv(name, value)
+    assert place() == Place(9, 16, 1, 8, f"tcp:gpu003:{15000 + 123456 % 20000}")
+    monkeypatch.setenv("SLURM_NTASKS", "1")  # a job of a single process
+    assert place() is None
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [("a", "a"), ("a,b", "a"), ("n[7,9]", "n7"), ("gpu[003-006,9],login", "gpu003"), ("x-1,y", "x-1")],
+)
+def test_the_first_of_a_list_of_nodes_is_found(nodes, first):
+    assert first_host(nodes) == first
+
+
+def test_a_launch_ends_with_the_first_failure_that_was_nobody_elses():
+    # R9
+    assert _exit_code([(0, 0), (1, 0)], 2) == 0
+    assert _exit_code([(1, 3), (0, 9)], 2) == 3
+    assert _exit_code([(0, 9), (1, 3)], 2) == 3
+    assert _exit_code([(0, 143), (1, 143)], 2) == 143
+    assert _exit_code([(1, -9), (0, 9)], 2) == 9
+    with pytest.raises(DistributedError, match="process 1 was ended by SIGKILL"):
+        _exit_code([(1, -9), (0, -15)], 2)
+
+
+def test_a_number_of_devices_that_was_not_started_is_refused():
+    with pytest.raises(ConfigError, match="devices is 4, but 1 was started"):
+        _places({"devices": 4})
+    assert _places({}) == {"devices": 1, "nodes": 1}
+    assert Config(**json.loads(json.dumps({"recipe": "digits", "devices": 4}))).devices == 4

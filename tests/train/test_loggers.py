@@ -1,0 +1,117 @@
+"""Loggers: what they are given, and that none of them ends a run (rows R14, R23)."""
+
+import csv
+import json
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+from cbam.train import run
+from cbam.train.folder import METRICS
+from cbam.train.loggers import Line, Loggers
+
+
+class Watch:
+    every = 0.0
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def say(self, line: str) -> None:
+        self.said.append(line)
+
+    now = say
+
+    def advance(self, share: float) -> None: ...
+
+
+@pytest.fixture
+def small():
+    return {
+        "limit": 20,
+        "epochs": 2,
+        "batch_size": 10,
+        "log_every": 1,
+        "device": "cpu",
+        "model": "resnet_tiny",
+    }
+
+
+def test_a_run_leaves_a_table_of_its_epochs_and_what_tensorboard_reads(tmp_path, small):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    watch = Watch()
+    history = run("digits", small, tmp_path / "run", watch)
+    with (tmp_path / "run" / "epochs.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["val_loss"]) for row in rows] == [entry["val_loss"] for entry in history]
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    assert {"loss", "lr", "images_per_second", "wait_share", "val_top1"} <= set(events.Tags()["scalars"])
+    assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4]
+    assert any("images/s" in line and "of the time waiting for them" in line for line in watch.said)
+
+
+class Broken:
+    def __init__(self, *_, **__) -> None:
+        self.calls = 0
+
+    def log_metrics(self, metrics, step=None):
+        raise ConnectionError("no network")
+
+    def finalize(self, status): ...
+
+
+def test_a_logger_that_fails_is_told_once_and_the_run_goes_on(tmp_path, small, monkeypatch):
+    # R23
+    fake = types.SimpleNamespace(WandbLogger=Broken)
+    monkeypatch.setitem(sys.modules, "pytorch_lightning.loggers", fake)
+    watch = Watch()
+    history = run("digits", {**small, "loggers": ("wandb", "csv")}, tmp_path / "run", watch)
+    assert len(history) == 2
+    told = [line for line in watch.said if "wandb" in line]
+    assert told == ["wandb: ConnectionError: no network; training goes on without it"]
+    assert (tmp_path / "run" / "epochs.csv").exists()
+
+
+def test_a_logger_that_is_not_installed_is_told_at_the_start(tmp_path):
+    # R23
+    said: list[str] = []
+    loggers = Loggers(("mlflow",), tmp_path, {}, said.append)
+    assert len(said) == 1
+    assert said[0].startswith("mlflow: ModuleNotFoundError")
+    loggers.add({"loss": 1.0}, 1)
+    loggers.close()
+    assert len(said) == 1
+
+
+def test_a_full_disk_ends_the_table_and_not_the_run(tmp_path):
+    # R14
+    said: list[str] = []
+    (tmp_path / METRICS).write_text(json.dumps({"epoch": 0, "val_loss": 1.0}) + "\n")
+    (tmp_path / ".epochs.csv.part").symlink_to("/dev/full")
+    loggers = Loggers(("csv",), tmp_path, {}, said.append)
+    for step in (1, 2):
+        loggers.add({"val_loss": 1.0}, step)
+    assert len(said) == 1
+    assert "No space left" in said[0]
+
+
+def test_the_line_of_progress_comes_not_too_often():
+    said: list[str] = []
+    line = Line(said.append, 9, every=1000.0)
+    for step in range(3):
+        line.log_metrics({"epoch": 2, "loss": 0.5, "images_per_second": 12.3, "wait_share": 0.04}, step)
+    assert said == ["epoch 2 of 9, step 0: loss 0.5000, 12 images/s, 4 % of the time waiting for them"]
+
+
+def test_a_table_is_the_same_after_a_run_was_resumed(tmp_path, small):
+    # R22
+    run("digits", {**small, "loggers": ("csv",)}, tmp_path / "run", Watch())
+    table = Path(tmp_path / "run" / "epochs.csv")
+    before = table.read_bytes()
+    table.write_text("torn")
+    run("digits", {}, tmp_path / "run", Watch(), resume="auto")
+    assert table.read_bytes() == before

@@ -1,0 +1,165 @@
+"""Several processes train as one, and none is left alone (rows D33, R1, R6, R7, R9 to R12, R17, R26, R27)."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import cbam
+
+
+def ended(*scenarios: list) -> tuple[list, str]:
+    """How each scenario of peers.py ended, and what was written to stderr."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(cbam.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, Path(__file__).with_name("peers.py")],
+        input="".join(json.dumps(scenario) + "\n" for scenario in scenarios),
+        capture_output=True, text=True, env=environment, timeout=60 + 60 * len(scenarios), check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()], done.stderr
+
+
+WAYS = {19: [(1, 1), (2, 1), (1, 2), (2, 2), (4, 1)], 21: [(1, 1), (2, 4)]}
+CHANGES = [(1, 1), (1, 2), (2, 1)]
+KILLS = ["bwd:3", "save:half:1@0", "pre_step:2@1"]
+ALL = [
+    *(["equal", size, parts, pictures] for pictures, ways in WAYS.items() for size, parts in ways),
+    *(["changed", first, then] for first, then in CHANGES),
+    ["killed", 2, []],
+    ["killed", 2, KILLS],
+    ["nan", "stop", [2]],
+    ["nan", "skip", [2]],
+    ["broken"],
+    ["hung"],
+    ["told_to_stop", 0],
+    ["told_to_stop", 1],
+    ["unused"],
+]
+
+
+@pytest.fixture(scope="module")
+def ends():
+    """How each scenario of ALL ended, by its name and arguments; under "stderr" what was written there."""
+    found, err = ended(*ALL)
+    return {json.dumps(scenario): end for scenario, end in zip(ALL, found, strict=True)} | {"stderr": err}
+
+
+def end_of(ends: dict, *scenario):
+    return ends[json.dumps(scenario)]
+
+
+def apart(a: list, b: list) -> float:
+    return max(abs(x - y) for x, y in zip(a, b, strict=True) if x is not None and y is not None)
+
+
+@pytest.mark.parametrize("pictures", WAYS)
+def test_two_processes_or_batches_train_as_one_and_count_every_picture_once(ends, pictures):
+    # D33, R12: the last step is not full, and shared unevenly
+    ((one,), *others) = (end_of(ends, "equal", *way, pictures) for way in WAYS[pictures])
+    assert one["code"] == 0
+    for process in (process for processes in others for process in processes):
+        for mine, its in zip(one["value"], process["value"], strict=True):
+            assert apart(mine, its) <= 1e-12
+
+
+def test_a_run_goes_on_with_another_number_of_processes(ends):
+    # R12, K21
+    calm, *others = (end_of(ends, "changed", *change) for change in CHANGES)
+    for other in others:
+        assert apart(calm["weights"], other["weights"]) <= 1e-12
+
+
+def check_kills(run: list[str], end: dict, calm: dict) -> None:
+    *failed, last = end["ends"]
+    assert len(failed) == len(run)
+    assert [process["code"] for process in last] == [0, 0]
+    for ranks in failed:
+        assert sorted(process["code"] for process in ranks) == [-9, 9], (run, ranks)
+        (survivor,) = (process for process in ranks if process["code"] == 9)
+        dead = ranks.index(next(process for process in ranks if process["code"] == -9))
+        assert f"process {dead} (pid " in survivor["error"]
+        assert " is gone" in survivor["error"]
+        assert not survivor["silent"]
+        assert survivor["seconds"] < 15  # 4 on an idle machine
+    assert end["digest"] == calm["digest"], run
+
+
+def test_of_two_processes_one_is_killed_the_other_names_it_and_the_end_is_the_same(ends):
+    # R1, R6, K14, R27
+    check_kills(KILLS, end_of(ends, "killed", 2, KILLS), end_of(ends, "killed", 2, []))
+
+
+@pytest.mark.large
+def test_ten_kills_of_ten_leave_a_run_of_two_processes_bitwise_the_same():
+    # R1, R2, R6, K14
+    points = ("data:4@1", "fwd:2@0", "post_step:5@0", "save:pre_rename:2@0", "eval:1@1", "log:3@0", "bwd:6@1")
+    runs = [[], *([point, "pre_step:1@1"] for point in points)]
+    (calm, *killed), _ = ended(*(["killed", 2, run] for run in runs))
+    for run, end in zip(runs[1:], killed, strict=True):
+        check_kills(run, end, calm)
+
+
+@pytest.mark.large
+def test_the_scaler_of_fp16_goes_on_and_decides_for_all_processes():
+    # R11
+    run = ["post_step:3@0"]
+    (calm, killed), _ = ended(["killed", 2, [], "fp16"], ["killed", 2, run, "fp16"])
+    check_kills(run, killed, calm)
+
+
+def test_a_loss_that_is_nan_in_one_process_stops_all_before_the_step(ends):
+    # R10
+    stopped = end_of(ends, "nan", "stop", [2])
+    assert [end["code"] for end in stopped] == [5, 5]
+    assert [end["silent"] for end in stopped] == [False, True]
+    assert "epoch 0, step 1, of the training pictures" in stopped[0]["error"]
+    assert (stopped[0]["step"], len(stopped[0]["pictures"])) == (1, 4)
+
+
+def test_a_step_that_is_skipped_is_skipped_by_all(ends):
+    # R10
+    skipped = end_of(ends, "nan", "skip", [2])
+    assert [end["code"] for end in skipped] == [0, 0]
+    assert skipped[0]["value"] == skipped[1]["value"]
+    assert all(abs(weight) < 100 for weight in skipped[0]["value"])
+    assert ends["stderr"].count("the step is skipped") == 1
+
+
+def test_the_first_error_ends_all_and_is_told_once(ends):
+    # R9
+    first, second = end_of(ends, "broken")
+    assert (first["code"], second["code"]) == (9, 3)
+    assert second["error"] == "DataError: 12.jpg: not an image"
+    assert "process 1 (pid" in first["error"]
+    assert "stopped: DataError: 12.jpg: not an image" in first["error"]
+    assert (first["silent"], second["silent"]) == (True, False)
+
+
+def test_a_process_that_hangs_is_named_with_the_place_where_the_others_wait(ends):
+    # R7
+    first, _ = end_of(ends, "hung")
+    assert first["code"] == 9
+    assert "process 1 (pid" in first["error"]
+    assert "does not answer" in first["error"]
+    assert "fitting.py" in ends["stderr"]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_signal_to_one_process_stops_all_after_the_same_step(ends, rank):
+    # R17
+    stopped = end_of(ends, "told_to_stop", rank)
+    assert [end["code"] for end in stopped] == [143, 143]
+    assert [end["silent"] for end in stopped] == [False, True]
+    assert stopped[0]["step"] in (1, 2)
+    assert "saved as" in stopped[0]["error"]
+
+
+def test_parameters_that_have_no_part_in_the_loss_are_named(ends):
+    # R26
+    both = end_of(ends, "unused")
+    assert [end["code"] for end in both] == [2, 2]
+    assert "(unused.weight, unused.bias)" in both[0]["error"]

@@ -1,0 +1,226 @@
+"""The Triton kernels against the equation in float64. Not collected by itself: see test_interpreter.py.
+
+Without a GPU the kernels are interpreted: TRITON_INTERPRET=1 must be set before they are imported. With one,
+`benchmarks/gpu.sh` runs the same file, and then what only a GPU can show.
+"""
+
+import os
+from itertools import product
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from cbam.ops.triton_kernels import Map, tail, tail_backward
+from cbam.ops.triton_plan import PARTS
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+large = pytest.mark.large
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of NaN and infinity
+gpu = pytest.mark.skipif(INTERPRETED, reason="needs a GPU")
+REPEATS = 2 if INTERPRETED else 250
+
+# Error of a value that is stored in the type it was computed in, against its scale; and of one rounded to 16
+# bits, in halves of its last place besides. The interpreter cuts bfloat16 off instead: up to two halves.
+EXACT = {torch.float64: 1e-11, torch.float32: 1e-5, torch.float16: 1e-5, torch.bfloat16: 1e-5}
+HALVES = {torch.float16: 1.25, torch.bfloat16: 2.5 if INTERPRETED else 1.25}
+
+
+def compare(case, found, true, scales):
+    """Every name of `true` within the tolerance of its dtype in `found`."""
+    for name, value in true.items():
+        got = found[name].detach().cpu().double().reshape(value.shape)
+        scale = max(scales[name], 1.0) if case.cell.data == "constant" else scales[name]
+        tolerance = torch.full_like(value, EXACT[case.cell.dtype] * scale)
+        if found[name].dtype in HALVES:
+            exponent = value.abs().clamp(min=torch.finfo(found[name].dtype).tiny).log2().floor()
+            tolerance += HALVES[found[name].dtype] / 2 * torch.finfo(found[name].dtype).eps * 2**exponent
+        excess = ((got - value).abs() - tolerance).max().item()
+        assert excess <= 0, f"{name}: {excess:.3g} above the tolerance (scale {scales[name]:.3g})"
+
+
+def check(tails, **changes):
+    """Forward and every gradient of a cell, and that a forward that saves nothing gives the same bits."""
+    case = tails.draw(tails.Cell(**changes), DEVICE)
+    saved = tails.run(tail, case)
+    true, gradients, scales = tails.written_out(case)
+    compare(case, saved, {"out": true}, scales)
+    found = tails.run_backward(tail_backward, case, saved)
+    if not case.cell.relu:
+        gradients.pop("g", None)
+        assert found["g"].numel() == 0
+    compare(case, found, gradients, scales)
+    assert set(gradients) == {n for n, t in found.items() if t.numel()} - (
+        set() if case.cell.shortcut else {"g"}
+    )
+    return case, saved, found
+
+
+SIZES = [
+    (2, 5, 4, 3),
+    (1, 1, 1, 5),
+    (3, 7, 1, 1),
+    (1, 3, 13, 17),
+    (2, 19, 7, 9),
+    (1, 2, 1, 127),
+    (1, 33, 5, 5),
+]
+FORMS = {
+    "tail": {},
+    "frozen": {"norm": "running", "spatial": "running"},
+    "block": {"norm": "", "shortcut": False, "relu": False},
+    "block, running": {"norm": "", "spatial": "running", "shortcut": False, "relu": False},
+    "channels": {"spatial": ""},
+    "squeeze and excitation": {"pools": "avg", "spatial": "", "norm": "", "shortcut": False, "relu": False},
+    "maximum alone": {"pools": "max", "spatial": "running"},
+    "pixels": {"pools": "", "norm": "", "shortcut": False},
+    "pixels after a norm": {"pools": "", "norm": "running"},
+    "norm alone": {"pools": "", "spatial": ""},
+    "norm before the block": {"shortcut": False, "spatial": "running"},
+    "nothing": {"norm": "", "pools": "", "spatial": ""},
+}
+
+
+@pytest.mark.parametrize("nhwc", [False, True], ids=["NCHW", "NHWC"])
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_agrees_with_the_equation(tails, guarded, form, nhwc):  # T24
+    check(tails, nhwc=nhwc, dtype=torch.float64, **FORMS[form])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("form", ["tail", "frozen", "block"])
+def test_every_type_agrees_with_the_equation(tails, guarded, form, dtype):  # T1
+    check(tails, dtype=dtype, nhwc=form == "block", **FORMS[form])
+
+
+@large
+@pytest.mark.parametrize(
+    ("form", "dtype", "nhwc", "shape"), list(product(FORMS, EXACT, [False, True], SIZES))
+)
+def test_every_cell_agrees_with_the_equation(tails, guarded, form, dtype, nhwc, shape):  # T1 T8 T10 T14
+    if shape[0] * shape[2] * shape[3] == 1 and "batch" in FORMS[form].values():
+        pytest.skip("one value has no variance")
+    check(tails, dtype=dtype, nhwc=nhwc, shape=shape, side=5, **FORMS[form])
+
+
+@pytest.mark.parametrize("shape", [(2, 9, 5, 7), (1, 1, 1, 5), (2, 2, 1, 19)])
+def test_odd_sizes_agree_with_the_equation(tails, guarded, shape):  # T8 T10
+    check(tails, shape=shape, side=7, dtype=torch.float64, nhwc=shape[1] == 9)
+
+
+@pytest.mark.parametrize("data", ["ties", "constant", "zero gamma", "far mean"])
+@pytest.mark.parametrize("nhwc", [False, True], ids=["NCHW", "NHWC"])
+def test_ties_take_the_first_index_and_a_far_mean_loses_nothing(tails, guarded, data, nhwc):  # T21
+    case, saved, _ = check(tails, data=data, nhwc=nhwc, dtype=torch.float64, spatial="running")
+    gamma = case.p["gamma"]
+    signed = (case.x * torch.sign(gamma)[:, None, None]).flatten(2)
+    assert torch.equal(saved["k"].long().cpu(), signed.cpu().max(2)[1])
+    assert torch.equal(saved["e"], case.x.flatten(2).gather(2, saved["k"].long()[:, :, None])[:, :, 0])
+
+
+def test_a_plane_in_several_parts_keeps_the_first_extremum(tails, guarded):
+    for data in ("ties", "zero gamma"):
+        case = tails.draw(tails.Cell(shape=(1, 3, 13, 17), data=data, nhwc=True), DEVICE)
+        assert Map.of(case.x).plan.pool.parts > 1
+        saved = tails.run(tail, case)
+        signed = (case.x * torch.sign(case.p["gamma"])[:, None, None]).flatten(2)
+        assert torch.equal(saved["k"].long().cpu(), signed.cpu().max(2)[1])
+        assert torch.allclose(saved["m"], case.x.mean((2, 3)), atol=1e-6)
+
+
+def test_channels_in_several_parts_agree_with_the_equation(tails, guarded):
+    case, _, _ = check(tails, shape=(1, 67, 3, 3), dtype=torch.float64)
+    assert 1 < Map.of(case.x).plan.squeeze.parts <= PARTS["squeeze"]
+
+
+def test_a_wide_hidden_layer_takes_two_kernels(tails, guarded):
+    check(tails, hidden=9, dtype=torch.float64, nhwc=True)
+    check(tails, hidden=9, dtype=torch.float64, norm="", pools="max")
+
+
+def test_parameters_may_be_of_another_type_than_the_map(tails, guarded):  # T1 T29
+    check(tails, dtype=torch.float16, parameters=torch.float32)
+    check(tails, dtype=torch.float32, parameters=torch.float64, norm="running")
+
+
+def test_the_gains_scale_the_gates(tails, guarded):
+    check(tails, dtype=torch.float64, gains=(2.0, 2.0))
+
+
+def test_the_identity_start_is_exact_where_there_is_no_norm(tails):
+    for nhwc, dtype in product((False, True), (torch.float32, torch.float16)):
+        cell = tails.Cell(norm="", shortcut=False, relu=False, gains=(2.0, 2.0), nhwc=nhwc, dtype=dtype)
+        case = tails.draw(cell, DEVICE)
+        for name in ("w2", "b2", "s_gamma", "s_beta"):
+            case.p[name].zero_()
+        assert torch.equal(tails.run(tail, case)["out"], case.x)
+
+
+@pytest.mark.parametrize("nhwc", [False, True], ids=["NCHW", "NHWC"])
+def test_unaligned_storage_agrees_with_the_equation(tails, guarded, nhwc):  # T16
+    check(tails, dtype=torch.float16, offset=1, nhwc=nhwc, shape=(2, 8, 4, 4))
+
+
+@pytest.mark.parametrize(("need_x", "need_shortcut"), [(False, False), (False, True), (True, False)])
+def test_only_the_gradients_asked_for_are_there(tails, guarded, need_x, need_shortcut):  # T24
+    case = tails.draw(tails.Cell(), DEVICE)
+    saved = tails.run(tail, case)
+    every = tails.run_backward(tail_backward, case, saved)
+    some = tails.run_backward(tail_backward, case, saved, need_x=need_x, need_shortcut=need_shortcut)
+    assert (some["dx"].numel() > 0) == need_x
+    assert (some["g"].numel() > 0) == need_shortcut
+    for name, value in some.items():
+        if value.numel():
+            assert torch.equal(value, every[name]), name
+
+
+@pytest.mark.parametrize("form", ["tail", "frozen", "block, running"])
+def test_a_forward_that_saves_nothing_gives_the_same_bits(tails, form):  # T25
+    case = tails.draw(tails.Cell(shape=(2, 9, 4, 5), **FORMS[form]), DEVICE)
+    kept, lean = tails.run(tail, case), tails.run(tail, case, save=False)
+    assert torch.equal(kept["out"], lean["out"])
+    for name in ("m", "e", "k", "gate", "s"):
+        assert lean[name].shape == (0,)
+        assert lean[name].dtype == kept[name].dtype
+    assert (lean["mu"].numel() > 0) == (lean["s_mu"].numel() > 0) == (form == "tail")
+
+
+@pytest.mark.parametrize("form", ["tail", "block"])
+def test_results_repeat_bitwise(tails, form):  # T30
+    case = tails.draw(tails.Cell(shape=(2, 9, 5, 5), nhwc=form == "tail", **FORMS[form]), DEVICE)
+    grad, x = case.grad.clone(), case.x.clone()
+    runs = []
+    for _ in range(REPEATS):
+        saved = tails.run(tail, case)
+        runs.append({**saved, **tails.run_backward(tail_backward, case, saved)})
+        assert all(torch.equal(value, runs[0][name]) for name, value in runs[-1].items())
+        runs = runs[:1]
+    assert torch.equal(case.grad, grad)
+    assert torch.equal(case.x, x)
+
+
+@pytest.mark.parametrize("data", ["nan", "inf", "-inf"])
+@pytest.mark.parametrize("form", ["frozen", "block, running", "maximum alone", "pixels after a norm"])
+def test_masks_of_nan_and_inf_are_those_of_the_equation(tails, form, data):  # T17 T18
+    changes = {**FORMS[form], "spatial": "running", "norm": FORMS[form].get("norm", "running")}
+    for nhwc in (False, True):
+        case = tails.draw(tails.Cell(shape=(2, 5, 6, 5), data=data, nhwc=nhwc, **changes), DEVICE)
+        out = tails.run(tail, case)["out"].cpu()
+        true, _, _ = tails.written_out(case)
+        assert torch.equal(out.isnan(), true.isnan())
+        assert torch.equal(out.isinf(), true.isinf())
+        assert out[1].isfinite().all()  # the other sample is untouched
+
+
+def test_a_nan_in_training_reaches_the_whole_batch(tails):  # T17
+    case = tails.draw(tails.Cell(data="nan"), DEVICE)
+    out = tails.run(tail, case)["out"].cpu()
+    assert torch.equal(out.isnan(), tails.written_out(case)[0].isnan())
+
+
+def test_a_mean_in_float16_does_not_overflow(tails):  # T20
+    case = tails.draw(tails.Cell(dtype=torch.float16, norm="", shape=(1, 1, 9, 9)), DEVICE)
+    case.x.fill_(60000)
+    assert tails.run(tail, case)["m"].item() == 60000
