@@ -58,7 +58,7 @@ def pair() -> str:
                 table.append(f"| {size} | {of} classes | {one['plain']:.2f} | {one['cbam']:.2f} | {span} |")
     note = (
         "These are small pictures, enlarged, of classes that the gates were trained on: what they brought "
-        "there says nothing of the other classes, of sharp photographs, or of a network that was trained with "
+        "there says nothing of other classes, of sharp photographs, or of a network that was trained with "
         "attention from the start. The pair is there to be looked at."
     )
     return "\n".join(["".join(lines), "", *table, "", note])
