@@ -4,22 +4,23 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+NATIVE := $(VENV)/.native
 
 # One thread for each of the two test processes.
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo readme cards evidence matrix bench test test-all test-web check format clean again
+.PHONY: help demo readme cards evidence matrix bench test test-all test-web test-sanitized check format clean again
 
 help: ## this list
 	@echo "make TARGET [PYTHON=python3.12]; the first one sets up .venv, which needs Python 3.11 or newer and pip"
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' Makefile | awk -F'|' '{ printf "%-12s %s\n", $$1, $$2 }'
 
-demo: $(READY) ## train a small network with and without attention, and show what that brought (demo-report/)
+demo: $(NATIVE) ## train a small network with and without attention, and show what that brought (demo-report/)
 	$(BIN)/cbam compare --out demo-report --overwrite
 	@echo "The report is in demo-report/: open report.html, or read report.md"
 
-readme: $(READY) ## put the picture and the table of the last demo into README.md
+readme: $(NATIVE) ## put the picture and the table of the last demo into README.md
 	$(BIN)/python docs/fill_readme.py demo-report
 
 cards: $(READY) ## write docs/methods/, a card for each attention module, and the tables of docs/dialects.md
@@ -29,17 +30,17 @@ cards: $(READY) ## write docs/methods/, a card for each attention module, and th
 evidence: $(READY) ## compute the tables of results/ from their records, and docs/evidence.md from those
 	$(BIN)/python -m docs.fill_evidence
 
-matrix: $(READY) ## attach to every network of the matrix and write docs/matrix.md (goes on where it stopped)
+matrix: $(NATIVE) ## attach to every network of the matrix and write docs/matrix.md (goes on where it stopped)
 	$(BIN)/python -m benchmarks.matrix
 
-bench: $(READY) ## measure what attention costs here (correctness first), and put it into docs/kernels.md
+bench: $(NATIVE) ## measure what attention costs here (correctness first), and put it into docs/kernels.md
 	$(BIN)/cbam bench --compiled --out benchmarks/results
 	$(BIN)/python -m docs.fill_kernels
 
-test: $(READY) ## the tests, with a sample of the large matrices (at most 8 minutes on 2 cores)
+test: $(NATIVE) ## the tests, with a sample of the large matrices (at most 8 minutes on 2 cores)
 	$(PYTEST) -m "not large"
 
-test-all: $(READY) ## every test
+test-all: $(NATIVE) ## every test
 	$(PYTEST)
 
 # Gradio, which holds Pillow back and takes 300 MB, is put beside .venv and not into it.
@@ -50,10 +51,14 @@ test-web: $(READY) ## the tests of `cbam serve` in a real browser (sets up .venv
 	.venv-web/bin/python -m pip install --quiet "gradio>=6.31" "scikit-image>=0.25" "playwright>=1.50"
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 .venv-web/bin/python -m pytest tests/app/test_serve.py
 
-check: $(READY) ## format, lint, types, floors
+test-sanitized: $(READY) ## the CPU kernels under the address and undefined-behaviour sanitizers
+	$(BIN)/python -m pytest tests/native/test_sanitized.py -m large -rs
+
+check: $(READY) ## format, lint, types, floors, GPU kernels (compiled ahead of time)
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m pyright
+	$(BIN)/python -m benchmarks.aot
 	$(BIN)/python -m pytest -q tests/house/test_floors.py
 
 format: $(READY) ## format the code and apply the safe lint fixes
@@ -61,8 +66,13 @@ format: $(READY) ## format the code and apply the safe lint fixes
 	$(BIN)/python -m ruff check --fix .
 
 clean: ## remove caches, reports and builds (.venv stays: rm -rf .venv to set up anew)
-	rm -rf .pytest_cache .ruff_cache .hypothesis build dist demo-report lightning_logs
+	rm -rf .pytest_cache .ruff_cache .hypothesis build dist demo-report lightning_logs native/dist native/cbam_native/*.so
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
+
+# The CPU kernels. Where they cannot be built, one line says so, and everything runs without them.
+$(NATIVE): $(READY) $(wildcard native/*.py native/*.toml native/csrc/* native/cbam_native/*.py)
+	@"$(PYTHON)" tools/environment.py $(VENV) native
+	@touch $@
 
 # The stamp is written last, so an interrupted set-up is not taken for a finished one; `again` runs it once
 # more where the interpreter that .venv was made with is gone.

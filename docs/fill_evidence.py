@@ -56,7 +56,8 @@ batch is {batch}, and half a cosine stands in place of the steps that the paper 
 
 ## ImageNet on 8 GPUs
 
-One process per GPU; each takes a run that nobody is at, and a row that has a record is not repeated:
+One process per GPU; each takes a run that nobody is at. What has a record is not repeated, and a run that is
+stopped, or whose machine dies, goes on from its last checkpoint:
 
 ```sh
 for gpu in 0 1 2 3 4 5 6 7; do

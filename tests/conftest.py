@@ -32,6 +32,21 @@ def shared_data() -> Path:
     return folder
 
 
+EXACT = ("ops", "nn", "surgery", "models", "explain")
+
+
+@pytest.fixture(autouse=True)
+def _by_the_equation(request):
+    """The lower floors' tests are about bits, those of the equation; kernels have tests of their own."""
+    if request.path.parent.name not in EXACT or "kernels" in request.fixturenames:
+        yield
+        return
+    from cbam import ops
+
+    with ops.using("reference"):
+        yield
+
+
 @pytest.fixture
 def kernels(monkeypatch):
     """Fused kernels on the CPU: the native ones, or where those are not built a stand-in by the equation."""

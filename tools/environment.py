@@ -1,7 +1,9 @@
 """Make or refresh the virtual environment of this checkout: `python tools/environment.py .venv`.
 
-A torch and torchvision that this Python can import already are used and not downloaded again. uv installs
-where it is on the path, else pip. Run by `make`, from the root of the checkout; needs Python alone.
+`python tools/environment.py .venv native` then compiles the CPU kernels into it; without them everything
+works, only slower. A torch and torchvision that this Python can import already are used and not downloaded
+again. uv installs where it is on the path, else pip. Run by `make`, from the root of the checkout; needs
+Python alone.
 """
 
 import json
@@ -95,6 +97,22 @@ def create(folder: Path, found: dict | None) -> None:
         (site / "outer.pth").write_text("".join(lines), encoding="utf-8")
 
 
+def native(folder: Path) -> None:
+    """Compile native/ for the torch in `folder` and install it there; where that fails, say why in a line."""
+    print("Compiling the CPU kernels", flush=True)
+    flags = ["--quiet", "--no-build-isolation", "--no-deps", "--force-reinstall", "./native"]
+    done = subprocess.run([*pip(folder), "install", *flags], capture_output=True, text=True, check=False)
+    if done.returncode:
+        print(f"Going on without the CPU kernels: {reason(done.stdout + done.stderr)}", flush=True)
+
+
+def reason(log: str) -> str:
+    """The line of a failed build that says why: the compile step's own, else the last."""
+    lines = [line.strip() for line in log.splitlines() if line.strip()] or ["no reason was given"]
+    own = [line.partition("Unbuildable:")[2].strip() for line in lines if "Unbuildable:" in line]
+    return (own or lines)[-1]
+
+
 def installer(folder: Path, found: dict | None) -> list[str]:
     """The command that installs the project into `folder`."""
     python, project = str(folder / "bin" / "python"), ["--editable", ".[dev]"]
@@ -112,19 +130,23 @@ def installer(folder: Path, found: dict | None) -> list[str]:
             *([] if writable(cache) else ["--no-cache"]),
             *project,
         ]
-    pip = [sys.executable, "-m", "pip", "--python", python]
-    if subprocess.run(
-        [sys.executable, "-m", "pip", "--version"], capture_output=True, check=False
-    ).returncode:
-        subprocess.run([python, "-m", "ensurepip"], check=True)
-        pip = [python, "-m", "pip"]
     if not found:
-        return [*pip, "install", *project]
+        return [*pip(folder), "install", *project]
     keep = folder / "keep.txt"
     keep.write_text(
         "".join(f"{name}=={found[name]}\n" for name in ("torch", "torchvision")), encoding="utf-8"
     )
-    return [*pip, "install", "--constraint", str(keep), *project]
+    return [*pip(folder), "install", "--constraint", str(keep), *project]
+
+
+def pip(folder: Path) -> list[str]:
+    """The pip that installs into `folder`: this Python's, else one put there."""
+    python = str(folder / "bin" / "python")
+    asked = subprocess.run([sys.executable, "-m", "pip", "--version"], capture_output=True, check=False)
+    if asked.returncode == 0:
+        return [sys.executable, "-m", "pip", "--python", python]
+    subprocess.run([python, "-m", "ensurepip"], check=True)
+    return [python, "-m", "pip"]
 
 
 def writable(path: str) -> bool:
@@ -138,7 +160,7 @@ def writable(path: str) -> bool:
 
 if __name__ == "__main__":
     try:
-        main(Path(sys.argv[1]))
+        native(Path(sys.argv[1])) if sys.argv[2:] == ["native"] else main(Path(sys.argv[1]))
     except subprocess.CalledProcessError as error:
         sys.exit(f"setting up {sys.argv[1]} failed: {' '.join(map(str, error.cmd))}")
     except KeyboardInterrupt:

@@ -30,6 +30,7 @@ COMMANDS = {
     "look": "look",
     "serve": "serve",
     "bench": "bench",
+    "data": "data",
 }
 
 EXIT_CODES = """\

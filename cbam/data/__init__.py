@@ -1,4 +1,4 @@
-"""Disk -> batches: pictures as uint8 tensors, image folders, cluttered digits, and the loader.
+"""Disk -> batches: pictures as uint8 tensors, image folders, COCO, VOC, cluttered digits, and the loader.
 
 Everything random is a function of (seed, epoch, index) alone, so neither the number of workers
 nor an interruption changes what a run sees.
@@ -11,21 +11,29 @@ try:
 except ImportError as error:
     raise MissingExtraError.of("cbam.data", "vision") from error
 
+from cbam.data.boxes import BoxedImages
+from cbam.data.check import check
+from cbam.data.coco import coco
 from cbam.data.decode import decode
 from cbam.data.digits import cluttered_digits
 from cbam.data.folder import image_folder
 from cbam.data.images import Images
 from cbam.data.loading import ALONE, EpochSampler, Shard, loader
 from cbam.data.resident import Resident
+from cbam.data.voc import voc
 
 __all__ = [
     "ALONE",
+    "BoxedImages",
     "EpochSampler",
     "Images",
     "Resident",
     "Shard",
+    "check",
     "cluttered_digits",
+    "coco",
     "decode",
     "image_folder",
     "loader",
+    "voc",
 ]

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 MAX_PIXELS = 40_000_000
 MAX_BYTES = 1 << 29  # 40 MP of four 16-bit channels, stored plainly, are 320 MB
+MAX_TEXT = 1 << 32  # COCO's largest file of annotations is 0.5 GB
 BACKGROUND = (255, 255, 255)
 
 _SIGNATURES = re.compile(
@@ -75,17 +76,29 @@ def decode(source: str | os.PathLike | bytes) -> Tensor:
     return decode_bytes(data, shown(source))
 
 
-def read(path: str | os.PathLike) -> bytes:
-    """The bytes of a regular file of at most MAX_BYTES; what the disk says is an OSError."""
+def read(path: str | os.PathLike, limit: int = MAX_BYTES) -> bytes:
+    """The bytes of a regular file of at most `limit` bytes; what the disk says is an OSError."""
     flags = os.O_RDONLY | getattr(os, "O_BINARY", 0)
     flags |= getattr(os, "O_NONBLOCK", 0)  # a named pipe would wait for its writer
     with os.fdopen(os.open(path, flags), "rb") as file:
         state = os.fstat(file.fileno())
         if not stat.S_ISREG(state.st_mode):
             raise DataError(f"{shown(path)}: not a regular file")
-        if state.st_size > MAX_BYTES:
-            raise DataError(f"{shown(path)}: {state.st_size} bytes; pictures are read up to {MAX_BYTES}")
+        if state.st_size > limit:
+            raise DataError(f"{shown(path)}: {state.st_size} bytes; files like it are read up to {limit}")
         return file.read()
+
+
+def read_text(path: str | os.PathLike) -> str:
+    """The text of a UTF-8 file, a byte order mark left out; what is wrong with it is a DataError."""
+    try:
+        return read(path, MAX_TEXT).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{shown(path)}: byte {error.start} is no UTF-8 text") from error
+    except (OSError, ValueError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{shown(path)}: {getattr(error, 'strerror', None) or error}") from error
 
 
 def decode_bytes(data: bytes, where: str) -> Tensor:
@@ -123,6 +136,18 @@ def header_of(path: str | os.PathLike | io.BytesIO) -> Header | None:
             return Header(image.height, image.width, getattr(image, "is_animated", False))
     except Exception:  # the reader of the picture itself says what is wrong with it
         return None
+
+
+def orientation(data: bytes) -> int:
+    """The turn, 1 to 8 as EXIF counts, that `decode_bytes` gives the picture in these bytes; 1 for none."""
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            said = image.getexif().get(_ORIENTATION, 1)
+    except Exception:  # a damaged EXIF block states no orientation; the picture itself may be sound
+        return 1
+    return said if said in _TURNS else 1
 
 
 def not_an_image(head: bytes) -> str | None:

@@ -74,11 +74,13 @@ def tail(
     bn = norm or _NO_NORM
     mlp = channel or _NO_CHANNEL
     where = spatial or _NO_SPATIAL
+    # A network moved to channels_last has its 7x7 kernels in that layout too.
+    kernel = where.kernel if where.kernel is None else where.kernel.contiguous()
     args = (
         x, shortcut,
         *bn[:5], bn.eps,
         mlp.w1, mlp.b1, mlp.w2, mlp.b2, "avg" in mlp.pools, "max" in mlp.pools, mlp.gain,
-        where.kernel, *where.norm[:5], where.norm.eps, where.gain,
+        kernel, *where.norm[:5], where.norm.eps, where.gain,
         relu,
     )  # fmt: skip
     results = _run(*args, _wants_gradient(args))

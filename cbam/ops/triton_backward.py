@@ -18,17 +18,23 @@ two reductions follow from R0 and R1 without another read. Names and layouts are
 import triton
 import triton.language as tl
 
-from cbam.ops.triton_forward import (
-    channel_terms,
-    divide,
-    extents,
-    gated,
-    inverse_std,
-    normalised_map,
-    origin,
-    sigmoid,
-    within,
-)
+from cbam.ops.triton_forward import extents, gated, keep, normalised_map, origin, sigmoid, take, within
+
+
+@triton.jit
+def forward_terms(GAMMA, BETA, MU, VAR, GATE, n, c, inside, C, EPS: tl.constexpr, ACC: tl.constexpr):
+    """mu, scale and shift [BC] of z = scale (x - mu) + shift, from what the forward saved."""
+    mu = tl.zeros(c.shape, ACC)
+    scale = tl.full(c.shape, 1.0, ACC)
+    shift = tl.zeros(c.shape, ACC)
+    if GATE is not None:
+        scale = tl.load(GATE + tl.cast(n, tl.int64) * C + c, mask=inside, other=0.0)
+    if GAMMA is not None:
+        mu = tl.load(MU + c, mask=inside, other=0.0)
+        shift = scale * tl.load(BETA + c, mask=inside, other=0.0).to(ACC)
+        r = tl.rsqrt(tl.load(VAR + c, mask=inside, other=0.0) + EPS)
+        scale = scale * (tl.load(GAMMA + c, mask=inside, other=0.0).to(ACC) * r)
+    return mu, scale, shift
 
 
 @triton.jit
@@ -37,6 +43,7 @@ def reduce_gradient(
     N, C, L, STEPS,
     EPS: tl.constexpr, S_EPS: tl.constexpr, GAIN: tl.constexpr, ACC: tl.constexpr,
     NHWC: tl.constexpr, UNIT: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr, WIDE: tl.constexpr,
+    EVEN: tl.constexpr,
 ):  # fmt: skip
     """Pass 1: a program sees every channel of its BP pixels.
 
@@ -55,44 +62,47 @@ def reduce_gradient(
         shat, logit = normalised_map(s, S_GAMMA, S_BETA, S_MU, S_VAR, S_EPS, ACC)
         ms = sigmoid(logit, GAIN)
         best = tl.full((BC, BP), float("-inf"), ACC)
-        at = tl.zeros((BC, BP), tl.int32) + lc[:, None]
+        at = tl.zeros((BC, BP), tl.int32)
         total = tl.zeros((BC, BP), ACC)
         dms = tl.zeros((BC, BP), ACC)
     for c0 in range(0, C, BC):
         c, row = c0 + lc, c0 + lc < C
         inside = row[:, None] & column[None, :]
         spot = origin(n, c0, p0, C, L, NHWC) + tile
-        g = tl.load(GRAD + spot, mask=inside, other=0.0)
+        g = take(GRAD + spot, inside, EVEN)
         if OUTPUT is not None:
-            out = tl.load(OUTPUT + spot, mask=inside, other=0.0)
+            out = take(OUTPUT + spot, inside, EVEN)
             g = tl.where(out.to(ACC) <= 0, tl.zeros(g.shape, g.dtype), g)
             if G is not None:
-                tl.store(G + spot, g, mask=inside)
+                if EVEN:
+                    tl.store(G + spot, g)
+                else:
+                    tl.store(G + spot, g, mask=inside)
         if (S is not None) or (PQ is not None):
-            g = g.to(ACC)
-            x = tl.load(X + spot, mask=inside, other=0.0).to(ACC)
-            mu, a, beta, mc = channel_terms(GAMMA, BETA, MU, VAR, GATE, n, c, row, C, EPS, ACC)
-            through = g
+            x = take(X + spot, inside, EVEN).to(ACC)
+            mu, scale, shift = forward_terms(GAMMA, BETA, MU, VAR, GATE, n, c, row, C, EPS, ACC)
+            through = g.to(ACC)
             if S is not None:
-                z = gated(x, mu, a, beta, mc, GAMMA, GATE)
-                dms += tl.where(inside, g * z, 0.0)
-                total += tl.where(inside, z, 0.0)
-                better = inside & (z > best)
+                z = gated(x, mu, scale, shift, GAMMA, GATE)
+                dms += keep(through * z, inside, EVEN)
+                total += keep(z, inside, EVEN)
+                better = z > best
+                if not EVEN:
+                    better = inside & better
                 best = tl.where(better, z, best)
-                at = tl.where(better, c[:, None], at)
-                through = g * ms[None, :]
+                at = tl.where(better, c0, at)
+                through = through * ms[None, :]
             if PQ is not None:
-                through = tl.where(inside, through, 0.0)
-                apart = tl.where(inside, through * (x - mu[:, None]), 0.0)
                 out_pq = PQ + (n * tiles + pid % tiles) * 2 * C + c
-                tl.store(out_pq, tl.sum(through, 1), mask=row)
-                tl.store(out_pq + C, tl.sum(apart, 1), mask=row)
+                tl.store(out_pq, tl.sum(keep(through, inside, EVEN), 1), mask=row)
+                tl.store(out_pq + C, tl.sum(keep(through * (x - mu[:, None]), inside, EVEN), 1), mask=row)
     if S is not None:
         top = tl.max(best, 0)
         tl.store(Q + 2 * n * L + p, top, mask=column)
-        tl.store(Q + (2 * n + 1) * L + p, divide(tl.sum(total, 0), C), mask=column)
-        tl.store(J + n * L + p, tl.min(tl.where(best == top[None, :], at, 2147483647), 0), mask=column)
-        du = tl.sum(dms, 0) * (ms * divide(GAIN - ms, GAIN))
+        tl.store(Q + (2 * n + 1) * L + p, tl.sum(total, 0) / C, mask=column)
+        first = tl.where(best == top[None, :], at + lc[:, None], 2147483647)
+        tl.store(J + n * L + p, tl.min(first, 0), mask=column)
+        du = tl.sum(dms, 0) * (ms * (1.0 - ms / GAIN))
         tl.store(DU + n * L + p, du, mask=column)
         wide = tl.where(column, du.to(tl.float64), 0.0)
         tl.store(SUMS + 2 * pid, tl.sum(wide, 0))
@@ -132,11 +142,11 @@ def logit_gradient(
 
 @triton.jit
 def spatial_gradient(
-    DU, S, S_GAMMA, S_MU, S_VAR, SUMS, Q, KERNEL, D, DW, DS_GAMMA, DS_BETA, N, L, W, COUNT, STEPS,
+    DU, S, S_GAMMA, S_MU, S_VAR, SUMS, Q, KERNEL, D, DW, DS_GAMMA, DS_BETA, N, C, L, W, COUNT, STEPS,
     S_EPS: tl.constexpr, S_BATCH: tl.constexpr, KS: tl.constexpr, ACC: tl.constexpr,
     BQ: tl.constexpr, BP: tl.constexpr, BT: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """d (N, 2, L) by the transposed convolution of ds, and DW (programs, taps), parts of sum ds q shifted.
+    """d = [d0; d1 / C] (N, 2, L) by the transposed convolution of ds, and DW (programs, taps), parts of dw.
 
     A program takes STEPS tiles of BQ pixels of one sample and BT of the 2 KS^2 taps, BP pixels at a time; the
     first block of taps does the pixels' d too.
@@ -173,7 +183,7 @@ def spatial_gradient(
                     d0 = tl.fma(ds, tl.zeros((BQ,), ACC) + tl.load(tap).to(ACC), d0)
                     d1 = tl.fma(ds, tl.zeros((BQ,), ACC) + tl.load(tap + KS * KS).to(ACC), d1)
             tl.store(D + 2 * n * L + p, d0, mask=p < L)
-            tl.store(D + (2 * n + 1) * L + p, d1, mask=p < L)
+            tl.store(D + (2 * n + 1) * L + p, d1 / C, mask=p < L)
     t = block * BT + tl.arange(0, BT)
     dy, dx = t % (KS * KS) // KS - KS // 2, t % KS - KS // 2
     dw = tl.zeros((BT, BP), ACC)
@@ -190,20 +200,19 @@ def spatial_gradient(
 
 
 @triton.jit
-def weight(D, J, n, c, p, column, C, L):
+def weight(D, J, n, c, p, column, L):
     """weight [BC, BP]: a select, not a product, since d0 may be infinite."""
     d0 = tl.load(D + 2 * n * L + p, mask=column, other=0.0)
-    d1 = tl.load(D + (2 * n + 1) * L + p, mask=column, other=0.0)
+    every = tl.load(D + (2 * n + 1) * L + p, mask=column, other=0.0)
     j = tl.load(J + n * L + p, mask=column, other=-1)
-    every = divide(d1, C)
     return tl.where(j[None, :] == c[:, None], (every + d0)[None, :], every[None, :])
 
 
 @triton.jit
 def weigh(
-    X, GAMMA, BETA, MU, VAR, D, J, PQ, R, TILES, N, C, L, STEPS,
-    EPS: tl.constexpr, S: tl.constexpr, ACC: tl.constexpr, NHWC: tl.constexpr, UNIT: tl.constexpr,
-    BC: tl.constexpr, BP: tl.constexpr, WIDE: tl.constexpr, BT: tl.constexpr,
+    X, MU, D, J, PQ, R, TILES, N, C, L, STEPS,
+    S: tl.constexpr, ACC: tl.constexpr, NHWC: tl.constexpr, UNIT: tl.constexpr,
+    BC: tl.constexpr, BP: tl.constexpr, WIDE: tl.constexpr, EVEN: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
     """Pass 2: R0 and R1 as R (N, S, 2, C), in S parts of the pixels; the first adds P and Q in TILES."""
     C, L = extents(C, L, NHWC, UNIT)
@@ -213,24 +222,31 @@ def weigh(
     lc, lp = tl.arange(0, BC), tl.arange(0, BP)
     c, row = c0 + lc, c0 + lc < C
     tile = within(lc, lp, C, L, NHWC, WIDE)
-    mu, _, _, _ = channel_terms(GAMMA, BETA, MU, VAR, None, n, c, row, C, EPS, ACC)
+    mu = tl.zeros((BC,), ACC)
+    if MU is not None:
+        mu = tl.load(MU + c, mask=row, other=0.0)
     first, second = tl.zeros((BC, BP), ACC), tl.zeros((BC, BP), ACC)
-    for start in range(part * STEPS * BP, tl.minimum(L, (part + 1) * STEPS * BP), BP):
-        column = start + lp < L
+    begin, end = part * STEPS * BP, tl.minimum(L, (part + 1) * STEPS * BP)
+    inside = row[:, None] & (begin + lp < end)[None, :]
+    coming = take(X + origin(n, c0, begin, C, L, NHWC) + tile, inside, EVEN)
+    for start in range(begin, end, BP):
+        x = coming.to(ACC)
+        column = start + lp < end
         inside = row[:, None] & column[None, :]
-        x = tl.load(X + origin(n, c0, start, C, L, NHWC) + tile, mask=inside, other=0.0).to(ACC)
-        share = weight(D, J, n, c, start + lp, column, C, L)
-        first += tl.where(inside, share, 0.0)
-        second += tl.where(inside, share * (x - mu[:, None]), 0.0)
+        ahead = row[:, None] & (start + BP + lp < end)[None, :]
+        coming = tl.load(X + origin(n, c0, start + BP, C, L, NHWC) + tile, mask=ahead, other=0.0)
+        share = weight(D, J, n, c, start + lp, column, L)
+        first += keep(share, inside, EVEN)
+        second += keep(share * (x - mu[:, None]), inside, EVEN)
     r0, r1 = tl.sum(first, 1), tl.sum(second, 1)
     if part == 0:
         p_sum, q_sum = tl.zeros((BC, BT), ACC), tl.zeros((BC, BT), ACC)
         for start in range(0, TILES, BT):
             t = start + tl.arange(0, BT)
             spot = PQ + (n * TILES + t)[None, :] * 2 * C + c[:, None]
-            inside = row[:, None] & (t < TILES)[None, :]
-            p_sum += tl.load(spot, mask=inside, other=0.0)
-            q_sum += tl.load(spot + C, mask=inside, other=0.0)
+            there = row[:, None] & (t < TILES)[None, :]
+            p_sum += tl.load(spot, mask=there, other=0.0)
+            q_sum += tl.load(spot + C, mask=there, other=0.0)
         r0 += tl.sum(p_sum, 1)
         r1 += tl.sum(q_sum, 1)
     out = R + (n * S + part) * 2 * C + c
@@ -240,15 +256,13 @@ def weigh(
 
 @triton.jit
 def write(
-    X, GRAD, DX, GAMMA, BETA, MU, VAR, GATE, S, S_GAMMA, S_BETA, S_MU, S_VAR, D, J, K, DAVG, DTOP,
-    DGAMMA, DBETA, N, C, L, STEPS,
-    EPS: tl.constexpr, S_EPS: tl.constexpr, GAIN: tl.constexpr, BATCH: tl.constexpr, CS: tl.constexpr,
-    ACC: tl.constexpr, NHWC: tl.constexpr, UNIT: tl.constexpr,
-    BC: tl.constexpr, BP: tl.constexpr, WIDE: tl.constexpr,
+    X, MU, GRAD, DX, S, S_GAMMA, S_BETA, S_MU, S_VAR, D, J, K, SCALE, LEVEL, PEAK, SLOPE, N, C, L, STEPS,
+    S_EPS: tl.constexpr, GAIN: tl.constexpr, CS: tl.constexpr, ACC: tl.constexpr, NHWC: tl.constexpr,
+    UNIT: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr, WIDE: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """Pass 3: dx = a Mc (g Ms + weight) + a davg / L + (a dmx at k) - a (dbeta + r (x - mu) dgamma) / M.
+    """Pass 3: dx = SCALE (g Ms + weight) + LEVEL + (PEAK at k) - SLOPE (x - mu); see `parameter_gradients`.
 
-    The last term, and with it the read of x, is that of BATCH statistics alone.
+    The last term, and with it the read of x, is that of batch statistics alone.
     """
     C, L = extents(C, L, NHWC, UNIT)
     tiles = tl.cdiv(L, BP)
@@ -265,25 +279,24 @@ def write(
         c, row = c0 + lc, c0 + lc < C
         inside = row[:, None] & column[None, :]
         spot = origin(n, c0, p0, C, L, NHWC) + tile
-        mu, a, _beta, mc = channel_terms(GAMMA, BETA, MU, VAR, GATE, n, c, row, C, EPS, ACC)
-        d = tl.load(GRAD + spot, mask=inside, other=0.0).to(ACC)
+        d = take(GRAD + spot, inside, EVEN).to(ACC)
+        if SLOPE is not None:
+            x = take(X + spot, inside, EVEN).to(ACC)
         if S is not None:
-            d = d * ms[None, :] + weight(D, J, n, c, p, column, C, L)
-        if GATE is not None:
-            d = d * mc[:, None]
-        if DAVG is not None:
-            d += divide(tl.load(DAVG + n * C + c, mask=row, other=0.0), L)[:, None]
-        if DTOP is not None:
+            d = d * ms[None, :] + weight(D, J, n, c, p, column, L)
+        if SCALE is not None:
+            d = d * tl.load(SCALE + n * C + c, mask=row, other=0.0)[:, None]
+        if LEVEL is not None:
+            d += tl.load(LEVEL + n * C + c, mask=row, other=0.0)[:, None]
+        if PEAK is not None:
             k = tl.load(K + n * C + c, mask=row, other=-1)
-            dtop = tl.load(DTOP + n * C + c, mask=row, other=0.0)
-            d = tl.where(k[:, None] == p[None, :], d + dtop[:, None], d)
-        if BATCH:
-            x = tl.load(X + spot, mask=inside, other=0.0).to(ACC)
-            M = tl.cast(N, ACC) * L
-            r = inverse_std(tl.load(VAR + c, mask=row, other=0.0).to(ACC), EPS)
-            slope = r * divide(tl.load(DGAMMA + c, mask=row, other=0.0), M)
-            level = divide(tl.load(DBETA + c, mask=row, other=0.0), M)
-            d = d - level[:, None] - slope[:, None] * (x - mu[:, None])
-        if GAMMA is not None:
-            d = d * a[:, None]
-        tl.store(DX + spot, d.to(DX.dtype.element_ty), mask=inside)
+            peak = tl.load(PEAK + n * C + c, mask=row, other=0.0)
+            d = tl.where(k[:, None] == p[None, :], d + peak[:, None], d)
+        if SLOPE is not None:
+            mu = tl.load(MU + c, mask=row, other=0.0)
+            slope = tl.load(SLOPE + c, mask=row, other=0.0)
+            d -= slope[:, None] * (x - mu[:, None])
+        if EVEN:
+            tl.store(DX + spot, d.to(DX.dtype.element_ty))
+        else:
+            tl.store(DX + spot, d.to(DX.dtype.element_ty), mask=inside)

@@ -59,16 +59,18 @@ def divide(a, b):
 
 @triton.jit
 def inverse_std(v, EPS: tl.constexpr):
-    """1 / sqrt(v + EPS), each step rounded once."""
+    """1 / sqrt(v + EPS), to about the last place."""
+    v = v + EPS
     if v.dtype == tl.float64:
-        return 1.0 / tl.sqrt(v + EPS)
-    return tl.div_rn(1.0, tl.sqrt_rn(v + EPS))
+        return 1.0 / tl.sqrt(v)
+    r = tl.rsqrt(v)
+    return tl.where((v > 0) & (v < float("inf")), r * (1.5 - 0.5 * v * r * r), r)  # one step of Newton's
 
 
 @triton.jit
 def sigmoid(t, GAIN: tl.constexpr):
     """GAIN times the sigmoid of t, exactly 1 at t = 0 where GAIN is 2."""
-    return divide(tl.full(t.shape, GAIN, t.dtype), 1.0 + tl.exp(-t))
+    return tl.where(t == 0, 0.5 * GAIN, GAIN / (1.0 + tl.exp(-t))).to(t.dtype)
 
 
 @triton.jit
@@ -78,44 +80,53 @@ def relu(t):
 
 
 @triton.jit
-def channel_terms(GAMMA, BETA, MU, VAR, GATE, n, c, inside, C, EPS: tl.constexpr, ACC: tl.constexpr):
-    """mu, a, beta and Mc [BC] of sample n; 0, 1, 0 and 1 where there is no BatchNorm or no gate."""
+def take(pointer, inside, EVEN: tl.constexpr):
+    """The values of a tile, 0 outside of the map; EVEN: nothing is."""
+    if EVEN:
+        return tl.load(pointer)
+    return tl.load(pointer, mask=inside, other=0.0)
+
+
+@triton.jit
+def keep(value, inside, EVEN: tl.constexpr):
+    """`value` inside of the map, 0 outside."""
+    if EVEN:
+        return value
+    return tl.where(inside, value, 0.0)
+
+
+@triton.jit
+def terms(MU, SCALE, SHIFT, n, c, inside, C, GATED: tl.constexpr, ACC: tl.constexpr):
+    """mu, scale and shift [BC] of z = scale (x - mu) + shift; the last two are (N, C) if GATED, else (C,)."""
     mu = tl.zeros(c.shape, ACC)
-    a = tl.full(c.shape, 1.0, ACC)
-    beta = tl.zeros(c.shape, ACC)
-    gate = tl.full(c.shape, 1.0, ACC)
-    if GAMMA is not None:
+    scale = tl.full(c.shape, 1.0, ACC)
+    shift = tl.zeros(c.shape, ACC)
+    spot = c
+    if GATED:
+        spot = tl.cast(n, tl.int64) * C + c
+    if MU is not None:
         mu = tl.load(MU + c, mask=inside, other=0.0).to(ACC)
-        r = inverse_std(tl.load(VAR + c, mask=inside, other=0.0).to(ACC), EPS)
-        a = tl.load(GAMMA + c, mask=inside, other=0.0).to(ACC) * r
-        beta = tl.load(BETA + c, mask=inside, other=0.0).to(ACC)
-    if GATE is not None:
-        gate = tl.load(GATE + tl.cast(n, tl.int64) * C + c, mask=inside, other=0.0)
-    return mu, a, beta, gate
+        shift = tl.load(SHIFT + spot, mask=inside, other=0.0).to(ACC)
+    if SCALE is not None:
+        scale = tl.load(SCALE + spot, mask=inside, other=0.0)
+    return mu, scale, shift
 
 
 @triton.jit
-def normalised(x, mu, a, beta, GAMMA):
-    """y = a (x - mu) + beta: never a x + (beta - a mu), which loses the digits of a large mean."""
-    if GAMMA is None:
-        return x
-    return tl.fma(a, x - mu, beta)
-
-
-@triton.jit
-def gated(x, mu, a, beta, gate, GAMMA, GATE):
-    """z = Mc y of a tile; the terms are [BC]."""
-    y = normalised(x, mu[:, None], a[:, None], beta[:, None], GAMMA)
-    if GATE is None:
-        return y
-    return gate[:, None] * y
+def gated(x, mu, scale, shift, MU, SCALE):
+    """z of a tile; never scale x + (shift - scale mu), which loses the digits of a large mean."""
+    if MU is not None:
+        return tl.fma(x - mu[:, None], tl.zeros(x.shape, x.dtype) + scale[:, None], shift[:, None])
+    if SCALE is not None:
+        return x * scale[:, None]
+    return x
 
 
 @triton.jit
 def pool(
     X, GAMMA, MEAN, M2, TOP, AT, N, C, L, STEPS,
     S: tl.constexpr, NANS: tl.constexpr, ACC: tl.constexpr, NHWC: tl.constexpr, UNIT: tl.constexpr,
-    BC: tl.constexpr, BP: tl.constexpr, WIDE: tl.constexpr,
+    BC: tl.constexpr, BP: tl.constexpr, WIDE: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """Pass A: (N, S, C) mean, centred second moment, extremum and its first pixel, of S parts of each plane.
 
@@ -142,32 +153,37 @@ def pool(
                         mask=row[:, None], other=0.0).to(ACC)  # fmt: skip
         pivot = tl.where(tl.abs(pivot) < float("inf"), pivot, 0.0)
         moment = tl.zeros((BC, BP), ACC)
-        one = tl.full((1, 1), 1.0, ACC)
         seen = tl.zeros((1, 1), ACC)
     if TOP is not None:
         best = tl.full((BC, BP), float("-inf"), ACC)
-        at = tl.zeros((BC, BP), tl.int32) + (begin + lp)[None, :]
+        tiles = tl.zeros((BC, BP), tl.int32) + begin
         if NANS:
             bad = tl.zeros((BC, BP), tl.int32)
+    inside = row[:, None] & (begin + lp < end)[None, :]
+    coming = take(X + origin(n, c0, begin, C, L, NHWC) + tile, inside, EVEN)
     for start in range(begin, end, BP):
+        x = coming.to(ACC)
         inside = row[:, None] & (start + lp < end)[None, :]
-        x = tl.load(X + origin(n, c0, start, C, L, NHWC) + tile, mask=inside, other=0.0).to(ACC)
+        ahead = row[:, None] & (start + BP + lp < end)[None, :]
+        coming = tl.load(X + origin(n, c0, start + BP, C, L, NHWC) + tile, mask=ahead, other=0.0)
         if M2 is None:
             mean += x
         else:
             seen += 1.0
             shifted = x - pivot
-            step = tl.where(inside, shifted - mean, 0.0)
-            mean = tl.fma(step, divide(one, seen), mean)
-            moment = tl.fma(step, tl.where(inside, shifted - mean, 0.0), moment)
+            step = keep(shifted - mean, inside, EVEN)
+            mean = tl.fma(step, tl.zeros((BC, BP), ACC) + 1.0 / seen, mean)
+            moment = tl.fma(step, keep(shifted - mean, inside, EVEN), moment)
         if TOP is not None:
             if GAMMA is not None:
                 x = x * sign[:, None]
-            better = inside & (x > best)
+            better = x > best
+            if not EVEN:
+                better = inside & better
             best = tl.where(better, x, best)
-            at = tl.where(better, start + lp[None, :], at)
+            tiles = tl.where(better, start, tiles)
             if NANS:
-                bad |= (inside & (x != x)).to(tl.int32)
+                bad |= keep(x != x, inside, EVEN).to(tl.int32)
     out = (tl.cast(n, tl.int64) * S + part) * C + c
     count = end - begin
     if M2 is None:
@@ -181,7 +197,7 @@ def pool(
         tl.store(MEAN + out, tl.sum(pivot, 1) + middle, mask=row)
     if TOP is not None:
         top = tl.max(best, 1)
-        first = tl.min(tl.where(best == top[:, None], at, 2147483647), 1)
+        first = tl.min(tl.where(best == top[:, None], tiles + lp[None, :], 2147483647), 1)
         if NHWC:
             spot = first.to(tl.int64) * C + lc
         else:
@@ -195,10 +211,14 @@ def pool(
 
 @triton.jit
 def statistics(
-    MEAN, M2, MU, VAR, N, C, L, STEPS,
-    S: tl.constexpr, ACC: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr,
+    MEAN, M2, MU, VAR, GAMMA, SCALE, N, C, L, STEPS,
+    EPS: tl.constexpr, S: tl.constexpr, ACC: tl.constexpr,
+    BR: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
-    """mu and the biased v (C,) over the batch, merged in float64 about the first plane's mean."""
+    """mu and the biased v (C,) over the batch, merged in float64 about the first plane's mean.
+
+    And, where it is there, SCALE (C,) = a = gamma / sqrt(v + EPS).
+    """
     c = tl.program_id(0) * BC + tl.arange(0, BC)
     column = c < C
     first = tl.load(MEAN + c, mask=column, other=0.0).to(tl.float64)
@@ -220,14 +240,26 @@ def statistics(
     between = tl.sum(squared, 0) / M - shift * shift
     between = tl.where(between < 0, 0.0, between)
     tl.store(MU + c, (first + shift).to(ACC), mask=column)
-    tl.store(VAR + c, (tl.sum(within_planes, 0) / M + between).to(ACC), mask=column)
+    v = (tl.sum(within_planes, 0) / M + between).to(ACC)
+    tl.store(VAR + c, v, mask=column)
+    if SCALE is not None:
+        gamma = tl.load(GAMMA + c, mask=column, other=0.0).to(ACC)
+        tl.store(SCALE + c, gamma * inverse_std(v, EPS), mask=column)
+
+
+@triton.jit
+def affine(GAMMA, VAR, SCALE, C, EPS: tl.constexpr, ACC: tl.constexpr, BC: tl.constexpr):
+    """SCALE (C,) = gamma / sqrt(var + EPS) of running statistics, where no gate computes it."""
+    c = tl.program_id(0) * BC + tl.arange(0, BC)
+    r = inverse_std(tl.load(VAR + c, mask=c < C, other=0.0).to(ACC), EPS)
+    tl.store(SCALE + c, tl.load(GAMMA + c, mask=c < C, other=0.0).to(ACC) * r, mask=c < C)
 
 
 @triton.jit
 def squeeze(
-    X, GAMMA, BETA, MU, VAR, GATE, Q, TICKET, N, C, L, STEPS,
-    EPS: tl.constexpr, CS: tl.constexpr, ACC: tl.constexpr, NHWC: tl.constexpr, UNIT: tl.constexpr,
-    BC: tl.constexpr, BP: tl.constexpr, WIDE: tl.constexpr,
+    X, MU, SCALE, SHIFT, Q, TICKET, N, C, L, STEPS,
+    GATED: tl.constexpr, CS: tl.constexpr, ACC: tl.constexpr, NHWC: tl.constexpr, UNIT: tl.constexpr,
+    BC: tl.constexpr, BP: tl.constexpr, WIDE: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """Pass B: q (N, CS, 2, L), the maximum of z and its sum / C over each of CS parts of the channels.
 
@@ -247,11 +279,14 @@ def squeeze(
     for c0 in range(part * STEPS * BC, tl.minimum(C, (part + 1) * STEPS * BC), BC):
         c, row = c0 + lc, c0 + lc < C
         inside = row[:, None] & column[None, :]
-        x = tl.load(X + origin(n, c0, p0, C, L, NHWC) + tile, mask=inside, other=0.0).to(ACC)
-        mu, a, beta, mc = channel_terms(GAMMA, BETA, MU, VAR, GATE, n, c, row, C, EPS, ACC)
-        z = gated(x, mu, a, beta, mc, GAMMA, GATE)
-        total += tl.where(inside, z, 0.0)
-        best = tl.where(inside & (z > best), z, best)
+        x = take(X + origin(n, c0, p0, C, L, NHWC) + tile, inside, EVEN).to(ACC)
+        mu, scale, shift = terms(MU, SCALE, SHIFT, n, c, row, C, GATED, ACC)
+        z = gated(x, mu, scale, shift, MU, SCALE)
+        total += keep(z, inside, EVEN)
+        better = z > best
+        if not EVEN:
+            better = inside & better
+        best = tl.where(better, z, best)
     out = Q + (tl.cast(n, tl.int64) * CS + part) * 2 * L + p0 + lp
     tl.store(out, tl.max(best, 0), mask=column)
     tl.store(out + L, divide(tl.sum(total, 0), C), mask=column)
@@ -340,11 +375,10 @@ def normalised_map(s, S_GAMMA, S_BETA, S_MU, S_VAR, EPS: tl.constexpr, ACC: tl.c
 
 @triton.jit
 def refine(
-    X, SHORTCUT, GAMMA, BETA, MU, VAR, GATE, Q, KERNEL, S, S_GAMMA, S_BETA, S_MU, S_VAR, OUT,
-    W, N, C, L, STEPS,
-    EPS: tl.constexpr, S_EPS: tl.constexpr, GAIN: tl.constexpr, RELU: tl.constexpr, KS: tl.constexpr,
+    X, SHORTCUT, MU, SCALE, SHIFT, Q, KERNEL, S, S_GAMMA, S_BETA, S_MU, S_VAR, OUT, W, N, C, L, STEPS,
+    GATED: tl.constexpr, S_EPS: tl.constexpr, GAIN: tl.constexpr, RELU: tl.constexpr, KS: tl.constexpr,
     QS: tl.constexpr, CS: tl.constexpr, ACC: tl.constexpr, NHWC: tl.constexpr, UNIT: tl.constexpr,
-    BC: tl.constexpr, BP: tl.constexpr, WIDE: tl.constexpr,
+    BC: tl.constexpr, BP: tl.constexpr, WIDE: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """Pass C: out. Where Q is there, the convolution is done here, and s written if S is there too."""
     C, L = extents(C, L, NHWC, UNIT)
@@ -368,13 +402,18 @@ def refine(
         c, row = c0 + lc, c0 + lc < C
         inside = row[:, None] & column[None, :]
         spot = origin(n, c0, p0, C, L, NHWC) + tile
-        x = tl.load(X + spot, mask=inside, other=0.0).to(ACC)
-        mu, a, beta, mc = channel_terms(GAMMA, BETA, MU, VAR, GATE, n, c, row, C, EPS, ACC)
-        v = gated(x, mu, a, beta, mc, GAMMA, GATE)
+        x = take(X + spot, inside, EVEN)
+        if SHORTCUT is not None:
+            shortcut = take(SHORTCUT + spot, inside, EVEN)
+        mu, scale, shift = terms(MU, SCALE, SHIFT, n, c, row, C, GATED, ACC)
+        v = gated(x.to(ACC), mu, scale, shift, MU, SCALE)
         if S_MU is not None:
             v = v * ms
         if SHORTCUT is not None:
-            v += tl.load(SHORTCUT + spot, mask=inside, other=0.0).to(ACC)
+            v += shortcut.to(ACC)
         if RELU:
             v = relu(v)
-        tl.store(OUT + spot, v.to(OUT.dtype.element_ty), mask=inside)
+        if EVEN:
+            tl.store(OUT + spot, v.to(OUT.dtype.element_ty))
+        else:
+            tl.store(OUT + spot, v.to(OUT.dtype.element_ty), mask=inside)

@@ -15,7 +15,29 @@ A block is BN samples, BH hidden units, BC channels; no `tl.dot` sums the produc
 import triton
 import triton.language as tl
 
-from cbam.ops.triton_forward import channel_terms, divide, inverse_std, normalised, relu, sigmoid
+from cbam.ops.triton_forward import inverse_std, relu, sigmoid
+
+
+@triton.jit
+def norm_terms(GAMMA, BETA, MU, VAR, c, inside, EPS: tl.constexpr, ACC: tl.constexpr):
+    """mu, r, a and beta [BC] of y = a (x - mu) + beta, a = gamma r; 0, 1, 1 and 0 where there is no norm."""
+    mu, beta = tl.zeros(c.shape, ACC), tl.zeros(c.shape, ACC)
+    r = tl.full(c.shape, 1.0, ACC)
+    a = r
+    if GAMMA is not None:
+        mu = tl.load(MU + c, mask=inside, other=0.0).to(ACC)
+        r = inverse_std(tl.load(VAR + c, mask=inside, other=0.0).to(ACC), EPS)
+        a = tl.load(GAMMA + c, mask=inside, other=0.0).to(ACC) * r
+        beta = tl.load(BETA + c, mask=inside, other=0.0).to(ACC)
+    return mu, r, a, beta
+
+
+@triton.jit
+def normalised(x, mu, a, beta, GAMMA):
+    """y of a block of pooled values [BN, BC]."""
+    if GAMMA is None:
+        return x
+    return tl.fma(x - mu[None, :], tl.zeros(x.shape, x.dtype) + a[None, :], beta[None, :])
 
 
 @triton.jit
@@ -44,7 +66,7 @@ def merged(
                 wins = (other * sign[None, :] > top * sign[None, :]) | (other != other)
                 top = tl.where(wins, other, top)
                 at = tl.where(wins, tl.load(AT + spot + part * C, mask=inside, other=0), at)
-        mean = divide(mean, L)
+        mean = mean / L
     return mean, top, at
 
 
@@ -69,14 +91,14 @@ def hidden_units(
             if E is not None:
                 tl.store(E + spot, e.to(E.dtype.element_ty), mask=inside)
                 tl.store(K + spot, k, mask=inside)
-        mu, a, beta, _ = channel_terms(GAMMA, BETA, MU, VAR, None, 0, c, c < C, C, EPS, ACC)
+        mu, _r, a, beta = norm_terms(GAMMA, BETA, MU, VAR, c, c < C, EPS, ACC)
         w1 = tl.load(W1 + h[:, None] * C + c[None, :], mask=units[:, None] & (c < C)[None, :], other=0.0)
         w1 = w1.to(ACC)[None, :, :]
         if AVG:
-            avg = tl.where(inside, normalised(m, mu[None, :], a[None, :], beta[None, :], GAMMA), 0.0)
+            avg = tl.where(inside, normalised(m, mu, a, beta, GAMMA), 0.0)
             of_avg += tl.sum(w1 * avg[:, None, :], 2)
         if TOP is not None:
-            top = tl.where(inside, normalised(e, mu[None, :], a[None, :], beta[None, :], GAMMA), 0.0)
+            top = tl.where(inside, normalised(e, mu, a, beta, GAMMA), 0.0)
             of_top += tl.sum(w1 * top[:, None, :], 2)
     return of_avg, of_top
 
@@ -134,11 +156,15 @@ def hidden(
 
 @triton.jit
 def gate(
-    MEAN, TOP, AT, M, E, K, GAMMA, BETA, MU, VAR, W1, B1, W2, B2, ACT, GATE, N, C, L, H, STEPS,
+    MEAN, TOP, AT, M, E, K, GAMMA, BETA, MU, VAR, W1, B1, W2, B2, ACT, GATE, SCALE, SHIFT,
+    N, C, L, H, STEPS,
     EPS: tl.constexpr, GAIN: tl.constexpr, POOLS: tl.constexpr, S: tl.constexpr, AVG: tl.constexpr,
     ACC: tl.constexpr, BN: tl.constexpr, BH: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
-    """Mc (N, C): a program takes BN samples and both layers, or BC of their channels where ACT is there."""
+    """Mc (N, C): a program takes BN samples, or BC of their channels where ACT is there.
+
+    And SCALE = Mc a, SHIFT = Mc beta (N, C), where there is a norm: z = SCALE (x - mu) + SHIFT.
+    """
     if ACT is None:
         first, last = 0, C
         n = tl.program_id(0) * BN + tl.arange(0, BN)
@@ -166,7 +192,13 @@ def gate(
             )
             logits += tl.sum(w2.to(ACC)[None, :, :] * act[:, None, :], 2)
         spot = n.to(tl.int64)[:, None] * C + c[None, :]
-        tl.store(GATE + spot, sigmoid(logits, GAIN), mask=(n < N)[:, None] & (c < C)[None, :])
+        inside = (n < N)[:, None] & (c < C)[None, :]
+        mc = sigmoid(logits, GAIN)
+        tl.store(GATE + spot, mc, mask=inside)
+        if GAMMA is not None:
+            _mu, _r, a, beta = norm_terms(GAMMA, BETA, MU, VAR, c, c < C, EPS, ACC)
+            tl.store(SCALE + spot, mc * a[None, :], mask=inside)
+            tl.store(SHIFT + spot, mc * beta[None, :], mask=inside)
 
 
 @triton.jit
@@ -199,10 +231,10 @@ def hidden_gradient(
         c = c0 + tl.arange(0, BC)
         inside = rows[:, None] & (c < C)[None, :]
         spot = n.to(tl.int64)[:, None] * C + c[None, :]
-        mu, a, beta, _ = channel_terms(GAMMA, BETA, MU, VAR, None, 0, c, c < C, C, EPS, ACC)
+        mu, _r, a, beta = norm_terms(GAMMA, BETA, MU, VAR, c, c < C, EPS, ACC)
         r0, r1 = reductions(R, n, c, inside, C, RS)
         mc = tl.load(GATE + spot, mask=inside, other=0.0)
-        dl = tl.where(inside, (a[None, :] * r1 + beta[None, :] * r0) * (mc * divide(GAIN - mc, GAIN)), 0.0)
+        dl = tl.where(inside, (a[None, :] * r1 + beta[None, :] * r0) * (mc * (1.0 - mc / GAIN)), 0.0)
         if tl.program_id(0) % blocks == 0:
             tl.store(DL + spot, dl, mask=inside)
         square = units[:, None] & (c < C)[None, :]
@@ -211,11 +243,11 @@ def hidden_gradient(
         w1 = tl.load(W1 + h[:, None] * C + c[None, :], mask=square, other=0.0).to(ACC)
         if AVG:
             m = tl.load(M + spot, mask=inside, other=0.0)
-            avg = tl.where(inside, normalised(m, mu[None, :], a[None, :], beta[None, :], GAMMA), 0.0)
+            avg = tl.where(inside, normalised(m, mu, a, beta, GAMMA), 0.0)
             of_avg += tl.sum(w1[None, :, :] * avg[:, None, :], 2)
         if MAX:
             e = tl.load(E + spot, mask=inside, other=0.0).to(ACC)
-            top = tl.where(inside, normalised(e, mu[None, :], a[None, :], beta[None, :], GAMMA), 0.0)
+            top = tl.where(inside, normalised(e, mu, a, beta, GAMMA), 0.0)
             of_top += tl.sum(w1[None, :, :] * top[:, None, :], 2)
     out = n[:, None] * H + h[None, :]
     inside = rows[:, None] & units[None, :]
@@ -256,14 +288,17 @@ def kernel_gradient(DW, DKERNEL, TAPS, COUNT, BR: tl.constexpr, BT: tl.constexpr
 @triton.jit
 def parameter_gradients(
     R, M, E, GATE, GAMMA, BETA, MU, VAR, W1, DL, ACT, DA, DM, DW,
-    DAVG, DTOP, DW1, DB1, DW2, DB2, DGAMMA, DBETA, DKERNEL, N, C, L, H, RS, TAPS, COUNT,
-    EPS: tl.constexpr, POOLS: tl.constexpr, AVG: tl.constexpr, MAX: tl.constexpr, ACC: tl.constexpr,
+    SCALE, LEVEL, PEAK, SLOPE, DW1, DB1, DW2, DB2, DGAMMA, DBETA, DKERNEL, N, C, L, H, RS, TAPS, COUNT,
+    EPS: tl.constexpr, BATCH: tl.constexpr, POOLS: tl.constexpr, AVG: tl.constexpr, MAX: tl.constexpr,
+    ACC: tl.constexpr,
     BN: tl.constexpr, BH: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
-    """Every parameter's gradient but the spatial norm's; davg and dmx (N, C): by BC channels and BH units.
+    """Every parameter's gradient but the spatial norm's, by BC channels and BH units; and what pass 3 needs.
 
-    The first block of units does what has no unit: BatchNorm's gradients, davg and dmx. One more program,
-    the first, adds up the spatial kernel's gradient.
+    dx = SCALE (g Ms + weight) + LEVEL + (PEAK at k) - SLOPE (x - mu): SCALE = a Mc, PEAK = a dmx,
+    LEVEL = a (davg / L - dbeta / M), (N, C); SLOPE = a r dgamma / M, (C,); the last two with M are those of
+    BATCH statistics. The first block of units does all that has no unit. One more program, the first, adds
+    up the spatial kernel's gradient.
     """
     pid = tl.program_id(0)
     if DW is not None:
@@ -277,7 +312,7 @@ def parameter_gradients(
     h = pid % units * BH + tl.arange(0, BH)
     lead = pid % units == 0
     row = c < channels
-    mu, a, beta, _ = channel_terms(GAMMA, BETA, MU, VAR, None, 0, c, row, C, EPS, ACC)
+    mu, r, a, beta = norm_terms(GAMMA, BETA, MU, VAR, c, row, EPS, ACC)
     dgamma, dbeta = tl.zeros((BN, BC), ACC), tl.zeros((BN, BC), ACC)
     if W1 is not None:
         dw1, dw2 = tl.zeros((BC, BH), ACC), tl.zeros((BC, BH), ACC)
@@ -296,13 +331,13 @@ def parameter_gradients(
             if AVG:
                 m = tl.load(M + spot, mask=inside, other=0.0)
                 da = tl.load(DA + of_units, mask=wide, other=0.0)
-                avg = tl.where(inside, normalised(m, mu[None, :], a[None, :], beta[None, :], GAMMA), 0.0)
+                avg = tl.where(inside, normalised(m, mu, a, beta, GAMMA), 0.0)
                 dw1 += tl.sum(avg[:, :, None] * da[:, None, :], 0)
                 db1 += da
             if MAX:
                 e = tl.load(E + spot, mask=inside, other=0.0).to(ACC)
                 dm = tl.load(DM + of_units, mask=wide, other=0.0)
-                top = tl.where(inside, normalised(e, mu[None, :], a[None, :], beta[None, :], GAMMA), 0.0)
+                top = tl.where(inside, normalised(e, mu, a, beta, GAMMA), 0.0)
                 dw1 += tl.sum(top[:, :, None] * dm[:, None, :], 0)
                 db1 += dm
         if lead:
@@ -313,18 +348,24 @@ def parameter_gradients(
                 r0, r1 = reductions(R, n, c, inside, C, RS)
                 dbeta += mc * r0
                 dgamma += mc * r1
+            level = tl.zeros((BN, BC), ACC)
             if W1 is not None and AVG:
                 davg = through_hidden(DA, W1, n, c, N, C, H, BN, BH, BC, ACC)
-                tl.store(DAVG + spot, davg, mask=inside)
+                level = a[None, :] * davg / L
                 if GAMMA is not None:
                     dbeta += tl.where(inside, davg, 0.0)
                     dgamma += tl.where(inside, davg * (m - mu[None, :]), 0.0)
             if W1 is not None and MAX:
                 dtop = through_hidden(DM, W1, n, c, N, C, H, BN, BH, BC, ACC)
-                tl.store(DTOP + spot, dtop, mask=inside)
+                if PEAK is not None:
+                    tl.store(PEAK + spot, a[None, :] * dtop, mask=inside)
                 if GAMMA is not None:
                     dbeta += tl.where(inside, dtop, 0.0)
                     dgamma += tl.where(inside, dtop * (e - mu[None, :]), 0.0)
+            if SCALE is not None:
+                tl.store(SCALE + spot, a[None, :] * mc, mask=inside)
+            if LEVEL is not None:
+                tl.store(LEVEL + spot, level, mask=inside)
     if W1 is not None:
         square = row[:, None] & (h < H)[None, :]
         tl.store(DW1 + h[None, :] * C + c[:, None], dw1, mask=square)
@@ -333,8 +374,18 @@ def parameter_gradients(
             tl.store(DB1 + h, tl.sum(db1, 0), mask=h < H)
         if lead:
             tl.store(DB2 + c, POOLS * tl.sum(db2, 0), mask=row)
-    if GAMMA is not None:
-        r = inverse_std(tl.load(VAR + c, mask=row, other=0.0).to(ACC), EPS)
+    if GAMMA is not None:  # noqa: SIM102  (one is known to the compiler, the other is not)
         if lead:
-            tl.store(DBETA + c, tl.sum(dbeta, 0), mask=row)
-            tl.store(DGAMMA + c, r * tl.sum(dgamma, 0), mask=row)
+            of_beta, of_gamma = tl.sum(dbeta, 0), r * tl.sum(dgamma, 0)
+            tl.store(DBETA + c, of_beta, mask=row)
+            tl.store(DGAMMA + c, of_gamma, mask=row)
+            if BATCH and LEVEL is not None:
+                count = tl.cast(N, ACC) * L
+                tl.store(SLOPE + c, a * r * of_gamma / count, mask=row)
+                tl.debug_barrier()  # what other threads of this program have stored
+                for start in range(0, samples, BN):
+                    n = start + tl.arange(0, BN)
+                    inside = (n < N)[:, None] & row[None, :]
+                    spot = n.to(tl.int64)[:, None] * C + c[None, :]
+                    level = tl.load(LEVEL + spot, mask=inside, other=0.0) - (a * of_beta / count)[None, :]
+                    tl.store(LEVEL + spot, level, mask=inside)

@@ -6,109 +6,16 @@ Each part is there or not. The kernels are in triton_forward.py, triton_gate.py 
 tiles in triton_plan.py. Nothing here waits for the device, and no decision depends on its results.
 """
 
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any, NamedTuple
-
 import torch
-import triton.language as tl
 from torch import Tensor
 
 from cbam.ops import triton_backward as backward
 from cbam.ops import triton_forward as forward
 from cbam.ops import triton_gate as gates
-from cbam.ops.triton_plan import (
-    INTERPRETED,
-    Plan,
-    Tile,
-    blocks,
-    gate_plan,
-    plan,
-    power,
-    statistics_plan,
-    sums_plan,
-)
+from cbam.ops.triton_map import Map, Norm, on
+from cbam.ops.triton_plan import blocks, gate_plan, power, statistics_plan, sums_plan
 
 MANY = 2048  # pairs of sums: more are added up by a kernel of their own, not by every program of the next
-
-
-def launch(kernel: Any, programs: int, *arguments: Any, num_warps: int = 4, **constants: Any) -> None:
-    """Start `programs` of a kernel on the current stream, fusing no product with a sum but by `tl.fma`."""
-    kernel[(programs,)](*arguments, num_warps=num_warps, num_stages=2, enable_fp_fusion=False, **constants)
-
-
-class Norm(NamedTuple):
-    """BatchNorm of the map, (C,), or of the convolution's output, (1,): gamma is None where there is none."""
-
-    gamma: Tensor | None
-    beta: Tensor | None
-    mean: Tensor | None
-    var: Tensor | None
-
-
-@dataclass(frozen=True)
-class Map:
-    """A feature map and how it is worked on: what every step of a pass over it needs."""
-
-    N: int
-    C: int
-    L: int
-    W: int
-    plan: Plan
-    x: Tensor
-    acc: torch.dtype
-    constants: dict[str, Any]
-
-    @classmethod
-    def of(cls, x: Tensor) -> "Map":
-        N, C, H, W = x.shape
-        nhwc = not x.is_contiguous()
-        assert not nhwc or x.is_contiguous(memory_format=torch.channels_last), "x must be dense"
-        worked = plan(N, C, H * W, nhwc, x.itemsize, processors(x.device))
-        acc, kind = (torch.float64, tl.float64) if x.dtype == torch.float64 else (torch.float32, tl.float32)
-        return cls(N, C, H * W, W, worked, x, acc, {"ACC": kind, "NHWC": nhwc, "UNIT": worked.unit})
-
-    @property
-    def extents(self) -> tuple[int, int, int]:
-        """N, C, L as the passes take them: the contiguous extent in multiples of `unit`."""
-        nhwc, unit = self.plan.nhwc, self.plan.unit
-        return self.N, self.C // (unit if nhwc else 1), self.L // (1 if nhwc else unit)
-
-    def sweep(self, kernel: Any, tile: Tile, *arguments: Any, **constants: Any) -> None:
-        """Launch a pass: its own arguments, then the extents and the steps of a program."""
-        wide = tile.pixels * self.C if self.plan.nhwc else tile.channels * self.L
-        launch(
-            kernel, tile.programs, *arguments, *self.extents, tile.steps,
-            BC=tile.channels, BP=tile.pixels, WIDE=wide >= 1 << 31, num_warps=tile.warps,
-            **self.constants, **constants,
-        )  # fmt: skip
-
-    def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        return torch.empty(shape, dtype=dtype or self.acc, device=self.x.device)
-
-    def alike(self) -> Tensor:
-        """A map of the same shape, type and layout."""
-        return torch.empty_like(self.x)
-
-    def absent(self, dtype: torch.dtype | None = None) -> Tensor:
-        """An output that does not exist."""
-        return self.empty(0, dtype=dtype)
-
-
-@lru_cache
-def processors(device: torch.device) -> int:
-    """The multiprocessors of a device; the CPU, where kernels are interpreted, counts as a small one."""
-    if device.type == "cpu":
-        return INTERPRETED
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def on(device: torch.device) -> AbstractContextManager:
-    """Make `device` the current one; nothing to do where it is, or where kernels are interpreted."""
-    if device.type != "cuda" or device.index == torch.cuda.current_device():
-        return nullcontext()
-    return torch.cuda.device(device)
 
 
 def tail(
@@ -125,20 +32,24 @@ def tail(
     with on(x.device):
         a = Map.of(x)
         batch, s_batch = gamma is not None and bn_batch, kernel is not None and s_batch
-        m = e = k = gate = q = s = None
+        m = e = k = gate = q = s = scale = None
+        shift = beta
         if batch or w1 is not None:
             m, moments, e, k = _pool(
                 a, gamma, moments=batch, top=w1 is not None and max_pool, nans=not avg_pool
-            )
+            )  # fmt: skip
             if batch:
-                mean, var = _statistics(a, m, moments)
+                mean, var, scale = _statistics(a, m, moments, gamma, bn_eps, scaled=w1 is None)
         norm = Norm(gamma, beta, mean, var)
         if w1 is not None:
-            m, e, k, gate = _gate(
+            m, e, k, gate, scale, shift = _gate(
                 a, m, e, k, norm, bn_eps, (w1, b1, w2, b2), avg_pool, channel_gain, save
             )  # fmt: skip
+        elif gamma is not None and not batch:
+            scale = _affine(a, norm, bn_eps)
+        terms = (mean, scale, shift) if gamma is not None else (None, scale, None)
         if kernel is not None:
-            q, ticket = _squeeze(a, norm, bn_eps, gate, s_batch)
+            q, ticket = _squeeze(a, terms, s_batch, gated=w1 is not None)
             if s_batch or not a.plan.fold:
                 s, s_mean, s_var = _convolve(a, q, kernel, ticket, s_mean, s_var)
                 q = None
@@ -147,9 +58,9 @@ def tail(
         spatial = Norm(s_gamma, s_beta, s_mean, s_var)
         out = a.alike()
         a.sweep(
-            forward.refine, a.plan.refine, x, shortcut, *norm, gate, q, kernel, s, *spatial, out, a.W,
-            EPS=bn_eps, S_EPS=s_eps, GAIN=spatial_gain, RELU=relu, KS=_side(kernel), QS=a.plan.squeeze.parts,
-            CS=a.plan.refine.parts,
+            forward.refine, a.plan.refine, x, shortcut, *terms, q, kernel, s, *spatial, out, a.W,
+            GATED=w1 is not None, S_EPS=s_eps, GAIN=spatial_gain, RELU=relu, KS=_side(kernel),
+            QS=a.plan.squeeze.parts, CS=a.plan.refine.parts,
         )  # fmt: skip
         if save and w1 is None and gamma is not None and not (batch and a.plan.pool.parts == 1):
             # The schema wants m, which no gradient does.
@@ -178,30 +89,42 @@ def _pool(a: Map, gamma: Tensor | None, *, moments: bool, top: bool, nans: bool)
     return m, M2, e, k
 
 
-def _statistics(a: Map, m: Tensor | None, M2: Tensor | None) -> tuple[Tensor, Tensor]:
-    """mu and v (C,) of the batch."""
-    mu, v = a.empty(a.C), a.empty(a.C)
-    rows, channels = statistics_plan(a.C, processors(a.x.device))
-    launch(
-        forward.statistics, blocks(a.C, channels), m, M2, mu, v, a.N, a.C, a.L, a.plan.pool.steps,
-        S=a.plan.pool.parts, ACC=a.constants["ACC"], BR=rows, BC=channels, BP=a.plan.pool.pixels,
+def _statistics(
+    a: Map, m: Tensor | None, M2: Tensor | None, gamma: Tensor | None, eps: float, *, scaled: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """mu and v of the batch, and, if `scaled`, gamma / sqrt(v + eps), (C,)."""
+    mu, v, scale = a.empty(a.C), a.empty(a.C), a.empty(a.C) if scaled else None
+    rows, channels = statistics_plan(a.C, a.processors)
+    a.launch(
+        forward.statistics, blocks(a.C, channels), m, M2, mu, v, gamma, scale, a.N, a.C, a.L,
+        a.plan.pool.steps, EPS=eps, S=a.plan.pool.parts, ACC=a.constants["ACC"],
+        BR=rows, BC=channels, BP=a.plan.pool.pixels,
     )  # fmt: skip
-    return mu, v
+    return mu, v, scale
+
+
+def _affine(a: Map, norm: Norm, eps: float) -> Tensor:
+    """gamma / sqrt(var + eps), (C,), of running statistics."""
+    scale = a.empty(a.C)
+    constants = {"EPS": eps, "ACC": a.constants["ACC"], "BC": 256}
+    a.launch(forward.affine, blocks(a.C, 256), norm.gamma, norm.var, scale, a.C, **constants)
+    return scale
 
 
 def _gate(
     a: Map, m: Tensor | None, e: Tensor | None, k: Tensor | None, norm: Norm, eps: float,
     weights: tuple[Tensor | None, ...], avg: bool, gain: float, save: bool,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """m, e, k and Mc, (N, C); the first three are those of whole planes, where they are to be saved."""
+    """m, e, k, Mc, and z's scale and shift, (N, C); the first three of whole planes if saved."""
     w1, b1, w2, b2 = weights
     assert w1 is not None
     H, tile, parts = len(w1), a.plan.pool, (m, e, k)
-    block = gate_plan(a.N, a.C, H, processors(a.x.device))
+    block = gate_plan(a.N, a.C, H, a.processors)
     whole: tuple[Tensor | None, ...] = (None, None, None)
     if tile.parts > 1 and save:
         whole = tuple(None if t is None else a.empty(a.N, a.C, dtype=t.dtype) for t in parts)
     gate, act = a.empty(a.N, a.C), None if block.alone else a.empty(a.N, H)
+    scale, shift = (a.empty(a.N, a.C), a.empty(a.N, a.C)) if norm.gamma is not None else (None, None)
     sizes = (a.N, a.C, a.L, H, tile.steps)
     constants = {
         "EPS": eps, "S": tile.parts, "AVG": avg, "ACC": a.constants["ACC"],
@@ -209,26 +132,26 @@ def _gate(
     }  # fmt: skip
     programs = blocks(a.N, block.samples)
     if act is not None:
-        launch(
+        a.launch(
             gates.hidden, programs * blocks(H, block.hidden), *parts, *whole, *norm, w1, b1, act, *sizes,
             **constants,
         )  # fmt: skip
         programs *= blocks(a.C, block.channels)
-    launch(
-        gates.gate, programs, *parts, *whole, *norm, w1, b1, w2, b2, act, gate, *sizes,
+    a.launch(
+        gates.gate, programs, *parts, *whole, *norm, w1, b1, w2, b2, act, gate, scale, shift, *sizes,
         GAIN=gain, POOLS=int(avg) + int(e is not None), **constants,
     )  # fmt: skip
-    return *(whole if tile.parts > 1 else parts), gate
+    return *(whole if tile.parts > 1 else parts), gate, gate if scale is None else scale, shift
 
 
 def _squeeze(
-    a: Map, norm: Norm, eps: float, gate: Tensor | None, batch: bool
+    a: Map, terms: tuple[Tensor | None, ...], batch: bool, *, gated: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Pass B: q (N, parts, 2, L), and the ticket of the convolution, at zero."""
     tile = a.plan.squeeze
     q = a.empty(a.N, tile.parts, 2, a.L)
     ticket = a.empty(1, dtype=torch.int32) if batch else None
-    a.sweep(forward.squeeze, tile, a.x, *norm, gate, q, ticket, EPS=eps, CS=tile.parts)
+    a.sweep(forward.squeeze, tile, a.x, *terms, q, ticket, GATED=gated, CS=tile.parts)
     return q, ticket
 
 
@@ -240,7 +163,7 @@ def _convolve(
     if ticket is not None:
         sums = a.empty(programs, 2, dtype=torch.float64)
         mean, var = a.empty(1, dtype=torch.float64), a.empty(1, dtype=torch.float64)
-    launch(
+    a.launch(
         forward.convolve, programs, q, kernel, sums, ticket, s, mean, var, a.N, a.L, a.W,
         KS=_side(kernel), CS=a.plan.squeeze.parts, ACC=a.constants["ACC"], BP=a.plan.conv, BR=4 * a.plan.conv,
     )  # fmt: skip
@@ -292,18 +215,18 @@ def tail_backward(
         if kernel is not None:
             _spread(a, found, kernel, conv, spatial, s_eps, s_batch)
             if found.reduces:
-                _weigh(a, found, norm, bn_eps)
+                _weigh(a, found, norm.mean)
         if w1 is not None:
             _hidden_gradient(a, found, m, e, gate, norm, bn_eps, (w1, b1, w2), pools, channel_gain)
         if found.reduces or kernel is not None:
-            _parameters(a, found, m, e, mc, norm, bn_eps, w1, pools, kernel)
+            batch = gamma is not None and bn_batch
+            _parameters(a, found, m, e, mc, norm, bn_eps, w1, pools, kernel, batch=batch, need_x=need_x)
         if need_x:
             found.dx = a.alike()
             a.sweep(
-                backward.write, a.plan.write, x, grad if found.g is None else found.g, found.dx, *norm, mc,
-                conv, *spatial, found.d, found.j, k, found.davg, found.dtop, found.dgamma, found.dbeta,
-                EPS=bn_eps, S_EPS=s_eps, GAIN=spatial_gain, BATCH=gamma is not None and bn_batch,
-                CS=a.plan.write.parts,
+                backward.write, a.plan.write, x, norm.mean, grad if found.g is None else found.g, found.dx,
+                conv, *spatial, found.d, found.j, k, found.scale, found.level, found.peak, found.slope,
+                S_EPS=s_eps, GAIN=spatial_gain, CS=a.plan.write.parts,
             )  # fmt: skip
         return found.returned(x.dtype, need_shortcut)
 
@@ -324,8 +247,10 @@ class Found:
     act: Tensor | None = None  # (N, H); so are da and dm
     da: Tensor | None = None
     dm: Tensor | None = None
-    davg: Tensor | None = None  # (N, C)
-    dtop: Tensor | None = None
+    scale: Tensor | None = None  # (N, C), of pass 3; so are level and peak
+    level: Tensor | None = None
+    peak: Tensor | None = None
+    slope: Tensor | None = None  # (C,)
 
     def __init__(self, a: Map, w1: Tensor | None, gamma: Tensor | None, kernel: Tensor | None) -> None:
         self.reduces = w1 is not None or gamma is not None
@@ -371,26 +296,26 @@ def _spread(
     assert sums is not None
     if len(sums) > MANY:
         sums = a.empty(1, 2, dtype=torch.float64)
-        launch(backward.totals, 1, found.sums, sums, len(found.sums), BR=1024)  # pyright: ignore
+        a.launch(backward.totals, 1, found.sums, sums, len(found.sums), BR=1024)  # pyright: ignore
     found.d = a.empty(a.N, 2, a.L)
     found.parts_of_dw = a.empty(tile.programs, 2 * side * side)
     BT = min(tile.channels, power(2 * side * side))
-    launch(
+    a.launch(
         backward.spatial_gradient, tile.programs * blocks(2 * side * side, BT), found.du, s, spatial.gamma,
         spatial.mean, spatial.var, sums, found.q, kernel, found.d, found.parts_of_dw, *found.ds,
-        a.N, a.L, a.W, len(sums), tile.steps, S_EPS=eps, S_BATCH=batch, KS=side, ACC=a.constants["ACC"],
+        a.N, a.C, a.L, a.W, len(sums), tile.steps, S_EPS=eps, S_BATCH=batch, KS=side, ACC=a.constants["ACC"],
         BQ=a.plan.conv, BP=tile.pixels, BT=BT, BR=min(1024, power(len(sums))), num_warps=tile.warps,
     )  # fmt: skip
 
 
-def _weigh(a: Map, found: Found, norm: Norm, eps: float) -> None:
+def _weigh(a: Map, found: Found, mu: Tensor | None) -> None:
     """Pass 2."""
     tile, parts = a.plan.weigh, found.r
     assert parts is not None
     found.r = a.empty(a.N, tile.parts, 2, a.C)
     a.sweep(
-        backward.weigh, tile, a.x, *norm, found.d, found.j, parts, found.r, parts.shape[1],
-        EPS=eps, S=tile.parts, BT=min(16, tile.pixels),
+        backward.weigh, tile, a.x, mu, found.d, found.j, parts, found.r, parts.shape[1],
+        S=tile.parts, BT=min(16, tile.pixels),
     )  # fmt: skip
 
 
@@ -403,10 +328,10 @@ def _hidden_gradient(
     assert w1 is not None
     assert found.r is not None
     H = len(w1)
-    block = gate_plan(a.N, a.C, H, processors(a.x.device))
+    block = gate_plan(a.N, a.C, H, a.processors)
     found.dl, found.act = a.empty(a.N, a.C), a.empty(a.N, H)
     found.da, found.dm = (a.empty(a.N, H) if there else None for there in pools)
-    launch(
+    a.launch(
         gates.hidden_gradient, blocks(a.N, block.samples) * blocks(H, block.hidden), found.r, m, e, gate,
         *norm, w1, b1, w2, found.dl, found.act, found.da, found.dm, a.N, a.C, a.L, H, found.r.shape[1],
         EPS=eps, GAIN=gain, AVG=pools[0], MAX=pools[1], ACC=a.constants["ACC"],
@@ -416,20 +341,23 @@ def _hidden_gradient(
 
 def _parameters(
     a: Map, found: Found, m: Tensor, e: Tensor, mc: Tensor | None, norm: Norm, eps: float,
-    w1: Tensor | None, pools: tuple[bool, bool], kernel: Tensor | None,
+    w1: Tensor | None, pools: tuple[bool, bool], kernel: Tensor | None, *, batch: bool, need_x: bool,
 ) -> None:  # fmt: skip
     """The gate's gradient by channels, BatchNorm's, and the last sum of the spatial kernel's."""
     H, dw = 1 if w1 is None else len(w1), found.parts_of_dw
-    samples, hidden, channels = sums_plan(a.N, H, processors(a.x.device))
-    found.davg, found.dtop = (a.empty(a.N, a.C) if there else None for there in pools)
+    samples, hidden, channels = sums_plan(a.N, H, a.processors)
+    wanted = (found.reduces, pools[0] or batch, pools[1])
+    found.scale, found.level, found.peak = (a.empty(a.N, a.C) if need_x and w else None for w in wanted)
+    found.slope = a.empty(a.C) if need_x and batch else None
     programs = int(dw is not None)
     if found.reduces:
         programs += blocks(a.C, channels) * blocks(H, hidden)
-    launch(
+    a.launch(
         gates.parameter_gradients, programs, found.r, m, e, mc, *norm, w1, found.dl, found.act, found.da,
-        found.dm, dw, found.davg, found.dtop, *found.weights, found.dgamma, found.dbeta, found.dkernel,
+        found.dm, dw, found.scale, found.level, found.peak, found.slope, *found.weights,
+        found.dgamma, found.dbeta, found.dkernel,
         a.N, a.C, a.L, H, 1 if found.r is None else found.r.shape[1],
         0 if kernel is None else kernel.numel(), 0 if dw is None else len(dw),
-        EPS=eps, POOLS=sum(pools), AVG=pools[0], MAX=pools[1], ACC=a.constants["ACC"],
+        EPS=eps, BATCH=batch, POOLS=sum(pools), AVG=pools[0], MAX=pools[1], ACC=a.constants["ACC"],
         BN=samples, BH=hidden, BC=channels, BR=32, BT=32,
     )  # fmt: skip

@@ -100,17 +100,24 @@ def reading(table: Table) -> list[str]:
         'cases. "Pairs to settle": how many would show one of the size found, if that is the true one.',
         *table.study.notes,
     ]
-    if table.failed:
-        seeds = ", ".join(f"{r['arm']} seed {r['config']['seed']}" for r in table.failed)
-        found.append(f"Runs that failed, and do not count: {seeds}.")
-    if table.changed:
-        found.append(f"{table.changed} runs of changed code do not count, and are left out.")
+    found += uncounted(table)
     starts = [run["start"]["sha256"] for runs in table.runs.values() for run in runs.values() if run["start"]]
     if starts:
         seeds = {s for name, runs in table.runs.items() if table.study.arms[name].forked for s in runs}
         found.append(
             f"Networks that were trained and then forked: {len(set(starts))} different, {len(seeds)} seeds."
         )
+    return found
+
+
+def uncounted(table: Table) -> list[str]:
+    """What there is and does not count."""
+    found = []
+    if table.failed:
+        seeds = ", ".join(f"{r['arm']} seed {r['config']['seed']}" for r in table.failed)
+        found.append(f"Runs that failed, and do not count: {seeds}.")
+    if table.changed:
+        found.append(f"{table.changed} runs of changed code do not count, and are left out.")
     return found
 
 
@@ -180,7 +187,7 @@ def _block(rows: list[list[str]]) -> list[str]:
 
 def text(table: Table) -> str:
     """The tables for a terminal."""
-    lines = [title(table), status(table), ""]
+    lines = [title(table), status(table), *uncounted(table), ""]
     for rows in (level_rows(table), difference_rows(table, "val_top1")):
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         told = [

@@ -139,6 +139,8 @@ class Training:
             StoppedError: `keep` was told to stop; it is saved.
         """
         began, worked = time.monotonic(), time.process_time()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
         made = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         train, val = self._pictures()
         phases = 2 if config["forked"] else 1
@@ -166,6 +168,7 @@ class Training:
             "seconds": time.monotonic() - began + (keep.seconds if keep else 0.0),
             "processor_seconds": time.process_time() - worked,
             "memory_gib": machine.largest_memory(),
+            "device_memory_gib": _device_memory(self.device),
         }
 
     def cost(self, config: dict[str, Any]) -> dict[str, Any]:
@@ -262,6 +265,11 @@ def cost_of(config: dict[str, Any], classes: int, size: int) -> dict[str, Any]:
     except AttachError as error:
         raise ConfigError(f"{config['network']}, {config['attention']}: {error}") from error
     return {"parameters": cost.parameters, "gmac": cost.gmac, "sites": len(attached(model))}
+
+
+def _device_memory(device: torch.device) -> float | None:
+    """The most memory that tensors took on a GPU since the run began, in GiB; None on a CPU."""
+    return torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
 
 
 def _measured(history: list[dict]) -> list[dict]:

@@ -29,7 +29,8 @@ def attach(
     """Put attention into `model`, in place, before the add of every residual block; returns `model`.
 
     No key of the model changes and no weight is touched: the attention of a block lives beside its children
-    under the name `cbam`. With `start="identity"` the outputs stay bit-equal.
+    under the name `cbam`. With `start="identity"` the outputs stay bit-equal
+    (where fused kernels run, see docs/kernels.md: in float32 on a CPU, and to rounding elsewhere).
 
     Args:
         model: not yet compiled, scripted or wrapped for distribution.

@@ -75,6 +75,14 @@ def test_a_module_and_its_statistics_are_those_of_the_equation(attention, layout
     assert fused[1].is_contiguous(memory_format=layout)
 
 
+def test_weights_in_channels_last_are_the_same_weights(attention):  # T14
+    x = torch.randn(2, 6, 5, 7, dtype=torch.float64)
+    expected = outcome(attention, call, x)
+    attention.zero_grad()
+    attention.to(memory_format=torch.channels_last)
+    torch.testing.assert_close(outcome(attention, call, x)[:2], expected[:2], **DOUBLE)
+
+
 def test_one_sample_without_a_batch_axis_is_a_batch_of_one(attention):  # T4
     x = torch.randn(6, 5, 7, dtype=torch.float64)
     with ops.using("fused"):

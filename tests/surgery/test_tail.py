@@ -121,3 +121,24 @@ def test_synchronised_norms_run_by_themselves(runs):  # S12
     model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     torch.testing.assert_close(model(torch.ones(1, 3, 64, 64)), expected)
     assert not any(runs)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_an_identity_start_keeps_the_function(dtype, layout):
+    model = network("torchvision/resnet18").to(dtype).to(memory_format=layout).eval()
+    generator = torch.Generator().manual_seed(0)
+    for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
+        for tensor in (norm.weight.data, norm.bias.data, norm.running_mean, norm.running_var):
+            tensor.copy_(torch.rand(tensor.shape, generator=generator) + 0.5)
+    x = torch.randn(2, 3, 64, 64).to(dtype).contiguous(memory_format=layout)
+    with torch.no_grad():
+        expected = model(x)
+        out = cbam.attach(model)(x)
+        with ops.using("reference"):
+            assert torch.equal(model(x), expected)
+    if dtype.itemsize >= 4:  # in evaluation BatchNorm is computed in torch's own order
+        assert torch.equal(out, expected)
+    else:  # torch rounds after the norm and after the add, the operation once
+        scale = expected.abs().max().item()
+        torch.testing.assert_close(out, expected, rtol=0, atol=scale * 8 * torch.finfo(dtype).eps)

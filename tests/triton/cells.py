@@ -12,7 +12,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from cbam.ops.triton_kernels import Map, tail, tail_backward
+from cbam.ops.triton_kernels import tail, tail_backward
+from cbam.ops.triton_map import Map
 from cbam.ops.triton_plan import PARTS
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -224,3 +225,66 @@ def test_a_mean_in_float16_does_not_overflow(tails):  # T20
     case = tails.draw(tails.Cell(dtype=torch.float16, norm="", shape=(1, 1, 9, 9)), DEVICE)
     case.x.fill_(60000)
     assert tails.run(tail, case)["m"].item() == 60000
+
+
+@gpu
+def test_a_stream_of_its_own_gives_the_same_bits(tails):  # T31
+    case = tails.draw(tails.Cell(shape=(4, 64, 28, 28), nhwc=True), DEVICE)
+    here = tails.run(tail, case)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        there = tails.run(tail, case)
+        found = tails.run_backward(tail_backward, case, there)
+    torch.cuda.current_stream().wait_stream(stream)
+    assert all(torch.equal(value, there[name]) for name, value in here.items())
+    again = tails.run_backward(tail_backward, case, here)
+    assert all(torch.equal(value, found[name]) for name, value in again.items())
+
+
+@gpu
+def test_a_captured_graph_follows_its_inputs(tails):
+    case = tails.draw(tails.Cell(shape=(4, 64, 28, 28), nhwc=True, dtype=torch.bfloat16), DEVICE)
+    tails.run_backward(tail_backward, case, tails.run(tail, case))  # compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        saved = tails.run(tail, case)
+        found = tails.run_backward(tail_backward, case, saved)
+    other = tails.draw(tails.Cell(shape=(4, 64, 28, 28), nhwc=True, dtype=torch.bfloat16, seed=1), DEVICE)
+    for old, new in ((case.x, other.x), (case.shortcut, other.shortcut), (case.grad, other.grad)):
+        old.copy_(new)
+    graph.replay()
+    eager = tails.run(tail, case)
+    again = tails.run_backward(tail_backward, case, eager)
+    assert all(torch.equal(value, saved[name]) for name, value in eager.items())
+    assert all(torch.equal(value, found[name]) for name, value in again.items())
+
+
+@gpu
+@pytest.mark.parametrize("nhwc", [False, True], ids=["NCHW", "NHWC"])
+def test_offsets_beyond_2_to_the_31_are_right(tails, nhwc):  # T22
+    layout = torch.channels_last if nhwc else torch.contiguous_format
+    cell = tails.Cell(shape=(1, 64, 8, 8), norm="", spatial="running", shortcut=False, nhwc=nhwc)
+    case = tails.draw(cell, DEVICE)
+    case.x = torch.empty(33, 64, 1024, 1024, dtype=torch.float16, device=DEVICE).to(memory_format=layout)
+    case.x.normal_()
+    out = tails.run(tail, case, save=False)["out"]
+    last = case.x[-1:].clone(memory_format=torch.preserve_format)
+    del case.x
+    case.x = last
+    alone = tails.run(tail, case, save=False)["out"]
+    assert torch.allclose(out[-1:], alone, atol=1e-2, rtol=1e-2)
+    assert out[-1].isfinite().all()
+
+
+@gpu
+def test_more_planes_than_a_grid_has_rows(tails):  # T23
+    check(tails, shape=(700, 101, 2, 2), dtype=torch.float32)
+
+
+@gpu
+@pytest.mark.parametrize("shape", [(8, 256, 56, 56), (8, 512, 28, 28), (8, 1024, 14, 14), (8, 2048, 7, 7)])
+@pytest.mark.parametrize("nhwc", [False, True], ids=["NCHW", "NHWC"])
+def test_the_stages_of_a_resnet_agree_with_the_equation(tails, shape, nhwc):
+    check(tails, shape=shape, nhwc=nhwc, dtype=torch.bfloat16, hidden=shape[1] // 16, side=7)

@@ -201,7 +201,7 @@ class Guarded:
 @pytest.fixture
 def guarded(monkeypatch):
     """Every buffer of the launchers poisoned and guarded; the bands are looked at when the test is over."""
-    from cbam.ops import triton_kernels
+    from cbam.ops.triton_map import Map
 
     guard = Guarded()
 
@@ -213,8 +213,8 @@ def guarded(monkeypatch):
         flat = guard.empty(self.x.numel(), self.x.dtype, self.x.device)
         return flat.as_strided(self.x.shape, self.x.stride(), flat.storage_offset())
 
-    monkeypatch.setattr(triton_kernels.Map, "empty", empty)
-    monkeypatch.setattr(triton_kernels.Map, "alike", alike)
+    monkeypatch.setattr(Map, "empty", empty)
+    monkeypatch.setattr(Map, "alike", alike)
     yield guard
     guard.check()
 

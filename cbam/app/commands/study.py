@@ -83,23 +83,25 @@ def _fill(options: argparse.Namespace) -> int:
 
     changes = {name: getattr(options, name) for name in _CHANGES if hasattr(options, name)}
     end = None if options.budget is None else time.monotonic() + options.budget
-    begun = []
     with terminable(), progress() as watch:
         pictures = find_pictures(options.dataset, changes)
-        for name in options.name:
-            filling = prepare(
+        fillings = [
+            prepare(
                 name, pictures, changes, out=options.out, device=options.device, workers=options.workers,
                 arms=options.arms, commit=options.commit, watch=watch,
-            )  # fmt: skip
+            )
+            for name in options.name
+        ]  # fmt: skip
+        for filling in fillings:
             watch.say(filling.plan(options.seeds))
-            if options.plan:
-                continue
-            if filling.origin["dirty"] is not False:
-                watch.say(f"note: {_uncounted(filling.origin)}; these runs will not count")
+        if options.plan:
+            return 0
+        if fillings[0].origin["dirty"] is not False:
+            watch.say(f"note: {_uncounted(fillings[0].origin)}; these runs will not count")
+        for filling in fillings:
             budget = None if end is None else max(0.0, end - time.monotonic())
-            conduct(filling, seeds=options.seeds, budget=budget, share=1 / len(options.name))
-            begun.append(filling)
-    return sum(len(filling.missing(options.seeds)) for filling in begun)
+            conduct(filling, seeds=options.seeds, budget=budget, share=1 / len(fillings))
+    return sum(len(filling.missing(options.seeds)) for filling in fillings)
 
 
 def _uncounted(origin: dict) -> str:

@@ -1,0 +1,37 @@
+"""`cbam data`."""
+
+import argparse
+
+from cbam.app.options import Parser, need, terminable
+from cbam.app.terminal import show
+
+HELP = "say everything that is wrong with a data set"
+
+
+def add(parser: Parser) -> None:
+    """The options."""
+    parser.add_argument("action", choices=("check",), metavar="check", help="check: print every fault")
+    parser.add_argument("data", metavar="DIR", help="class folders of pictures, a COCO or a VOC folder")
+    parser.add_argument("--deep", action="store_true", help="decode every picture, too")
+
+
+def run(options: argparse.Namespace) -> int:
+    """A line per fault, with file and line; 3 if there is one."""
+    need("cbam data check", {"vision": ("numpy", "PIL")})
+    from cbam.data.check import check
+
+    with terminable():
+        kind, findings = check(options.data, deep=options.deep)
+        count = repaired = 0
+        for finding in findings:
+            show(str(finding))
+            count += finding.times
+            repaired += finding.times if finding.counted else 0
+    if not count:
+        show(
+            f"{options.data}: {kind}, no faults" + ("" if options.deep else " (--deep decodes every picture)")
+        )
+        return 0
+    told = f"{count} fault{'s' * (count > 1)}, {repaired} of them repaired when it is read"
+    show(f"{options.data}: {kind}, {told}")
+    return 3

@@ -1,0 +1,230 @@
+"""Pictures with boxes, and what is wrong with them; the readers of COCO and VOC make both.
+
+Boxes are x0 y0 x1 y1 in pixels, ends exclusive: a box over the whole picture is 0 0 W H. Labels count from 1,
+for detectors keep 0 for the background.
+
+EXIF turns a picture and its boxes alike. An annotation belongs to the pixels as they are stored, unless the
+size that it states is that of the upright picture alone.
+"""
+
+import operator
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from cbam.data.decode import decode_bytes, orientation, read, shown
+from cbam.data.images import MAX_SEED, check_int
+from cbam.errors import DataError
+
+RESOLUTION = 0.01  # pixels: what COCO's files are written to
+SHOWN = 3  # faults that one message tells
+
+CLIPPED = "a box reaches outside its picture: clipped"
+OUTSIDE = "a box lies outside its picture: dropped"
+DEGENERATE = "a box has no width or no height: dropped"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One fault of a data set.
+
+    Args:
+        where: file, and line and column where it has lines; empty if `what` says it.
+        what: the fault, in words.
+        counted: the kind of fault, for one that the readers repair and count; empty if they refuse it.
+        times: how often it is there.
+    """
+
+    where: str
+    what: str
+    counted: str = ""
+    times: int = 1
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.what}" if self.where else self.what
+
+
+class Picture(NamedTuple):
+    """A picture file; height and width are what its annotation states."""
+
+    id: int
+    name: str
+    path: str
+    height: int
+    width: int
+
+
+class Thing(NamedTuple):
+    """An annotated object of picture `image` (its index)."""
+
+    image: int
+    box: tuple[float, float, float, float]
+    label: int
+    area: float
+    crowd: bool = False
+    difficult: bool = False
+
+
+class BoxedImages(Dataset):
+    """Pictures in their own sizes with any number of labelled boxes.
+
+    Args:
+        name: of the set, for reports.
+        classes: the names; label k is `classes[k - 1]`.
+        pictures: in order.
+        things: their objects, in any order; boxes inside their picture, with width and height.
+        notes: counted oddities, to be shown once.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        classes: Sequence[str],
+        pictures: Sequence[Picture],
+        things: Iterable[Thing],
+        notes: Sequence[str] = (),
+    ) -> None:
+        self.name, self.classes, self.pictures = name, list(classes), list(pictures)
+        self.notes = list(notes)
+        # Flat arrays: worker processes share them, where a million small objects would be copied.
+        ordered = sorted(things, key=lambda thing: thing.image)
+        self._starts = np.searchsorted([t.image for t in ordered], np.arange(len(self.pictures) + 1))
+        self._boxes = np.array([t.box for t in ordered], np.float64).reshape(-1, 4)
+        self._labels = torch.tensor([t.label for t in ordered], dtype=torch.int64)
+        self._areas = torch.tensor([t.area for t in ordered], dtype=torch.float32)
+        self._crowd = torch.tensor([t.crowd for t in ordered], dtype=torch.bool)
+        self._difficult = torch.tensor([t.difficult for t in ordered], dtype=torch.bool)
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
+        """Sample `index`, or (epoch, index), as the loader's sampler asks.
+
+        Returns:
+            image: uint8 (3, H, W), upright; boxes: float32 (N, 4); labels: int64 (N,), from 1;
+            area: float32 (N,), square pixels, of the mask where there is one; crowd, difficult: bool (N,);
+            image_id: int; index: int. N may be 0.
+
+        Raises:
+            DataError: the picture cannot be read, or is not of the size that its annotation states.
+        """
+        index = operator.index(key[1] if isinstance(key, tuple) else key)
+        if not 0 <= index < len(self):
+            raise IndexError(f"index {index}: {self.name} has {len(self)} pictures")
+        picture = self.pictures[index]
+        own = slice(int(self._starts[index]), int(self._starts[index + 1]))
+        image, boxes = _upright(picture, self._boxes[own], f"{shown(picture.path)} (image {picture.id})")
+        return {
+            "image": image,
+            "boxes": torch.from_numpy(boxes.astype(np.float32)),
+            "labels": self._labels[own],
+            "area": self._areas[own],
+            "crowd": self._crowd[own],
+            "difficult": self._difficult[own],
+            "image_id": picture.id,
+            "index": index,
+        }
+
+    def count(self, index: int) -> int:
+        """How many objects picture `index` has."""
+        return int(self._starts[index + 1] - self._starts[index])
+
+    def with_objects(self) -> "BoxedImages":
+        """The pictures that have an object: the choice of many training recipes, none of an evaluation."""
+        return self._chosen([i for i in range(len(self)) if self.count(i)], "without objects left out")
+
+    def subset(self, n: int) -> "BoxedImages":
+        """n pictures, or all if there are fewer, evenly spaced; always the same."""
+        n = min(check_int("n", n, 1, MAX_SEED), len(self))
+        return self._chosen([i * len(self) // n for i in range(n)], "left out, the others evenly spaced")
+
+    def _chosen(self, indices: Sequence[int], why: str) -> "BoxedImages":
+        things = [self._thing(j, new) for new, i in enumerate(indices) for j in self._range(i)]
+        left_out = len(self) - len(indices)
+        notes = [*self.notes, f"{left_out} of {len(self)} pictures {why}"] if left_out else self.notes
+        return BoxedImages(self.name, self.classes, [self.pictures[i] for i in indices], things, notes)
+
+    def _range(self, index: int) -> range:
+        return range(self._starts[index], self._starts[index + 1])
+
+    def _thing(self, j: int, image: int) -> Thing:
+        fields = (self._labels, self._areas, self._crowd, self._difficult)
+        return Thing(image, tuple(self._boxes[j].tolist()), *(field[j].item() for field in fields))  # type: ignore[arg-type]
+
+
+def tidied(
+    box: tuple[float, float, float, float], height: int, width: int
+) -> tuple[tuple[float, float, float, float] | None, str]:
+    """A finite box brought into its picture, None if nothing is left of it; and what was done, or ""."""
+    x0, y0, x1, y1 = box
+    if x1 - x0 < RESOLUTION or y1 - y0 < RESOLUTION:
+        return None, DEGENERATE
+    inside = max(x0, 0.0), max(y0, 0.0), min(x1, float(width)), min(y1, float(height))
+    if inside[2] - inside[0] < RESOLUTION or inside[3] - inside[1] < RESOLUTION:
+        return None, OUTSIDE
+    moved = max(abs(a - b) for a, b in zip(box, inside, strict=True)) > RESOLUTION
+    return inside, CLIPPED if moved else ""
+
+
+def turned(boxes: np.ndarray, turn: int, height: int, width: int) -> np.ndarray:
+    """Boxes (N, 4) on a stored picture of height x width -> on the upright one; `turn` as EXIF counts."""
+    x0, y0, x1, y1 = boxes.T
+    if turn in (2, 3, 7, 8):
+        x0, x1 = width - x1, width - x0
+    if turn in (3, 4, 6, 7):
+        y0, y1 = height - y1, height - y0
+    return np.stack((y0, x0, y1, x1) if turn >= 5 else (x0, y0, x1, y1), axis=1)
+
+
+def accept(findings: Sequence[Finding], what: str) -> list[str]:
+    """Notes that count the faults which the reader repaired.
+
+    Raises:
+        DataError: with the first of the faults that it does not repair.
+    """
+    refused = [finding for finding in findings if not finding.counted]
+    if refused:
+        more = len(refused) - SHOWN
+        text = "; ".join(map(str, refused[:SHOWN]))
+        raise DataError(f"{text}; and {more} more, see `cbam data check {what}`" if more > 0 else text)
+    kinds: dict[str, list[Finding]] = {}
+    for finding in findings:
+        kinds.setdefault(finding.counted, []).append(finding)
+    return [
+        f"{sum(f.times for f in own)} times: {kind}; the first: {own[0].where}" for kind, own in kinds.items()
+    ]
+
+
+def _upright(picture: Picture, boxes: np.ndarray, where: str) -> tuple[Tensor, np.ndarray]:
+    """The picture, uint8 (3, H, W), and its boxes on it."""
+    try:
+        data = read(picture.path)
+    except OSError as error:
+        raise DataError(f"{where}: {error.strerror or error}") from error
+    image, turn = decode_bytes(data, where), orientation(data)
+    upright = tuple(image.shape[1:])
+    stored = upright[::-1] if turn >= 5 else upright
+    said = (picture.height, picture.width)
+    if said == stored:
+        return image, turned(boxes, turn, *stored)
+    if said == upright:
+        return image, boxes
+    raise DataError(
+        f"{where}: {stored[1]}x{stored[0]} pixels, its annotation says {said[1]}x{said[0]}; "
+        "boxes on another size mean nothing"
+    )
+
+
+def picture_files(folder: str | Path) -> set[str]:
+    """The names of the files right in `folder`."""
+    try:
+        return {entry.name for entry in Path(folder).iterdir()}
+    except OSError as error:
+        raise DataError(f"{shown(folder)}: {error.strerror or error}") from error

@@ -1,0 +1,197 @@
+"""A COCO file of instances and its folder of pictures -> pictures with boxes.
+
+`bbox` is x y w h from the upper left corner of the picture. Classes are in the order of their ids.
+"""
+
+import math
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from cbam.data.boxes import BoxedImages, Finding, Picture, Thing, accept, picture_files, tidied
+from cbam.data.decode import shown
+from cbam.data.located import Element, LocatedJSON
+from cbam.data.segmentation import mask_fault
+from cbam.errors import DataError
+
+LISTS = ("images", "annotations", "categories")
+FILLED_AREA = "an annotation has no area: taken is width times height"
+FILLED_CROWD = "an annotation has no iscrowd: taken is 0"
+ID_ZERO = "an annotation has the id 0, which COCO's evaluation takes for no match: numbered anew"
+
+
+def coco(annotations: str | os.PathLike, pictures: str | os.PathLike) -> BoxedImages:
+    """The data set of a COCO file, such as instances_val2017.json, and the folder of its pictures.
+
+    Boxes that reach outside are clipped, those without width or height or wholly outside dropped, a missing
+    `area` or `iscrowd` is filled in; `notes` counts all that. Crowds are kept and flagged, pictures without
+    boxes are kept.
+
+    Raises:
+        DataError: the file is missing, cut off or no JSON; an id is there twice or unknown; a box is no four
+            finite numbers; a mask is damaged; a picture is missing. Line, column and id are told.
+    """
+    reader = CocoReader(LocatedJSON(annotations), pictures)
+    notes = accept(reader.findings, str(Path(annotations).parent))
+    name = shown(Path(annotations).stem)
+    return BoxedImages(name, reader.classes, reader.pictures, reader.things, notes)
+
+
+class CocoReader:
+    """What a COCO file holds, and `findings`: all that is wrong with it.
+
+    Raises:
+        DataError: the file lacks one of its lists.
+    """
+
+    def __init__(self, file: LocatedJSON, pictures: str | os.PathLike) -> None:
+        self.file = file
+        for key in LISTS:
+            if key not in file:
+                raise DataError(f"{shown(file.path)}: no {key!r}; a COCO file has {', '.join(LISTS)}")
+            if file.elements(key) is None:
+                raise DataError(f"{shown(file.path)}: {key!r} is no list")
+        self.findings: list[Finding] = []
+        self.pictures: list[Picture] = []
+        self.things: list[Thing] = []
+        self.classes: list[str] = []
+        self._labels: dict[int, int] = {}  # category id -> label
+        self._indices: dict[int, int] = {}  # image id -> index
+        self._folder = Path(pictures)
+        self._read_categories()
+        self._read_images()
+        self._read_annotations()
+
+    def _read_categories(self) -> None:
+        found = {}
+        for id, element in self._identified("categories", "category"):
+            name = element.value.get("name")
+            if isinstance(name, str) and name:
+                found[id] = shown(name)
+            else:
+                self._refuse(element, f"category {id} has the name {name!r}, expected text")
+        self.classes = [found[id] for id in sorted(found)]
+        self._labels = {id: label for label, id in enumerate(sorted(found), 1)}
+
+    def _read_images(self) -> None:
+        files = picture_files(self._folder)
+        for id, element in self._identified("images", "image"):
+            name = element.value.get("file_name")
+            height, width = (element.value.get(key) for key in ("height", "width"))
+            if not isinstance(name, str) or not name or "\0" in name:
+                self._refuse(element, f"image {id} has the file_name {name!r}, expected text")
+                continue
+            if not (_whole(height) and _whole(width) and 0 < height < 1 << 20 and 0 < width < 1 << 20):
+                self._refuse(
+                    element, f"image {id} has height {height!r} and width {width!r}, expected pixels"
+                )
+                continue
+            path = self._folder / name
+            # A name that leads into a folder is looked up, others are in the listing.
+            if not (path.is_file() if "/" in name or "\\" in name else name in files):
+                self._refuse(element, f"image {id}: {shown(path)} is not there")
+            self._indices[id] = len(self.pictures)
+            self.pictures.append(Picture(id, name, str(path), height, width))
+
+    def _read_annotations(self) -> None:
+        unfilled: dict[str, list[Element]] = {FILLED_AREA: [], FILLED_CROWD: []}
+        unknown: dict[tuple[str, Any], list[tuple[int, Element]]] = {}
+        for id, element in self._identified("annotations", "annotation"):
+            if id == 0:
+                self._count(element, ID_ZERO)
+            place = self._place(id, element, unknown)
+            fault = _annotation_fault(element.value)
+            if fault:
+                self._refuse(element, f"annotation {id}: {fault}")
+            elif place:
+                self._add(id, element, *place)
+                for kind, key in ((FILLED_AREA, "area"), (FILLED_CROWD, "iscrowd")):
+                    if key not in element.value:
+                        unfilled[kind].append(element)
+        self._tell_unknown(unknown)
+        for kind, elements in unfilled.items():
+            if elements:
+                self._count(elements[0], kind, times=len(elements))
+
+    def _place(self, id: int, element: Element, unknown: dict) -> tuple[int, int] | None:
+        """Index of the picture and label of an annotation."""
+        place = []
+        for key, known in (("image_id", self._indices), ("category_id", self._labels)):
+            value = element.value.get(key)
+            if _whole(value) and value in known:
+                place.append(known[value])
+            else:
+                unknown.setdefault((key, str(value)), []).append((id, element))
+        return (place[0], place[1]) if len(place) == 2 else None
+
+    def _tell_unknown(self, unknown: dict[tuple[str, str], list[tuple[int, Element]]]) -> None:
+        for (key, value), users in unknown.items():
+            ids = ", ".join(str(id) for id, _ in users[:5]) + (", ..." if len(users) > 5 else "")
+            what = f"{key} {value} of annotation {ids} is not among the file's"
+            self._refuse(users[0][1], f"{what} {'images' if key == 'image_id' else 'categories'}")
+
+    def _add(self, id: int, element: Element, image: int, label: int) -> None:
+        """Keep an annotation; its mask and its box are compared with its picture first."""
+        picture = self.pictures[image]
+        mask = element.value.get("segmentation")
+        fault = "" if mask is None else mask_fault(mask, picture.height, picture.width)
+        if fault:
+            self._refuse(element, f"annotation {id}: {fault}")
+            return
+        x, y, w, h = element.value["bbox"]
+        box, done = tidied((x, y, x + w, y + h), picture.height, picture.width)
+        if done:
+            self._count(element, done, f" (annotation {id}: {x:g} {y:g} {w:g} {h:g})")
+        if box:
+            area = float(element.value.get("area", w * h))
+            self.things.append(Thing(image, box, label, area, bool(element.value.get("iscrowd", 0))))
+
+    def _identified(self, key: str, noun: str) -> Iterable[tuple[int, Element]]:
+        """The elements of a list that have an id of their own."""
+        seen: set[int] = set()
+        for element in self.file.elements(key) or []:
+            id = element.value.get("id") if isinstance(element.value, dict) else None
+            if element.constant is not None:
+                where = self.file.where(element.constant)
+                self.findings.append(Finding(where, f"NaN and Infinity are no JSON ({noun} {id!r})"))
+            elif id is None or not _whole(id):
+                self._refuse(element, f"an element of {key!r} has the id {id!r}, expected a whole number")
+            elif id in seen:
+                self._refuse(element, f"{noun} id {id} is there a second time")
+            else:
+                seen.add(id)
+                yield id, element
+
+    def _refuse(self, element: Element, what: str) -> None:
+        self.findings.append(Finding(self.file.where(element.start), what))
+
+    def _count(self, element: Element, kind: str, detail: str = "", times: int = 1) -> None:
+        detail = f" ({times} annotations)" if times > 1 else detail
+        self.findings.append(Finding(self.file.where(element.start), kind + detail, kind, times))
+
+
+def _annotation_fault(annotation: dict) -> str:
+    box, area = annotation.get("bbox"), annotation.get("area", 0)
+    if not isinstance(box, list) or len(box) != 4 or not all(map(_finite, box)):
+        return f"bbox is {_short(box)}, expected four finite numbers"
+    if not _finite(area) or area < 0:
+        return f"area is {_short(area)}, expected a finite number from 0"
+    crowd = annotation.get("iscrowd", 0)
+    return "" if _whole(crowd) and crowd in (0, 1) else f"iscrowd is {_short(crowd)}, expected 0 or 1"
+
+
+def _finite(value: Any) -> bool:
+    try:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # an integer that no float holds
+        return False
+
+
+def _whole(value: Any) -> bool:
+    return type(value) is int and abs(value) < 1 << 63
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,252 @@
+"""A folder in the form of Pascal VOC -> pictures with boxes.
+
+    FOLDER/ImageSets/Main/SPLIT.txt    names, one a line
+    FOLDER/Annotations/NAME.xml
+    FOLDER/JPEGImages/NAME.jpg
+
+A VOC box counts pixels from 1 and its ends are inside: xmin ymin xmax ymax becomes xmin-1 ymin-1 xmax ymax.
+XML is read without document types, so that no entity can be defined, expanded or fetched.
+"""
+
+import math
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from xml.parsers import expat
+
+from cbam.data.boxes import DEGENERATE, BoxedImages, Finding, Picture, Thing, accept, picture_files, tidied
+from cbam.data.decode import header_of, read, shown
+from cbam.data.scan import EXTENSIONS
+from cbam.errors import DataError, InputError
+
+MAX_XML = 1 << 24  # bytes; VOC's own files have a few thousand
+SIDES = ("xmin", "ymin", "xmax", "ymax")
+MANY = 10  # names that one message lists
+
+
+def voc(
+    folders: str | os.PathLike | Sequence[str | os.PathLike],
+    split: str,
+    *,
+    classes: Sequence[str] | None = None,
+) -> BoxedImages:
+    """One split of a VOC folder, or of several in a row: `voc([VOC2007, VOC2012], "trainval")`.
+
+    Boxes that reach outside are clipped, those without width or height or wholly outside dropped; `notes`
+    counts that. Objects marked difficult are kept and flagged, pictures without objects are kept.
+
+    Args:
+        split: name of a file in ImageSets/Main, without its ending.
+        classes: names in the order of the labels; a test set takes its training set's. None: the names that
+            are found, sorted.
+
+    Raises:
+        DataError: a file is missing or damaged, an XML file has a document type, an object has no class, a
+            class that is not in `classes`, or no box of four finite numbers. File and line are told.
+    """
+    if isinstance(folders, (str, os.PathLike)):
+        folders = [folders]
+    if not folders:
+        raise InputError("voc takes a folder or several, got none")
+    readers = [VocReader(folder, split) for folder in folders]
+    findings = [finding for reader in readers for finding in reader.findings]
+    found = sorted({name for reader in readers for name in reader.classes})
+    labels = {name: label for label, name in enumerate(found if classes is None else classes, 1)}
+    for reader in readers:
+        unknown = [name for name in reader.classes if name not in labels]
+        findings += [
+            reader.classes[name].of(f"class {shown(name)!r} is not one of the classes") for name in unknown
+        ]
+    notes = accept(findings, shown(folders[0]))
+    pictures: list[Picture] = []
+    things: list[Thing] = []
+    for reader in readers:
+        first = len(pictures)
+        pictures += [p._replace(id=first + p.id) for p in reader.pictures]
+        things += [t._replace(image=first + t.image, label=labels[name]) for name, t in reader.objects]
+    return BoxedImages(
+        f"{shown(Path(folders[0]).name)} {split}", [shown(n) for n in labels], pictures, things, notes
+    )
+
+
+class Node:
+    """An XML element: its text, its children, and where it begins."""
+
+    def __init__(self, tag: str, path: Path, line: int) -> None:
+        self.tag, self.path, self.line = tag, path, line
+        self.text, self.children = "", []
+
+    def child(self, tag: str) -> "Node | None":
+        """The first child of that name."""
+        return next((node for node in self.children if node.tag == tag), None)
+
+    def of(self, what: str, counted: str = "") -> Finding:
+        """A fault at this line."""
+        return Finding(f"{shown(self.path)} line {self.line}", what, counted)
+
+
+class VocReader:
+    """What one split of a VOC folder holds, and `findings`: all that is wrong with it.
+
+    `objects` pairs the name of a class with an object whose label is not known yet; `classes` has under each
+    name the place of its first object.
+    """
+
+    def __init__(self, folder: str | os.PathLike, split: str) -> None:
+        self.findings: list[Finding] = []
+        self.pictures: list[Picture] = []
+        self.objects: list[tuple[str, Thing]] = []
+        self.classes: dict[str, Node] = {}
+        self._root = Path(folder)
+        self._files = _by_stem(picture_files(self._root / "JPEGImages"))
+        for where, name in self._names(split):
+            self._read(where, name)
+
+    def _names(self, split: str) -> Iterator[tuple[str, str]]:
+        """Place and name of every picture of the split."""
+        path = self._root / "ImageSets" / "Main" / f"{split}.txt"
+        seen: set[str] = set()
+        for number, line in enumerate(_text(path).splitlines(), 1):
+            words = line.split()  # the lists of one class have a second column
+            where = f"{shown(path)} line {number}"
+            if words and words[0] in seen:
+                self.findings.append(Finding(where, f"{shown(words[0])} is there a second time"))
+            elif words:
+                seen.add(words[0])
+                yield where, words[0]
+        if not seen:
+            raise DataError(f"{shown(path)}: names no picture")
+
+    def _read(self, where: str, name: str) -> None:
+        if name not in self._files:
+            folder = shown(self._root / "JPEGImages")
+            self.findings.append(Finding(where, f"there is no picture {shown(name)} in {folder}"))
+            return
+        path = self._root / "JPEGImages" / self._files[name]
+        try:
+            root = parse(self._root / "Annotations" / f"{name}.xml")
+            height, width = _size(root, path)
+        except DataError as error:
+            self.findings.append(Finding("", str(error)))
+            return
+        index = len(self.pictures)
+        self.pictures.append(Picture(index + 1, name, str(path), height, width))
+        for node in root.children:
+            if node.tag == "object":
+                self._add(node, index, height, width)
+
+    def _add(self, node: Node, image: int, height: int, width: int) -> None:
+        name = _said(node, "name")
+        if not name:
+            self.findings.append(node.of("an object without a name"))
+            return
+        self.classes.setdefault(name, node)
+        box = node.child("bndbox")
+        sides = [_number(box, side) for side in SIDES] if box else []
+        if box is None or not all(map(math.isfinite, sides)):
+            what = "has no bndbox" if box is None else "has a box that is not four finite numbers"
+            self.findings.append((box or node).of(f"{shown(name)} {what}"))
+            return
+        difficult = _said(node, "difficult") or "0"
+        if difficult not in ("0", "1"):
+            self.findings.append(node.of(f"difficult is {shown(difficult)!r}, expected 0 or 1"))
+            return
+        self._keep(box, name, sides, image, (height, width), difficult == "1")
+
+    def _keep(
+        self, node: Node, name: str, sides: list[float], image: int, size: tuple[int, int], difficult: bool
+    ) -> None:
+        left, top, right, bottom = sides
+        # By VOC's counting xmin = xmax is one pixel wide; no object is, it is a click that did not drag.
+        flat = right <= left or bottom <= top
+        x0, y0 = (0.0 if 0 <= side < 1 else side - 1 for side in (left, top))  # other tools count from 0
+        box, done = (None, DEGENERATE) if flat else tidied((x0, y0, right, bottom), *size)
+        if done:
+            given = " ".join(f"{side:g}" for side in sides)
+            self.findings.append(node.of(f"{done} ({shown(name)}: {given})", done))
+        if box:
+            area = (box[2] - box[0]) * (box[3] - box[1])
+            self.objects.append((name, Thing(image, box, 0, area, difficult=difficult)))
+
+
+def parse(path: Path) -> Node:
+    """The outermost element of an XML file.
+
+    Raises:
+        DataError: it cannot be read, is damaged, or has a document type.
+    """
+    top = Node("", path, 0)
+    stack = [top]
+    parser = expat.ParserCreate()
+    parser.buffer_text = True
+
+    def start(tag: str, _attributes: dict) -> None:
+        node = Node(tag, path, parser.CurrentLineNumber)
+        stack[-1].children.append(node)
+        stack.append(node)
+
+    def text(characters: str) -> None:
+        stack[-1].text += characters
+
+    def document_type(*_) -> None:
+        line = parser.CurrentLineNumber
+        raise DataError(
+            f"{shown(path)} line {line}: a document type; VOC has none, and entities are not read"
+        )
+
+    parser.StartElementHandler, parser.CharacterDataHandler = start, text
+    parser.EndElementHandler = lambda _: stack.pop()
+    parser.StartDoctypeDeclHandler = document_type
+    try:
+        parser.Parse(_bytes(path), True)
+    except expat.ExpatError as error:
+        what = expat.ErrorString(error.code)
+        raise DataError(f"{shown(path)} line {error.lineno} column {error.offset + 1}: {what}") from error
+    return top.children[0]
+
+
+def _size(root: Node, picture: Path) -> tuple[int, int]:
+    """Height and width as the file says, or where it says nothing as the picture does."""
+    size = root.child("size")
+    height, width = (_number(size, key) if size else 0.0 for key in ("height", "width"))
+    if all(side.is_integer() and 0 < side < 1 << 20 for side in (height, width)):
+        return int(height), int(width)
+    if size and not (height == width == 0):
+        raise DataError(
+            f"{shown(size.path)} line {size.line}: height and width are not whole numbers of pixels"
+        )
+    header = header_of(picture)
+    if header is None:
+        raise DataError(f"{shown(picture)}: its size cannot be read, and {shown(root.path)} does not say it")
+    return header.height, header.width
+
+
+def _said(node: Node | None, tag: str) -> str:
+    found = node.child(tag) if node else None
+    return found.text.strip() if found else ""
+
+
+def _number(node: Node | None, tag: str) -> float:
+    try:
+        return float(_said(node, tag))
+    except ValueError:
+        return math.nan
+
+
+def _by_stem(names: set[str]) -> dict[str, str]:
+    """The picture files of a folder by their names without the ending."""
+    return {Path(name).stem: name for name in sorted(names) if name.lower().endswith(EXTENSIONS)}
+
+
+def _text(path: Path) -> str:
+    try:
+        return _bytes(path).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{shown(path)}: byte {error.start} is no UTF-8 text") from error
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        return read(path, MAX_XML)
+    except OSError as error:
+        raise DataError(f"{shown(path)}: {error.strerror or error}") from error

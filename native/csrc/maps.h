@@ -1,0 +1,65 @@
+// What the passes over the feature map read and write beside it. z = za (x - shift) + zb is the map after the
+// norm and the channel gate, with za, zb per sample and channel.
+#pragma once
+
+#include "setting.h"
+
+namespace {
+
+// Turns flags into types, so that a kernel is compiled for each combination: choose(f, a, b) calls
+// f(std::bool_constant<a>, std::bool_constant<b>).
+template <class F>
+INLINE void choose(const F& f, bool a) {
+  a ? f(std::true_type{}) : f(std::false_type{});
+}
+template <class F, class... Rest>
+INLINE void choose(const F& f, bool a, Rest... rest) {
+  if (a)
+    choose([&](auto... more) { f(std::true_type{}, more...); }, rest...);
+  else
+    choose([&](auto... more) { f(std::false_type{}, more...); }, rest...);
+}
+
+template <class A>
+struct Scale {
+  const A *za, *zb;  // (N, C)
+  const A* shift;    // (C)
+};
+
+// Pass C.
+template <class T>
+struct Output {
+  const T* shortcut;    // null where there is none
+  T* out;
+  const Acc<T>* open;   // Ms (N, L), null where there is no spatial gate
+  bool relu;
+};
+
+// Pass 1. q0, q1 and first are the spatial descriptor and its arg-max, made again.
+template <class T>
+struct Incoming {
+  using A = Acc<T>;
+  const T *grad, *out;  // out is read only for the rectifier
+  T* g;                 // null where not wanted
+  const A* open;        // Ms (N, L), null where there is no spatial gate, and then the next four too
+  A *d_open, *q0, *q1;  // (N, L)
+  Index<A>* first;      // (N, L)
+  A *P, *Q;             // (N, chunks, C): sums over the pixels of g Ms and of g Ms (x - mu)
+  bool relu;
+};
+
+// Pass 3: dx = scale (g Ms + d1 + [c is first] d0) + constant + slope (x - mu) + [p = k] peak.
+template <class T>
+struct Outgoing {
+  using A = Acc<T>;
+  const T* g;
+  T* dx;
+  const A* open;                     // Ms (N, L), null where there is no spatial gate, and then the next three too
+  const A *d0, *d1;                  // (N, L)
+  const Index<A>* first;             // (N, L)
+  const A *scale, *constant, *peak;  // (N, C); peak is null where no maximum was taken
+  const int32_t* k;                  // (N, C)
+  const A* slope;                    // (C), null where x has no part in it
+};
+
+}  // namespace

@@ -1,0 +1,269 @@
+// cbam::tail and cbam::tail_backward for the CPU, on libtorch's stable ABI: checks what the kernels rely on,
+// allocates the results, and calls the kernels of the best instruction set that the machine has. The schemas
+// are the main package's (cbam/ops/library.py), and so is everything that a caller can get wrong.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <array>
+#include <atomic>
+#include <optional>
+#include <tuple>
+
+#include "arguments.h"
+
+namespace {
+
+using namespace cbam;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Maybe = std::optional<Tensor>;
+
+// --- the instruction set ---
+
+const std::array<const Level*, 3> levels = {
+    &level_portable,
+#ifdef CBAM_X86
+    &level_avx2,
+    &level_avx512,
+#else
+    nullptr,
+    nullptr,
+#endif
+};
+
+int best_level() {
+#ifdef CBAM_X86
+  __builtin_cpu_init();
+  bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  return avx512 ? 2 : avx2 ? 1 : 0;
+#else
+  return 0;
+#endif
+}
+
+std::atomic<int> level{best_level()};
+
+// --- tensors to pointers ---
+
+Type type_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Half: return Type::f16;
+    case ScalarType::BFloat16: return Type::bf16;
+    case ScalarType::Float: return Type::f32;
+    case ScalarType::Double: return Type::f64;
+    default: STD_TORCH_CHECK(false, "cbam: expected float16, bfloat16, float32 or float64");
+  }
+}
+
+ScalarType accumulator(const Tensor& x) {
+  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+Parameter parameter(const Maybe& t, int64_t count, const char* name) {
+  if (!t) return {};
+  STD_TORCH_CHECK(t->is_cpu() && t->numel() == count && t->is_contiguous(), "cbam: ", name,
+                  " must be contiguous, on the CPU, with ", count, " elements, got ", t->numel());
+  return {t->const_data_ptr(), type_of(*t)};
+}
+
+// Whether the channels of a pixel are adjacent. Of the maps that are both, one pixel counts as such rows and one
+// channel as a plane.
+bool channels_last(const Tensor& x) {
+  int64_t C = x.size(1), H = x.size(2), W = x.size(3);
+  auto steps = [&](int64_t dim, int64_t step) { return x.size(dim) == 1 || x.stride(dim) == step; };
+  bool planes = steps(0, C * H * W) && steps(1, H * W) && steps(2, W) && steps(3, 1);
+  bool rows = steps(0, C * H * W) && steps(1, 1) && steps(2, W * C) && steps(3, C);
+  STD_TORCH_CHECK(planes || rows, "cbam: a feature map must be dense, NCHW or channels_last");
+  return rows && !(planes && C == 1);
+}
+
+const void* map(const Tensor& t, const Tensor& x, const char* name) {
+  bool same = t.is_cpu() && t.scalar_type() == x.scalar_type() && t.dim() == 4;
+  for (int64_t d = 0; same && d < 4; d++)
+    same = t.size(d) == x.size(d) && (t.stride(d) == x.stride(d) || x.size(d) == 1);
+  STD_TORCH_CHECK(same, "cbam: ", name, " must have the shape, type and layout of x");
+  return t.const_data_ptr();
+}
+
+Tensor make(const Tensor& x, std::initializer_list<int64_t> size, ScalarType type) {
+  std::vector<int64_t> sizes(size);
+  return torch::stable::new_empty(x, {sizes.data(), sizes.size()}, type);
+}
+
+// A result where `wanted`, else an empty one.
+Tensor result(bool wanted, const Tensor& x, std::initializer_list<int64_t> size, ScalarType type) {
+  return wanted ? make(x, size, type) : make(x, {0}, type);
+}
+
+void* pointer(const Tensor& t) { return t.numel() ? t.mutable_data_ptr() : nullptr; }
+
+// --- what both operators take ---
+
+void run_parallel(int64_t count, Work work, void* context) {
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, count, 1, work, context));
+}
+
+void describe_map(Block& b, const Tensor& x, bool relu) {
+  STD_TORCH_CHECK(x.is_cpu() && x.dim() == 4 && x.numel() > 0, "cbam: expected a map (N, C, H, W) on the CPU");
+  b.N = x.size(0), b.C = x.size(1), b.H = x.size(2), b.W = x.size(3);
+  STD_TORCH_CHECK(b.H * b.W <= INT32_MAX, "cbam: a map of more than 2^31 - 1 pixels");
+  b.rows = channels_last(x);
+  b.relu = relu;
+  b.threads = run_parallel;
+  b.width = torch::stable::get_num_threads();
+}
+
+Norm norm(const Maybe& gamma, const Maybe& beta, int64_t count, bool batch, double eps) {
+  Norm n;
+  n.gamma = parameter(gamma, count, "gamma");
+  n.beta = parameter(beta, count, "beta");
+  n.batch = batch && gamma;
+  n.eps = eps;
+  return n;
+}
+
+void running(Norm& n, const Maybe& mean, const Maybe& var, int64_t count) {
+  if (!n.gamma.data || n.batch) return;
+  STD_TORCH_CHECK(mean && var, "cbam: a norm needs the statistics of the batch, or mean and var");
+  n.mean = parameter(mean, count, "mean");
+  n.var = parameter(var, count, "var");
+}
+
+Channel channel(const Maybe& w1, const Maybe& b1, const Maybe& w2, const Maybe& b2, bool avg, bool max, double gain,
+                int64_t C) {
+  Channel part;
+  if (!w1) return part;
+  STD_TORCH_CHECK(w2 && (avg || max), "cbam: the channel gate needs w1, w2 and a pool");
+  part.hidden = w1->numel() / C;
+  part.w1 = parameter(w1, part.hidden * C, "w1");
+  part.b1 = parameter(b1, part.hidden, "b1");
+  part.w2 = parameter(w2, part.hidden * C, "w2");
+  part.b2 = parameter(b2, C, "b2");
+  part.avg = avg, part.max = max, part.gain = gain;
+  return part;
+}
+
+Spatial spatial(const Maybe& kernel, const Maybe& gamma, const Maybe& beta, bool batch, double eps, double gain) {
+  Spatial part;
+  if (!kernel) return part;
+  part.side = kernel->size(3);
+  STD_TORCH_CHECK(part.side % 2 == 1, "cbam: the spatial kernel must be odd");
+  part.kernel = parameter(kernel, 2 * part.side * part.side, "kernel");
+  part.norm = norm(gamma, beta, 1, batch, eps);
+  part.gain = gain;
+  return part;
+}
+
+// --- cbam::tail ---
+
+using Forwarded = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+Forwarded tail(Tensor x, Maybe shortcut, Maybe gamma, Maybe beta, Maybe mean, Maybe var, bool bn_batch, double bn_eps,
+               Maybe w1, Maybe b1, Maybe w2, Maybe b2, bool avg_pool, bool max_pool, double channel_gain, Maybe kernel,
+               Maybe s_gamma, Maybe s_beta, Maybe s_mean, Maybe s_var, bool s_batch, double s_eps,
+               double spatial_gain, bool relu, bool save) {
+  Forward f{};
+  describe_map(f, x, relu);
+  f.norm = norm(gamma, beta, f.C, bn_batch, bn_eps);
+  running(f.norm, mean, var, f.C);
+  f.channel = channel(w1, b1, w2, b2, avg_pool, max_pool, channel_gain, f.C);
+  f.spatial = spatial(kernel, s_gamma, s_beta, s_batch, s_eps, spatial_gain);
+  running(f.spatial.norm, s_mean, s_var, 1);
+  f.x = x.const_data_ptr();
+  f.shortcut = shortcut ? map(*shortcut, x, "the shortcut") : nullptr;
+
+  ScalarType A = accumulator(x);
+  bool gated = f.channel.w1.data, normed = f.norm.gamma.data, mapped = f.spatial.kernel.data;
+  bool extremum = save && gated && max_pool;
+  Tensor out = torch::stable::empty_like(x);
+  Tensor m = result(save && (gated || normed), x, {f.N, f.C}, A);
+  Tensor e = result(extremum, x, {f.N, f.C}, x.scalar_type());
+  Tensor k = result(extremum, x, {f.N, f.C}, ScalarType::Int);
+  Tensor mu = result(normed && (save || f.norm.batch), x, {f.C}, A);
+  Tensor v = result(normed && (save || f.norm.batch), x, {f.C}, A);
+  Tensor gate = result(save && gated, x, {f.N, f.C}, A);
+  Tensor s = result(save && mapped, x, {f.N, 1, f.H, f.W}, A);
+  Tensor s_mu = result(mapped && (save || f.spatial.norm.batch), x, {1}, ScalarType::Double);
+  Tensor s_v = result(mapped && (save || f.spatial.norm.batch), x, {1}, ScalarType::Double);
+  f.out = pointer(out), f.m = pointer(m), f.e = pointer(e), f.k = (int32_t*)pointer(k);
+  f.mu = pointer(mu), f.v = pointer(v), f.gate = pointer(gate), f.s = pointer(s);
+  f.s_mu = (double*)pointer(s_mu), f.s_v = (double*)pointer(s_v);
+  levels[level]->forward[int(type_of(x))](f);
+  return {out, m, e, k, mu, v, gate, s, s_mu, s_v};
+}
+
+// --- cbam::tail_backward ---
+
+using Backwarded =
+    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+const void* saved(const Tensor& t, int64_t count, ScalarType type, const char* name) {
+  STD_TORCH_CHECK(t.is_cpu() && t.numel() == count && t.is_contiguous() && t.scalar_type() == type, "cbam: ", name,
+                  " is not what the forward saved");
+  return t.const_data_ptr();
+}
+
+Backwarded tail_backward(Tensor grad, Tensor x, Maybe out, Maybe gamma, Maybe beta, bool bn_batch, double bn_eps,
+                         Maybe w1, Maybe b1, Maybe w2, Maybe b2, bool avg_pool, bool max_pool, double channel_gain,
+                         Maybe kernel, Maybe s_gamma, Maybe s_beta, bool s_batch, double s_eps, double spatial_gain,
+                         bool relu, Tensor m, Tensor e, Tensor k, Tensor mu, Tensor v, Tensor gate, Tensor s,
+                         Tensor s_mu, Tensor s_v, bool need_x, bool need_shortcut) {
+  Backward b{};
+  describe_map(b, x, relu);
+  b.norm = norm(gamma, beta, b.C, bn_batch, bn_eps);
+  b.channel = channel(w1, b1, w2, b2, avg_pool, max_pool, channel_gain, b.C);
+  b.spatial = spatial(kernel, s_gamma, s_beta, s_batch, s_eps, spatial_gain);
+  STD_TORCH_CHECK(!relu || out, "cbam: the gradient of the rectifier needs out");
+  ScalarType A = accumulator(x);
+  bool gated = b.channel.w1.data, normed = b.norm.gamma.data, mapped = b.spatial.kernel.data;
+  b.grad = map(grad, x, "the gradient");
+  b.x = x.const_data_ptr();
+  b.out = relu ? map(*out, x, "out") : nullptr;
+  if (gated) {
+    b.m = saved(m, b.N * b.C, A, "m");
+    b.gate = saved(gate, b.N * b.C, A, "gate");
+  }
+  if (gated && max_pool) {
+    b.e = saved(e, b.N * b.C, x.scalar_type(), "e");
+    b.k = (const int32_t*)saved(k, b.N * b.C, ScalarType::Int, "k");
+  }
+  if (normed) b.mu = saved(mu, b.C, A, "mu"), b.v = saved(v, b.C, A, "v");
+  if (mapped) {
+    b.s = saved(s, b.N * b.H * b.W, A, "s");
+    b.s_mu = (const double*)saved(s_mu, 1, ScalarType::Double, "s_mu");
+    b.s_v = (const double*)saved(s_v, 1, ScalarType::Double, "s_v");
+  }
+
+  // The masked gradient is made where the shortcut wants it or pass 3 reads it.
+  bool masked = relu && (need_x || need_shortcut);
+  Tensor none = make(x, {0}, x.scalar_type()), g = masked ? torch::stable::empty_like(x) : none;
+  Tensor dx = need_x ? torch::stable::empty_like(x) : make(x, {0}, x.scalar_type());
+  auto like = [&](const Maybe& p) {
+    if (!p) return make(x, {0}, A);
+    return torch::stable::new_empty(x, p->sizes(), A);
+  };
+  Tensor dgamma = like(gamma), dbeta = like(beta), dw1 = like(w1), db1 = like(b1), dw2 = like(w2), db2 = like(b2);
+  Tensor dkernel = like(kernel), ds_gamma = like(s_gamma), ds_beta = like(s_beta);
+  b.dx = pointer(dx), b.g = pointer(g), b.dgamma = pointer(dgamma), b.dbeta = pointer(dbeta);
+  b.dw1 = pointer(dw1), b.db1 = pointer(db1), b.dw2 = pointer(dw2), b.db2 = pointer(db2);
+  b.dkernel = pointer(dkernel), b.ds_gamma = pointer(ds_gamma), b.ds_beta = pointer(ds_beta);
+  levels[level]->backward[int(type_of(x))](b);
+  return {dx, need_shortcut ? g : none, dgamma, dbeta, dw1, db1, dw2, db2, dkernel, ds_gamma, ds_beta};
+}
+
+}  // namespace
+
+// For tests: computes with instruction set 0 (portable), 1 (AVX2) or 2 (AVX-512) from now on, if the machine
+// has it, and says which is in use. -1 only asks.
+extern "C" __attribute__((visibility("default"))) int cbam_native_level(int wanted) {
+  if (wanted >= 0 && wanted <= best_level()) level = wanted;
+  return level;
+}
+
+STABLE_TORCH_LIBRARY_IMPL(cbam, CPU, library) {
+  library.impl("tail", TORCH_BOX(&tail));
+  library.impl("tail_backward", TORCH_BOX(&tail_backward));
+}

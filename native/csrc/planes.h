@@ -1,0 +1,205 @@
+// The passes over an NCHW map: the pixels of a plane are adjacent. Where a pass sums over channels, a unit is a
+// chunk of pixels, and a few planes are walked together so that the per-pixel sums are touched less often.
+#pragma once
+
+#include "maps.h"
+
+namespace {
+
+template <class T>
+struct Planes {
+  using A = Acc<T>;
+  using V = Vec<A>;
+  static constexpr int TOGETHER = BYTES == 64 ? 4 : 2;
+
+  static constexpr int LIMIT = Setting<T>::PLANE_CHUNK;
+  static constexpr int64_t BLOCK = 128;  // channels summed before they are added to those before: fewer roundings
+
+  const Setting<T>& set;
+  const T* x;
+  Scale<A> z;
+
+  // --- pass B: the maximum and the mean of z over the channels, for a chunk ---
+
+  void describe(int64_t unit, A* q0, A* q1) const {
+    int64_t n = unit / set.chunks, at = unit % set.chunks * set.chunk, count = set.pixels(unit % set.chunks);
+    A *top = q0 + n * set.L + at, *mean = q1 + n * set.L + at, sum[LIMIT] = {};
+    for (int64_t p = 0; p < count; p++) top[p] = -INFINITY, mean[p] = 0;
+    for (int64_t c = 0, end; c < set.C; c = end) {
+      end = least(set.C, c + BLOCK);
+      for (; c + 8 <= end; c += 8) channels<8>(n, c, at, count, top, sum);
+      for (; c < end; c++) channels<1>(n, c, at, count, top, sum);
+      flush(sum, mean, count);
+    }
+    for (int64_t p = 0; p < count; p++) mean[p] /= A(set.C);
+  }
+
+  // --- pass C: a plane ---
+
+  void write(int64_t nc, const Output<T>& to) const {
+    choose([&](auto relu, auto spatial, auto added) { plane<relu, spatial, added>(nc, to); }, to.relu, to.open,
+           to.shortcut);
+  }
+
+  // --- pass 1: a chunk ---
+
+  void receive(int64_t unit, const Incoming<T>& to) const {
+    choose([&](auto relu, auto spatial) { receive_chunk<relu, spatial>(unit, to); }, to.relu, to.open);
+  }
+
+  // --- pass 2: sum over the pixels of w (x - mu) for a plane ---
+
+  A weigh(int64_t nc, const A* w) const {
+    const T* p = x + nc * set.L;
+    w += nc / set.C * set.L;
+    A mu = z.shift[nc % set.C];
+    constexpr int64_t STEP = 4 * LANES<A>;
+    V sum[4] = {};
+    int64_t i = 0;
+    for (; i + STEP <= set.L; i += STEP)
+      for (int u = 0; u < 4; u++)
+        sum[u] += load(w + i + u * LANES<A>) * (load(p + i + u * LANES<A>) - mu);
+    walk<A>(set.L - i, [&](int64_t j, auto part) { sum[0] += load(w + i + j, part) * (load(p + i + j, part) - mu); });
+    return total<A>((sum[0] + sum[1]) + (sum[2] + sum[3]));
+  }
+
+  A pixel(int64_t n, int64_t c, int64_t p) const { return to_float(x[(n * set.C + c) * set.L + p]); }
+
+  // --- pass 3: a plane ---
+
+  void send(int64_t nc, const Outgoing<T>& to) const {
+    choose([&](auto spatial, auto batch) { send_plane<spatial, batch>(nc, to); }, to.open, to.slope);
+  }
+
+ private:
+  static INLINE void flush(A* part, A* total, int64_t count) {
+    for (int64_t p = 0; p < count; p++) total[p] += part[p], part[p] = 0;
+  }
+
+  template <int U>
+  INLINE void channels(int64_t n, int64_t c, int64_t at, int64_t count, A* top, A* sum) const {
+    const T* p = x + (n * set.C + c) * set.L + at;
+    A za[U], zb[U], shift[U];
+    for (int u = 0; u < U; u++) za[u] = z.za[n * set.C + c + u], zb[u] = z.zb[n * set.C + c + u], shift[u] = z.shift[c + u];
+    walk<A>(count, [&](int64_t i, auto part) {
+      V t[U];
+      V best = load(top + i, part);
+      for (int u = 0; u < U; u++) {
+        t[u] = za[u] * (load(p + u * set.L + i, part) - shift[u]) + zb[u];
+        best = larger(best, t[u]);
+      }
+      store(top + i, best, part);
+      for (int width = U / 2; width; width /= 2)
+        for (int u = 0; u < width; u++) t[u] += t[u + width];
+      store(sum + i, load(sum + i, part) + t[0], part);
+    });
+  }
+
+  template <bool RELU, bool SPATIAL, bool ADDED>
+  INLINE void plane(int64_t nc, const Output<T>& to) const {
+    int64_t c = nc % set.C, base = nc * set.L;
+    A za = z.za[nc], zb = z.zb[nc], shift = z.shift[c];
+    const A* open = SPATIAL ? to.open + nc / set.C * set.L : nullptr;
+    walk<A>(set.L, [&](int64_t i, auto part) {
+      V v = za * (load(x + base + i, part) - shift) + zb;
+      if constexpr (SPATIAL) v *= load(open + i, part);
+      if constexpr (ADDED) v += load(to.shortcut + base + i, part);
+      if constexpr (RELU) v = rectify<A>(v);
+      store(to.out + base + i, v, part);
+    });
+  }
+
+  template <bool RELU, bool SPATIAL>
+  void receive_chunk(int64_t unit, const Incoming<T>& to) const {
+    int64_t n = unit / set.chunks, at = unit % set.chunks * set.chunk, count = set.pixels(unit % set.chunks);
+    int64_t map = n * set.L + at;
+    A d_open[LIMIT], sum[LIMIT];
+    if (SPATIAL)
+      for (int64_t p = 0; p < count; p++) {
+        to.d_open[map + p] = to.q1[map + p] = d_open[p] = sum[p] = 0;
+        to.q0[map + p] = -INFINITY, to.first[map + p] = 0;
+      }
+    for (int64_t c = 0, end; c < set.C; c = end) {
+      end = least(set.C, c + BLOCK);
+      for (; c + TOGETHER <= end; c += TOGETHER)
+        receive_channels<TOGETHER, RELU, SPATIAL>(unit, n, c, at, count, d_open, sum, to);
+      for (; c < end; c++) receive_channels<1, RELU, SPATIAL>(unit, n, c, at, count, d_open, sum, to);
+      if (!SPATIAL) continue;
+      flush(d_open, to.d_open + map, count);
+      flush(sum, to.q1 + map, count);
+    }
+    if (SPATIAL)
+      for (int64_t p = map; p < map + count; p++) to.q1[p] /= A(set.C);
+  }
+
+  template <int U, bool RELU, bool SPATIAL>
+  INLINE void receive_channels(int64_t unit, int64_t n, int64_t c, int64_t at, int64_t count, A* d_opens, A* sums,
+                               const Incoming<T>& to) const {
+    int64_t base = (n * set.C + c) * set.L + at, map = n * set.L + at;
+    A za[U], zb[U], shift[U];
+    V P[U] = {}, Q[U] = {};
+    for (int u = 0; u < U; u++) za[u] = z.za[n * set.C + c + u], zb[u] = z.zb[n * set.C + c + u], shift[u] = z.shift[c + u];
+    bool keeps = to.g;
+    walk<A>(count, [&](int64_t i, auto part) {
+      V open{}, d_open{}, best{}, sum{};
+      Int<A> first{};
+      if constexpr (SPATIAL) {
+        open = load(to.open + map + i, part);
+        best = load(to.q0 + map + i, part);
+        first = load_index<A>(to.first + map + i, part);
+      }
+      for (int u = 0; u < U; u++) {
+        int64_t o = base + u * set.L + i;
+        V g = load(to.grad + o, part);
+        if constexpr (RELU) {
+          g = load(to.out + o, part) <= V{} ? V{} : g;
+          if (keeps) store(to.g + o, g, part);
+        }
+        V d = load(x + o, part) - shift[u];
+        if constexpr (SPATIAL) {
+          V t = za[u] * d + zb[u];
+          d_open += g * t;
+          g *= open;
+          Int<A> better = t > best;
+          best = better ? t : best;
+          first = better ? splat_index<A>(c + u) : first;
+          sum += t;
+        }
+        P[u] += g;
+        Q[u] += g * d;
+      }
+      if constexpr (SPATIAL) {
+        store(d_opens + i, load(d_opens + i, part) + d_open, part);
+        store(to.q0 + map + i, best, part);
+        store(sums + i, load(sums + i, part) + sum, part);
+        store_index<A>(to.first + map + i, first, part);
+      }
+    });
+    for (int u = 0; u < U; u++) {
+      to.P[unit * set.C + c + u] = total<A>(P[u]);
+      to.Q[unit * set.C + c + u] = total<A>(Q[u]);
+    }
+  }
+
+  template <bool SPATIAL, bool BATCH>
+  INLINE void send_plane(int64_t nc, const Outgoing<T>& to) const {
+    int64_t c = nc % set.C, base = nc * set.L, map = nc / set.C * set.L;
+    A scale = to.scale[nc], constant = to.constant[nc], slope = BATCH ? to.slope[c] : A(0), mu = z.shift[c];
+    Int<A> here = splat_index<A>(c);
+    auto value = [&](int64_t i, auto part) __attribute__((always_inline)) {
+      V v = load(to.g + base + i, part);
+      if constexpr (SPATIAL) {
+        V w = load(to.d1 + map + i, part);
+        w = load_index<A>(to.first + map + i, part) == here ? w + load(to.d0 + map + i, part) : w;
+        v = v * load(to.open + map + i, part) + w;
+      }
+      v = v * scale + constant;
+      if constexpr (BATCH) v += slope * (load(x + base + i, part) - mu);
+      return v;
+    };
+    walk<A>(set.L, [&](int64_t i, auto part) { store(to.dx + base + i, value(i, part), part); });
+    if (to.peak) from_float(value(to.k[nc], Part{1})[0] + to.peak[nc], to.dx + base + to.k[nc]);
+  }
+};
+
+}  // namespace

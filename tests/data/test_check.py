@@ -1,0 +1,158 @@
+"""`check` tells every fault of a data set, with file and line."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cbam.data import check
+from cbam.data.check import NO_END
+from cbam.errors import DataError
+
+
+def told(path, **options):
+    kind, findings = check(path, **options)
+    return kind, [str(finding) for finding in findings]
+
+
+@pytest.fixture
+def classes(make_folder):
+    make_folder({"cat": 3, "dog": 3}, inside="train")
+    return make_folder({"cat": 2, "dog": 2}, inside="val")
+
+
+def test_sound_class_folders_have_no_faults(classes):
+    assert told(classes) == ("class folders of pictures", [])
+    assert told(classes, deep=True) == ("class folders of pictures", [])
+
+
+def test_every_picture_that_is_none_is_named(classes):  # D3
+    (classes / "train/cat/0.jpg").write_bytes(b"")
+    (classes / "val/dog/1.jpg").write_bytes(b"<html>sorry</html>")
+    (classes / "val/dog/0.jpg").write_bytes(b"\xff\xd8\xff nothing more")
+    _, faults = told(classes)
+    assert [fault.replace(str(classes), "") for fault in faults] == [
+        "/train/cat/0.jpg: not an image (empty file)",
+        "/val/dog/0.jpg: its header cannot be read",
+        "/val/dog/1.jpg: not an image (starts with '<html'); read are JPEG, PNG, WEBP, BMP, GIF, TIFF",
+    ]
+
+
+def test_deep_finds_what_decoding_finds_and_a_missing_end_marker(classes):  # D1, D2
+    cut, open_end = classes / "train/cat/0.jpg", classes / "train/dog/1.jpg"
+    cut.write_bytes(cut.read_bytes()[:-60])
+    open_end.write_bytes(open_end.read_bytes()[:-2])
+    assert told(classes)[1] == []
+    _, faults = told(classes, deep=True)
+    assert len(faults) == 2
+    assert faults[0].startswith(f"{cut}: damaged or unsupported picture")
+    assert faults[1] == f"{open_end}: {NO_END}"
+    assert open_end.read_bytes()[-2:] != b"\xff\xd9"  # nothing is rewritten
+
+
+@pytest.mark.parametrize("more", [b"", b"\0" * 9, b"camera"])
+@pytest.mark.parametrize("progressive", [False, True])
+def test_a_jpeg_with_an_end_marker_and_more_is_sound(classes, encoded, pixels, more, progressive):  # D2
+    thumbnail = encoded(pixels(8, 8), "JPEG")
+    exif = Image.Exif()
+    exif[0x010E] = "x"
+    data = encoded(pixels(32, 32), "JPEG", progressive=progressive, exif=exif.tobytes() + thumbnail)
+    (classes / "train/cat/0.jpg").write_bytes(data + more)
+    assert told(classes, deep=True)[1] == []
+    (classes / "train/cat/0.jpg").write_bytes(data[:-2])
+    assert len(told(classes, deep=True)[1]) == 1
+
+
+def test_a_fault_of_the_folders_does_not_hide_those_of_the_files(classes):  # D12
+    shutil.rmtree(classes / "val/dog")
+    (classes / "train/cat/0.jpg").write_bytes(b"text")
+    _, faults = told(classes)
+    assert "one class only" in faults[0]
+    assert faults[1].startswith(f"{classes}/train/cat/0.jpg: not an image")
+
+
+def test_no_folder_is_an_error(tmp_path):
+    with pytest.raises(DataError, match="no such folder"):
+        check(tmp_path / "no")
+    (tmp_path / "file.zip").write_bytes(b"x")
+    with pytest.raises(DataError, match="a file; give its folder"):
+        check(tmp_path / "file.zip")
+
+
+@pytest.fixture
+def coco_folder(tmp_path, encoded, pixels):
+    """COCO's own layout: two files of instances, a folder of pictures for each."""
+    root = tmp_path / "coco"
+    (root / "annotations").mkdir(parents=True)
+    for split in ("train2017", "val2017"):
+        (root / split).mkdir()
+        (root / split / "1.jpg").write_bytes(encoded(pixels(20, 30), "JPEG"))
+        lists = {
+            "images": [{"id": 1, "file_name": "1.jpg", "height": 20, "width": 30}],
+            "annotations": [
+                {"id": 5, "image_id": 1, "category_id": 1, "bbox": [1, 1, 3, 3], "area": 9, "iscrowd": 0}
+            ],
+            "categories": [{"id": 1, "name": "x"}],
+        }
+        text = json.dumps(lists).replace('"annotations"', '\n"annotations"')
+        (root / f"annotations/instances_{split}.json").write_text(text)
+    (root / "annotations/captions_val2017.json").write_text('{"images": [], "annotations": [{"caption": 1}]}')
+    return root
+
+
+def test_the_pictures_of_a_coco_file_are_found_by_its_name(coco_folder):
+    assert told(coco_folder, deep=True) == ("COCO", [])
+    (coco_folder / "val2017").rename(coco_folder / "images")
+    assert told(coco_folder) == ("COCO", [])
+
+
+def test_repaired_and_refused_faults_of_coco_are_told_with_their_lines(coco_folder):
+    file = coco_folder / "annotations/instances_val2017.json"
+    file.write_text(
+        file.read_text().replace("[1, 1, 3, 3]", "[1, 1, 0, 3]").replace('"height": 20', '"height": 0')
+    )
+    (coco_folder / "train2017/1.jpg").write_bytes(b"text")
+    _, faults = told(coco_folder)
+    assert faults == [
+        f"{coco_folder}/train2017/1.jpg: not an image (starts with 'text'); "
+        "read are JPEG, PNG, WEBP, BMP, GIF, TIFF",
+        f"{file} line 1 column 13: image 1 has height 0 and width 30, expected pixels",
+        f"{file} line 2 column 17: image_id 1 of annotation 5 is not among the file's images",
+    ]
+
+
+def test_a_coco_file_that_is_cut_off_is_told(coco_folder):  # D21
+    file = coco_folder / "annotations/instances_train2017.json"
+    file.write_text(file.read_text().partition(" 9,")[0])
+    _, faults = told(coco_folder)
+    column = len(file.read_text().splitlines()[1]) + 1
+    assert faults == [f"{file} line 2 column {column}: the file is cut off"]
+
+
+def test_pictures_and_their_file_may_share_a_folder(coco_folder):
+    inner = coco_folder / "val2017"
+    (coco_folder / "annotations/instances_val2017.json").rename(inner / "_annotations.coco.json")
+    shutil.rmtree(coco_folder / "annotations")
+    assert told(coco_folder, deep=True) == ("COCO", [])
+    (inner / "1.jpg").unlink()
+    _, faults = told(coco_folder)
+    assert len(faults) == 1
+    assert faults[0].endswith("1.jpg is not there")
+
+
+def test_voc_folders_are_told_with_their_lines_and_each_fault_once(tmp_path, encoded):
+    for part in ("Annotations", "JPEGImages", "ImageSets/Main"):
+        (tmp_path / part).mkdir(parents=True)
+    (tmp_path / "JPEGImages/a.jpg").write_bytes(encoded(np.zeros((9, 9, 3), np.uint8), "JPEG")[:-2])
+    box = "<bndbox><xmin>3</xmin><ymin>3</ymin>\n<xmax>3</xmax><ymax>5</ymax></bndbox>"
+    text = f"<annotation>\n<object><name>x</name>\n{box}</object></annotation>"
+    (tmp_path / "Annotations/a.xml").write_text(text)
+    for split in ("train", "trainval", "cat_train"):
+        (tmp_path / f"ImageSets/Main/{split}.txt").write_text("a\n")
+    degenerate = f"{tmp_path}/Annotations/a.xml line 3: a box has no width or no height: dropped (x: 3 3 3 5)"
+    assert told(tmp_path) == ("VOC", [degenerate])
+    assert told(tmp_path, deep=True) == ("VOC", [degenerate, f"{tmp_path}/JPEGImages/a.jpg: {NO_END}"])
+    (tmp_path / "ImageSets/Main/val.txt").write_text("b\n")
+    assert f"{tmp_path}/ImageSets/Main/val.txt line 1: there is no picture b" in told(tmp_path)[1][-1]

@@ -1,0 +1,74 @@
+"""Building cbam-native, and getting along without it."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def loaded(path: Path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def no_compiler(monkeypatch, tmp_path):
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+
+
+def test_without_a_compiler_the_build_says_so_in_one_line(no_compiler):
+    done = subprocess.run([sys.executable, ROOT / "native" / "compile.py"], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr == "cbam-native was not built: no C++ compiler (c++, g++ or clang++) on the path\n"
+
+
+def test_the_first_error_of_the_compiler_is_the_reason():
+    compiling = loaded(ROOT / "native" / "compile.py")
+    program = "import sys; print('note', file=sys.stderr); sys.exit('a.cpp:1: error: unknown word')"
+    with pytest.raises(compiling.Unbuildable, match=r"failed: a\.cpp:1: error: unknown word"):
+        compiling.run([sys.executable, "-c", program])
+
+
+def test_make_goes_on_where_the_kernels_cannot_be_built(monkeypatch, capsys, tmp_path):
+    environment = loaded(ROOT / "tools" / "environment.py")
+    fails = [
+        sys.executable,
+        "-c",
+        "import sys; sys.exit('  x.Unbuildable: no C++ compiler\\n  [end of output]')",
+    ]
+    monkeypatch.setattr(environment, "pip", lambda folder: fails)
+    environment.native(tmp_path)
+    assert capsys.readouterr().out.splitlines()[1:] == ["Going on without the CPU kernels: no C++ compiler"]
+
+
+def test_the_wheel_fits_every_python_of_the_platform(monkeypatch):
+    compiling = loaded(ROOT / "native" / "compile.py")
+    monkeypatch.setattr(compiling, "compile_to", lambda library: None)
+    build = {}
+    hook = object.__new__(compiling.CompileHook)
+    hook.initialize("standard", build)
+    assert build["tag"].startswith("py3-none-")
+    assert not build["pure_python"]
+
+
+def test_without_the_companion_the_equation_runs_and_that_is_said_once():
+    program = """
+        import logging, sys
+        logging.basicConfig(format="%(message)s")
+        sys.modules["cbam_native"] = None
+        import torch, cbam
+        block = cbam.CBAM(8)
+        block(torch.randn(1, 8, 5, 5)), block(torch.randn(1, 8, 5, 5))
+    """
+    program = "\n".join(line.strip() for line in program.splitlines())
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=os.environ)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("cbam-native is not installed") == 1

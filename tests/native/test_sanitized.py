@@ -1,0 +1,40 @@
+"""The kernels compiled with the address and undefined-behaviour sanitizers."""
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.large
+def test_the_sanitizers_find_nothing(tmp_path):
+    """Every test of this folder but the large ones, with a library that reports and stops."""
+    compiler = next(filter(shutil.which, ("g++", "clang++")), None)
+    if sys.platform != "linux" or compiler is None:
+        pytest.skip("needs g++ or clang++, on Linux")
+    runtime = subprocess.run(
+        [compiler, "-print-file-name=libasan.so"], capture_output=True, text=True
+    ).stdout.strip()
+    if not Path(runtime).is_absolute():
+        pytest.skip(f"{compiler} has no libasan.so")
+    spec = importlib.util.spec_from_file_location("compile_native", ROOT / "native" / "compile.py")
+    compiling = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(compiling)
+    library = tmp_path / "kernels.so"
+    compiling.compile_to(library, sanitize=True)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not large"]
+    command += [str(Path(__file__).parent), "--kernels", str(library)]
+    preload = {"LD_PRELOAD": runtime, "ASAN_OPTIONS": "detect_leaks=0", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, **preload}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    report = done.stdout + done.stderr
+    assert "AddressSanitizer" not in report, report[-4000:]
+    assert "runtime error" not in report, report[-4000:]
+    assert done.returncode == 0, report[-4000:]
+    assert " passed" in report

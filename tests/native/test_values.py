@@ -1,0 +1,156 @@
+"""Outputs and every gradient against the formula in float64, within the policy for fused kernels.
+
+The reference sees the numbers that the kernels see, already rounded to their type. `eager` is the formula in
+that type, `floor` what one rounding of the exact result costs, S the largest value. (T1, T8, T10, T21, T24)
+"""
+
+import pytest
+import torch
+from torch import Tensor
+
+RELATIVE = {torch.bfloat16: 3e-3, torch.float16: 5e-4}  # of the weights' gradients in the L2 norm
+ROOM = 1e-6  # of S, for where the rounding of an exact result happens to cost nothing
+
+
+def error(got: Tensor, exact: Tensor) -> float:
+    return (got.double() - exact).abs().max().item()
+
+
+def check_map(name: str, got: Tensor, exact: Tensor, eager: Tensor, slack: float) -> None:
+    """Of a feature map: the output, or a gradient with respect to one."""
+    S, found, eagers = exact.abs().max().item(), error(got, exact), error(eager, exact)
+    if got.dtype == torch.float64:
+        limit = 1e-7 * S + 1e-12
+    elif got.dtype == torch.float32:
+        limit = min(2 * eagers + slack * S, 1e-5 * max(S, 1))
+    else:
+        floor = error(exact.to(got.dtype), exact)
+        limit = 1.25 * floor + ROOM * S
+    assert found <= limit, f"{name}: error {found:.3g}, eager {eagers:.3g}, allowed {limit:.3g}"
+
+
+def check_weight(name: str, got: Tensor, exact: Tensor, eager: Tensor, dtype: torch.dtype) -> None:
+    """Of a parameter's gradient, by its L2 norm. Of a few numbers, eager may be exact by luck."""
+    S = exact.norm().item() + 1e-6
+    found, eagers = (got.double() - exact).norm().item() / S, (eager.double() - exact).norm().item() / S
+    few = exact.numel() < 100
+    limit = max(2 * eagers, 2e-5) if few else min(2 * eagers + 1e-6, 2e-5)
+    limit = 1e-7 if dtype == torch.float64 else limit
+    limit = RELATIVE.get(dtype, limit)
+    assert found <= limit, f"{name}: error {found:.3g}, eager {eagers:.3g}, allowed {limit:.3g}"
+
+
+def test_the_tail_and_its_gradients_are_the_formula(kernels, cell):  # T1 T8 T10 T21
+    case, level = cell
+    kernels.level(min(level, kernels.best))
+    inputs = kernels.draw(case)
+    got = kernels(case, inputs)
+    exact = kernels.formula(case, inputs, torch.float64)
+    eager = kernels.formula(case, inputs, case.dtype)
+    check_map("out", got.out, exact.out, eager.out, 1e-7)
+    assert got.out.stride() == inputs.x.stride()
+    assert got.grads.keys() == exact.grads.keys()
+    for name, value in got.grads.items():
+        if name in ("x", "shortcut"):
+            check_map(name, value, exact.grads[name], eager.grads[name], 2e-7)
+            assert value.stride() == inputs.x.stride()
+        elif name in exact.terms:  # a single sum that cancels: against the sum of its terms
+            assert error(value, exact.grads[name]) <= 1e-6 * exact.terms[name], name
+        else:
+            check_weight(name, value, exact.grads[name], eager.grads[name], case.dtype)
+
+
+def test_without_gradients_the_output_has_the_same_bits_and_nothing_is_kept(kernels, level):  # T25
+    for layout in kernels.layouts:
+        case = kernels.Case((3, 24, 11, 13), layout=layout)
+        inputs = kernels.draw(case)
+        kept = kernels.forward(case, inputs, True)
+        out, m, e, k, mu, v, gate, s, s_mu, s_v = kernels.forward(case, inputs, False)
+        assert torch.equal(out, kept[0])
+        assert [t.shape for t in (m, e, k, gate, s)] == [(0,)] * 5
+        for ours, theirs in zip((mu, v, s_mu, s_v), (kept[4], kept[5], *kept[8:]), strict=True):
+            assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+@pytest.mark.parametrize("data", ["normal", "ties", "constant"])
+def test_what_is_kept_describes_the_planes(kernels, level, layout, data):  # T21
+    case = kernels.Case((3, 37, 9, 11), layout=layout, data=data, gammas="zero")
+    inputs = kernels.draw(case)
+    _, m, e, k, mu, v, *_ = kernels.forward(case, inputs, True)
+    planes = inputs.x.flatten(2)
+    gamma = inputs.values["gamma"]
+    torch.testing.assert_close(m, planes.mean(2))
+    lowest = planes.argmin(2)
+    first = torch.where(gamma > 0, planes.argmax(2), torch.where(gamma < 0, lowest, torch.zeros_like(lowest)))
+    assert k.dtype == torch.int32
+    assert torch.equal(k.long(), first)
+    assert torch.equal(e, planes.gather(2, first[:, :, None])[:, :, 0])
+    var, mean = torch.var_mean(inputs.x.double(), (0, 2, 3), correction=0)
+    torch.testing.assert_close(mu.double(), mean, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(v.double(), var, rtol=2e-6, atol=1e-12)
+
+
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+@pytest.mark.parametrize("distance", [1, 100, 1000])
+def test_the_variance_survives_a_mean_far_from_zero(kernels, level, layout, distance):
+    case = kernels.Case((4, 16, 40, 40), layout=layout)
+    inputs = kernels.draw(case)
+    inputs.x += distance
+    v = kernels.forward(case, inputs, True)[5]
+    var = inputs.x.double().var((0, 2, 3), correction=0)
+    assert ((v - var) / var).abs().max() < 3e-6  # a sum of squares would be off by 0.3 at 1000
+
+
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+def test_the_variance_survives_a_first_pixel_far_from_the_others(kernels, level, layout):
+    case = kernels.Case((2, 16, 40, 40), layout=layout)
+    inputs = kernels.draw(case)
+    inputs.x[:, :, 0, :3] += 1e4
+    v = kernels.forward(case, inputs, True)[5]
+    var = inputs.x.double().var((0, 2, 3), correction=0)
+    assert ((v - var) / var).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("need_x", [True, False])
+@pytest.mark.parametrize("need_shortcut", [True, False])
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+def test_gradients_nobody_asked_for_are_not_made(kernels, level, layout, need_x, need_shortcut):  # T24
+    case = kernels.Case(layout=layout)
+    inputs = kernels.draw(case)
+    saved = kernels.forward(case, inputs, True)
+    whole = kernels.backward(case, inputs, saved)
+    part = kernels.backward(case, inputs, saved, need_x, need_shortcut)
+    for place, (ours, all_of_it) in enumerate(zip(part, whole, strict=True)):
+        if (place == 0 and not need_x) or (place == 1 and not need_shortcut):
+            assert ours.shape == (0,)
+        else:
+            assert torch.equal(ours, all_of_it)
+
+
+def test_a_sum_over_a_large_half_precision_map_does_not_overflow(kernels, level):  # T20
+    case = kernels.Case((1, 2, 300, 300), torch.float16, norm="", spatial="")
+    inputs = kernels.draw(case)
+    inputs.x.fill_(60000)
+    assert kernels.forward(case, inputs, True)[1].tolist() == [[60000, 60000]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_sixteen_bits_are_read_and_rounded_as_torch_does(kernels, level, dtype):  # T19
+    bits = torch.arange(2**16, dtype=torch.int32).to(torch.uint16)
+    every = bits.view(dtype).reshape(1, 16, 64, 64)
+    for seed in range(3):
+        other = every.flatten()[torch.randperm(2**16, generator=torch.Generator().manual_seed(seed))]
+        for layout in kernels.layouts.values():
+            x, y = (
+                every.contiguous(memory_format=layout),
+                other.view_as(every).contiguous(memory_format=layout),
+            )
+            case = kernels.Case(x.shape, dtype, norm="", pools=(), spatial="", relu=False)
+            inputs = kernels.draw(case)
+            inputs.x, inputs.shortcut = x, y
+            out = kernels.forward(case, inputs, False)[0]
+            expected = (x.float() + y.float()).to(dtype)
+            nan = expected.isnan()
+            assert torch.equal(out.isnan(), nan)
+            assert torch.equal(out[~nan].view(torch.int16), expected[~nan].view(torch.int16))
