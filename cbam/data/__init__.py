@@ -19,6 +19,7 @@ from cbam.data.digits import cluttered_digits
 from cbam.data.folder import image_folder
 from cbam.data.images import Images
 from cbam.data.loading import ALONE, EpochSampler, Shard, loader
+from cbam.data.parquet import picture_set
 from cbam.data.resident import Resident
 from cbam.data.voc import voc
 
@@ -35,5 +36,6 @@ __all__ = [
     "decode",
     "image_folder",
     "loader",
+    "picture_set",
     "voc",
 ]

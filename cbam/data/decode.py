@@ -66,14 +66,14 @@ def decode(source: str | os.PathLike | bytes) -> Tensor:
             than MAX_PIXELS. The message starts with the path.
     """
     if isinstance(source, (bytes, bytearray, memoryview)):
-        return decode_bytes(bytes(source), "the given bytes")
+        return decode_bytes(bytes(source), "the given bytes").contiguous()
     if not isinstance(source, (str, os.PathLike)):
         raise InputError(f"decode takes a path or bytes, got {type(source).__name__}")
     try:
         data = read(source)
     except (OSError, ValueError) as error:  # a ValueError is a zero byte in the name
         raise DataError(f"{shown(source)}: {getattr(error, 'strerror', None) or error}") from error
-    return decode_bytes(data, shown(source))
+    return decode_bytes(data, shown(source)).contiguous()
 
 
 def read(path: str | os.PathLike, limit: int = MAX_BYTES) -> bytes:
@@ -102,7 +102,10 @@ def read_text(path: str | os.PathLike) -> str:
 
 
 def decode_bytes(data: bytes, where: str) -> Tensor:
-    """The bytes of a picture file -> uint8 (3, H, W); `where` begins the message of a DataError."""
+    """The bytes of a picture file -> uint8 (3, H, W), a pixel's channels side by side in memory.
+
+    `where` begins the message of a DataError.
+    """
     try:
         from PIL import Image, UnidentifiedImageError
     except ImportError as error:
@@ -245,4 +248,5 @@ def _upright(picture: "Image.Image", source: "Image.Image") -> "Image.Image":
 
 
 def _to_tensor(picture: "Image.Image") -> Tensor:
-    return torch.from_numpy(np.asarray(picture).transpose(2, 0, 1).copy())
+    # A view: the crop that follows is faster so, and the picture need not be copied.
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)

@@ -1,28 +1,18 @@
-"""A folder of pictures -> a training and a validation set.
+"""A folder of pictures, one folder per class -> a training and a validation set."""
 
-Training pictures: a random-resized crop (8 to 100 % of the area, 3:4 to 4:3) and a flip.
-Validation pictures: short side to 256/224 of the network's input, then the centre.
-"""
-
-import logging
 import os
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from cbam.data.decode import decode_bytes, header_of, not_an_image, read, shown
-from cbam.data.images import MAX_SEED, UNKNOWN_BOX, Images, check_int, draws
+from cbam.data.decode import header_of, not_an_image, read, shown
+from cbam.data.images import MAX_SEED, Images, check_int
+from cbam.data.pictures import Training, Validation
 from cbam.data.scan import Classes, find_pictures
-from cbam.errors import DataError, MissingExtraError
 
 PEEKS = 20_000  # headers read of so many pictures at the start; all the others as they come
 TINY, NARROW = 10, 10  # pixels on the short side; times as long as wide
-
-_log = logging.getLogger("cbam")
 
 
 def image_folder(
@@ -56,41 +46,29 @@ def image_folder(
     if size is None:
         size = _input_size(train, notes)
     name = shown(Path(path).resolve().name) or "images"
-    return _Train(name, train, size, notes, unreadable), _Val(name, val, size, [])
+    sources = _Files(train, "training"), _Files(val, "validation")
+    return Training(name, sources[0], size, notes, unreadable), Validation(name, sources[1], size)
 
 
-class _Folder(Images):
-    """Pictures of class folders."""
+class _Files:
+    """The pictures of class folders; `notes` counts what is read, but may not be what was meant."""
 
-    def __init__(self, name: str, classes: Classes, size: int, notes: Sequence[str]) -> None:
-        try:
-            import torchvision  # noqa: F401
-        except ImportError as error:
-            raise MissingExtraError.of("image folders", "vision") from error
-        targets = [label for label, paths in enumerate(classes.values()) for _ in paths]
-        super().__init__(name, [shown(c) for c in classes], targets, size=size, notes=notes)
+    def __init__(self, classes: Classes, split: str) -> None:
+        self.classes = [shown(name) for name in classes]
+        self.targets = [label for label, paths in enumerate(classes.values()) for _ in paths]
+        self.notes: list[str] = []
         self._paths = [path for paths in classes.values() for path in paths]
+        self._split = split
 
-    def _where(self, index: int) -> str:
-        return f"{shown(self._paths[index])} (class {self.classes[self.targets[index]]}, index {index})"
+    def read(self, index: int) -> bytes:
+        return read(self._paths[index])
 
-    def _picture(self, index: int) -> Tensor:
-        """uint8 (3, H, W). A disk that does not answer is asked three times."""
-        for pause in (0.05, 0.2, None):
-            try:
-                return decode_bytes(read(self._paths[index]), self._where(index))
-            except OSError as error:
-                if pause is None:
-                    raise DataError(f"{self._where(index)}: {error.strerror or error}") from error
-                time.sleep(pause)
-        raise AssertionError
+    def name(self, index: int) -> str:
+        return shown(self._paths[index])
 
-    def _peek(self, split: str) -> Iterator[tuple[int, str]]:
-        """Index and message of the files whose first bytes show that they are no pictures.
-
-        What is a picture and odd is counted, and then told in `notes`.
-        """
-        looked_at, odd = range(0, len(self), -(-len(self) // PEEKS)), _Odd()
+    def faults(self) -> Iterator[tuple[int, str]]:
+        """Those whose first bytes show that they are no pictures."""
+        looked_at, odd = range(0, len(self._paths), -(-len(self._paths) // PEEKS)), _Odd()
         for index in looked_at:
             try:
                 with Path(self._paths[index]).open("rb", buffering=0) as file:
@@ -98,11 +76,11 @@ class _Folder(Images):
             except OSError as error:
                 fault = error.strerror or str(error)
             if fault:
-                yield index, f"{self._where(index)}: {fault}"
+                yield index, fault
             else:
                 odd.look(self._paths[index])
-        of = "" if len(looked_at) == len(self) else f" (of {len(looked_at)} that were looked at)"
-        self.notes += [f"{split}: {line}{of}" for line in odd.told()]
+        of = "" if len(looked_at) == len(self._paths) else f" (of {len(looked_at)} that were looked at)"
+        self.notes += [f"{self._split}: {line}{of}" for line in odd.told()]
 
 
 class _Odd:
@@ -127,107 +105,6 @@ class _Odd:
             f"{len(paths)} picture{'s' * (len(paths) > 1)} {kind}; the first: {shown(paths[0])}"
             for kind, paths in self._found.items()
         ]
-
-
-class _Val(_Folder):
-    def __init__(self, name: str, classes: Classes, size: int, notes: Sequence[str]) -> None:
-        super().__init__(name, classes, size, notes)
-        broken = list(self._peek("validation"))
-        if broken:
-            raise DataError(
-                f"validation pictures that cannot be read: {len(broken)}, the first: {broken[0][1]}"
-            )
-
-    def sample(self, epoch: int, index: int) -> tuple[Tensor, Sequence[float]]:
-        return centre(self._picture(index), self.size), UNKNOWN_BOX
-
-
-class _Train(_Folder):
-    """`_broken` marks unreadable pictures in memory that the loader's workers share."""
-
-    def __init__(
-        self, name: str, classes: Classes, size: int, notes: Sequence[str], unreadable: int | None
-    ) -> None:
-        super().__init__(name, classes, size, notes)
-        self._allowed = min(100, max(1, len(self) // 1000)) if unreadable is None else unreadable
-        self._broken = torch.zeros(len(self), dtype=torch.bool).share_memory_()
-        for index, message in self._peek("training"):
-            self._mark(index, message)
-
-    @property
-    def unreadable(self) -> list[str]:
-        return [shown(self._paths[i]) for i in self._broken.nonzero().flatten().tolist()]
-
-    def sample(self, epoch: int, index: int) -> tuple[Tensor, Sequence[float]]:
-        picture = self._readable(index)
-        return augment(picture, self.size, draws("augmentation", self.seed, epoch, index)), UNKNOWN_BOX
-
-    def whole(self, index: int) -> Tensor:
-        from torchvision.transforms.v2 import functional as tv
-
-        picture = self._readable(index)
-        side = min(picture.shape[1:])
-        return tv.resize(tv.center_crop(picture, [side, side]), [self.size, self.size], antialias=True)
-
-    def _readable(self, index: int) -> Tensor:
-        """The picture, or the next readable one of its class, the first following the last."""
-        for other in self._candidates(index):
-            if self._broken[other]:
-                continue
-            try:
-                return self._picture(other)
-            except DataError as error:
-                self._mark(other, str(error))
-        raise DataError(f"class {self.classes[self.targets[index]]} has no readable picture")
-
-    def _candidates(self, index: int) -> Iterator[int]:
-        yield index
-        first = self.targets.index(self.targets[index])  # the targets are in order
-        stop = first + self.targets.count(self.targets[index])
-        yield from (*range(index + 1, stop), *range(first, index))
-
-    def _mark(self, index: int, message: str) -> None:
-        self._broken[index] = True
-        count = int(self._broken.sum())
-        if count > self._allowed:
-            raise DataError(
-                f"{count} of {len(self)} training pictures cannot be read, {self._allowed} may be; "
-                f"the last: {message}"
-            )
-        _log.warning("unreadable, replaced by the next picture of its class: %s", message)
-
-
-def augment(picture: Tensor, size: int, random: np.random.Generator) -> Tensor:
-    """A random-resized crop and a flip: uint8 (3, H, W) -> uint8 (3, size, size)."""
-    from torchvision.transforms.v2 import functional as tv
-
-    top, left, height, width = random_crop(picture.shape[1], picture.shape[2], random)
-    flip = random.random() < 0.5
-    crop = tv.resized_crop(picture, top, left, height, width, [size, size], antialias=True)
-    return tv.horizontal_flip(crop) if flip else crop
-
-
-def random_crop(height: int, width: int, random: np.random.Generator) -> tuple[int, int, int, int]:
-    """Top, left, height, width of a crop as torchvision's RandomResizedCrop draws it."""
-    for _ in range(10):
-        area = height * width * random.uniform(0.08, 1)
-        ratio = np.exp(random.uniform(np.log(3 / 4), np.log(4 / 3)))
-        w, h = round(np.sqrt(area * ratio)), round(np.sqrt(area / ratio))
-        if 0 < w <= width and 0 < h <= height:
-            return int(random.integers(height - h + 1)), int(random.integers(width - w + 1)), h, w
-    w = min(width, max(1, round(height * 4 / 3)))
-    h = min(height, max(1, round(width * 4 / 3)))
-    return (height - h) // 2, (width - w) // 2, h, w
-
-
-def centre(picture: Tensor, size: int) -> Tensor:
-    """Short side to 256/224 of `size`, then the centre: uint8 (3, H, W) -> uint8 (3, size, size)."""
-    from torchvision.transforms.v2 import functional as tv
-
-    height, width = picture.shape[1:]
-    limit = 4 * min(height, width)  # of 1 x 20000 pixels nothing enormous is made
-    picture = tv.center_crop(picture, [min(height, limit), min(width, limit)])
-    return tv.center_crop(tv.resize(picture, [round(size * 256 / 224)], antialias=True), [size, size])
 
 
 def _input_size(classes: Classes, notes: list[str]) -> int:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from cbam.data import Images, cluttered_digits, image_folder
+from cbam.data import Images, cluttered_digits, picture_set
 from cbam.errors import CheckpointError, CheckpointNotFoundError
 from cbam.models import build
 from cbam.surgery import load_weights
@@ -16,7 +16,7 @@ from cbam.train.recipes import Config
 
 def pictures(config: Config) -> tuple[Images, Images]:
     """The training and the validation set."""
-    sets = image_folder(config.data, size=config.size) if config.data else cluttered_digits()
+    sets = picture_set(config.data, size=config.size) if config.data else cluttered_digits()
     if config.limit:
         train, val = (images.subset(min(config.limit, len(images))) for images in sets)
         return train, val

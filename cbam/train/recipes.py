@@ -26,7 +26,9 @@ class Config:
 
     recipe: str = _option("digits", "the recipe that this began with")
     data: str | None = _option(
-        None, "image folder: train/ and val/ with one folder per class, or one folder, which is split"
+        None,
+        "image folder: train/ and val/ with one folder per class, or one folder, which is split; or a folder "
+        "of train-*.parquet and validation-*.parquet",
     )
     model: str = _option(
         "resnet_tiny+cbam", "network, see `cbam list`; with attention: resnet50+cbam", "NAME"

@@ -1,0 +1,124 @@
+"""ImageNet-1k, or any set of pictures, as Hugging Face keeps it in parquet files -> two sets of pictures.
+
+The files are read through the package `datasets`, which turns them into Arrow files in its cache once, and
+maps those into memory: a picture is then read from its place, in any order, by any number of processes.
+"""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from cbam.data.decode import not_an_image, shown
+from cbam.data.folder import image_folder
+from cbam.data.images import Images, check_int
+from cbam.data.pictures import Training, Validation
+from cbam.errors import DataError, MissingExtraError
+
+TRAIN, VALIDATION = ("train",), ("validation", "val", "valid", "test")
+PEEKS = 1000  # pictures whose first bytes are looked at, evenly spaced
+
+
+def picture_set(path: str | os.PathLike, *, size: int | None = None) -> tuple[Images, Images]:
+    """The training and the validation set in a folder, of parquet files where it holds some.
+
+    Raises:
+        DataError: see `image_folder` and `parquet_images`.
+    """
+    if isinstance(path, (str, os.PathLike)) and _files(Path(path), TRAIN):
+        return parquet_images(path, size=size)
+    return image_folder(path, size=size)
+
+
+def parquet_images(path: str | os.PathLike, *, size: int | None = None) -> tuple[Images, Images]:
+    """The sets in `train-*.parquet` and `validation-*.parquet` under `path` or `path`/data.
+
+    Their columns are `image` (the encoded file) and `label`, as in ILSVRC/imagenet-1k. `size` is the side of
+    the square that the network gets, 224 where it is None.
+
+    Raises:
+        DataError: no such files, other columns, labels without names, a broken validation picture.
+        MissingExtraError: the package `datasets` is not installed.
+    """
+    size = 224 if size is None else check_int("size", size, 8, 4096)
+    root = Path(path)
+    files = {"train": _files(root, TRAIN), "validation": _files(root, VALIDATION)}
+    absent = [split for split, found in files.items() if not found]
+    if absent:
+        raise DataError(f"{shown(root)}: no {' and no '.join(absent)}-*.parquet, nor in its folder data")
+    table = _load(root, files)
+    train, val = (_Rows(table[split], f"{shown(root)}, {split}") for split in files)
+    if train.classes != val.classes:
+        raise DataError(f"{shown(root)}: training and validation name different classes")
+    name = shown(root.resolve().name) or "parquet"
+    return Training(name, train, size, []), Validation(name, val, size)
+
+
+def _files(root: Path, names: tuple[str, ...]) -> list[str]:
+    try:
+        return sorted(
+            str(file)
+            for folder in (root, root / "data")
+            for name in names
+            for file in folder.glob(f"{name}-*.parquet")
+        )
+    except (OSError, ValueError):  # a ValueError is a zero byte in the name
+        return []
+
+
+def _load(root: Path, files: dict[str, list[str]]) -> Any:
+    try:
+        import datasets  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise MissingExtraError.of("parquet files", "parquet") from error
+    shown_bars = datasets.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
+    try:
+        # One by one: together they would all be given the names of the first one's classes.
+        return {
+            split: datasets.load_dataset("parquet", data_files=found, split="train")
+            for split, found in files.items()
+        }
+    except Exception as error:  # what a damaged file trips differs from version to version
+        cause = error.__cause__ or error
+        told = " ".join(str(cause).split())[:300]
+        raise DataError(f"{shown(root)}: the parquet files cannot be read ({told})") from error
+    finally:
+        if shown_bars:
+            datasets.enable_progress_bars()
+
+
+class _Rows:
+    """The rows of one split; `where` is what they are called in messages."""
+
+    def __init__(self, rows: Any, where: str) -> None:
+        import datasets  # pyright: ignore[reportMissingImports]
+
+        self.notes: list[str] = []
+        self._where = where
+        label = rows.features.get("label")
+        if "image" not in rows.features or not isinstance(label, datasets.ClassLabel):
+            raise DataError(
+                f"{where}: expected the columns image and label, with the names of the classes; "
+                f"found {', '.join(rows.features)}"
+            )
+        self.classes: list[str] = [shown(name) for name in label.names]
+        self.targets: list[int] = list(rows["label"])
+        wrong = [i for i, target in enumerate(self.targets) if not 0 <= target < len(self.classes)]
+        if wrong:
+            raise DataError(
+                f"{where}: label {self.targets[wrong[0]]} in row {wrong[0]}, of {len(self.classes)} classes"
+            )
+        self._rows = rows.cast_column("image", datasets.Image(decode=False)).select_columns("image")
+
+    def read(self, index: int) -> bytes:
+        return self._rows[index]["image"]["bytes"] or b""
+
+    def name(self, index: int) -> str:
+        return f"{self._where} row {index}"
+
+    def faults(self) -> Iterator[tuple[int, str]]:
+        for index in range(0, len(self.targets), -(-len(self.targets) // PEEKS)):
+            fault = not_an_image(self.read(index)[:16])
+            if fault:
+                yield index, fault

@@ -1,0 +1,179 @@
+"""Encoded pictures, wherever they lie -> samples for training and for validation.
+
+Training pictures: a random-resized crop (8 to 100 % of the area, 3:4 to 4:3) and a flip.
+Validation pictures: short side to 256/224 of the network's input, then the centre.
+"""
+
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cbam.data.decode import decode_bytes
+from cbam.data.images import UNKNOWN_BOX, Images, draws
+from cbam.errors import DataError, MissingExtraError
+
+_log = logging.getLogger("cbam")
+
+
+class Source(Protocol):
+    """Where encoded pictures come from. `notes` are what `faults` found worth telling."""
+
+    classes: list[str]
+    targets: list[int]
+    notes: list[str]
+
+    def read(self, index: int) -> bytes:
+        """The file; OSError where the disk does not answer."""
+        ...
+
+    def name(self, index: int) -> str:
+        """What to call it in messages, printable."""
+        ...
+
+    def faults(self) -> Iterator[tuple[int, str]]:
+        """Index and reason of those that are seen at once to be no pictures."""
+        ...
+
+
+class _Pictures(Images):
+    def __init__(self, name: str, source: Source, size: int, notes: Sequence[str]) -> None:
+        try:
+            import torchvision  # noqa: F401
+        except ImportError as error:
+            raise MissingExtraError.of("reading pictures", "vision") from error
+        super().__init__(name, source.classes, source.targets, size=size, notes=notes)
+        self._source = source
+
+    def _where(self, index: int) -> str:
+        return f"{self._source.name(index)} (class {self.classes[self.targets[index]]}, index {index})"
+
+    def _picture(self, index: int) -> Tensor:
+        """uint8 (3, H, W). A disk that does not answer is asked three times."""
+        for pause in (0.05, 0.2, None):
+            try:
+                return decode_bytes(self._source.read(index), self._where(index))
+            except OSError as error:
+                if pause is None:
+                    raise DataError(f"{self._where(index)}: {error.strerror or error}") from error
+                time.sleep(pause)
+        raise AssertionError
+
+    def _faults(self) -> Iterator[tuple[int, str]]:
+        for index, fault in self._source.faults():
+            yield index, f"{self._where(index)}: {fault}"
+        self.notes += self._source.notes
+
+
+class Validation(_Pictures):
+    """The pictures of a source as they are validated: one that cannot be read is an error."""
+
+    def __init__(self, name: str, source: Source, size: int, notes: Sequence[str] = ()) -> None:
+        super().__init__(name, source, size, notes)
+        broken = list(self._faults())
+        if broken:
+            raise DataError(
+                f"validation pictures that cannot be read: {len(broken)}, the first: {broken[0][1]}"
+            )
+
+    def sample(self, epoch: int, index: int) -> tuple[Tensor, Sequence[float]]:
+        return centre(self._picture(index), self.size), UNKNOWN_BOX
+
+
+class Training(_Pictures):
+    """The pictures of a source as they are trained on: an unreadable one is replaced, up to `unreadable`.
+
+    `_broken` marks those in memory that the loader's workers share.
+    """
+
+    def __init__(
+        self, name: str, source: Source, size: int, notes: Sequence[str], unreadable: int | None = None
+    ) -> None:
+        super().__init__(name, source, size, notes)
+        self._allowed = min(100, max(1, len(self) // 1000)) if unreadable is None else unreadable
+        self._broken = torch.zeros(len(self), dtype=torch.bool).share_memory_()
+        for index, message in self._faults():
+            self._mark(index, message)
+
+    @property
+    def unreadable(self) -> list[str]:
+        return [self._source.name(i) for i in self._broken.nonzero().flatten().tolist()]
+
+    def sample(self, epoch: int, index: int) -> tuple[Tensor, Sequence[float]]:
+        picture = self._readable(index)
+        return augment(picture, self.size, draws("augmentation", self.seed, epoch, index)), UNKNOWN_BOX
+
+    def whole(self, index: int) -> Tensor:
+        from torchvision.transforms.v2 import functional as tv
+
+        picture = self._readable(index)
+        side = min(picture.shape[1:])
+        return tv.resize(tv.center_crop(picture, [side, side]), [self.size, self.size], antialias=True)
+
+    def _readable(self, index: int) -> Tensor:
+        """The picture, or the next readable one of its class, the first following the last."""
+        if not self._broken[index]:
+            try:
+                return self._picture(index)
+            except DataError as error:
+                self._mark(index, str(error))
+        for other in self._candidates(index):
+            if self._broken[other]:
+                continue
+            try:
+                return self._picture(other)
+            except DataError as error:
+                self._mark(other, str(error))
+        raise DataError(f"class {self.classes[self.targets[index]]} has no readable picture")
+
+    def _candidates(self, index: int) -> Iterator[int]:
+        own = np.flatnonzero(np.asarray(self.targets) == self.targets[index]).tolist()
+        here = own.index(index)
+        yield from (*own[here:], *own[:here])
+
+    def _mark(self, index: int, message: str) -> None:
+        self._broken[index] = True
+        count = int(self._broken.sum())
+        if count > self._allowed:
+            raise DataError(
+                f"{count} of {len(self)} training pictures cannot be read, {self._allowed} may be; "
+                f"the last: {message}"
+            )
+        _log.warning("unreadable, replaced by the next picture of its class: %s", message)
+
+
+def augment(picture: Tensor, size: int, random: np.random.Generator) -> Tensor:
+    """A random-resized crop and a flip: uint8 (3, H, W) -> uint8 (3, size, size)."""
+    from torchvision.transforms.v2 import functional as tv
+
+    top, left, height, width = random_crop(picture.shape[1], picture.shape[2], random)
+    flip = random.random() < 0.5
+    crop = tv.resized_crop(picture, top, left, height, width, [size, size], antialias=True)
+    return tv.horizontal_flip(crop) if flip else crop
+
+
+def random_crop(height: int, width: int, random: np.random.Generator) -> tuple[int, int, int, int]:
+    """Top, left, height, width of a crop as torchvision's RandomResizedCrop draws it."""
+    for _ in range(10):
+        area = height * width * random.uniform(0.08, 1)
+        ratio = np.exp(random.uniform(np.log(3 / 4), np.log(4 / 3)))
+        w, h = round(np.sqrt(area * ratio)), round(np.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            return int(random.integers(height - h + 1)), int(random.integers(width - w + 1)), h, w
+    w = min(width, max(1, round(height * 4 / 3)))
+    h = min(height, max(1, round(width * 4 / 3)))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def centre(picture: Tensor, size: int) -> Tensor:
+    """Short side to 256/224 of `size`, then the centre: uint8 (3, H, W) -> uint8 (3, size, size)."""
+    from torchvision.transforms.v2 import functional as tv
+
+    height, width = picture.shape[1:]
+    limit = 4 * min(height, width)  # of 1 x 20000 pixels nothing enormous is made
+    picture = tv.center_crop(picture, [min(height, limit), min(width, limit)])
+    return tv.center_crop(tv.resize(picture, [round(size * 256 / 224)], antialias=True), [size, size])
