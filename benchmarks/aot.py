@@ -1,6 +1,6 @@
 """Compile every Triton kernel ahead of time, with no GPU, and examine what came out.
 
-    python -m benchmarks.aot [--all] [--verbose]
+    python -m benchmarks.aot [--all] [--sm 80 90] [--jobs 2] [--verbose]
 
 The launchers run on tensors without data and each launch is recorded instead of made; every different
 specialisation is then compiled for each architecture, and its PTX and its resources are examined:
@@ -117,7 +117,16 @@ FORMS = (
     Form("squeeze and excitation", norm="", pools="avg", spatial="", shortcut=False),
     Form("pixels", norm="", pools="", side=5),
 )
-SHAPES = ((8, 256, 56, 56), (8, 2048, 7, 7), (2, 24, 14, 14), (1, 3, 13, 17), (128, 64, 112, 112))
+SHAPES = (
+    (8, 256, 56, 56),
+    (8, 2048, 7, 7),
+    (2, 24, 14, 14),
+    (1, 3, 13, 17),
+    (128, 64, 112, 112),
+    (1, 64, 8192, 8192),
+    (2, 1, 1, 1),
+    (1, 7, 1, 1),
+)
 
 
 def launches(
@@ -247,10 +256,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Compile every Triton kernel ahead of time and examine it.")
     parser.add_argument("--all", action="store_true", help="every form, type and architecture")
     parser.add_argument("--verbose", action="store_true", help="a line for each kernel that was compiled")
+    parser.add_argument("--sm", type=int, nargs="+", help="for which architectures")
     parser.add_argument("--jobs", type=int, default=2)
     options = parser.parse_args()
     found = {launch: None for case in cases(options.all) for launch in launches(*case)}
-    targets = ARCHITECTURES if options.all else (80, 90)
+    targets = options.sm or (ARCHITECTURES if options.all else (80, 90))
     work = [(launch, sm) for launch in found for sm in targets]
     wrong = 0
     with ProcessPoolExecutor(options.jobs) as pool:

@@ -5,6 +5,7 @@ Without a GPU the kernels are interpreted: TRITON_INTERPRET=1 must be set before
 """
 
 import os
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -12,9 +13,10 @@ import torch
 
 pytest.importorskip("triton")
 
+from cbam.ops import triton_kernels, triton_map
 from cbam.ops.triton_kernels import tail, tail_backward
 from cbam.ops.triton_map import Map
-from cbam.ops.triton_plan import PARTS
+from cbam.ops.triton_plan import PARTS, plan
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -25,7 +27,8 @@ REPEATS = 2 if INTERPRETED else 250
 
 # Error of a value that is stored in the type it was computed in, against its scale; and of one rounded to 16
 # bits, in halves of its last place besides. The interpreter cuts bfloat16 off instead: up to two halves.
-EXACT = {torch.float64: 1e-11, torch.float32: 1e-5, torch.float16: 1e-5, torch.bfloat16: 1e-5}
+# A parameter's gradient on a tiny map is a sum that cancels: its scale is at least a thousandth of grad's.
+EXACT = {torch.float64: 1e-11, torch.float32: 2e-5, torch.float16: 2e-5, torch.bfloat16: 2e-5}
 HALVES = {torch.float16: 1.25, torch.bfloat16: 2.5 if INTERPRETED else 1.25}
 
 
@@ -33,7 +36,8 @@ def compare(case, found, true, scales):
     """Every name of `true` within the tolerance of its dtype in `found`."""
     for name, value in true.items():
         got = found[name].detach().cpu().double().reshape(value.shape)
-        scale = max(scales[name], 1.0) if case.cell.data == "constant" else scales[name]
+        least = 1.0 if case.cell.data == "constant" else 1e-3 * case.grad.abs().max().item()
+        scale = max(scales[name], least)
         tolerance = torch.full_like(value, EXACT[case.cell.dtype] * scale)
         if found[name].dtype in HALVES:
             exponent = value.abs().clamp(min=torch.finfo(found[name].dtype).tiny).log2().floor()
@@ -97,16 +101,17 @@ def test_every_type_agrees_with_the_equation(tails, guarded, form, dtype):  # T1
 
 
 @large
-@pytest.mark.parametrize(
-    ("form", "dtype", "nhwc", "shape"), list(product(FORMS, EXACT, [False, True], SIZES))
-)
+@pytest.mark.parametrize("shape", SIZES, ids=lambda shape: "x".join(map(str, shape)))
+@pytest.mark.parametrize("nhwc", [False, True], ids=["NCHW", "NHWC"])
+@pytest.mark.parametrize("dtype", EXACT, ids=str)
+@pytest.mark.parametrize("form", FORMS)
 def test_every_cell_agrees_with_the_equation(tails, guarded, form, dtype, nhwc, shape):  # T1 T8 T10 T14
     if shape[0] * shape[2] * shape[3] == 1 and "batch" in FORMS[form].values():
         pytest.skip("one value has no variance")
     check(tails, dtype=dtype, nhwc=nhwc, shape=shape, side=5, **FORMS[form])
 
 
-@pytest.mark.parametrize("shape", [(2, 9, 5, 7), (1, 1, 1, 5), (2, 2, 1, 19)])
+@pytest.mark.parametrize("shape", [(2, 9, 4, 5), (1, 1, 1, 5), pytest.param((2, 2, 1, 19), marks=large)])
 def test_odd_sizes_agree_with_the_equation(tails, guarded, shape):  # T8 T10
     check(tails, shape=shape, side=7, dtype=torch.float64, nhwc=shape[1] == 9)
 
@@ -146,6 +151,31 @@ def test_parameters_may_be_of_another_type_than_the_map(tails, guarded):  # T1 T
     check(tails, dtype=torch.float32, parameters=torch.float64, norm="running")
 
 
+def test_a_large_map_in_evaluation_convolves_by_a_kernel_of_its_own(tails, guarded, monkeypatch):
+    monkeypatch.setattr(triton_map, "plan", lambda *size: replace(plan(*size), fold=False))
+    for save in (True, False):
+        case = tails.draw(tails.Cell(**FORMS["frozen"]), DEVICE)
+        found = tails.run(tail, case, save=save)
+        compare(case, found, {"out": tails.written_out(case)[0]}, {"out": 1.0})
+    check(tails, dtype=torch.float64, **FORMS["frozen"])
+
+
+def test_very_many_parts_of_a_sum_are_added_up_first(tails, guarded, monkeypatch):
+    monkeypatch.setattr(triton_kernels, "MANY", 1)
+    check(tails, dtype=torch.float64)
+
+
+def test_offsets_of_64_bits_inside_a_tile_are_right(tails, guarded, monkeypatch):  # T22
+    launch = Map.launch
+
+    def wide(*arguments, **constants):
+        launch(*arguments, **constants | ({"WIDE": True} if "WIDE" in constants else {}))
+
+    monkeypatch.setattr(Map, "launch", staticmethod(wide))
+    for nhwc in (False, True):
+        check(tails, dtype=torch.float64, nhwc=nhwc)
+
+
 def test_the_gains_scale_the_gates(tails, guarded):
     check(tails, dtype=torch.float64, gains=(2.0, 2.0))
 
@@ -177,7 +207,7 @@ def test_only_the_gradients_asked_for_are_there(tails, guarded, need_x, need_sho
             assert torch.equal(value, every[name]), name
 
 
-@pytest.mark.parametrize("form", ["tail", "frozen", "block, running"])
+@pytest.mark.parametrize("form", ["tail", "frozen", pytest.param("block, running", marks=large)])
 def test_a_forward_that_saves_nothing_gives_the_same_bits(tails, form):  # T25
     case = tails.draw(tails.Cell(shape=(2, 9, 4, 5), **FORMS[form]), DEVICE)
     kept, lean = tails.run(tail, case), tails.run(tail, case, save=False)
@@ -188,9 +218,9 @@ def test_a_forward_that_saves_nothing_gives_the_same_bits(tails, form):  # T25
     assert (lean["mu"].numel() > 0) == (lean["s_mu"].numel() > 0) == (form == "tail")
 
 
-@pytest.mark.parametrize("form", ["tail", "block"])
+@pytest.mark.parametrize("form", ["tail", pytest.param("block", marks=large)])
 def test_results_repeat_bitwise(tails, form):  # T30
-    case = tails.draw(tails.Cell(shape=(2, 9, 5, 5), nhwc=form == "tail", **FORMS[form]), DEVICE)
+    case = tails.draw(tails.Cell(shape=(2, 9, 4, 4), nhwc=form == "tail", **FORMS[form]), DEVICE)
     grad, x = case.grad.clone(), case.x.clone()
     runs = []
     for _ in range(REPEATS):
@@ -208,11 +238,15 @@ def test_masks_of_nan_and_inf_are_those_of_the_equation(tails, form, data):  # T
     changes = {**FORMS[form], "spatial": "running", "norm": FORMS[form].get("norm", "running")}
     for nhwc in (False, True):
         case = tails.draw(tails.Cell(shape=(2, 5, 6, 5), data=data, nhwc=nhwc, **changes), DEVICE)
-        out = tails.run(tail, case)["out"].cpu()
-        true, _, _ = tails.written_out(case)
+        saved = tails.run(tail, case)
+        found = tails.run_backward(tail_backward, case, saved)
+        out, dx = saved["out"].cpu(), found["dx"].cpu()
+        true, gradients, _ = tails.written_out(case)
         assert torch.equal(out.isnan(), true.isnan())
         assert torch.equal(out.isinf(), true.isinf())
+        assert torch.equal(dx.isnan(), gradients["dx"].isnan())
         assert out[1].isfinite().all()  # the other sample is untouched
+        assert dx[1].isfinite().all()
 
 
 def test_a_nan_in_training_reaches_the_whole_batch(tails):  # T17
@@ -225,6 +259,22 @@ def test_a_mean_in_float16_does_not_overflow(tails):  # T20
     case = tails.draw(tails.Cell(dtype=torch.float16, norm="", shape=(1, 1, 9, 9)), DEVICE)
     case.x.fill_(60000)
     assert tails.run(tail, case)["m"].item() == 60000
+
+
+@pytest.mark.parametrize("form", ["tail", *(pytest.param(f, marks=large) for f in FORMS if f != "tail")])
+def test_results_have_the_shapes_that_tracing_is_told(tails, form):  # T33
+    from cbam.ops import library
+
+    def shapes(function):
+        case = tails.draw(tails.Cell(**FORMS[form]), DEVICE)
+        kept, lean = tails.run(function[0], case), tails.run(function[0], case, save=False)
+        found = [kept, lean]
+        for need_x, need_shortcut in product((True, False), (True, False)):
+            needs = {"need_x": need_x, "need_shortcut": need_shortcut and case.cell.relu}
+            found.append(tails.run_backward(function[1], case, kept, **needs))
+        return [{n: (t.shape, t.dtype, t.stride()) for n, t in result.items()} for result in found]
+
+    assert shapes((tail, tail_backward)) == shapes((library._fake_forward, library._fake_backward))
 
 
 @gpu
