@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import errno
 import importlib
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -42,6 +43,23 @@ exit codes: 0 done, 1 unexpected error, 2 usage, 3 data, 4 weights file or check
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code; an error is one line on stderr, unless `--debug`."""
+    code = _run(argv)
+    if _is_of_several():
+        # What the processes met by has threads of its own, and the interpreter may wait for them for ever.
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError, AttributeError):
+                stream.flush()
+        os._exit(code)
+    return code
+
+
+def _is_of_several() -> bool:
+    with contextlib.suppress(CBAMError):
+        return place() is not None
+    return False
+
+
+def _run(argv: Sequence[str] | None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         try:

@@ -1,7 +1,8 @@
-"""Networks by name, bare or with attention, and what they cost."""
+"""Networks by name, bare or with attention, what they cost, and detectors over them."""
 
 from cbam.models.catalogue import attentions, build, names
 from cbam.models.cost import Cost, profile
+from cbam.models.detectors import detector, faster_rcnn, retinanet
 from cbam.models.mobilenet_v1 import MobileNetV1
 from cbam.models.resnet_tiny import ResNetTiny
 from cbam.models.stride import stride_in_1x1
@@ -15,7 +16,10 @@ __all__ = [
     "ResNetTiny",
     "attentions",
     "build",
+    "detector",
+    "faster_rcnn",
     "names",
     "profile",
+    "retinanet",
     "stride_in_1x1",
 ]

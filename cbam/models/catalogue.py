@@ -22,7 +22,7 @@ from cbam.models.variants import VARIANTS
 from cbam.nn import ATTENTION
 from cbam.surgery import attach
 
-_ATTENTIONS = ATTENTION | VARIANTS
+ATTENTIONS = ATTENTION | VARIANTS
 _OF_TORCH = ("resnet_tiny", "mobilenet_v1", "mobilenet_v1_0.7")
 _OF_TORCHVISION = ("resnext101_32x4d", "wide_resnet18_1.5", "wide_resnet18_2.0")
 _WIDTH = re.compile(r"(mobilenet_v1|wide_resnet18)_([0-9]+(?:\.[0-9]+)?)")
@@ -65,13 +65,13 @@ def build(name: str, *, num_classes: int = 1000, start: str = "paper", stride_in
         )
     if attention:
         where = MobileNetV1.UNITS if isinstance(model, MobileNetV1) else None
-        attach(model, where, _ATTENTIONS[attention], start=start)
+        attach(model, where, ATTENTIONS[attention], start=start)
     return model
 
 
 def attentions() -> list[str]:
     """The attentions that `build` knows, sorted: `build(f"resnet50+{name}")`."""
-    return sorted(_ATTENTIONS)
+    return sorted(ATTENTIONS)
 
 
 def names(pattern: str = "") -> list[str]:
@@ -100,7 +100,7 @@ def _split(name: str) -> tuple[str, str]:
     if not isinstance(name, str):
         raise InputError(f"a network is named by a str, got {type(name).__name__}")
     network, plus, attention = name.partition("+")
-    if plus and attention not in _ATTENTIONS:
+    if plus and attention not in ATTENTIONS:
         known = ", ".join(attentions())
         raise ConfigError(f"unknown attention {attention!r} in {name!r}; expected one of {known}")
     return network, attention

@@ -11,6 +11,8 @@ def missing() -> str:
         path = importlib.import_module("cbam_native").library()
     except ModuleNotFoundError:
         return "cbam-native is not installed"
+    except ImportError as error:
+        return f"cbam_native is not the companion of cbam: {error}"
     try:
         torch.ops.load_library(path)
     except OSError as error:

@@ -92,25 +92,21 @@ struct Rows {
   void write_chunk(int64_t unit, const Output<T>& to) const {
     int64_t n = unit / set.chunks, begin = n * set.L + unit % set.chunks * set.chunk;
     int64_t end = begin + set.pixels(unit % set.chunks);
-    int64_t p = begin;
-    for (; p + TOGETHER <= end; p += TOGETHER) write_pixels<TOGETHER, RELU, SPATIAL, ADDED>(n, p, to);
-    for (; p < end; p++) write_pixels<1, RELU, SPATIAL, ADDED>(n, p, to);
+    // One at a time: where rows are a power of two apart, a store to one delays the loads of the next.
+    for (int64_t p = begin; p < end; p++) write_pixel<RELU, SPATIAL, ADDED>(n, p, to);
   }
 
-  template <int U, bool RELU, bool SPATIAL, bool ADDED>
-  INLINE void write_pixels(int64_t n, int64_t p, const Output<T>& to) const {
+  template <bool RELU, bool SPATIAL, bool ADDED>
+  INLINE void write_pixel(int64_t n, int64_t p, const Output<T>& to) const {
     int64_t C = set.C;
     const A *za = z.za + n * C, *zb = z.zb + n * C;
+    A open = SPATIAL ? to.open[p] : A(1);
     walk<A>(C, [&](int64_t c, auto part) {
-      V a = load(za + c, part), b = load(zb + c, part), shift = load(z.shift + c, part);
-      for (int u = 0; u < U; u++) {
-        int64_t o = (p + u) * C + c;
-        V v = a * (load(x + o, part) - shift) + b;
-        if constexpr (SPATIAL) v *= to.open[p + u];
-        if constexpr (ADDED) v += load(to.shortcut + o, part);
-        if constexpr (RELU) v = rectify<A>(v);
-        store(to.out + o, v, part);
-      }
+      V v = load(za + c, part) * (load(x + p * C + c, part) - load(z.shift + c, part)) + load(zb + c, part);
+      if constexpr (SPATIAL) v *= open;
+      if constexpr (ADDED) v += load(to.shortcut + p * C + c, part);
+      if constexpr (RELU) v = rectify<A>(v);
+      store(to.out + p * C + c, v, part);
     });
   }
 

@@ -239,6 +239,8 @@ BEYOND = """
 
     whole, one = back(x, saved), back(x[:1], alone)
     for ours, theirs in zip(whole[4:], one[4:]):
+        if theirs.numel() == 0:
+            continue  # of a bias that is not there
         torch.testing.assert_close(ours, theirs * N, rtol=1e-4, atol=1e-4 * float(theirs.abs().max() * N))
 """
 

@@ -1,0 +1,255 @@
+"""How good detections are: COCO's twelve numbers, and the average precision of Pascal VOC.
+
+Both take two mappings from the id of an image: what was found there (`boxes` (N, 4), `scores` (N,), `labels`
+(N,), as torchvision's detectors return them) and what is there (`boxes`, `labels`, `area`, `crowd`,
+`difficult`, as the samples of a data set have them). Boxes are x0 y0 x1 y1 in pixels, ends exclusive. An
+image is scored once however many processes saw it, since a mapping holds it once. Numbers are percentages,
+NaN where there is nothing to find.
+"""
+
+import contextlib
+import gc
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cbam.errors import DataError, InputError, MissingExtraError, NonFiniteError
+
+COCO_NUMBERS = (
+    "AP", "AP50", "AP75", "AP small", "AP medium", "AP large",
+    "AR 1", "AR 10", "AR 100", "AR small", "AR medium", "AR large",
+)  # fmt: skip
+POINTS = ("area", "11")
+LISTED = 10
+
+Found = Mapping[int, Mapping[str, Tensor]]
+Truth = Mapping[int, Mapping[str, Tensor]]
+
+
+def coco_numbers(found: Found, truth: Truth, classes: Sequence[str]) -> dict[str, float]:
+    """COCO's twelve numbers of boxes, by its own protocol, in percent.
+
+    Args:
+        found: detections by image; an image that is left out has none.
+        truth: objects by image, of every image that counts.
+        classes: names of the labels 1, 2, ...
+
+    Raises:
+        NonFiniteError: a box or a score is NaN or infinite; COCO's own code would score it.
+        DataError: an image that is not in `truth`, or a label that is no class.
+        InputError: tensors that do not fit each other.
+    """
+    check_detections(found, truth, len(classes))
+    try:
+        from faster_coco_eval import COCO, COCOeval_faster  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise MissingExtraError.of("COCO's numbers", "detect") from error
+    numbers = {image: number for number, image in enumerate(truth, 1)}
+    with _no_collection():
+        objects = COCO(_as_coco(truth, numbers, classes), print_function=_quiet)
+        # Handed over by `loadRes`, every box would get a polygon too.
+        detections = COCO(_as_coco(found, numbers, classes), print_function=_quiet)
+        evaluation = COCOeval_faster(objects, detections, "bbox", print_function=_quiet, extra_calc=False)
+        evaluation.run()
+    values = np.asarray(evaluation.all_stats[:12], float)
+    return {
+        name: float(v) * 100 if v >= 0 else float("nan") for name, v in zip(COCO_NUMBERS, values, strict=True)
+    }
+
+
+class VocScore(NamedTuple):
+    """Average precision of every class in percent, and their mean over the classes that have an object."""
+
+    mean: float
+    classes: dict[str, float]
+
+
+def voc_ap(
+    found: Found, truth: Truth, classes: Sequence[str], *, points: str = "area", iou: float = 0.5
+) -> VocScore:
+    """Average precision by the rules of Pascal VOC's development kit, in percent.
+
+    A detection takes the object of its class and image that it overlaps most, and is right if the overlap is
+    at least `iou` and the object was not taken by one of a higher score. If that object is difficult the
+    detection counts neither way, and difficult objects need not be found. The kit counts pixels from 1 and
+    adds 1 to widths; with exclusive ends that is the plain overlap.
+
+    Args:
+        points: "area" under the precision made monotone (from 2010 on), or "11", its mean at recall 0, 0.1,
+            ..., 1 (2007).
+        iou: the overlap that is enough.
+
+    Raises:
+        As `coco_numbers`.
+    """
+    if points not in POINTS:
+        raise InputError(f'points must be "area" or "11", got {points!r}')
+    check_detections(found, truth, len(classes))
+    score = _area if points == "area" else _eleven
+    numbers = {image: number for number, image in enumerate(truth)}
+    detections = _flat(found, numbers, len(classes), "scores")
+    objects = _flat(truth, numbers, len(classes), "difficult")
+    right = _matches(detections, objects, iou)
+    falling = np.argsort(-detections.more, kind="stable")
+    falling = falling[right[falling] >= 0]
+    label, wanted = (
+        detections.key[falling] % (len(classes) + 1),
+        objects.key[objects.more == 0] % (len(classes) + 1),
+    )
+    values = {}
+    for k, name in enumerate(classes, 1):
+        count = int((wanted == k).sum())
+        values[name] = 100 * score(right[falling][label == k] == 1, count) if count else float("nan")
+    known = [value for value in values.values() if value == value]
+    return VocScore(sum(known) / len(known) if known else float("nan"), values)
+
+
+def check_detections(found: Found, truth: Truth, classes: int) -> None:
+    """Refuse detections that cannot be scored: see `coco_numbers`."""
+    unknown = [image for image in found if image not in truth]
+    if unknown:
+        raise DataError(f"detections on images that are not in the data set: {_some(unknown)}")
+    for image, own in found.items():
+        boxes, scores, labels = own["boxes"], own["scores"], own["labels"]
+        if boxes.shape != (len(scores), 4) or scores.shape != labels.shape or scores.dim() != 1:
+            shapes = ", ".join(str(tuple(t.shape)) for t in (boxes, scores, labels))
+            raise InputError(f"image {image}: boxes, scores and labels of (N, 4), (N,), (N,), got {shapes}")
+        if not (torch.isfinite(boxes).all() and torch.isfinite(scores).all()):
+            raise NonFiniteError(f"image {image}: a detection has a box or a score that is not finite")
+    for what, mapping in (("detections", found), ("objects", truth)):
+        labels = torch.cat([own["labels"].flatten() for own in mapping.values()] or [torch.ones(1)])
+        wrong = labels[(labels < 1) | (labels > classes)].unique().tolist()
+        if wrong:
+            raise DataError(f"{what} of labels that are no class (1 to {classes}): {_some(wrong)}")
+
+
+def _as_coco(mapping: Found | Truth, numbers: Mapping[int, int], classes: Sequence[str]) -> dict[str, Any]:
+    """A COCO file as an object; images and annotations are numbered from 1, for an id of 0 means no match."""
+    columns: dict[str, list] = {
+        "image_id": [],
+        "category_id": [],
+        "bbox": [],
+        "area": [],
+        "iscrowd": [],
+        "score": [],
+    }
+    for image, own in mapping.items():
+        boxes = own["boxes"].double()
+        sizes = boxes[:, 2:] - boxes[:, :2]
+        columns["image_id"] += [numbers[image]] * len(boxes)
+        columns["category_id"] += own["labels"].tolist()
+        columns["bbox"] += torch.cat([boxes[:, :2], sizes], 1).tolist()
+        columns["area"] += (own["area"] if "area" in own else sizes.prod(1)).tolist()
+        columns["iscrowd"] += own["crowd"].int().tolist() if "crowd" in own else [0] * len(boxes)
+        columns["score"] += own["scores"].tolist() if "scores" in own else [1.0] * len(boxes)
+    return {
+        "images": [{"id": number} for number in numbers.values()],
+        "categories": [{"id": label, "name": name} for label, name in enumerate(classes, 1)],
+        "annotations": [
+            {"id": id, "image_id": i, "category_id": c, "bbox": b, "area": a, "iscrowd": w, "score": s}
+            for id, (i, c, b, a, w, s) in enumerate(zip(*columns.values(), strict=True), 1)
+        ],
+    }
+
+
+@contextlib.contextmanager
+def _no_collection():
+    """Millions of small objects, none in a cycle: looking for cycles among them doubles the time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _quiet(*_) -> None:
+    pass
+
+
+class _Flat(NamedTuple):
+    """Boxes of all images, sorted by (image, label), so that those of one pair are one slice."""
+
+    key: np.ndarray  # (N,), image number * (classes + 1) + label
+    boxes: np.ndarray  # (N, 4)
+    more: np.ndarray  # (N,): score of a detection, or whether an object is difficult
+
+
+def _flat(mapping: Found | Truth, numbers: Mapping[int, int], classes: int, what: str) -> _Flat:
+    """All of a mapping; `what` is the tensor that goes along, 0 where missing, falling within a pair."""
+    if not mapping:
+        return _Flat(np.empty(0, np.int64), np.empty((0, 4)), np.empty(0))
+    labels = torch.cat([own["labels"].long() for own in mapping.values()]).numpy()
+    image = np.repeat([numbers[i] for i in mapping], [len(own["labels"]) for own in mapping.values()])
+    more = [
+        own[what].double() if what in own else torch.zeros(len(own["labels"])) for own in mapping.values()
+    ]
+    key, more = image * (classes + 1) + labels, torch.cat(more).double().numpy()
+    order = np.lexsort((-more, key))
+    boxes = torch.cat([own["boxes"].double() for own in mapping.values()]).numpy()
+    return _Flat(key[order], boxes[order], more[order])
+
+
+def _matches(found: _Flat, objects: _Flat, iou: float) -> np.ndarray:
+    """Of each detection: 1 right, 0 wrong, -1 on a difficult object."""
+    right = np.zeros(len(found.key), np.int64)
+    keys, starts = np.unique(found.key, return_index=True)
+    ends = np.append(starts[1:], len(found.key))
+    first = np.searchsorted(objects.key, keys)
+    last = np.searchsorted(objects.key, keys, side="right")
+    for i in np.flatnonzero(last > first):
+        mine, theirs = slice(starts[i], ends[i]), slice(first[i], last[i])
+        difficult = objects.more[theirs] > 0
+        right[mine] = _right(found.boxes[mine], objects.boxes[theirs], difficult, iou)
+    return right
+
+
+def _right(boxes: np.ndarray, objects: np.ndarray, difficult: np.ndarray, iou: float) -> np.ndarray:
+    """The same for the detections of one class on one image, in falling order of score."""
+    right = np.zeros(len(boxes), np.int64)
+    overlaps = _overlaps(boxes, objects)
+    taken = np.zeros(len(objects), bool)
+    best = overlaps.argmax(1)
+    for i in np.flatnonzero(overlaps.max(1) >= iou):
+        right[i] = -1 if difficult[best[i]] else not taken[best[i]]
+        taken[best[i]] = True
+    return right
+
+
+def _overlaps(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Intersection over union of every pair: (N, 4), (M, 4) -> (N, M)."""
+    low, high = np.maximum(a[:, None, :2], b[None, :, :2]), np.minimum(a[:, None, 2:], b[None, :, 2:])
+    shared = (high - low).clip(0).prod(2)
+    union = _areas(a)[:, None] + _areas(b)[None] - shared
+    return np.divide(shared, union, out=np.zeros_like(shared), where=union > 0)
+
+
+def _areas(boxes: np.ndarray) -> np.ndarray:
+    return (boxes[:, 2:] - boxes[:, :2]).clip(0).prod(1)
+
+
+def _curve(right: np.ndarray, objects: int) -> tuple[np.ndarray, np.ndarray]:
+    """Recall and precision after each detection."""
+    hits = right.cumsum()
+    return hits / objects, hits / np.arange(1, len(right) + 1)
+
+
+def _eleven(right: np.ndarray, objects: int) -> float:
+    recall, precision = _curve(right, objects)
+    # Tenths as the kit has them, 0:0.1:1; one built by sums misses a recall of exactly 0.3.
+    return sum(precision[recall >= tenth / 10].max(initial=0.0) for tenth in range(11)) / 11
+
+
+def _area(right: np.ndarray, objects: int) -> float:
+    recall, precision = _curve(right, objects)
+    highest = np.maximum.accumulate(precision[::-1])[::-1]
+    return float((np.diff(recall, prepend=0.0) * highest).sum())
+
+
+def _some(values: Sequence) -> str:
+    more = f" and {len(values) - LISTED} more" if len(values) > LISTED else ""
+    return ", ".join(map(str, values[:LISTED])) + more

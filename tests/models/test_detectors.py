@@ -1,0 +1,199 @@
+"""Detectors over plain networks and ones with attention."""
+
+import pytest
+import torch
+
+from cbam.errors import ConfigError, InputError
+from cbam.models import build, detector, faster_rcnn, retinanet
+from cbam.models.detectors import DETECTORS, TimmMaps
+from cbam.nn import CBAM, ChannelAttention
+from cbam.surgery import attach, attached, detach, load_weights
+
+# millions of parameters, as CBAM's table 7 prints them, of 20 classes and the background
+TABLE_7 = {
+    "ssd300:vgg16": (26_515_936, "26.5"),
+    "stairnet300:vgg16": (31_999_968, "32.0"),
+    "stairnet300:vgg16+se": (32_050_752, "32.1"),
+    "stairnet300:vgg16+cbam": (32_051_352, "32.1"),
+    "ssd300:mobilenet_v1": (5_813_536, "5.81"),
+    "stairnet300:mobilenet_v1": (5_981_600, "5.98"),
+    "stairnet300:mobilenet_v1+se": (5_994_704, "5.99"),
+    "stairnet300:mobilenet_v1+cbam": (5_995_304, "6.00"),
+}
+
+
+@pytest.mark.parametrize("name", TABLE_7)
+def test_parameters_are_those_of_table_7_to_the_last_printed_digit(name):
+    with torch.device("meta"):
+        model = detector(name, num_classes=20)
+    count, printed = TABLE_7[name]
+    assert sum(p.numel() for p in model.parameters()) == count
+    assert f"{count / 1e6:.{len(printed.partition('.')[2])}f}" == printed
+
+
+def pictures():
+    return [torch.rand(3, 64, 80), torch.rand(3, 48, 48)]
+
+
+def targets():
+    boxes = torch.tensor([[8.0, 8.0, 40.0, 44.0]])
+    return [
+        {"boxes": boxes, "labels": torch.tensor([2])},
+        {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)},
+    ]
+
+
+def small(name, **more):
+    """A detector that works on the pictures at nearly their size."""
+    model = detector(name, num_classes=3, **more)
+    if not name.startswith(("ssd300", "stairnet300")):
+        model.transform.min_size, model.transform.max_size = (64,), 96
+    for key, weight in model.named_parameters():
+        if key.endswith((".bn2.weight", ".bn3.weight")):  # timm's begin at 0, where no branch learns
+            torch.nn.init.ones_(weight)
+    if name.startswith("retinanet"):
+        model.score_thresh = 0.0  # it begins with all scores near 0.01
+    return model
+
+
+@torch.no_grad()
+def detections(model):
+    torch.manual_seed(1)
+    return model.eval()(pictures())
+
+
+def assert_equal(a, b):
+    for one, other in zip(a, b, strict=True):
+        assert all(torch.equal(one[key], other[key]) for key in ("boxes", "scores", "labels"))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["fasterrcnn:resnet18", "retinanet:resnet18", "fasterrcnn:timm:test_resnet", "stairnet300:mobilenet_v1"],
+)
+def test_attention_at_the_identity_leaves_detections_bit_equal_and_learns(name):
+    torch.manual_seed(0)
+    plain = small(name)
+    torch.manual_seed(0)
+    model = small(f"{name}+cbam", start="identity")
+    model.load_state_dict(plain.state_dict(), strict=False)
+    before = detections(plain)
+    assert sum(len(found["scores"]) for found in before)
+    assert_equal(before, detections(model))
+    losses = model.train()(pictures(), targets())
+    assert all(loss.isfinite() for loss in losses.values())
+    # Not by the losses: of so few pictures they sample no box on some of the maps.
+    maps = model.backbone(torch.rand(2, 3, 300, 300) if "stairnet" in name else torch.rand(2, 3, 64, 64))
+    sum((m * torch.randn_like(m)).sum() for m in maps.values()).backward()
+    parts = attached(model)
+    assert len(parts) == {"fasterrcnn:resnet18": 8, "retinanet:resnet18": 8}.get(name, len(parts)) > 1
+    for part in parts.values():
+        assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in part.parameters())
+    model.load_state_dict(plain.state_dict(), strict=False)  # training moved the statistics
+    detach(model)
+    assert_equal(before, detections(model))
+
+
+@pytest.mark.parametrize("attention", [CBAM, ChannelAttention])
+def test_attention_can_be_attached_to_a_finished_detector(attention):
+    model = small("fasterrcnn:resnet18")
+    before = detections(model)
+    attach(model.backbone.body, attention=attention)
+    assert len(attached(model)) == 8
+    assert_equal(before, detections(model))
+
+
+@pytest.mark.parametrize("make", [faster_rcnn, retinanet])
+@pytest.mark.parametrize("name", ["resnet18+cbam", "timm:resnet18"])
+def test_a_classifiers_checkpoint_goes_into_the_backbone(make, name, tmp_path):
+    trained = build(name, num_classes=5)
+    torch.save(trained.state_dict(), tmp_path / "weights.pt")
+    network = build(name, num_classes=5)
+    load_weights(network, tmp_path / "weights.pt")
+    body = make(network, 3).backbone.body
+    body = body.network if isinstance(body, TimmMaps) else body
+    kept, given = body.state_dict(), trained.state_dict()
+    assert {key for key in given if key not in kept} == {"fc.weight", "fc.bias"}
+    assert all(torch.equal(value, given[key]) for key, value in kept.items())
+
+
+def test_any_timm_network_with_maps_is_a_backbone():
+    for name in ("timm:test_convnext", "timm:test_efficientnet"):
+        model = small(f"fasterrcnn:{name}")
+        losses = model.train()(pictures(), targets())
+        assert all(loss.isfinite() for loss in losses.values())
+
+
+def test_the_maps_of_a_pyramid_halve_from_a_quarter_of_the_picture():
+    body = faster_rcnn(build("resnet18"), 3).backbone
+    shapes = [tuple(m.shape[1:]) for m in body(torch.rand(1, 3, 64, 64)).values()]
+    assert shapes == [(256, 16, 16), (256, 8, 8), (256, 4, 4), (256, 2, 2), (256, 1, 1)]
+    body = retinanet(build("resnet18"), 3).backbone
+    assert [m.shape[-1] for m in body(torch.rand(1, 3, 128, 128)).values()] == [16, 8, 4, 2, 1]
+
+
+def test_faster_rcnn_is_torchvisions():
+    from torchvision.models.detection import fasterrcnn_resnet50_fpn, retinanet_resnet50_fpn
+
+    with torch.device("meta"):
+        for make, ours in ((fasterrcnn_resnet50_fpn, "fasterrcnn"), (retinanet_resnet50_fpn, "retinanet")):
+            theirs = make(weights=None, weights_backbone=None, num_classes=21)
+            shapes = {key: value.shape for key, value in theirs.state_dict().items()}
+            model = detector(f"{ours}:resnet50", num_classes=20)
+            assert {key: value.shape for key, value in model.state_dict().items()} == shapes
+
+
+def test_stairnets_attention_is_right_before_every_classifier():
+    model = small("stairnet300:mobilenet_v1+cbam")
+    assert list(attached(model)) == [f"backbone.smooth.{i}" for i in range(6)]
+    seen = {}
+    for i, part in enumerate(attached(model).values()):
+        part.register_forward_hook(lambda _m, _i, out, i=i: seen.setdefault(f"out{i}", out))
+    head = model.head.classification_head.module_list
+    for i, classifier in enumerate(head):
+        classifier.register_forward_pre_hook(lambda _m, given, i=i: seen.setdefault(f"in{i}", given[0]))
+    detections(model)
+    assert all(torch.equal(seen[f"out{i}"], seen[f"in{i}"]) for i in range(6))
+
+
+@pytest.mark.parametrize("backbone", ["vgg16", "mobilenet_v1"])
+def test_the_stairs_maps_have_the_sides_and_the_width_they_state(backbone):
+    from cbam.models.ssd import Stairs, _maps
+
+    maps = _maps(backbone)
+    with torch.device("meta"):
+        stairs = Stairs(maps).to("meta")
+    shapes = [tuple(m.shape) for m in stairs(torch.zeros(1, 3, 300, 300, device="meta")).values()]
+    assert shapes == [(1, maps.width, side, side) for side in maps.sides]
+
+
+def test_what_the_last_map_knows_reaches_the_first():
+    stairs = small("stairnet300:mobilenet_v1").backbone
+    picture = torch.rand(1, 3, 300, 300)
+    (before,) = (m for name, m in stairs(picture).items() if name == "0")
+    with torch.no_grad():
+        stairs.lateral[5].bias += 1
+    assert not torch.equal(stairs(picture)["0"], before)
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("fasterrcnn", "expected DETECTOR:NETWORK"),
+        ("yolo:resnet18", f"one of {', '.join(DETECTORS)}"),
+        ("ssd300:resnet18", "ssd300 is built over vgg16 or mobilenet_v1, got 'resnet18'"),
+        ("stairnet300:vgg16+no", "unknown attention 'no'"),
+        ("ssd300:vgg16+cbam", "ssd300 has no place of its own"),
+        ("fasterrcnn:mobilenet_v1", "MobileNetV1 gives no feature maps"),
+        ("fasterrcnn:resnet18+no", "unknown attention 'no'"),
+    ],
+)
+def test_what_there_is_not_is_refused(name, told):
+    with torch.device("meta"), pytest.raises(ConfigError, match=told):
+        detector(name, num_classes=3)
+
+
+@pytest.mark.parametrize("count", [0, -1, 2.0, True])
+def test_the_number_of_classes_is_checked(count):
+    with pytest.raises(InputError, match="num_classes must be a positive int"):
+        detector("ssd300:vgg16", num_classes=count)
