@@ -10,7 +10,7 @@ NATIVE := $(VENV)/.native
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo readme cards evidence matrix bench test test-all test-sanitized check format clean again
+.PHONY: help demo readme cards evidence matrix bench test test-all test-web test-sanitized check format clean again
 
 help: ## this list
 	@echo "make TARGET [PYTHON=python3.12]; the first one sets up .venv, which needs Python 3.11 or newer and pip"
@@ -42,6 +42,14 @@ test: $(NATIVE) ## the tests, with a sample of the large matrices (at most 8 min
 
 test-all: $(NATIVE) ## every test
 	$(PYTEST)
+
+# Gradio, which holds Pillow back and takes 300 MB, is put beside .venv and not into it.
+test-web: $(READY) ## the tests of `cbam serve` in a real browser (sets up .venv-web; needs chromium)
+	$(BIN)/python -m venv .venv-web
+	$(BIN)/python -c "import sysconfig; print('import site; site.addsitedir(%r)' % sysconfig.get_path('purelib'))" \
+		> "$$(.venv-web/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/outer.pth"
+	.venv-web/bin/python -m pip install --quiet "gradio>=6.31" "scikit-image>=0.25" "playwright>=1.50"
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 .venv-web/bin/python -m pytest tests/app/test_serve.py
 
 test-sanitized: $(READY) ## the CPU kernels under the address and undefined-behaviour sanitizers
 	$(BIN)/python -m pytest tests/native/test_sanitized.py -m large -rs

@@ -27,7 +27,7 @@ OPENING = """\
 
 `cbam study` trains the rows of the paper's tables, and of four more, and computes the tables from one record
 per run. This page says what they show so far, where attention does not help, and what it would take to
-settle what is open. `make evidence` writes it from the records in `results/`; no number here is typed.
+settle what is open. `make evidence` writes it from the records in `results/`; no measured number is typed.
 """
 
 DIGITS_ARE_NOT = """\
@@ -78,6 +78,8 @@ CHOICES = """\
   of that plan were made; the plain network ended at {error:.0f} % error, far from trained, and epochs and
   batch were changed, once, to {epochs} and {batch}. That was decided on validation errors, those of rows with
   attention among them. The records of the first plan are kept, as a table of their own.
+- On the digits, ten rows of peers were run first; they were picked by the time that they take, before any of
+  them had a result. The start study was run there because the harm in the other tables was seen.
 - No other setting was changed after a result. The last epoch of every run counts, not the best.
 - Imagenette and ImageNet: none, no run has been made there.
 """

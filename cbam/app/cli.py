@@ -28,6 +28,8 @@ COMMANDS = {
     "study": "study",
     "list": "networks",
     "sites": "sites",
+    "look": "look",
+    "serve": "serve",
     "bench": "bench",
     "data": "data",
 }

@@ -128,7 +128,7 @@ def decode_bytes(data: bytes, where: str) -> Tensor:
         raise DataError(f"{where}: damaged or unsupported picture ({reason})") from error
 
 
-def header_of(path: str | os.PathLike) -> Header | None:
+def header_of(path: str | os.PathLike | io.BytesIO) -> Header | None:
     """What the header says; None where it cannot be read."""
     try:
         from PIL import Image

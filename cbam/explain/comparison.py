@@ -1,6 +1,7 @@
 """A plain and a refined network on the same images: everything that one row of the figure shows."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -61,8 +62,7 @@ def compare_rows(
             refined_probability=float(refined_probability[i]),
             box=None if boxes is None or boxes[i].isnan().any() else tuple(boxes[i].tolist()),
             block=name,
-            gain=1.0 if refinement is None else refinement.gain,
-            **{key: value[i] for key, value in features.items()},
+            **(features[i] if features else {}),
         )
         for i in range(len(images))
     ]
@@ -78,19 +78,27 @@ def _choose(recording: dict[str, Refinement], block: str | None) -> tuple[str, R
     return block, recording[block]
 
 
-def _features(refinement: Refinement | None) -> dict[str, Tensor]:
-    """Channel means of the feature map before and after each gate, and the spatial gate, each (N, h, w)."""
+def _features(refinement: Refinement | None) -> list[dict[str, Any]]:
+    """Per sample: channel means of the map before and after each gate, and the spatial gate, each (h, w)."""
     if refinement is None:
-        return {}
-    maps = {"before": refinement.before}
-    if refinement.channel_gate is not None:
-        maps["after_what"] = refinement.after_what
-    if refinement.spatial_gate is not None:
-        maps["after_where"] = refinement.after_where
-    features = {key: value.float().abs().mean(1).cpu() for key, value in maps.items()}
-    if refinement.spatial_gate is not None:
-        features["spatial_gate"] = refinement.spatial_gate[:, 0].float().cpu()
-    return features
+        return []
+    before = _strength(refinement.before)
+    after = [(step.kind, _strength(step.after)) for step in refinement.steps]
+    gate = refinement.spatial_gate
+    return [
+        {
+            "before": before[i],
+            "after": tuple((kind, value[i]) for kind, value in after),
+            "spatial_gate": None if gate is None else gate[i, 0].float().cpu(),
+            "middle": next((step.middle for step in refinement.steps if step.kind != "what"), 1.0),
+        }
+        for i in range(len(before))
+    ]
+
+
+def _strength(features: Tensor) -> Tensor:
+    """(N, C, h, w) -> (N, h, w)."""
+    return features.float().abs().mean(1).cpu()
 
 
 def _probability(model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:

@@ -13,11 +13,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cbam.errors import ConfigError, InputError, MissingExtraError, NonFiniteError
-from cbam.explain.watching import check_images, eval_mode, logits_of, refuse_unwatchable
+from cbam.explain.watching import check_images, eval_mode, is_detection, logits_of, refuse_unwatchable
 
-METHODS = ("gradcam", "gradcam++", "layercam", "scorecam")
+METHODS = {  # name -> what it is called in words
+    "gradcam": "Grad-CAM",
+    "gradcam++": "Grad-CAM++",
+    "layercam": "LayerCAM",
+    "scorecam": "Score-CAM",
+}
 
 _log = logging.getLogger("cbam")
+
+_TRUNKS = ("backbone.body.", "backbone.features.", "backbone.")  # of torchvision's detectors
 
 # They change the size of a map and not what it says, so they are no place to look at.
 _POOLS = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.AvgPool2d, nn.MaxPool2d)
@@ -38,11 +45,13 @@ def gradcam(
     says nothing about where: it comes back as zeros.
 
     Args:
-        model: gives class scores (N, K).
+        model: a classifier, which gives class scores (N, K); or a detector as torchvision's are, where a
+            class has the sum of the scores of its boxes.
         images: normalised, float (N, C, H, W).
         target: a class for all images, one per image, or None for the predicted one.
         layer: a module or its name. By default the outermost module that finishes last with an output of more
             than one pixel, pooling aside: `layer4` of a ResNet, so the last block's output after its add.
+            Of a detector it is the last of its `backbone.body`, `backbone.features` or `backbone`.
         method: "gradcam" (arXiv 1610.02391), "gradcam++" (1710.11063), "layercam" (IEEE TIP 2021) or
             "scorecam" (1910.01279: one forward pass per channel of the layer).
 
@@ -80,7 +89,9 @@ def last_map(model: nn.Module, images: Tensor) -> str:
             if name:
                 hook = module.register_forward_hook(lambda m, _, out, name=name: note(name, m, out))
                 undo.callback(hook.remove)
-        model(images)
+        output = model(images)
+    if is_detection(output):
+        names = next(filter(None, ([n for n in names if n.startswith(part)] for part in _TRUNKS)), [])
     if not names:
         raise InputError("no layer of the model has an output of more than one pixel; larger images may help")
     return names[-1]
@@ -127,7 +138,12 @@ def _raw_maps(model, images: Tensor, target, name: str, extractor_type) -> Tenso
         undo.callback(layer.register_forward_hook(_start_graph(name), prepend=True).remove)
         extractor = undo.enter_context(extractor_type(model, name))
         undo.callback(layer.register_forward_hook(_hand_on).remove)
-        scores = logits_of(model(images))
+        output = model(images)
+        if is_detection(output) and not _takes_detectors(extractor):
+            raise ConfigError("scorecam asks a classifier for its scores; take another method for a detector")
+        scores = logits_of(output)
+        if is_detection(output) and not scores.requires_grad:
+            raise InputError("the detector finds nothing in these images, so there is no evidence to show")
         if extractor.hook_a[0] is None:
             raise InputError(f"layer {name!r} takes no part in the forward pass; choose another")
         classes = _classes(target, scores)
@@ -140,6 +156,12 @@ def _raw_maps(model, images: Tensor, target, name: str, extractor_type) -> Tenso
         # torchcam's sum leaves NaN out, so the operands are looked at.
         _refuse_nonfinite(scores, *extractor.hook_a, *(g for g in extractor.hook_g if g is not None), maps)
     return maps.detach()
+
+
+def _takes_detectors(extractor) -> bool:
+    from torchcam.methods import ScoreCAM
+
+    return not isinstance(extractor, ScoreCAM)
 
 
 def _start_graph(name: str):

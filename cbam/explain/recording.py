@@ -10,23 +10,64 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from cbam.explain.watching import refuse_unwatchable
-from cbam.nn import CBAM, ChannelAttention, SpatialAttention
+from cbam.nn import CBAM, ECA, GAM, ChannelAttention, GlobalContext, SelectiveKernel, SpatialAttention
+from cbam.nn.gate import Gate
+from cbam.ops import rescale
 from cbam.surgery import attached
+
+# Found by hand-written networks too; what is attached is found whatever it is.
+_OURS = (Gate, CBAM, GAM, GlobalContext, SelectiveKernel)
+_ONE_SIGMOID = (ChannelAttention, SpatialAttention, ECA)
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """One gate of a block, and the feature map after it.
+
+    Attributes:
+        kind: "what" (a gate per channel), "where" (per pixel) or "both".
+        gate: (N, C, 1, 1), (N, 1, H, W) or (N, C, H, W): what the map is multiplied by.
+        after: (N, C, H, W).
+        middle: the gate's value where it has nothing to say; for CBAM half the gain, so 1 after an identity
+            start and 1/2 in the paper's form.
+    """
+
+    kind: str
+    gate: Tensor
+    after: Tensor
+    middle: float = 1.0
 
 
 @dataclass(frozen=True, eq=False)
 class Refinement:
     """One block's feature map before, between and after its gates; detached copies of what the forward used.
 
-    A gate that the attention does not have is None, and the map after it is the map before it.
+    Attributes:
+        before, after: the attention's input and output, (N, C, H, W).
+        steps: its gates in the order in which they are computed: what, then where for CBAM, the other way
+            round for the reversed arrangement. Gates computed side by side from the same map come in turn all
+            the same, the map after each being the product so far. Empty where the attention has no gate.
     """
 
-    before: Tensor  # (N, C, H, W)
-    channel_gate: Tensor | None  # (N, C, 1, 1), what
-    after_what: Tensor  # (N, C, H, W)
-    spatial_gate: Tensor | None  # (N, 1, H, W), where
-    after_where: Tensor  # (N, C, H, W)
-    gain: float = 1.0  # a gate lies in (0, gain); at gain / 2 its sigmoid is in the middle
+    before: Tensor
+    steps: tuple[Step, ...]
+    after: Tensor
+
+    def step(self, kind: str) -> Step | None:
+        """The first step of this kind."""
+        return next((step for step in self.steps if step.kind == kind), None)
+
+    @property
+    def channel_gate(self) -> Tensor | None:
+        """What: (N, C, 1, 1), None where there is no such gate."""
+        return None if (step := self.step("what")) is None else step.gate
+
+    @property
+    def spatial_gate(self) -> Tensor | None:
+        """Where: (N, 1, H, W), None where there is no such gate; the mean over channels of a gate of both."""
+        if step := self.step("where"):
+            return step.gate
+        return None if (step := self.step("both")) is None else step.gate.mean(1, keepdim=True)
 
 
 @contextmanager
@@ -37,11 +78,11 @@ def record(model: nn.Module) -> Iterator[dict[str, Refinement]]:
             model(images)
         recording["layer4.1"].spatial_gate      # (N, 1, H, W)
 
-    The dict is filled by block name, in the order the blocks run; a later pass replaces an earlier one.
-    Attention of ours (`CBAM`, `ChannelAttention`, `SpatialAttention`) is found wherever it sits, attached or
-    written by hand, and named by the module that holds it. Values are those the forward computed, in train
-    mode too: nothing is computed twice. The model is left as it was, also when the body raises; recordings
-    may be nested.
+    The dict is filled by block name, in the order the blocks run; a later pass replaces an earlier one. All
+    that `cbam.attach` attached is found, and every attention of `cbam.nn` that is written into the network by
+    hand; it is named by the module that holds it. Values are those the forward computed, in train mode too:
+    nothing is computed twice. The model is left as it was, also when the body raises; recordings may be
+    nested.
 
     Raises:
         ConfigError: the model is compiled or scripted.
@@ -56,12 +97,11 @@ def record(model: nn.Module) -> Iterator[dict[str, Refinement]]:
 
 def _blocks(model: nn.Module) -> dict[str, nn.Module]:
     """Block name -> its attention: what is attached there, else an outermost module of ours."""
-    ours = (CBAM, ChannelAttention, SpatialAttention)
-    units = [part for part in attached(model).values() if any(isinstance(m, ours) for m in part.modules())]
+    units = list(attached(model).values())
     found: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
         inside = any(not outer or name.startswith(f"{outer}.") for outer in found)
-        if not inside and (isinstance(module, ours) or any(module is unit for unit in units)):
+        if not inside and (isinstance(module, _OURS) or any(module is unit for unit in units)):
             found[name] = module
     parents = [name.rpartition(".")[0] for name in found]
     alone = {parent for parent in parents if parent and parents.count(parent) == 1}
@@ -70,45 +110,47 @@ def _blocks(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
+def _gates(attention: nn.Module) -> list[Gate]:
+    """The gates of an attention, those that another one is made of left out."""
+    found: dict[str, Gate] = {}
+    for name, module in attention.named_modules():
+        inside = any(not outer or name.startswith(f"{outer}.") for outer in found)
+        if isinstance(module, Gate) and not inside:
+            found[name] = module
+    return list(found.values())
+
+
 def _watch(name: str, attention: nn.Module, recording: dict[str, Refinement], undo: ExitStack) -> None:
     """Write a `Refinement` under `name` each time `attention` has run; `undo` takes all of it back."""
-    channel = next((m for m in attention.modules() if isinstance(m, ChannelAttention)), None)
-    spatial = next((m for m in attention.modules() if isinstance(m, SpatialAttention)), None)
-    last = spatial or channel
-    seen: dict[str, Tensor] = {}
-    if channel is not None:
-        _keep_gate(channel, "what", seen, undo)
-        undo.callback(
-            channel.register_forward_hook(lambda _, args, out: seen.update(after_what=_copy(out))).remove
-        )
-    if spatial is not None:
-        _keep_gate(spatial, "where", seen, undo)
+    seen: dict[Gate, Tensor] = {}  # in the order of the calls
+    after: dict[Gate, Tensor] = {}
+    for gate in _gates(attention):
+        _keep_gate(gate, seen, undo)
+        keep_map = gate.register_forward_hook(lambda own, _, out: after.update({own: _copy(out)}))
+        undo.callback(keep_map.remove)
 
     def keep(_, args: tuple[Tensor, ...], out: Tensor) -> None:
-        before = _copy(args[0])
-        recording[name] = Refinement(
-            before=before,
-            channel_gate=seen.get("what"),
-            after_what=seen.get("after_what", before),
-            spatial_gate=seen.get("where"),
-            after_where=_copy(out),
-            gain=1.0 if last is None or last.gain is None else float(last.gain),
-        )
+        before, last = _batch(_copy(args[0])), _batch(_copy(out))
+        steps, current = [], before
+        for own, value in seen.items():
+            value, known = _batch(value), after.get(own)
+            current = rescale(current, value) if known is None else _batch(known)
+            steps.append(Step(_kind(value, before), value, current, _middle(own)))
+        recording[name] = Refinement(before, tuple(steps), last)
         seen.clear()
+        after.clear()
 
     undo.callback(attention.register_forward_hook(keep).remove)
 
 
-def _keep_gate(
-    module: ChannelAttention | SpatialAttention, key: str, seen: dict[str, Tensor], undo: ExitStack
-) -> None:
+def _keep_gate(module: Gate, seen: dict[Gate, Tensor], undo: ExitStack) -> None:
     """Copy what `module.gate` returns into `seen`; an instance attribute shadows the method until `undo`."""
     shadow = vars(module).get("gate")  # of an outer recording
     gate = module.gate
 
     def kept(x: Tensor) -> Tensor:
         value = gate(x)
-        seen[key] = _copy(value)
+        seen[module] = _copy(value)
         return value
 
     def restore() -> None:
@@ -118,6 +160,21 @@ def _keep_gate(
 
     undo.callback(restore)
     vars(module)["gate"] = kept
+
+
+def _kind(gate: Tensor, x: Tensor) -> str:
+    if gate.shape[1] == 1 < x.shape[1]:
+        return "where"
+    return "what" if gate.shape[-2:] == (1, 1) else "both"
+
+
+def _middle(gate: Gate) -> float:
+    gain = getattr(gate, "gain", None)
+    return (1.0 if gain is None else float(gain)) / 2 if isinstance(gate, _ONE_SIGMOID) else 1.0
+
+
+def _batch(x: Tensor) -> Tensor:
+    return x if x.dim() == 4 else x[None]
 
 
 def _copy(x: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -36,16 +37,40 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 def logits_of(output: object) -> Tensor:
-    """The class scores (N, K) in a model's output: the tensor itself, or its `logits`.
+    """The class scores (N, K) in a model's output: the tensor itself, its `logits`, or those of its boxes.
+
+    A detector that returns a dict of `boxes`, `labels` and `scores` per image, as torchvision's do, has for a
+    class the sum of the scores of its boxes; K is the largest label found, and one more.
 
     Raises:
         InputError: the output holds no (N, K) tensor.
     """
+    if is_detection(output):
+        return _scores_of_boxes(output)
     scores = getattr(output, "logits", output)
     if not isinstance(scores, Tensor) or scores.dim() != 2:
         got = f"shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else f"a {type(output).__name__}"
         raise InputError(f"a classifier's scores (N, classes) are needed, the model returned {got}")
     return scores
+
+
+def is_detection(output: object) -> TypeGuard[list[dict[str, Tensor]]]:
+    """Whether this is what a detector returns: boxes, labels and scores, a dict of them per image."""
+    named = {"boxes", "labels", "scores"}
+    return (
+        isinstance(output, list)
+        and bool(output)
+        and all(isinstance(d, dict) and named <= d.keys() for d in output)
+    )
+
+
+def _scores_of_boxes(found: list[dict[str, Tensor]]) -> Tensor:
+    classes = 1 + max((int(one["labels"].max()) for one in found if len(one["labels"])), default=0)
+    rows = []
+    for one in found:
+        empty = one["scores"].new_zeros(classes)
+        rows.append(empty.index_add(0, one["labels"].long(), one["scores"]))
+    return torch.stack(rows)
 
 
 def check_images(images: Tensor, model: nn.Module) -> None:

@@ -26,8 +26,8 @@ def synthetic(**changes) -> Row:
     """A row of ramps, with a feature map of 4 x 4."""
     ramp, small = torch.linspace(0, 1, 64).view(8, 8), torch.linspace(0, 2, 16).view(4, 4)
     row = Row("ant", ramp.expand(3, 8, 8), ramp, ramp.T, 0.25, 0.5)
-    features = {"before": small, "after_what": small / 2, "after_where": small, "spatial_gate": small}
-    return dataclasses.replace(row, **(features | {"block": "layer4.1", "gain": 2.0} | changes))
+    features = {"before": small, "after": (("what", small / 2), ("where", small)), "spatial_gate": small}
+    return dataclasses.replace(row, **(features | {"block": "layer4.1", "middle": 1.0} | changes))
 
 
 def svg_text(path) -> str:
@@ -58,8 +58,9 @@ def test_feature_maps_are_means_of_absolute_values(build, plain, images):
     step = recording["stage1"]
     assert row.block == "stage1"
     torch.testing.assert_close(row.before, step.before[0].abs().mean(0))
-    torch.testing.assert_close(row.after_what, step.after_what[0].abs().mean(0))
-    torch.testing.assert_close(row.after_where, step.after_where[0].abs().mean(0))
+    assert [kind for kind, _ in row.after] == ["what", "where"]
+    for (_, shown), own in zip(row.after, step.steps, strict=True):
+        torch.testing.assert_close(shown, own.after[0].abs().mean(0))
     assert torch.equal(row.spatial_gate, step.spatial_gate[0, 0])
 
 
@@ -74,16 +75,20 @@ def test_comparing_leaves_both_networks_as_they_were(build, plain, images):
 
 
 def test_the_step_of_a_gate_that_is_not_there_is_left_out(build, plain, images):
-    for attention, missing in (
-        (cbam.ChannelAttention, "after_where"),
-        (lambda _: cbam.SpatialAttention(), "after_what"),
-    ):
+    for attention, kind in ((cbam.ChannelAttention, "what"), (lambda _: cbam.SpatialAttention(), "where")):
         (row,) = compare_rows(
             plain, build(attention), images[:1], images[:1].sigmoid(), torch.tensor([0]), CLASSES
         )
-        steps = {"before", "after_what", "after_where"}
-        assert {key for key in steps if getattr(row, key) is not None} == steps - {missing}
-        assert (row.spatial_gate is None) == (missing == "after_where")
+        assert [name for name, _ in row.after] == [kind]
+        assert (row.spatial_gate is None) == (kind == "what")
+
+
+def test_the_columns_follow_the_order_of_the_block(images, tmp_path):
+    models = [cbam.build(name, num_classes=5) for name in ("resnet_tiny", "resnet_tiny+cbam-reversed")]
+    rows = compare_rows(*models, images[:1], images[:1].sigmoid(), torch.tensor([0]), CLASSES)
+    assert [kind for kind, _ in rows[0].after] == ["where", "what"]
+    words = svg_text(comparison_figure(rows, tmp_path / "look.svg"))
+    assert words.index("before") < words.index("after where") < words.index("after what")
 
 
 def test_attention_of_others_gives_rows_without_feature_maps(plain, images):
@@ -176,18 +181,25 @@ def test_columns_that_no_row_has_are_left_out(tmp_path):
     assert "spatial gate" not in words
     assert "after what" in words
     assert "with SE" in words
-    nothing = synthetic(before=None, after_what=None, after_where=None, spatial_gate=None)
+    nothing = synthetic(before=None, after=(), spatial_gate=None)
     words = svg_text(comparison_figure([nothing], tmp_path / "bare.svg"))
     assert "after" not in words
     assert "Grad-CAM" in words
 
 
-@pytest.mark.parametrize("missing", ["after_what", "after_where", "spatial_gate", "all of it"])
-def test_every_colour_bar_lies_under_the_columns_that_it_explains(missing):
+@pytest.mark.parametrize(
+    ("missing", "changes", "cells_left"),
+    [
+        ("what", {"after": (("where", torch.ones(4, 4)),)}, 6),
+        ("where", {"after": (("what", torch.ones(4, 4)),)}, 6),
+        ("spatial_gate", {"spatial_gate": None}, 6),
+        ("all of it", {"before": None, "after": (), "spatial_gate": None}, 3),
+    ],
+)
+def test_every_colour_bar_lies_under_the_columns_that_it_explains(missing, changes, cells_left):
     from cbam.explain.figure import _draw
 
-    keys = ("before", "after_what", "after_where", "spatial_gate") if missing == "all of it" else (missing,)
-    figure = _draw([synthetic(**dict.fromkeys(keys))], "CBAM")
+    figure = _draw([synthetic(**changes)], "CBAM")
     figure.canvas.draw()
     cells = [ax.get_window_extent() for ax in figure.axes if ax.images]
     bars = {
@@ -195,7 +207,7 @@ def test_every_colour_bar_lies_under_the_columns_that_it_explains(missing):
         for ax in figure.axes
         if ax.get_xlabel().startswith(("evidence", "mean over", "factor"))
     }
-    assert len(cells) == 7 - len(keys)
+    assert len(cells) == cells_left
     assert len(bars) == {"spatial_gate": 2, "all of it": 1}.get(missing, 3)
     groups = {"evidence for the true class": cells[1:3]}
     if missing != "all of it":
@@ -213,7 +225,7 @@ def test_every_word_lies_inside_the_page_and_apart_from_the_others(rows):
     from cbam.explain.figure import _draw
 
     long = dataclasses.replace(
-        rows[0], label="a class name that is far too long for any margin of a page", gain=2.0
+        rows[0], label="a class name that is far too long for any margin of a page", middle=1.0
     )
     figure = _draw([long, *rows[1:], synthetic(label="")], "attention with a name that is too long")
     figure.canvas.draw()
@@ -239,7 +251,7 @@ def test_the_gates_share_one_scale_around_the_gate_that_changes_nothing():
     assert middle == 1
     assert reach == pytest.approx(0.2)
     assert _gate_scale([synthetic(spatial_gate=torch.ones(2, 2))]) == (1, 0.01)
-    assert _gate_scale([synthetic(spatial_gate=torch.full((2, 2), 0.4), gain=1.0)]) == pytest.approx(
+    assert _gate_scale([synthetic(spatial_gate=torch.full((2, 2), 0.4), middle=0.5)]) == pytest.approx(
         (0.5, 0.1)
     )
 
@@ -316,10 +328,10 @@ def test_an_attached_network_is_compared_with_the_one_it_came_from(tmp_path, ima
     pictures = torch.rand(2, 3, 64, 64)
     rows = compare_rows(plain, refined, pictures - 0.5, pictures, torch.tensor([0, 1]), CLASSES)
     assert rows[0].block == "layer4.1"
-    assert rows[0].gain == 2
+    assert rows[0].middle == 1
     for row in rows:
         assert torch.equal(row.spatial_gate, torch.ones(2, 2))
-        assert torch.equal(row.before, row.after_where)
+        assert torch.equal(row.before, dict(row.after)["where"])
         assert row.plain_probability == row.refined_probability
         torch.testing.assert_close(row.plain_map, row.refined_map)
     comparison_figure(rows, tmp_path / "look.png")

@@ -353,3 +353,73 @@ def test_explain_imports_neither_torchcam_nor_matplotlib():
     code = f"import sys, cbam.explain; assert not {extras} & set(sys.modules)"
     root = Path(cbam.__file__).parents[1]
     subprocess.run([sys.executable, "-c", code], cwd=root, check=True)
+
+
+class Detector(nn.Module):
+    """Boxes around the quarters of an image, each as probable as it is bright; labels 1 to 4."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU())
+        self.head = nn.AdaptiveAvgPool2d(2)
+        self.later = nn.Conv2d(4, 4, 1)  # a map behind the backbone, as of a region
+
+    def forward(self, x):
+        features = self.backbone(x)
+        quarters = self.head(features).mean(1).flatten(1).sigmoid()
+        self.later(features)
+        return [
+            {"boxes": x.new_zeros(4, 4), "labels": torch.tensor([1, 2, 3, 4]), "scores": quarters[i]}
+            for i in range(len(x))
+        ]
+
+
+def test_a_detector_is_explained_by_the_scores_of_its_boxes():
+    images = torch.randn(2, 3, 16, 16)
+    model = Detector().eval()
+    assert last_map(model, images[:1]) == "backbone.1"
+    features = model.backbone(images).detach().requires_grad_()
+    scores = model.head(features).mean(1).flatten(1).sigmoid()
+    (gradient,) = torch.autograd.grad(scores[:, 2].sum(), features)
+    expected = (gradient.mean((2, 3), keepdim=True) * features).sum(1).relu()
+    torch.testing.assert_close(gradcam(model, images, target=3), scaled(expected.detach(), images.shape[-2:]))
+
+
+def test_two_boxes_of_one_class_add_up():
+    from cbam.explain.watching import logits_of
+
+    one = {
+        "boxes": torch.zeros(3, 4),
+        "labels": torch.tensor([2, 1, 2]),
+        "scores": torch.tensor([0.5, 0.25, 0.125]),
+    }
+    none = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.long), "scores": torch.zeros(0)}
+    assert logits_of([one, none]).tolist() == [[0, 0.25, 0.625], [0, 0, 0]]
+
+
+def test_a_detector_that_finds_nothing_and_scorecam_of_one_are_refused(monkeypatch):
+    model, images = Detector().eval(), torch.randn(1, 3, 16, 16)
+    with pytest.raises(ConfigError, match="take another method for a detector"):
+        gradcam(model, images, target=1, method="scorecam")
+    empty = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.long), "scores": torch.zeros(0)}
+    forward = model.forward
+    monkeypatch.setattr(model, "forward", lambda x: [empty for _ in forward(x)])
+    with pytest.raises(InputError, match="finds nothing"):
+        gradcam(model, images)
+
+
+@pytest.mark.parametrize("name", ["fasterrcnn_mobilenet_v3_large_320_fpn", "ssdlite320_mobilenet_v3_large"])
+def test_detectors_of_torchvision_are_explained(name):
+    detection = pytest.importorskip("torchvision.models.detection")
+    model = detection.__dict__[name](weights=None, weights_backbone=None, num_classes=3).eval()
+    images = torch.rand(1, 3, 96, 96)
+    with torch.no_grad():
+        (found,) = model(images)
+    if len(found["labels"]) == 0:
+        model.roi_heads.score_thresh = 0.0
+        with torch.no_grad():
+            (found,) = model(images)
+    assert last_map(model, images).startswith("backbone.")
+    heat = gradcam(model, images, int(found["labels"][0]))
+    assert heat.shape == (1, 96, 96)
+    assert heat.isfinite().all()

@@ -23,10 +23,13 @@ def test_a_recording_names_every_block_and_holds_its_feature_map_and_gates(build
         model(images)
     assert list(recording) == BLOCKS
     step = recording["stage2.1"]
-    assert step.before.shape == step.after_what.shape == step.after_where.shape == (4, 16, 8, 6)
+    assert [own.kind for own in step.steps] == ["what", "where"]
+    assert all(
+        own.after.shape == step.before.shape == step.after.shape == (4, 16, 8, 6) for own in step.steps
+    )
     assert step.channel_gate.shape == (4, 16, 1, 1)
     assert step.spatial_gate.shape == (4, 1, 8, 6)
-    assert not any(value.requires_grad for value in (step.before, step.channel_gate, step.after_where))
+    assert not any(value.requires_grad for value in (step.before, step.channel_gate, step.after))
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -35,8 +38,10 @@ def test_the_steps_are_exactly_what_the_forward_computed(build, images, training
     with record(model) as recording:
         model(images)
     for step in recording.values():
-        assert torch.equal(step.after_what, step.before * step.channel_gate)
-        assert torch.equal(step.after_where, step.after_what * step.spatial_gate)
+        what, where = step.steps
+        assert torch.equal(what.after, step.before * step.channel_gate)
+        assert torch.equal(where.after, what.after * step.spatial_gate)
+        assert torch.equal(step.after, where.after)
         assert step.spatial_gate.std() > 0
 
 
@@ -109,8 +114,8 @@ def test_channel_only_attention_has_no_spatial_gate(build, images):
     assert list(recording) == BLOCKS
     step = recording["stage1"]
     assert step.spatial_gate is None
-    assert torch.equal(step.after_where, step.before * step.channel_gate)
-    assert torch.equal(step.after_where, step.after_what)
+    assert [own.kind for own in step.steps] == ["what"]
+    assert torch.equal(step.after, step.before * step.channel_gate)
 
 
 def test_spatial_only_attention_has_no_channel_gate(build, images):
@@ -119,8 +124,8 @@ def test_spatial_only_attention_has_no_channel_gate(build, images):
         model(images)
     step = recording["stage1"]
     assert step.channel_gate is None
-    assert torch.equal(step.after_what, step.before)
-    assert torch.equal(step.after_where, step.before * step.spatial_gate)
+    assert [own.kind for own in step.steps] == ["where"]
+    assert torch.equal(step.after, step.before * step.spatial_gate)
 
 
 def test_a_module_on_its_own_is_recorded_too():
@@ -137,11 +142,11 @@ def test_attentions_that_share_a_parent_keep_their_full_names():
     assert list(recording) == ["0", "1.0", "1.1"]
 
 
-def test_the_gain_of_an_identity_start_is_kept(build, images):
+def test_the_middle_of_the_gates_is_1_after_an_identity_start(build, images):
     model = build(lambda channels: cbam.CBAM(channels).identity_())
     with record(model) as recording:
         model(images)
-    assert recording["stage1"].gain == 2
+    assert [own.middle for own in recording["stage1"].steps] == [1, 1]
 
 
 def test_a_recording_in_inference_mode_equals_one_outside(build, images):
@@ -150,7 +155,7 @@ def test_a_recording_in_inference_mode_equals_one_outside(build, images):
         model(images)
     with torch.inference_mode(), record(model) as recording:
         model(images)
-    assert torch.equal(recording["stage2.1"].after_where, expected["stage2.1"].after_where)
+    assert torch.equal(recording["stage2.1"].after, expected["stage2.1"].after)
 
 
 def test_a_network_without_attention_gives_an_empty_recording(plain, images):
@@ -179,7 +184,7 @@ def test_attached_blocks_are_named_as_attach_names_them(images):
         model(images)
     assert list(recording) == list(cbam.surgery.attached(model))
     assert torch.equal(recording["layer1.0"].spatial_gate, torch.ones(4, 1, 8, 6))
-    assert recording["layer1.0"].gain == 2
+    assert [own.middle for own in recording["layer1.0"].steps] == [1, 1]
     assert state(model) == before
 
 
@@ -194,4 +199,42 @@ def test_the_reversed_order_is_recorded_under_its_block(images):
         model(images)
     step = recording["layer2.1"]
     assert list(recording) == list(cbam.surgery.attached(model))
-    assert torch.equal(step.after_where, step.before * step.spatial_gate * step.channel_gate)
+    assert [own.kind for own in step.steps] == ["where", "what"]
+    assert torch.equal(step.steps[0].after, step.before * step.spatial_gate)
+    assert torch.equal(step.after, step.before * step.spatial_gate * step.channel_gate)
+
+
+def test_gates_side_by_side_come_in_turn_and_their_product_is_the_output(images):
+    pytest.importorskip("torchvision")
+    model = cbam.build("resnet18+cbam-parallel").eval()
+    with record(model) as recording:
+        model(images)
+    step = recording["layer2.1"]
+    assert [own.kind for own in step.steps] == ["what", "where"]
+    assert torch.equal(step.steps[0].after, step.before * step.channel_gate)
+    assert torch.equal(step.steps[1].after, step.after)
+
+
+NO_GATE = {"gc", "sk"}
+
+
+def check_recorded(model, images, blocks, name):
+    before, expected = state(model), model(images)
+    with record(model) as recording:
+        assert torch.equal(model(images), expected)
+    assert state(model) == before
+    assert list(recording) == blocks
+    for step in recording.values():
+        assert step.before.shape == step.after.shape
+        assert (step.steps == ()) == (name in NO_GATE)
+        assert all(own.after.shape == step.before.shape for own in step.steps)
+        if step.steps:
+            assert torch.equal(step.steps[-1].after, step.after)
+
+
+@pytest.mark.parametrize("name", sorted(cbam.nn.ATTENTION))
+def test_every_attention_of_ours_is_recorded_written_by_hand_or_attached(build, images, name):
+    check_recorded(build(cbam.nn.ATTENTION[name]), images, BLOCKS, name)
+    pytest.importorskip("torchvision")
+    model = cbam.build(f"resnet_tiny+{name}").eval()
+    check_recorded(model, images, list(cbam.surgery.attached(model)), name)

@@ -22,7 +22,7 @@ RECORDS = sorted(RESULTS.glob("*/*.json"))
 def test_there_are_records_of_the_studies_alone():
     assert RECORDS
     assert {path.parent.name for path in RECORDS} <= set(STUDIES)
-    assert {path.suffix for path in RESULTS.glob("*/*")} <= {".json", ".md", ".svg"}
+    assert {path.suffix for path in RESULTS.glob("*/*") if path.is_file()} <= {".json", ".md", ".svg"}
 
 
 def test_every_record_is_finished_of_a_known_commit_and_named_by_its_settings():

@@ -1,0 +1,124 @@
+"""`cbam look`."""
+
+import argparse
+from pathlib import Path
+
+from cbam.app.options import Parser, count, need, terminable
+from cbam.app.terminal import progress, show
+from cbam.errors import ConfigError, DataError
+
+HELP = "show what networks look at in your pictures, with and without attention"
+OUT = "cbam-look"
+METHODS = ("gradcam", "gradcam++", "layercam", "scorecam")
+EXTRAS = {"explain": ("torchvision", "timm", "PIL", "safetensors", "torchcam", "matplotlib")}
+
+
+def add(parser: Parser) -> None:
+    """The options."""
+    parser.epilog = (
+        "Without --weights or --compare it looks with EfficientNet-Lite0, plain and with CBAM; their weights "
+        "are installed with cbam[explain], nothing is downloaded."
+    )
+    parser.add_argument(
+        "images", nargs="*", metavar="IMAGE", help="pictures, or folders of them (a contact sheet)"
+    )
+    add_networks(parser)
+    parser.add_argument(
+        "--target", metavar="CLASS", help="show the evidence for this class, by name or number"
+    )
+    parser.add_argument("--method", default="gradcam", choices=METHODS, help="(default: gradcam)")
+    parser.add_argument("--layer", metavar="NAME", help="layer of the maps (default: the last feature map)")
+    parser.add_argument(
+        "--score", metavar="DATA",
+        help="measure how well maps find objects: a folder of VOC XML, a COCO .json, a .csv, or digits",
+    )  # fmt: skip
+    parser.add_argument(
+        "--gates", metavar="DATA",
+        help="sum up what the gates do over pictures: a folder of them, or of a folder per class, or digits",
+    )  # fmt: skip
+    parser.add_argument("--label", metavar="NAME", help="with --score: the boxes of this label alone")
+    parser.add_argument(
+        "--limit", type=count, metavar="N", help="with --score and --gates: so many pictures, evenly spaced"
+    )
+    parser.add_argument("--out", default=OUT, metavar="DIR", help=f"folder of the figures (default: {OUT})")
+
+
+def add_networks(parser: Parser) -> None:
+    """The options that say which networks."""
+    parser.add_argument(
+        "--model", metavar="NAME", help="network, see `cbam list`; a checkpoint knows its own"
+    )
+    parser.add_argument(
+        "--weights", metavar="FILE", help="weights of --model, or a checkpoint of `cbam train`"
+    )
+    parser.add_argument(
+        "--compare", nargs="+", default=[], metavar="NAME=FILE",
+        help="networks side by side: plain=FILE cbam=FILE",
+    )  # fmt: skip
+    parser.add_argument("--classes", metavar="FILE", help="class names, one per line (default: ImageNet's)")
+    parser.add_argument("--size", type=count, metavar="PIXELS", help="side of what the networks see")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Look, and say what was written."""
+    measured = options.score or options.gates
+    if not options.images and not measured:
+        raise ConfigError("cbam look needs pictures: cbam look photo.jpg")
+    if (options.label and not options.score) or (options.limit and not measured):
+        raise ConfigError("--label goes with --score, --limit with --score and --gates")
+    need("cbam look", EXTRAS)
+    from cbam.app.networks import viewer
+
+    for path in map(Path, options.images):
+        if not path.exists():
+            raise DataError(f"{path}: no such file or folder")
+    with terminable():
+        eyes = viewer(
+            options.model, options.weights, options.compare, options.classes, options.size,
+            digits="digits" in (options.score, options.gates),
+        )  # fmt: skip
+        for line in eyes.about:
+            show(line)
+        unreadable = _look(options, eyes) if options.images else ""
+        if options.score:
+            _score(options, eyes)
+        if options.gates:
+            _gates(options, eyes)
+    if unreadable:
+        raise DataError(unreadable)
+    return 0
+
+
+def _look(options: argparse.Namespace, eyes) -> str:
+    """Draw; what to say of pictures that could not be read."""
+    from cbam.app.look import Wanted, look_at
+
+    paths, out = [Path(path) for path in options.images], Path(options.out)
+    told = look_at(eyes, Wanted(paths, out, options.target, options.method, options.layer), show)
+    show("")
+    for path in told.figures:
+        show(str(path))
+    count = len(told.unreadable)
+    return f"{count} of {told.looked + count} pictures were left out" if count else ""
+
+
+def _score(options: argparse.Namespace, eyes) -> None:
+    from cbam.app.score import markdown, score, write
+
+    with progress() as watch:
+        results = score(
+            eyes, options.score, watch, method=options.method, limit=options.limit, label=options.label
+        )
+    show("")
+    show(markdown(results))
+    for path in write(results, Path(options.out)):
+        show(str(path))
+
+
+def _gates(options: argparse.Namespace, eyes) -> None:
+    from cbam.app.gates import gates
+
+    with progress() as watch:
+        written = gates(eyes, options.gates, Path(options.out), watch, limit=options.limit)
+    for path in written:
+        show(str(path))

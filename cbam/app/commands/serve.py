@@ -1,0 +1,30 @@
+"""`cbam serve`."""
+
+import argparse
+
+from cbam.app.commands.look import EXTRAS, add_networks
+from cbam.app.options import Parser, count, need, terminable
+from cbam.app.terminal import show
+
+HELP = "a web page on this machine: drop a picture, see what networks look at in it"
+
+
+def add(parser: Parser) -> None:
+    """The options."""
+    add_networks(parser)
+    parser.add_argument(
+        "--host", default="127.0.0.1", metavar="NAME", help="(default: 127.0.0.1, this machine alone)"
+    )
+    parser.add_argument("--port", type=count, default=7860, metavar="N", help="(default: 7860)")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Serve until interrupted."""
+    need("cbam serve", {**EXTRAS, "demo": ("gradio",)})
+    from cbam.app.networks import viewer
+    from cbam.app.serve import serve
+
+    with terminable():
+        eyes = viewer(options.model, options.weights, options.compare, options.classes, options.size)
+        serve(eyes, host=options.host, port=options.port, say=show)
+    return 0

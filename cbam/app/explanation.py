@@ -1,0 +1,262 @@
+"""What the page of `cbam serve` shows: one picture explained, as HTML that holds its images in itself.
+
+No file is written: images are data in the page, and pictures stay in memory, the oldest go first.
+"""
+
+import base64
+import html
+import io
+import logging
+import threading
+import uuid
+from collections import OrderedDict
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cbam.data import decode
+from cbam.data.decode import header_of
+from cbam.errors import CBAMError, DataError, InputError
+from cbam.explain import page as paper
+from cbam.explain.looking import Glance, Look, Viewer, look_at_view, stages
+from cbam.explain.maps import METHODS
+from cbam.explain.recording import Refinement
+from cbam.explain.sheet import draw
+from cbam.explain.stages import Channel, over_picture, top_channels, where_scale
+
+MAX_BYTES = 10_000_000
+MAX_PIXELS = 25_000_000
+KEPT = 64  # pictures, and what was found in them
+
+_log = logging.getLogger("cbam")
+
+
+class GoneError(InputError):
+    """A picture that is no longer kept."""
+
+
+@dataclass(frozen=True)
+class Shown:
+    """How a picture is shown.
+
+    Attributes:
+        target: class, None for what the first network says.
+        method: a key of `maps.METHODS`.
+        stage: block whose gates are shown, None for the last.
+        threshold: of the map, 0 to 1: what is below stays grey.
+        opacity: of the colours, 0 to 1.
+    """
+
+    target: int | None = None
+    method: str = "gradcam"
+    stage: str | None = None
+    threshold: float = 0.0
+    opacity: float = 0.6
+
+
+class Explainer:
+    """Explains pictures with the networks of a `Viewer`, one at a time; safe to call from many threads."""
+
+    def __init__(self, viewer: Viewer) -> None:
+        self.viewer = viewer
+        self._models = threading.Lock()  # Grad-CAM hooks into the networks
+        self._store = threading.Lock()
+        self._pictures: OrderedDict[str, tuple[str, Tensor]] = OrderedDict()
+        self._looks: OrderedDict[tuple, Look] = OrderedDict()
+
+    def take(self, data: bytes, name: str) -> str:
+        """Keep a picture, given as the bytes of a file; returns the key by which it is asked for.
+
+        Raises:
+            DataError: too large, not a picture, an animation, or damaged.
+        """
+        if len(data) > MAX_BYTES:
+            raise DataError(f"the file has {len(data) / 1e6:.1f} MB; at most {MAX_BYTES // 10**6} are taken")
+        header = header_of(io.BytesIO(data))
+        if header is not None and header.height * header.width > MAX_PIXELS:
+            millions = header.height * header.width / 1e6
+            most = MAX_PIXELS // 10**6
+            raise DataError(f"the picture has {millions:.0f} megapixels; at most {most} are taken")
+        if header is not None and header.animated:
+            raise DataError("the picture is an animation; give a still one")
+        try:
+            picture = self.viewer.view(decode(data))
+        except DataError as error:
+            raise DataError(str(error).removeprefix("the given bytes: ")) from error
+        key = uuid.uuid4().hex
+        with self._store:
+            _put(self._pictures, key, (name, picture))
+        return key
+
+    def look(self, key: str, shown: Shown) -> Look:
+        """The picture as the networks see it.
+
+        Raises:
+            GoneError: it is not kept any more. InputError, ConfigError: `shown` does not fit.
+        """
+        what = (key, shown.target, shown.method)
+        with self._store:
+            if key not in self._pictures:
+                raise GoneError("the picture is no longer here: please give it again")
+            name, picture = self._pictures[key]
+            self._pictures.move_to_end(key)
+            found = self._looks.get(what)
+        if found is None:
+            with self._models:
+                found = look_at_view(self.viewer, picture, name, target=shown.target, method=shown.method)
+            with self._store:
+                _put(self._looks, what, found)
+        return found
+
+    def page(self, key: str, shown: Shown) -> str:
+        """The explanation as HTML."""
+        return explained(self.look(key, shown), shown)
+
+    def figure(self, key: str, shown: Shown) -> bytes:
+        """The paper's figure of the picture, a PNG."""
+        return paper.rendered(draw([self.look(key, shown)]), "png")
+
+    def stage_names(self) -> list[str]:
+        """The blocks that can be chosen, in the order in which they run."""
+        S = self.viewer.size
+        with self._models:
+            found = look_at_view(self.viewer, torch.zeros(3, S, S, dtype=torch.uint8))
+        return list(stages(next(reversed(found.blocks.values()), {})))
+
+
+def said(error: BaseException) -> str:
+    """What a user is told of an error: ours in its own words, any other by a number that the log knows."""
+    if isinstance(error, CBAMError):
+        return str(error)
+    number = uuid.uuid4().hex[:8]
+    _log.error("explanation %s failed", number, exc_info=error)
+    return f"This picture could not be explained (error {number}). The log of the server says more."
+
+
+def explained(seen: Look, shown: Shown) -> str:
+    """A picture, its maps, and the gates of one stage, as HTML."""
+    parts = [f'<div class="cbam-row">{_figure(_png(seen.image), "input", html.escape(seen.target))}']
+    parts += [_heat(seen, glance, shown) for glance in seen.glances]
+    parts.append("</div>")
+    for network, blocks in seen.blocks.items():
+        parts.append(_stage(seen, network, stages(blocks), shown))
+    return "".join(parts)
+
+
+def _heat(seen: Look, glance: Glance, shown: Shown) -> str:
+    colours = paper.blend(seen.image, glance.heat, opacity=shown.opacity)
+    grey = paper.pixels(seen.image).mean(2, keepdims=True)
+    mask = (glance.heat >= shown.threshold).numpy()[..., None]
+    title = f"{METHODS[seen.method]}, {html.escape(glance.network)}"
+    caption = f"p = {glance.probability:.3f}"
+    if glance.best != seen.target:
+        caption += f"; says {html.escape(glance.best)} ({glance.best_probability:.3f})"
+    return _figure(_png_of_floats(colours * mask + grey * ~mask), title, caption)
+
+
+def _stage(seen: Look, network: str, blocks: dict[str, Refinement], shown: Shown) -> str:
+    if shown.stage is not None and shown.stage not in blocks:
+        raise InputError(f"no stage {shown.stage!r}; there are {', '.join(blocks)}")
+    name = shown.stage or list(blocks)[-1]
+    block = blocks[name]
+    C, h, w = block.before.shape[1:]
+    cells = []
+    if (gate := block.spatial_gate) is not None:
+        scale = where_scale(list(blocks.values()))
+        picture = over_picture(seen.image, gate[0, 0], scale, max(shown.opacity, 0.2))
+        low, high = scale[0] - scale[1], scale[0] + scale[1]
+        caption = f"{float(gate.min()):.2f} to {float(gate.max()):.2f} {_ramp(low, scale[0], high)}"
+        cells.append(_figure(_png_of_floats(picture), "where: spatial gate", caption))
+    if (what := block.step("what") or block.step("both")) is not None:
+        gates = what.gate[0].float().mean((1, 2))
+        cells.append(_histogram(gates, what.middle))
+    maps = [("before", block.before), *((f"after {step.kind}", step.after) for step in block.steps)]
+    strengths = [(title, features[0].float().abs().mean(0)) for title, features in maps]
+    top = max(float(strength.max()) for _, strength in strengths) or 1.0
+    small = [_figure(_map(s, top), title, f"mean {float(s.mean()):#.3g}") for title, s in strengths]
+    head = f"{html.escape(network)}, {html.escape(name)}: {C} channels, {h} × {w}"
+    rows = [("what it does to the map, mean over channels", small)]
+    for word, channels in zip(("raised", "lowered"), top_channels(block, 4), strict=True):
+        rows.append((f"channels {word} most, as the block found them", [_channel(one) for one in channels]))
+    return f'<h3 class="cbam-head">{head}</h3><div class="cbam-row">{"".join(cells)}</div>' + "".join(
+        f'<h4 class="cbam-head">{title}</h4><div class="cbam-row cbam-small">{"".join(figures)}</div>'
+        for title, figures in rows
+        if figures
+    )
+
+
+def _channel(channel: Channel) -> str:
+    picture = _map(channel.map, float(channel.map.max()) or 1.0)
+    return _figure(picture, f"no. {channel.index}", f"× {channel.gate:.2f}")
+
+
+def _figure(source: str, title: str, caption: str) -> str:
+    return (
+        f'<figure class="cbam-cell"><figcaption>{title}</figcaption><img src="{source}" alt="{title}: '
+        f'{_plain(caption)}"><figcaption class="cbam-note">{caption}</figcaption></figure>'
+    )
+
+
+def _plain(caption: str) -> str:
+    return caption.partition("<")[0].strip()
+
+
+def _ramp(low: float, middle: float, high: float) -> str:
+    """The scale of the spatial gates, in words and colour."""
+    from matplotlib import colormaps
+
+    colours = [colormaps[paper.GATE](x / 8)[:3] for x in range(9)]
+    stops = ", ".join("rgb({:.0f} {:.0f} {:.0f})".format(*(255 * v for v in rgb)) for rgb in colours)
+    return (
+        f'<span class="cbam-ramp" style="background: linear-gradient(to right, {stops})"></span>'
+        f'<span class="cbam-ends"><span>{low:.2f}</span><span>{middle:.2f}</span>'
+        f"<span>{high:.2f}</span></span>"
+    )
+
+
+def _histogram(gates: Tensor, middle: float) -> str:
+    """The channel gates, how many there are of each, as an SVG; the dashed line changes nothing."""
+    reach = max(float((gates - middle).abs().max()), 0.01)
+    counts = torch.histc(gates, 24, middle - reach, middle + reach)
+    bars = "".join(
+        f'<rect x="{8 * i + 4}" y="{168 - 150 * n:.1f}" width="8" height="{150 * n:.1f}"/>'
+        for i, n in enumerate((counts / counts.max().clamp(min=1)).tolist())
+    )
+    words = [(4, "start", middle - reach), (100, "middle", middle), (196, "end", middle + reach)]
+    ticks = "".join(f'<text x="{x}" y="188" text-anchor="{at}">{v:.2f}</text>' for x, at, v in words)
+    title = f"what: gates of {len(gates)} channels"
+    low, high = float(gates.min()), float(gates.max())
+    return (
+        f'<figure class="cbam-cell"><figcaption>{title}</figcaption>'
+        f'<svg viewBox="0 0 200 200" role="img" aria-label="{title}, {low:.2f} to {high:.2f}">'
+        f'{bars}<line x1="100" x2="100" y1="10" y2="172"/>{ticks}</svg><figcaption class="cbam-note">'
+        f"{low:.2f} to {high:.2f}; dashed: changes nothing</figcaption></figure>"
+    )
+
+
+def _map(values: Tensor, top: float) -> str:
+    from matplotlib import colormaps
+
+    return _png_of_floats(colormaps[paper.STRENGTH]((values / top).clamp(0, 1).numpy())[..., :3])
+
+
+def _png(image: Tensor) -> str:
+    return _png_of_floats(paper.pixels(image))
+
+
+def _png_of_floats(values) -> str:
+    """A float array (H, W, 3) in [0, 1] as a data address of a PNG without any metadata."""
+    import numpy as np
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray((values * 255).round().clip(0, 255).astype(np.uint8)).save(buffer, "PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _put(store: OrderedDict, key, value) -> None:
+    store[key] = value
+    store.move_to_end(key)
+    while len(store) > KEPT:
+        store.popitem(last=False)

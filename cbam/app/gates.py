@@ -1,0 +1,105 @@
+"""The work of `cbam look --gates`: what the gates of every network do over a set of pictures."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from cbam.app.score import DIGITS, spaced
+from cbam.data import cluttered_digits, decode
+from cbam.errors import ConfigError, DataError, OutputError
+from cbam.explain.gates import gate_figure, gate_statistics, gate_table
+from cbam.explain.looking import Viewer
+from cbam.train.runs import Watch
+
+_BATCH = 32
+_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+
+
+def gates(viewer: Viewer, data: str, out: Path, watch: Watch, *, limit: int | None = None) -> list[Path]:
+    """Sum up the gates of every network that has any, as a table and a figure in `out`; their paths.
+
+    Args:
+        data: a folder of pictures, or of one folder per class; or "digits".
+        limit: take so many pictures, evenly spaced.
+
+    Raises:
+        DataError: no pictures. ConfigError: no network has attention. OutputError: `out` cannot be written.
+    """
+    from cbam.explain.recording import record
+
+    found = _pictures(viewer, data, limit)
+    of = "" if found[0][1] is None else f" of {len({k for _, k in found})} classes"
+    watch.say(f"{len(found)} pictures{of}")
+    written: list[Path] = []
+    attended = {}
+    for name, net in viewer.networks.items():
+        probe = viewer.normalised(_load(viewer, found[0][0]))[None]
+        with torch.no_grad(), record(net.eval()) as recording:
+            net(probe)
+        if recording:
+            attended[name] = net
+    if not attended:
+        raise ConfigError(f"no gates: {', '.join(viewer.networks)} without attention")
+    pages = ["# What the gates do", ""]
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for name, net in attended.items():
+            watch.now(f"gates of {name}")
+            blocks = gate_statistics(net, _batches(viewer, found, watch, len(attended)))
+            stem = "gates" if len(attended) == 1 else f"gates-{name}"
+            written += [gate_figure(blocks, out / (stem + ending)) for ending in (".png", ".svg")]
+            pages += [f"{name}, {len(found)} pictures{of} in {Path(data).name}:", "", gate_table(blocks), ""]
+            pages += [f"![]({stem}.png)", ""]
+        (out / "gates.md").write_text("\n".join([*pages, *_NOTES, ""]), encoding="utf-8")
+    except OSError as error:
+        raise OutputError(f"cannot write to {out}: {error.strerror or error}; give another --out") from error
+    return [out / "gates.md", *written]
+
+
+_NOTES = (
+    "- Change: the norm of what the attention adds to its map, as a share of the map's norm.",
+    "- Saturated: the share of gates in the first or last 2 % of their range.",
+    "- Fixed, class, picture: shares of the gates' variance that are the same in every picture, that the "
+    "class of the picture explains (corrected for chance), and that single pictures add.",
+)
+
+
+def _pictures(viewer: Viewer, data: str, limit: int | None) -> list[tuple[Path | Tensor, int | None]]:
+    if data == DIGITS:
+        _, val = cluttered_digits()
+        if viewer.size != val.size:
+            raise ConfigError(f"the digits have {val.size} pixels, the networks see {viewer.size}")
+        return [(val[i]["image"], val.targets[i]) for i in spaced(range(len(val)), limit)]
+    folder = Path(data)
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder")
+    classes = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    found: list[tuple[Path | Tensor, int | None]]
+    if classes:
+        found = [(path, k) for k, own in enumerate(classes) for path in _files(own)]
+    else:
+        found = [(path, None) for path in _files(folder)]
+    if not found:
+        raise DataError(f"{folder}: no pictures in it, nor in folders of classes in it")
+    return spaced(found, limit)
+
+
+def _files(folder: Path) -> list[Path]:
+    return [
+        p for p in sorted(folder.iterdir()) if p.suffix.lower() in _ENDINGS and not p.name.startswith(".")
+    ]
+
+
+def _batches(viewer: Viewer, found, watch: Watch, networks: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+    for start in range(0, len(found), _BATCH):
+        group = found[start : start + _BATCH]
+        images = viewer.normalised(torch.stack([_load(viewer, source) for source, _ in group]))
+        labels = [label for _, label in group]
+        yield images, None if labels[0] is None else torch.tensor(labels)
+        watch.advance(len(group) / len(found) / networks)
+
+
+def _load(viewer: Viewer, source: Path | Tensor) -> Tensor:
+    return source if isinstance(source, Tensor) else viewer.view(decode(source))

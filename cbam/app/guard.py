@@ -1,0 +1,140 @@
+"""What stands before the page of `cbam serve`: who may ask, how much, and what browsers are told.
+
+An ASGI application around another one. It refuses a foreign Host (DNS rebinding) and Origin (another
+site), requests that are too large, counted while they arrive, and addresses for the server to fetch.
+"""
+
+import json
+import re
+from collections.abc import Awaitable, Callable, Iterable
+from typing import Any
+
+MAX_BODY = 10_000_000 + 100_000  # a picture and what surrounds it in a form
+_MAX_JSON = 1_000_000
+_FETCH = re.compile(rb'"path"\s*:\s*"\s*[A-Za-z][A-Za-z0-9+.-]*:')  # a scheme where a file of ours belongs
+HEADERS = {
+    b"content-security-policy": b"default-src 'self'; img-src 'self' data: blob:; font-src 'self' data:; "
+    b"style-src 'self' 'unsafe-inline'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; "
+    b"worker-src 'self' blob:; frame-ancestors 'none'; form-action 'self'; base-uri 'self'",
+    b"x-content-type-options": b"nosniff",
+    b"referrer-policy": b"no-referrer",
+    b"cross-origin-resource-policy": b"same-origin",
+}
+
+Message = dict[str, Any]
+App = Callable[
+    [Message, Callable[[], Awaitable[Message]], Callable[[Message], Awaitable[None]]], Awaitable[None]
+]
+
+
+class _TooLargeError(Exception):
+    pass
+
+
+class Guard:
+    """`app`, for requests that name one of `hosts` ("127.0.0.1:7860") and come from a page of theirs."""
+
+    def __init__(self, app: App, hosts: Iterable[str]) -> None:
+        self._app, self._hosts = app, {host.lower().encode() for host in hosts}
+        self._origins = {b"http://" + host for host in self._hosts}
+
+    async def __call__(self, scope: Message, receive, send) -> None:
+        if scope["type"] not in ("http", "websocket"):
+            await self._app(scope, receive, send)
+            return
+        headers = dict(scope["headers"])
+        refusal = self._refusal(headers)
+        if refusal is None:
+            body = _Counted(scope, headers, receive, send)
+            try:
+                await self._app(scope, body.receive, body.send)
+                return
+            except _TooLargeError:
+                refusal = 413, "the request is larger than 10 MB"
+            except _FetchError:
+                refusal = 400, "addresses are not fetched"
+            if body.answered:
+                return
+        if scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008})
+            return
+        await _answer(send, *refusal)
+
+    def _refusal(self, headers: dict[bytes, bytes]) -> tuple[int, str] | None:
+        if headers.get(b"host", b"").lower() not in self._hosts:
+            return 403, "this server answers to its own name alone"
+        origin = headers.get(b"origin")
+        if origin is not None and origin.lower() not in self._origins:
+            return 403, "requests from pages of other sites are refused"
+        if headers.get(b"sec-fetch-site") == b"cross-site" and headers.get(b"sec-fetch-mode") != b"navigate":
+            return 403, "requests from pages of other sites are refused"
+        length = headers.get(b"content-length", b"0")
+        if not length.isdigit():
+            return 400, "the length of the request is not a number"
+        return (413, "the request is larger than 10 MB") if int(length) > MAX_BODY else None
+
+
+class _FetchError(Exception):
+    pass
+
+
+class _Counted:
+    """The messages of one request, counted on the way in, with our headers on the way out."""
+
+    def __init__(self, scope: Message, headers: dict[bytes, bytes], receive, send) -> None:
+        self._receive, self._send = receive, send
+        self._json = b"json" in headers.get(b"content-type", b"")
+        self._seen, self._tail, self.answered = 0, b"", False
+        self._limit = _MAX_JSON if self._json else MAX_BODY
+        self._http = scope["type"] == "http"
+
+    async def receive(self) -> Message:
+        message = await self._receive()
+        if message["type"] == "http.request":
+            part = message.get("body", b"")
+            self._seen += len(part)
+            if self._seen > self._limit:
+                raise _TooLargeError
+            if self._json:
+                self._tail += part
+                if _FETCH.search(self._tail) or _escaped(self._tail, message):
+                    raise _FetchError
+        return message
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.answered = True
+            own = [(key, value) for key, value in message.get("headers", []) if key.lower() not in HEADERS]
+            message = {**message, "headers": [*own, *HEADERS.items()]}
+        await self._send(message)
+
+
+def _escaped(body: bytes, message: Message) -> bool:
+    """Whether a whole JSON body names an address in a `path`, however it is spelt."""
+    if message.get("more_body"):
+        return False
+    try:
+        content = json.loads(body)
+    except (ValueError, RecursionError):
+        return False  # the application refuses it
+    return _names_address(content)
+
+
+def _names_address(value: Any) -> bool:
+    todo = [value]
+    while todo:
+        one = todo.pop()
+        if isinstance(one, dict):
+            path = one.get("path")
+            if isinstance(path, str) and re.match(r"\s*[A-Za-z][A-Za-z0-9+.-]*:", path):
+                return True
+            todo += one.values()
+        elif isinstance(one, list):
+            todo += one
+    return False
+
+
+async def _answer(send, status: int, text: str) -> None:
+    headers = [(b"content-type", b"text/plain; charset=utf-8"), (b"connection", b"close"), *HEADERS.items()]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": text.encode()})

@@ -1,0 +1,140 @@
+"""The work of `cbam look`: pictures from files and folders, looked at, and drawn into a folder."""
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from cbam.data import decode
+from cbam.data.decode import shown
+from cbam.errors import DataError, OutputError
+from cbam.explain.looking import Look, Viewer, class_index, look
+from cbam.explain.sheet import look_figure
+from cbam.explain.stages import stages_figure
+
+ROWS = 6  # more pictures than that become contact sheets
+SHEET = 16  # pictures on one, in two blocks
+_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What to look at and how.
+
+    Attributes:
+        paths: pictures, and folders of them.
+        out: the folder of the figures.
+        target: a class by name or number, None for what the first network predicts.
+        method, layer: as in `gradcam`.
+    """
+
+    paths: Sequence[Path]
+    out: Path
+    target: str | None = None
+    method: str = "gradcam"
+    layer: str | None = None
+
+
+@dataclass
+class Told:
+    """What came out: the figures, and the lines about pictures that could not be read."""
+
+    figures: list[Path]
+    unreadable: list[str]
+    looked: int = 0
+
+
+def look_at(viewer: Viewer, wanted: Wanted, say: Callable[[str], None]) -> Told:
+    """Look at every picture and draw: a row each, and its stages; or contact sheets where there are many.
+
+    A picture that cannot be read is told and passed over.
+
+    Raises:
+        DataError: there are no pictures at all, or none can be read.
+        OutputError: the figures cannot be written.
+    """
+    target = None if wanted.target is None else class_index(viewer.classes, wanted.target)
+    files = list(_files(wanted.paths))
+    if not files:
+        where = ", ".join(shown(path) for path in wanted.paths)
+        raise DataError(f"no pictures in {where}: expected {', '.join(_ENDINGS)}")
+    many = len(files) > ROWS or any(path.is_dir() for path in wanted.paths)
+    told = Told([], [])
+    _make(wanted.out)
+    try:
+        size = SHEET if many else ROWS
+        for number, start in enumerate(range(0, len(files), size), 1):
+            group = files[start : start + size]
+            looks = list(_looks(viewer, group, wanted, target, told, say))
+            if many:
+                looks = [replace(one, blocks={}) for one in looks]
+            if looks:
+                name = f"sheet-{number}" if many else "look"
+                _draw(looks, wanted.out, name, 2 if many else 1, told)
+            if not many:
+                _draw_stages(looks, wanted.out, told)
+    except OSError as error:
+        raise OutputError(
+            f"cannot write to {wanted.out}: {error.strerror or error}; give another --out"
+        ) from error
+    if not told.looked:
+        raise DataError(f"none of the {len(files)} pictures can be read")
+    return told
+
+
+def _looks(viewer, files, wanted: Wanted, target, told: Told, say) -> Iterator[Look]:
+    for path in files:
+        try:
+            picture = decode(path)
+        except DataError as error:
+            told.unreadable.append(str(error))
+            say(f"left out: {error}")
+            continue
+        seen = look(
+            viewer, picture, shown(path.name), target=target, method=wanted.method, layer=wanted.layer
+        )
+        told.looked += 1
+        says = ", ".join(f"{g.network} says {g.best} ({g.best_probability:.2f})" for g in seen.glances)
+        say(f"{shown(path)}: {says}")
+        yield seen
+
+
+def _draw(looks: list[Look], out: Path, name: str, across: int, told: Told) -> None:
+    for ending in (".png", ".svg"):
+        told.figures.append(look_figure(looks, out / (name + ending), across=across))
+
+
+def _draw_stages(looks: list[Look], out: Path, told: Told) -> None:
+    taken: set[str] = set()
+    for one in looks:
+        if not one.blocks:
+            continue
+        stem = name = "stages-" + (re.sub(r"[^\w.-]", "_", Path(one.name).stem)[:80] or "picture")
+        number = 1
+        while name in taken:
+            number += 1
+            name = f"{stem}-{number}"
+        taken.add(name)
+        for ending in (".png", ".svg"):
+            told.figures.append(stages_figure(one, out / (name + ending)))
+
+
+def _files(paths: Sequence[Path]) -> Iterator[Path]:
+    """The pictures named, and in folders those with the ending of one, in order of their names."""
+    for path in paths:
+        if not path.is_dir():
+            yield path
+            continue
+        try:
+            found = sorted(path.iterdir())
+        except OSError as error:
+            raise DataError(f"{shown(path)}: {error.strerror or error}") from error
+        visible = [p for p in found if not p.name.startswith(".")]
+        yield from (p for p in visible if p.suffix.lower() in _ENDINGS and p.is_file())
+
+
+def _make(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot make {out}: {error.strerror or error}; give another --out") from error

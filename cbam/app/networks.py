@@ -1,0 +1,133 @@
+"""Trained networks that a user names on the command line, as a `Viewer`."""
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from cbam.data import cluttered_digits
+from cbam.data.images import IMAGENET_MEAN, IMAGENET_STD
+from cbam.errors import CheckpointError, CheckpointNotFoundError, ConfigError
+from cbam.explain.looking import Viewer, default_viewer
+from cbam.explain.pair import class_names
+from cbam.models import build
+from cbam.surgery import load_weights
+from cbam.train import checkpoint
+
+_SIZE = 224
+
+
+def viewer(
+    model: str | None,
+    weights: str | None,
+    compare: list[str],
+    classes: str | None,
+    size: int | None,
+    *,
+    digits: bool = False,
+) -> Viewer:
+    """The networks to look with: the default pair, one network with its weights, or several to compare.
+
+    Args:
+        model: a network of `cbam.build`; a checkpoint of `cbam train` knows its own.
+        weights: its weights file.
+        compare: NAME=FILE each. Where a file does not say what network it is, NAME "plain" is `model` and
+            another NAME is `model` with that attention.
+        classes: a file with a class name per line; by default those of the checkpoint, or ImageNet's.
+        size: side of what the networks see; by default that of the checkpoint, or 224.
+        digits: the pictures are the cluttered digits, and so are classes, size and normalisation by default.
+
+    Raises:
+        ConfigError: the names do not fit together. CheckpointError: a file does not fit.
+    """
+    if weights is not None and compare:
+        raise ConfigError("give --weights FILE or --compare NAME=FILE ..., not both")
+    if weights is None and not compare:
+        if model is not None:
+            raise ConfigError("--model needs --weights FILE: an untrained network has nothing to show")
+        if classes or size:
+            raise ConfigError("--classes and --size go with --weights or --compare")
+        return default_viewer()
+    names = _lines(classes) if classes else None
+    parts = [_named(text) for text in compare] if compare else [("network", weights or "")]
+    loaded = [_load(label, Path(file), model, names, size, bool(compare), digits) for label, file in parts]
+    if len({label for label, _ in parts}) < len(parts):
+        raise ConfigError("--compare: each network needs a name of its own")
+    if any(about != loaded[0][2] for *_, about in loaded):
+        raise ConfigError("--compare: the networks were trained on different classes or sizes of pictures")
+    networks = {label: net for (label, _), (_, net, _) in zip(parts, loaded, strict=True)}
+    about = [f"{label}: {told}" for (label, _), (told, *_) in zip(parts, loaded, strict=True)]
+    return Viewer(networks, about=about, mode="bilinear", **loaded[0][2])
+
+
+def _named(text: str) -> tuple[str, str]:
+    label, equals, file = text.partition("=")
+    if not (label and equals and file):
+        raise ConfigError(f"--compare takes NAME=FILE, such as plain=a.safetensors, got {text!r}")
+    return label, file
+
+
+def _load(
+    label: str,
+    file: Path,
+    model: str | None,
+    names: list[str] | None,
+    size: int | None,
+    arms: bool,
+    digits: bool,
+) -> tuple[str, nn.Module, dict[str, Any]]:
+    """What it is in words, the network, and how pictures come to it: the fields of a `Viewer`."""
+    if not file.exists():
+        raise CheckpointNotFoundError(f"{file}: no such file")
+    state = _of_a_run(file)
+    if state is None:
+        if model is None:
+            raise ConfigError(f"{file} does not say what network it is: give --model NAME, see `cbam list`")
+        name = f"{model}+{label}" if arms and label != "plain" else model
+        weights = file
+        side, known = size or _SIZE, names or class_names()
+        if digits:
+            _, val = cluttered_digits()
+            side, known = size or val.size, names or val.classes
+    else:
+        name, weights = state["config"]["model"], state["model"]
+        side, known = size or state["data"]["size"], names or state["data"]["classes"]
+        digits = state["config"]["data"] is None
+    net = build(name, num_classes=len(known))
+    load_weights(net, weights)
+    how: dict[str, Any] = {"classes": known, "size": side, "resized": round(side * 256 / 224)}
+    if digits:
+        _, val = cluttered_digits()
+        how |= {"mean": val.mean, "std": val.std, "resized": side}
+    else:
+        how |= {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
+    return f"{name}, weights of {file}", net.eval(), how
+
+
+def _of_a_run(path: Path) -> dict[str, Any] | None:
+    """The checkpoint of a run of `cbam train`, None for any other file of weights."""
+    if path.is_dir():
+        found = checkpoint.newest(path, lambda _: None)
+        if found is None:
+            raise CheckpointNotFoundError(f"{path}: no checkpoint in this folder")
+        state = found[1]
+    elif checkpoint.step_of(path) >= 0:
+        state = checkpoint.load(path)
+    else:
+        return None
+    if absent := {"config", "data", "model"} - state.keys():
+        raise CheckpointError(f"{path}: not a checkpoint of cbam train, it lacks {', '.join(sorted(absent))}")
+    return state
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        lines = Path(path).read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"{path}: cannot be read ({getattr(error, 'strerror', None) or 'no text'})"
+        ) from error
+    names = [line.strip() for line in lines if line.strip()]
+    if not names:
+        raise ConfigError(f"{path}: no class names; one per line is expected")
+    return names

@@ -1,0 +1,278 @@
+"""The work of `cbam look --score`: how well the maps of networks find objects whose boxes are known.
+
+Every measure is a value per picture, so networks are compared picture by picture. Beside them stand two maps
+that every honest score must beat: a bell in the middle of the picture, and the map of the network untrained.
+"""
+
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import cbam
+from cbam.data import cluttered_digits, decode
+from cbam.errors import ConfigError, DataError, OutputError
+from cbam.explain import gradcam
+from cbam.explain.boxes import read_boxes
+from cbam.explain.localisation import (
+    STEPS,
+    THRESHOLDS,
+    box_area,
+    centre_prior,
+    deletion_insertion,
+    energy,
+    overlap,
+    pointing,
+    untrained,
+)
+from cbam.explain.looking import Viewer
+from cbam.explain.maps import METHODS
+from cbam.explain.watching import eval_mode, logits_of
+from cbam.studies.statistics import paired_difference
+from cbam.train.runs import Watch
+
+DIGITS = "digits"  # in place of a file: the validation digits, which know their boxes
+VISIBLE = 0.5  # a picture counts if at least this share of its boxes is in view
+CENTRE, UNTRAINED = "centre prior", "untrained"
+MEASURES = {  # key -> words, unit factor, whether lower is better
+    "pointing": ("pointing game, %", 100, False),
+    "energy": ("energy in the box, %", 100, False),
+    "iou": ("IoU at the best threshold, %", 100, False),
+    "deletion": ("deletion area", 1, True),
+    "insertion": ("insertion area", 1, False),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """A picture as the networks see it, uint8 (3, H, W), and where its object is, (H, W) in [0, 1]."""
+
+    name: str
+    image: Tensor
+    area: Tensor
+    label: str
+
+
+def score(
+    viewer: Viewer,
+    data: str,
+    watch: Watch,
+    *,
+    method: str = "gradcam",
+    limit: int | None = None,
+    label: str | None = None,
+) -> dict[str, Any]:
+    """Score the maps of every network of `viewer` on the pictures of `data`; everything that came out.
+
+    The class of a map is that of the label where the networks know it, else what the first network says.
+
+    Args:
+        data: a file or folder for `read_boxes`, or "digits".
+        limit: take so many pictures, evenly spaced.
+        label: take the boxes of this label alone.
+
+    Raises:
+        DataError: no pictures, or none with its object in view.
+    """
+    found, notes = samples(viewer, data, limit, label)
+    watch.say(f"{len(found)} pictures with boxes" + "".join(f"; left out: {note}" for note in notes))
+    first = next(iter(viewer.networks.values()))
+    calm = untrained(first, viewer.normalised(torch.stack([one.image for one in found[:16]])))
+    targets, values, curves = [], _Values(), {}
+    for sample in found:
+        image = viewer.normalised(sample.image)
+        target, known = _target(viewer, first, image, sample.label)
+        targets.append(known)
+        maps = {
+            name: gradcam(net, image[None], target, method=method)[0] for name, net in viewer.networks.items()
+        }
+        maps[UNTRAINED] = gradcam(calm, image[None], target, method=method)[0]
+        maps[CENTRE] = centre_prior(*image.shape[1:])
+        for name, heat in maps.items():
+            judge = viewer.networks.get(name, first)
+            own, area = heat[None], sample.area[None]
+            deletion, insertion = deletion_insertion(judge, image, heat, target)
+            values.add(
+                name,
+                pointing=pointing(own, area),
+                energy=energy(own, area),
+                deletion=deletion,
+                insertion=insertion,
+            )
+            curves.setdefault(name, []).append(overlap(own, area)[0])
+        watch.advance(1 / len(found))
+    thresholds = {}
+    for name, rows in curves.items():
+        table = torch.stack(rows)
+        best = int(table.mean(0).argmax())
+        thresholds[name] = round(THRESHOLDS[best].item(), 2)
+        values.of[name]["iou"] = table[:, best].tolist()
+    return {
+        "what": f"{METHODS[method]} on {Path(data).name}" + (f", boxes of {label}" if label else ""),
+        "networks": list(viewer.about),
+        "pictures": len(found),
+        "left_out": notes,
+        "class": {
+            "of the label": sum(targets),
+            f"what {next(iter(viewer.networks))} says": len(targets) - sum(targets),
+        },
+        "object_share": statistics.fmean(float(one.area.mean()) for one in found),
+        "steps": STEPS,
+        "thresholds": thresholds,
+        "scores": {
+            name: {key: statistics.fmean(own[key]) for key in MEASURES} for name, own in values.of.items()
+        },
+        "differences": _differences(viewer, values.of),
+        "versions": {"cbam": cbam.__version__, "torch": torch.__version__},
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "values": {
+            name: {key: [round(v, 5) for v in own[key]] for key in MEASURES}
+            for name, own in values.of.items()
+        },
+        "names": [one.name for one in found],
+    }
+
+
+def samples(
+    viewer: Viewer, data: str, limit: int | None, label: str | None
+) -> tuple[list[Sample], list[str]]:
+    """The pictures of a set whose object is in view, and lines on what was left out."""
+    if data == DIGITS:
+        _, val = cluttered_digits()
+        chosen = spaced(range(len(val)), limit)
+        items = [(f"digit {i}", val[i]) for i in chosen]
+        size = val.size
+        if viewer.size != size:
+            raise ConfigError(
+                f"the digits have {size} pixels, the networks see {viewer.size}; give --size {size}"
+            )
+        return [
+            Sample(
+                name, item["image"], box_area([item["box"].tolist()], size, size), val.classes[item["target"]]
+            )
+            for name, item in items
+        ], []
+    boxed, notes = read_boxes(Path(data))
+    if label is not None:
+        labels = sorted({one.label for one in boxed})
+        boxed = [one for one in boxed if one.label == label]
+        if not boxed:
+            raise ConfigError(f"no box of the label {label!r}; there are {', '.join(labels[:10])}")
+    found, hidden = [], 0
+    for one in spaced(boxed, limit):
+        picture = decode(one.path)
+        boxes = viewer.boxes_in_view(one.boxes, *picture.shape[1:])
+        area = box_area(boxes, viewer.size, viewer.size)
+        whole = sum((x1 - x0) * (y1 - y0) for x0, y0, x1, y1 in boxes)
+        seen = sum(float(box_area([box], viewer.size, viewer.size).sum()) for box in boxes)
+        if seen < VISIBLE * whole:
+            hidden += 1
+            continue
+        found.append(Sample(one.path.name, viewer.view(picture), area, one.label))
+    if hidden:
+        notes.append(f"{hidden} pictures with less than half of the object in view")
+    if not found:
+        raise DataError(f"{data}: no picture with its object in view")
+    return found, notes
+
+
+def write(results: dict[str, Any], out: Path) -> list[Path]:
+    """The results as score.json and, in words and a table, score.md."""
+    page, record = out / "score.md", out / "score.json"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        record.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        page.write_text(markdown(results), encoding="utf-8")
+    except OSError as error:
+        raise OutputError(f"cannot write to {out}: {error.strerror or error}; give another --out") from error
+    return [page, record]
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """The page of `score`."""
+    names = list(results["scores"])
+    lines = [f"# Do the maps find the object? {results['what']}", ""]
+    lines += [f"- {line}" for line in results["networks"]]
+    share = 100 * results["object_share"]
+    lines += [f"- {results['pictures']} pictures; the object takes {share:.1f} % of them on average"]
+    lines += [f"- left out: {note}" for note in results["left_out"]]
+    lines += [
+        f"- the map is for the class {which}: {n} pictures" for which, n in results["class"].items() if n
+    ]
+    lines += ["", f"|  | {' | '.join(names)} |", f"|---|{'---|' * len(names)}"]
+    for key, (words, factor, _) in MEASURES.items():
+        cells = [f"{factor * results['scores'][name][key]:.{1 if factor == 100 else 3}f}" for name in names]
+        lines.append(f"| {words} | {' | '.join(cells)} |")
+    for pair, found in results["differences"].items():
+        lines += ["", f"**{pair}**, paired picture by picture:", ""]
+        lines += [f"- {_told(key, found[key])}" for key in MEASURES]
+    lines += ["", *_NOTES, ""]
+    return "\n".join(lines)
+
+
+_NOTES = (
+    "- Pointing game: is the map's largest value on the object. Energy: the share of the map's sum on it.",
+    "- IoU: of the object and of what is above a share of the map's largest value; one share for all "
+    "pictures, the best for each map, chosen on these pictures.",
+    "- Deletion (lower is better) and insertion (higher is better): the area under the probability of the "
+    f"class while the map's pixels are taken out, or put in, from the largest value on, in {STEPS} steps. "
+    "Each network judges its own map, the first one those of the centre prior and of the untrained network.",
+    "- Centre prior: a bell in the middle, the same for every picture. Untrained: the first network with "
+    "fresh weights.",
+    "- Intervals: Student's, 95 %, over the differences of single pictures; better and worse are said where "
+    "it leaves out zero. They say nothing of other trainings of the same networks.",
+)
+
+
+def _told(key: str, found: dict[str, Any]) -> str:
+    words, factor, _ = MEASURES[key]
+    digits = 2 if factor == 100 else 4
+    interval = ""
+    if found["low"] is not None:
+        interval = f" ({factor * found['low']:+.{digits}f} to {factor * found['high']:+.{digits}f})"
+    return f"{words}: {factor * found['mean']:+.{digits}f}{interval}, {found['word']}"
+
+
+def _differences(viewer: Viewer, values: dict[str, dict[str, list[float]]]) -> dict[str, Any]:
+    """Every further network against the first, and the first against both maps that know nothing."""
+    first, *others = viewer.networks
+    pairs = [(name, first) for name in others] + [(first, UNTRAINED), (first, CENTRE)]
+    return {
+        f"{a} against {b}": {
+            key: paired_difference(values[a][key], values[b][key], lower_is_better=lower)
+            for key, (_, _, lower) in MEASURES.items()
+        }
+        for a, b in pairs
+    }
+
+
+class _Values:
+    """Map -> measure -> a value per picture."""
+
+    def __init__(self) -> None:
+        self.of: dict[str, dict[str, list[float]]] = {}
+
+    def add(self, name: str, **measured: float | Tensor) -> None:
+        for key, value in measured.items():
+            self.of.setdefault(name, {}).setdefault(key, []).append(float(value))
+
+
+def _target(viewer: Viewer, first: nn.Module, image: Tensor, label: str) -> tuple[int, bool]:
+    """The class of the label, or what the first network says; and which of the two."""
+    if label in viewer.classes:
+        return list(viewer.classes).index(label), True
+    with torch.no_grad(), eval_mode(first):
+        return int(logits_of(first(image[None])).argmax()), False
+
+
+def spaced(items: Sequence, limit: int | None) -> list:
+    """All of `items`, or so many, evenly spaced."""
+    if limit is None or limit >= len(items):
+        return list(items)
+    return [items[i * len(items) // limit] for i in range(limit)]

@@ -1,0 +1,225 @@
+"""The web page of `cbam serve`, on Gradio: a picture, what networks look at in it, and what gates do."""
+
+import base64
+import html
+import importlib.resources
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from cbam.app.explanation import MAX_BYTES, Explainer, Shown, said
+from cbam.app.guard import Guard
+from cbam.errors import MissingExtraError, OutputError
+from cbam.explain.looking import Viewer
+from cbam.explain.maps import METHODS
+
+QUEUE = 64  # requests that wait; more are told to come again
+EXAMPLES = {
+    "cat": "chelsea",
+    "espresso": "coffee",
+    "rocket": "rocket",
+    "photographer": "camera",
+    "astronaut": "astronaut",
+}
+
+_CSS = """
+.gradio-container { max-width: 1180px !important; margin: auto; }
+.cbam-row { display: grid; gap: 2px 12px; max-width: 860px; grid-template-columns: repeat(3, 1fr); }
+.cbam-small { grid-template-columns: repeat(6, 1fr); }
+.cbam-cell { margin: 0; min-width: 0; display: grid; grid-row: span 3; grid-template-rows: subgrid; }
+.cbam-cell figcaption:first-child { align-self: end; }
+.cbam-cell img, .cbam-cell svg { width: 100%; aspect-ratio: 1; display: block; margin: 2px 0; }
+.cbam-small img { image-rendering: pixelated; }
+.cbam-cell figcaption { font-size: 0.86rem; line-height: 1.25; overflow-wrap: anywhere; }
+.cbam-cell .cbam-note { opacity: 0.72; }
+.cbam-cell svg rect { fill: currentColor; opacity: 0.55; }
+.cbam-cell svg line { stroke: currentColor; stroke-dasharray: 4 3; }
+.cbam-cell svg text { font-size: 13px; fill: currentColor; }
+.cbam-ramp { display: block; height: 7px; margin-top: 3px; border-radius: 2px; }
+.cbam-ends { display: flex; justify-content: space-between; font-size: 0.78rem; }
+.cbam-head { margin: 16px 0 6px; font-size: 1rem; font-weight: 600; }
+#cbam-layout { display: grid; grid-template-columns: minmax(250px, 300px) 1fr; gap: 18px; align-items: start;
+  grid-template-areas: "pick result" "control result"; grid-template-rows: auto 1fr; }
+#cbam-pick { grid-area: pick; } #cbam-control { grid-area: control; } #cbam-result { grid-area: result; }
+@media (max-width: 700px) {
+  #cbam-layout { grid-template-columns: 1fr; grid-template-areas: "pick" "result" "control"; }
+  .cbam-small { grid-template-columns: repeat(4, 1fr); } }
+"""
+_DOWNLOAD = """(data) => { if (data) { const a = document.createElement('a'); a.href = data;
+  a.download = 'look.png'; document.body.append(a); a.click(); a.remove(); } return data; }"""
+_EMPTY = "<p>Drop a picture, or take an example.</p>"
+
+
+def serve(
+    viewer: Viewer, *, host: str = "127.0.0.1", port: int = 7860, say: Callable[[str], None] = print
+) -> None:
+    """Serve the page until interrupted. What is uploaded is removed from the disk once it is read.
+
+    Raises:
+        MissingExtraError: Gradio is not installed. OutputError: the port is taken.
+    """
+    with tempfile.TemporaryDirectory(prefix="cbam-serve-") as folder:
+        os.environ["GRADIO_TEMP_DIR"] = folder  # where Gradio receives uploads
+        os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+        app = application(Explainer(viewer), host, port)
+        import uvicorn  # pyright: ignore[reportMissingImports]
+
+        config = uvicorn.Config(app, host=host, port=port, log_level="warning", timeout_keep_alive=30)
+        server = uvicorn.Server(config)
+        say(f"http://{host}:{port}/  (Ctrl-C ends it)")
+        try:
+            server.run()
+        except SystemExit as stop:
+            raise OutputError(
+                f"cannot serve on {host}:{port}; is the port taken? give another --port"
+            ) from stop
+
+
+def application(explainer: Explainer, host: str = "127.0.0.1", port: int = 7860):
+    """The whole page as an ASGI application."""
+    try:
+        import gradio  # pyright: ignore[reportMissingImports]
+        from fastapi import FastAPI  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise MissingExtraError.of("cbam serve", "demo") from error
+    mounted = gradio.mount_gradio_app(
+        FastAPI(docs_url=None, redoc_url=None, openapi_url=None), page(explainer), path="/",
+        server_name=host, server_port=port, max_file_size=MAX_BYTES, show_error=False, ssr_mode=False,
+        footer_links=[], css=_CSS, theme=_theme(), pwa=False, enable_monitoring=False, mcp_server=False,
+    )  # fmt: skip
+    names = {host, "127.0.0.1", "localhost"} if host in ("127.0.0.1", "localhost") else {host}
+    return Guard(mounted, [f"{name}:{port}" for name in names])
+
+
+def _theme():
+    import gradio  # pyright: ignore[reportMissingImports]
+
+    fonts = ["system-ui", "sans-serif"]  # Gradio's own come from another host
+    return gradio.themes.Default(font=fonts, font_mono=["ui-monospace", "monospace"])
+
+
+def page(explainer: Explainer):
+    """The Gradio blocks."""
+    import gradio as gr  # pyright: ignore[reportMissingImports]
+
+    classes = [(name, index) for index, name in enumerate(explainer.viewer.classes)]
+    blocks = explainer.stage_names()
+    with gr.Blocks(title="cbam look", analytics_enabled=False, delete_cache=(60, 60)) as demo:
+        key, data = gr.State(""), gr.Textbox(visible=False)
+        gr.Markdown(
+            "# What and where a network attends\n" + "\n".join(f"- {line}" for line in explainer.viewer.about)
+        )
+        with gr.Row(elem_id="cbam-layout"):
+            with gr.Column(elem_id="cbam-pick"):
+                file = gr.File(
+                    label="Picture (up to 10 MB and 25 megapixels)", file_types=["image"], height=160
+                )
+                example = gr.Radio(list(_examples()), label="Or an example", visible=bool(_examples()))
+            with gr.Column(elem_id="cbam-control"):
+                target = gr.Dropdown(classes, value=None, label="Evidence for the class", filterable=True)
+                method = gr.Radio(
+                    [(words, name) for name, words in METHODS.items() if name != "scorecam"],
+                    value="gradcam",
+                    label="Map",
+                )
+                stage = gr.Radio(
+                    blocks,
+                    value=blocks[-1] if blocks else None,
+                    label="Stage of the gates",
+                    visible=bool(blocks),
+                )
+                threshold = gr.Slider(
+                    0, 0.95, 0, step=0.05, label="Show the map from this share of its largest value"
+                )
+                opacity = gr.Slider(0, 1, 0.6, step=0.05, label="Opacity of the colours")
+                save = gr.Button("Download the figure")
+            with gr.Column(elem_id="cbam-result"):
+                result = gr.HTML(_EMPTY)
+        controls = [key, target, method, stage, threshold, opacity]
+        one = {
+            "concurrency_limit": 1,
+            "concurrency_id": "networks",
+            "api_visibility": "private",
+            "show_progress": "minimal",
+        }
+        handlers = _Handlers(explainer)
+        taken = {"inputs": [method, stage, threshold, opacity], "outputs": [key, target, result]}
+        file.upload(handlers.upload, [file, *taken["inputs"]], taken["outputs"], **one)
+        file.clear(lambda: ("", None, _EMPTY), None, taken["outputs"], api_visibility="private")
+        example.input(handlers.example, [example, *taken["inputs"]], taken["outputs"], **one)
+        for control in (target, method, stage):
+            control.input(handlers.show, controls, result, trigger_mode="always_last", **one)
+        for control in (threshold, opacity):
+            control.input(handlers.show, controls, result, trigger_mode="always_last", **one)
+        save.click(handlers.figure, controls, data, **one).then(None, data, data, js=_DOWNLOAD)
+    demo.queue(max_size=QUEUE, api_open=False)
+    return demo
+
+
+class _Handlers:
+    """What the page calls; every error ends as one line on it."""
+
+    def __init__(self, explainer: Explainer) -> None:
+        self._explainer = explainer
+
+    def upload(self, path: str | None, method, stage, threshold, opacity):
+        def read() -> tuple[bytes, str]:
+            file = Path(path or "")
+            try:
+                return file.read_bytes(), file.name
+            finally:
+                file.unlink(missing_ok=True)
+
+        return self._take(read, method, stage, threshold, opacity)
+
+    def example(self, name: str, method, stage, threshold, opacity):
+        return self._take(lambda: (_examples()[name].read_bytes(), name), method, stage, threshold, opacity)
+
+    def _take(self, read: Callable[[], tuple[bytes, str]], method, stage, threshold, opacity):
+        def work():
+            key = self._explainer.take(*read())
+            shown = _shown(None, method, stage, threshold, opacity)
+            first = self._explainer.look(key, shown)
+            index = list(self._explainer.viewer.classes).index(first.target)
+            return key, index, self._explainer.page(key, shown)
+
+        return _guarded(work)
+
+    def show(self, key: str, target, method, stage, threshold, opacity) -> str:
+        if not key:
+            return _EMPTY
+        return _guarded(lambda: self._explainer.page(key, _shown(target, method, stage, threshold, opacity)))
+
+    def figure(self, key: str, target, method, stage, threshold, opacity) -> str:
+        def work() -> str:
+            png = self._explainer.figure(key, _shown(target, method, stage, threshold, opacity))
+            return "data:image/png;base64," + base64.b64encode(png).decode()
+
+        return _guarded(work) if key else ""
+
+
+def _shown(target, method, stage, threshold, opacity) -> Shown:
+    return Shown(
+        None if target is None else int(target), str(method), stage, float(threshold), float(opacity)
+    )
+
+
+def _guarded(work: Callable):
+    import gradio  # pyright: ignore[reportMissingImports]
+
+    try:
+        return work()
+    except Exception as error:
+        words = html.escape(said(error))  # Gradio shows it as HTML
+        raise gradio.Error(words, duration=10, print_exception=False) from None
+
+
+def _examples() -> dict[str, Path]:
+    """Name -> picture, of those that scikit-image brings along."""
+    try:
+        folder = importlib.resources.files("skimage") / "data"
+    except ImportError:
+        return {}
+    pictures = {Path(str(path)).stem: Path(str(path)) for path in folder.iterdir()}
+    return {name: pictures[stem] for name, stem in EXAMPLES.items() if stem in pictures}

@@ -1,0 +1,313 @@
+"""What the gates of a network do over a set of pictures: anything, always the same, or each class its own.
+
+Shapes: N pictures of K classes, a block's C channels, its h x w pixels.
+
+The variance of a block's channel gates g[n, c] is the sum of three parts: how far channels differ in the mean
+of all pictures, what classes add to that, and what single pictures add. A block whose gates vary by channel
+alone multiplies by the same numbers whatever it sees, which the convolution before it could do as well. The
+variance of the spatial gates g[n, p] is that of the mean map (the same in every picture), and the rest.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from cbam.errors import ConfigError, InputError
+from cbam.explain import page as paper
+from cbam.explain.page import SMALL, Page
+from cbam.explain.recording import Refinement, record
+from cbam.explain.watching import eval_mode
+
+SATURATED = 0.02  # a gate in the first or last 2 % of its range no longer moves
+IDLE = 0.01  # a block that changes its map by less than 1 % does next to nothing
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+_SAMPLE = 4096  # values kept of each picture's spatial gate, evenly spaced
+
+
+@dataclass(frozen=True)
+class GateStatistics:
+    """One kind of gate of one block, over all pictures.
+
+    Attributes:
+        mean: of the values.
+        quantiles: of the values, at QUANTILES.
+        saturated: share of values in the first or last SATURATED of the range 0 to twice the middle; None
+            for gates that have no such range.
+        fixed: share of the variance that is the same in every picture (by channel, or by place).
+        by_class: share of the variance that classes explain beyond that, corrected for chance; None without
+            classes, and for spatial gates.
+    """
+
+    mean: float
+    quantiles: tuple[float, ...]
+    saturated: float | None
+    fixed: float
+    by_class: float | None = None
+
+    @property
+    def by_picture(self) -> float:
+        """Share of the variance that is neither fixed nor explained by the class."""
+        return max(0.0, 1 - self.fixed - (self.by_class or 0.0))
+
+
+@dataclass(frozen=True)
+class BlockStatistics:
+    """What the attention of one block does.
+
+    Attributes:
+        change: the norm of what it adds to its map, as a share of the map's norm; mean over pictures.
+        middle: the gates' value where they have nothing to say.
+    """
+
+    name: str
+    channels: int
+    change: float
+    middle: float
+    what: GateStatistics | None
+    where: GateStatistics | None
+
+    @property
+    def word(self) -> str:
+        """In short: idle, saturated, fixed, or what its channel gates follow."""
+        if self.change < IDLE:
+            return "next to nothing"
+        main = self.what or self.where
+        if main is None:
+            return "no gate"
+        if main.saturated is not None and main.saturated > 0.5:
+            return "saturated"
+        if main.fixed > 0.95:
+            return "the same for every picture"
+        return "follows the class" if (main.by_class or 0) > main.by_picture else "follows the picture"
+
+
+def gate_statistics(
+    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor | None]]
+) -> list[BlockStatistics]:
+    """Run the pictures through `model`, in eval mode, and sum up what its gates did, block by block.
+
+    Args:
+        model: with attention; left as it was.
+        batches: normalised images (N, 3, H, W), all of one size, and their classes (N,) or None.
+
+    Raises:
+        ConfigError: the model has no attention, or is compiled.
+        InputError: no pictures.
+    """
+    found: dict[str, list[_Seen]] = {}
+    classes: list[Tensor] = []
+    with torch.no_grad(), eval_mode(model), record(model) as recording:
+        for images, targets in batches:
+            recording.clear()
+            model(images)
+            for name, block in recording.items():
+                found.setdefault(name, []).append(_Seen.of(block))
+            if targets is not None:
+                classes.append(targets.cpu())
+            elif classes:
+                raise InputError("gate_statistics: classes must be given for all batches or for none")
+            if not recording:
+                raise ConfigError("gate_statistics: the model has no attention; cbam.attach puts it in")
+    if not found:
+        raise InputError("gate_statistics: no pictures")
+    labels = torch.cat(classes) if classes else None
+    return [_block(name, seen, labels) for name, seen in found.items()]
+
+
+@dataclass(frozen=True, eq=False)
+class _Seen:
+    """Of one batch."""
+
+    change: Tensor  # (N,)
+    what: Tensor | None  # (N, C)
+    where: Tensor | None  # (N, P), evenly spaced pixels
+    channels: int
+    middle: float
+    bounded: bool
+
+    @classmethod
+    def of(cls, block: Refinement) -> "_Seen":
+        before, after = block.before.flatten(1).double(), block.after.flatten(1).double()
+        norm = before.norm(dim=1).clamp(min=torch.finfo(torch.float32).tiny)
+        channel, spatial = block.channel_gate, block.spatial_gate
+        if channel is None and (both := block.step("both")) is not None:
+            channel = both.gate.mean((2, 3), keepdim=True)
+        own = next((step for step in block.steps if step.kind != "both"), None)
+        return cls(
+            change=((after - before).norm(dim=1) / norm).cpu(),
+            what=None if channel is None else channel[:, :, 0, 0].double().cpu(),
+            where=None if spatial is None else _spaced(spatial.flatten(1).double().cpu()),
+            channels=block.before.shape[1],
+            middle=1.0 if own is None else own.middle,
+            bounded=own is not None,
+        )
+
+
+def _spaced(values: Tensor) -> Tensor:
+    P = values.shape[1]
+    return values[:, torch.linspace(0, P - 1, min(P, _SAMPLE)).long()]
+
+
+def _block(name: str, seen: Sequence[_Seen], labels: Tensor | None) -> BlockStatistics:
+    first = seen[0]
+    what, where = (
+        None if getattr(first, key) is None else torch.cat([getattr(one, key) for one in seen])
+        for key in ("what", "where")
+    )
+    limit = 2 * first.middle if first.bounded else None
+    return BlockStatistics(
+        name=name,
+        channels=first.channels,
+        change=float(torch.cat([one.change for one in seen]).mean()),
+        middle=first.middle,
+        what=None if what is None else _gate(what, limit, labels),
+        where=None if where is None else _gate(where, limit, None),
+    )
+
+
+def _gate(values: Tensor, limit: float | None, labels: Tensor | None) -> GateStatistics:
+    """(N, C) -> what there is to say of it; `limit` is the end of the gate's range."""
+    flat = values.flatten().sort().values  # quantile() of torch takes 16 million values at most
+    at = [round(q * (len(flat) - 1)) for q in QUANTILES]
+    saturated = None
+    if limit is not None:
+        ends = (values < SATURATED * limit) | (values > (1 - SATURATED) * limit)
+        saturated = float(ends.double().mean())
+    mean, quantiles = float(values.mean()), tuple(flat[at].tolist())
+    total = float(values.var(correction=0))
+    if total < 1e-12:
+        return GateStatistics(mean, quantiles, saturated, 1.0, None if labels is None else 0.0)
+    fixed = float(values.mean(0).var(correction=0)) / total
+    by_class = None if labels is None else _by_class(values, labels) / total
+    return GateStatistics(mean, quantiles, saturated, fixed, by_class)
+
+
+def _by_class(values: Tensor, labels: Tensor) -> float:
+    """The variance that classes explain of what is not fixed, mean over channels, as in epsilon squared.
+
+    Of N pictures of K classes, chance alone explains (K - 1) / (N - 1) of the variance.
+    """
+    N, K = len(values), int(labels.unique().numel())
+    centred = values - values.mean(0)
+    total = float(centred.square().sum(0).mean())
+    between = 0.0
+    for label in labels.unique():
+        group = centred[labels == label]
+        between += len(group) * float(group.mean(0).square().mean())
+    if K < 2 or N <= K:
+        return 0.0
+    noise = (total - between) / (N - K)
+    return max(0.0, between - (K - 1) * noise) / N
+
+
+def gate_table(blocks: Sequence[BlockStatistics]) -> str:
+    """The statistics as a table in Markdown; shares of variance in %."""
+    lines = [
+        "| block | channels | change, % | what, 5 to 95 % | saturated, % | fixed, % | class, % | picture, % "
+        "| where, 5 to 95 % | saturated, % | fixed, % | in short |",
+        "|---|" + "---|" * 11,
+    ]
+    for block in blocks:
+        cells = [block.name, str(block.channels), f"{100 * block.change:.1f}"]
+        cells += _cells(block.what, True) + _cells(block.where, False) + [block.word]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _cells(gate: GateStatistics | None, classes: bool) -> list[str]:
+    if gate is None:
+        return ["-"] * (5 if classes else 3)
+    saturated = "-" if gate.saturated is None else f"{100 * gate.saturated:.1f}"
+    cells = [f"{gate.quantiles[0]:.2f} to {gate.quantiles[-1]:.2f}", saturated, f"{100 * gate.fixed:.0f}"]
+    if classes:
+        by_class = "-" if gate.by_class is None else f"{100 * gate.by_class:.0f}"
+        cells += [by_class, f"{100 * gate.by_picture:.0f}"]
+    return cells
+
+
+# Inches.
+_LEFT, _WIDE, _SPACE, _ROW, _HEAD, _FOOT = 0.95, 1.05, 0.16, 0.2, 0.52, 0.62
+_FIXED, _CLASS, _PICTURE = "0.75", "#0072b2", "#e69f00"  # Okabe and Ito's, told apart with any colour vision
+
+
+def gate_figure(blocks: Sequence[BlockStatistics], path: str | Path) -> Path:
+    """Draw the statistics, a row per block, and write them to `path`, as PNG, SVG or PDF by its ending.
+
+    Columns: how much the block changes its map; the range of its channel gates (5 to 95 %, the middle half,
+    the median) and what their variance follows; the same for its spatial gates.
+    """
+    path = paper.check_format(path)
+    if not blocks:
+        raise InputError("gate_figure: no blocks to draw")
+    return paper.save(draw(blocks), path)
+
+
+def draw(blocks: Sequence[BlockStatistics]):
+    """The figure of `gate_figure`, not yet written anywhere."""
+    high = len(blocks) * _ROW
+    page = Page(_LEFT + 5 * _WIDE + 4 * _SPACE + 0.12, _HEAD + high + _FOOT)
+    titles = (
+        "change of\nthe map, %", "what:\nchannel gates", "what: variance\nfollows, %",
+        "where:\nspatial gates", "where: variance\nfollows, %",
+    )  # fmt: skip
+    panels = []
+    for c, title in enumerate(titles):
+        left = _LEFT + c * (_WIDE + _SPACE)
+        ax = page.axes(left, _HEAD, _WIDE, high)
+        page.say(left + _WIDE / 2, _HEAD - 0.06, title, va="bottom")
+        ax.set_ylim(len(blocks) - 0.5, -0.5)
+        ax.set_yticks([])
+        ax.tick_params(labelsize=SMALL, length=2, width=0.4, pad=1.5)
+        for side in ("top", "right", "left"):
+            ax.spines[side].set_visible(False)
+        ax.spines["bottom"].set_linewidth(0.4)
+        panels.append(ax)
+    for r, block in enumerate(blocks):
+        page.say(_LEFT - 0.08, _HEAD + (r + 0.5) * _ROW, paper.cut(block.name, _LEFT - 0.1), ha="right")
+        panels[0].barh(r, 100 * block.change, height=0.6, color="0.45")
+        for gate, span, share in ((block.what, panels[1], panels[2]), (block.where, panels[3], panels[4])):
+            if gate is not None:
+                _span(span, r, gate, block.middle)
+                _shares(share, r, gate)
+    panels[0].set_xlim(left=0)
+    for ax in panels[2], panels[4]:
+        ax.set_xlim(0, 100)
+        ax.set_xticks((0, 50, 100))
+        ax.get_xticklabels()[-1].set_horizontalalignment("right")
+    _legend(page, _HEAD + high + 0.3)
+    return page.figure
+
+
+def _span(ax, r: int, gate: GateStatistics, middle: float) -> None:
+    low, quarter, median, upper, high = gate.quantiles
+    ax.plot([middle, middle], [r - 0.5, r + 0.5], color="black", linewidth=0.6, linestyle=(0, (2, 2)))
+    ax.plot([low, high], [r, r], color="0.45", linewidth=1, solid_capstyle="butt")
+    ax.plot([quarter, upper], [r, r], color="0.45", linewidth=5, solid_capstyle="butt")
+    ax.plot([median], [r], marker="|", color="black", markersize=6, markeredgewidth=1)
+
+
+def _shares(ax, r: int, gate: GateStatistics) -> None:
+    left = 0.0
+    for share, colour in ((gate.fixed, _FIXED), (gate.by_class or 0.0, _CLASS), (gate.by_picture, _PICTURE)):
+        ax.barh(r, 100 * share, left=left, height=0.6, color=colour)
+        left += 100 * share
+
+
+def _legend(page: Page, top: float) -> None:
+    left = _LEFT
+    for colour, words in (
+        (_FIXED, "channel or place: the same in every picture"), (_CLASS, "class"), (_PICTURE, "picture"),
+    ):  # fmt: skip
+        ax = page.axes(left, top - 0.05, 0.1, 0.1)
+        ax.set_facecolor(colour)
+        ax.set_xticks([])
+        ax.set_yticks([])
+        for spine in ax.spines.values():
+            spine.set_visible(False)
+        page.say(left + 0.15, top, words, ha="left")
+        left += 0.35 + len(words) * paper.CHARACTER
+    words = "bars: 5 to 95 %, the middle half, the median; dashed: changes nothing"
+    page.say(_LEFT, top + 0.17, words, ha="left", size=SMALL)

@@ -1,0 +1,103 @@
+"""The paper's figure: pictures, and where each network finds the evidence; rows, or a contact sheet."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from cbam.errors import InputError
+from cbam.explain import page as paper
+from cbam.explain.looking import Glance, Look
+from cbam.explain.maps import METHODS
+from cbam.explain.page import SMALL, Page
+
+# Inches. One block of columns is as wide as a column of a page, two as the page.
+_BLOCK, _LEFT, _GAP, _BETWEEN = 3.45, 0.22, 0.05, 0.1
+_HEAD, _LINE, _FOOT = 0.36, 0.14, 0.40
+
+
+def look_figure(looks: Sequence[Look], path: str | Path, *, across: int = 1) -> Path:
+    """Draw one row per picture and write it to `path`, as PNG, SVG or PDF by its ending; returns the path.
+
+    Columns: the picture and the class, then each network's map of the evidence for it, with its probability;
+    where a network would have said another class, that too.
+
+    Args:
+        looks: from `look`, all with the same networks.
+        path: where to write; replaced in one step.
+        across: rows stand side by side in this many blocks; 2 for a contact sheet.
+
+    Raises:
+        ConfigError: an ending that is not one of .png, .svg, .pdf.
+        InputError: nothing to draw, or different networks.
+        MissingExtraError: matplotlib is not installed.
+    """
+    path = paper.check_format(path)
+    return paper.save(draw(looks, across), path)
+
+
+def draw(looks: Sequence[Look], across: int = 1):
+    """The figure of `look_figure`, not yet written anywhere."""
+    if not looks:
+        raise InputError("look_figure: no picture to draw")
+    names = [glance.network for glance in looks[0].glances]
+    if any([glance.network for glance in look.glances] != names for look in looks):
+        raise InputError("look_figure: the pictures were looked at with different networks")
+    return _Sheet(looks, names, across).figure
+
+
+class _Sheet(Page):
+    def __init__(self, looks: Sequence[Look], names: list[str], across: int) -> None:
+        across = min(across, len(looks))
+        columns = 1 + len(names)
+        self.side = (_BLOCK - _LEFT - (columns - 1) * _GAP) / max(columns, 3)
+        self.block = _LEFT + columns * self.side + (columns - 1) * _GAP
+        rows = math.ceil(len(looks) / across)
+        lines = max(len(words) for look in looks for words in self._captions(look))
+        self.pitch = self.side + 0.1 + lines * _LINE
+        width = across * (self.block + _BETWEEN) - _BETWEEN + 0.05
+        super().__init__(width, _HEAD + rows * self.pitch + _FOOT)
+        for b in range(across):
+            self._head(b, names, METHODS[looks[0].method])
+        for i, look in enumerate(looks):
+            self._row(i % across, _HEAD + i // across * self.pitch, look)
+        disagree = any(glance.best != look.target for look in looks for glance in look.glances)
+        self._foot(names, _HEAD + rows * self.pitch, disagree)
+
+    def _left(self, block: int, column: int = 0) -> float:
+        return block * (self.block + _BETWEEN) + _LEFT + column * (self.side + _GAP)
+
+    def _head(self, block: int, names: list[str], method: str) -> None:
+        for c, title in enumerate(["input", *(f"{method}\n{paper.cut(n, self.side)}" for n in names)]):
+            self.say(self._left(block, c) + self.side / 2, _HEAD - 0.05, title, va="bottom")
+
+    def _row(self, block: int, top: float, look: Look) -> None:
+        middle = top + self.side / 2
+        self.say(self._left(block) - 0.11, middle, paper.cut(look.name, self.side), size=SMALL, turn=90)
+        for c, words in enumerate(self._captions(look)):
+            ax = self.axes(self._left(block, c), top, self.side, self.side)
+            if c == 0:
+                paper.show(ax, look.image)
+            else:
+                paper.show_heat(ax, look.image, look.glances[c - 1].heat)
+            paper.bare(ax)
+            for line, text in enumerate(words):
+                x, y = self._left(block, c) + self.side / 2, top + self.side + 0.115 + line * _LINE
+                self.say(x, y, text, va="baseline")
+
+    def _captions(self, look: Look) -> list[list[str]]:
+        """The lines under each cell of a row."""
+        target = paper.wrap(look.target, self.side).split("\n")
+        return [target, *(self._said(look, glance) for glance in look.glances)]
+
+    def _said(self, look: Look, glance: Glance) -> list[str]:
+        own = f"p = {glance.probability:.2f}"
+        if glance.best == look.target:
+            return [own]
+        return [own, paper.cut(f"{glance.best_probability:.2f} {glance.best}", self.side)]
+
+    def _foot(self, names: list[str], top: float, disagree: bool) -> None:
+        wide = len(names) * (self.side + _GAP) - _GAP
+        ax = self.axes(self._left(0, 1), top + 0.04, wide, 0.06)
+        self.bar(ax, paper.HEAT, {0: "0", 1: "largest of the map"}, "evidence for the class on the left")
+        note = "p: of that class" + ("\nbelow: the class it says" if disagree else "")
+        self.say(self._left(0) + self.side / 2, top + 0.14, note, size=SMALL - 0.5)

@@ -1,0 +1,174 @@
+"""What and where, stage by stage: the gates of one network on one picture."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from cbam.errors import InputError
+from cbam.explain import page as paper
+from cbam.explain.looking import Look, stages
+from cbam.explain.page import SMALL, TEXT, Page
+from cbam.explain.recording import Refinement
+
+TOP = 3  # channels that are shown, of those raised most and of those lowered most
+
+# Inches.
+_LEFT, _CELL, _GAP, _HISTOGRAM = 0.62, 0.82, 0.05, 1.15
+_HEAD, _PITCH, _FOOT = 0.42, 1.05, 0.40
+
+
+def stages_figure(look: Look, path: str | Path, *, network: str | None = None) -> Path:
+    """Draw the gates of `network`, a row for the last attended block of each size, and write it to `path`.
+
+    Columns: where, the spatial gate over the picture, on one scale for all rows; what, the histogram of the
+    channel gates; the channels that the block raises most and lowers most, as it found them; and the feature
+    map before and after, on one scale per row.
+
+    Args:
+        look: from `look`.
+        path: where to write, .png, .svg or .pdf; replaced in one step.
+        network: whose gates; by default of the last that has any.
+
+    Raises:
+        InputError: the network has no attention that can be shown.
+        ConfigError, MissingExtraError: as in `look_figure`.
+    """
+    path = paper.check_format(path)
+    return paper.save(draw(look, network), path)
+
+
+def draw(look: Look, network: str | None = None):
+    """The figure of `stages_figure`, not yet written anywhere."""
+    network = next(reversed(look.blocks), None) if network is None else network
+    if network not in look.blocks:
+        raise InputError(f"{network or 'no network'} has attention to show on {look.name!r}")
+    shown = stages(look.blocks[network])
+    return _Stages(look, network, shown).figure
+
+
+def over_picture(image: Tensor, gate: Tensor, scale: tuple[float, float], opacity: float = 0.65):
+    """A gate (h, w) in colour over its picture in grey: float array (H, W, 3) in [0, 1].
+
+    Args:
+        scale: the gate's value in the middle of the colours, and how far they reach to either side.
+        opacity: of the colour.
+    """
+    middle, reach = scale
+    shade = ((gate.float() - middle) / (2 * reach) + 0.5).clamp(0, 1)
+    large = torch.nn.functional.interpolate(shade[None, None], image.shape[-2:], mode="nearest")[0, 0]
+    return paper.blend(image, large, paper.GATE, opacity)
+
+
+@dataclass(frozen=True)
+class Channel:
+    """One channel of a block: its number, its gate, and its map (h, w) before the block's attention."""
+
+    index: int
+    gate: float
+    map: Tensor
+
+
+def top_channels(block: Refinement, count: int = TOP) -> tuple[list[Channel], list[Channel]]:
+    """The channels with the largest gates, and those with the smallest, each from the extreme inwards."""
+    step = block.step("what") or block.step("both")
+    if step is None:
+        return [], []
+    gates = step.gate[0].float().mean((1, 2))
+    order = gates.argsort().tolist()
+    count = min(count, len(order) // 2)
+    named = [Channel(i, float(gates[i]), block.before[0, i].float().abs()) for i in order]
+    return named[::-1][:count], named[:count]
+
+
+def where_scale(blocks: Sequence[Refinement]) -> tuple[float, float]:
+    """One colour scale for the spatial gates of these blocks."""
+    gates = [gate[0] for block in blocks if (gate := block.spatial_gate) is not None]
+    middles = [step.middle for block in blocks if (step := block.step("where") or block.step("both"))]
+    return paper.gate_scale(gates, middles[0] if middles else 1.0)
+
+
+class _Stages(Page):
+    def __init__(self, look: Look, network: str, blocks: dict[str, Refinement]) -> None:
+        self.look, self.blocks = look, blocks
+        self.scale = where_scale(list(blocks.values()))
+        columns = [("where:\nspatial gate", _CELL), ("what: channel gates,\nhow many have it", _HISTOGRAM)]
+        columns += [(f"{'raised most' if i == 0 else ''}", _CELL) for i in range(TOP)]
+        columns += [(f"{'lowered most' if i == 0 else ''}", _CELL) for i in range(TOP)]
+        self.lefts = [_LEFT]
+        for _, wide in columns:
+            extra = 0.2 if wide == _HISTOGRAM else _GAP
+            self.lefts.append(self.lefts[-1] + wide + extra)
+        self.lefts[1] += 0.09
+        width = self.lefts[-1] - _GAP + 0.06
+        super().__init__(width, _HEAD + len(blocks) * _PITCH + _FOOT)
+        about = f"{paper.cut(look.name, 0.56)}\n{paper.cut(network, 0.56)}"
+        self.say(0.06, _HEAD - 0.06, about, ha="left", va="bottom", size=SMALL)
+        for (title, wide), left in zip(columns, self.lefts, strict=False):
+            group = title.endswith("most")
+            at = left + (3 * _CELL + 2 * _GAP) / 2 if group else left + wide / 2
+            words = f"channels {title}, as the block found them" if group else title
+            self.say(at, _HEAD - 0.06, words, va="bottom")
+        for r, (name, block) in enumerate(blocks.items()):
+            self._row(name, block, _HEAD + r * _PITCH)
+        self._foot(_HEAD + len(blocks) * _PITCH)
+
+    def _row(self, name: str, block: Refinement, top: float) -> None:
+        C, h, w = block.before.shape[1:]
+        words = f"{paper.cut(name, 0.56)}\n{C} ch.\n{h} × {w}"
+        self.say(0.06, top + _CELL / 2, words, ha="left", size=SMALL)
+        self._where(block, top)
+        self._what(block, top)
+        raised, lowered = top_channels(block)
+        for c, channel in enumerate([*raised, *[None] * (TOP - len(raised)), *lowered]):
+            if channel is not None:
+                self._channel(channel, self.lefts[2 + c], top)
+
+    def _where(self, block: Refinement, top: float) -> None:
+        gate = block.spatial_gate
+        if gate is None:
+            return
+        ax = self.axes(self.lefts[0], top, _CELL, _CELL)
+        ax.imshow(over_picture(self.look.image, gate[0, 0], self.scale), interpolation="nearest")
+        paper.bare(ax)
+        paper.under(ax, f"{float(gate.min()):.2f} to {float(gate.max()):.2f}")
+
+    def _what(self, block: Refinement, top: float) -> None:
+        step = block.step("what") or block.step("both")
+        if step is None:
+            return
+        gates = step.gate[0].float().mean((1, 2))
+        reach = max(float((gates - step.middle).abs().max()), 0.01)
+        ax = self.axes(self.lefts[1], top, _HISTOGRAM, _CELL)
+        ax.hist(gates.numpy(), bins=25, range=(step.middle - reach, step.middle + reach), color="0.45")
+        ax.axvline(step.middle, color="black", linewidth=0.6, linestyle=(0, (2, 2)))
+        ax.set_xlim(step.middle - reach, step.middle + reach)
+        ticks = (step.middle - reach, step.middle, step.middle + reach)
+        ax.set_xticks(ticks, labels=[f"{tick:.2f}" for tick in ticks])
+        for label, side in zip(ax.get_xticklabels(), ("left", "center", "right"), strict=True):
+            label.set_horizontalalignment(side)
+        ax.set_yticks([])
+        ax.tick_params(labelsize=TEXT, length=2, width=0.4, pad=1.5)
+        for side in ("top", "right", "left"):
+            ax.spines[side].set_visible(False)
+        ax.spines["bottom"].set_linewidth(0.4)
+
+    def _channel(self, channel: Channel, left: float, top: float) -> None:
+        ax = self.axes(left, top, _CELL, _CELL)
+        size = self.look.image.shape[-2], self.look.image.shape[-1]
+        paper.cells(ax, size, channel.map, paper.STRENGTH, 0, float(channel.map.max()) or 1)
+        paper.bare(ax)
+        paper.under(ax, f"no. {channel.index}: × {channel.gate:.2f}")
+
+    def _foot(self, top: float) -> None:
+        middle, reach = self.scale
+        ticks = {value: f"{value:.2f}" for value in (middle - reach, middle, middle + reach)}
+        self.bar(self.axes(self.lefts[0], top, _CELL, 0.06), paper.GATE, ticks, "factor")
+        wide = self.lefts[8] - self.lefts[2] - _GAP
+        self.bar(
+            self.axes(self.lefts[2], top, wide, 0.06), paper.STRENGTH,
+            {0: "0", 1: "largest of the map"}, "|activation|",
+        )  # fmt: skip
+        self.say(self.lefts[1] + _HISTOGRAM / 2, top + 0.1, "dashed: changes nothing", size=SMALL)

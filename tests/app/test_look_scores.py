@@ -1,0 +1,185 @@
+"""`cbam look --score` and `--gates`: from files with boxes and folders to tables."""
+
+import json
+
+import pytest
+import torch
+
+import cbam
+from cbam.app.cli import main
+from cbam.app.gates import gates
+from cbam.app.score import MEASURES, markdown, samples, score
+from cbam.app.terminal import Lines
+from cbam.data import cluttered_digits
+from cbam.errors import ConfigError, DataError
+from cbam.explain import Viewer
+from cbam.explain.localisation import box_area, energy
+
+Image = pytest.importorskip("PIL.Image", reason="pictures are read by Pillow")
+pytest.importorskip("torchcam", reason="Grad-CAM is torchcam's")
+pytest.importorskip("matplotlib", reason="figures are matplotlib's")
+pytest.importorskip("sklearn", reason="the digits and Student's t are scikit-learn's and scipy's")
+
+
+class Bright(torch.nn.Module):
+    """Two classes; the map of the first is where the picture is bright."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = torch.nn.Conv2d(3, 1, 1, bias=False)
+        torch.nn.init.ones_(self.features.weight)
+
+    def forward(self, x):
+        bright = self.features(x).mean((1, 2, 3))
+        return torch.stack([bright, -bright], 1)
+
+
+@pytest.fixture
+def boxes(tmp_path):
+    """Dark pictures of 40 x 40 with a bright square each, and a CSV of where it is."""
+    lines = ["file,x0,y0,x1,y1,label"]
+    for i in range(6):
+        x, y = 6 + 2 * i, 20 - 2 * i
+        picture = Image.new("RGB", (40, 40))
+        picture.paste((255, 255, 255), (x, y, x + 10, y + 8))
+        picture.save(tmp_path / f"{i}.png")
+        lines.append(f"{i}.png,{x},{y},{x + 10},{y + 8},square")
+    (tmp_path / "boxes.csv").write_text("\n".join(lines))
+    return tmp_path / "boxes.csv"
+
+
+@pytest.fixture
+def viewer():
+    return Viewer(
+        {"plain": Bright(), "CBAM": Bright()},
+        ["square", "other"],
+        size=40,
+        resized=40,
+        mean=(0,) * 3,
+        std=(1,) * 3,
+    )
+
+
+def test_a_network_that_looks_at_the_object_scores_so(viewer, boxes):
+    results = score(viewer, str(boxes), Lines())
+    for name in ("plain", "CBAM"):
+        scores = results["scores"][name]
+        assert scores["pointing"] == 1
+        assert scores["energy"] == pytest.approx(1, abs=1e-4)
+        assert scores["iou"] > 0.98
+    assert results["class"] == {"of the label": 6, "what plain says": 0}
+    assert results["object_share"] == pytest.approx(80 / 1600)
+    assert results["scores"]["centre prior"]["energy"] < 0.5
+    same = results["differences"]["CBAM against plain"]
+    assert all(found["mean"] == 0 and found["word"] == "no difference shown" for found in same.values())
+    better = results["differences"]["plain against centre prior"]["energy"]
+    assert better["word"] == "better"
+    assert better["low"] <= better["mean"] <= better["high"]
+
+
+def test_the_means_are_those_of_the_values_that_are_kept(viewer, boxes):
+    results = score(viewer, str(boxes), Lines())
+    assert results["names"] == [f"{i}.png" for i in range(6)]
+    for name, kept in results["values"].items():
+        for key in MEASURES:
+            assert len(kept[key]) == 6
+            assert results["scores"][name][key] == pytest.approx(sum(kept[key]) / 6, abs=1e-4)
+    assert score(viewer, str(boxes), Lines())["values"] == results["values"]
+
+
+def test_the_page_says_what_the_results_say(viewer, boxes):
+    results = score(viewer, str(boxes), Lines(), limit=4)
+    page = markdown(results)
+    assert "- 4 pictures; the object takes 5.0 % of them on average" in page
+    assert "| pointing game, % | 100.0 | 100.0 |" in page
+    assert "**CBAM against plain**, paired picture by picture:" in page
+
+
+def test_a_box_follows_its_picture_into_the_view(tmp_path):
+    """A bright object in a wide picture, resized and cut: the box in view is where the light is."""
+    Image.new("RGB", (90, 60)).save(tmp_path / "a.png")
+    picture = Image.open(tmp_path / "a.png")
+    picture.paste((255, 255, 255), (40, 12, 61, 33))
+    picture.save(tmp_path / "a.png")
+    (tmp_path / "b.csv").write_text("file,x0,y0,x1,y1\na.png,40,12,61,33\n")
+    wide = Viewer({"plain": Bright()}, ["a", "b"], size=48, resized=56)
+    (one,), _ = samples(wide, str(tmp_path / "b.csv"), None, None)
+    light = one.image.float().mean(0)[None] / 255
+    assert energy(light, one.area[None]).item() > 0.95
+    assert (light[0] > 0.5).sum().item() == pytest.approx(one.area.sum().item(), rel=0.1)
+
+
+def test_an_object_out_of_view_is_left_out_and_counted(tmp_path):
+    Image.new("RGB", (100, 40)).save(tmp_path / "a.png")
+    (tmp_path / "b.csv").write_text("file,x0,y0,x1,y1,label\na.png,0,0,20,40,out\na.png,40,10,60,30,in\n")
+    wide = Viewer({"plain": Bright()}, ["a", "b"], size=40, resized=40)
+    (one,), notes = samples(wide, str(tmp_path / "b.csv"), None, None)
+    assert one.label == "in"
+    assert notes == ["1 pictures with less than half of the object in view"]
+    with pytest.raises(DataError, match="no picture with its object in view"):
+        samples(wide, str(tmp_path / "b.csv"), None, "out")
+    with pytest.raises(ConfigError, match="no box of the label 'cat'; there are in, out"):
+        samples(wide, str(tmp_path / "b.csv"), None, "cat")
+
+
+def test_the_digits_know_their_boxes():
+    _, val = cluttered_digits()
+    eyes = Viewer({"plain": Bright()}, val.classes, size=val.size, resized=val.size)
+    found, notes = samples(eyes, "digits", 5, None)
+    assert notes == []
+    assert len(found) == 5
+    assert torch.equal(found[0].image, val[0]["image"])
+    assert torch.equal(found[0].area, box_area([val[0]["box"].tolist()], val.size, val.size))
+    with pytest.raises(ConfigError, match="give --size 64"):
+        samples(Viewer({"plain": Bright()}, val.classes), "digits", 5, None)
+
+
+@pytest.fixture
+def networks(tmp_path):
+    for name in ("resnet_tiny", "resnet_tiny+cbam"):
+        torch.save(cbam.build(name, num_classes=2).state_dict(), tmp_path / f"{name}.pt")
+    (tmp_path / "classes.txt").write_text("square\nother\n")
+    plain, refined = tmp_path / "resnet_tiny.pt", tmp_path / "resnet_tiny+cbam.pt"
+    return [
+        "--compare", f"plain={plain}", f"cbam={refined}", "--model", "resnet_tiny",
+        "--classes", str(tmp_path / "classes.txt"), "--size", "32",
+    ]  # fmt: skip
+
+
+def test_scores_and_gates_are_written_from_the_command_line(networks, boxes, tmp_path, capsys):
+    folder = tmp_path / "classes"
+    for name in ("one", "two"):
+        (folder / name).mkdir(parents=True)
+        for i in range(3):
+            (folder / name / f"{i}.png").write_bytes((tmp_path / f"{i}.png").read_bytes())
+    out = tmp_path / "out"
+    assert main(["look", *networks, "--score", str(boxes), "--gates", str(folder), "--out", str(out)]) == 0
+    assert {path.name for path in out.iterdir()} == {
+        "score.md",
+        "score.json",
+        "gates.md",
+        "gates.png",
+        "gates.svg",
+    }
+    record = json.loads((out / "score.json").read_text())
+    assert (out / "score.md").read_text() == markdown(record)
+    page = (out / "gates.md").read_text()
+    assert "cbam, 6 pictures of 2 classes in classes:" in page
+    assert page.count("\n| layer") + page.count("\n| stage") == 3 or page.count("\n| ") == 4
+    assert "6 pictures with boxes" in capsys.readouterr().out
+
+
+def test_gates_need_attention_and_pictures(viewer, tmp_path):
+    with pytest.raises(DataError, match="no pictures in it"):
+        gates(viewer, str(tmp_path), tmp_path / "out", Lines())
+    Image.new("RGB", (20, 20)).save(tmp_path / "a.png")
+    with pytest.raises(ConfigError, match="no gates: plain, CBAM without attention"):
+        gates(viewer, str(tmp_path), tmp_path / "out", Lines())
+    with pytest.raises(DataError, match="no such folder"):
+        gates(viewer, str(tmp_path / "none"), tmp_path / "out", Lines())
+
+
+@pytest.mark.parametrize("arguments", [["--label", "a"], ["--limit", "3"], ["--gates", "x", "--label", "a"]])
+def test_options_of_the_scores_go_with_them(arguments, capsys):
+    assert main(["look", "a.png", *arguments]) == 2
+    assert "--label goes with --score, --limit with" in capsys.readouterr().err

@@ -1,0 +1,188 @@
+"""What the page of `cbam serve` shows, without the page."""
+
+import base64
+import io
+import re
+import threading
+
+import pytest
+import torch
+
+import cbam
+from cbam.app.explanation import KEPT, Explainer, GoneError, Shown, said
+from cbam.errors import DataError, InputError
+from cbam.explain import Viewer
+
+Image = pytest.importorskip("PIL.Image", reason="pictures are read by Pillow")
+numpy = pytest.importorskip("numpy")
+pytest.importorskip("torchcam", reason="Grad-CAM is torchcam's")
+pytest.importorskip("matplotlib", reason="colours are matplotlib's")
+
+
+@pytest.fixture(scope="module")
+def explainer():
+    torch.manual_seed(0)
+    nets = {"plain": cbam.build("resnet_tiny"), "CBAM": cbam.build("resnet_tiny+cbam")}
+    for module in nets["CBAM"].modules():
+        if isinstance(module, cbam.SpatialAttention):
+            torch.nn.init.normal_(module.bn.weight)
+    names = ["<b>bold</b>", *(f"class {i}" for i in range(1, 1000))]
+    return Explainer(Viewer(nets, names, size=32, resized=36))
+
+
+def picture(number: int = 0, kind: str = "PNG", **how) -> bytes:
+    pixels = torch.randint(0, 256, (48, 40, 3), generator=torch.Generator().manual_seed(number))
+    buffer = io.BytesIO()
+    Image.fromarray(pixels.byte().numpy()).save(buffer, kind, **how)
+    return buffer.getvalue()
+
+
+def test_a_page_holds_the_picture_the_maps_and_the_gates_of_a_stage(explainer):
+    key = explainer.take(picture(), "photo.png")
+    stage = explainer.stage_names()[0]
+    page = explainer.page(key, Shown(stage=stage, target=7))
+    assert "Grad-CAM, plain" in page
+    assert "Grad-CAM, CBAM" in page
+    assert f"CBAM, {stage}: " in page
+    assert "where: spatial gate" in page
+    assert "channels raised most" in page
+    for one in explainer.look(key, Shown(target=7)).glances:
+        assert f"p = {one.probability:.3f}" in page
+    images = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
+    assert len(images) == 15
+    for data in images:
+        assert Image.open(io.BytesIO(base64.b64decode(data))).format == "PNG"
+    assert "http" not in page
+
+
+def test_below_the_threshold_and_without_opacity_the_picture_is_grey(explainer):
+    key = explainer.take(picture(), "photo.png")
+
+    def map_of(**how):
+        page = explainer.page(key, Shown(**how))
+        data = re.findall(r'src="data:image/png;base64,([^"]+)"', page)[1]
+        return torch.from_numpy(numpy.array(Image.open(io.BytesIO(base64.b64decode(data)))))
+
+    grey = map_of(opacity=0.0)
+    assert (grey == grey[..., :1]).all()
+    whole, part = map_of(), map_of(threshold=0.5)
+    heat = explainer.look(key, Shown()).glances[0].heat
+    coloured = heat >= 0.5
+    assert coloured.any()
+    assert not coloured.all()
+    assert torch.equal(part[coloured], whole[coloured])
+    assert torch.equal(part[~coloured], grey[~coloured])
+
+
+def test_names_are_written_as_text(explainer):  # W13
+    key = explainer.take(picture(), "<script>alert(1)</script>.png")
+    page = explainer.page(key, Shown(target=0))
+    assert "&lt;b&gt;bold&lt;/b&gt;" in page
+    assert "<b>" not in page
+    assert "<script" not in page
+
+
+def test_what_is_written_beside_the_pixels_does_not_come_back(explainer):  # W14
+    exif = Image.Exif()
+    exif[0x010E] = "home address"
+    exif.get_ifd(0x8825)[1] = "N"
+    key = explainer.take(picture(0, "JPEG", exif=exif), "photo.jpg")
+    page = explainer.page(key, Shown())
+    for data in re.findall(r'src="data:image/png;base64,([^"]+)"', page):
+        content = base64.b64decode(data)
+        assert b"home address" not in content
+        assert not Image.open(io.BytesIO(content)).getexif()
+
+
+def test_what_is_too_large_or_no_still_picture_is_refused(explainer):  # W1 W3 W4 D7 D9
+    frames = [Image.new("L", (8, 8), value) for value in (0, 255)]
+    gif, wide = io.BytesIO(), io.BytesIO()
+    frames[0].save(gif, "GIF", save_all=True, append_images=frames[1:])
+    Image.new("1", (5001, 5001)).save(wide, "PNG")
+    for data, message in (
+        (b"\0" * 10_000_001, "at most 10 are taken"),
+        (wide.getvalue(), "25 megapixels; at most 25"),
+        (gif.getvalue(), "animation"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not an image"),
+        (b"<html>", "not an image"),
+        (b"", "empty file"),
+        (picture()[:500], "damaged"),
+    ):
+        with pytest.raises(DataError, match=message):
+            explainer.take(data, "x")
+
+
+def test_a_large_picture_is_refused_before_it_is_decoded(explainer, monkeypatch):  # W4
+    import cbam.app.explanation as module
+
+    wide = io.BytesIO()
+    Image.new("1", (9000, 9000)).save(wide, "PNG")
+    monkeypatch.setattr(module, "decode", lambda _: pytest.fail("it was decoded"))
+    with pytest.raises(DataError, match="81 megapixels"):
+        explainer.take(wide.getvalue(), "x")
+
+
+def test_the_oldest_pictures_go_and_a_key_opens_its_own_alone(explainer):
+    first = explainer.take(picture(), "first")
+    keys = [explainer.take(picture(i), str(i)) for i in range(KEPT)]
+    assert len({first, *keys}) == KEPT + 1
+    with pytest.raises(GoneError, match="give it again"):
+        explainer.page(first, Shown())
+    with pytest.raises(GoneError):
+        explainer.page("../../etc/passwd", Shown())
+    assert explainer.look(keys[3], Shown()).name == "3"
+
+
+def test_200_interleaved_requests_each_equal_the_serial_answer(explainer):  # W10
+    names = explainer.stage_names()
+    keys = [explainer.take(picture(i), str(i)) for i in range(10)]
+    wanted = [
+        (
+            keys[i % 10],
+            Shown(target=i % 7 or None, stage=names[i % len(names)], method=("gradcam", "layercam")[i % 2]),
+        )
+        for i in range(200)
+    ]
+    serial = Explainer(explainer.viewer)
+    serial._pictures.update(explainer._pictures)
+    expected = {one: serial.page(*one) for one in dict.fromkeys(wanted)}
+    answers: dict[int, str] = {}
+
+    def ask(start: int) -> None:
+        for i in range(start, 200, 8):
+            answers[i] = explainer.page(*wanted[i])
+
+    threads = [threading.Thread(target=ask, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [answers[i] for i in range(200)] == [expected[one] for one in wanted]
+
+
+def test_a_crash_is_told_by_a_number_and_the_next_answer_is_right(explainer, monkeypatch, caplog):  # W12
+    key = explainer.take(picture(), "photo")
+    before = explainer.page(key, Shown(target=3))
+    explainer._looks.clear()
+    net = explainer.viewer.networks["CBAM"]
+    monkeypatch.setattr(net, "forward", lambda x: 1 / 0)
+    with pytest.raises(ZeroDivisionError) as caught:
+        explainer.page(key, Shown(target=3))
+    told = said(caught.value)
+    assert re.fullmatch(r"This picture could not be explained \(error [0-9a-f]{8}\)\. The log .*", told)
+    assert "ZeroDivision" not in told
+    assert told.split("error ")[1][:8] in caplog.text
+    monkeypatch.undo()
+    assert explainer.page(key, Shown(target=3)) == before
+    assert said(InputError("plain words")) == "plain words"
+
+
+def test_the_figure_is_a_png_of_the_same_look(explainer):
+    key = explainer.take(picture(), "photo")
+    assert explainer.figure(key, Shown()).startswith(b"\x89PNG")
+
+
+def test_an_unknown_stage_is_named(explainer):
+    key = explainer.take(picture(), "photo")
+    with pytest.raises(InputError, match="no stage 'x'; there are "):
+        explainer.page(key, Shown(stage="x"))

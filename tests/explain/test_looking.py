@@ -1,0 +1,196 @@
+import re
+
+import pytest
+import torch
+
+from cbam.errors import ConfigError, InputError
+from cbam.explain import Viewer, gradcam, look, look_figure, record, stages_figure
+from cbam.explain.looking import class_index, stages
+from cbam.explain.pair import view
+from cbam.explain.stages import top_channels, where_scale
+
+pytest.importorskip("torchcam", reason="Grad-CAM is torchcam's")
+pytest.importorskip("matplotlib", reason="figures are matplotlib's")
+
+CLASSES = ["ant", "bee", "cat", "dog", "eel"]
+
+
+@pytest.fixture
+def viewer(plain, build):
+    return Viewer({"plain": plain, "CBAM": build()}, CLASSES, size=32, resized=36)
+
+
+@pytest.fixture
+def picture():
+    return torch.randint(0, 256, (3, 50, 40), dtype=torch.uint8)
+
+
+def svg_text(path) -> str:
+    return "\n".join(re.findall(r"<!-- (.*?) -->", path.read_text(), flags=re.DOTALL))
+
+
+def test_a_look_holds_what_the_single_functions_give(viewer, picture):
+    seen = look(viewer, picture, "photo", target=3)
+    assert torch.equal(seen.image, viewer.view(picture))
+    assert seen.image.shape == (3, 32, 32)
+    images = viewer.normalised(seen.image)[None]
+    for glance in seen.glances:
+        model = viewer.networks[glance.network]
+        scores = model(images)[0].softmax(0)
+        assert torch.equal(glance.heat, gradcam(model, images, 3)[0])
+        assert glance.probability == pytest.approx(scores[3].item())
+        assert glance.best == CLASSES[scores.argmax()]
+    with record(viewer.networks["CBAM"]) as recording:
+        viewer.networks["CBAM"](images)
+    assert list(seen.blocks) == ["CBAM"]
+    for name, block in seen.blocks["CBAM"].items():
+        assert torch.equal(block.spatial_gate, recording[name].spatial_gate)
+
+
+def test_every_network_is_asked_for_what_the_first_one_says(viewer, picture):
+    seen = look(viewer, picture)
+    first, second = seen.glances
+    assert seen.target == first.best
+    assert first.probability == first.best_probability
+    images = viewer.normalised(seen.image)[None]
+    assert torch.equal(second.heat, gradcam(viewer.networks["CBAM"], images, CLASSES.index(first.best))[0])
+
+
+def test_looking_leaves_the_networks_as_they_were(viewer, picture):  # E7
+    before = {k: v.clone() for m in viewer.networks.values() for k, v in m.state_dict().items()}
+    again = [look(viewer, picture) for _ in range(2)]
+    for model in viewer.networks.values():
+        assert not any(m._forward_hooks for m in model.modules())
+        assert all(p.grad is None for p in model.parameters())
+    after = {k: v for m in viewer.networks.values() for k, v in m.state_dict().items()}
+    assert all(torch.equal(value, after[key]) for key, value in before.items())
+    for one, two in zip(again[0].glances, again[1].glances, strict=True):
+        assert torch.equal(one.heat, two.heat)
+
+
+def test_the_last_block_of_each_size_stands_for_its_stage(viewer, picture):
+    blocks = look(viewer, picture).blocks["CBAM"]
+    assert list(blocks) == ["stage1", "stage2.0", "stage2.1"]
+    assert list(stages(blocks)) == ["stage1", "stage2.1"]
+
+
+def test_the_top_channels_are_those_with_the_largest_and_the_smallest_gates(viewer, picture):
+    block = look(viewer, picture).blocks["CBAM"]["stage2.1"]
+    raised, lowered = top_channels(block, 2)
+    gates = block.channel_gate[0, :, 0, 0]
+    assert [c.index for c in raised] == gates.argsort(descending=True)[:2].tolist()
+    assert [c.index for c in lowered] == gates.argsort()[:2].tolist()
+    assert raised[0].gate == pytest.approx(gates.max().item())
+    assert torch.equal(raised[0].map, block.before[0, raised[0].index].abs())
+
+
+def test_the_spatial_gates_share_one_scale(viewer, picture):
+    blocks = stages(look(viewer, picture).blocks["CBAM"])
+    middle, reach = where_scale(list(blocks.values()))
+    assert middle == 0.5
+    assert reach == pytest.approx(max((b.spatial_gate - 0.5).abs().max().item() for b in blocks.values()))
+
+
+def test_a_view_is_the_middle_of_the_resized_picture():
+    tv = pytest.importorskip("torchvision.transforms.v2.functional")
+    picture = (torch.rand(3, 20, 30).cumsum(2) * 8).byte()
+    large = torch.nn.functional.interpolate(picture[None], (200, 300), mode="bicubic")[0]
+    ours = view(large, 224, 256).float()
+    theirs = tv.center_crop(tv.resize(large, [256], interpolation=3, antialias=True), [224, 224]).float()
+    assert (ours - theirs).abs().mean() < 0.5  # of 255; the long side is not resized to a whole number
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 20_000), (20_000, 1), (2, 3), (3000, 2000)])
+def test_a_view_has_its_size_whatever_the_picture(size):  # D11
+    assert view(torch.full((3, *size), 7, dtype=torch.uint8)).unique().tolist() == [7]
+
+
+def test_what_is_no_picture_or_no_class_is_refused(viewer, picture):
+    for bad in (picture.float(), picture[:1], picture[None], picture[:, :0]):
+        with pytest.raises(InputError, match="a picture is uint8"):
+            look(viewer, bad)
+    with pytest.raises(InputError, match=r"0\.\.4"):
+        look(viewer, picture, target=5)
+    few = Viewer(viewer.networks, CLASSES[:3], size=32, resized=36)
+    with pytest.raises(ConfigError, match="plain has 5 classes, there are 3 names"):
+        look(few, picture)
+
+
+def test_a_class_is_named_by_number_or_by_name():
+    assert class_index(CLASSES, "2") == class_index(CLASSES, "Cat") == 2
+    with pytest.raises(ConfigError, match="no class 'cot'; near it: cat"):
+        class_index(CLASSES, "cot")
+    with pytest.raises(ConfigError, match="no class '5'; give one by its name or by 0 to 4"):
+        class_index(CLASSES, "5")
+
+
+@pytest.mark.parametrize("ending", [".png", ".svg", ".pdf"])
+def test_both_figures_are_written_in_the_form_that_their_name_asks_for(viewer, picture, tmp_path, ending):
+    seen = look(viewer, picture, "photo")
+    start = {".png": b"\x89PNG", ".svg": b"<?xml", ".pdf": b"%PDF"}[ending]
+    for path in (
+        look_figure([seen], tmp_path / f"look{ending}"),
+        stages_figure(seen, tmp_path / f"stages{ending}"),
+    ):
+        assert path.read_bytes().startswith(start)
+
+
+def test_the_figure_says_the_class_and_its_probability_for_each_network(viewer, picture, tmp_path):
+    seen = look(viewer, picture, "photo.jpg", target=0, method="layercam")
+    words = svg_text(look_figure([seen], tmp_path / "look.svg"))
+    assert "ant" in words
+    assert "photo.jpg" in words
+    assert "LayerCAM\nCBAM" in words
+    for glance in seen.glances:
+        assert f"p = {glance.probability:.2f}" in words
+        assert (f"{glance.best_probability:.2f} {glance.best}" in words) == (glance.best != "ant")
+
+
+def test_the_stages_say_every_gate_that_they_show(viewer, picture, tmp_path):
+    seen = look(viewer, picture, "photo.jpg")
+    words = svg_text(stages_figure(seen, tmp_path / "stages.svg"))
+    for name, block in stages(seen.blocks["CBAM"]).items():
+        assert name in words
+        assert f"{block.spatial_gate.min():.2f} to {block.spatial_gate.max():.2f}" in words
+        for channel in [c for side in top_channels(block) for c in side]:
+            assert f"no. {channel.index}: × {channel.gate:.2f}" in words
+
+
+@pytest.mark.parametrize("kind", ["rows", "sheet", "stages", "disagreeing"])
+def test_no_word_is_cut_off_or_printed_over_another(viewer, picture, kind):
+    from cbam.explain import sheet
+    from cbam.explain import stages as gates
+
+    long = "a file with a name that is too long for any margin.jpeg"
+    looks = [look(viewer, picture, long, target=i if kind == "disagreeing" else None) for i in range(5)]
+    if kind == "stages":
+        figure = gates.draw(looks[0])
+    else:
+        figure = sheet.draw(looks, 2 if kind == "sheet" else 1)
+    figure.canvas.draw()
+    page = figure.bbox
+    found = figure.findobj(lambda artist: getattr(artist, "get_text", lambda: "")().strip() != "")
+    boxes = [(text.get_text(), text.get_window_extent()) for text in found if text.get_visible()]
+    assert len(boxes) > 15
+    for word, box in boxes:
+        assert page.x0 - 0.5 <= box.x0, word
+        assert box.x1 <= page.x1 + 0.5, word
+        assert page.y0 - 0.5 <= box.y0, word
+        assert box.y1 <= page.y1 + 0.5, word
+    for i, (word, box) in enumerate(boxes):
+        for other, its in boxes[i + 1 :]:
+            assert not box.overlaps(its), (word, other)
+
+
+def test_what_cannot_be_drawn_is_refused(viewer, picture, plain, tmp_path):
+    alone = look(Viewer({"plain": plain}, CLASSES, size=32, resized=36), picture)
+    with pytest.raises(InputError, match="no network has attention"):
+        stages_figure(alone, tmp_path / "stages.png")
+    with pytest.raises(InputError, match="different networks"):
+        look_figure([alone, look(viewer, picture)], tmp_path / "look.png")
+    with pytest.raises(InputError, match="no picture"):
+        look_figure([], tmp_path / "look.png")
+    with pytest.raises(ConfigError, match=r"got 'look\.jpg'"):
+        look_figure([alone], tmp_path / "look.jpg")
+    assert list(tmp_path.iterdir()) == []
+    look_figure([alone], tmp_path / "look.png")
