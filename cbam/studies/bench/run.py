@@ -114,6 +114,7 @@ class _Measure:
         yield "timm", self._ready(rivals.timm_cbam(channels), training)
         yield "released", self._ready(rivals.Released(channels), training)
         if _can_compile(self.device):
+            torch._dynamo.reset()  # it gives up on a class that it has compiled for eight shapes
             yield "released, compiled", torch.compile(self._ready(rivals.Released(channels), training))  # type: ignore[misc]
         yield "cbam", self._ready(ours, training)
         yield "cbam, reference", self._ready(_Reference(copy.deepcopy(ours)), training)
