@@ -7,12 +7,14 @@ from torch import nn
 
 from cbam.data import cluttered_digits
 from cbam.data.images import IMAGENET_MEAN, IMAGENET_STD
-from cbam.errors import CheckpointError, CheckpointNotFoundError, ConfigError
+from cbam.errors import CheckpointNotFoundError, ConfigError
 from cbam.explain.looking import Viewer, default_viewer
 from cbam.explain.pair import class_names
 from cbam.models import build
 from cbam.surgery import load_weights
 from cbam.train import checkpoint
+from cbam.train.average import average_of
+from cbam.train.material import ours
 
 _SIZE = 224
 
@@ -79,7 +81,7 @@ def _load(
     """What it is in words, the network, and how pictures come to it: the fields of a `Viewer`."""
     if not file.exists():
         raise CheckpointNotFoundError(f"{file}: no such file")
-    state = _of_a_run(file)
+    state = ours(file) if file.is_dir() or checkpoint.step_of(file) >= 0 else None
     if state is None:
         if model is None:
             raise ConfigError(f"{file} does not say what network it is: give --model NAME, see `cbam list`")
@@ -90,7 +92,7 @@ def _load(
             _, val = cluttered_digits()
             side, known = size or val.size, names or val.classes
     else:
-        name, weights = state["config"]["model"], state["model"]
+        name, weights = state["config"]["model"], average_of(state)
         side, known = size or state["data"]["size"], names or state["data"]["classes"]
         digits = state["config"]["data"] is None
     net = build(name, num_classes=len(known))
@@ -102,22 +104,6 @@ def _load(
     else:
         how |= {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
     return f"{name}, weights of {file}", net.eval(), how
-
-
-def _of_a_run(path: Path) -> dict[str, Any] | None:
-    """The checkpoint of a run of `cbam train`, None for any other file of weights."""
-    if path.is_dir():
-        found = checkpoint.newest(path, lambda _: None)
-        if found is None:
-            raise CheckpointNotFoundError(f"{path}: no checkpoint in this folder")
-        state = found[1]
-    elif checkpoint.step_of(path) >= 0:
-        state = checkpoint.load(path)
-    else:
-        return None
-    if absent := {"config", "data", "model"} - state.keys():
-        raise CheckpointError(f"{path}: not a checkpoint of cbam train, it lacks {', '.join(sorted(absent))}")
-    return state
 
 
 def _lines(path: str) -> list[str]:
