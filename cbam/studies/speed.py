@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cbam.train import Recipe
-from cbam.train.classification import make_optimizer
+from cbam.train.optimizer import make_optimizer
 
 WARM_UP = 2
 ROUNDS = 15

@@ -20,7 +20,7 @@ from torch import nn
 from cbam import CBAM
 from cbam.data import cluttered_digits
 from cbam.train import Recipe, checkpoint, fit
-from cbam.train.classification import CLOCK
+from cbam.train.steps import CLOCK
 from cbam.train.folder import METRICS
 from cbam.train.keeper import Keeper
 
