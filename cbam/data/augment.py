@@ -31,7 +31,7 @@ def known(how: str) -> str:
 
 
 def augment_boxed(sample: dict[str, Any], how: str, random: np.random.Generator) -> dict[str, Any]:
-    """A sample of `BoxedImages`, changed as `how` says; boxes with less than a pixel left are dropped."""
+    """A sample of `BoxedImages`, changed as `how` says; a box of which a crop leaves no pixel is dropped."""
     try:
         from torchvision import tv_tensors
     except ImportError as error:
@@ -45,7 +45,7 @@ def augment_boxed(sample: dict[str, Any], how: str, random: np.random.Generator)
     low = plain.new_tensor([0.0, 0.0, 0.0, 0.0])
     plain = torch.minimum(torch.maximum(plain, low), plain.new_tensor([width, height, width, height]))
     sides = plain[:, 2:] - plain[:, :2]
-    kept = (sides >= LEAST).all(1) | (sample["boxes"] == plain).all(1)
+    kept = (sides >= LEAST).all(1) if how == "ssd" else (sides > 0).all(1)
     changed = {name: sample[name][kept] for name in ("labels", "crowd", "difficult")}
     return sample | changed | {
         "image": image.as_subclass(torch.Tensor).contiguous(),

@@ -48,7 +48,7 @@ def _voc(root: Path) -> tuple[BoxedImages, BoxedImages] | None:
         val = voc(years[0], "test", classes=train.classes)
     elif (root / "Annotations").is_dir() and (root / "ImageSets" / "Main").is_dir():
         splits = {path.stem for path in (root / "ImageSets" / "Main").glob("*.txt")}
-        pairs = (("trainval", "test"), ("train", "val"), ("trainval", "val"))
+        pairs = (("trainval", "test"), ("train", "val"))
         pair = next((pair for pair in pairs if splits.issuperset(pair)), None)
         if pair is None:
             raise DataError(

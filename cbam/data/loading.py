@@ -240,8 +240,8 @@ def loader(
     shard: Shard = ALONE,
     patience: float = PATIENCE,
 ) -> DataLoader:
-    """Batches of `images` as dicts: image uint8 (N, 3, S, S), target (N,), index (N,), box (N, 4); of pictures
-    with boxes as `BoxedImages.collate` says.
+    """Batches of `images` as dicts: image uint8 (N, 3, S, S), target (N,), index (N,), box (N, 4).
+    Those of pictures with boxes are as `BoxedImages.collate` says.
 
     For training the order and the random choices are functions of (seed, epoch, index); call
     `loader.sampler.set_epoch(epoch)` before each epoch, as Lightning does. Every sample comes once in an

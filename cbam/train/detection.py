@@ -1,11 +1,10 @@
-"""Detection: uint8 pictures of any size with labelled boxes; the detector's own losses, and average precision.
+"""Detection: uint8 pictures of any size with labelled boxes; the detector's losses, and average precision.
 
 A batch is a dict of lists: "image" uint8 (3, H, W), "target" with boxes (N, 4), labels (N,), area, crowd and
 difficult; and "index", a tensor. Networks are torchvision's kind: see `cbam.models.detector`.
 
-A detector's loss is a mean over the pictures of its part of a step, or nearly: SSD divides by the number of
-matched boxes of the part. So a step shared by several processes is theirs to the last bit only if it is shared
-by as many.
+A detector's loss is a mean over the pictures of its part of a step, or nearly so: SSD divides by the number
+of boxes that were matched in the part. So how many processes share a step matters a little.
 """
 
 from collections.abc import Callable, Sequence
@@ -60,7 +59,7 @@ class Detection:
         return {i: found for i, found, _ in every}, {i: target for i, _, target in every}
 
     def scores(self, collected: tuple[_ByIndex, _ByIndex]) -> dict[str, float | None]:
-        """`val_ap` (mean over the overlaps 0.50 to 0.95), `val_ap50`, `val_ap75`, and what else the rules have.
+        """`val_ap` (mean over overlaps of 0.50 to 0.95), `val_ap50`, `val_ap75`, and what the rules add.
 
         None where there is nothing to find. VOC's are areas under the curve (2010 on), and
         `val_ap50_11points`, as for VOC2007.
@@ -86,7 +85,7 @@ def _voc(found: _ByIndex, truth: _ByIndex, classes: list[str]) -> dict[str, floa
 
 
 def _known(value: float) -> float | None:
-    return value if value == value else None
+    return float(value) if value == value else None
 
 
 def _pictures(batch: dict) -> list[Tensor]:

@@ -23,7 +23,7 @@ class Part(NamedTuple):
 
     @property
     def weight(self) -> float:
-        """What a mean over this part is multiplied by, for the mean over the parts to be that over the step."""
+        """What to multiply a mean over this part by: the mean over all parts is that over the step then."""
         return self.count * self.parts / self.samples
 
 

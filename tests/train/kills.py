@@ -20,9 +20,9 @@ from torch import nn
 from cbam import CBAM
 from cbam.data import cluttered_digits
 from cbam.train import Recipe, checkpoint, fit
-from cbam.train.steps import CLOCK
 from cbam.train.folder import METRICS
 from cbam.train.keeper import Keeper
+from cbam.train.steps import CLOCK
 
 RECIPE = Recipe(epochs=2, batch_size=8, lr=0.1, momentum=0.9)
 
