@@ -171,6 +171,11 @@ class BoxedImages(Dataset):
         """None: the loader loads them."""
         return None
 
+    @property
+    def all_boxes(self) -> np.ndarray:
+        """Every box as its annotation has it: float64 (N, 4), those of the first picture first."""
+        return self._boxes
+
     def count(self, index: int) -> int:
         """How many objects picture `index` has."""
         return int(self._starts[index + 1] - self._starts[index])

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from cbam.errors import CheckpointError, CheckpointNotFoundError
+from cbam.errors import CheckpointError, CheckpointNotFoundError, ConfigError
 from cbam.models import build, detector
 from cbam.models.detectors import TimmMaps
 from cbam.nn.gate import SigmoidGate
@@ -19,7 +19,14 @@ def make_detector(name: str, classes: int, *, start: str, size: int | None, regi
 
     With `regions`, the second stage of Faster R-CNN learns from that many out of four times as many
     proposals, and classifies twice as many in evaluation; torchvision's numbers are 512, 2000 and 1000.
+
+    Raises:
+        ConfigError: no such detector, or a size or regions that it has not.
     """
+    if size is not None and name.startswith(("ssd300", "stairnet300")):
+        raise ConfigError(f"{name} takes pictures of 300 pixels: leave the size out")
+    if regions is not None and not name.startswith("fasterrcnn"):
+        raise ConfigError(f"regions are Faster R-CNN's, and this is {name}")
     model = detector(name, num_classes=classes, start=start)
     parts: Any = model
     if size is not None:

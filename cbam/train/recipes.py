@@ -129,10 +129,6 @@ class Config:
         yield good, f"augment must be one of {', '.join(AUGMENTATIONS)}, got {self.augment!r}"
         for name in ("label_smoothing", "mixup", "cutmix", "compile"):
             yield not getattr(self, name), f"{name} is not for detectors"
-        good = self.regions is None or str(self.model).startswith("fasterrcnn")
-        yield good, f"regions are fasterrcnn's, got the model {self.model!r}"
-        good = self.size is None or not str(self.model).startswith(("ssd300", "stairnet300"))
-        yield good, f"{self.model} takes pictures of 300 pixels: leave size out"
 
     @property
     def detects(self) -> bool:
