@@ -39,7 +39,7 @@ def export(
     path: str | PathLike[str],
     *,
     to: str | None = None,
-    shape: tuple[int, int, int, int] = SHAPE,
+    shape: tuple[int, ...] = SHAPE,
     dynamic: bool = False,
     opset: int | None = None,
     about: Mapping[str, Any] | None = None,
@@ -54,8 +54,8 @@ def export(
     Args:
         path: `.pt2`, `.onnx` or `.xml`; the folder must exist.
         to: "torch", "onnx" or "openvino"; by default what `path` ends in.
-        shape: (N, C, H, W) of the input, float32.
-        dynamic: leave N, H and W free; it is then checked at three shapes that the graph was not traced with.
+        shape: of the input, float32: (N, C, H, W), (N, C, W) of a signal or (N, C, D, H, W) of a volume.
+        shape: of the input, float32: (N, C, H, W), or of a signal (N, C, W), or of a volume (N, C, D, H, W).
         opset: of ONNX; by default the exporter's.
         about: what to tell in the file, by name: texts, or values that JSON has.
         overwrite: replace a file that is there.
@@ -83,8 +83,8 @@ def export(
 
 def _check(shape: tuple[int, ...], opset: int | None, name: str) -> None:
     whole = [isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in shape]
-    if len(shape) != 4 or not all(whole):
-        raise InputError(f"shape must be four positive ints (N, C, H, W), got {shape!r}")
+    if not 3 <= len(shape) <= 5 or not all(whole):
+        raise InputError(f"shape must be three to five positive ints, as (N, C, H, W), got {shape!r}")
     if opset is not None and (isinstance(opset, bool) or not isinstance(opset, int) or opset < 1):
         raise ConfigError(f"opset must be a positive int, got {opset!r}")
     if opset is not None and name == "torch":

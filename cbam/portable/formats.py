@@ -18,7 +18,7 @@ from cbam.portable.check import Run
 from cbam.portable.program import first_line, quiet
 
 INPUT = "x"
-FREE = {0: "batch", 2: "height", 3: "width"}
+SIDES = ("depth", "height", "width")
 LARGEST = 1_900_000_000  # bytes; protocol buffers end at 2 GiB
 PRECISION = {"INFERENCE_PRECISION_HINT": "f32"}  # without it OpenVINO computes in bfloat16 where it can
 
@@ -115,7 +115,8 @@ def _onnx(made: ExportedProgram, opset: int | None) -> Any:
 def _name_free(proto: Any) -> None:
     """Call the free dimensions what they are: torch's names for them are numbers."""
     dims = proto.graph.input[0].type.tensor_type.shape.dim
-    names = {dims[i].dim_param: name for i, name in FREE.items() if i < len(dims) and dims[i].dim_param}
+    called = ["batch", "", *SIDES[5 - len(dims) :]]
+    names = {dim.dim_param: name for dim, name in zip(dims, called, strict=True) if dim.dim_param}
     for value in (*proto.graph.input, *proto.graph.output, *proto.graph.value_info):
         for dim in value.type.tensor_type.shape.dim:
             if dim.dim_param:

@@ -76,25 +76,27 @@ def inputs(shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
     return [torch.randn(shape, generator=generator) for shape in shapes]
 
 
-def traced_shape(shape: tuple[int, int, int, int], *, dynamic: bool) -> tuple[int, int, int, int]:
+def traced_shape(shape: tuple[int, ...], *, dynamic: bool) -> tuple[int, ...]:
     """What the graph is traced with: dimensions that shall stay free must not be 1, nor equal by accident."""
-    batch, channels, height, width = shape
-    return (max(2, batch), channels, height, width + STEP) if dynamic else shape
+    if not dynamic:
+        return shape
+    sides = (side + STEP * place for place, side in enumerate(shape[2:]))
+    return (max(2, shape[0]), shape[1], *sides)
 
 
-def unseen_shapes(shape: tuple[int, int, int, int], *, dynamic: bool) -> list[tuple[int, int, int, int]]:
+def unseen_shapes(shape: tuple[int, ...], *, dynamic: bool) -> list[tuple[int, ...]]:
     """Three shapes to check a graph with; of a dynamic one, three that it was not traced with."""
-    _, channels, height, width = shape
     if not dynamic:
         return [shape] * 3
+    channels, first, *rest = shape[1:]
     return [
-        (1, channels, height, width),
-        (3, channels, height + STEP, width + 2 * STEP),
-        (2, channels, height + 2 * STEP, width),
+        (1, channels, first, *rest),
+        (3, channels, first + STEP, *(side + 2 * STEP for side in rest)),
+        (4, channels, first + 2 * STEP, *rest),
     ]
 
 
-def program(model: nn.Module, shape: tuple[int, int, int, int], *, dynamic: bool) -> ExportedProgram:
+def program(model: nn.Module, shape: tuple[int, ...], *, dynamic: bool) -> ExportedProgram:
     """The graph of a settled `model`, with torch's operators alone.
 
     Raises:
@@ -109,7 +111,7 @@ def program(model: nn.Module, shape: tuple[int, int, int, int], *, dynamic: bool
     except Exception as error:
         told = first_line(error)
         raise InputError(f"{type(model).__name__} refuses an input {tuple(x.shape)}: {told}") from error
-    free = {0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC} if dynamic else {}
+    free = {place: Dim.DYNAMIC for place in range(len(shape)) if place != 1} if dynamic else {}
     try:
         with quiet():
             made = torch.export.export(model, (x,), dynamic_shapes=(free,), strict=False)

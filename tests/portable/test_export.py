@@ -159,6 +159,15 @@ def test_a_network_of_one_size_is_refused_when_it_shall_take_any(tmp_path):
     assert files(tmp_path) == {}
 
 
+# E2
+@pytest.mark.parametrize("dim", [1, 3])
+def test_a_signal_and_a_volume_export_too(dim, tmp_path):
+    conv = {1: nn.Conv1d, 3: nn.Conv3d}[dim]
+    net = nn.Sequential(conv(2, 4, 3), cbam.CBAM(4, reduction=2, dim=dim))
+    made = export(net, tmp_path / "a.pt2", shape=(1, 2, *[16] * dim), dynamic=True)
+    assert {len(shape) for shape in made.agreement.shapes} == {dim + 2}
+
+
 # E3
 @pytest.mark.parametrize("wrong", [1.0001, float("nan")])
 def test_a_file_that_computes_something_else_is_not_put_in_place(wrong, tiny, tmp_path, monkeypatch):
@@ -323,8 +332,8 @@ def test_a_quantised_network_is_refused(tmp_path):
         ("a.tflite", {}, ConfigError, "expected one of torch"),
         ("a.onnx", {"to": "torch"}, ConfigError, r"a file for torch ends in \.pt2"),
         ("a.pt2", {"opset": 18}, ConfigError, "opset is ONNX's"),
-        ("a.pt2", {"shape": (1, 3, 0, 8)}, InputError, "four positive ints"),
-        ("a.pt2", {"shape": (3, 8, 8)}, InputError, "four positive ints"),
+        ("a.pt2", {"shape": (1, 3, 0, 8)}, InputError, "three to five positive ints"),
+        ("a.pt2", {"shape": (8, 8)}, InputError, "three to five positive ints"),
         ("a.pt2", {"shape": (1, 5, 32, 32)}, InputError, "refuses an input"),
         ("no/a.pt2", {}, OutputError, "No such file"),
         ("there.pt2", {}, ConfigError, "exists"),
