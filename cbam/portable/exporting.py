@@ -54,8 +54,8 @@ def export(
     Args:
         path: `.pt2`, `.onnx` or `.xml`; the folder must exist.
         to: "torch", "onnx" or "openvino"; by default what `path` ends in.
-        shape: of the input, float32: (N, C, H, W), (N, C, W) of a signal or (N, C, D, H, W) of a volume.
         shape: of the input, float32: (N, C, H, W), or of a signal (N, C, W), or of a volume (N, C, D, H, W).
+        dynamic: leave all of it but C free; it is then checked at three shapes that it was not traced with.
         opset: of ONNX; by default the exporter's.
         about: what to tell in the file, by name: texts, or values that JSON has.
         overwrite: replace a file that is there.
