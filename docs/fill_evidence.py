@@ -207,7 +207,9 @@ def _still(usual: list[Table]) -> str:
     ]
     missing = f"On Imagenette: {', '.join(wanted)}." if wanted else "On Imagenette: nothing."
     large = {t.study.name for t in usual if not t.small and not t.partial}
-    missing += f" On ImageNet: {', '.join(name for name in STUDIES if name not in large) or 'nothing'}."
+    for data in dict.fromkeys(study.paper_data for study in STUDIES.values()):
+        names = [n for n, study in STUDIES.items() if study.paper_data == data and n not in large]
+        missing += f" On {data}: {', '.join(names) or 'nothing'}."
     protocol = imagenette()
     return STILL.format(
         missing=missing, seeds=SEEDS, epochs=protocol.epochs, batch=protocol.batch_size, hours=_hours()

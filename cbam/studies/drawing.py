@@ -82,7 +82,7 @@ class _Scale:
 def _heading(table: Table) -> str:
     told = (
         f"dots: seeds; bar: mean with {CONFIDENCE:.0%} interval, ".replace("%", " %")
-        + "blue where it leaves out zero; diamond: the paper's difference ({table.study.paper_data})"
+        + f"blue where it leaves out zero; diamond: the paper's difference ({table.study.paper_data})"
     )
     return (
         f'<text x="12" y="22" font-size="15" font-weight="600" fill="{_INK}">{escape(title(table))}</text>\n'
