@@ -35,9 +35,10 @@ def boxed_folder(path: str | os.PathLike) -> tuple[BoxedImages, BoxedImages]:
     name = shown(root.resolve().name) or "pictures"
     train.name, val.name = f"{name} {train.name}", f"{name} {val.name}"
     train = train.without_crowds().with_objects()
-    for images, what in ((train, "training"), (val, "validation")):
-        if not len(images):
-            raise DataError(f"{shown(path)}: no {what} pictures" + " with a box" * (images is train))
+    if not len(train) or not len(val):
+        raise DataError(
+            f"{shown(path)}: no {'validation pictures' if len(train) else 'training pictures with a box'}"
+        )
     return train, val
 
 
@@ -45,7 +46,7 @@ def _voc(root: Path) -> tuple[BoxedImages, BoxedImages] | None:
     years = [root / year for year in ("VOC2007", "VOC2012") if (root / year).is_dir()]
     if years:
         train = voc(years, "trainval")
-        val = voc(years[0], "test", classes=train.classes)
+        val = voc(years[0], "test", classes=train.classes or None)
     elif (root / "Annotations").is_dir() and (root / "ImageSets" / "Main").is_dir():
         splits = {path.stem for path in (root / "ImageSets" / "Main").glob("*.txt")}
         pairs = (("trainval", "test"), ("train", "val"))
@@ -56,7 +57,7 @@ def _voc(root: Path) -> tuple[BoxedImages, BoxedImages] | None:
                 f"are needed; there is {', '.join(sorted(splits)[:10]) or 'nothing'}"
             )
         train = voc(root, pair[0])
-        val = voc(root, pair[1], classes=train.classes)
+        val = voc(root, pair[1], classes=train.classes or None)  # without a class nothing is trained below
     else:
         return None
     train.name, val.name = "trainval" if years else pair[0], "test" if years else pair[1]

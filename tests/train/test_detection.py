@@ -99,6 +99,27 @@ def test_workers_change_nothing(shapes):
             assert all(torch.equal(a[name], b[name]) for name in a)
 
 
+def test_the_engine_takes_the_steps_of_a_plain_loop(shapes, detector):
+    """The same batches, losses and updates, written out: the weights are equal to the last bit."""
+    train, val = shapes
+    model, other = detector(), detector()
+    how = Recipe(epochs=2, batch_size=4, lr=0.02, schedule="constant", weight_decay=1e-3)
+    fit(model, train, val, how, seed=4, device="cpu")
+    torch.manual_seed(4)
+    optimizer = torch.optim.SGD(other.parameters(), lr=0.02, momentum=0.9, weight_decay=1e-3)
+    other.to(memory_format=torch.channels_last).train()
+    batches = loader(train, 4, train=True, seed=4)
+    for epoch in range(2):
+        batches.sampler.set_epoch(epoch)
+        for batch in batches:
+            targets = [{"boxes": t["boxes"], "labels": t["labels"]} for t in batch["target"]]
+            losses = other([image / 255 for image in batch["image"]], targets)
+            optimizer.zero_grad()
+            torch.stack(list(losses.values())).sum().backward()
+            optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp64"])
 def test_other_precisions_train_and_accumulate(shapes, detector, precision):
     how = Recipe(epochs=1, batch_size=4, lr=0.02, precision=precision, accumulate=2, ema=0.9)
