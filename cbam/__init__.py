@@ -10,13 +10,17 @@
 import importlib
 from typing import TYPE_CHECKING
 
+from cbam import timm_names as _timm_names
+
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from cbam import data, explain, models, nn, ops, studies, surgery, train
+    from cbam import data, explain, hub, models, nn, ops, portable, studies, surgery, train
     from cbam.errors import CBAMError
+    from cbam.hub import from_pretrained, save_pretrained
     from cbam.models import build
     from cbam.nn import CBAM, ChannelAttention, SpatialAttention
+    from cbam.portable import export
     from cbam.surgery import attach, convert_state_dict, detach, load_weights, sites
 
 _HOME = {
@@ -28,10 +32,25 @@ _HOME = {
     "build": "cbam.models",
     "convert_state_dict": "cbam.surgery",
     "detach": "cbam.surgery",
+    "export": "cbam.portable",
+    "from_pretrained": "cbam.hub",
     "load_weights": "cbam.surgery",
+    "save_pretrained": "cbam.hub",
     "sites": "cbam.surgery",
 }
-_ROOMS = ("data", "errors", "explain", "models", "nn", "ops", "studies", "surgery", "train")
+_ROOMS = (
+    "data",
+    "errors",
+    "explain",
+    "hub",
+    "models",
+    "nn",
+    "ops",
+    "portable",
+    "studies",
+    "surgery",
+    "train",
+)
 
 __all__ = [  # noqa: RUF022 - in the order a reader needs them
     "CBAM",
@@ -43,12 +62,17 @@ __all__ = [  # noqa: RUF022 - in the order a reader needs them
     "load_weights",
     "convert_state_dict",
     "build",
+    "export",
+    "from_pretrained",
+    "save_pretrained",
     "CBAMError",
     "data",
     "explain",
+    "hub",
     "models",
     "nn",
     "ops",
+    "portable",
     "studies",
     "surgery",
     "train",
@@ -68,3 +92,6 @@ def __getattr__(name: str):
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+_timm_names.watch()

@@ -84,6 +84,12 @@ class OutputError(CBAMError, OSError):
     exit_code = 7
 
 
+class ExportError(CBAMError, RuntimeError):
+    """A network cannot be exported, or the file would compute something else; there is no file."""
+
+    exit_code = 10
+
+
 class MissingExtraError(CBAMError, ImportError):
     """An optional dependency is needed; the message holds the pip line."""
 

@@ -70,7 +70,7 @@ def compile_to(library: Path, *, sanitize: bool = False) -> None:
         for level, flags in LEVELS.items():
             if x86 or level == "portable":
                 # Beside AVX2 the portable level is for old machines only, and need not take long to compile.
-                speed = ["-O1"] if x86 and level == "portable" else ["-O2"]
+                speed = ["-O1"] if x86 and level == "portable" else ["-O2", "-fpeel-loops"]
                 jobs[level] = [
                     *speed,
                     *KERNEL,

@@ -31,14 +31,15 @@ COMMANDS = {
     "look": "look",
     "serve": "serve",
     "bench": "bench",
+    "export": "export",
     "data": "data",
 }
 
 EXIT_CODES = """\
 exit codes: 0 done, 1 unexpected error, 2 usage, 3 data, 4 weights file or checkpoint, 5 loss not finite,
 6 out of memory, 7 no room or no permission, 8 optional package missing, 9 one of several processes gone,
-75 time limit, 130 interrupted, 143 terminated; --resume auto takes up what `cbam train` saved before 75,
-130 or 143"""
+10 not exportable, 75 time limit, 130 interrupted, 143 terminated; --resume auto takes up what `cbam train`
+saved before 75, 130 or 143"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -127,7 +127,7 @@ def _listed(library: str) -> list[str]:
     if library == "torchvision":
         models = _torchvision()
         return models.list_models(module=models)
-    return _timm().list_models()
+    return _timm().list_models(exclude_filters="cbam_*")  # those that cbam/timm_names.py registered
 
 
 def _create(library: str, network: str, num_classes: int) -> nn.Module:

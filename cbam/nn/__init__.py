@@ -37,8 +37,8 @@ __all__ = [
 ]
 
 
-def _spatial(channels: int) -> SpatialAttention:
-    return SpatialAttention()
+def _spatial(channels: int, *, dim: int = 2) -> SpatialAttention:
+    return SpatialAttention(dim=dim)
 
 
 # channels -> module of equal input and output shape, by the name of the command line

@@ -6,7 +6,8 @@
 The gain g is 1 in the paper. With g = 2 a gate whose last layer is zero is exactly 1, since
 2 sigmoid(0) = 1: the identity start. It is kept in the state dict where it is not 1.
 
-Shapes: N samples, C channels, H x W pixels. A feature map is (N, C, H, W) or (C, H, W).
+Shapes: N samples, C channels, H x W pixels. A feature map is (N, C, H, W) or (C, H, W). With `dim=1` it is a
+signal (N, C, L) or (C, L), with `dim=3` a volume (N, C, D, H, W) or (C, D, H, W).
 """
 
 import logging
@@ -21,18 +22,23 @@ from cbam.nn import door
 from cbam.nn.gate import SigmoidGate
 from cbam.nn.tail import normalising, refined, watched
 from cbam.ops import Channel, Spatial, channel_descriptor, rescale, spatial_descriptor
-from cbam.ops.reference import ALL_POOLS, POOLS
+from cbam.ops.reference import ALL_POOLS, POOLS, over_pixels
 
+_CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+_NORM = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 _log = logging.getLogger("cbam")
 
 # A symbolic trace keeps these whole: they look at shapes and dtypes, which a trace does not know.
 torch.fx.wrap("channel_descriptor")
 torch.fx.wrap("spatial_descriptor")
 torch.fx.wrap("rescale")
+torch.fx.wrap("over_pixels")
 
 
 class _FusableGate(SigmoidGate):
     """A gate that runs by fused kernels where its layers are what those know."""
+
+    dim: int
 
     def forward(self, x: Tensor) -> Tensor:
         out = refined(self, x)
@@ -61,19 +67,23 @@ class ChannelAttention(_FusableGate):
         reduction: the hidden layer has max(1, C // reduction) units.
         pools: which of "avg", "max", "lp" (root of the sum of squares) and "lse" (log of the sum of
             exponentials) describe a channel; their logits are summed.
+        dim: the number of spatial dimensions, 1, 2 or 3. It changes no weight.
 
-    Shape: (N, C, H, W) -> the same; unbatched (C, H, W) too.
+    Shape: (N, C, H, W) -> the same; unbatched (C, H, W) too. `dim=1`: (N, C, L); `dim=3`: (N, C, D, H, W).
     """
 
-    def __init__(self, channels: int, *, reduction: int = 16, pools: Sequence[str] = POOLS) -> None:
+    def __init__(
+        self, channels: int, *, reduction: int = 16, pools: Sequence[str] = POOLS, dim: int = 2
+    ) -> None:
         super().__init__()
+        door.check_dim(dim)
         door.check_count("channels", channels)
         door.check_count("reduction", reduction)
         if isinstance(pools, str) or not pools or len(set(pools)) < len(pools) or set(pools) - set(ALL_POOLS):
             raise InputError(
                 f'pools must be distinct names out of "avg", "max", "lp" and "lse", got {pools!r}'
             )
-        self.channels, self.reduction, self.pools = channels, reduction, tuple(pools)
+        self.channels, self.reduction, self.pools, self.dim = channels, reduction, tuple(pools), dim
         if channels < reduction:
             _log.info("ChannelAttention(%d, reduction=%d): one hidden unit", channels, reduction)
         hidden = max(1, channels // reduction)
@@ -97,14 +107,16 @@ class ChannelAttention(_FusableGate):
 
     def gate(self, x: Tensor) -> Tensor:
         """Mc: (N, C, H, W) -> (N, C, 1, 1)."""
-        door.check_fits(x, self.channels, self.fc1.weight)
-        logits = self.fc2(F.relu(self.fc1(channel_descriptor(x, self.pools)))).sum(1)
-        return self._open(logits)[:, :, None, None]
+        door.check_fits(x, self.channels, self.fc1.weight, self.dim)
+        logits = self.fc2(F.relu(self.fc1(channel_descriptor(x, self.pools, dim=self.dim)))).sum(1)
+        return over_pixels(self._open(logits), self.dim)
 
     def obstacle(self) -> str:
         """What of this module no kernel knows, or nothing."""
         if type(self).gate is not ChannelAttention.gate or "gate" in vars(self):
             return "its gate is computed in another way"
+        if self.dim != 2:
+            return f"kernels take images, and it has dim={self.dim}"
         one, two = self.fc1, self.fc2
         if type(one) is not nn.Linear or type(two) is not nn.Linear:
             return "its layers are no plain nn.Linear"
@@ -116,7 +128,7 @@ class ChannelAttention(_FusableGate):
 
     def check(self, x: Tensor) -> None:
         """Refuse an `x` (N, C, H, W) that does not fit, before any work."""
-        door.check_fits(x, self.channels, self.fc1.weight)
+        door.check_fits(x, self.channels, self.fc1.weight, self.dim)
 
     def operands(self, x: Tensor) -> tuple[Channel | None, Spatial | None]:
         """What kernels are given."""
@@ -124,7 +136,7 @@ class ChannelAttention(_FusableGate):
         return Channel(one.weight, one.bias, two.weight, two.bias, self.pools, self.gain_value()), None
 
     def extra_repr(self) -> str:
-        return f"{self.channels}, reduction={self.reduction}, pools={self.pools}"
+        return f"{self.channels}, reduction={self.reduction}, pools={self.pools}{_said(self.dim)}"
 
 
 class SpatialAttention(_FusableGate):
@@ -132,18 +144,20 @@ class SpatialAttention(_FusableGate):
 
     Args:
         kernel_size: side of the convolution over [max over channels; mean over channels]; odd.
+        dim: the number of spatial dimensions, 1, 2 or 3.
 
-    Shape: (N, C, H, W) -> the same; unbatched (C, H, W) too.
+    Shape: (N, C, H, W) -> the same; unbatched (C, H, W) too. `dim=1`: (N, C, L); `dim=3`: (N, C, D, H, W).
     """
 
-    def __init__(self, *, kernel_size: int = 7) -> None:
+    def __init__(self, *, kernel_size: int = 7, dim: int = 2) -> None:
         super().__init__()
+        door.check_dim(dim)
         door.check_count("kernel_size", kernel_size)
         if kernel_size % 2 == 0:
             raise InputError(f"the spatial kernel must be odd, got kernel_size={kernel_size}")
-        self.kernel_size = kernel_size
-        self.conv = nn.Conv2d(2, 1, kernel_size, padding=kernel_size // 2, bias=False)
-        self.bn = nn.BatchNorm2d(1, momentum=0.01)
+        self.kernel_size, self.dim = kernel_size, dim
+        self.conv = _CONV[dim](2, 1, kernel_size, padding=kernel_size // 2, bias=False)
+        self.bn = _NORM[dim](1, momentum=0.01)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -163,8 +177,8 @@ class SpatialAttention(_FusableGate):
 
     def gate(self, x: Tensor) -> Tensor:
         """Ms: (N, C, H, W) -> (N, 1, H, W)."""
-        door.check_fits(x, None, self.conv.weight)
-        logits = self.conv(spatial_descriptor(x))
+        door.check_fits(x, None, self.conv.weight, self.dim)
+        logits = self.conv(spatial_descriptor(x, dim=self.dim))
         if self.bn.training:
             door.check_statistics(logits)
         return self._open(self.bn(logits))
@@ -173,6 +187,8 @@ class SpatialAttention(_FusableGate):
         """What of this module no kernel knows, or nothing."""
         if type(self).gate is not SpatialAttention.gate or "gate" in vars(self):
             return "its gate is computed in another way"
+        if self.dim != 2:
+            return f"kernels take images, and it has dim={self.dim}"
         conv, norm = self.conv, self.bn
         if type(conv) is not nn.Conv2d or type(norm) is not nn.BatchNorm2d or norm.weight is None:
             return "its layers are no plain nn.Conv2d and nn.BatchNorm2d"
@@ -180,7 +196,7 @@ class SpatialAttention(_FusableGate):
 
     def check(self, x: Tensor) -> None:
         """Refuse an `x` (N, C, H, W) that does not fit, before any work."""
-        door.check_fits(x, None, self.conv.weight)
+        door.check_fits(x, None, self.conv.weight, self.dim)
         if self.bn.training:
             door.check_statistics(x[:, :1])
 
@@ -189,7 +205,11 @@ class SpatialAttention(_FusableGate):
         return None, Spatial(self.conv.weight, normalising(self.bn), self.gain_value())
 
     def extra_repr(self) -> str:
-        return f"kernel_size={self.kernel_size}"
+        return f"kernel_size={self.kernel_size}{_said(self.dim)}"
+
+
+def _said(dim: int) -> str:
+    return "" if dim == 2 else f", dim={dim}"
 
 
 class CBAM(nn.Module):
@@ -200,17 +220,24 @@ class CBAM(nn.Module):
         reduction: of the channel attention's hidden layer.
         kernel_size: of the spatial attention's convolution; odd.
         pools: of the channel attention.
+        dim: the number of spatial dimensions: 1 for signals, 2 for images, 3 for volumes.
 
-    Shape: (N, C, H, W) -> the same; unbatched (C, H, W) too.
+    Shape: (N, C, H, W) -> the same; unbatched (C, H, W) too. `dim=1`: (N, C, L); `dim=3`: (N, C, D, H, W).
     """
 
     def __init__(
-        self, channels: int, *, reduction: int = 16, kernel_size: int = 7, pools: Sequence[str] = POOLS
+        self,
+        channels: int,
+        *,
+        reduction: int = 16,
+        kernel_size: int = 7,
+        pools: Sequence[str] = POOLS,
+        dim: int = 2,
     ) -> None:
         super().__init__()
         self.channels = channels
-        self.channel = ChannelAttention(channels, reduction=reduction, pools=pools)
-        self.spatial = SpatialAttention(kernel_size=kernel_size)
+        self.channel = ChannelAttention(channels, reduction=reduction, pools=pools, dim=dim)
+        self.spatial = SpatialAttention(kernel_size=kernel_size, dim=dim)
 
     def reset_parameters(self) -> None:
         """Initialise as the released code does."""
@@ -246,6 +273,6 @@ class CBAM(nn.Module):
         return self.channel.operands(x)[0], self.spatial.operands(x)[1]
 
 
-def squeeze_excitation(channels: int, *, reduction: int = 16) -> ChannelAttention:
+def squeeze_excitation(channels: int, *, reduction: int = 16, dim: int = 2) -> ChannelAttention:
     """Squeeze-and-excitation (arXiv 1709.01507) as the paper's tables count it: both layers with a bias."""
-    return ChannelAttention(channels, reduction=reduction, pools=("avg",))
+    return ChannelAttention(channels, reduction=reduction, pools=("avg",), dim=dim)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cbam.errors import DtypeError, InputError
-from cbam.ops.reference import batched
+from cbam.ops.reference import batched, other_dim
 
 _log = logging.getLogger("cbam")
 
@@ -30,6 +30,12 @@ def check_odd(name: str, value: int) -> None:
     check_count(name, value)
     if value % 2 == 0:
         raise InputError(f"{name} must be odd, got {value}")
+
+
+def check_dim(dim: int) -> None:
+    """Refuse what is no number of spatial dimensions that a convolution has."""
+    if isinstance(dim, bool) or dim not in (1, 2, 3):
+        raise InputError(f"dim, the number of spatial dimensions, must be 1, 2 or 3, got {dim!r}")
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
@@ -58,12 +64,15 @@ def feature_map(x: Tensor, channels: int, weight: Tensor | None) -> Tensor:
     return batched(x)
 
 
-def check_fits(x: Tensor, channels: int | None, weight: Tensor | None) -> None:
+def check_fits(x: Tensor, channels: int | None, weight: Tensor | None, dim: int = 2) -> None:
     """Refuse an input of other channels, device or dtype than the module's, before any work."""
     if torch.jit.is_tracing():
         return
-    if channels is not None and x.dim() in (3, 4) and x.shape[-3] != channels:
-        raise InputError(f"built for {channels} channels, got {x.shape[-3]} in shape {tuple(x.shape)}")
+    if channels is not None and x.dim() in (dim + 1, dim + 2) and x.shape[-dim - 1] != channels:
+        raise InputError(
+            f"built for {channels} channels, got {x.shape[-dim - 1]} in shape {tuple(x.shape)}"
+            f"{other_dim(x, dim) if x.shape[1] == channels else ''}"
+        )
     if weight is None:
         return
     if x.device != weight.device:

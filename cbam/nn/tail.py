@@ -37,10 +37,13 @@ class Fusable(Protocol):
 
 def refined(attention: Fusable, x: Tensor) -> Tensor | None:
     """`attention` on a map (N, C, H, W) or (C, H, W) by fused kernels; None where the equation must do."""
-    if not isinstance(x, Tensor) or x.dim() not in (3, 4):
+    if not isinstance(x, Tensor):
         return None
-    maps = x if x.dim() == 4 else x.unsqueeze(0)
-    if not ops.fused(maps, attention.obstacle()):
+    obstacle = attention.obstacle()
+    if not obstacle and x.dim() not in (3, 4):
+        return None  # the equation says what is wrong
+    maps = x.unsqueeze(0) if x.dim() == 3 else x
+    if not ops.fused(maps, obstacle):
         return None
     attention.check(maps)
     channel, spatial = attention.operands(maps)

@@ -1,6 +1,7 @@
 """The equations of attention in eager torch: the specification, and the oracle of every fast path.
 
-Shapes: N samples, C channels, H x W pixels, P pools. A feature map is (N, C, H, W) or (C, H, W).
+Shapes: N samples, C channels, H x W pixels, P pools. A feature map is (N, C, H, W) or (C, H, W); with one
+spatial dimension (N, C, L) or (C, L), with three (N, C, D, H, W) or (C, D, H, W).
 """
 
 from collections.abc import Sequence
@@ -44,7 +45,10 @@ class Channel(NamedTuple):
 
 
 class Spatial(NamedTuple):
-    """Where: kernel (1, 2, k, k), k odd, over [maximum; mean]; the norm of its one channel; the gain."""
+    """Where: kernel (1, 2, k, k), k odd, over [maximum; mean]; the norm of its one channel; the gain.
+
+    The kernel has as many k as the map has spatial dimensions.
+    """
 
     kernel: Tensor | None
     norm: Norm
@@ -60,7 +64,7 @@ def tail(
     spatial: Spatial | None = None,
     relu: bool = False,
 ) -> Tensor:
-    """What attention makes of a block's end, every part optional: (N, C, H, W) -> the same.
+    """What attention makes of a block's end, every part optional; `x` is a batch of maps.
 
         y = BN(x)   z = Mc(y) y   v = Ms(z) z + shortcut   out = relu(v)
 
@@ -81,16 +85,26 @@ def what(x: Tensor, channel: Channel) -> Tensor:
     """Mc: (N, C, H, W) -> (N, C, 1, 1) (paper equation 2)."""
     assert channel.w1 is not None
     assert channel.w2 is not None
-    hidden = F.relu(F.linear(channel_descriptor(x, channel.pools), channel.w1, channel.b1))
+    described = channel_descriptor(x, channel.pools, dim=x.dim() - 2)
+    hidden = F.relu(F.linear(described, channel.w1, channel.b1))
     logits = F.linear(hidden, channel.w2, channel.b2).sum(1)
-    return channel.gain * torch.sigmoid(logits)[:, :, None, None]
+    return channel.gain * over_pixels(torch.sigmoid(logits), x.dim() - 2)
 
 
 def where(x: Tensor, spatial: Spatial) -> Tensor:
     """Ms: (N, C, H, W) -> (N, 1, H, W) (paper equation 3)."""
     assert spatial.kernel is not None
-    logits = F.conv2d(spatial_descriptor(x), spatial.kernel, padding=spatial.kernel.shape[-1] // 2)
+    dim = x.dim() - 2
+    logits = _CONV[dim](spatial_descriptor(x, dim=dim), spatial.kernel, padding=spatial.kernel.shape[-1] // 2)
     return spatial.gain * torch.sigmoid(_normalised(logits, spatial.norm))
+
+
+_CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+def over_pixels(gate: Tensor, dim: int) -> Tensor:
+    """A factor for each channel, (N, C), as (N, C, 1, 1): with `dim` ones."""
+    return gate.reshape(*gate.shape, *(1,) * dim)
 
 
 def _normalised(x: Tensor, norm: Norm) -> Tensor:
@@ -99,18 +113,21 @@ def _normalised(x: Tensor, norm: Norm) -> Tensor:
     )
 
 
-def channel_descriptor(x: Tensor, pools: Sequence[str] = POOLS) -> Tensor:
+def channel_descriptor(x: Tensor, pools: Sequence[str] = POOLS, *, dim: int = 2) -> Tensor:
     """Every pool of every channel: (N, C, H, W) -> (N, P, C) (paper section 3, equation 2).
 
     "avg" and "max" are the paper's. "lp", the root of the sum of squares, and "lse", the logarithm of the sum
     of exponentials, are the released code's; both sum in float32 where `x` has 16 bits. The maximum hands its
     whole gradient to the first of equal pixels, as `max_pool2d` does.
 
+    Args:
+        dim: the number of spatial dimensions, 1, 2 or 3.
+
     Raises:
         InputError: not a feature map, or an empty one.
         DtypeError: not float16, bfloat16, float32 or float64.
     """
-    x = batched(x)
+    x = batched(x, dim)
     if {"avg", "max"} <= set(pools):
         top, mean = _plane_max_and_mean(x)
         shared = {"avg": mean, "max": top}
@@ -118,25 +135,28 @@ def channel_descriptor(x: Tensor, pools: Sequence[str] = POOLS) -> Tensor:
     return torch.stack([_POOL[pool](x) for pool in pools], 1)
 
 
-def spatial_descriptor(x: Tensor) -> Tensor:
+def spatial_descriptor(x: Tensor, *, dim: int = 2) -> Tensor:
     """Maximum, then mean, over the channels: (N, C, H, W) -> (N, 2, H, W) (paper section 3, equation 3).
 
     The maximum comes first, as in the authors' released code, and hands its whole gradient to the first of
     equal channels.
 
+    Args:
+        dim: the number of spatial dimensions, 1, 2 or 3.
+
     Raises:
         InputError: not a feature map, or an empty one.
         DtypeError: not float16, bfloat16, float32 or float64.
     """
-    x = batched(x)
-    if _is_nhwc(x):
-        return torch.stack(max_and_mean(x.permute(0, 2, 3, 1), 3), 1)
+    x = batched(x, dim)
+    if _is_channels_last(x):
+        return torch.stack(max_and_mean(x.movedim(1, -1), x.dim() - 1), 1)
     return torch.stack(max_and_mean(x, 1), 1)
 
 
 def rescale(x: Tensor, gate: Tensor) -> Tensor:
-    """`x` times a gate of shape (N, C, 1, 1) or (N, 1, H, W); keeps the layout of `x`."""
-    return x * (gate if x.dim() == 4 else gate.squeeze(0))
+    """`x`, batched or not, times a gate of shape (N, C, 1, 1) or (N, 1, H, W); keeps the layout of `x`."""
+    return x * (gate if x.dim() == gate.dim() else gate.squeeze(0))
 
 
 def max_and_mean(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
@@ -185,15 +205,19 @@ class _MaxAndMean(torch.autograd.Function):
 
 def _plane_max_and_mean(x: Tensor) -> tuple[Tensor, Tensor]:
     """(N, C, H, W) -> twice (N, C)."""
-    N, C, H, W = x.shape
-    if _is_nhwc(x):
-        return max_and_mean(x.permute(0, 2, 3, 1).view(N, H * W, C), 1)
-    return max_and_mean(x.reshape(N, C, H * W), 2)
+    if _is_channels_last(x):
+        return max_and_mean(x.movedim(1, -1).flatten(1, -2), 1)
+    return max_and_mean(x.flatten(2), 2)
 
 
-def _is_nhwc(x: Tensor) -> bool:
+def _is_channels_last(x: Tensor) -> bool:
     """Whether a permuted view of `x` is contiguous; reductions and their gradients then keep its layout."""
-    return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    return not x.is_contiguous() and x.movedim(1, -1).is_contiguous()
+
+
+def _pixels(x: Tensor) -> tuple[int, ...]:
+    """The spatial axes of a batch of maps."""
+    return tuple(range(2, x.dim()))
 
 
 def _plane_max(x: Tensor) -> Tensor:
@@ -201,17 +225,17 @@ def _plane_max(x: Tensor) -> Tensor:
 
 
 def _plane_mean(x: Tensor) -> Tensor:
-    return x.mean((2, 3))
+    return x.mean(_pixels(x))
 
 
 def _plane_norm(x: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x, dim=(2, 3), dtype=_sum_dtype(x)).to(x.dtype)
+    return torch.linalg.vector_norm(x, dim=_pixels(x), dtype=_sum_dtype(x)).to(x.dtype)
 
 
 def _plane_log_sum_exp(x: Tensor) -> Tensor:
-    top = x.detach().amax((2, 3), keepdim=True)  # a shift that cancels, and needs no gradient
-    total = (x - top).exp().sum((2, 3), dtype=_sum_dtype(x))
-    return (top[:, :, 0, 0] + total.log()).to(x.dtype)
+    top = x.detach().amax(_pixels(x), keepdim=True)  # a shift that cancels, and needs no gradient
+    total = (x - top).exp().sum(_pixels(x), dtype=_sum_dtype(x))
+    return (top.flatten(1) + total.log()).to(x.dtype)
 
 
 def _sum_dtype(x: Tensor) -> torch.dtype:
@@ -222,21 +246,33 @@ def _sum_dtype(x: Tensor) -> torch.dtype:
 _POOL = {"avg": _plane_mean, "max": _plane_max, "lp": _plane_norm, "lse": _plane_log_sum_exp}
 
 
-def batched(x: Tensor) -> Tensor:
-    """`x` as (N, C, H, W).
+_PIXELS = {1: "L", 2: "H, W", 3: "D, H, W"}
+
+
+def batched(x: Tensor, dim: int = 2) -> Tensor:
+    """`x` as (N, C, H, W), or with as many spatial dimensions as `dim` says.
 
     Raises:
         InputError: not a feature map, or an empty one.
         DtypeError: not float16, bfloat16, float32 or float64.
     """
     if torch.jit.is_tracing():
-        return x if x.dim() == 4 else x.unsqueeze(0)
+        return x if x.dim() == dim + 2 else x.unsqueeze(0)
     if x.dtype not in FLOATS:
         raise DtypeError(
             f"attention needs a float16, bfloat16, float32 or float64 tensor, got {x.dtype}; call x.float()"
         )
-    if x.dim() not in (3, 4):
-        raise InputError(f"expected a feature map (N, C, H, W) or (C, H, W), got shape {tuple(x.shape)}")
-    if x.shape[-3] == 0 or x.shape[-2] == 0 or x.shape[-1] == 0:
+    if x.dim() not in (dim + 1, dim + 2):
+        expected = f"(N, C, {_PIXELS[dim]}) or (C, {_PIXELS[dim]})"
+        raise InputError(f"expected a feature map {expected}, got shape {tuple(x.shape)}{other_dim(x, dim)}")
+    if 0 in x.shape[-dim - 1 :]:
         raise InputError(f"channels and spatial size must be at least 1, got shape {tuple(x.shape)}")
-    return x if x.dim() == 4 else x.unsqueeze(0)
+    return x if x.dim() == dim + 2 else x.unsqueeze(0)
+
+
+def other_dim(x: Tensor, dim: int) -> str:
+    """What takes a batch of as many dimensions as `x` has, where that is not `dim`: the end of a message."""
+    own = x.dim() - 2
+    if own == dim or own not in _PIXELS:
+        return ""
+    return f"; cbam.CBAM(channels, dim={own}) takes (N, C, {_PIXELS[own]})"

@@ -1,6 +1,7 @@
 """Put attention into a model in place, take it out again, and say where it can go."""
 
 import difflib
+import inspect
 import logging
 import re
 from collections.abc import Callable
@@ -37,7 +38,8 @@ def attach(
         where: a regular expression that a whole module name must match, or `(name, module) -> bool`. It
             chooses among the residual blocks that `sites(model)` lists; where it matches none of them, the
             modules it matches get attention on their output.
-        attention: `channels -> module` of the same input and output shape.
+        attention: `channels -> module` of the same input and output shape. One that takes `dim` is told it
+            where the map has one spatial dimension or three.
         start: "identity", which needs `identity_()` on the attention; or "paper", its own initialisation.
 
     Raises:
@@ -139,7 +141,7 @@ def _build(block: nn.Module, site: Site, attention: Callable[[int], nn.Module], 
     channels = site.channels
     assert channels is not None
     try:
-        part = attention(channels)
+        part = attention(channels) if site.dims == 4 else _of_dim(attention, channels, site.dims - 2)
     except Exception as error:
         raise AttachError(
             f"attention({channels}) for {site.name} failed: {error}; nothing was changed"
@@ -159,6 +161,15 @@ def _build(block: nn.Module, site: Site, attention: Callable[[int], nn.Module], 
         ):
             part = part.to(memory_format=torch.channels_last)
     return part.train(block.training)
+
+
+def _of_dim(attention: Callable[..., nn.Module], channels: int, dim: int) -> nn.Module:
+    """The attention for a map of `dim` spatial dimensions, told to one that can be told."""
+    try:
+        told = "dim" in inspect.signature(attention).parameters
+    except ValueError:  # some callables have no signature
+        told = False
+    return attention(channels, dim=dim) if told else attention(channels)
 
 
 def _start_at_identity(part: nn.Module) -> None:

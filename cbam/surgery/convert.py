@@ -57,6 +57,8 @@ def _check_convertible(attention: nn.Module, to: str) -> None:
         raise MisfitError(
             f"its attention is {type(attention).__name__}, and {to} weights hold cbam.CBAM alone"
         )
+    if attention.spatial.dim != 2:
+        raise MisfitError(f"its attention has dim={attention.spatial.dim}, and {to} weights are for images")
     if set(attention.channel.pools) != {"avg", "max"}:
         raise MisfitError(f"its pools are {attention.channel.pools}, and {to} weights mean avg and max")
     if to == "released" and attention.spatial.kernel_size != 7:

@@ -36,9 +36,7 @@ class Target:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        while isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel) or _compiled(model):
-            model = model._orig_mod if _compiled(model) else model.module  # pyright: ignore
-        self.model = model
+        self.model = model = bare(model)
         modules = list(model.named_modules(remove_duplicate=False))
         self.blocks = {name: module for name, module in modules if is_refined(module)}
         self.gates = {n: m for n, m in modules if isinstance(m, SigmoidGate)}
@@ -79,6 +77,13 @@ class Target:
             for name, value in before.items():
                 self.tensors[name].copy_(value)
             raise
+
+
+def bare(model: nn.Module) -> nn.Module:
+    """The network inside wrappers that only lend it: DistributedDataParallel, DataParallel, torch.compile."""
+    while isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel) or _compiled(model):
+        model = model._orig_mod if _compiled(model) else model.module  # pyright: ignore
+    return model
 
 
 def _compiled(model: nn.Module) -> bool:

@@ -16,7 +16,12 @@ from cbam.surgery.route import SLOT, Route, UnroutableError, graph_route, is_ref
 from cbam.surgery.trial import Bench, MisfitError, Value, static_channels, without_hooks
 
 _OWN_SLOT = f"has an attribute {SLOT!r} of its own"
-_IMAGE_SIZES = ((64, 96), (224, 256), (299, 331))
+# Sides of the inputs that a model is tried with, by its dimensions; a cube grows fast.
+_INPUT_SIZES = {
+    1: ((64, 96), (1024, 1536)),
+    2: ((64, 96), (224, 256), (299, 331)),
+    3: ((32, 48), (64, 96)),
+}
 
 
 @dataclass(frozen=True)
@@ -218,11 +223,15 @@ def output_sites(model: nn.Module, names: list[str]) -> list[Site]:
 
 
 def _observed(model: nn.Module, names: list[str]) -> dict[str, Value]:
-    """What flows out of modules, by running the model on images of two sizes."""
-    failure = ""
-    for sizes in _IMAGE_SIZES:
+    """What flows out of modules, by running the model on inputs of two sizes."""
+    first = next((m for m in model.modules() if isinstance(m, _ConvNd)), None)
+    if first is None:
+        raise AttachError("the model has no convolution")
+    dim, failure = len(first.kernel_size), ""
+    for sizes in _INPUT_SIZES[dim]:
         try:
-            runs = [_output_shapes(model, names, size) for size in sizes]
+            inputs = [torch.zeros(1, first.in_channels, *(size,) * dim).to(first.weight) for size in sizes]
+            runs = [_output_shapes(model, names, x) for x in inputs]
         except Exception as error:  # a model refuses what it cannot take in any way it likes
             failure = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
             continue
@@ -236,19 +245,15 @@ def _fixed_channels(name: str, *runs: list[tuple[int, ...]]) -> Value:
         raise AttachError(f"{name} is called {len(more) + 1} times in one forward; name the module around it")
     pooled = set(a[2:]) == {1}
     if len(a) < 3 or a[1] != b[1] or (a[2:] == b[2:] and not pooled):
-        raise AttachError(f"the output of {name} is no (N, C, H, W) map: {a}, {b} for two sizes of images")
+        raise AttachError(f"the output of {name} is no (N, C, H, W) map: {a}, {b} for inputs of two sizes")
     return Value(a[1], len(a))
 
 
-def _output_shapes(model: nn.Module, names: list[str], size: int) -> dict[str, list[tuple[int, ...]]]:
+def _output_shapes(model: nn.Module, names: list[str], x: Tensor) -> dict[str, list[tuple[int, ...]]]:
     """The shape of every output of the named modules in one run, in eval mode, no hook of the user firing."""
-    first = next((m for m in model.modules() if isinstance(m, _ConvNd)), None)
-    if first is None:
-        raise AttachError("the model has no convolution")
     shapes: dict[str, list[tuple[int, ...]]] = {name: [] for name in names}
     modules = dict(model.named_modules())
     modes = {m: m.training for m in modules.values()}
-    x = torch.zeros(1, first.in_channels, *(size,) * len(first.kernel_size)).to(first.weight)
     with without_hooks(model), torch.no_grad():
         handles = [modules[name].register_forward_hook(_note_shape(shapes[name])) for name in names]
         try:

@@ -48,14 +48,12 @@ struct Gate {
   // Units of LANES hidden rows, for samples [n, n_end).
   void hide(int64_t unit, int64_t n, int64_t n_end) {
     int64_t at = unit * LANES<A>, count = least(LANES<A>, hidden - at);
+    V bias = load_some(b1 + at, count);
+    products(w1 + at * C, count, descriptor, C, n * pools, n_end * pools,
+             [&](int64_t i, V t) { store_some(before + i * hidden + at, t + bias, count); });
     for (; n < n_end; n++) {
       V both{};
-      V bias = load_some(b1 + at, count);
-      for (int64_t q = 0; q < pools; q++) {
-        V t = dots(w1 + at * C, count, descriptor + (n * pools + q) * C, C) + bias;
-        store_some(before + (n * pools + q) * hidden + at, t, count);
-        both += rectify<A>(t);
-      }
+      for (int64_t q = 0; q < pools; q++) both += rectify<A>(load_some(before + (n * pools + q) * hidden + at, count));
       store_some(sum + n * hidden + at, both, count);
     }
   }
@@ -64,10 +62,8 @@ struct Gate {
   void open(int64_t unit, int64_t n, int64_t n_end, A* gate) {
     int64_t at = unit * LANES<A>, count = least(LANES<A>, C - at);
     V bias = load_some(b2 + at, count) * A(pools);
-    for (; n < n_end; n++) {
-      V logit = dots(w2 + at * hidden, count, sum + n * hidden, hidden) + bias;
-      store_some(gate + n * C + at, gate_of<A>(logit, A(part.gain)), count);
-    }
+    products(w2 + at * hidden, count, sum, hidden, n, n_end,
+             [&](int64_t i, V t) { store_some(gate + i * C + at, gate_of<A>(t + bias, A(part.gain)), count); });
   }
 
   int64_t hidden_units() const { return up(hidden, LANES<A>); }
@@ -100,7 +96,7 @@ struct Gate {
   }
 
  private:
-  static constexpr int64_t GROUP = 8;  // samples that share one look at a weight
+  static constexpr int GROUP = 8;  // vectors that share one look at a weight
 
   static INLINE V load_some(const A* p, int64_t count) {
     return count == LANES<A> ? load(p) : load(p, Part{int(count)});
@@ -109,51 +105,80 @@ struct Gate {
     count == LANES<A> ? store(p, v) : store(p, v, Part{int(count)});
   }
 
-  // Lane r: row r of w (count rows of `length`) times v.
-  static V dots(const A* w, int64_t count, const A* v, int64_t length) {
-    V sums[LANES<A>] = {};
-    if (count == LANES<A>) {
-      walk<A>(length, [&](int64_t i, auto lanes) {
-        V t = load(v + i, lanes);
-        for (int r = 0; r < LANES<A>; r++) sums[r] += load(w + r * length + i, lanes) * t;
-      });
-    } else {
-      for (int r = 0; r < count; r++)
-        walk<A>(length, [&](int64_t i, auto lanes) { sums[r] += load(w + r * length + i, lanes) * load(v + i, lanes); });
+  // f(i, V) for the vectors [i, end) of `length` that follow one another in v. Lane r is row r of w times vector
+  // i, for `count` rows; a lane beyond them repeats the last one.
+  template <class F>
+  static INLINE void products(const A* w, int64_t count, const A* v, int64_t length, int64_t i, int64_t end, F f) {
+    for (; i + 4 <= end; i += 4) {
+      V out[4];
+      dots<4>(w, count, v + i * length, length, out);
+      for (int g = 0; g < 4; g++) f(i + g, out[g]);
     }
-    return fold_sum<A>(sums);
+    for (; i < end; i++) {
+      V out;
+      dots<1>(w, count, v + i * length, length, &out);
+      f(i, out);
+    }
+  }
+
+  // A tile of rows times G vectors at a time, so that each load serves several products.
+  template <int G>
+  static void dots(const A* w, int64_t count, const A* v, int64_t length, V* out) {
+    constexpr int TILE = LANES<A> < 4 ? LANES<A> : 4;
+    V sums[G][LANES<A>];
+#pragma GCC unroll 1
+    for (int r = 0; r < LANES<A>; r += TILE) {
+      const A* row[TILE];
+      for (int t = 0; t < TILE; t++) row[t] = w + least(r + t, count - 1) * length;
+      V acc[TILE][G] = {};
+      walk<A>(length, [&](int64_t i, auto lanes) {
+        V in[G];
+        for (int g = 0; g < G; g++) in[g] = load(v + g * length + i, lanes);
+        for (int t = 0; t < TILE; t++) {
+          V a = load(row[t] + i, lanes);
+          for (int g = 0; g < G; g++) acc[t][g] += a * in[g];
+        }
+      });
+      for (int g = 0; g < G; g++)
+        for (int t = 0; t < TILE; t++) sums[g][r + t] = acc[t][g];
+    }
+    for (int g = 0; g < G; g++) out[g] = fold_sum<A>(sums[g]);
   }
 
   // dh[n, pool, h] = (before > 0) sum_c dl[n, c] W2[c, h], for LANES hidden units.
   void to_hidden(int64_t unit, const A* dl, A* dh) {
     int64_t at = unit * LANES<A>, count = least(LANES<A>, hidden - at);
-    for (int64_t n = 0; n < N; n += GROUP) {
-      int64_t some = least(GROUP, N - n);
-      V acc[GROUP] = {};
-      for (int64_t c = 0; c < C; c++) {
-        V w = load_some(w2 + c * hidden + at, count);
-        for (int64_t g = 0; g < some; g++) acc[g] += w * dl[(n + g) * C + c];
+    columns(w2 + at, hidden, count, dl, C, N, [&](int64_t n, V sum) {
+      for (int64_t q = 0; q < pools; q++) {
+        int64_t i = (n * pools + q) * hidden + at;
+        store_some(dh + i, load_some(before + i, count) <= V{} ? V{} : sum, count);
       }
-      for (int64_t g = 0; g < some; g++)
-        for (int64_t q = 0; q < pools; q++) {
-          int64_t i = ((n + g) * pools + q) * hidden + at;
-          store_some(dh + i, load_some(before + i, count) <= V{} ? V{} : acc[g], count);
-        }
-    }
+    });
   }
 
   // d_descriptor[n, pool, c] = sum_h dh[n, pool, h] W1[h, c], for LANES channels.
   void to_descriptor(int64_t unit, const A* dh, A* d_descriptor) {
-    int64_t at = unit * LANES<A>, count = least(LANES<A>, C - at), all = N * pools;
-    for (int64_t n = 0; n < all; n += GROUP) {
-      int64_t some = least(GROUP, all - n);
-      V acc[GROUP] = {};
-      for (int64_t h = 0; h < hidden; h++) {
-        V w = load_some(w1 + h * C + at, count);
-        for (int64_t g = 0; g < some; g++) acc[g] += w * dh[(n + g) * hidden + h];
-      }
-      for (int64_t g = 0; g < some; g++) store_some(d_descriptor + (n + g) * C + at, acc[g], count);
+    int64_t at = unit * LANES<A>, count = least(LANES<A>, C - at);
+    columns(w1 + at, C, count, dh, hidden, N * pools,
+            [&](int64_t i, V sum) { store_some(d_descriptor + i * C + at, sum, count); });
+  }
+
+  // f(i, V) for each of `many` vectors of `rows` elements in v: `count` columns of w, a row every `step`, times it.
+  template <class F>
+  static INLINE void columns(const A* w, int64_t step, int64_t count, const A* v, int64_t rows, int64_t many, F f) {
+    int64_t i = 0;
+    for (; i + GROUP <= many; i += GROUP) column<GROUP>(w, step, count, v + i * rows, rows, i, f);
+    for (; i < many; i++) column<1>(w, step, count, v + i * rows, rows, i, f);
+  }
+
+  template <int G, class F>
+  static INLINE void column(const A* w, int64_t step, int64_t count, const A* v, int64_t rows, int64_t i, F f) {
+    V acc[G] = {};
+    for (int64_t r = 0; r < rows; r++) {
+      V a = load_some(w + r * step, count);
+      for (int g = 0; g < G; g++) acc[g] += a * v[g * rows + r];
     }
+    for (int g = 0; g < G; g++) f(i + g, acc[g]);
   }
 
   // dW2[c, :] = sum_n dl[n, c] h[n, :] and db2[c] = pools sum_n dl[n, c], for LANES channels.

@@ -36,7 +36,7 @@ struct Pool {
   // The whole batch, by all threads.
   void all() {
     if (!set.block.rows) {
-      set.parallel(set.N * set.C, [&](int64_t i, int64_t end) { for (; i < end; i++) plane(i); });
+      set.parallel(set.N * units(), [&](int64_t i, int64_t end) { for (; i < end; i++) planes(i); });
     } else {
       set.parallel(set.N * set.chunks, [&](int64_t i, int64_t end) { for (; i < end; i++) rows(i); });
       int64_t cut = 64, cuts = up(set.C, cut);
@@ -48,7 +48,7 @@ struct Pool {
 
   void sample(int64_t n) {
     if (!set.block.rows) {
-      for (int64_t c = 0; c < set.C; c++) plane(n * set.C + c);
+      for (int64_t i = 0; i < units(); i++) planes(n * units() + i);
     } else {
       for (int64_t i = 0; i < set.chunks; i++) rows(n * set.chunks + i);
       merge(n, 0, set.C);
@@ -57,6 +57,60 @@ struct Pool {
 
  private:
   // --- NCHW: a plane lies together ---
+
+  int64_t units() const { return up(set.C, LANES<A>); }
+
+  void planes(int64_t unit) {
+    int64_t c = unit % units() * LANES<A>, nc = unit / units() * set.C + c, count = least(LANES<A>, set.C - c);
+    if (set.L <= SMALL && count == LANES<A>) {
+      small_planes(nc);
+    } else {
+      for (int64_t i = 0; i < count; i++) plane(nc + i);
+    }
+  }
+
+  // LANES planes that fit into L1 together: what is summed within each is folded over all of them at once.
+  static constexpr int64_t SMALL = 2048 / sizeof(A);
+
+  void small_planes(int64_t nc) {
+    const T* p = x + nc * set.L;
+    const A* s = sign + nc % set.C;
+    A best[LANES<A>], size = A(set.L);
+    V first[LANES<A>], second[LANES<A>];
+#pragma GCC unroll 1
+    for (int r = 0; r < LANES<A>; r++) {
+      V sum{}, top = splat(A(-INFINITY)), flip = splat(s[r]);
+      walk<A>(set.L, [&](int64_t i, auto part) {
+        V v = load(p + r * set.L + i, part);
+        sum += v;
+        top = larger(top, keep(v * flip, part, A(-INFINITY)));
+      });
+      first[r] = sum, second[r] = top;
+    }
+    V mean = fold_sum<A>(first) / size, top = fold_max<A>(second);
+    store(m + nc, mean);
+    store(best, top);
+    if (m2) {
+#pragma GCC unroll 1
+      for (int r = 0; r < LANES<A>; r++) {
+        V sum{}, square{}, centre = splat(m[nc + r]);
+        walk<A>(set.L, [&](int64_t i, auto part) {
+          V d = keep(load(p + r * set.L + i, part) - centre, part, A(0));
+          sum += d;
+          square += d * d;
+        });
+        first[r] = sum, second[r] = square;
+      }
+      V rest = fold_sum<A>(first), exact = mean + rest / size;
+      store(m2 + nc, fold_sum<A>(second) - rest * rest / size);
+      store(m + nc, exact - exact == V{} ? exact : mean);
+    }
+    V flip = load(s);
+    bool plain = !k && !any<A>((mean != mean) | (top != top) | (flip == V{}));
+    if (plain) store(e + nc, top * flip);
+    else
+      for (int r = 0; r < LANES<A>; r++) finish(nc + r, best[r], 0, set.L, 1);
+  }
 
   void plane(int64_t nc) {
     const T* p = x + nc * set.L;
@@ -154,12 +208,12 @@ struct Pool {
 
   // The first pixel of a plane that equals `value`; 0 where none does.
   int64_t find(const T* p, A value) const {
-    constexpr int64_t STEP = 16;
+    constexpr int64_t STEP = 4 * LANES<A>;
     int64_t at = 0;
     for (; at + STEP <= set.L; at += STEP) {
-      int hits = 0;
-      for (int u = 0; u < STEP; u++) hits |= A(to_float(p[at + u])) == value;
-      if (hits) break;
+      Int<A> hits{};
+      for (int u = 0; u < 4; u++) hits |= load(p + at + u * LANES<A>) == value;
+      if (any<A>(hits)) break;
     }
     for (; at < set.L; at++)
       if (A(to_float(p[at])) == value) return at;

@@ -79,7 +79,7 @@ class Read {
 template <class T>
 struct Setting {
   using A = Acc<T>;
-  static constexpr int64_t PLANE_CHUNK = 512;  // at most, where planes lie together
+  static constexpr int64_t PLANE_CHUNK = 1024;  // at most, where planes lie together
 
   const Block& block;
   int64_t N, C, H, W, L;

@@ -261,28 +261,40 @@ INLINE Vec<A> rectify(Vec<A> v) {
   return v < Vec<A>{} ? Vec<A>{} : v;
 }
 
-template <class A, class Combine>
-INLINE A across(Vec<A> v, Combine combine) {
-  A lane[LANES<A>];
-  std::memcpy(lane, &v, sizeof v);
-  for (int width = LANES<A> / 2; width; width /= 2)
-    for (int i = 0; i < width; i++) lane[i] = combine(lane[i], lane[i + width]);
-  return lane[0];
-}
-template <class A>
-INLINE A total(Vec<A> v) {
-  return across<A>(v, [](A a, A b) { return a + b; });
-}
-template <class A>
-INLINE A largest(Vec<A> v) {
-  return across<A>(v, [](A a, A b) { return b > a ? b : a; });
-}
-
 #if defined(__clang__)
 #define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
 #define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Int<A>{__VA_ARGS__})
 #endif
+
+// v with the lanes from WIDTH on in front.
+template <class A, int WIDTH, class V, int... LANE>
+INLINE V rotated(V v, std::integer_sequence<int, LANE...>) {
+  return SHUFFLE(v, v, ((LANE + WIDTH) % LANES<A>)...);
+}
+template <class A, int WIDTH = LANES<A> / 2, class Combine>
+INLINE A across(Vec<A> v, Combine combine) {
+  if constexpr (WIDTH == 0) {
+    return v[0];
+  } else {
+    return across<A, WIDTH / 2>(combine(v, rotated<A, WIDTH>(v, std::make_integer_sequence<int, LANES<A>>{})), combine);
+  }
+}
+template <class A>
+INLINE A total(Vec<A> v) {
+  return across<A>(v, [](Vec<A> a, Vec<A> b) { return a + b; });
+}
+template <class A>
+INLINE A largest(Vec<A> v) {
+  return across<A>(v, [](Vec<A> a, Vec<A> b) { return larger(a, b); });
+}
+template <class A>
+INLINE bool any(Int<A> mask) {
+  uint64_t part[BYTES / 8], bits = 0;
+  std::memcpy(part, &mask, sizeof mask);
+  for (uint64_t p : part) bits |= p;
+  return bits;
+}
 
 // Of each block of lanes of (a, b) the first halves, or with HALF the second: a's before b's.
 template <class A, int BLOCK, int HALF, class V, int... LANE>

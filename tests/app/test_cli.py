@@ -108,6 +108,18 @@ BAD = [
     (["list", "a", "b"], 2, "unrecognized arguments: b"),
     (["sites"], 2, "the following arguments are required: NAME"),
     (["sites", "resnt18"], 2, "unknown network 'resnt18'; nearest: resnet18"),
+    (["export", "resnet_tiny"], 2, "the following arguments are required: --to"),
+    (["export", "resnt18", "--to", "torch"], 2, "unknown network 'resnt18'; nearest: resnet18"),
+    (["export", "gone.pth", "--to", "torch"], 4, "gone.pth: no such file"),
+    (["export", "text.pth", "--to", "torch"], 2, "give --model NAME"),
+    (["export", "text.pth", "--to", "torch", "--model", "resnet_tiny"], 4, "text.pth"),
+    (["export", "resnet_tiny", "--to", "torch", "--model", "resnet18"], 2, "--model goes with one"),
+    (["export", "full", "--to", "torch"], 4, "no checkpoint in this folder"),
+    (["export", "full", "--to", "torch", "--num-classes", "3"], 2, "leave --model and --num-classes out"),
+    (["export", "resnet_tiny", "--to", "torch", "--out", "text.pth"], 2, "text.pth exists"),
+    (["export", "resnet_tiny", "--to", "torch", "--out", "a.onnx"], 2, "a file for torch ends in .pt2"),
+    (["export", "resnet_tiny", "--to", "torch", "--out", "no/a.pt2"], 7, "cannot be written"),
+    (["export", "resnet_tiny", "--to", "torch", "--opset", "18"], 2, "opset is ONNX's"),
     (["sites", "tim:resnet18"], 2, "unknown library 'tim'"),
 ]
 

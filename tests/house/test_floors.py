@@ -14,13 +14,17 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "cbam"
 
 FLOORS = {
-    "errors": -1,
+    "errors": -2,
+    "files": -1,
     "ops": 0,
     "nn": 1,
     "surgery": 2,
     "data": 2,
     "models": 3,
     "explain": 3,
+    "portable": 3,
+    "hub": 4,
+    "timm_names": 4,
     "train": 4,
     "studies": 5,
     "app": 6,

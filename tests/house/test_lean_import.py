@@ -9,7 +9,8 @@ import sys
 import pytest
 
 OPTIONAL = """
-PIL captum huggingface_hub hypothesis jsonargparse lightning lightning_fabric matplotlib numpy pandas
+PIL captum huggingface_hub hypothesis jsonargparse lightning lightning_fabric matplotlib numpy onnx
+onnxruntime onnxscript openvino pandas
 pytorch_lightning rich safetensors scipy sklearn tensorboard timm torchcam torchdata torchmetrics torchvision
 transformers triton yaml
 """.split()

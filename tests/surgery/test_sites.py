@@ -2,6 +2,7 @@
 
 import pickle
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -331,21 +332,63 @@ def test_nested_blocks_get_one_attention_each():  # S13
     assert len(attached(model)) == 3
 
 
-@pytest.mark.parametrize(("layer", "norm"), [(nn.Conv1d, nn.BatchNorm1d), (nn.Conv3d, nn.BatchNorm3d)])
-def test_other_dimensions_are_found_and_the_planar_module_refuses_them(layer, norm):
+def block_of(dim):
+    """A residual block on maps of `dim` spatial dimensions."""
+    conv, norm = ((nn.Conv1d, nn.BatchNorm1d), (nn.Conv2d, nn.BatchNorm2d), (nn.Conv3d, nn.BatchNorm3d))[
+        dim - 1
+    ]
+
     class Block(nn.Module):
         def __init__(self):
             super().__init__()
-            self.conv1, self.conv2 = layer(8, 8, 3, padding=1), layer(8, 8, 3, padding=1)
+            self.conv1, self.conv2 = conv(8, 8, 3, padding=1), conv(8, 8, 3, padding=1)
             self.norm, self.act = norm(8), nn.ReLU()
 
         def forward(self, x):
-            return x + self.norm(self.conv2(self.act(self.conv1(x))))
+            return self.act(x + self.norm(self.conv2(self.act(self.conv1(x)))))
 
-    (site,) = cbam.sites(Block())
-    assert (site.channels, site.default) == (8, True)
-    with pytest.raises(cbam.CBAMError, match=f"{site.dims}-D map"):
-        cbam.attach(Block())
+    return Block().eval()
+
+
+@pytest.mark.parametrize(
+    "attention", [cbam.CBAM, cbam.nn.squeeze_excitation, partial(cbam.CBAM, kernel_size=3)]
+)
+def test_signals_images_and_volumes_get_attention_of_their_dimensions(attention):
+    for dim in (1, 2, 3):
+        model = nn.Sequential(block_of(dim), block_of(dim)).eval()
+        x = torch.randn(2, 8, *(6, 5, 4)[:dim])
+        expected, keys = model(x), list(model.state_dict())
+        assert [s.dims for s in cbam.sites(model)] == [dim + 2] * 2
+        cbam.attach(model, attention=attention)
+        assert torch.equal(model(x), expected)
+        parts = attached(model).values()
+        assert len(parts) == 2
+        assert all(m.dim == dim for part in parts for m in part.modules() if hasattr(m, "dim"))
+        for part in parts:
+            part.reset_parameters()
+        nn.init.ones_(
+            next(p for part in parts for name, p in part.named_parameters() if name.endswith("fc2.bias"))
+        )
+        assert not torch.equal(model(x), expected)
+        cbam.detach(model)
+        assert torch.equal(model(x), expected)
+        assert list(model.state_dict()) == keys
+
+
+@pytest.mark.parametrize("dim", [1, 3])
+def test_attention_that_cannot_be_told_its_dimensions_is_refused(dim):
+    block = block_of(dim)
+    before = {k: v.clone() for k, v in block.state_dict().items()}
+    for attention in (lambda channels: cbam.CBAM(channels), cbam.nn.ECA):
+        with pytest.raises(cbam.CBAMError, match=f"{dim + 2}-D map"):
+            cbam.attach(block, attention=attention)
+    assert block.state_dict().keys() == before.keys()
+
+
+def test_weights_of_signals_have_no_released_form():
+    model = cbam.attach(nn.Sequential(block_of(1)))
+    with pytest.raises(cbam.CBAMError, match="dim=1, and released weights are for images"):
+        cbam.convert_state_dict(model)
 
 
 def test_a_block_of_two_inputs_is_taken_by_its_last_layer():

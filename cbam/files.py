@@ -1,0 +1,61 @@
+"""Files that are whole or not there: written beside their place, synced to the disk, and renamed."""
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from cbam.errors import CBAMError, ConfigError, OutputError
+
+
+@contextlib.contextmanager
+def placed(*targets: Path, overwrite: bool = False) -> Iterator[Path]:
+    """An empty folder for files named as `targets`; they are moved there if the block ends well.
+
+    The targets lie in one folder; the last is what readers open first. An older one is removed before the
+    others are replaced, so that nobody reads a mixture of old and new.
+
+    Raises:
+        ConfigError: a target exists, and `overwrite` is false.
+        OutputError: no room, no permission, no such folder. What was there is as it was.
+    """
+    last = targets[-1]
+    for target in targets:
+        if target.is_dir() or (target.exists() and not overwrite):
+            raise ConfigError(f"{target} exists: give another name, or overwrite")
+    part = None
+    try:
+        part = Path(tempfile.mkdtemp(prefix=f".{last.name[:100]}.", suffix=".part", dir=last.parent))
+        yield part
+        for target in targets:
+            _sync(part / target.name)
+        if len(targets) > 1:
+            last.unlink(missing_ok=True)
+        for target in targets:
+            (part / target.name).replace(target)
+        sync_folder(last.parent)
+    except OSError as error:
+        if isinstance(error, CBAMError):
+            raise
+        raise OutputError(f"{last} cannot be written: {error.strerror or error}") from error
+    finally:
+        if part is not None:
+            shutil.rmtree(part, ignore_errors=True)
+
+
+def _sync(file: Path) -> None:
+    with file.open("rb+") as opened:
+        os.fsync(opened.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder outlast a power cut."""
+    if os.name != "posix":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

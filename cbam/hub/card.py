@@ -1,0 +1,229 @@
+"""What is told of a trained network: the configuration that rebuilds it, and the page that people read."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cbam.errors import CheckpointError, InputError
+
+LIBRARY = "cbam"
+FORMAT = 1  # of config.json; a newer one is refused
+LARGEST = 4_000_000  # bytes of a config.json
+_IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+
+
+@dataclass(frozen=True)
+class Card:
+    """What people have to know to use a network, and to judge it. What is not given is said to be not given.
+
+    Attributes:
+        classes: the name of each output.
+        size: side of the pictures that it was trained on, in pixels.
+        mean, std: per channel, of values in [0, 1]; pictures are normalised with them.
+        data: what it was trained on.
+        recipe: how it was trained: a name, or settings by name.
+        results: numbers that were measured, by name: `{"top-1 error, %": 7.4}`.
+        licence: of the weights, as its SPDX identifier: "mit".
+        about: what else is to say, in Markdown.
+    """
+
+    classes: tuple[str, ...] = ()
+    size: int = 224
+    mean: tuple[float, ...] = _IMAGENET["mean"]
+    std: tuple[float, ...] = _IMAGENET["std"]
+    data: str = ""
+    recipe: str | Mapping[str, Any] = ""
+    results: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    licence: str = ""
+    about: str = ""
+
+    def __post_init__(self) -> None:
+        for name, fits in _FITS.items():
+            if not fits(getattr(self, name)):
+                raise InputError(f"Card({name}=...): got {getattr(self, name)!r:.80}")
+
+
+def _is_texts(value: Any) -> bool:
+    return isinstance(value, tuple) and all(isinstance(text, str) for text in value)
+
+
+def _is_numbers(value: Any) -> bool:
+    return isinstance(value, tuple) and bool(value) and all(_is_number(number) for number in value)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+_FITS = {
+    "classes": _is_texts,
+    "size": lambda value: type(value) is int and 0 < value < 100_000,
+    "mean": _is_numbers,
+    "std": lambda value: _is_numbers(value) and all(value),
+    "data": _is_text,
+    "recipe": lambda value: isinstance(value, str | Mapping),
+    "results": lambda value: isinstance(value, Mapping) and all(map(_is_number, value.values())),
+    "licence": _is_text,
+    "about": _is_text,
+}
+
+
+@dataclass(frozen=True)
+class Network:
+    """What rebuilds a network, and what its weights are known by.
+
+    Attributes:
+        name: for `cbam.build`, or empty for a network of the user's own.
+        outputs: number of classes.
+        dtype: of its weights, "float32".
+        sha256: of the weights file.
+        parameters, gmac: what it costs; for one picture.
+    """
+
+    name: str
+    outputs: int
+    dtype: str
+    sha256: str
+    parameters: int
+    gmac: float | None
+
+
+def config(network: Network, card: Card) -> str:
+    """The text of config.json.
+
+    Raises:
+        InputError: the card holds something that JSON has not.
+    """
+    told = {"library_name": LIBRARY, "format": FORMAT, **dataclasses.asdict(network)}
+    try:
+        return json.dumps(told | {"card": dataclasses.asdict(card)}, indent=1, allow_nan=False) + "\n"
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InputError(f"the card cannot be written as JSON: {error}") from error
+
+
+def read_config(path: Path) -> tuple[Network, Card]:
+    """What a config.json says, every field checked.
+
+    Raises:
+        CheckpointError: it is none of ours, damaged, or of a newer version.
+    """
+    try:
+        if path.stat().st_size > LARGEST:
+            raise CheckpointError(f"{path}: larger than {LARGEST} bytes, which no configuration of ours is")
+        told = json.loads(path.read_bytes())
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: no JSON: {error}") from error
+    if not isinstance(told, dict) or told.get("library_name") != LIBRARY:
+        raise CheckpointError(f"{path}: not written by cbam.save_pretrained")
+    if type(told.get("format")) is not int or told["format"] > FORMAT:
+        raise CheckpointError(
+            f"{path}: written by a newer cbam (format {told.get('format')!r:.20}, known up to {FORMAT}); "
+            "upgrade cbam"
+        )
+    try:
+        return _network(told), _card(told.get("card"))
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: damaged: {error}") from error
+
+
+def _network(told: dict[str, Any]) -> Network:
+    kinds = {"name": str, "outputs": int, "dtype": str, "sha256": str, "parameters": int}
+    for name, kind in kinds.items():
+        if type(told.get(name)) is not kind:
+            raise ValueError(f"{name} is {told.get(name)!r:.40}")
+    gmac = told.get("gmac")
+    if gmac is not None and not _is_number(gmac):
+        raise ValueError(f"gmac is {gmac!r:.40}")
+    return Network(**{name: told[name] for name in kinds}, gmac=gmac)
+
+
+def _card(told: Any) -> Card:
+    if not isinstance(told, dict):
+        raise ValueError("the card is missing")
+    known = {field.name for field in dataclasses.fields(Card)}
+    if unknown := told.keys() - known:
+        raise ValueError(f"the card has {', '.join(sorted(map(str, unknown)))[:80]}, which no card has")
+    fields: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in told.items()}
+    return Card(**fields)
+
+
+def page(network: Network, card: Card, title: str) -> str:
+    """The model card, Markdown with the header that the Hugging Face Hub reads."""
+    name = network.name or "a network of its author's own"
+    loaded = "" if network.name else ", model=your_network"
+    costs = f"- parameters: {network.parameters:,}"
+    if network.gmac is not None:
+        costs += f"\n- multiply-accumulates for one picture of {card.size} px: {network.gmac:.4f} G"
+    parts = [
+        _header(card, title),
+        f"# {_line(title)}",
+        f"{_line(name)}, {network.outputs} classes, weights in {network.dtype}.",
+        card.about,
+        f"```python\nimport cbam\n\nmodel = cbam.from_pretrained({json.dumps(title)}{loaded})"
+        "  # this folder, or org/name on the Hub\n```",
+        "Pictures are RGB, "
+        f"resized to {card.size} px, scaled to [0, 1] and normalised with mean {_numbers(card.mean)} and "
+        f"standard deviation {_numbers(card.std)}.",
+        "## What it costs",
+        costs,
+        "## How it was trained",
+        f"- data: {_line(card.data) or 'not given'}\n- recipe: {_recipe(card.recipe)}",
+        "## Results",
+        _results(card.results),
+        "## Licence",
+        _line(card.licence) or "Not given: ask the author before using the weights.",
+        "Attention: CBAM (Woo, Park, Lee and Kweon, ECCV 2018, arXiv 1807.06521).",
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _header(card: Card, title: str) -> str:
+    """YAML; written as JSON, which is YAML too, so that no text can break out of it."""
+    told: dict[str, Any] = {
+        "library_name": LIBRARY,
+        "pipeline_tag": "image-classification",
+        "tags": ["cbam", "attention", "pytorch"],
+    }
+    if card.licence:
+        told["license"] = card.licence
+    if card.results and card.data:
+        metrics = [{"type": name, "name": name, "value": value} for name, value in card.results.items()]
+        task = {"type": "image-classification"}
+        result = {"task": task, "dataset": {"name": card.data, "type": card.data}, "metrics": metrics}
+        told["model-index"] = [{"name": title, "results": [result]}]
+    lines = [f"{name}: {json.dumps(value)}" for name, value in told.items()]
+    return "\n".join(["---", *lines, "---"])
+
+
+def _recipe(recipe: str | Mapping[str, Any]) -> str:
+    if isinstance(recipe, str):
+        return _line(recipe) or "not given"
+    return (
+        ", ".join(f"{_line(str(name))} {_line(str(value))}" for name, value in recipe.items()) or "not given"
+    )
+
+
+def _results(results: Mapping[str, float]) -> str:
+    if not results:
+        return "Not given."
+    rows = [f"| {_line(name)} | {value:g} |" for name, value in results.items()]
+    return "\n".join(["| measured | value |", "| --- | --- |", *rows])
+
+
+def _numbers(values: tuple[float, ...]) -> str:
+    return ", ".join(f"{value:g}" for value in values)
+
+
+def _line(text: str) -> str:
+    """One line that cannot end a table's cell or start HTML."""
+    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")

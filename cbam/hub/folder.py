@@ -1,0 +1,230 @@
+"""A trained network as a folder, or as a repository of the Hugging Face Hub: written, and read again.
+
+No code of a folder is run: the weights are safetensors alone, checked by their SHA-256, and the network is
+one that `cbam.build` knows, or one that the caller has built.
+"""
+
+import hashlib
+from os import PathLike
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from cbam.errors import (
+    CBAMError,
+    CheckpointError,
+    CheckpointNotFoundError,
+    ConfigError,
+    DtypeError,
+    InputError,
+    MissingExtraError,
+    OutputError,
+)
+from cbam.files import placed
+from cbam.hub.card import Card, Network, config, page, read_config
+from cbam.hub.remote import downloaded
+from cbam.models import build, profile
+from cbam.surgery import load_weights
+from cbam.surgery.dialect import Target
+
+CONFIG, WEIGHTS, README = "config.json", "model.safetensors", "README.md"
+_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (
+    torch.float32, torch.float16, torch.bfloat16, torch.float64,
+)}  # fmt: skip
+
+
+def save_pretrained(
+    model: nn.Module,
+    folder: str | PathLike[str],
+    *,
+    network: str = "",
+    card: Card | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write `model` as a folder that `from_pretrained` reads, and that can be put on the Hugging Face Hub.
+
+    The folder is made where it is missing. `model.safetensors` holds the weights, `config.json` what the
+    network is and the SHA-256 of the weights, `README.md` the model card.
+
+    Args:
+        network: what `cbam.build` makes such a network from, "resnet50+cbam"; left out for a network of your
+            own, which `from_pretrained` then wants to be given.
+        card: what to tell of it.
+        overwrite: replace files that are there.
+
+    Raises:
+        ConfigError: `network` is unknown, or builds a network with other tensors; or files exist.
+        DtypeError: weights of several dtypes, or of whole numbers. OutputError: no room or no permission.
+        MissingExtraError: safetensors is not installed.
+    """
+    card = card or Card()
+    target = Target(model)
+    outputs = _outputs(target)
+    if card.classes and len(card.classes) != outputs:
+        raise InputError(f"the card names {len(card.classes)} classes, the network has {outputs} outputs")
+    if network:
+        _refuse_other_tensors(target.model, network, outputs)
+    data, dtype = _bytes(target.model), _dtype(target.model)
+    parameters = sum(parameter.numel() for parameter in target.model.parameters())
+    digest = hashlib.sha256(data).hexdigest()
+    made = Network(network, outputs, dtype, digest, parameters, _gmac(target.model, card.size))
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{folder} cannot be made: {error.strerror or error}") from error
+    texts = {README: page(made, card, folder.resolve().name), CONFIG: config(made, card)}
+    targets = (folder / README, folder / WEIGHTS, folder / CONFIG)
+    with placed(*targets, overwrite=overwrite) as part:
+        (part / WEIGHTS).write_bytes(data)
+        for name, text in texts.items():
+            (part / name).write_text(text, encoding="utf-8")
+    return folder
+
+
+def from_pretrained(
+    source: str | PathLike[str], *, model: nn.Module | None = None, revision: str | None = None
+) -> nn.Module:
+    """The network of a folder, or of the repository "org/name" of the Hugging Face Hub, in eval mode.
+
+    Weights arrive bit for bit, in the dtype that they have there.
+
+    Args:
+        model: a network to load the weights into, where the folder is that of a network of one's own.
+        revision: branch, tag or commit of a repository; a commit can not change under you.
+
+    Raises:
+        CheckpointNotFoundError: no such folder, repository, revision or file.
+        CheckpointError: not reachable, damaged, no safetensors, or it does not fit.
+        MissingExtraError: safetensors or huggingface_hub, or the library of the network, is not installed.
+    """
+    folder = _located(source, revision)
+    network, _ = read_config(folder / CONFIG)
+    weights = folder / WEIGHTS
+    if model is None:
+        model = _built(network, weights)
+    _refuse_damage(weights, network.sha256)
+    if network.dtype not in _DTYPES:
+        raise CheckpointError(f"{folder / CONFIG}: unknown dtype {network.dtype!r:.40}")
+    model.to(_DTYPES[network.dtype])
+    loaded = load_weights(model, weights)
+    if loaded.missing:
+        raise CheckpointError(f"{weights}: lacks the attention of {network.name or 'the given network'}")
+    return model.eval()
+
+
+def card_of(source: str | PathLike[str], *, revision: str | None = None) -> Card:
+    """What the author tells of the network of a folder or repository: classes, size, normalisation, ...
+
+    Raises: as `from_pretrained`.
+    """
+    return read_config(_located(source, revision) / CONFIG)[1]
+
+
+def _located(source: str | PathLike[str], revision: str | None) -> Path:
+    """The folder that holds the files of `source`."""
+    folder = Path(source)
+    if folder.is_file():
+        raise CheckpointError(f"{folder}: a file; from_pretrained takes a folder, load_weights takes files")
+    if not folder.is_dir():
+        folder = downloaded(str(source), (CONFIG, WEIGHTS), revision)
+    elif revision is not None:
+        raise ConfigError(f"{folder} is a folder, which has no revisions: leave revision out")
+    present = [name for name in (CONFIG, WEIGHTS) if (folder / name).is_file()]
+    if len(present) < 2:
+        lacking = ", ".join({CONFIG, WEIGHTS} - {*present})
+        raise CheckpointNotFoundError(
+            f"{source}: no {lacking}; weights in other files are not read (pickles can run code): "
+            "load them with load_weights, and save_pretrained"
+        )
+    return folder
+
+
+def _refuse_damage(weights: Path, digest: str) -> None:
+    try:
+        with weights.open("rb") as file:
+            start = file.read(9)
+            file.seek(0)
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise CheckpointError(f"{weights}: cannot be read: {error.strerror or error}") from error
+    if start[8:9] != b"{":
+        raise CheckpointError(f"{weights}: not safetensors, it starts with {start!r}; nothing of it was read")
+    if found != digest:
+        raise CheckpointError(
+            f"{weights}: damaged, or not what belongs to config.json: its SHA-256 is not the recorded one"
+        )
+
+
+def _built(network: Network, weights: Path) -> nn.Module:
+    """The network that a configuration names; refused if it would be larger than its weights."""
+    if not network.name:
+        raise ConfigError("the folder is that of a network of its author's own: give model=")
+    try:
+        _refuse_larger(network, weights)
+        return build(network.name, num_classes=network.outputs)
+    except MissingExtraError:
+        raise
+    except CBAMError as error:
+        raise CheckpointError(f"{weights.parent}: cannot build {network.name!r:.80}: {error}") from error
+
+
+def _refuse_larger(network: Network, weights: Path) -> None:
+    """A few letters in a file must not make us take all memory: sizes are counted before any is taken."""
+    size = weights.stat().st_size
+    if network.outputs > size:
+        raise CheckpointError(f"{network.outputs} classes do not fit into {size} bytes of weights")
+    bare_name = network.name.partition("+")[0]
+    try:
+        with torch.device("meta"):
+            counted = build(bare_name, num_classes=network.outputs)
+    except NotImplementedError:
+        return  # some networks read their own weights while they are made
+    wanted = sum(p.numel() for p in counted.parameters())
+    if wanted > size:
+        raise CheckpointError(f"{wanted} parameters do not fit into {size} bytes of weights")
+
+
+def _outputs(target: Target) -> int:
+    """How many classes: the first dimension of the head's weight."""
+    sizes = [target.tensors[name].shape[0] for name in target.head() if target.tensors[name].dim() > 1]
+    if not sizes:
+        raise InputError(f"{type(target.model).__name__} has no linear layer or convolution")
+    return sizes[0]
+
+
+def _refuse_other_tensors(model: nn.Module, network: str, outputs: int) -> None:
+    built = build(network, num_classes=outputs)
+    has = {name: tuple(value.shape) for name, value in Target(model).tensors.items()}
+    wants = {name: tuple(value.shape) for name, value in Target(built).tensors.items()}
+    if other := sorted(name for name in has.keys() | wants.keys() if has.get(name) != wants.get(name)):
+        raise ConfigError(
+            f'network="{network}" builds a network with other tensors (first {other[0]}: '
+            f"{wants.get(other[0])}, the model's is {has.get(other[0])})"
+        )
+
+
+def _dtype(model: nn.Module) -> str:
+    found = {str(p.dtype).removeprefix("torch.") for p in model.parameters()}
+    if len(found) != 1 or not found <= _DTYPES.keys():
+        raise DtypeError(f"weights must have one of the dtypes {', '.join(_DTYPES)}, got {', '.join(found)}")
+    return found.pop()
+
+
+def _bytes(model: nn.Module) -> bytes:
+    """The weights as safetensors: one tensor per name, also where the network shares them."""
+    try:
+        from safetensors.torch import save
+    except ImportError as error:
+        raise MissingExtraError.of("save_pretrained", "vision") from error
+    state = {name: value.detach().cpu().contiguous().clone() for name, value in model.state_dict().items()}
+    return save(state, metadata={"format": "pt"})
+
+
+def _gmac(model: nn.Module, size: int) -> float | None:
+    """What one picture costs; None for a network that takes something else than pictures of that size."""
+    try:
+        return profile(model, size).gmac
+    except Exception:  # a network of one's own raises what it likes
+        return None

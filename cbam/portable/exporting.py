@@ -1,0 +1,91 @@
+"""A network into a file that another runtime computes the same from."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from cbam.errors import ConfigError, InputError
+from cbam.files import placed
+from cbam.portable.check import Agreement, agreement
+from cbam.portable.formats import format_of
+from cbam.portable.program import inputs, plain, program, settled, unseen_shapes
+
+SHAPE = (1, 3, 224, 224)
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A file that computes what the network computes.
+
+    Attributes:
+        path: what a runtime opens; the weights of an OpenVINO file lie beside it, in a .bin.
+        format: "torch", "onnx" or "openvino".
+        size: of all its files, in bytes.
+        agreement: with the network, as it was measured on the file before it was put in place.
+    """
+
+    path: Path
+    format: str
+    size: int
+    agreement: Agreement
+
+
+def export(
+    model: nn.Module,
+    path: str | PathLike[str],
+    *,
+    to: str | None = None,
+    shape: tuple[int, ...] = SHAPE,
+    dynamic: bool = False,
+    opset: int | None = None,
+    about: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+) -> Exported:
+    """Write `model` as a file for torch.export, ONNX or OpenVINO, without any operator of ours.
+
+    The file is read back and run against the network on three inputs before it is put in place: outputs agree
+    to 1e-5 of their largest value and name the same class, or there is no file. The model itself is not
+    changed; it is exported in eval mode, without the wrappers of `torch.compile` and DistributedDataParallel.
+
+    Args:
+        path: `.pt2`, `.onnx` or `.xml`; the folder must exist.
+        to: "torch", "onnx" or "openvino"; by default what `path` ends in.
+        shape: of the input, float32: (N, C, H, W), or of a signal (N, C, W), or of a volume (N, C, D, H, W).
+        dynamic: leave all of it but C free; it is then checked at three shapes that it was not traced with.
+        opset: of ONNX; by default the exporter's.
+        about: what to tell in the file, by name: texts, or values that JSON has.
+        overwrite: replace a file that is there.
+
+    Raises:
+        ExportError: the network cannot be exported, or the file computes something else.
+        DtypeError: the weights are not float32, or quantised. ConfigError: an unknown format, or a file that
+            exists. InputError: the model refuses the shape. NonFiniteError: the network computes NaN.
+        OutputError: no room or no permission. MissingExtraError: a package is missing.
+    """
+    path = Path(path)
+    name, made = format_of(to, path)
+    _check(shape, opset, name)
+    network = plain(model)
+    targets = [path.with_suffix(suffix) for suffix in made.suffixes]
+    targets[-1] = path
+    with placed(*targets, overwrite=overwrite) as part, settled(network):
+        graph = program(network, shape, dynamic=dynamic)
+        made.write(graph, part / path.name, about or {}, opset)
+        checked = inputs(unseen_shapes(shape, dynamic=dynamic))
+        found = agreement(network, made.read(part / path.name), checked, path.name)
+        size = sum((part / target.name).stat().st_size for target in targets)
+    return Exported(path, name, size, found)
+
+
+def _check(shape: tuple[int, ...], opset: int | None, name: str) -> None:
+    whole = [isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in shape]
+    if not 3 <= len(shape) <= 5 or not all(whole):
+        raise InputError(f"shape must be three to five positive ints, as (N, C, H, W), got {shape!r}")
+    if opset is not None and (isinstance(opset, bool) or not isinstance(opset, int) or opset < 1):
+        raise ConfigError(f"opset must be a positive int, got {opset!r}")
+    if opset is not None and name == "torch":
+        raise ConfigError("opset is ONNX's; a file for torch has none")

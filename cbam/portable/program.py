@@ -1,0 +1,155 @@
+"""A network as a graph of torch's own operators: what every format is made from."""
+
+import contextlib
+import copy
+import logging
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from cbam.errors import CBAMError, DtypeError, ExportError, InputError
+from cbam.surgery.dialect import bare
+
+OURS = "cbam"  # the namespace of our operators, which no other runtime has
+_TALKATIVE = ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")
+STEP = 32  # pixels by which the sides of two sizes differ: networks halve a side five times
+
+
+def plain(model: nn.Module) -> nn.Module:
+    """The network inside wrappers, on the CPU; refused where no runtime could compute it as torch does.
+
+    Raises:
+        InputError: no module, or one without parameters. ExportError: it is scripted.
+        DtypeError: it is quantised, or its weights are not float32.
+    """
+    if not isinstance(model, nn.Module):
+        raise InputError(f"export takes a torch.nn.Module, got {type(model).__name__}")
+    model = bare(model)
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ExportError("the model is scripted; export the module that it was made from")
+    _refuse_dtypes(model)
+    devices = {p.device.type for p in (*model.parameters(), *model.buffers())}
+    if "meta" in devices:
+        raise InputError(f"{type(model).__name__} has parameters without memory: load its weights first")
+    return model if devices == {"cpu"} else copy.deepcopy(model).cpu()
+
+
+def _refuse_dtypes(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if "quantized" in type(module).__module__:
+            raise DtypeError(
+                f"{name or type(model).__name__} is quantised; export the float32 network, and quantise it "
+                "with the tools of the runtime"
+            )
+    dtypes = {p.dtype for p in model.parameters()}
+    if not dtypes:
+        raise InputError(f"{type(model).__name__} has no parameters, so there is nothing to export")
+    if other := sorted(str(dtype) for dtype in dtypes - {torch.float32}):
+        raise DtypeError(
+            f"weights are {', '.join(other)}: call model.float(), and let the runtime choose its precision"
+        )
+
+
+@contextlib.contextmanager
+def settled(model: nn.Module) -> Iterator[None]:
+    """`model` in eval mode, and not compiled in place, inside the block; as it was after it."""
+    modules = list(model.modules())
+    before = [(module, module.training, module._compiled_call_impl) for module in modules]
+    try:
+        model.eval()
+        for module in modules:
+            module._compiled_call_impl = None
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training, compiled in before:
+            module.training, module._compiled_call_impl = training, compiled
+
+
+def inputs(shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
+    """A float32 tensor of each shape, the same ones every time."""
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(shape, generator=generator) for shape in shapes]
+
+
+def traced_shape(shape: tuple[int, ...], *, dynamic: bool) -> tuple[int, ...]:
+    """What the graph is traced with: dimensions that shall stay free must not be 1, nor equal by accident."""
+    if not dynamic:
+        return shape
+    sides = (side + STEP * place for place, side in enumerate(shape[2:]))
+    return (max(2, shape[0]), shape[1], *sides)
+
+
+def unseen_shapes(shape: tuple[int, ...], *, dynamic: bool) -> list[tuple[int, ...]]:
+    """Three shapes to check a graph with; of a dynamic one, three that it was not traced with."""
+    if not dynamic:
+        return [shape] * 3
+    channels, first, *rest = shape[1:]
+    return [
+        (1, channels, first, *rest),
+        (3, channels, first + STEP, *(side + 2 * STEP for side in rest)),
+        (4, channels, first + 2 * STEP, *rest),
+    ]
+
+
+def program(model: nn.Module, shape: tuple[int, ...], *, dynamic: bool) -> ExportedProgram:
+    """The graph of a settled `model`, with torch's operators alone.
+
+    Raises:
+        ExportError: torch.export refuses the model, or an operator of ours is in its graph.
+        InputError: the model itself refuses such an input.
+    """
+    (x,) = inputs([traced_shape(shape, dynamic=dynamic)])
+    try:
+        model(x)
+    except CBAMError:
+        raise
+    except Exception as error:
+        told = first_line(error)
+        raise InputError(f"{type(model).__name__} refuses an input {tuple(x.shape)}: {told}") from error
+    free = {place: Dim.DYNAMIC for place in range(len(shape)) if place != 1} if dynamic else {}
+    try:
+        with quiet():
+            made = torch.export.export(model, (x,), dynamic_shapes=(free,), strict=False)
+    except Exception as error:  # torch raises errors of its own, and every builtin
+        advice = "; leave dynamic out to fix batch and size" if dynamic else ""
+        raise ExportError(
+            f"torch.export cannot take {type(model).__name__}: {first_line(error)}{advice}"
+        ) from error
+    ours = {str(n.target) for n in _nodes(made) if getattr(n.target, "namespace", "") == OURS}
+    if ours:
+        raise ExportError(f"the graph holds operators that only this package has: {', '.join(sorted(ours))}")
+    return made
+
+
+def _nodes(made: ExportedProgram) -> Iterator[torch.fx.Node]:
+    for module in made.graph_module.modules():
+        if isinstance(module, torch.fx.GraphModule):
+            yield from module.graph.nodes
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without what the exporters warn of: their own future, and their own inner workings."""
+    loggers = [logging.getLogger(name) for name in _TALKATIVE]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line without colours; its class where it says nothing."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[0][:300] if lines else type(error).__name__

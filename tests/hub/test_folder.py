@@ -1,0 +1,392 @@
+"""Trained networks as folders: bit for bit there and back, and nothing of a strange folder is run."""
+
+import json
+import pickle
+import runpy
+import shutil
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import ModelCard, errors
+
+import cbam
+from cbam.errors import (
+    CheckpointError,
+    CheckpointNotFoundError,
+    ConfigError,
+    DtypeError,
+    InputError,
+    OutputError,
+)
+from cbam.hub import Card, card_of
+
+ROOT = Path(__file__).parents[2]
+NETWORK = "resnet_tiny+cbam"
+
+
+def equal(one: torch.nn.Module, other: torch.nn.Module) -> bool:
+    a, b = one.state_dict(), other.state_dict()
+    return list(a) == list(b) and all(a[n].dtype == b[n].dtype and torch.equal(a[n], b[n]) for n in a)
+
+
+def change(folder: Path, **fields) -> None:
+    told = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(told | fields))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_a_round_trip_is_bit_for_bit_in_every_dtype(dtype, model, tmp_path):
+    folder = cbam.save_pretrained(model.to(dtype), tmp_path / "mine", network=NETWORK)
+    found = cbam.from_pretrained(folder)
+    assert equal(found, model)
+    assert not found.training
+    x = torch.randn(2, 3, 32, 32, dtype=dtype)
+    assert torch.equal(found(x), model.eval()(x))
+
+
+def test_the_card_comes_back_and_the_hub_reads_its_header(folder):
+    card = card_of(folder)
+    assert card.classes == tuple("abcde")
+    assert (card.size, card.licence, card.recipe) == (32, "mit", {"epochs": 3, "rate": 0.05})
+    read = ModelCard.load(folder / "README.md")
+    assert (read.data.license, read.data.library_name) == ("mit", "cbam")
+    (result,) = read.data.eval_results
+    assert (result.dataset_name, result.metric_value) == ("cluttered digits", 3.25)
+    cost = cbam.models.profile(cbam.build(NETWORK, num_classes=5), 32)
+    for told in (
+        f"{cost.parameters:,}",
+        f"{cost.gmac:.4f} G",
+        "epochs 3",
+        "| top-1 error, % | 3.25 |",
+        "mit",
+    ):
+        assert told in read.content
+
+
+def test_what_is_not_given_is_said_to_be_not_given(model, tmp_path):
+    folder = cbam.save_pretrained(model, tmp_path / "mine", network=NETWORK)
+    page = (folder / "README.md").read_text()
+    assert page.count("not given") == 2
+    assert "Not given: ask the author" in page
+    assert "license" not in page
+
+
+def test_a_card_cannot_break_out_of_its_header_or_its_table(model, tmp_path):
+    evil = Card(data="x\n---\n<script>", licence='mit"\ntags: [a]', results={"a | b": 1.0}, recipe="a\n# b")
+    page = (cbam.save_pretrained(model, tmp_path / "mine", card=evil) / "README.md").read_text()
+    assert page.count("\n---\n") == 1
+    assert "<script>" not in page.split("\n---\n")[1]
+    assert "\n# b" not in page
+    assert ModelCard(page).data.license == 'mit"\ntags: [a]'
+
+
+def test_a_network_of_ones_own_is_given_when_it_is_read(model, tmp_path):
+    own = torch.nn.Sequential(model, torch.nn.Flatten(), torch.nn.Linear(5, 2))
+    folder = cbam.save_pretrained(own, tmp_path / "mine")
+    with pytest.raises(ConfigError, match="give model="):
+        cbam.from_pretrained(folder)
+    other = cbam.attach(cbam.build("resnet_tiny", num_classes=5))
+    found = cbam.from_pretrained(
+        folder, model=torch.nn.Sequential(other, torch.nn.Flatten(), torch.nn.Linear(5, 2))
+    )
+    assert equal(found, own)
+
+
+def test_a_wrapped_network_is_saved_without_its_wrapper(model, tmp_path):
+    folder = cbam.save_pretrained(torch.nn.DataParallel(model), tmp_path / "mine", network=NETWORK)
+    assert equal(cbam.from_pretrained(folder), model)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "told"),
+    [
+        ({"network": "resnet_tiny"}, ConfigError, "builds a network with other tensors"),
+        ({"network": "resnt"}, ConfigError, "unknown network"),
+        ({"card": Card(classes=("a",))}, InputError, "names 1 classes, the network has 5"),
+        ({"card": Card(recipe={"a": {1, 2}})}, InputError, "cannot be written as JSON"),
+    ],
+)
+def test_what_could_not_be_read_again_is_not_written(options, error, told, model, tmp_path):
+    with pytest.raises(error, match=told):
+        cbam.save_pretrained(model, tmp_path / "mine", **options)
+    assert not any(path.is_file() for path in tmp_path.rglob("*"))
+
+
+@pytest.mark.parametrize(
+    "field", [{"size": 0}, {"mean": ()}, {"std": (0.0,)}, {"results": {"a": float("nan")}}, {"classes": "ab"}]
+)
+def test_a_card_refuses_what_makes_no_sense(field):
+    with pytest.raises(InputError, match=f"Card\\({next(iter(field))}"):
+        Card(**field)
+
+
+def test_several_dtypes_are_refused(model, tmp_path):
+    model.fc.half()
+    with pytest.raises(DtypeError, match="float16"):
+        cbam.save_pretrained(model, tmp_path / "mine")
+
+
+# C7
+def test_files_that_are_there_stay_unless_overwriting_is_asked_for(model, folder):
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(ConfigError, match="exists"):
+        cbam.save_pretrained(model, folder, network=NETWORK)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    torch.nn.init.zeros_(model.fc.bias)
+    cbam.save_pretrained(model, folder, network=NETWORK, overwrite=True)
+    assert equal(cbam.from_pretrained(folder), model)
+
+
+# K13, K16
+def test_a_place_that_cannot_be_written_is_one_error(model, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(OutputError, match="cannot be made"):
+        cbam.save_pretrained(model, tmp_path / "file" / "mine", network=NETWORK)
+
+
+# K6
+def test_every_flipped_bit_is_found(folder):
+    weights = folder / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    for place in range(0, len(data), len(data) // 15):
+        changed = data.copy()
+        changed[place] ^= 1 << place % 8
+        weights.write_bytes(changed)
+        with pytest.raises(CheckpointError):
+            cbam.from_pretrained(folder)
+
+
+# K1
+@pytest.mark.parametrize("share", [0, 0.3, 0.9, 0.9999])
+def test_a_file_that_was_cut_is_found(share, folder):
+    weights = folder / "model.safetensors"
+    data = weights.read_bytes()
+    weights.write_bytes(data[: int(len(data) * share)])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: (not safetensors|damaged)|do not fit"):
+        cbam.from_pretrained(folder)
+
+
+class _Payload:
+    def __reduce__(self):
+        return print, ("a payload ran",)
+
+
+# K3
+@pytest.mark.parametrize("how", ["pickle", "torch.save", "torch.save, old format"])
+def test_a_pickle_in_place_of_safetensors_is_not_read(how, folder, capsys):
+    weights = folder / "model.safetensors"
+    size = weights.stat().st_size
+    if how == "pickle":
+        weights.write_bytes(pickle.dumps(_Payload()) + bytes(size))
+    else:
+        torch.save({"a": _Payload()}, weights, _use_new_zipfile_serialization=how == "torch.save")
+        weights.write_bytes(weights.read_bytes() + bytes(size))
+    with pytest.raises(CheckpointError, match="not safetensors"):
+        cbam.from_pretrained(folder)
+    assert "ran" not in capsys.readouterr().out
+
+
+# K3
+def test_a_folder_of_pickles_alone_is_not_read(folder):
+    torch.save({"a": _Payload()}, folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(CheckpointNotFoundError, match=r"no model\.safetensors; .*pickles can run code"):
+        cbam.from_pretrained(folder)
+
+
+# K5
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"outputs": 10**12},
+        {"outputs": 300_000},
+        {"outputs": -1},
+        {"outputs": True},
+        {"name": "mobilenet_v1_9999"},
+        {"name": "wide_resnet18_500+cbam"},
+        {"name": "os:system"},
+        {"name": "../../etc"},
+        {"name": ["resnet18"]},
+        {"dtype": "object"},
+        {"dtype": "float16.__class__"},
+        {"sha256": None},
+        {"format": 2},
+        {"format": "1"},
+        {"library_name": "timm"},
+        {"card": None},
+        {"card": {"size": "__import__"}},
+        {"card": {"run": "me"}},
+        {"gmac": "a"},
+    ],
+)
+def test_a_strange_configuration_is_refused_before_memory_is_taken(fields, folder, monkeypatch):
+    change(folder, **fields)
+    monkeypatch.setattr("cbam.hub.folder.load_weights", lambda *_: pytest.fail("the weights were read"))
+    with pytest.raises(CheckpointError):
+        cbam.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "null", "{", '{"a": NaN', "[" * 100_000, "\x00", '"' + "a" * 5_000_000 + '"']
+)
+def test_a_configuration_that_is_none_is_one_error(text, folder):
+    (folder / "config.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"config\.json: "):
+        cbam.from_pretrained(folder)
+
+
+# K5
+def test_a_safetensors_header_that_claims_gigabytes_is_refused(folder):
+    weights = folder / "model.safetensors"
+    data = weights.read_bytes()
+    weights.write_bytes(struct.pack("<Q", 2**40) + data[8:])
+    with pytest.raises(CheckpointError, match="damaged"):
+        cbam.from_pretrained(folder)
+
+
+def test_weights_without_the_attention_that_the_configuration_names_are_refused(model, folder, tmp_path):
+    plain = cbam.save_pretrained(cbam.detach(model), tmp_path / "plain", network="resnet_tiny")
+    change(plain, name=NETWORK)
+    with pytest.raises(CheckpointError, match="lacks the attention"):
+        cbam.from_pretrained(plain)
+
+
+# --- the Hub, which no test reaches ---
+
+
+def test_a_repository_is_read_from_the_snapshot_that_was_brought(folder, model, monkeypatch):
+    asked = []
+
+    def bring(repository, *, allow_patterns, revision):
+        asked.append((repository, sorted(allow_patterns), revision))
+        return str(folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", bring)
+    assert equal(cbam.from_pretrained("somebody/net", revision="v1"), model)
+    assert asked == [("somebody/net", ["config.json", "model.safetensors"], "v1")]
+
+
+def _answer(kind):
+    """An error of huggingface_hub without the answer of a server that it is usually made from."""
+    error = kind.__new__(kind)
+    Exception.__init__(error, "no")
+    return error
+
+
+# K23
+@pytest.mark.parametrize(
+    ("failure", "error", "told"),
+    [
+        (lambda: _answer(errors.RepositoryNotFoundError), CheckpointNotFoundError, "no repository"),
+        (lambda: _answer(errors.RevisionNotFoundError), CheckpointNotFoundError, "no revision 'v9'"),
+        (lambda: _answer(errors.GatedRepoError), CheckpointError, "hf auth login"),
+        (lambda: errors.LocalEntryNotFoundError("offline"), CheckpointError, "cannot be reached"),
+        (lambda: ConnectionError("no route"), CheckpointError, r"cannot be reached \(no route\)"),
+        (lambda: TimeoutError(), CheckpointError, r"cannot be reached \(TimeoutError\)"),
+    ],
+)
+def test_what_the_hub_answers_is_one_clear_error(failure, error, told, monkeypatch):
+    def fail(*_, **__):
+        raise failure()
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
+    with pytest.raises(error, match=told):
+        cbam.from_pretrained("somebody/net", revision="v9")
+
+
+# K19
+@pytest.mark.parametrize("name", ["nowhere", "./some/net", "a/b/c", "~/net", "a/../b", "https://a.b/c", ""])
+def test_a_folder_that_is_not_there_is_not_asked_of_the_hub(name, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("asked"))
+    with pytest.raises((CheckpointNotFoundError, CheckpointError)):
+        cbam.from_pretrained(name)
+
+
+def test_a_file_and_a_revision_of_a_folder_are_refused(folder):
+    with pytest.raises(CheckpointError, match="takes a folder"):
+        cbam.from_pretrained(folder / "model.safetensors")
+    with pytest.raises(ConfigError, match="no revisions"):
+        cbam.from_pretrained(folder, revision="main")
+
+
+# --- torch.hub and timm ---
+
+
+def test_torch_hub_finds_the_networks_of_this_repository(folder, model):
+    names = runpy.run_path(str(ROOT / "hubconf.py"))["__all__"]
+    assert {"resnet18_cbam", "resnet50_cbam", "mobilenet_v2_cbam", "from_pretrained", "build"} <= set(names)
+    made = torch.hub.load(str(ROOT), "resnet18_cbam", source="local", num_classes=3)
+    assert len(cbam.surgery.attached(made)) == 8
+    assert made.fc.out_features == 3
+    assert equal(torch.hub.load(str(ROOT), "from_pretrained", str(folder), source="local"), model)
+
+
+@pytest.mark.parametrize(
+    "order",
+    [
+        "import timm, cbam",
+        "import cbam\nimportlib.util.find_spec('timm')\nimport timm",
+        pytest.param("import cbam, timm", marks=pytest.mark.large),
+        pytest.param("import cbam; cbam.models; import timm.layers", marks=pytest.mark.large),
+    ],
+)
+def test_timm_knows_the_names_whatever_is_imported_first(order):
+    program = f"""
+import importlib.util, sys
+{order}
+import timm
+model = timm.create_model("cbam_resnet18", num_classes=7, in_chans=1)
+import cbam
+print(len(cbam.surgery.attached(model)), model.fc.out_features, model.conv1.in_channels)
+print(type(timm.__spec__.loader).__name__, "exec_module" in vars(timm.__spec__.loader))
+print(any(name.startswith("cbam_") for name in cbam.models.names()))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split("\n")[:3] == ["8 7 1", "SourceFileLoader False", "False"]
+
+
+@pytest.mark.large
+@pytest.mark.parametrize("network", cbam.timm_names.NETWORKS)
+def test_every_name_that_timm_learns_makes_a_network_with_attention(network):
+    import timm
+
+    model = timm.create_model(f"cbam_{network}", num_classes=3)
+    assert cbam.surgery.attached(model)
+    assert model.eval()(torch.randn(1, 3, 64, 64)).shape == (1, 3)
+
+
+def test_attention_over_the_pretrained_weights_of_timm_changes_nothing(monkeypatch):
+    import timm
+
+    from cbam import timm_names
+
+    plain = timm.create_model("resnet18", num_classes=4).eval()
+    real = timm.create_model
+    monkeypatch.setattr(
+        timm, "create_model", lambda name, pretrained, **_: plain if pretrained else real(name)
+    )
+    x = torch.randn(1, 3, 64, 64)
+    before = plain(x)
+    made = timm_names._entry("resnet18")(pretrained=True, num_classes=4)
+    assert len(cbam.surgery.attached(made)) == 8
+    assert torch.equal(made(x), before)
+
+
+def test_a_timm_that_cannot_be_taught_is_no_reason_to_fail(monkeypatch, caplog):
+    from cbam import timm_names
+
+    monkeypatch.setattr(timm_names, "_entry", lambda name: 1 / 0)
+    monkeypatch.setattr("timm.models.is_model", lambda name: not name.startswith("cbam_"))
+    timm_names.register_safely()
+    assert "timm.create_model does not know cbam_*" in caplog.text
+
+
+def test_a_copied_folder_is_as_good(folder, model, tmp_path):
+    shutil.copytree(folder, tmp_path / "elsewhere")
+    assert equal(cbam.from_pretrained(str(tmp_path / "elsewhere")), model)

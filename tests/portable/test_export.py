@@ -1,0 +1,361 @@
+"""Files for other runtimes: what is written, what is refused, and that a refusal leaves nothing behind."""
+
+import copy
+import importlib.util
+import json
+import logging
+import resource
+import signal
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import cbam
+from cbam.errors import (
+    ConfigError,
+    DtypeError,
+    ExportError,
+    InputError,
+    MissingExtraError,
+    NonFiniteError,
+    OutputError,
+)
+from cbam.ops import switch
+from cbam.portable import check, export, formats
+from cbam.portable.program import program, settled
+
+SMALL = (1, 3, 32, 32)
+NEEDS = {"a.pt2": (), "a.onnx": ("onnxscript", "onnxruntime"), "a.xml": ("onnxscript", "openvino")}
+
+# Reads a file with its own runtime, `cbam` blocked, and compares with what the network gave.
+ELSEWHERE = """
+import sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "cbam":
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Block())
+import torch
+def runs(path):
+    if path.endswith(".pt2"):
+        return torch.export.load(path).module()
+    if path.endswith(".onnx"):
+        import onnxruntime
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        return lambda x: torch.from_numpy(session.run(None, {"x": x.numpy()})[0])
+    import openvino
+    compiled = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    return lambda x: torch.from_numpy(compiled(x.numpy())[0])
+for path in sys.argv[2:]:
+    run = runs(path)
+    for x, wanted in torch.load(sys.argv[1], weights_only=True):
+        found = run(x)
+        share = float((found - wanted).abs().max() / wanted.abs().max())
+        print(path, share, torch.equal(found.argmax(1), wanted.argmax(1)))
+"""
+
+
+def need(file: str) -> None:
+    for name in NEEDS[file]:
+        pytest.importorskip(name, reason=f"{name} of cbam[export] is not installed")
+
+
+def files(folder) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+UNSEEN = ((1, 3, 40, 72), (4, 3, 96, 33), (7, 3, 64, 64))
+
+
+@pytest.fixture(scope="module")
+def elsewhere(tmp_path_factory):
+    """File -> (difference, same classes) at each size of UNSEEN, as a process without cbam found them."""
+    folder = tmp_path_factory.mktemp("elsewhere")
+    torch.manual_seed(1)
+    model = cbam.build("resnet_tiny+cbam", num_classes=10)
+    for name, parameter in model.named_parameters():
+        if "cbam" in name:
+            nn.init.normal_(parameter, std=0.3)
+    with cbam.ops.using("reference"), torch.no_grad():
+        inputs = [torch.randn(shape) for shape in UNSEEN]
+        torch.save([(x, copy.deepcopy(model).eval()(x)) for x in inputs], folder / "pairs.pt")
+    there = [file for file, names in NEEDS.items() if all(map(importlib.util.find_spec, names))]
+    for file in there:
+        made = export(model, folder / file, shape=SMALL, dynamic=True)
+        assert made.agreement.difference <= 1e-5
+        assert not {*made.agreement.shapes} & {*UNSEEN}
+        assert len({*made.agreement.shapes}) == 3
+    done = subprocess.run(
+        [sys.executable, "-c", ELSEWHERE, "pairs.pt", *there],
+        capture_output=True, text=True, check=False, cwd=folder,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = {}
+    for line in done.stdout.splitlines():
+        file, difference, same = line.split()
+        found.setdefault(file, []).append((float(difference), same == "True"))
+    return found
+
+
+# E1, E2, E3
+@pytest.mark.parametrize("file", NEEDS)
+def test_a_file_computes_the_same_in_a_fresh_process_that_has_no_cbam(file, elsewhere):
+    need(file)
+    assert len(elsewhere[file]) == len(UNSEEN)
+    for difference, same in elsewhere[file]:
+        assert difference <= 1e-5
+        assert same
+
+
+# E1
+def test_an_operator_of_ours_in_the_graph_is_refused(tiny, tmp_path, monkeypatch, kernels):
+    monkeypatch.setattr(switch, "_obstacle", lambda x: "")
+    monkeypatch.setattr(switch, "_choice", "")
+    with pytest.raises(ExportError, match="operators that only this package has: cbam"):
+        export(tiny, tmp_path / "a.pt2", shape=SMALL)
+    assert files(tmp_path) == {}
+
+
+# E1
+def test_asking_for_kernels_while_exporting_is_refused(tiny, tmp_path):
+    with cbam.ops.using("fused"), pytest.raises((ExportError, ConfigError)):
+        export(tiny, tmp_path / "a.pt2", shape=SMALL)
+    assert files(tmp_path) == {}
+
+
+# E1
+def test_the_onnx_graph_has_standard_operators_only_and_names_its_dimensions(tiny, tmp_path):
+    need("a.onnx")
+    import onnx
+
+    export(tiny, tmp_path / "a.onnx", shape=SMALL, dynamic=True, about={"classes": ["a", "b"], "note": "c"})
+    model = onnx.load(tmp_path / "a.onnx")
+    onnx.checker.check_model(model, full_check=True)
+    assert {node.domain for node in model.graph.node} == {""}
+    (x,) = model.graph.input
+    dims = [dim.dim_param or dim.dim_value for dim in x.type.tensor_type.shape.dim]
+    assert (x.name, dims) == ("x", ["batch", 3, "height", "width"])
+    told = {entry.key: entry.value for entry in model.metadata_props}
+    assert json.loads(told["classes"]) == ["a", "b"]
+    assert told["note"] == "c"
+
+
+# E2
+def test_a_network_of_one_size_is_refused_when_it_shall_take_any(tmp_path):
+    class OneSize(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.fc = nn.Conv2d(3, 2, 1), nn.Linear(2 * 32 * 64, 2)
+
+        def forward(self, x):
+            return self.fc(self.conv(x).reshape(len(x), 2 * 32 * 64))
+
+    with pytest.raises(ExportError, match="leave dynamic out"):
+        export(OneSize(), tmp_path / "a.pt2", shape=SMALL, dynamic=True)
+    assert files(tmp_path) == {}
+
+
+# E2
+@pytest.mark.parametrize("dim", [1, 3])
+def test_a_signal_and_a_volume_export_too(dim, tmp_path):
+    conv = {1: nn.Conv1d, 3: nn.Conv3d}[dim]
+    net = nn.Sequential(conv(2, 4, 3), cbam.CBAM(4, reduction=2, dim=dim))
+    made = export(net, tmp_path / "a.pt2", shape=(1, 2, *[16] * dim), dynamic=True)
+    assert {len(shape) for shape in made.agreement.shapes} == {dim + 2}
+
+
+# E3
+@pytest.mark.parametrize("wrong", [1.0001, float("nan")])
+def test_a_file_that_computes_something_else_is_not_put_in_place(wrong, tiny, tmp_path, monkeypatch):
+    (tmp_path / "a.pt2").write_bytes(b"the older one")
+    real = formats.FORMATS["torch"]
+    monkeypatch.setitem(
+        formats.FORMATS,
+        "torch",
+        formats.Format(real.suffixes, (), real.write, lambda path: lambda x: [tiny(x) * wrong]),
+    )
+    with pytest.raises(ExportError, match="differs from the network"):
+        export(tiny, tmp_path / "a.pt2", shape=SMALL, overwrite=True)
+    assert files(tmp_path) == {"a.pt2": b"the older one"}
+
+
+# E3
+def test_another_class_is_found_where_values_nearly_agree():
+    scores = torch.tensor([[1.0, 0.9, -100.0]])
+    with pytest.raises(ExportError, match="names other classes"):
+        check._refuse_other_class(scores, scores[:, [1, 0, 2]], "here", scale=1.0)
+    check._refuse_other_class(scores, scores[:, [1, 0, 2]], "here", scale=1e4)  # as good as equal
+
+
+# E3
+def test_a_network_that_computes_nan_cannot_be_compared(tiny, tmp_path):
+    nn.init.constant_(next(tiny.parameters()), float("nan"))
+    with pytest.raises(NonFiniteError, match="NaN or infinity"):
+        export(tiny, tmp_path / "a.pt2", shape=SMALL)
+    assert files(tmp_path) == {}
+
+
+# E4
+def test_wrappers_and_training_mode_are_looked_through_and_left_as_they_are(tiny, tmp_path):
+    plain = export(copy.deepcopy(tiny).eval(), tmp_path / "plain.pt2", shape=SMALL)
+    wrapped = torch.compile(nn.DataParallel(tiny))
+    tiny.layer1.eval() if hasattr(tiny, "layer1") else None
+    modes = [module.training for module in wrapped.modules()]
+    made = export(wrapped, tmp_path / "wrapped.pt2", shape=SMALL)
+    assert [module.training for module in wrapped.modules()] == modes
+    assert made.size == pytest.approx(plain.size, rel=0.02)
+    x = torch.randn(SMALL)
+    loaded = [torch.export.load(tmp_path / name).module()(x) for name in ("plain.pt2", "wrapped.pt2")]
+    assert torch.equal(*loaded)
+
+
+# E4
+def test_a_module_compiled_in_place_stays_compiled(tiny):
+    tiny.compile()
+    compiled = tiny._compiled_call_impl
+    with settled(tiny):
+        assert not tiny.training
+        assert tiny._compiled_call_impl is None
+        program(tiny, SMALL, dynamic=False)
+    assert tiny._compiled_call_impl is compiled
+    assert tiny.training
+
+
+# E4
+def test_a_network_whose_attention_was_taken_out_exports_as_the_plain_one(tiny, tmp_path):
+    export(cbam.detach(tiny), tmp_path / "a.pt2", shape=SMALL)
+    graph = torch.export.load(tmp_path / "a.pt2").graph
+    assert not [node for node in graph.nodes if "sigmoid" in str(node.target)]
+
+
+# E4
+def test_a_scripted_model_is_refused(tmp_path):
+    scripted = torch.jit.trace(nn.Conv2d(3, 2, 1), torch.zeros(SMALL))
+    with pytest.raises(ExportError, match="scripted"):
+        export(scripted, tmp_path / "a.pt2", shape=SMALL)
+
+
+# E5
+@pytest.mark.parametrize("file", ["a.onnx", "a.xml"])
+def test_a_missing_package_is_named_before_any_work(file, tiny, tmp_path, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda n: None if n in NEEDS[file] else find(n))
+    monkeypatch.setattr("cbam.portable.exporting.program", lambda *_, **__: pytest.fail("work was done"))
+    with pytest.raises(MissingExtraError, match=r"pip install 'cbam\[export\]' \(missing: onnxscript"):
+        export(tiny, tmp_path / file, shape=SMALL)
+
+
+# E5
+def test_an_opset_that_cannot_say_it_is_refused(tiny, tmp_path, caplog):
+    need("a.onnx")
+    with pytest.raises(ExportError, match="opset 5"):
+        export(tiny, tmp_path / "a.onnx", shape=SMALL, opset=5)
+    assert files(tmp_path) == {}
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+# E5
+def test_an_operator_without_a_translation_is_named(tmp_path):
+    need("a.onnx")
+    library = torch.library.Library("cbam_test", "FRAGMENT")
+    library.define("odd(Tensor x) -> Tensor")
+    library.impl("odd", lambda x: x + 1, "CPU")
+    library.impl("odd", torch.empty_like, "Meta")
+
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 2, 1)
+
+        def forward(self, x):
+            return torch.ops.cbam_test.odd(self.conv(x))
+
+    with pytest.raises(ExportError, match=r"cbam_test[.:]+odd"):
+        export(Odd(), tmp_path / "a.onnx", shape=SMALL)
+    assert files(tmp_path) == {}
+
+
+# E5
+def test_a_full_disk_leaves_the_older_file(tiny, tmp_path):
+    (tmp_path / "a.pt2").write_bytes(b"the older one")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+        with pytest.raises(OutputError, match=r"a\.pt2 cannot be written"):
+            export(tiny, tmp_path / "a.pt2", shape=SMALL, overwrite=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert files(tmp_path) == {"a.pt2": b"the older one"}
+
+
+# E5
+def test_ctrl_c_leaves_nothing_behind(tiny, tmp_path, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("cbam.portable.exporting.agreement", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        export(tiny, tmp_path / "a.pt2", shape=SMALL)
+    assert list(tmp_path.iterdir()) == []
+
+
+# E6
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_precisions_are_refused_with_what_to_do(dtype, tiny, tmp_path):
+    with pytest.raises(DtypeError, match=r"call model\.float\(\)"):
+        export(tiny.to(dtype), tmp_path / "a.pt2", shape=SMALL)
+
+
+# E6
+def test_a_quantised_network_is_refused(tmp_path):
+    class Held(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc, self.rest = torch.ao.nn.quantized.dynamic.Linear(3, 2), nn.Conv2d(3, 2, 1)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch is about to drop its old quantisation
+        held = Held()
+    with pytest.raises(DtypeError, match="fc is quantised"):
+        export(held, tmp_path / "a.pt2", shape=SMALL)
+
+
+@pytest.mark.parametrize(
+    ("path", "options", "error", "told"),
+    [
+        ("a.tflite", {}, ConfigError, "expected one of torch"),
+        ("a.onnx", {"to": "torch"}, ConfigError, r"a file for torch ends in \.pt2"),
+        ("a.pt2", {"opset": 18}, ConfigError, "opset is ONNX's"),
+        ("a.pt2", {"shape": (1, 3, 0, 8)}, InputError, "three to five positive ints"),
+        ("a.pt2", {"shape": (8, 8)}, InputError, "three to five positive ints"),
+        ("a.pt2", {"shape": (1, 5, 32, 32)}, InputError, "refuses an input"),
+        ("no/a.pt2", {}, OutputError, "No such file"),
+        ("there.pt2", {}, ConfigError, "exists"),
+    ],
+)
+def test_bad_arguments_are_refused_at_the_door(path, options, error, told, tiny, tmp_path):
+    (tmp_path / "there.pt2").write_bytes(b"mine")
+    with pytest.raises(error, match=told):
+        export(tiny, tmp_path / path, **{"shape": SMALL} | options)
+    assert files(tmp_path) == {"there.pt2": b"mine"}
+
+
+def test_no_torch_module_and_no_memory_are_refused(tmp_path):
+    with pytest.raises(InputError, match=r"takes a torch\.nn\.Module"):
+        export("resnet18", tmp_path / "a.pt2")  # pyright: ignore[reportArgumentType]
+    with torch.device("meta"):
+        empty = nn.Conv2d(3, 2, 1)
+    with pytest.raises(InputError, match="without memory"):
+        export(empty, tmp_path / "a.pt2")
+
+
+def test_the_exporters_loggers_get_their_levels_back(tiny, tmp_path):
+    before = logging.getLogger("torch.onnx").level
+    export(tiny, tmp_path / "a.pt2", shape=SMALL)
+    assert logging.getLogger("torch.onnx").level == before
