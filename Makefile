@@ -9,8 +9,11 @@ NATIVE := $(VENV)/.native
 # One thread for each of the two test processes.
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
+# From the whole checkout, so that links lead where they do in the repository; a warning is an error.
+SITE := $(BIN)/python -m sphinx -q -W --keep-going -c docs -d build/doctrees . build/site
+
 .DEFAULT_GOAL := help
-.PHONY: help demo readme cards evidence matrix bench test test-all test-web test-sanitized check format clean again
+.PHONY: help demo readme cards evidence faults matrix bench docs test test-all test-web test-sanitized check format clean again
 
 help: ## this list
 	@echo "make TARGET [PYTHON=python3.12]; the first one sets up .venv, which needs Python 3.11 or newer and pip"
@@ -30,12 +33,19 @@ cards: $(READY) ## write docs/methods/, a card for each attention module, and th
 evidence: $(READY) ## compute the tables of results/ from their records, and docs/evidence.md from those
 	$(BIN)/python -m docs.fill_evidence
 
+faults: $(READY) ## write tests/FAULTS.md: which test covers which fault, and what is left
+	$(BIN)/python -m docs.fill_faults
+
 matrix: $(NATIVE) ## attach to every network of the matrix and write docs/matrix.md (goes on where it stopped)
 	$(BIN)/python -m benchmarks.matrix
 
 bench: $(NATIVE) ## measure what attention costs here (correctness first), and put it into docs/kernels.md
 	$(BIN)/cbam bench --compiled --out benchmarks/results
 	$(BIN)/python -m docs.fill_kernels
+
+docs: $(READY) ## build the documentation site (build/site/index.html)
+	$(SITE)
+	@echo "The site is in build/site/: open build/site/index.html"
 
 test: $(NATIVE) ## the tests, with a sample of the large matrices (at most 8 minutes on 2 cores)
 	$(PYTEST) -m "not large"
@@ -54,12 +64,13 @@ test-web: $(READY) ## the tests of `cbam serve` in a real browser (sets up .venv
 test-sanitized: $(READY) ## the CPU kernels under the address and undefined-behaviour sanitizers
 	$(BIN)/python -m pytest tests/native/test_sanitized.py -m large -rs
 
-check: $(READY) ## format, lint, types, floors, GPU kernels (compiled ahead of time)
+check: $(READY) ## format, lint, types, floors, GPU kernels (compiled ahead of time), the site
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m pyright
 	$(BIN)/python -m benchmarks.aot
 	$(BIN)/python -m pytest -q tests/house/test_floors.py
+	$(SITE)
 
 format: $(READY) ## format the code and apply the safe lint fixes
 	$(BIN)/python -m ruff format .
