@@ -43,7 +43,7 @@ def stepper(name: str, size: int | None, regions: int | None, device: torch.devi
     model: nn.Module = make_detector(
         name, 20, start="identity", size=own, regions=regions if name.startswith("fasterrcnn") else None
     )
-    model.to(device, memory_format=torch.channels_last).train()
+    model.to(device).to(memory_format=torch.channels_last).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
 
     def step(pictures, targets) -> float:
