@@ -27,7 +27,7 @@ LIBRARY = HERE / "cbam_native" / "kernels.so"
 COMMON = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
 # Rounding is as written, but for the fused multiply-add, which torch's own kernels use too.
 KERNEL = ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
-# Loops over a few vectors are unrolled, or their sums would go through memory: clang does so at -O2 anyhow. Two
+# Loops over a few vectors are unrolled, or their sums would go through memory; clang does so by itself. Two
 # warnings are off: gcc's own intrinsics set off one, and vectors as arguments the other.
 GCC = ["-fpeel-loops", "-Wno-maybe-uninitialized", "-Wno-psabi"]
 # The oldest torch whose shims are used: the result runs with this and every later one.
