@@ -2,8 +2,10 @@
 # Fill the studies that docs/evidence.md reports, on one GPU, as far as the time reaches.
 #
 #   benchmarks/gpu_studies.sh DATA [MINUTES] [OUT]
+#   STUDIES="coco voc" benchmarks/gpu_studies.sh BOXES [MINUTES] [OUT]
 #
 # DATA     imagenette96 with train/ and val/, or the .zip that holds it
+# BOXES    pictures with boxes: a folder of COCO or Pascal VOC, such as BCCD, or the .zip that holds it
 # MINUTES  the time there is (default: 25); no run is begun that would not end in it
 # OUT      where the records go (default: results); what has a record there is not repeated
 #
@@ -13,7 +15,7 @@
 # JOBS=3     processes that share the GPU: a small network leaves most of it idle
 # SEEDS=5    repetitions of every row
 # EPOCHS=    instead of the usual 40
-# STUDIES=   instead of networks channel spatial order peers start
+# STUDIES=   instead of networks channel spatial order peers start; coco and voc are those of detectors
 # COMMIT=    of what this code is a copy, where git cannot say; else the runs do not count
 # DEVICE=    cuda; cpu to try the script
 # MORE=      further options of `cbam study`
@@ -46,8 +48,9 @@ case $data in
 *.zip)
     unpacked=$(mktemp -d)
     "$python" -m zipfile -e "$data" "$unpacked" || exit 3
-    data=$(dirname "$(find "$unpacked" -type d -name train | head -1)")
-    [ -d "$data/train" ] || { echo "no train/ in $1" >&2; exit 3; }
+    found=$(find "$unpacked" -type d \( -name train -o -name ImageSets -o -name annotations \) | head -1)
+    [ -n "$found" ] || { echo "no train/, ImageSets/ or annotations/ in $1" >&2; exit 3; }
+    data=$(dirname "$found")
     ;;
 esac
 

@@ -12,7 +12,7 @@ from cbam.studies.records import Records, counts, read
 from cbam.studies.study import run_key
 from cbam.studies.tables import STUDIES
 from cbam.studies.tabulate import tables
-from docs import fill_evidence
+from docs import fill_boxes, fill_evidence
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "results"
@@ -73,3 +73,8 @@ def test_the_page_of_the_evidence_is_what_its_program_writes():
 
 def test_the_page_says_that_the_digits_are_not_the_evidence():
     assert "**The digits are not the evidence.**" in fill_evidence.page()
+
+
+def test_what_is_said_of_detectors_is_what_its_program_writes():
+    said = fill_boxes.PAGE.read_text("utf-8")
+    assert fill_boxes.page(said) == said, "make evidence"

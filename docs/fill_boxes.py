@@ -1,0 +1,116 @@
+"""Put what was measured of detectors into docs/detection.md: `python -m docs.fill_boxes`, or `make evidence`.
+
+The outcome of the study `coco` from results/coco, beside torchvision's own loop, and what attention adds to a
+step, both from benchmarks/results. What stands between the markers of the page is replaced.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from cbam.studies.printing import level_rows, outcome, status
+from cbam.studies.records import Records
+from cbam.studies.report import as_markdown
+from cbam.studies.tables import STUDIES
+from cbam.studies.tabulate import Table, tables
+
+ROOT = Path(__file__).parents[1]
+PAGE, RESULTS, MEASURED = ROOT / "docs/detection.md", ROOT / "results", ROOT / "benchmarks/results"
+SETTINGS = ("size", "regions", "limit", "epochs", "batch_size")
+NEAR = 3.0  # points of AP50 within which the engine and torchvision's loop are expected
+
+
+def page(text: str) -> str:
+    """The page with both parts computed anew."""
+    for marker, lines in (("bccd", _studies()), ("step", _steps())):
+        before, rest = text.split(f"<!-- {marker} -->")
+        after = rest.split(f"<!-- /{marker} -->")[1]
+        inside = "\n".join(["", *lines, ""]) if lines else "\n"
+        text = f"{before}<!-- {marker} -->{inside}<!-- /{marker} -->{after}"
+    return text
+
+
+def _studies() -> list[str]:
+    lines: list[str] = []
+    for name in ("coco", "voc"):
+        for table in tables(STUDIES[name], Records(RESULTS, name).all().values()):
+            link = f"[The table](../results/{name}/{table.name}.md)"
+            lines += ["", f"### {as_markdown(table.study.title)}: {as_markdown(table.shared['data'])}", ""]
+            lines += [f"{link}. {status(table)} {_told(table)}", ""]
+            header, *body = level_rows(table)
+            lines += ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
+            lines += ["| " + " | ".join(map(as_markdown, row)) + " |" for row in body]
+            lines += [line for told in outcome(table) for line in ("", as_markdown(told))]
+            lines += _loop(table)
+    return lines
+
+
+def _told(table: Table) -> str:
+    shared, about = table.shared, table.about
+    size = "" if shared["size"] is None else f" at a shorter side of {shared['size']} px"
+    regions = f", {shared['regions']} regions of a picture" if shared.get("regions") else ""
+    devices = {run["device"]["name"] for runs in table.runs.values() for run in runs.values()}
+    return (
+        f"{about['train']} pictures to train on and {about['val']} to score{size}{regions}; "
+        f"{shared['epochs']} epochs from scratch, {', '.join(sorted(devices))}."
+    )
+
+
+def _loop(table: Table) -> list[str]:
+    """The plain detector of the study beside the loop, for seeds that both have."""
+    path = MEASURED / "detection-loop.jsonl"
+    if not path.exists() or table.study.name != "coco":
+        return []
+    lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    same = [line for line in lines if all(line[name] == table.shared.get(name) for name in SETTINGS)]
+    ours = table.runs.get("resnet18", {})
+    told = []
+    for line in same:
+        if line["seed"] in ours:
+            last = ours[line["seed"]]["epochs"][-1]
+            apart = last["val_ap50"] - line["val_ap50"]
+            word = "within" if abs(apart) <= NEAR else "not within"
+            told.append(
+                f"seed {line['seed']}: AP50 {last['val_ap50']:.1f} by the engine, {line['val_ap50']:.1f} by "
+                f"the loop ({word} {NEAR:g} points); AP {last['val_ap']:.1f} and {line['val_ap']:.1f}"
+            )
+    if not told:
+        return []
+    return [
+        "",
+        "The plain detector beside a loop written as torchvision's references have it, with a network, order and "
+        f"flips of its own (`benchmarks/detection_loop.py`): {'; '.join(told)}. Fed with the same batches, the "
+        "engine and a loop end with the same weights, bit for bit (`tests/train/test_detection.py`).",
+    ]
+
+
+def _steps() -> list[str]:
+    lines: list[str] = []
+    for path in sorted(MEASURED.glob("detection-c*-torch*.json")):
+        told: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        regions = f", {told['regions']} regions" if told["regions"] else ""
+        lines += [
+            "",
+            f"A training step with attention against a plain one, {told['device']['name']} "
+            f"({told['device']['type']}), torch {told['torch']}, batches of {told['batch']} at {told['size']} "
+            f"px{regions}; {told['turns']} steps of each in turns, median of the ratios and their quartiles "
+            "(`python -m benchmarks.detection`):",
+            "",
+            "| detector | attention | plain, ms | ratio | quartiles |",
+            "| --- | --- | --- | --- | --- |",
+        ]
+        lines += [
+            f"| {row['detector']} | {row['attention']} | {row['plain_ms']:.0f} | {row['ratio']:.3f} | "
+            f"{row['quartiles'][0]:.3f} to {row['quartiles'][1]:.3f} |"
+            for row in told["rows"]
+        ]
+    return lines
+
+
+def main() -> None:
+    """Write the page."""
+    PAGE.write_text(page(PAGE.read_text("utf-8")), "utf-8")
+
+
+if __name__ == "__main__":
+    main()
