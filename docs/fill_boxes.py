@@ -78,9 +78,9 @@ def _loop(table: Table) -> list[str]:
         return []
     return [
         "",
-        "The plain detector beside a loop written as torchvision's references have it, with a network, order and "
-        f"flips of its own (`benchmarks/detection_loop.py`): {'; '.join(told)}. Fed with the same batches, the "
-        "engine and a loop end with the same weights, bit for bit (`tests/train/test_detection.py`).",
+        "The plain detector beside a loop written as torchvision's references have it, with a network, order "
+        f"and flips of its own (`benchmarks/detection_loop.py`): {'; '.join(told)}. Fed with the same batches, "
+        "the engine and a loop end with the same weights, bit for bit (`tests/train/test_detection.py`).",
     ]
 
 
@@ -92,8 +92,8 @@ def _steps() -> list[str]:
         lines += [
             "",
             f"A training step with attention against a plain one, {told['device']['name']} "
-            f"({told['device']['type']}), torch {told['torch']}, batches of {told['batch']} at {told['size']} "
-            f"px{regions}; {told['turns']} steps of each in turns, median of the ratios and their quartiles "
+            f"({told['device']['type']}), torch {told['torch']}, batches of {told['batch']} at "
+            f"{told['size']} px{regions}; {told['turns']} steps of each in turns, median of the ratios and their quartiles "
             "(`python -m benchmarks.detection`):",
             "",
             "| detector | attention | plain, ms | ratio | quartiles |",
