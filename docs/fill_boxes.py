@@ -79,8 +79,8 @@ def _loop(table: Table) -> list[str]:
     return [
         "",
         "The plain detector beside a loop written as torchvision's references have it, with a network, order "
-        f"and flips of its own (`benchmarks/detection_loop.py`): {'; '.join(told)}. Fed with the same batches, "
-        "the engine and a loop end with the same weights, bit for bit (`tests/train/test_detection.py`).",
+        f"and flips of its own (`benchmarks/detection_loop.py`): {'; '.join(told)}. Fed with the same "
+        "batches, the engine and a loop end with the same weights, bit for bit (`tests/train/test_detection.py`).",
     ]
 
 
@@ -93,8 +93,8 @@ def _steps() -> list[str]:
             "",
             f"A training step with attention against a plain one, {told['device']['name']} "
             f"({told['device']['type']}), torch {told['torch']}, batches of {told['batch']} at "
-            f"{told['size']} px{regions}; {told['turns']} steps of each in turns, median of the ratios and their quartiles "
-            "(`python -m benchmarks.detection`):",
+            f"{told['size']} px{regions}; {told['turns']} steps of each in turns, median of the ratios and "
+            "their quartiles (`python -m benchmarks.detection`):",
             "",
             "| detector | attention | plain, ms | ratio | quartiles |",
             "| --- | --- | --- | --- | --- |",
