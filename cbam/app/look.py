@@ -54,13 +54,10 @@ def look_at(viewer: Viewer, wanted: Wanted, say: Callable[[str], None]) -> Told:
         OutputError: the figures cannot be written.
     """
     target = None if wanted.target is None else class_index(viewer.classes, wanted.target)
-    files = list(_files(wanted.paths))
-    if not files:
-        where = ", ".join(shown(path) for path in wanted.paths)
-        raise DataError(f"no pictures in {where}: expected {', '.join(_ENDINGS)}")
+    files = picture_files(wanted.paths)
     many = len(files) > ROWS or any(path.is_dir() for path in wanted.paths)
     told = Told([], [])
-    _make(wanted.out)
+    make(wanted.out)
     try:
         size = SHEET if many else ROWS
         for number, start in enumerate(range(0, len(files), size), 1):
@@ -119,8 +116,20 @@ def _draw_stages(looks: list[Look], out: Path, told: Told) -> None:
             told.figures.append(stages_figure(one, out / (name + ending)))
 
 
+def picture_files(paths: Sequence[Path]) -> list[Path]:
+    """The pictures named, and in folders those with the ending of one, in order of their names.
+
+    Raises:
+        DataError: there are none.
+    """
+    files = list(_files(paths))
+    if not files:
+        where = ", ".join(shown(path) for path in paths)
+        raise DataError(f"no pictures in {where}: expected {', '.join(_ENDINGS)}")
+    return files
+
+
 def _files(paths: Sequence[Path]) -> Iterator[Path]:
-    """The pictures named, and in folders those with the ending of one, in order of their names."""
     for path in paths:
         if not path.is_dir():
             yield path
@@ -133,7 +142,8 @@ def _files(paths: Sequence[Path]) -> Iterator[Path]:
         yield from (p for p in visible if p.suffix.lower() in _ENDINGS and p.is_file())
 
 
-def _make(out: Path) -> None:
+def make(out: Path) -> None:
+    """Make the folder of the figures."""
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -11,6 +11,7 @@ from cbam.errors import CheckpointNotFoundError, ConfigError
 from cbam.explain.looking import Viewer, default_viewer
 from cbam.explain.pair import class_names
 from cbam.models import build
+from cbam.models.detectors import DETECTORS
 from cbam.surgery import load_weights
 from cbam.train import checkpoint
 from cbam.train.average import average_of
@@ -50,8 +51,8 @@ def viewer(
         if classes or size:
             raise ConfigError("--classes and --size go with --weights or --compare")
         return default_viewer()
-    names = _lines(classes) if classes else None
-    parts = [_named(text) for text in compare] if compare else [("network", weights or "")]
+    names = lines_of(classes) if classes else None
+    parts = [named(text) for text in compare] if compare else [("network", weights or "")]
     loaded = [_load(label, Path(file), model, names, size, bool(compare), digits) for label, file in parts]
     if len({label for label, _ in parts}) < len(parts):
         raise ConfigError("--compare: each network needs a name of its own")
@@ -62,7 +63,8 @@ def viewer(
     return Viewer(networks, about=about, mode="bilinear", **loaded[0][2])
 
 
-def _named(text: str) -> tuple[str, str]:
+def named(text: str) -> tuple[str, str]:
+    """NAME=FILE."""
     label, equals, file = text.partition("=")
     if not (label and equals and file):
         raise ConfigError(f"--compare takes NAME=FILE, such as plain=a.safetensors, got {text!r}")
@@ -79,12 +81,12 @@ def _load(
     digits: bool,
 ) -> tuple[str, nn.Module, dict[str, Any]]:
     """What it is in words, the network, and how pictures come to it: the fields of a `Viewer`."""
-    if not file.exists():
-        raise CheckpointNotFoundError(f"{file}: no such file")
-    state = ours(file) if file.is_dir() or checkpoint.step_of(file) >= 0 else None
+    state = run_of(file)
     if state is None:
         if model is None:
             raise ConfigError(f"{file} does not say what network it is: give --model NAME, see `cbam list`")
+        if model.partition(":")[0] in DETECTORS:
+            raise ConfigError(f"{model} is a detector: give --detect")
         name = f"{model}+{label}" if arms and label != "plain" else model
         weights = file
         side, known = size or _SIZE, names or class_names()
@@ -93,6 +95,8 @@ def _load(
             side, known = size or val.size, names or val.classes
     else:
         name, weights = state["config"]["model"], average_of(state)
+        if name.partition(":")[0] in DETECTORS:
+            raise ConfigError(f"{file} holds a detector, {name}: give --detect")
         side, known = size or state["data"]["size"], names or state["data"]["classes"]
         digits = state["config"]["data"] is None
     net = build(name, num_classes=len(known))
@@ -106,7 +110,19 @@ def _load(
     return f"{name}, weights of {file}", net.eval(), how
 
 
-def _lines(path: str) -> list[str]:
+def run_of(file: Path) -> dict[str, Any] | None:
+    """What a checkpoint of `cbam train`, or the newest of a folder, holds; None for another file.
+
+    Raises:
+        CheckpointNotFoundError: no such file. CheckpointError: a damaged one.
+    """
+    if not file.exists():
+        raise CheckpointNotFoundError(f"{file}: no such file")
+    return ours(file) if file.is_dir() or checkpoint.step_of(file) >= 0 else None
+
+
+def lines_of(path: str) -> list[str]:
+    """The names in a file, one per line."""
     try:
         lines = Path(path).read_text("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:

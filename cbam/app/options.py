@@ -87,6 +87,14 @@ def count(text: str) -> int:
     return int(text)
 
 
+def share(text: str) -> float:
+    """A number from 0 to 1."""
+    with contextlib.suppress(ValueError):
+        if 0 <= (value := float(text)) <= 1:
+            return value
+    raise argparse.ArgumentTypeError(f"must be a number from 0 to 1, got {text!r}")
+
+
 def duration(text: str) -> float:
     """Seconds: "90s", "90m", "11.5h" or "H:MM:SS"."""
     if match := re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", text):

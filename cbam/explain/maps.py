@@ -5,8 +5,9 @@ Shapes: N samples of C channels, H x W pixels of the input, h x w pixels of the 
 
 import difflib
 import logging
-from collections.abc import Sequence
-from contextlib import ExitStack
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -67,8 +68,9 @@ def gradcam(
     with torch.inference_mode(False), torch.enable_grad(), eval_mode(model):
         images = images.detach().clone()
         name = last_map(model, images[:1]) if layer is None else _name_of(model, layer)
-        maps = _raw_maps(model, images, target, name, extractor_type)
-    return F.interpolate(_unit(maps)[:, None], images.shape[-2:], mode="bilinear")[:, 0].clamp(0, 1)
+        with _framed(model) as frame:
+            maps = _raw_maps(model, images, target, name, extractor_type)
+    return _over(images.shape[-2:], maps, frame)
 
 
 def last_map(model: nn.Module, images: Tensor) -> str:
@@ -155,6 +157,8 @@ def _raw_maps(model, images: Tensor, target, name: str, extractor_type) -> Tenso
             raise InputError(f"the class score does not depend on layer {name!r}; choose another") from error
         # torchcam's sum leaves NaN out, so the operands are looked at.
         _refuse_nonfinite(scores, *extractor.hook_a, *(g for g in extractor.hook_g if g is not None), maps)
+    if len(maps) != len(images):
+        raise InputError(f"layer {name!r} gives {len(maps)} maps for {len(images)} images; choose another")
     return maps.detach()
 
 
@@ -186,6 +190,35 @@ def _hand_on(_, args, output: Tensor) -> Tensor:
     """
     with torch.inference_mode(False), torch.enable_grad():
         return output.clone()
+
+
+@contextmanager
+def _framed(model: nn.Module) -> Iterator[list[float]]:
+    """The share of height and width of the network's input that the images take.
+
+    torchvision's detectors pad theirs below and to the right, to a multiple of 32 pixels.
+    """
+    share = [1.0, 1.0]
+
+    def note(_, args, output) -> None:
+        inner, whole = output[0].image_sizes[0], output[0].tensors.shape[-2:]
+        share[:] = [a / b for a, b in zip(inner, whole, strict=True)]
+
+    with ExitStack() as undo:
+        for module in model.modules():
+            if type(module).__name__ == "GeneralizedRCNNTransform":
+                undo.callback(module.register_forward_hook(note).remove)
+        yield share
+
+
+def _over(size: Sequence[int], maps: Tensor, frame: Sequence[float]) -> Tensor:
+    """Maps of cells (N, h, w) over the images, (N, H, W) in [0, 1]; cells of the padding are left out."""
+    cells = [side * share for side, share in zip(maps.shape[1:], frame, strict=True)]
+    rows, columns = (math.ceil(n - 1e-6) for n in cells)
+    maps = _unit(maps[:, :rows, :columns])
+    reach = [round(S * k / n) for S, k, n in zip(size, maps.shape[1:], cells, strict=True)]
+    over = F.interpolate(maps[:, None], reach, mode="bilinear")[:, 0, : size[0], : size[1]]
+    return over.clamp(0, 1)
 
 
 def _unit(maps: Tensor) -> Tensor:

@@ -127,14 +127,16 @@ def blend(image: Tensor, heat: Tensor, colours: str = HEAT, opacity: float = 0.6
     return (1 - opacity) * grey + opacity * colormaps[colours](heat.float().numpy())[..., :3]
 
 
-def outline(ax, box: tuple[float, float, float, float]) -> None:
-    """Draw a box, x0, y0, x1, y1 in pixels."""
+def outline(
+    ax, box: tuple[float, float, float, float], colour: str = "white", thickness: float = 0.8
+) -> None:
+    """Draw a box, x0, y0, x1, y1 in pixels, in points of thickness; a black seam shows it on any picture."""
     from matplotlib.patches import Rectangle
 
     x0, y0, x1, y1 = box
-    for colour, thick in (("black", 1.6), ("white", 0.8)):  # seen on any picture
+    for edge, thick in (("black", thickness + 0.8), (colour, thickness)):
         corner = (x0 - 0.5, y0 - 0.5)  # imshow puts the middle of pixel 0 at 0
-        ax.add_patch(Rectangle(corner, x1 - x0, y1 - y0, fill=False, edgecolor=colour, linewidth=thick))
+        ax.add_patch(Rectangle(corner, x1 - x0, y1 - y0, fill=False, edgecolor=edge, linewidth=thick))
 
 
 def bare(ax) -> None:

@@ -7,16 +7,15 @@ image is scored once however many processes saw it, since a mapping holds it onc
 NaN where there is nothing to find.
 """
 
-import contextlib
-import gc
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from cbam.errors import DataError, InputError, MissingExtraError, NonFiniteError
+from cbam.errors import DataError, InputError, NonFiniteError
+from cbam.train.coco_protocol import Boxes, twelve
 
 COCO_NUMBERS = (
     "AP", "AP50", "AP75", "AP small", "AP medium", "AP large",
@@ -43,21 +42,10 @@ def coco_numbers(found: Found, truth: Truth, classes: Sequence[str]) -> dict[str
         InputError: tensors that do not fit each other.
     """
     check_detections(found, truth, len(classes))
-    try:
-        from faster_coco_eval import COCO, COCOeval_faster  # pyright: ignore[reportMissingImports]
-    except ImportError as error:
-        raise MissingExtraError.of("COCO's numbers", "detect") from error
-    numbers = {image: number for number, image in enumerate(truth, 1)}
-    with _no_collection():
-        objects = COCO(_as_coco(truth, numbers, classes), print_function=_quiet)
-        # Handed over by `loadRes`, every box would get a polygon too.
-        detections = COCO(_as_coco(found, numbers, classes), print_function=_quiet)
-        evaluation = COCOeval_faster(objects, detections, "bbox", print_function=_quiet, extra_calc=False)
-        evaluation.run()
-    values = np.asarray(evaluation.all_stats[:12], float)
-    return {
-        name: float(v) * 100 if v >= 0 else float("nan") for name, v in zip(COCO_NUMBERS, values, strict=True)
-    }
+    numbers = {image: number for number, image in enumerate(truth)}
+    detections, objects = (_flat(mapping, len(classes), numbers) for mapping in (found, truth))
+    values = twelve(detections, objects, len(classes))
+    return {name: 100 * value for name, value in zip(COCO_NUMBERS, values, strict=True)}
 
 
 class VocScore(NamedTuple):
@@ -90,14 +78,13 @@ def voc_ap(
     check_detections(found, truth, len(classes))
     score = _area if points == "area" else _eleven
     numbers = {image: number for number, image in enumerate(truth)}
-    detections = _flat(found, numbers, len(classes), "scores")
-    objects = _flat(truth, numbers, len(classes), "difficult")
+    detections, objects = (_flat(mapping, len(classes), numbers) for mapping in (found, truth))
     right = _matches(detections, objects, iou)
-    falling = np.argsort(-detections.more, kind="stable")
+    falling = np.argsort(-detections.score, kind="stable")
     falling = falling[right[falling] >= 0]
     label, wanted = (
         detections.key[falling] % (len(classes) + 1),
-        objects.key[objects.more == 0] % (len(classes) + 1),
+        objects.key[~objects.difficult] % (len(classes) + 1),
     )
     values = {}
     for k, name in enumerate(classes, 1):
@@ -126,75 +113,28 @@ def check_detections(found: Found, truth: Truth, classes: int) -> None:
             raise DataError(f"{what} of labels that are no class (1 to {classes}): {_some(wrong)}")
 
 
-def _as_coco(mapping: Found | Truth, numbers: Mapping[int, int], classes: Sequence[str]) -> dict[str, Any]:
-    """A COCO file as an object; images and annotations are numbered from 1, for an id of 0 means no match."""
-    columns: dict[str, list] = {
-        "image_id": [],
-        "category_id": [],
-        "bbox": [],
-        "area": [],
-        "iscrowd": [],
-        "score": [],
-    }
-    for image, own in mapping.items():
-        boxes = own["boxes"].double()
-        sizes = boxes[:, 2:] - boxes[:, :2]
-        columns["image_id"] += [numbers[image]] * len(boxes)
-        columns["category_id"] += own["labels"].tolist()
-        columns["bbox"] += torch.cat([boxes[:, :2], sizes], 1).tolist()
-        columns["area"] += (own["area"] if "area" in own else sizes.prod(1)).tolist()
-        columns["iscrowd"] += own["crowd"].int().tolist() if "crowd" in own else [0] * len(boxes)
-        columns["score"] += own["scores"].tolist() if "scores" in own else [1.0] * len(boxes)
-    return {
-        "images": [{"id": number} for number in numbers.values()],
-        "categories": [{"id": label, "name": name} for label, name in enumerate(classes, 1)],
-        "annotations": [
-            {"id": id, "image_id": i, "category_id": c, "bbox": b, "area": a, "iscrowd": w, "score": s}
-            for id, (i, c, b, a, w, s) in enumerate(zip(*columns.values(), strict=True), 1)
-        ],
-    }
+def _flat(mapping: Found | Truth, classes: int, numbers: Mapping[int, int]) -> Boxes:
+    """All of a mapping, images by their numbers; what is missing is 0, and an area that of the box."""
+    parts = list(mapping.values())
+    if not parts:
+        parts = [{"boxes": torch.zeros(0, 4), "labels": torch.zeros(0)}]
+    counts = [len(own["labels"]) for own in parts]
+
+    def column(name: str) -> np.ndarray:
+        none = torch.zeros(max(counts))
+        values = [own[name] if name in own else none[:n] for own, n in zip(parts, counts, strict=True)]
+        return torch.cat(values).double().cpu().numpy()
+
+    image = np.repeat([numbers[i] for i in mapping] or [0], counts)
+    key = image * (classes + 1) + column("labels").astype(np.int64)
+    boxes, score = column("boxes"), column("scores")
+    area = column("area") if "area" in parts[0] else (boxes[:, 2:] - boxes[:, :2]).prod(1)
+    order = np.lexsort((-score, key))
+    flags = (column(name)[order] > 0 for name in ("crowd", "difficult"))
+    return Boxes(key[order], boxes[order], score[order], area[order], *flags)
 
 
-@contextlib.contextmanager
-def _no_collection():
-    """Millions of small objects, none in a cycle: looking for cycles among them doubles the time."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
-def _quiet(*_) -> None:
-    pass
-
-
-class _Flat(NamedTuple):
-    """Boxes of all images, sorted by (image, label), so that those of one pair are one slice."""
-
-    key: np.ndarray  # (N,), image number * (classes + 1) + label
-    boxes: np.ndarray  # (N, 4)
-    more: np.ndarray  # (N,): score of a detection, or whether an object is difficult
-
-
-def _flat(mapping: Found | Truth, numbers: Mapping[int, int], classes: int, what: str) -> _Flat:
-    """All of a mapping; `what` is the tensor that goes along, 0 where missing, falling within a pair."""
-    if not mapping:
-        return _Flat(np.empty(0, np.int64), np.empty((0, 4)), np.empty(0))
-    labels = torch.cat([own["labels"].long() for own in mapping.values()]).numpy()
-    image = np.repeat([numbers[i] for i in mapping], [len(own["labels"]) for own in mapping.values()])
-    more = [
-        own[what].double() if what in own else torch.zeros(len(own["labels"])) for own in mapping.values()
-    ]
-    key, more = image * (classes + 1) + labels, torch.cat(more).double().numpy()
-    order = np.lexsort((-more, key))
-    boxes = torch.cat([own["boxes"].double() for own in mapping.values()]).numpy()
-    return _Flat(key[order], boxes[order], more[order])
-
-
-def _matches(found: _Flat, objects: _Flat, iou: float) -> np.ndarray:
+def _matches(found: Boxes, objects: Boxes, iou: float) -> np.ndarray:
     """Of each detection: 1 right, 0 wrong, -1 on a difficult object."""
     right = np.zeros(len(found.key), np.int64)
     keys, starts = np.unique(found.key, return_index=True)
@@ -203,7 +143,7 @@ def _matches(found: _Flat, objects: _Flat, iou: float) -> np.ndarray:
     last = np.searchsorted(objects.key, keys, side="right")
     for i in np.flatnonzero(last > first):
         mine, theirs = slice(starts[i], ends[i]), slice(first[i], last[i])
-        difficult = objects.more[theirs] > 0
+        difficult = objects.difficult[theirs]
         right[mine] = _right(found.boxes[mine], objects.boxes[theirs], difficult, iou)
     return right
 

@@ -3,12 +3,13 @@
 import argparse
 from pathlib import Path
 
-from cbam.app.options import Parser, count, need, terminable
+from cbam.app.options import Parser, count, need, share, terminable
 from cbam.app.terminal import progress, show
 from cbam.errors import ConfigError, DataError
 
 HELP = "show what networks look at in your pictures, with and without attention"
 OUT = "cbam-look"
+THRESHOLD = 0.5
 METHODS = ("gradcam", "gradcam++", "layercam", "scorecam")
 EXTRAS = {"explain": ("torchvision", "timm", "PIL", "safetensors", "torchcam", "matplotlib")}
 
@@ -40,7 +41,23 @@ def add(parser: Parser) -> None:
     parser.add_argument(
         "--limit", type=count, metavar="N", help="with --score and --gates: so many pictures, evenly spaced"
     )
+    add_detection(parser)
     parser.add_argument("--out", default=OUT, metavar="DIR", help=f"folder of the figures (default: {OUT})")
+
+
+def add_detection(parser: Parser) -> None:
+    """The options of detectors."""
+    parser.add_argument(
+        "--detect", action="store_true",
+        help="look with detectors (--model fasterrcnn:resnet50): their boxes, and the evidence for one",
+    )  # fmt: skip
+    parser.add_argument(
+        "--box", type=count, metavar="N", help="with --detect: the box to show the evidence for (default: 1)"
+    )
+    parser.add_argument(
+        "--threshold", type=share, metavar="SCORE",
+        help=f"with --detect: boxes from this score (default: {THRESHOLD})",
+    )  # fmt: skip
 
 
 def add_networks(parser: Parser) -> None:
@@ -61,32 +78,45 @@ def add_networks(parser: Parser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Look, and say what was written."""
+    _check(options)
+    need("cbam look", EXTRAS)
+    for path in map(Path, options.images):
+        if not path.exists():
+            raise DataError(f"{path}: no such file or folder")
+    with terminable():
+        unreadable = _detect(options) if options.detect else _look_and_measure(options)
+    if unreadable:
+        raise DataError(unreadable)
+    return 0
+
+
+def _check(options: argparse.Namespace) -> None:
     measured = options.score or options.gates
     if not options.images and not measured:
         raise ConfigError("cbam look needs pictures: cbam look photo.jpg")
     if (options.label and not options.score) or (options.limit and not measured):
         raise ConfigError("--label goes with --score, --limit with --score and --gates")
-    need("cbam look", EXTRAS)
+    if options.detect and (measured or options.target is not None):
+        raise ConfigError("--detect goes without --score, --gates and --target; choose an object by --box")
+    if not options.detect and (options.box or options.threshold is not None):
+        raise ConfigError("--box and --threshold go with --detect")
+
+
+def _look_and_measure(options: argparse.Namespace) -> str:
     from cbam.app.networks import viewer
 
-    for path in map(Path, options.images):
-        if not path.exists():
-            raise DataError(f"{path}: no such file or folder")
-    with terminable():
-        eyes = viewer(
-            options.model, options.weights, options.compare, options.classes, options.size,
-            digits="digits" in (options.score, options.gates),
-        )  # fmt: skip
-        for line in eyes.about:
-            show(line)
-        unreadable = _look(options, eyes) if options.images else ""
-        if options.score:
-            _score(options, eyes)
-        if options.gates:
-            _gates(options, eyes)
-    if unreadable:
-        raise DataError(unreadable)
-    return 0
+    eyes = viewer(
+        options.model, options.weights, options.compare, options.classes, options.size,
+        digits="digits" in (options.score, options.gates),
+    )  # fmt: skip
+    for line in eyes.about:
+        show(line)
+    unreadable = _look(options, eyes) if options.images else ""
+    if options.score:
+        _score(options, eyes)
+    if options.gates:
+        _gates(options, eyes)
+    return unreadable
 
 
 def _look(options: argparse.Namespace, eyes) -> str:
@@ -94,7 +124,28 @@ def _look(options: argparse.Namespace, eyes) -> str:
     from cbam.app.look import Wanted, look_at
 
     paths, out = [Path(path) for path in options.images], Path(options.out)
-    told = look_at(eyes, Wanted(paths, out, options.target, options.method, options.layer), show)
+    return _told(look_at(eyes, Wanted(paths, out, options.target, options.method, options.layer), show))
+
+
+def _detect(options: argparse.Namespace) -> str:
+    """Draw what detectors find; what to say of pictures that could not be read."""
+    from cbam.app.detecting import Asked, detectors, look_for_objects
+
+    eyes = detectors(options.model, options.weights, options.compare, options.classes, options.size)
+    for line in eyes.about:
+        show(line)
+    asked = Asked(
+        [Path(path) for path in options.images],
+        Path(options.out),
+        options.box or 1,
+        THRESHOLD if options.threshold is None else options.threshold,
+        options.method,
+        options.layer,
+    )
+    return _told(look_for_objects(eyes, asked, show))
+
+
+def _told(told) -> str:
     show("")
     for path in told.figures:
         show(str(path))

@@ -1,0 +1,169 @@
+"""The work of `cbam look --detect`: detectors from files, what they find in pictures, and its figures."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from cbam.app.look import ROWS, Told, make, picture_files
+from cbam.app.networks import lines_of, named, run_of
+from cbam.data import decode
+from cbam.data.decode import shown
+from cbam.errors import ConfigError, DataError, OutputError
+from cbam.explain.detecting import Detection, Detectors, Finds, detect
+from cbam.explain.outlines import detection_figure
+from cbam.models import detector
+from cbam.models.detectors import DETECTORS
+from cbam.surgery import load_weights
+from cbam.train.average import average_of
+
+LISTED = 5  # boxes that a line tells
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What to look at and how.
+
+    Attributes:
+        paths: pictures, and folders of them.
+        out: the folder of the figures.
+        box, threshold, method, layer: as in `detect`.
+    """
+
+    paths: Sequence[Path]
+    out: Path
+    box: int = 1
+    threshold: float = 0.5
+    method: str = "gradcam"
+    layer: str | None = None
+
+
+def detectors(
+    model: str | None, weights: str | None, compare: list[str], classes: str | None, size: int | None
+) -> Detectors:
+    """The detectors to look with: one with its weights, or several to compare.
+
+    Args:
+        model: a detector of `cbam.models.detector`; a checkpoint of `cbam train` knows its own.
+        weights: its weights file.
+        compare: NAME=FILE each. Where a file does not say what detector it is, NAME "plain" is `model` and
+            another NAME is `model` with that attention.
+        classes: a file with a class name per line, in the order of the labels from 1; by default those of
+            the checkpoint.
+        size: the shorter side of what a detector sees; by default that of the checkpoint, or torchvision's.
+
+    Raises:
+        ConfigError: the names do not fit together. CheckpointError: a file does not fit.
+    """
+    if weights is not None and compare:
+        raise ConfigError("give --weights FILE or --compare NAME=FILE ..., not both")
+    if weights is None and not compare:
+        raise ConfigError(
+            "--detect needs a trained detector: --model fasterrcnn:resnet50 --weights FILE, or --compare"
+        )
+    names = lines_of(classes) if classes else None
+    parts = [named(text) for text in compare] if compare else [("detector", weights or "")]
+    if len({label for label, _ in parts}) < len(parts):
+        raise ConfigError("--compare: each detector needs a name of its own")
+    loaded = {label: _load(label, Path(file), model, names, size, bool(compare)) for label, file in parts}
+    known = [own for _, _, own in loaded.values()]
+    if any(own != known[0] for own in known):
+        raise ConfigError("--compare: the detectors were trained on different classes")
+    about = [f"{label}: {told}" for label, (told, _, _) in loaded.items()]
+    return Detectors({label: net for label, (_, net, _) in loaded.items()}, known[0], about)
+
+
+def look_for_objects(eyes: Detectors, asked: Asked, say: Callable[[str], None]) -> Told:
+    """Look at every picture and draw a row each. A picture that cannot be read is told and passed over.
+
+    Raises:
+        DataError: there are no pictures at all, or none can be read.
+        ConfigError: no picture has a box of that number.
+        OutputError: the figures cannot be written.
+    """
+    files = picture_files(asked.paths)
+    told = Told([], [])
+    make(asked.out)
+    most = 0
+    for number, start in enumerate(range(0, len(files), ROWS), 1):
+        rows = list(_looks(eyes, files[start : start + ROWS], asked, told, say))
+        most = max([most, *(len(one.boxes) for row in rows for one in row.finds)])
+        name = "detect" if len(files) <= ROWS else f"detect-{number}"
+        for ending in (".png", ".svg") if rows else ():
+            try:
+                told.figures.append(detection_figure(rows, asked.out / (name + ending)))
+            except OSError as error:
+                raise OutputError(
+                    f"cannot write to {asked.out}: {error.strerror or error}; give another --out"
+                ) from error
+    if not told.looked:
+        raise DataError(f"none of the {len(files)} pictures can be read")
+    if most < asked.box and asked.box > 1:
+        raise ConfigError(f"--box {asked.box}: no picture has more than {most} boxes of --threshold")
+    return told
+
+
+def _looks(
+    eyes: Detectors, files: Sequence[Path], asked: Asked, told: Told, say: Callable[[str], None]
+) -> Iterator[Detection]:
+    how = {"box": asked.box, "threshold": asked.threshold, "method": asked.method, "layer": asked.layer}
+    for path in files:
+        try:
+            seen = detect(eyes, decode(path), shown(path.name), **how)
+        except DataError as error:
+            told.unreadable.append(str(error))
+            say(f"left out: {error}")
+            continue
+        told.looked += 1
+        say(f"{shown(path)}: " + "; ".join(_said(seen, one) for one in seen.finds))
+        yield seen
+
+
+def _said(seen: Detection, one: Finds) -> str:
+    boxes = [
+        f"{seen.class_of(label)} {float(score):.2f}"
+        for label, score in zip(one.labels[:LISTED], one.scores[:LISTED], strict=True)
+    ]
+    more = [f"{len(one.boxes) - LISTED} more"] if len(one.boxes) > LISTED else []
+    return f"{one.network} finds {', '.join(boxes + more) or 'nothing'}"
+
+
+def _load(
+    label: str, file: Path, model: str | None, names: list[str] | None, size: int | None, arms: bool
+) -> tuple[str, nn.Module, list[str]]:
+    """What it is in words, the detector, and its classes."""
+    state = run_of(file)
+    if state is None:
+        if model is None:
+            raise ConfigError(
+                f"{file} does not say what detector it is: give --model, such as fasterrcnn:resnet50"
+            )
+        if names is None:
+            raise ConfigError(
+                f"{file} does not say what its labels mean: give --classes FILE, a name per line"
+            )
+        name, weights, known = f"{model}+{label}" if arms and label != "plain" else model, file, names
+    else:
+        name, weights = state["config"]["model"], average_of(state)
+        known = names or list(state["data"]["classes"])
+        size = size or state["data"].get("size")
+        if name.partition(":")[0] not in DETECTORS:
+            raise ConfigError(f"{file} holds a classifier, {name}: leave --detect out")
+    net: Any = detector(name, num_classes=len(known))
+    if size:
+        _resize(net, name, size)
+    load_weights(net, weights)
+    return f"{name}, weights of {file}", net.eval(), known
+
+
+def _resize(net: Any, name: str, size: int) -> None:
+    """Let the shorter side of every picture become `size`, the longer one no more than torchvision's part."""
+    transform = net.transform
+    if transform.fixed_size is not None:
+        if transform.fixed_size[0] != size:
+            raise ConfigError(f"{name} sees pictures at {transform.fixed_size[0]} pixels: leave --size out")
+        return
+    transform.max_size = round(transform.max_size * size / transform.min_size[-1])
+    transform.min_size = (size,)

@@ -1,0 +1,247 @@
+"""One picture, one or several detectors: what each finds, and where the evidence for one box lies.
+
+Shapes: H x W pixels of the picture, K boxes x0, y0, x1, y1 in its pixels, the most certain first.
+"""
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cbam.errors import ConfigError, DataError, InputError, NonFiniteError
+from cbam.explain.maps import gradcam, last_map
+from cbam.explain.watching import eval_mode, is_detection
+
+SAME = 0.5  # overlap from which boxes of two detectors mean the same object
+SEEN = 16  # pixels of the shorter side, as the detector sees it, below which there is nothing to see
+
+
+@dataclass(frozen=True, eq=False)
+class Detectors:
+    """Detectors that look at the same pictures, as torchvision's do.
+
+    Attributes:
+        networks: name -> detector of pictures (3, H, W) in [0, 1].
+        classes: their names; label k is `classes[k - 1]`, for 0 is the background.
+        about: one line per detector, which weights it has.
+    """
+
+    networks: dict[str, nn.Module]
+    classes: Sequence[str]
+    about: Sequence[str] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Finds:
+    """What one detector finds in one picture.
+
+    Attributes:
+        network: its name.
+        boxes: (K, 4). labels: (K,), from 1. scores: (K,), falling.
+        chosen: index of the box whose evidence is shown, None if there is none.
+        heat: (H, W) in [0, 1], that evidence.
+    """
+
+    network: str
+    boxes: Tensor
+    labels: Tensor
+    scores: Tensor
+    chosen: int | None = None
+    heat: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Detection:
+    """One picture and what every one of `Detectors` finds in it; the maps are of one object.
+
+    Attributes:
+        name: of the picture.
+        image: uint8 (3, H, W).
+        finds: one per detector.
+        classes: their names, from label 1.
+        method: what made the maps, a key of `maps.METHODS`.
+    """
+
+    name: str
+    image: Tensor
+    finds: tuple[Finds, ...]
+    classes: Sequence[str]
+    method: str = "gradcam"
+
+    def class_of(self, label: Tensor) -> str:
+        """The name of a label; its number where it has none."""
+        k = int(label)
+        return self.classes[k - 1] if 1 <= k <= len(self.classes) else f"label {k}"
+
+
+def detect(
+    detectors: Detectors,
+    picture: Tensor,
+    name: str = "",
+    *,
+    box: int = 1,
+    threshold: float = 0.5,
+    method: str = "gradcam",
+    layer: str | None = None,
+) -> Detection:
+    """Find objects in a picture with every one of `detectors`, and the evidence for one of them.
+
+    The box is counted among those of the first detector that finds any. The others show the evidence for
+    their own box of the same object: of the same class, and overlapping it by half or more.
+
+    Args:
+        picture: uint8 (3, H, W).
+        name: of the picture, for captions.
+        box: which one, from 1, the most certain. Where there are fewer no evidence is shown.
+        threshold: boxes of a lower score are left out.
+        method, layer: as in `gradcam`; "scorecam" is for classifiers.
+
+    Raises:
+        InputError: not such a picture. DataError: one too narrow for the detector to see.
+        ConfigError, NonFiniteError: as in `gradcam`.
+    """
+    if picture.dim() != 3 or picture.shape[0] != 3 or picture.dtype != torch.uint8 or 0 in picture.shape:
+        raise InputError(f"a picture is uint8 (3, H, W), got {picture.dtype} {tuple(picture.shape)}")
+    if method == "scorecam":
+        raise ConfigError("scorecam asks a classifier for its scores; take another method for a detector")
+    image = picture / 255
+    networks = detectors.networks
+    found = {label: _found(label, model, image, name, threshold) for label, model in networks.items()}
+    first = next((one for one in found.values() if len(one.boxes)), None)
+    if first is not None and box <= len(first.boxes):
+        for label, one in found.items():
+            mine = box - 1 if one is first else _same(one, first.boxes[box - 1], int(first.labels[box - 1]))
+            if mine is not None:
+                found[label] = _with_evidence(one, mine, networks[label], image, method, layer)
+    return Detection(name, picture, tuple(found.values()), detectors.classes, method)
+
+
+def gradcam_of_box(
+    model: nn.Module,
+    image: Tensor,
+    box: Tensor,
+    label: int,
+    *,
+    method: str = "gradcam",
+    layer: str | None = None,
+) -> Tensor:
+    """Where the evidence for one box lies: `gradcam` with the box's score as its target, (H, W) in [0, 1].
+
+    Args:
+        model: a detector as torchvision's are.
+        image: (3, H, W) in [0, 1].
+        box: (4,), as the detector gave it. label: its class.
+        method: as in `gradcam`.
+        layer: a name. By default the map of the backbone that the detector reads this box from: one level
+            of a pyramid, by the size of the box; else as `gradcam` chooses.
+
+    Raises:
+        As `gradcam`; InputError also where the detector does not find the box.
+    """
+    images, score = image[None], _ScoreOfBox(model, box, label)
+    if layer is None:
+        layer = _read_from(score, images) or last_map(model, images)
+    elif layer not in dict(model.named_modules()):
+        raise ConfigError(f"the detector has no layer {layer!r}")
+    return gradcam(score, images, 0, f"detector.{layer}", method)[0]
+
+
+class _ScoreOfBox(nn.Module):
+    """A detector as a classifier of one class: images (1, 3, H, W) -> the score (1, 1) of one box.
+
+    The box is found again by its place: a forward pass that keeps a graph may differ by a rounding from one
+    that does not, and boxes of nearly equal scores then change places.
+    """
+
+    def __init__(self, detector: nn.Module, box: Tensor, label: int) -> None:
+        super().__init__()
+        self.detector, self.box, self.label = detector, box, label
+
+    def forward(self, images: Tensor) -> Tensor:
+        (one,) = self.detector(images)
+        mine = _same(one, self.box, self.label)
+        if mine is None:
+            raise InputError("the detector does not find this box")
+        return one["scores"][mine].reshape(1, 1)
+
+
+def _read_from(score: _ScoreOfBox, images: Tensor) -> str | None:
+    """The module of the backbone whose output is the map that the score depends on directly."""
+    backbone = getattr(score.detector, "backbone", None)
+    if not isinstance(backbone, nn.Module):
+        return None
+    made: list[tuple[str, object]] = []
+    maps: dict[str, tuple[Tensor, Tensor]] = {}  # as the backbone gave them, and as the rest takes them
+
+    def part(_, given, output: Any) -> Any:
+        named = output if isinstance(output, Mapping) else {"": output}
+        if not all(isinstance(one, Tensor) for one in named.values()):
+            return output
+        maps.update((key, (one, one.detach().requires_grad_())) for key, one in named.items())
+        cut = OrderedDict((key, leaf) for key, (_, leaf) in maps.items())
+        return cut if named is output else cut[""]
+
+    with ExitStack() as undo, torch.inference_mode(False), torch.enable_grad(), eval_mode(score):
+        undo.callback(backbone.register_forward_hook(part).remove)
+        for name, module in backbone.named_modules(prefix="backbone"):
+            if module is not backbone:
+                hook = module.register_forward_hook(lambda _, i, out, name=name: made.append((name, out)))
+                undo.callback(hook.remove)
+        found = score(images.detach().clone())
+        leaves = [leaf for _, leaf in maps.values()]
+        gradients = torch.autograd.grad(found.sum(), leaves, allow_unused=True) if found.requires_grad else []
+    for (given, _), gradient in zip(maps.values(), gradients, strict=False):
+        if gradient is not None and gradient.any():
+            same = [name for name, output in made if output is given]
+            # SSD scales the first map of VGG outside of any module.
+            alike = [name for name, output in made if getattr(output, "shape", None) == given.shape]
+            return next(reversed(same or alike), None)
+    return None
+
+
+def _found(label: str, model: nn.Module, image: Tensor, name: str, threshold: float) -> Finds:
+    _refuse_narrow(model, image.shape[1:], name)
+    with torch.no_grad(), eval_mode(model):
+        output = model([image])
+    if not is_detection(output):
+        raise InputError(f"{label}: a detector gives a dict of boxes, labels and scores per image")
+    boxes, labels, scores = (output[0][key] for key in ("boxes", "labels", "scores"))
+    if not (boxes.isfinite().all() and scores.isfinite().all()):
+        raise NonFiniteError(f"{label}: the detector gives NaN or infinity; look at its weights")
+    kept = scores.argsort(descending=True, stable=True)
+    drawn = (scores >= threshold) & (boxes[:, 2:] > boxes[:, :2]).all(1)  # SSD's may be flat at an edge
+    kept = kept[drawn[kept]]
+    return Finds(label, boxes[kept], labels[kept], scores[kept])
+
+
+def _with_evidence(
+    one: Finds, mine: int, model: nn.Module, image: Tensor, method: str, layer: str | None
+) -> Finds:
+    heat = gradcam_of_box(model, image, one.boxes[mine], int(one.labels[mine]), method=method, layer=layer)
+    return Finds(one.network, one.boxes, one.labels, one.scores, mine, heat)
+
+
+def _same(one, box: Tensor, label: int) -> int | None:
+    """The index of the box of that class that overlaps `box` most, if it does by half."""
+    from torchvision.ops import box_iou
+
+    boxes, labels = (one.boxes, one.labels) if isinstance(one, Finds) else (one["boxes"], one["labels"])
+    if not len(boxes):
+        return None
+    overlaps = box_iou(boxes.detach(), box[None])[:, 0].nan_to_num() * (labels == label)
+    best = int(overlaps.argmax())
+    return best if overlaps[best] >= SAME else None
+
+
+def _refuse_narrow(model: nn.Module, size: Sequence[int], name: str) -> None:
+    """torchvision resizes by one factor for both sides, until the longer one fits."""
+    transform = getattr(model, "transform", None)
+    if transform is None or getattr(transform, "fixed_size", None):
+        return
+    short, long = sorted(size)
+    if min(transform.min_size[-1], transform.max_size * short / long) < SEEN:
+        raise DataError(f"{name or 'a picture'}: {size[1]} x {size[0]} pixels are too narrow for a detector")

@@ -1,0 +1,190 @@
+"""The figure of detections: what each detector finds in a picture, and the evidence for one of its boxes."""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cbam.errors import InputError
+from cbam.explain import page as paper
+from cbam.explain.detecting import Detection, Finds
+from cbam.explain.maps import METHODS
+from cbam.explain.page import SMALL, Page
+
+# Inches. Two columns are as wide as a column of a page, four as the page.
+_WIDE, _LEFT, _GAP, _HEAD, _CAPTION, _FOOT = 1.66, 0.22, 0.05, 0.36, 0.30, 0.40
+_FLAT, _TALL = 0.4, 1.5  # height of a cell to its width; pictures beyond stand smaller in theirs
+_DRAWN = 900  # pixels of the longer side of a picture in the figure
+
+_TAG, _LETTER, _LINE = 5.5, 0.043, 0.095  # points of the words at a box; inches of their letters and lines
+# Okabe and Ito: told apart with any colour vision. Black and white are left to the chosen box.
+_COLOURS = ("#56B4E9", "#E69F00", "#009E73", "#CC79A7", "#F0E442", "#D55E00", "#0072B2")
+_DARK = ("#009E73", "#D55E00", "#0072B2")  # white letters are read on these
+
+
+def detection_figure(detections: Sequence[Detection], path: str | Path) -> Path:
+    """Draw one row per picture and write it to `path`, as PNG, SVG or PDF by its ending; returns the path.
+
+    Columns: the boxes of each detector, with number, class and score as far as there is room, the chosen
+    one thick; then each detector's map of the evidence for that box.
+
+    Args:
+        detections: from `detect`, all with the same detectors.
+        path: where to write; replaced in one step.
+
+    Raises:
+        ConfigError: an ending that is not one of .png, .svg, .pdf.
+        InputError: nothing to draw, or different detectors.
+        MissingExtraError: matplotlib is not installed.
+    """
+    path = paper.check_format(path)
+    if not detections:
+        raise InputError("detection_figure: no picture to draw")
+    names = [one.network for one in detections[0].finds]
+    if any([one.network for one in detection.finds] != names for detection in detections):
+        raise InputError("detection_figure: the pictures were looked at with different detectors")
+    return paper.save(_Rows([_reduced(one) for one in detections], names).figure, path)
+
+
+class _Rows(Page):
+    def __init__(self, detections: Sequence[Detection], names: list[str]) -> None:
+        tall = [_WIDE * _proportion(one) for one in detections]
+        tops = [_HEAD + sum(tall[:r]) + r * _CAPTION for r in range(len(tall) + 1)]
+        columns = 2 * len(names)
+        super().__init__(_LEFT + columns * (_WIDE + _GAP), tops[-1] + _FOOT)
+        method = METHODS[detections[0].method]
+        titles = [f"{n} finds" for n in names] + [f"{method} of a box\n{n}" for n in names]
+        for c, title in enumerate(titles):
+            words = "\n".join(paper.cut(line, _WIDE) for line in title.split("\n"))
+            self.say(self._left(c) + _WIDE / 2, _HEAD - 0.05, words, va="bottom")
+        for detection, top, high in zip(detections, tops, tall, strict=False):
+            label = paper.cut(detection.name, high)
+            self.say(_LEFT / 2, top + high / 2, label, size=SMALL, turn=90)
+            for c, finds in enumerate(detection.finds):
+                self._boxes(self.axes(self._left(c), top, _WIDE, high), detection, finds, high)
+                ax = self.axes(self._left(len(names) + c), top, _WIDE, high)
+                self._evidence(ax, detection, finds)
+        ax = self.axes(self._left(len(names)), tops[-1] + 0.04, len(names) * (_WIDE + _GAP) - _GAP, 0.06)
+        self.bar(ax, paper.HEAT, {0: "0", 1: "largest of the map"}, "evidence for the box")
+        note = "number, class, score; the thick box is the chosen one"
+        self.say(self._left(0), tops[-1] + 0.1, note, size=SMALL, ha="left")
+
+    @staticmethod
+    def _left(column: int) -> float:
+        return _LEFT + column * (_WIDE + _GAP)
+
+    def _boxes(self, ax, detection: Detection, finds: Finds, high: float) -> None:
+        paper.show(ax, detection.image)
+        H, W = detection.image.shape[1:]
+        pixels = max(W / _WIDE, H / high)  # of the picture to an inch
+        order = sorted(range(len(finds.boxes)), key=lambda i: i != finds.chosen)  # the chosen one first
+        for i in reversed(order):
+            paper.outline(ax, _box(finds, i), _colour(finds, i), 2.2 if i == finds.chosen else 0.9)
+        taken: list[tuple[float, float, float, float]] = []
+        for i in order:
+            for text in (_told(detection, finds, i), str(i + 1)):
+                place = _free(_box(finds, i), text, pixels, (H, W), taken)
+                if place is not None:
+                    taken.append(place)
+                    _tag(ax, place, text, _colour(finds, i))
+                    break
+        paper.bare(ax)
+        paper.under(ax, paper.cut(_counted(detection, finds), _WIDE))
+
+    def _evidence(self, ax, detection: Detection, finds: Finds) -> None:
+        if finds.heat is None or finds.chosen is None:
+            paper.show(ax, detection.image.float().mean(0, keepdim=True) / 255)
+            words = "does not find it" if any(one.heat is not None for one in detection.finds) else "no box"
+        else:
+            paper.show_heat(ax, detection.image, finds.heat)
+            paper.outline(ax, _box(finds, finds.chosen))
+            words = _told(detection, finds, finds.chosen)
+        paper.bare(ax)
+        paper.under(ax, paper.cut(words, _WIDE))
+
+
+def _free(
+    box: Sequence[float], text: str, pixels: float, size: tuple[int, int], taken: Sequence[Sequence[float]]
+) -> tuple[float, float, float, float] | None:
+    """A place in the picture for words at a box, where there are none yet: x0, y0, x1, y1 in pixels."""
+    wide, high = (_LETTER * len(text) + 0.03) * pixels, _LINE * pixels
+    for x, y in _corners(box, wide, high):
+        place = (x, y, x + wide, y + high)
+        inside = x >= 0 and y >= 0 and x + wide <= size[1] and y + high <= size[0]
+        if inside and not any(_overlap(place, other) for other in taken):
+            return place
+    return None
+
+
+def _corners(box: Sequence[float], wide: float, high: float) -> Iterator[tuple[float, float]]:
+    """Above the box, below it, and in its corners: where words of that size would begin."""
+    x0, y0, x1, y1 = box
+    for x in (x0, x1 - wide):
+        for y in (y0 - high, y1, y0, y1 - high):
+            yield x, y
+
+
+def _overlap(a: Sequence[float], b: Sequence[float]) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+
+
+def _tag(ax, place: Sequence[float], text: str, colour: str) -> None:
+    from matplotlib.patches import Rectangle
+
+    x0, y0, x1, y1 = (side - 0.5 for side in place)  # imshow puts the middle of pixel 0 at 0
+    ax.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, facecolor=colour, linewidth=0, zorder=3))
+    style = {"ha": "center", "va": "center_baseline", "parse_math": False, "zorder": 4}
+    letters = "white" if colour in _DARK else "black"
+    ax.text((x0 + x1) / 2, (y0 + y1) / 2, text, fontsize=_TAG, color=letters, **style)
+
+
+def _told(detection: Detection, finds: Finds, i: int) -> str:
+    return f"{i + 1} {detection.class_of(finds.labels[i])} {float(finds.scores[i]):.2f}"
+
+
+def _counted(detection: Detection, finds: Finds) -> str:
+    counts = Counter(detection.class_of(label) for label in finds.labels)
+    return ", ".join(f"{n} {name}" for name, n in counts.most_common()) or "nothing"
+
+
+def _colour(finds: Finds, i: int) -> str:
+    return _COLOURS[(int(finds.labels[i]) - 1) % len(_COLOURS)]
+
+
+def _box(finds: Finds, i: int) -> tuple[float, float, float, float]:
+    x0, y0, x1, y1 = finds.boxes[i].tolist()
+    return x0, y0, x1, y1
+
+
+def _proportion(detection: Detection) -> float:
+    H, W = detection.image.shape[1:]
+    return min(max(H / W, _FLAT), _TALL)
+
+
+def _reduced(detection: Detection) -> Detection:
+    """The same with a picture no larger than the figure shows."""
+    H, W = detection.image.shape[1:]
+    scale = min(1.0, _DRAWN / max(H, W))
+    if scale == 1:
+        return detection
+    size = [max(1, round(side * scale)) for side in (H, W)]
+
+    def smaller(values: Tensor) -> Tensor:
+        return F.interpolate(values[None].float(), size, mode="area")[0]
+
+    finds = tuple(
+        Finds(
+            one.network,
+            one.boxes * scale,
+            one.labels,
+            one.scores,
+            one.chosen,
+            None if one.heat is None else smaller(one.heat[None])[0],
+        )
+        for one in detection.finds
+    )
+    image = smaller(detection.image).round().to(torch.uint8)
+    return Detection(detection.name, image, finds, detection.classes, detection.method)

@@ -1,0 +1,165 @@
+"""`cbam look --detect`: from detectors in files and pictures to figures on the disk."""
+
+import pytest
+import torch
+
+from cbam.app.cli import main
+from cbam.app.detecting import Asked, detectors, look_for_objects
+from cbam.errors import CheckpointError, ConfigError, DataError, OutputError
+from cbam.models import build, detector
+
+Image = pytest.importorskip("PIL.Image", reason="pictures are read by Pillow")
+pytest.importorskip("torchcam", reason="Grad-CAM is torchcam's")
+pytest.importorskip("matplotlib", reason="figures are matplotlib's")
+
+PLAIN, REFINED = "stairnet300:mobilenet_v1", "stairnet300:mobilenet_v1+cbam"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Weights of two untrained detectors, names of three classes, and a picture."""
+    folder = tmp_path_factory.mktemp("detectors")
+    for name, file in ((PLAIN, "plain.pt"), (REFINED, "cbam.pt")):
+        torch.manual_seed(0)
+        torch.save(detector(name, num_classes=3, start="identity").state_dict(), folder / file)
+    torch.save(build("resnet_tiny", num_classes=3).state_dict(), folder / "classifier.pt")
+    (folder / "classes.txt").write_text("ant\nbee\ncat\n")
+    Image.linear_gradient("L").convert("RGB").resize((120, 90)).save(folder / "photo.png")
+    (folder / "bad.png").write_text("<html>no picture")
+    Image.new("L", (3000, 1)).save(folder / "narrow.png")
+    (folder / "pictures").mkdir()
+    for i in range(2):
+        Image.new("RGB", (40, 30), (90 * i, 40, 200)).save(folder / "pictures" / f"{i}.png")
+    return folder
+
+
+@pytest.fixture
+def here(folder, monkeypatch, tmp_path):
+    monkeypatch.chdir(folder)
+    return tmp_path / "out"
+
+
+PAIR = ["--model", PLAIN, "--compare", "plain=plain.pt", "cbam=cbam.pt", "--classes", "classes.txt"]
+LOW = ["--threshold", "0.2"]  # untrained: four classes, a quarter each
+
+
+def test_two_detectors_are_drawn_side_by_side(here, capsys):
+    assert main(["look", "--detect", "photo.png", *PAIR, *LOW, "--box", "2", "--out", str(here)]) == 0
+    out = capsys.readouterr().out
+    assert f"plain: {PLAIN}, weights of plain.pt" in out
+    assert f"cbam: {REFINED}, weights of cbam.pt" in out
+    assert "photo.png: plain finds " in out
+    assert "; cbam finds " in out
+    assert {path.name for path in here.iterdir()} == {"detect.png", "detect.svg"}
+    with Image.open(here / "detect.png") as figure:
+        assert figure.width > 1300
+    assert out.splitlines()[-2:] == [str(here / "detect.png"), str(here / "detect.svg")]
+
+
+def test_attention_at_the_identity_finds_the_same(here):
+    eyes = detectors(PLAIN, None, ["plain=plain.pt", "cbam=cbam.pt"], "classes.txt", None)
+    from cbam.data import decode
+    from cbam.explain import detect
+
+    plain, refined = detect(eyes, decode("photo.png"), threshold=0.2).finds
+    assert len(plain.boxes) > 0
+    assert torch.equal(plain.boxes, refined.boxes)
+    assert torch.equal(plain.heat, refined.heat)
+
+
+def test_a_folder_is_looked_at_and_what_cannot_be_read_is_told(here, folder, capsys):  # D3 D11
+    code = main(["look", "--detect", "pictures", "bad.png", *PAIR[:2], "--weights", "plain.pt",
+                 "--classes", "classes.txt", *LOW, "--out", str(here)])  # fmt: skip
+    told = capsys.readouterr()
+    assert code == 3
+    assert "pictures/0.png: detector finds " in told.out
+    assert "left out: " in told.out
+    assert "bad.png: not an image (starts with '<html" in told.out
+    assert "1 of 3 pictures were left out" in told.err
+    assert (here / "detect.png").exists()
+
+
+def test_more_pictures_than_fit_one_figure_make_several(here, monkeypatch):
+    import cbam.app.detecting as module
+
+    drawn = []
+    monkeypatch.setattr(module, "detection_figure", lambda rows, path: (drawn.append(len(rows)), path)[1])
+    monkeypatch.setattr(module, "detect", lambda *a, **k: type("Row", (), {"finds": ()})())
+    from pathlib import Path
+
+    eyes = detectors(PLAIN, "plain.pt", [], "classes.txt", None)
+    told = look_for_objects(eyes, Asked([Path("photo.png")] * 8, here), lambda _: None)
+    assert drawn == [6, 6, 2, 2]
+    assert [path.name for path in told.figures] == [
+        "detect-1.png", "detect-1.svg", "detect-2.png", "detect-2.svg",
+    ]  # fmt: skip
+
+
+def test_the_size_is_the_shorter_side_of_what_is_seen(here, tmp_path):
+    name = "retinanet:timm:test_resnet"
+    torch.save(detector(name, num_classes=3).state_dict(), tmp_path / "net.pt")
+    eyes = detectors(name, str(tmp_path / "net.pt"), [], "classes.txt", 96)
+    transform = eyes.networks["detector"].transform
+    assert (transform.min_size, transform.max_size) == ((96,), 160)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["photo.png"], 2, "--detect needs a trained detector"),
+        ([], 2, "needs pictures"),
+        (["none.png", *PAIR], 3, "none.png: no such file"),
+        (["photo.png", *PAIR, "--weights", "plain.pt"], 2, "not both"),
+        (["photo.png", *PAIR[:-2]], 2, "plain.pt does not say what its labels mean: give --classes FILE"),
+        (["photo.png", "--weights", "plain.pt"], 2, "plain.pt does not say what detector it is"),
+        (["photo.png", "--weights", "none.pt", "--model", PLAIN], 4, "none.pt: no such file"),
+        (["photo.png", *PAIR, "--size", "200"], 2, "sees pictures at 300 pixels: leave --size out"),
+        (["photo.png", *PAIR, "--box", "0"], 2, "whole number above 0"),
+        (["photo.png", *PAIR, "--threshold", "1.5"], 2, "a number from 0 to 1"),
+        (["photo.png", *PAIR, "--target", "ant"], 2, "choose an object by --box"),
+        (["photo.png", *PAIR, "--score", "digits"], 2, "goes without --score"),
+        (["photo.png", *PAIR, "--method", "scorecam", *LOW], 2, "scorecam asks a classifier"),
+        (["photo.png", *PAIR, "--layer", "nowhere", *LOW], 2, "no layer 'nowhere'"),
+        (["bad.png", *PAIR], 3, "none of the 1 pictures can be read"),
+        (["photo.png", *PAIR, "--box", "7"], 2, "no picture has more than 0 boxes"),
+        (["photo.png", "--model", PLAIN, "--weights", "classifier.pt", *PAIR[-2:]], 4, "class"),
+        (["photo.png", "--model", "resnet50", "--weights", "plain.pt", "--classes", "classes.txt"], 2,
+         "unknown detector 'resnet50'"),
+        (["photo.png", *PAIR[:3], "a=plain.pt", "a=plain.pt", *PAIR[-2:]], 2, "a name of its own"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_one_line_and_an_exit_code(here, capsys, arguments, code, message):  # C1 C3
+    assert main(["look", "--detect", *arguments, "--out", str(here)]) == code
+    told = capsys.readouterr().err
+    assert message in told
+    assert told.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--box", "2"], "--box and --threshold go with --detect"),
+        (["--model", PLAIN, "--weights", "plain.pt"], f"{PLAIN} is a detector: give --detect"),
+    ],
+)
+def test_detectors_are_for_detect_alone(here, capsys, arguments, message):
+    assert main(["look", "photo.png", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_nowhere_to_write_is_told_before_any_work(here, folder):
+    from pathlib import Path
+
+    eyes = detectors(PLAIN, "plain.pt", [], "classes.txt", None)
+    with pytest.raises(OutputError, match="cannot make"):
+        look_for_objects(eyes, Asked([Path("photo.png")], folder / "bad.png" / "out"), lambda _: None)
+    with pytest.raises(DataError, match="no pictures in"):
+        look_for_objects(eyes, Asked([here.parent], here), lambda _: None)
+
+
+def test_classes_and_weights_must_fit(here, tmp_path):
+    (tmp_path / "two.txt").write_text("ant\nbee\n")
+    with pytest.raises(CheckpointError):
+        detectors(PLAIN, "plain.pt", [], str(tmp_path / "two.txt"), None)
+    with pytest.raises(ConfigError, match="NAME=FILE"):
+        detectors(PLAIN, None, ["plain.pt"], "classes.txt", None)
