@@ -5,9 +5,9 @@
 Every network is exported by `cbam.export`, which is the gate: a file that computes something else is never
 written. Plain, SE and CBAM are then timed in turn, one after the other in every round, every other round
 backwards; the ratio is that of a round's two times. In float32, on the CPU, pictures of 224 px. PyTorch
-itself, with the kernels that are there, is timed in the same way. A row per runtime, network and attention goes to
-benchmarks/results/runtimes-<device>-torch<version>.csv; one of the same runtime, network, attention, batch
-and number of threads is replaced.
+itself, with the kernels that are there, is timed in the same way. A row per runtime, network and attention
+goes to benchmarks/results/runtimes-<device>-torch<version>.csv; one of the same runtime, network, attention,
+batch and number of threads is replaced.
 """
 
 import argparse
@@ -20,13 +20,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from cbam.studies.bench.timing import interleaved
 
 from cbam.models import build
 from cbam.portable import export
 from cbam.portable.formats import FORMATS
 from cbam.portable.program import settled
 from cbam.studies.machine import commit, describe
+from cbam.studies.timing import in_turns
 
 HERE = Path(__file__).parent
 NETWORKS = ("resnet18", "resnet50", "mobilenet_v2")
@@ -55,7 +55,7 @@ def steps(runtime: str, network: str, batch: int, folder: Path) -> dict[str, Cal
 def measure(runtime: str, network: str, options: argparse.Namespace, folder: Path) -> list[dict]:
     """A row per arm."""
     with torch.inference_mode():
-        timed = interleaved(
+        timed = in_turns(
             steps(runtime, network, options.batch, folder), torch.device("cpu"), rounds=options.rounds
         )
     rows = []
