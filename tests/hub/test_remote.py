@@ -68,7 +68,7 @@ class Hub(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def read(folder, tmp_path):
-    """read(*names) -> the line of each that a fresh process prints; the paths that it asked the Hub for are in `read.asked`."""
+    """read(*names) -> the line of each that a fresh process prints; what it asked for is in `read.asked`."""
     asked: list[str] = []
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Hub, folder, asked))
     threading.Thread(target=server.serve_forever, daemon=True).start()
