@@ -45,7 +45,7 @@ UNSEEN = ((1, 3, 40, 72), (4, 3, 96, 33), (7, 3, 64, 64))
 
 @pytest.fixture(scope="module")
 def elsewhere(tmp_path_factory, in_a_fresh_process):
-    """The folder of the files; file -> (difference, same classes) at each size of UNSEEN, found without cbam."""
+    """The folder; file -> (difference, same classes) at each size of UNSEEN, found where cbam is not."""
     folder = tmp_path_factory.mktemp("elsewhere")
     torch.manual_seed(1)
     model = cbam.build("resnet_tiny+cbam", num_classes=10)
