@@ -80,7 +80,7 @@ def _loop(table: Table) -> list[str]:
         "",
         "The plain detector beside a loop written as torchvision's references have it, with a network, order "
         f"and flips of its own (`benchmarks/detection_loop.py`): {'; '.join(told)}. Fed with the same "
-        "batches, the engine and a loop end with equal weights, bit for bit (`tests/train/test_detection.py`).",
+        "batches, the engine and a loop end bit-equal (`tests/train/test_detection.py`).",
     ]
 
 
