@@ -209,7 +209,7 @@ def test_a_missing_package_is_named_before_any_work(file, tiny, tmp_path, monkey
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda n: None if n in NEEDS[file] else find(n))
     monkeypatch.setattr("cbam.portable.exporting.program", lambda *_, **__: pytest.fail("work was done"))
-    with pytest.raises(MissingExtraError, match=r"pip install 'cbam\[export\]' \(missing: onnxscript"):
+    with pytest.raises(MissingExtraError, match=r"pip install 'cbam\[export\]' \(missing: .*onnxscript"):
         export(tiny, tmp_path / file, shape=SMALL)
 
 
@@ -221,6 +221,18 @@ def test_an_opset_that_cannot_say_it_is_refused(tiny, tmp_path, caplog):
         export(tiny, tmp_path / "a.onnx", shape=SMALL, opset=5)
     assert files(tmp_path) == {}
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+# E5
+def test_an_exporter_that_does_not_fit_torch_is_to_be_upgraded(tiny, tmp_path, monkeypatch):
+    need("a.onnx")
+
+    def fail(*_, **__):
+        raise ImportError("No module named 'onnxscript._framework_apis.torch_2_11'")
+
+    monkeypatch.setattr(torch.onnx, "export", fail)
+    with pytest.raises(ExportError, match="pip install --upgrade onnxscript"):
+        export(tiny, tmp_path / "a.onnx", shape=SMALL)
 
 
 # E5
