@@ -30,8 +30,8 @@ from torch import nn
 import cbam
 from cbam.ops import triton_kernels
 from cbam.ops.triton_map import Map
-from cbam.studies import machine
-from cbam.studies.bench import rivals, timing
+from cbam.studies import machine, timing
+from cbam.studies.bench import rivals
 from cbam.studies.bench.run import _Measure  # its two steps are wanted one by one, as the time allows
 from cbam.studies.bench.settings import Bench
 
@@ -188,7 +188,7 @@ def kernel_row(
     if maps:
         source, target = torch.empty(2, maps * size // 2, dtype=torch.uint8, device=job.device)
         steps["copy"] = lambda: target.copy_(source)
-    timed = timing.interleaved(steps, job.device, rounds=job.rounds, seconds=3)
+    timed = timing.in_turns(steps, job.device, rounds=job.rounds, seconds=3)
     us = 1e3 * timed["kernel"].median
     return {
         "kernel": name, "shape": "x".join(map(str, shape)), "layout": layout,
@@ -213,7 +213,7 @@ def hosts(job: Job) -> list[dict[str, Any]]:
         plain = cbam.build("resnet50").to(job.device, job.dtype).eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         ours = cbam.attach(copy.deepcopy(plain), start="paper").eval()
         arms: dict[str, timing.Step] = {"plain": replayed(plain, job), "cbam": replayed(ours, job)}
-        for arm, found in timing.interleaved(arms, job.device).items():
+        for arm, found in timing.in_turns(arms, job.device).items():
             row = {"what": "resnet50, batch 1, CUDA graph", "arm": arm, "us": round(1e3 * found.median, 1)}
             rows.append(row | {"ratio": round(found.ratio, 4)})
     for row in rows:

@@ -1,17 +1,16 @@
 """How long a training step and an inference take, arm beside arm on the same machine."""
 
 import copy
-import time
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cbam.studies.timing import in_turns
 from cbam.train import Recipe
 from cbam.train.classification import make_optimizer
 
-WARM_UP = 2
 ROUNDS = 15
 SECONDS = 20.0
 
@@ -25,8 +24,8 @@ def interleaved(
 ) -> dict[str, dict[str, list[float]]]:
     """Seconds of training steps and inferences of every arm, measured in turns: plain, arm, plain, arm, ...
 
-    Copies are trained, the models stay as they are. Up to ROUNDS rounds follow WARM_UP unmeasured ones;
-    from the fifth on they end after SECONDS.
+    Copies are trained, the models stay as they are. Up to ROUNDS rounds; from the fifth on they end after
+    SECONDS.
 
     Args:
         images: normalised float (N, 3, H, W). targets: (N,).
@@ -35,20 +34,13 @@ def interleaved(
         {arm: {"train": [...], "inference": [...]}} with one number per round.
     """
     images, targets = images.to(device), targets.to(device)
-    steps = {
+    programs = {
         name: _steps(copy.deepcopy(arm).to(device), images, targets, recipe) for name, arm in arms.items()
     }
-    measured = {name: {"train": [], "inference": []} for name in arms}
-    began = time.perf_counter()
-    for turn in range(WARM_UP + ROUNDS):
-        if turn >= WARM_UP + 5 and time.perf_counter() - began > SECONDS:
-            break
-        for kind in ("train", "inference"):
-            for name in arms:
-                seconds = _timed(steps[name][kind], device)
-                if turn >= WARM_UP:
-                    measured[name][kind].append(seconds)
-    return measured
+    kinds = ("train", "inference")
+    steps = {(name, kind): programs[name][kind] for kind in kinds for name in arms}
+    timed = in_turns(steps, device, rounds=ROUNDS, seconds=SECONDS)
+    return {name: {kind: [ms / 1e3 for ms in timed[name, kind].ms] for kind in kinds} for name in arms}
 
 
 def _steps(
@@ -69,16 +61,3 @@ def _steps(
             model(images)
 
     return {"train": train, "inference": inference}
-
-
-def _timed(step: Callable[[], None], device: torch.device) -> float:
-    _wait(device)
-    began = time.perf_counter()
-    step()
-    _wait(device)
-    return time.perf_counter() - began
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -10,7 +10,7 @@ from cbam.app.cli import main
 from cbam.errors import ConfigError
 from cbam.studies.bench import gate, rivals, run
 from cbam.studies.bench.settings import Bench
-from cbam.studies.bench.timing import interleaved
+from cbam.studies.timing import in_turns
 
 CPU = torch.device("cpu")
 
@@ -51,7 +51,7 @@ def test_the_gate_refuses_a_wrong_kernel(monkeypatch):
 def test_every_round_runs_every_step_and_ratios_are_to_the_first():
     told = []
     steps = {name: lambda name=name: told.append(name) for name in ("a", "b")}
-    found = interleaved(steps, CPU, rounds=6)
+    found = in_turns(steps, CPU, rounds=6)
     assert told[-4:] == ["a", "b", "b", "a"]
     assert len(found["b"].ms) == 6
     assert found["a"].ratios == [1.0] * 6

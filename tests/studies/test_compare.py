@@ -23,7 +23,7 @@ SMALL = {"epochs": 1, "limit": 20, "batch_size": 16, "device": "cpu"}
 @pytest.fixture(autouse=True)
 def _few_rounds(monkeypatch):
     monkeypatch.setattr("cbam.studies.speed.ROUNDS", 2)
-    monkeypatch.setattr("cbam.studies.speed.WARM_UP", 1)
+    monkeypatch.setattr("cbam.studies.timing.WARM_UP", 1)
 
 
 class Listener(Silent):

@@ -38,7 +38,10 @@ def test_a_dry_run_goes_through_every_step_and_writes_rows(tmp_path):
     pytest.importorskip("timm")
     done = run(tmp_path, DRY="1")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    tables = {path.name.partition("-")[0]: list(csv.DictReader(path.open())) for path in tmp_path.iterdir()}
+    tables = {
+        path.name.partition("-")[0]: list(csv.DictReader(path.read_text().splitlines()))
+        for path in tmp_path.iterdir()
+    }
     assert set(tables) == {"kernels", "hosts", "blocks", "networks", "compiled"}
     named = {row["kernel"] for row in tables["kernels"]}
     assert {"pool", "squeeze", "refine", "reduce_gradient", "weigh", "write"} < named

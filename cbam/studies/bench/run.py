@@ -20,7 +20,7 @@ from cbam.nn import CBAM
 from cbam.studies import machine
 from cbam.studies.bench import gate, rivals
 from cbam.studies.bench.settings import Bench
-from cbam.studies.bench.timing import Step, Timed, interleaved
+from cbam.studies.timing import Step, Timed, in_turns
 from cbam.surgery import attach
 from cbam.train.fitting import pick_device
 
@@ -98,7 +98,7 @@ class _Measure:
             for _ in range(2)
         )
         size = x.numel() * x.element_size()
-        copy_ms = interleaved({"copy": lambda: shortcut.copy_(x)}, self.device, rounds=5)["copy"].median
+        copy_ms = in_turns({"copy": lambda: shortcut.copy_(x)}, self.device, rounds=5)["copy"].median
         speed = 2 * size / copy_ms  # bytes per millisecond
         for training in (False, True):
             # Passes over the map that cannot be saved: docs/kernels.md counts them.
@@ -183,7 +183,7 @@ class _Measure:
         speed: float,
         peaks: dict[str, int | str] | None = None,
     ) -> None:
-        timed = interleaved(steps, self.device, rounds=self.settings.rounds)
+        timed = in_turns(steps, self.device, rounds=self.settings.rounds)
         for name, found in timed.items():
             row = self._row(op, shape, layout, training, name, found) | {
                 "peer": next(iter(steps)),

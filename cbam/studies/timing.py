@@ -2,13 +2,15 @@
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
 WARM_UP = 3
 Step = Callable[[], object]
+Name = TypeVar("Name", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -29,9 +31,9 @@ class Timed:
         return statistics.median(self.ratios)
 
 
-def interleaved(
-    steps: dict[str, Step], device: torch.device, *, rounds: int = 11, seconds: float = 60.0
-) -> dict[str, Timed]:
+def in_turns(
+    steps: Mapping[Name, Step], device: torch.device, *, rounds: int = 11, seconds: float = 60.0
+) -> dict[Name, Timed]:
     """Time every step once per round; each other round runs them in the opposite order.
 
     A round repeats its step until it lasts two milliseconds on a GPU, whose clock is coarse. After `seconds`
@@ -42,7 +44,7 @@ def interleaved(
         for _ in range(WARM_UP):
             _once(step, 1, device)
         repeats[name] = max(1, min(100, int(2 / max(_once(step, 1, device), 1e-3)))) if _is_gpu(device) else 1
-    found: dict[str, list[float]] = {name: [] for name in steps}
+    found: dict[Name, list[float]] = {name: [] for name in steps}
     began = time.perf_counter()
     for turn in range(rounds):
         if turn >= 5 and time.perf_counter() - began > seconds:
