@@ -11,6 +11,7 @@ try:
 except ImportError as error:
     raise MissingExtraError.of("cbam.data", "vision") from error
 
+from cbam.data.annotated import annotated
 from cbam.data.boxes import BoxedImages
 from cbam.data.check import check
 from cbam.data.coco import coco
@@ -30,6 +31,7 @@ __all__ = [
     "Images",
     "Resident",
     "Shard",
+    "annotated",
     "check",
     "cluttered_digits",
     "coco",
