@@ -83,7 +83,8 @@ class CocoReader:
         files = picture_files(self._folder)
         for id, element in self._identified("images", "image"):
             name = element.value.get("file_name")
-            height, width = (element.value.get(key) for key in ("height", "width"))
+            height: Any = element.value.get("height")
+            width: Any = element.value.get("width")
             if not isinstance(name, str) or not name or "\0" in name:
                 self._refuse(element, f"image {id} has the file_name {name!r}, expected text")
                 continue
