@@ -13,7 +13,7 @@ PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 SITE := $(BIN)/python -m sphinx -q -W --keep-going -c docs -d build/doctrees . build/site
 
 .DEFAULT_GOAL := help
-.PHONY: help demo readme cards evidence matrix bench docs test test-all test-web test-sanitized check format clean again
+.PHONY: help demo readme cards evidence faults matrix bench docs test test-all test-web test-sanitized check format clean again
 
 help: ## this list
 	@echo "make TARGET [PYTHON=python3.12]; the first one sets up .venv, which needs Python 3.11 or newer and pip"
@@ -32,6 +32,9 @@ cards: $(READY) ## write docs/methods/, a card for each attention module, and th
 
 evidence: $(READY) ## compute the tables of results/ from their records, and docs/evidence.md from those
 	$(BIN)/python -m docs.fill_evidence
+
+faults: $(READY) ## write tests/FAULTS.md: which test covers which fault, and what is left
+	$(BIN)/python -m docs.fill_faults
 
 matrix: $(NATIVE) ## attach to every network of the matrix and write docs/matrix.md (goes on where it stopped)
 	$(BIN)/python -m benchmarks.matrix

@@ -27,6 +27,9 @@ LIBRARY = HERE / "cbam_native" / "kernels.so"
 COMMON = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
 # Rounding is as written, but for the fused multiply-add, which torch's own kernels use too.
 KERNEL = ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
+# Loops over a few vectors are unrolled, or their sums would go through memory; clang does so by itself. Two
+# warnings are off: gcc's own intrinsics set off one, and vectors as arguments the other.
+GCC = ["-fpeel-loops", "-Wno-maybe-uninitialized", "-Wno-psabi"]
 # The oldest torch whose shims are used: the result runs with this and every later one.
 OLDEST_TORCH = "-DTORCH_TARGET_VERSION=0x020a000000000000"
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
@@ -36,7 +39,7 @@ LEVELS = {
     "avx512": ["-DCBAM_BYTES=64", *AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"],
 }
 SANITIZE = [
-    "-g",
+    "-g1",
     "-fsanitize=address,undefined",
     "-fno-sanitize-recover=undefined",
     "-fno-omit-frame-pointer",
@@ -70,11 +73,11 @@ def compile_to(library: Path, *, sanitize: bool = False) -> None:
         for level, flags in LEVELS.items():
             if x86 or level == "portable":
                 # Beside AVX2 the portable level is for old machines only, and need not take long to compile.
-                speed = ["-O1"] if x86 and level == "portable" else ["-O2", "-fpeel-loops"]
+                speed = ["-O1"] if x86 and level == "portable" else ["-O2"]
                 jobs[level] = [
                     *speed,
                     *KERNEL,
-                    *warnings_off(compiler),
+                    *([] if is_clang(compiler) else GCC),
                     *flags,
                     f"-DCBAM_LEVEL=level_{level}",
                 ]
@@ -115,10 +118,10 @@ def find_torch() -> Path:
     return Path(spec.origin).parent
 
 
-def warnings_off(compiler: list[str]) -> list[str]:
-    """For gcc: its own intrinsics set off one warning, and vectors as arguments another."""
+def is_clang(compiler: list[str]) -> bool:
+    """Whether the compiler is clang, whatever it is called."""
     answer = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=False).stdout
-    return [] if "clang" in answer else ["-Wno-maybe-uninitialized", "-Wno-psabi"]
+    return "clang" in answer
 
 
 def run(command: list[str]) -> None:

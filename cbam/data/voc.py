@@ -236,6 +236,10 @@ def parse(path: Path) -> Node:
     except expat.ExpatError as error:
         what = expat.ErrorString(error.code)
         raise DataError(f"{shown(path)} line {error.lineno} column {error.offset + 1}: {what}") from error
+    except (LookupError, ValueError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{shown(path)} line 1: the encoding that it names: {error}") from error
     return top.children[0]
 
 

@@ -151,7 +151,7 @@ def _read_onnx(path: Path) -> Run:
 def _write_openvino(made: ExportedProgram, path: Path, about: Mapping[str, Any], opset: int | None) -> None:
     import openvino  # pyright: ignore[reportMissingImports]
 
-    onnx = path.with_suffix(".onnx")
+    onnx = path.with_name(f".{path.stem}.onnx")
     _write_onnx(made, onnx, {}, opset)
     try:
         model = openvino.Core().read_model(onnx)

@@ -126,8 +126,7 @@ struct Gate {
   static void dots(const A* w, int64_t count, const A* v, int64_t length, V* out) {
     constexpr int TILE = LANES<A> < 4 ? LANES<A> : 4;
     V sums[G][LANES<A>];
-#pragma GCC unroll 1
-    for (int r = 0; r < LANES<A>; r += TILE) {
+    ROLLED for (int r = 0; r < LANES<A>; r += TILE) {
       const A* row[TILE];
       for (int t = 0; t < TILE; t++) row[t] = w + least(r + t, count - 1) * length;
       V acc[TILE][G] = {};

@@ -10,6 +10,10 @@
 #include <optional>
 #include <tuple>
 
+#ifdef CBAM_X86
+#include <cpuid.h>
+#endif
+
 #include "arguments.h"
 
 namespace {
@@ -35,7 +39,9 @@ const std::array<const Level*, 3> levels = {
 int best_level() {
 #ifdef CBAM_X86
   __builtin_cpu_init();
-  bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  unsigned a, b, c = 0, d;  // clang has no name for F16C
+  bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __get_cpuid(1, &a, &b, &c, &d) &&
+              (c & bit_F16C);
   bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                 __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   return avx512 ? 2 : avx2 ? 1 : 0;

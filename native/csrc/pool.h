@@ -77,8 +77,7 @@ struct Pool {
     const A* s = sign + nc % set.C;
     A best[LANES<A>], size = A(set.L);
     V first[LANES<A>], second[LANES<A>];
-#pragma GCC unroll 1
-    for (int r = 0; r < LANES<A>; r++) {
+    ROLLED for (int r = 0; r < LANES<A>; r++) {
       V sum{}, top = splat(A(-INFINITY)), flip = splat(s[r]);
       walk<A>(set.L, [&](int64_t i, auto part) {
         V v = load(p + r * set.L + i, part);
@@ -91,8 +90,7 @@ struct Pool {
     store(m + nc, mean);
     store(best, top);
     if (m2) {
-#pragma GCC unroll 1
-      for (int r = 0; r < LANES<A>; r++) {
+      ROLLED for (int r = 0; r < LANES<A>; r++) {
         V sum{}, square{}, centre = splat(m[nc + r]);
         walk<A>(set.L, [&](int64_t i, auto part) {
           V d = keep(load(p + r * set.L + i, part) - centre, part, A(0));
@@ -116,7 +114,7 @@ struct Pool {
     const T* p = x + nc * set.L;
     A s = sign[nc % set.C], sum = 0, best = -INFINITY;
     Moments parts;
-    constexpr int64_t TILE = 16384 / sizeof(T);  // stays in L1 for the second look
+    constexpr int64_t TILE = 256 * LANES<A>;  // 64 values to a partial sum, and in L1 for the second look
     for (int64_t at = 0; at < set.L; at += TILE) {
       int64_t count = least(TILE, set.L - at);
       A part, top;

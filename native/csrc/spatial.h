@@ -50,12 +50,15 @@ struct Convolution {
     for (int64_t o = 0; o < rows * wide; o += U * LANES<A>) {
       V acc[U] = {};
       for (int c = 0; c < inputs; c++)
-        for (int64_t i = 0; i < side; i++)
+        for (int64_t i = 0; i < side; i++) {
+          V row[U] = {};  // summed by itself: fewer roundings
           for (int64_t j = 0; j < side; j++) {
             A w = weights[(c * side + i) * side + j];
             const A* p = in[c] + o + i * wide + j;
-            for (int u = 0; u < U; u++) acc[u] += load(p + u * LANES<A>) * w;
+            for (int u = 0; u < U; u++) row[u] += load(p + u * LANES<A>) * w;
           }
+          for (int u = 0; u < U; u++) acc[u] += row[u];
+        }
       for (int u = 0; u < U; u++) store(flat + o + u * LANES<A>, acc[u]);
     }
   }

@@ -15,6 +15,13 @@
 
 #define INLINE inline __attribute__((always_inline))
 
+// Before a loop of few rounds whose body is large: leave it one.
+#if defined(__clang__)
+#define ROLLED _Pragma("nounroll")
+#else
+#define ROLLED _Pragma("GCC unroll 1")
+#endif
+
 namespace {
 
 struct half {

@@ -122,7 +122,7 @@ def test_a_large_picture_is_refused_before_it_is_decoded(explainer, monkeypatch)
         explainer.take(wide.getvalue(), "x")
 
 
-def test_the_oldest_pictures_go_and_a_key_opens_its_own_alone(explainer):
+def test_the_oldest_pictures_go_and_a_key_opens_its_own_alone(explainer):  # W6
     first = explainer.take(picture(), "first")
     keys = [explainer.take(picture(i), str(i)) for i in range(KEPT)]
     assert len({first, *keys}) == KEPT + 1

@@ -124,6 +124,18 @@ def test_a_document_type_is_refused_before_an_entity_is_read(folder, text):  # D
         (xml(thing())[:-20], "a.xml line 6 column 1: unclosed token"),
         ("<annotation>\n<a></b></annotation>", "a.xml line 2 column 6: mismatched tag"),
         ("<annotation>&nbsp;</annotation>", "undefined entity"),
+        (
+            "<?xml version='1.0' encoding='shift_jis'?><annotation/>",
+            "line 1: the encoding that it names: multi",
+        ),
+        (
+            "<?xml version='1.0' encoding='utf-88'?><annotation/>",
+            "line 1: the encoding that it names: unknown",
+        ),
+        (
+            "<?xml version='1.0' encoding='rot13'?><annotation/>",
+            "line 1: the encoding that it names: 'rot13'",
+        ),
         (xml(thing(name="")), "a.xml line 3: an object without a name"),
         (xml(thing(box=("x", 1, 2, 3))), "a.xml line 5: cat has a box that is not four finite numbers"),
         (xml(thing(box=("nan", 1, 2, 3))), "a box that is not four finite numbers"),  # D26

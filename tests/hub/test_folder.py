@@ -14,6 +14,7 @@ import torch
 from huggingface_hub import ModelCard, errors
 
 import cbam
+from cbam.app import cli
 from cbam.errors import (
     CheckpointError,
     CheckpointNotFoundError,
@@ -196,6 +197,26 @@ def test_a_folder_of_pickles_alone_is_not_read(folder):
     (folder / "model.safetensors").unlink()
     with pytest.raises(CheckpointNotFoundError, match=r"no model\.safetensors; .*pickles can run code"):
         cbam.from_pretrained(folder)
+
+
+# K4
+def test_a_folder_of_torchs_distributed_checkpoints_is_not_unpickled(folder, model, tmp_path, capsys):
+    for place in (folder, tmp_path / "other"):
+        place.mkdir(exist_ok=True)
+        (place / ".metadata").write_bytes(pickle.dumps(_Payload()))
+        (place / "__0_0.distcp").write_bytes(pickle.dumps(_Payload()))
+    assert equal(cbam.from_pretrained(folder), model)
+    other = str(tmp_path / "other")
+    for read in (cbam.from_pretrained, lambda path: cbam.load_weights(model, path)):
+        with pytest.raises(CheckpointError):
+            read(other)
+    for command in (["eval", other], ["export", other, "--to", "torch"], ["look", "--weights", other, other]):
+        assert cli.main(command) in (2, 3, 4)
+    for name in (".metadata", "__0_0.distcp"):
+        with pytest.raises(CheckpointError):
+            cbam.load_weights(model, tmp_path / "other" / name)
+    told = capsys.readouterr()
+    assert "ran" not in told.out + told.err
 
 
 # K5

@@ -135,7 +135,9 @@ def formula(case: Case, i: Inputs, inner: dict[str, Tensor]) -> Tensor:
         out = z * (case.gain * torch.sigmoid(s))
     if i.shortcut is not None:
         out = out + i.shortcut
-    return torch.relu(out) if case.relu else out
+    if not case.relu:
+        return out
+    return torch.relu(out) * (out.to(case.dtype) != 0)  # one that underflows closes the rectifier
 
 
 def normalised(t, weight, bias, mean, var, batch: bool) -> Tensor:

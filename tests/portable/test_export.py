@@ -6,8 +6,6 @@ import json
 import logging
 import resource
 import signal
-import subprocess
-import sys
 import warnings
 
 import pytest
@@ -31,33 +29,6 @@ from cbam.portable.program import program, settled
 SMALL = (1, 3, 32, 32)
 NEEDS = {"a.pt2": (), "a.onnx": ("onnxscript", "onnxruntime"), "a.xml": ("onnxscript", "openvino")}
 
-# Reads a file with its own runtime, `cbam` blocked, and compares with what the network gave.
-ELSEWHERE = """
-import sys
-class Block:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "cbam":
-            raise ModuleNotFoundError(name)
-sys.meta_path.insert(0, Block())
-import torch
-def runs(path):
-    if path.endswith(".pt2"):
-        return torch.export.load(path).module()
-    if path.endswith(".onnx"):
-        import onnxruntime
-        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-        return lambda x: torch.from_numpy(session.run(None, {"x": x.numpy()})[0])
-    import openvino
-    compiled = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-    return lambda x: torch.from_numpy(compiled(x.numpy())[0])
-for path in sys.argv[2:]:
-    run = runs(path)
-    for x, wanted in torch.load(sys.argv[1], weights_only=True):
-        found = run(x)
-        share = float((found - wanted).abs().max() / wanted.abs().max())
-        print(path, share, torch.equal(found.argmax(1), wanted.argmax(1)))
-"""
-
 
 def need(file: str) -> None:
     for name in NEEDS[file]:
@@ -72,7 +43,7 @@ UNSEEN = ((1, 3, 40, 72), (4, 3, 96, 33), (7, 3, 64, 64))
 
 
 @pytest.fixture(scope="module")
-def elsewhere(tmp_path_factory):
+def elsewhere(tmp_path_factory, in_a_fresh_process):
     """File -> (difference, same classes) at each size of UNSEEN, as a process without cbam found them."""
     folder = tmp_path_factory.mktemp("elsewhere")
     torch.manual_seed(1)
@@ -89,16 +60,7 @@ def elsewhere(tmp_path_factory):
         assert made.agreement.difference <= 1e-5
         assert not {*made.agreement.shapes} & {*UNSEEN}
         assert len({*made.agreement.shapes}) == 3
-    done = subprocess.run(
-        [sys.executable, "-c", ELSEWHERE, "pairs.pt", *there],
-        capture_output=True, text=True, check=False, cwd=folder,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    found = {}
-    for line in done.stdout.splitlines():
-        file, difference, same = line.split()
-        found.setdefault(file, []).append((float(difference), same == "True"))
-    return found
+    return in_a_fresh_process(folder, there)
 
 
 # E1, E2, E3
