@@ -96,8 +96,7 @@ class CocoReader:
                 self._left_out.add(id)
                 continue
             if self._missing and height is None and width is None:
-                header = header_of(path)
-                height, width = (header.height, header.width) if header else (None, None)
+                height, width = _size_of(path)
             if not (_whole(height) and _whole(width) and 0 < height < 1 << 20 and 0 < width < 1 << 20):
                 self._refuse(
                     element, f"image {id} has height {height!r} and width {width!r}, expected pixels"
@@ -185,6 +184,12 @@ class CocoReader:
     def _count(self, element: Element, kind: str, detail: str = "", times: int = 1) -> None:
         detail = f" ({times} annotations)" if times > 1 else detail
         self.findings.append(Finding(self.file.where(element.start), kind + detail, kind, times))
+
+
+def _size_of(path: Path) -> tuple[Any, Any]:
+    """Height and width of a picture file, None where it cannot be read."""
+    header = header_of(path)
+    return (header.height, header.width) if header else (None, None)
 
 
 def pictures_of(document: LocatedJSON, root: Path) -> Path:
