@@ -13,7 +13,8 @@ PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 SITE := $(BIN)/python -m sphinx -q -W --keep-going -c docs -d build/doctrees . build/site
 
 .DEFAULT_GOAL := help
-.PHONY: help demo readme cards evidence faults matrix bench docs test test-all test-web test-sanitized check format clean again
+.PHONY: help demo readme cards evidence faults matrix bench docs test test-all test-web test-sanitized \
+	test-lowest test-newest dist check format clean again
 
 help: ## this list
 	@echo "make TARGET [PYTHON=python3.12]; the first one sets up .venv, which needs Python 3.11 or newer and pip"
@@ -63,6 +64,24 @@ test-web: $(READY) ## the tests of `cbam serve` in a real browser (sets up .venv
 
 test-sanitized: $(READY) ## the CPU kernels under the address and undefined-behaviour sanitizers
 	$(BIN)/python -m pytest tests/native/test_sanitized.py -m large -rs
+
+test-lowest: ## the tests with the oldest versions that pyproject.toml allows (in .venv-lowest, 8 GB)
+	$(call tested-with,lowest,lowest-direct)
+
+test-newest: ## the tests with the newest versions that there are (in .venv-newest, 8 GB)
+	$(call tested-with,newest,highest)
+
+# By uv, which alone finds the oldest versions.
+define tested-with
+"$(PYTHON)" -m venv .venv-$(1)
+.venv-$(1)/bin/python -m pip install --quiet uv
+.venv-$(1)/bin/uv pip install --python .venv-$(1)/bin/python --upgrade --resolution $(2) --editable ".[dev]"
+.venv-$(1)/bin/python tools/environment.py .venv-$(1) native
+OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 .venv-$(1)/bin/python -m pytest -n 2 -m "not large"
+endef
+
+dist: $(READY) ## build the sdists and wheels of cbam and cbam-native into dist/, and use the wheels
+	$(BIN)/python tools/dist.py dist
 
 check: $(READY) ## format, lint, types, floors, GPU kernels (compiled ahead of time), the site
 	$(BIN)/python -m ruff format --check .

@@ -80,12 +80,15 @@ __all__ = [  # noqa: RUF022 - in the order a reader needs them
 
 
 def __getattr__(name: str):
-    if name in _HOME:
-        value = getattr(importlib.import_module(_HOME[name]), name)
-    elif name in _ROOMS:
-        value = importlib.import_module(f"cbam.{name}")
-    else:
+    if name not in _HOME and name not in _ROOMS:
         raise AttributeError(f"module 'cbam' has no attribute {name!r}")
+    try:
+        room = importlib.import_module(_HOME.get(name, f"cbam.{name}"))
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        raise importlib.import_module("cbam.errors").MissingExtraError.torch() from error
+    value = getattr(room, name) if name in _HOME else room
     globals()[name] = value
     return value
 

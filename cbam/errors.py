@@ -99,3 +99,8 @@ class MissingExtraError(CBAMError, ImportError):
     def of(cls, what: str, extra: str) -> "MissingExtraError":
         """The error for `what` needing the optional dependencies `extra`."""
         return cls(f"{what} needs optional packages: pip install 'cbam[{extra}]'")
+
+    @classmethod
+    def torch(cls) -> "MissingExtraError":
+        """The error for torch itself being absent, as after `pip install --no-deps`."""
+        return cls("cbam needs torch, 2.10 or newer: pip install torch; its own site says which build")

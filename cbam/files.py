@@ -21,12 +21,11 @@ def placed(*targets: Path, overwrite: bool = False) -> Iterator[Path]:
         ConfigError: a target exists, and `overwrite` is false.
         OutputError: no room, no permission, no such folder. What was there is as it was.
     """
-    last = targets[-1]
-    for target in targets:
-        if target.is_dir() or (target.exists() and not overwrite):
-            raise ConfigError(f"{target} exists: give another name, or overwrite")
-    part = None
+    last, part = targets[-1], None
     try:
+        for target in targets:
+            if target.is_dir() or (target.exists() and not overwrite):
+                raise ConfigError(f"{target} exists: give another name, or overwrite")
         part = Path(tempfile.mkdtemp(prefix=f".{last.name[:100]}.", suffix=".part", dir=last.parent))
         yield part
         for target in targets:

@@ -14,7 +14,7 @@ from cbam.studies.printing import status, title
 from cbam.studies.records import Records
 from cbam.studies.report import as_markdown
 from cbam.studies.statistics import MOST_PAIRS
-from cbam.studies.study import DIGITS, LARGE, SEEDS, digits, imagenette
+from cbam.studies.study import DIGITS, SEEDS, digits, imagenette
 from cbam.studies.tables import STUDIES
 from cbam.studies.tabulate import Table, differences, tables
 
@@ -131,8 +131,8 @@ def _shown(usual: list[Table]) -> str:
     """Differences whose interval leaves out zero, both ways."""
     lines = ["## What is shown", ""]
     for word, told in (
-        ("better", "Lower top-1 error:"),
-        ("worse", "Higher top-1 error: attention does harm"),
+        ("better", "Lower top-1 error, or higher average precision:"),
+        ("worse", "Higher error, or lower precision: attention does harm"),
     ):
         rows = [line for table in usual for line in _rows(table, word)]
         lines += [told, "", *(rows or ["- nothing"]), ""]
@@ -142,9 +142,13 @@ def _shown(usual: list[Table]) -> str:
 def _rows(table: Table, word: str) -> list[str]:
     labels = {name: arm.label for name, arm in table.study.arms.items()}
     found = []
-    for row in differences(table, "val_top1"):
+    for row in differences(table, table.first.key):
         if row.get("word") == word:
-            paper = "" if row["paper"] is None else f"; the paper on ImageNet: {row['paper']:+.2f}"
+            paper = (
+                ""
+                if row["paper"] is None
+                else f"; the paper on {table.study.paper_data}: {row['paper']:+.2f}"
+            )
             interval = "no interval" if row["low"] is None else f"{row['low']:+.2f} to {row['high']:+.2f}"
             found.append(
                 f"- {table.study.name}, {table.shared['data']}: {labels[row['arm']]} against "
@@ -167,7 +171,7 @@ def _open(usual: list[Table]) -> str:
     count = 0
     for table in usual:
         labels = {name: arm.label for name, arm in table.study.arms.items()}
-        for row in differences(table, "val_top1"):
+        for row in differences(table, table.first.key):
             if row.get("word") == "no difference shown" and row["resolution"] is not None:
                 count += 1
                 needed = f"over {MOST_PAIRS:,}" if row["needed"] is None else row["needed"]
@@ -202,8 +206,10 @@ def _still(usual: list[Table]) -> str:
         name for name in ("networks", "channel", "spatial", "order", "peers", "start") if name not in there
     ]
     missing = f"On Imagenette: {', '.join(wanted)}." if wanted else "On Imagenette: nothing."
-    large = {t.study.name for t in usual if t.about["train"] >= LARGE and not t.partial}
-    missing += f" On ImageNet: {', '.join(name for name in STUDIES if name not in large) or 'nothing'}."
+    large = {t.study.name for t in usual if not t.small and not t.partial}
+    for data in dict.fromkeys(study.paper_data for study in STUDIES.values()):
+        names = [n for n, study in STUDIES.items() if study.paper_data == data and n not in large]
+        missing += f" On {data}: {', '.join(names) or 'nothing'}."
     protocol = imagenette()
     return STILL.format(
         missing=missing, seeds=SEEDS, epochs=protocol.epochs, batch=protocol.batch_size, hours=_hours()

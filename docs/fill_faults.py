@@ -5,6 +5,7 @@ or right above it or above the table of its cases. tests/faults.toml holds the r
 """
 
 import ast
+import functools
 import io
 import re
 import tokenize
@@ -34,6 +35,7 @@ def grave(told: dict) -> dict[str, str]:
     return {row: harm for harm, listed in told["grave"].items() for row in listed.split()}
 
 
+@functools.cache
 def covered() -> dict[str, list[str]]:
     """Row -> the tests that name it, as file::test."""
     found: dict[str, list[str]] = defaultdict(list)

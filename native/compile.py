@@ -67,7 +67,8 @@ def compile_to(library: Path, *, sanitize: bool = False) -> None:
     """
     compiler, torch = find_compiler(), find_torch()
     x86 = platform.machine().lower() in ("x86_64", "amd64")
-    extra = SANITIZE if sanitize else []
+    extra = [f"-ffile-prefix-map={path}={name}" for path, name in ((HERE, "native"), (torch, "torch"))]
+    extra += SANITIZE if sanitize else []
     with tempfile.TemporaryDirectory() as folder:
         jobs = {}
         for level, flags in LEVELS.items():

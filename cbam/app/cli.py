@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import cbam
 from cbam.app.options import Parser, Terminated
 from cbam.app.terminal import show, silence
-from cbam.errors import CBAMError
+from cbam.errors import CBAMError, MissingExtraError
 from cbam.train.launch import place
 
 # Name of a command -> its module in cbam/app/commands.
@@ -108,6 +108,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def _fail(error: BaseException, *, debug: bool) -> int:
     if debug:
         traceback.print_exception(error)
+    if isinstance(error, ModuleNotFoundError) and error.name == "torch":
+        error = MissingExtraError.torch()
     if not _told_elsewhere(error):
         show(f"cbam: {_one_line(error)}", sys.stderr)
     return _exit_code(error)

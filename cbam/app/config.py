@@ -91,9 +91,7 @@ def _fitting(node, field: dataclasses.Field) -> tuple[Any, str]:
     import yaml
 
     if isinstance(node, yaml.SequenceNode) and "tuple" in str(field.type):
-        if all(isinstance(item, yaml.ScalarNode) for item in node.value):
-            return tuple(item.value for item in node.value), ""
-        return None, "must be a list of names"
+        return _list_of(node, field)
     if not isinstance(node, yaml.ScalarNode):
         return None, f"must be {wanted(field)}, got a list or a mapping"
     kind = node.tag.rpartition(":")[2]
@@ -111,6 +109,18 @@ def _fitting(node, field: dataclasses.Field) -> tuple[Any, str]:
     except ValueError:
         return None, f"must be {wanted(field)}, got {node.value!r}"
     return ((value,) if "tuple" in str(field.type) else value), ""
+
+
+def _list_of(node, field: dataclasses.Field) -> tuple[Any, str]:
+    import yaml
+
+    whole = "int" in str(field.type)
+    if not all(isinstance(item, yaml.ScalarNode) for item in node.value):
+        return None, f"must be a list of {'whole numbers' if whole else 'names'}"
+    try:
+        return tuple(int(item.value) if whole else item.value for item in node.value), ""
+    except ValueError:
+        return None, "must be a list of whole numbers"
 
 
 def _allowed(field: dataclasses.Field) -> list[str]:

@@ -12,6 +12,7 @@ except ImportError as error:
     raise MissingExtraError.of("cbam.data", "vision") from error
 
 from cbam.data.annotated import annotated
+from cbam.data.boxed_folder import boxed_folder
 from cbam.data.boxes import BoxedImages
 from cbam.data.check import check
 from cbam.data.coco import coco
@@ -32,6 +33,7 @@ __all__ = [
     "Resident",
     "Shard",
     "annotated",
+    "boxed_folder",
     "check",
     "cluttered_digits",
     "coco",

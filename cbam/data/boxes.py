@@ -7,6 +7,7 @@ EXIF turns a picture and its boxes alike. An annotation belongs to the pixels as
 size that it states is that of the upright picture alone.
 """
 
+import copy
 import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -18,12 +19,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from cbam.data.augment import augment_boxed, known
 from cbam.data.decode import decode_bytes, orientation, read, shown
-from cbam.data.images import MAX_SEED, check_int
+from cbam.data.images import MAX_SEED, check_int, draws
 from cbam.errors import DataError
 
 RESOLUTION = 0.01  # pixels: what COCO's files are written to
 SHOWN = 3  # faults that one message tells
+PER_BOX = ("boxes", "labels", "area", "crowd", "difficult")
 
 CLIPPED = "a box reaches outside its picture: clipped"
 OUTSIDE = "a box lies outside its picture: dropped"
@@ -80,7 +83,10 @@ class BoxedImages(Dataset):
         pictures: in order.
         things: their objects, in any order; boxes inside their picture, with width and height.
         notes: counted oddities, to be shown once.
+        rules: by whose rules detections are scored, "voc" or "coco".
     """
+
+    size = None  # each picture has its own
 
     def __init__(
         self,
@@ -89,9 +95,12 @@ class BoxedImages(Dataset):
         pictures: Sequence[Picture],
         things: Iterable[Thing],
         notes: Sequence[str] = (),
+        *,
+        rules: str = "voc",
     ) -> None:
         self.name, self.classes, self.pictures = name, list(classes), list(pictures)
-        self.notes = list(notes)
+        self.notes, self.rules = list(notes), rules
+        self.seed, self.augmentation = 0, "none"
         # Flat arrays: worker processes share them, where a million small objects would be copied.
         ordered = sorted(things, key=lambda thing: thing.image)
         self._starts = np.searchsorted([t.image for t in ordered], np.arange(len(self.pictures) + 1))
@@ -110,18 +119,19 @@ class BoxedImages(Dataset):
         Returns:
             image: uint8 (3, H, W), upright; boxes: float32 (N, 4); labels: int64 (N,), from 1;
             area: float32 (N,), square pixels, of the mask where there is one; crowd, difficult: bool (N,);
-            image_id: int; index: int. N may be 0.
+            image_id: int; index: int. N may be 0. Of an augmented set the sample is a function of (seed,
+            epoch, index); an index alone means epoch 0.
 
         Raises:
             DataError: the picture cannot be read, or is not of the size that its annotation states.
         """
-        index = operator.index(key[1] if isinstance(key, tuple) else key)
-        if not 0 <= index < len(self):
-            raise IndexError(f"index {index}: {self.name} has {len(self)} pictures")
+        epoch, index = map(operator.index, key if isinstance(key, tuple) else (0, key))
+        if epoch < 0 or not 0 <= index < len(self):
+            raise IndexError(f"epoch {epoch}, index {index}: {self.name} has {len(self)} pictures")
         picture = self.pictures[index]
         own = slice(int(self._starts[index]), int(self._starts[index + 1]))
         image, boxes = _upright(picture, self._boxes[own], f"{shown(picture.path)} (image {picture.id})")
-        return {
+        sample = {
             "image": image,
             "boxes": torch.from_numpy(boxes.astype(np.float32)),
             "labels": self._labels[own],
@@ -131,6 +141,40 @@ class BoxedImages(Dataset):
             "image_id": picture.id,
             "index": index,
         }
+        if self.augmentation == "none":
+            return sample
+        return augment_boxed(sample, self.augmentation, draws("augmentation", self.seed, epoch, index))
+
+    @staticmethod
+    def collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """A batch: image, a list; target, a list of dicts with all that has an entry per box; index (N,)."""
+        return {
+            "image": [sample["image"] for sample in samples],
+            "target": [{name: sample[name] for name in PER_BOX} for sample in samples],
+            "index": torch.tensor([sample["index"] for sample in samples]),
+        }
+
+    def augmented(self, how: str) -> "BoxedImages":
+        """The same set for training, its samples changed at random: see `cbam.data.augment`."""
+        return self._with(augmentation=known(how))
+
+    def seeded(self, seed: int) -> "BoxedImages":
+        """The same set, its random choices made by `seed`."""
+        return self._with(seed=check_int("seed", seed, 0, MAX_SEED))
+
+    def _with(self, **values: Any) -> "BoxedImages":
+        other = copy.copy(self)
+        vars(other).update(values)
+        return other
+
+    def loaded(self, batches: Any) -> Any:
+        """None: the loader loads them."""
+        return None
+
+    @property
+    def all_boxes(self) -> np.ndarray:
+        """Every box as its annotation has it: float64 (N, 4), those of the first picture first."""
+        return self._boxes
 
     def count(self, index: int) -> int:
         """How many objects picture `index` has."""
@@ -145,6 +189,12 @@ class BoxedImages(Dataset):
         """The pictures that have an object: the choice of many training recipes, none of an evaluation."""
         return self._chosen([i for i in range(len(self)) if self.count(i)], "without objects left out")
 
+    def without_crowds(self) -> "BoxedImages":
+        """The same pictures without the boxes of crowds, which are no single object to learn."""
+        things = [self._thing(j, i) for i in range(len(self)) for j in self._range(i) if not self._crowd[j]]
+        left_out = len(self._labels) - len(things)
+        return self._made(self.pictures, things, f"{left_out} boxes of crowds left out" if left_out else "")
+
     def subset(self, n: int) -> "BoxedImages":
         """n pictures, or all if there are fewer, evenly spaced; always the same."""
         n = min(check_int("n", n, 1, MAX_SEED), len(self))
@@ -153,8 +203,13 @@ class BoxedImages(Dataset):
     def _chosen(self, indices: Sequence[int], why: str) -> "BoxedImages":
         things = [self._thing(j, new) for new, i in enumerate(indices) for j in self._range(i)]
         left_out = len(self) - len(indices)
-        notes = [*self.notes, f"{left_out} of {len(self)} pictures {why}"] if left_out else self.notes
-        return BoxedImages(self.name, self.classes, [self.pictures[i] for i in indices], things, notes)
+        note = f"{left_out} of {len(self)} pictures {why}" if left_out else ""
+        return self._made([self.pictures[i] for i in indices], things, note)
+
+    def _made(self, pictures: Sequence[Picture], things: Iterable[Thing], note: str) -> "BoxedImages":
+        notes = [*self.notes, *([note] if note else [])]
+        made = BoxedImages(self.name, self.classes, pictures, things, notes, rules=self.rules)
+        return made._with(seed=self.seed, augmentation=self.augmentation)
 
     def _range(self, index: int) -> range:
         return range(self._starts[index], self._starts[index + 1])

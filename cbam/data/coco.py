@@ -35,7 +35,7 @@ def coco(annotations: str | os.PathLike, pictures: str | os.PathLike) -> BoxedIm
     reader = CocoReader(LocatedJSON(annotations), pictures)
     notes = accept(reader.findings, str(Path(annotations).parent))
     name = shown(Path(annotations).stem)
-    return BoxedImages(name, reader.classes, reader.pictures, reader.things, notes)
+    return BoxedImages(name, reader.classes, reader.pictures, reader.things, notes, rules="coco")
 
 
 class CocoReader:

@@ -44,6 +44,8 @@ class Images(Dataset):
         notes: counted oddities, to be shown once.
     """
 
+    collate = None  # samples are stacked
+
     def __init__(
         self,
         name: str,

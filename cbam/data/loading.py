@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Sampler
 
+from cbam.data.boxes import BoxedImages
 from cbam.data.images import MAX_SEED, Images, check_int, draws
 from cbam.errors import DataError, InputError
 
@@ -135,7 +136,9 @@ class _Loader(DataLoader):
 
     batch_sampler: Batches
 
-    def __init__(self, images: Images, batches: Batches, *, patience: float, **how: Any) -> None:
+    def __init__(
+        self, images: Images | BoxedImages, batches: Batches, *, patience: float, **how: Any
+    ) -> None:
         workers = how["num_workers"]
         super().__init__(images, batch_sampler=batches, timeout=_POLL if workers else 0, **how)
         object.__setattr__(self, "sampler", batches.sampler)  # a DataLoader lets nobody set it
@@ -228,7 +231,7 @@ def _end_with_parent(worker: int) -> None:
 
 
 def loader(
-    images: Images,
+    images: Images | BoxedImages,
     batch_size: int,
     *,
     train: bool,
@@ -238,6 +241,7 @@ def loader(
     patience: float = PATIENCE,
 ) -> DataLoader:
     """Batches of `images` as dicts: image uint8 (N, 3, S, S), target (N,), index (N,), box (N, 4).
+    Those of pictures with boxes are as `BoxedImages.collate` says.
 
     For training the order and the random choices are functions of (seed, epoch, index); call
     `loader.sampler.set_epoch(epoch)` before each epoch, as Lightning does. Every sample comes once in an
@@ -275,6 +279,7 @@ def loader(
         images,
         batches,
         patience=patience,
+        collate_fn=images.collate,
         num_workers=workers,
         worker_init_fn=_end_with_parent if workers else None,
         persistent_workers=workers > 0,

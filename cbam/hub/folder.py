@@ -125,9 +125,13 @@ def card_of(source: str | PathLike[str], *, revision: str | None = None) -> Card
 def _located(source: str | PathLike[str], revision: str | None) -> Path:
     """The folder that holds the files of `source`."""
     folder = Path(source)
-    if folder.is_file():
+    try:
+        is_file, is_folder = folder.is_file(), folder.is_dir()
+    except (OSError, ValueError) as error:
+        raise CheckpointNotFoundError(f"{source!s:.80}: {getattr(error, 'strerror', error)}") from error
+    if is_file:
         raise CheckpointError(f"{folder}: a file; from_pretrained takes a folder, load_weights takes files")
-    if not folder.is_dir():
+    if not is_folder:
         folder = downloaded(str(source), (CONFIG, WEIGHTS), revision)
     elif revision is not None:
         raise ConfigError(f"{folder} is a folder, which has no revisions: leave revision out")

@@ -170,7 +170,8 @@ def _write_openvino(made: ExportedProgram, path: Path, about: Mapping[str, Any],
 def _read_openvino(path: Path) -> Run:
     import openvino  # pyright: ignore[reportMissingImports]
 
-    compiled = openvino.Core().compile_model(path, "CPU", PRECISION)
+    threads = {"INFERENCE_NUM_THREADS": torch.get_num_threads()}
+    compiled = openvino.Core().compile_model(path, "CPU", PRECISION | threads)
     return lambda x: [torch.from_numpy(value.copy()) for value in compiled(x.numpy()).values()]
 
 

@@ -3,15 +3,17 @@
 import contextlib
 import dataclasses
 import difflib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from cbam.errors import ConfigError
+from cbam.studies.boxes import BoxedPictures
 from cbam.studies.drawing import figure
 from cbam.studies.filling import Filling
 from cbam.studies.printing import markdown, text
 from cbam.studies.records import Records
-from cbam.studies.study import DIGITS, SEEDS, Study, usual
+from cbam.studies.study import DIGITS, SEEDS, Study
 from cbam.studies.tables import STUDIES
 from cbam.studies.tabulate import tables
 from cbam.studies.training import Pictures, Training
@@ -31,12 +33,24 @@ def find_study(name: str) -> Study:
     return STUDIES[name]
 
 
-def find_pictures(dataset: str, changes: dict[str, Any]) -> Pictures:
-    """The pictures of "digits", or of an image folder; several studies can share them.
+def find_pictures(
+    dataset: str, changes: dict[str, Any], names: Sequence[str] = ()
+) -> Pictures | BoxedPictures:
+    """The pictures of "digits", or of a folder; several studies can share them.
+
+    Args:
+        names: of the studies; those of detectors need pictures with boxes.
 
     Raises:
-        ConfigError, DataError: no such data set, or a size for the digits.
+        ConfigError, DataError: no such data set, a size for the digits, or studies that need different ones.
     """
+    boxed = [name for name in names if find_study(name).boxed]
+    if boxed and len(boxed) < len(names):
+        raise ConfigError(f"{', '.join(boxed)} need pictures with boxes: fill them in a call of their own")
+    if boxed:
+        if dataset == DIGITS:
+            raise ConfigError(f"study {boxed[0]} needs --dataset, a folder of COCO or Pascal VOC")
+        return BoxedPictures(dataset, size=changes.get("size"), limit=changes.get("limit"))
     if dataset != DIGITS:
         return Pictures(dataset, size=changes.get("size"), limit=changes.get("limit"))
     if changes.get("size"):
@@ -46,7 +60,7 @@ def find_pictures(dataset: str, changes: dict[str, Any]) -> Pictures:
 
 def prepare(
     name: str,
-    pictures: Pictures,
+    pictures: Pictures | BoxedPictures,
     changes: dict[str, Any],
     *,
     out: str,
@@ -68,9 +82,11 @@ def prepare(
     study, where = find_study(name), pick_device(device)
     if study.many_networks and changes.get("network"):
         raise ConfigError(f"study {name} names its networks itself: leave --network out, or choose --arms")
+    if changes.get("regions") and not study.boxed:
+        raise ConfigError(f"regions belong to detectors, and the study is {name}")
     own = changes | {"size": pictures.size}
     training = Training(
-        dataclasses.replace(usual(pictures.name, pictures.all, pictures.about["size"]), **own),
+        dataclasses.replace(study.usual(pictures.name, pictures.all, pictures.about["size"]), **own),
         pictures,
         where,
         workers=workers,

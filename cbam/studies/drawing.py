@@ -1,4 +1,4 @@
-"""The figure of a study: every difference in top-1 error with its interval, as SVG."""
+"""The figure of a study: every difference in its first measure with its interval, as SVG."""
 
 import math
 from dataclasses import dataclass
@@ -7,6 +7,7 @@ from typing import Any
 
 from cbam.studies.printing import status, title
 from cbam.studies.statistics import CONFIDENCE
+from cbam.studies.study import Measure
 from cbam.studies.tabulate import Table, differences
 
 WIDE, LEFT, RIGHT, ROW, TOP = 860, 320, 24, 42, 78
@@ -18,12 +19,12 @@ def figure(table: Table) -> str | None:
 
     None where there is nothing to draw.
     """
-    rows = [row for row in differences(table, "val_top1") if row["n"]]
+    rows = [row for row in differences(table, table.first.key) if row["n"]]
     if not rows:
         return None
     scale = _Scale.of(rows)
     high = TOP + ROW * len(rows) + 50
-    parts = [_heading(table), scale.axis(TOP - 8, TOP + ROW * len(rows))]
+    parts = [_heading(table), scale.axis(TOP - 8, TOP + ROW * len(rows), table.first)]
     for index, row in enumerate(rows):
         parts.append(_line(table, row, scale, TOP + ROW * index + ROW // 2))
     return (
@@ -60,7 +61,7 @@ class _Scale:
         share = (value - self.low) / ((self.high - self.low) or 1.0)
         return round(LEFT + share * (WIDE - LEFT - RIGHT), 1)
 
-    def axis(self, top: float, base: float) -> str:
+    def axis(self, top: float, base: float, measure: Measure) -> str:
         parts = []
         for i in range(round((self.high - self.low) / self.step) + 1):
             value = self.low + i * self.step
@@ -73,7 +74,7 @@ class _Scale:
         middle = (LEFT + WIDE - RIGHT) / 2
         parts.append(
             f'<text x="{middle}" y="{base + 38}" text-anchor="middle" fill="{_INK}">'
-            "difference in top-1 error, points (left of zero is better)</text>"
+            f"difference in {measure.title}, points ({measure.better} of zero is better)</text>"
         )
         return "\n".join(parts)
 
@@ -81,7 +82,7 @@ class _Scale:
 def _heading(table: Table) -> str:
     told = (
         f"dots: seeds; bar: mean with {CONFIDENCE:.0%} interval, ".replace("%", " %")
-        + "blue where it leaves out zero; diamond: the paper's difference (ImageNet)"
+        + f"blue where it leaves out zero; diamond: the paper's difference ({table.study.paper_data})"
     )
     return (
         f'<text x="12" y="22" font-size="15" font-weight="600" fill="{_INK}">{escape(title(table))}</text>\n'

@@ -124,8 +124,13 @@ class Filling:
             if keep is not None:
                 self.records.forget(run.name)
         last = record["epochs"][-1] if record["epochs"] else {}
-        told = f"top-1 error {last['val_top1']:.2f} %" if counts_or_dirty(record) else record["status"]
+        told = self._result(last) if counts_or_dirty(record) else record["status"]
         self._tell(run, f"{told}, {record['seconds']:.0f} s")
+
+    def _result(self, last: dict[str, Any]) -> str:
+        measure = self.study.measures[0]
+        value = last.get(measure.key)
+        return f"{measure.title} {'unknown' if value is None else f'{value:.2f} %'}"
 
     def _keep(self, run: Run, end: float | None) -> Keep | None:
         """A run on ImageNet takes longer than one would train anew; others do not."""

@@ -6,7 +6,7 @@ from typing import Any
 from cbam.studies.report import as_markdown
 from cbam.studies.statistics import CONFIDENCE, MOST_PAIRS, POWER
 from cbam.studies.study import SEEDS
-from cbam.studies.tabulate import MEASURES, Table, commits, differences, levels
+from cbam.studies.tabulate import Table, commits, differences, levels, printed
 
 
 def status(table: Table) -> str:
@@ -19,15 +19,15 @@ def status(table: Table) -> str:
 
 
 def outcome(table: Table) -> list[str]:
-    """What the table shows in top-1 error: a sentence per word that was computed."""
+    """What the table shows by its first measure: a sentence per word that was computed."""
     found: dict[str, list[str]] = {}
-    for row in differences(table, "val_top1"):
+    for row in differences(table, table.first.key):
         if "word" in row:
             told = f"{_label(table, row['arm'])} against {_label(table, row['against'])}"
             found.setdefault(row["word"], []).append(f"{told} ({_interval_told(row)})")
     order = ("better", "worse", "no difference shown", "not known")
     return [
-        f"{word[0].upper()}{word[1:]} in top-1 error: {'; '.join(found[word])}."
+        f"{word[0].upper()}{word[1:]} in {table.first.title}: {'; '.join(found[word])}."
         for word in order
         if word in found
     ]
@@ -44,15 +44,17 @@ def _label(table: Table, arm: str) -> str:
 
 
 def level_rows(table: Table) -> list[list[str]]:
-    """A header, then a row per arm: cost and errors, the paper's beside ours."""
+    """A header, then a row per arm: cost and measures, the paper's beside ours."""
     rows = [["", "parameters", "GMAC", "seeds"]]
-    for _, title, _ in MEASURES:
-        rows[0] += [f"{title}, %", "paper"]
+    for measure in table.study.measures:
+        rows[0] += [f"{measure.title}, %", "paper"]
     for row in levels(table):
-        cost = [f"{row['parameters']:,}", f"{row['gmac']:.4f}"] if row["n"] else ["-", "-"]
-        cells = [row["label"], *cost, str(row["n"])]
-        for measure, _, place in MEASURES:
-            cells += [_level(row[measure]), f"{row['paper'][place]:.2f}" if row["paper"] else "-"]
+        parameters = f"{row['parameters']:,}" if row["n"] else "-"
+        gmac = "-" if row["gmac"] is None else f"{row['gmac']:.4f}"
+        cells = [row["label"], parameters, gmac, str(row["n"])]
+        for place, measure in enumerate(table.study.measures):
+            paper = printed(row["paper"], place)
+            cells += [_level(row[measure.key]), "-" if paper is None else f"{paper:.2f}"]
         rows.append(cells)
     return rows
 
@@ -89,7 +91,7 @@ def _points(value: float | None) -> str:
 
 def reading(table: Table) -> list[str]:
     """How to read the numbers, and what a reader must know of these."""
-    count = sum("word" in row for row in differences(table, "val_top1"))
+    count = sum("word" in row for row in differences(table, table.first.key))
     found = [
         "± is the standard deviation over seeds. Of every run the last epoch counts, never the best.",
         "Differences are in points, paired by seed: runs of a seed start from the same weights, as far as "
@@ -131,19 +133,20 @@ def facts(table: Table) -> list[tuple[str, str]]:
     devices = {f"{r['device']['name']} ({r['device']['type']})" for r in runs}
     versions = {", ".join(f"{k} {v}" for k, v in run["versions"].items()) for run in runs}
     seconds = [run["seconds"] for run in runs]
+    size = "their own sizes" if about["size"] is None else f"{about['size']} px"
     taken = sum(run["study"] != table.study.name for run in runs)
     return [
         (
             "data",
             f"{about['name']}: {about['train']:,} training and {about['val']:,} validation pictures of "
-            f"{about['size']} px, {about['classes']} classes",
+            f"{size}, {about['classes']} classes",
         ),
         ("network", shared.get("network", "named in each row")),
         (
             "training",
             f"from scratch, {steps}, learning rate {shared['lr']:g} ({shared['schedule']}), momentum "
             f"{shared['momentum']:g}, weight decay {shared['weight_decay']:g}, {shared['precision']}"
-            + (", pictures cropped and flipped on the device" if shared["resident"] else ""),
+            + _besides(shared),
         ),
         ("runs", f"{len(runs)}" + (f", {taken} of them taken over from other studies" if taken else "")),
         (
@@ -157,6 +160,18 @@ def facts(table: Table) -> list[tuple[str, str]]:
     ]
 
 
+def _besides(shared: dict[str, Any]) -> str:
+    """What not every training has."""
+    told = (
+        ("resident", ", pictures cropped and flipped on the device"),
+        ("warmup_epochs", ", warm-up of {} epochs"),
+        ("milestones", ", divided by 10 after epochs {}"),
+        ("augment", ", augmentation {}"),
+        ("regions", ", {} regions of a picture"),
+    )
+    return "".join(text.format(shared[name]) for name, text in told if shared.get(name))
+
+
 def title(table: Table) -> str:
     """The headline."""
     return f"{table.study.title}: {table.shared.get('network', 'several networks')} on {table.shared['data']}"
@@ -167,12 +182,12 @@ def markdown(table: Table, figure: str | None) -> str:
     lines = [f"# {as_markdown(title(table))}", "", f"**{as_markdown(status(table))}**", ""]
     lines += [line for told in outcome(table) for line in (as_markdown(told), "")]
     lines += _block(level_rows(table))
-    for measure, name, _ in MEASURES:
-        rows = difference_rows(table, measure)
+    for measure in table.study.measures:
+        rows = difference_rows(table, measure.key)
         if len(rows) > 1:
-            lines += [f"## Differences in {name}", "", *_block(rows)]
-        if figure and measure == MEASURES[0][0]:
-            lines += [f"![Differences in top-1 error]({figure})", ""]
+            lines += [f"## Differences in {measure.title}", "", *_block(rows)]
+        if figure and measure == table.first:
+            lines += [f"![Differences in {measure.title}]({figure})", ""]
     lines += ["## How to read it", "", *(f"- {as_markdown(note)}" for note in reading(table)), ""]
     lines += ["## What was run", ""]
     lines += [f"- {as_markdown(name)}: {as_markdown(value)}" for name, value in facts(table)]
@@ -188,7 +203,7 @@ def _block(rows: list[list[str]]) -> list[str]:
 def text(table: Table) -> str:
     """The tables for a terminal."""
     lines = [title(table), status(table), *uncounted(table), ""]
-    for rows in (level_rows(table), difference_rows(table, "val_top1")):
+    for rows in (level_rows(table), difference_rows(table, table.first.key)):
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         told = [
             "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from cbam.studies.timing import in_turns
 from cbam.train import Recipe
-from cbam.train.classification import make_optimizer
+from cbam.train.optimizer import make_optimizer
 
 ROUNDS = 15
 SECONDS = 20.0

@@ -8,11 +8,13 @@ import dataclasses
 import hashlib
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from cbam.errors import ConfigError
 from cbam.train.recipe import Recipe
+from cbam.train.recipes import Config, detect_coco, detect_short, detect_voc
 
 STARTS, PRECISIONS = ("paper", "identity"), ("fp32", "bf16")
 SEEDS = 5  # fewer make no table
@@ -32,7 +34,7 @@ class Arm:
         forked: attached to a plain network that was trained before, for as many epochs.
         reduction: of the channel attention; None for its default.
         where: the places, as `cbam.attach` takes them; None for every residual block.
-        paper: top-1 and top-5 error that the paper prints for the row, in %.
+        paper: what the paper prints for the row, in %, one after the other by the study's measures.
     """
 
     label: str
@@ -43,7 +45,26 @@ class Arm:
     forked: bool = False
     reduction: int | None = None
     where: str | None = None
-    paper: tuple[float, float] | None = None
+    paper: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What a table compares, in %: its key in the metrics of an epoch, and what it is called."""
+
+    key: str
+    title: str
+    lower_is_better: bool = True
+
+    @property
+    def better(self) -> str:
+        """On which side of zero a difference is an improvement."""
+        return "left" if self.lower_is_better else "right"
+
+
+ERRORS = (Measure("val_top1", "top-1 error"), Measure("val_top5", "top-5 error"))
+# Training pictures from which a data set is taken for ImageNet, for COCO, for VOC 07+12.
+LARGE, LARGE_COCO, LARGE_VOC = 1_000_000, 100_000, 10_000
 
 
 @dataclass(frozen=True)
@@ -51,7 +72,13 @@ class Study:
     """A table: its rows by name, and what a reader must know of it.
 
     Args:
-        small: the rows for data sets smaller than ImageNet; None for all.
+        small: the rows for data sets smaller than the paper's; None for all.
+        large: the rows for the paper's data set; None for all.
+        measures: what is compared, the first one in the sentences and in the figure.
+        whole: training pictures from which a data set is taken for the paper's.
+        usual: the protocol for a data set, of its name, its number of training pictures and their size.
+        boxed: whether it is of detectors, on pictures with boxes.
+        paper_data: what the paper's numbers were measured on.
     """
 
     name: str
@@ -59,10 +86,16 @@ class Study:
     arms: dict[str, Arm]
     notes: tuple[str, ...] = ()
     small: tuple[str, ...] | None = None
+    large: tuple[str, ...] | None = None
+    measures: tuple[Measure, ...] = ERRORS
+    whole: int = LARGE
+    usual: "Callable[[str, int, int | None], Protocol]" = lambda *about: usual(*about)
+    boxed: bool = False
+    paper_data: str = "ImageNet"
 
     def chosen(self, *, small: bool) -> dict[str, Arm]:
         """The rows that count as the whole table."""
-        names = self.small if small and self.small else tuple(self.arms)
+        names = (self.small if small else self.large) or tuple(self.arms)
         return {name: self.arms[name] for name in names}
 
     @property
@@ -80,7 +113,9 @@ class Protocol:
         size: side of the pictures in pixels; None: chosen from the folder.
         limit: about so many training and validation pictures; None for all.
         resident: the pictures lie on the device, and are cropped and flipped there.
-        small: the data set is smaller than ImageNet.
+        small: the data set is smaller than the paper's.
+        warmup_epochs, milestones: see `cbam.train.Recipe`; None for none.
+        augment, regions: of detectors, see `cbam.train.recipes.Config`.
     """
 
     data: str
@@ -97,6 +132,10 @@ class Protocol:
     precision: str = "fp32"
     resident: bool = False
     small: bool = True
+    warmup_epochs: float | None = None
+    milestones: tuple[int, ...] | None = None
+    augment: str | None = None
+    regions: int | None = None
 
     def __post_init__(self) -> None:
         problems = []
@@ -106,7 +145,7 @@ class Protocol:
             problems.append(str(error))
         if self.precision not in PRECISIONS:
             problems.append(f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
-        for name in ("size", "limit"):
+        for name in ("size", "limit", "regions"):
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < 1):
                 problems.append(f"{name} must be a whole number above 0, got {value!r}")
@@ -118,7 +157,8 @@ class Protocol:
         return Recipe(
             epochs=self.epochs, batch_size=self.batch_size, optimizer=self.optimizer, lr=self.lr,
             momentum=self.momentum, weight_decay=self.weight_decay, schedule=self.schedule,
-            precision=self.precision,
+            precision=self.precision, warmup_epochs=self.warmup_epochs or 0.0,
+            milestones=self.milestones or (),
         )  # fmt: skip
 
 
@@ -143,18 +183,41 @@ def imagenet() -> Protocol:
 
 
 PROTOCOLS = {"digits": digits, "imagenette": imagenette, "imagenet": imagenet}
-LARGE = 1_000_000  # training pictures, from which a data set is taken for ImageNet
 ROOM = 8 << 30  # bytes of pictures that may lie on a device
 
 
-def usual(data: str, train: int, size: int) -> Protocol:
+def usual(data: str, train: int, size: int | None) -> Protocol:
     """The protocol for a data set of that name, number of training pictures and size of pictures."""
+    assert size is not None
     if data == DIGITS:
         return digits()
     if train >= LARGE:
         return dataclasses.replace(imagenet(), data=data)
     fits = train * 3 * size**2 <= ROOM
     return dataclasses.replace(imagenette(), data=data, resident=fits)
+
+
+def faster_rcnn(data: str, train: int, size: int | None) -> Protocol:
+    """The protocol of table 6: the recipe detect/coco for COCO, detect/short for what is smaller."""
+    return _of_recipe(data, detect_coco() if train >= LARGE_COCO else detect_short(), train < LARGE_COCO)
+
+
+def single_shot(data: str, train: int, size: int | None) -> Protocol:
+    """The protocol of table 7: detect/voc. For what is smaller, 120 epochs from scratch, half a cosine."""
+    own = detect_voc()
+    if train >= LARGE_VOC:
+        return _of_recipe(data, own, False)
+    short = dataclasses.replace(
+        own, epochs=120, batch_size=16, lr=0.01, schedule="cosine", milestones=(), warmup_epochs=2
+    )
+    return _of_recipe(data, short, True)
+
+
+def _of_recipe(data: str, config: Config, small: bool) -> Protocol:
+    shared = {field.name for field in dataclasses.fields(Protocol)} & set(Config.names())
+    own = {name: getattr(config, name) for name in shared - {"data", "size", "limit"}}
+    own |= {"milestones": config.milestones or None, "warmup_epochs": config.warmup_epochs or None}
+    return Protocol(data=data, network="", small=small, **own)
 
 
 _OF_ARM = ("network", "attention", "start", "forked", "reduction", "where")
@@ -165,7 +228,8 @@ def run_config(protocol: Protocol, arm: Arm, seed: int) -> dict[str, Any]:
     config = dataclasses.asdict(protocol)
     del config["small"]
     own = {name: getattr(arm, name) for name in _OF_ARM}
-    return config | own | {"network": arm.network or protocol.network, "seed": seed}
+    config |= own | {"network": arm.network or protocol.network, "seed": seed}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in config.items()}
 
 
 def run_key(config: dict[str, Any]) -> str:

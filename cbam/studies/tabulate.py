@@ -13,18 +13,16 @@ from typing import Any
 from cbam.studies.records import counts
 from cbam.studies.statistics import paired_difference, pairs_needed, resolution, spread
 from cbam.studies.study import (
-    LARGE,
     SEEDS,
     Arm,
+    Measure,
     Study,
     run_config,
     run_key,
     said,
     shared_part,
-    usual,
 )
 
-MEASURES = (("val_top1", "top-1 error", 0), ("val_top5", "top-5 error", 1))  # and which of the paper's pair
 _ROW = ("attention", "start", "forked", "reduction", "where")
 
 
@@ -41,8 +39,13 @@ class Table:
 
     @property
     def small(self) -> bool:
-        """Whether the data set is smaller than ImageNet."""
-        return self.about["train"] < LARGE
+        """Whether the data set is smaller than the paper's."""
+        return self.about["train"] < self.study.whole
+
+    @property
+    def first(self) -> Measure:
+        """The measure that the sentences and the figure are about."""
+        return self.study.measures[0]
 
     @property
     def arms(self) -> dict[str, Arm]:
@@ -66,7 +69,7 @@ class Table:
         """What its files are called; with a digest where the settings are not the usual ones."""
         name = f"{self.study.name}-{self.shared['data']}"
         network = self.shared.get("network")
-        protocol = usual(self.shared["data"], self.about["train"], self.about["size"])
+        protocol = self.study.usual(self.shared["data"], self.about["train"], self.about["size"])
         plain = Arm("", network=None if self.study.many_networks else protocol.network)
         common = shared_part(self.study, run_config(protocol, plain, 0)) | {"size": self.shared["size"]}
         if said(common) == said(self.shared):
@@ -76,7 +79,7 @@ class Table:
 
     def values(self, arm: str, measure: str) -> dict[int, float]:
         """The last epoch's measure by seed."""
-        found = {seed: run["epochs"][-1][measure] for seed, run in self.runs.get(arm, {}).items()}
+        found = {seed: run["epochs"][-1].get(measure) for seed, run in self.runs.get(arm, {}).items()}
         return {seed: value for seed, value in found.items() if value is not None}
 
 
@@ -113,9 +116,11 @@ def levels(table: Table) -> list[dict[str, Any]]:
     found = []
     for name, arm in table.arms.items():
         row: dict[str, Any] = {"arm": name, "label": arm.label, "paper": arm.paper}
-        for measure, _, _ in MEASURES:
-            values = list(table.values(name, measure).values())
-            row[measure] = {"mean": statistics.fmean(values), "spread": spread(values)} if values else None
+        for measure in table.study.measures:
+            values = list(table.values(name, measure.key).values())
+            row[measure.key] = (
+                {"mean": statistics.fmean(values), "spread": spread(values)} if values else None
+            )
         runs = list(table.runs.get(name, {}).values())
         row["n"] = len(runs)
         row["parameters"], row["gmac"] = (runs[0][key] if runs else None for key in ("parameters", "gmac"))
@@ -131,22 +136,28 @@ def differences(table: Table, measure: str) -> list[dict[str, Any]]:
     "needed" the number of pairs that would show one of the size found; None where there is no interval, or
     more than MOST_PAIRS.
     """
-    place = next(place for name, _, place in MEASURES if name == measure)
+    place, told = next((i, m) for i, m in enumerate(table.study.measures) if m.key == measure)
     found = []
     for name, arm in table.arms.items():
         for other in arm.against:
             own, base = table.values(name, measure), table.values(other, measure)
             both = sorted(own.keys() & base.keys())
             ours, theirs = arm.paper, table.study.arms[other].paper
-            paper = round(ours[place] - theirs[place], 2) if ours and theirs else None
+            ours, theirs = printed(ours, place), printed(theirs, place)
+            paper = None if ours is None or theirs is None else round(ours - theirs, 2)
             row: dict[str, Any] = {"arm": name, "against": other, "paper": paper, "n": len(both)}
             if both:
                 pairs = [own[s] for s in both], [base[s] for s in both]
-                row |= paired_difference(*pairs, lower_is_better=True)
+                row |= paired_difference(*pairs, lower_is_better=told.lower_is_better)
                 row["each"] = {s: own[s] - base[s] for s in both}
                 row |= _power(row)
             found.append(row)
     return found
+
+
+def printed(paper: tuple[float, ...] | None, place: int) -> float | None:
+    """What the paper prints by the measure of that number."""
+    return paper[place] if paper and place < len(paper) else None
 
 
 def _power(row: dict[str, Any]) -> dict[str, Any]:

@@ -14,16 +14,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from cbam.data import Images, Resident, cluttered_digits, image_folder
+from cbam.data import BoxedImages, Images, Resident, cluttered_digits, image_folder
 from cbam.errors import AttachError, ConfigError, NonFiniteError
 from cbam.models import MobileNetV1, build, profile
+from cbam.models.detectors import DETECTORS
 from cbam.models.variants import VARIANTS
 from cbam.nn import ATTENTION
 from cbam.studies import machine
+from cbam.studies.boxes import BoxedPictures
 from cbam.studies.records import SCHEMA
 from cbam.studies.study import DIGITS, Protocol, run_key
 from cbam.surgery import attach, attached
 from cbam.train import checkpoint, fit
+from cbam.train.detector import make_detector
 
 SAVE_EVERY = 1000  # steps
 
@@ -118,7 +121,12 @@ class Training:
     """Trains one run after another on the same pictures and device."""
 
     def __init__(
-        self, protocol: Protocol, pictures: Pictures, device: torch.device, *, workers: int = 0
+        self,
+        protocol: Protocol,
+        pictures: Pictures | BoxedPictures,
+        device: torch.device,
+        *,
+        workers: int = 0,
     ) -> None:
         self.protocol, self.pictures, self.device, self.workers = protocol, pictures, device, workers
         self._forked: tuple[dict[str, Any], nn.Module, list[dict]] | None = None
@@ -200,7 +208,7 @@ class Training:
         copy.load_state_dict(model.state_dict())
         return copy, history
 
-    def _pictures(self) -> tuple[Images, Images]:
+    def _pictures(self) -> tuple[Images, Images] | tuple[BoxedImages, BoxedImages]:
         return self.pictures.ready(self.protocol, self.device)
 
     def _fit(self, model: nn.Module, config: dict, tell: Callable[[int], None], keeper: Any) -> list[dict]:
@@ -228,7 +236,18 @@ def plain(config: dict[str, Any], classes: int) -> nn.Module:
     """The network of a run before attention, initialised by the run's seed alone."""
     with torch.random.fork_rng():
         torch.manual_seed(config["seed"])
-        return build(config["network"], num_classes=classes)
+        return _built(config, classes)
+
+
+def _built(config: dict[str, Any], classes: int) -> nn.Module:
+    name = config["network"]
+    if not _is_detector(name):
+        return build(name, num_classes=classes)
+    return make_detector(name, classes, start="paper", size=config["size"], regions=config.get("regions"))
+
+
+def _is_detector(network: str) -> bool:
+    return network.partition(":")[0] in DETECTORS
 
 
 def refine(model: nn.Module, config: dict[str, Any]) -> nn.Module:
@@ -238,10 +257,21 @@ def refine(model: nn.Module, config: dict[str, Any]) -> nn.Module:
     attention = (ATTENTION | VARIANTS)[config["attention"]]
     if config["reduction"] is not None:
         attention = partial(attention, reduction=config["reduction"])  # pyright: ignore[reportCallIssue]
-    where = config["where"] or (MobileNetV1.UNITS if isinstance(model, MobileNetV1) else None)
+    where = config["where"] or _usual_places(model, config["network"])
     with torch.random.fork_rng():
         torch.manual_seed(config["seed"])
         return attach(model, where, attention, start=config["start"])
+
+
+def _usual_places(model: nn.Module, network: str) -> str | None:
+    """Where attention goes in a network, None for the ends of its residual blocks."""
+    if isinstance(model, MobileNetV1):
+        return MobileNetV1.UNITS
+    if network.startswith("stairnet300"):
+        from cbam.models.ssd import ATTENTION_AT
+
+        return ATTENTION_AT
+    return None
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -252,19 +282,25 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def cost_of(config: dict[str, Any], classes: int, size: int) -> dict[str, Any]:
+def cost_of(config: dict[str, Any], classes: int, size: int | None) -> dict[str, Any]:
     """Parameters, 10^9 multiply-accumulates for one picture, and places of attention; nothing is computed.
+
+    What a detector computes depends on what it finds, so it has no such number: None.
 
     Raises:
         ConfigError: the network cannot be made.
     """
     try:
         with torch.device("meta"):
-            model = refine(build(config["network"], num_classes=classes), config)
-            cost = profile(model, size)
+            model = refine(_built(config, classes), config)
+            if size is None or _is_detector(config["network"]):
+                parameters, gmac = sum(p.numel() for p in model.parameters()), None
+            else:
+                cost = profile(model, size)
+                parameters, gmac = cost.parameters, cost.gmac
     except AttachError as error:
         raise ConfigError(f"{config['network']}, {config['attention']}: {error}") from error
-    return {"parameters": cost.parameters, "gmac": cost.gmac, "sites": len(attached(model))}
+    return {"parameters": parameters, "gmac": gmac, "sites": len(attached(model))}
 
 
 def _device_memory(device: torch.device) -> float | None:

@@ -4,7 +4,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from cbam.train.fitting import Evaluation, evaluate, fit, pick_device
+    from cbam.train.fitting import Detections, Evaluation, evaluate, evaluate_detector, fit, pick_device
     from cbam.train.recipe import Recipe
     from cbam.train.recipes import RECIPES, Config
     from cbam.train.runs import run
@@ -12,14 +12,28 @@ if TYPE_CHECKING:
 
 # The command line reads the recipes for its help, which must not wait for torch.
 _HOME = {
-    **dict.fromkeys(("Evaluation", "evaluate", "fit", "pick_device"), "fitting"),
+    **dict.fromkeys(
+        ("Detections", "Evaluation", "evaluate", "evaluate_detector", "fit", "pick_device"), "fitting"
+    ),
     **dict.fromkeys(("Config", "RECIPES"), "recipes"),
     "run": "runs",
     "score": "scoring",
     "Recipe": "recipe",
 }
 
-__all__ = ["RECIPES", "Config", "Evaluation", "Recipe", "evaluate", "fit", "pick_device", "run", "score"]
+__all__ = [
+    "RECIPES",
+    "Config",
+    "Detections",
+    "Evaluation",
+    "Recipe",
+    "evaluate",
+    "evaluate_detector",
+    "fit",
+    "pick_device",
+    "run",
+    "score",
+]
 
 
 def __getattr__(name: str):

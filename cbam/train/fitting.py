@@ -1,19 +1,20 @@
-"""Training and evaluation of a classifier: two functions around Lightning's Trainer."""
+"""Training and evaluation of a classifier or a detector: functions around Lightning's Trainer."""
 
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from cbam.data import Images, Shard, loader
+from cbam.data import BoxedImages, Images, Shard, loader
 from cbam.data.images import draws
 from cbam.errors import ConfigError, DataError, MissingExtraError
 from cbam.train.distributed import World, world
 from cbam.train.recipe import Recipe
+from cbam.train.task import Task
 
 if TYPE_CHECKING:
     from cbam.train.keeper import Keeper
@@ -33,11 +34,32 @@ class Evaluation:
     probabilities: Tensor
     targets: Tensor
 
+    def __str__(self) -> str:
+        top5 = "" if self.top5 is None else f", top-5 error {self.top5:.2f} %"
+        return f"top-1 error {self.top1:.2f} %{top5}, loss {self.loss:.4f}"
+
+
+@dataclass(frozen=True)
+class Detections:
+    """How a detector does on a data set.
+
+    scores: by name, in %, see `cbam.train.detection`. found, truth: by the index of the picture, see
+    `cbam.train.detection_metrics`.
+    """
+
+    scores: dict[str, float | None]
+    found: dict[int, dict[str, Tensor]]
+    truth: dict[int, dict[str, Tensor]]
+
+    def __str__(self) -> str:
+        known = ((name.removeprefix("val_"), value) for name, value in self.scores.items())
+        return ", ".join(f"{name} {'-' if value is None else f'{value:.2f} %'}" for name, value in known)
+
 
 def fit(
     model: nn.Module,
-    train: Images,
-    val: Images,
+    train: Images | BoxedImages,
+    val: Images | BoxedImages,
     recipe: Recipe,
     *,
     seed: int,
@@ -53,7 +75,8 @@ def fit(
     trained with the same seed and epochs see the same batches. On a CPU the same call gives the same
     weights, bit for bit. Errors are in %, `seconds` is the training part of the epoch, `step_seconds`
     the median step, `wait_seconds` what was waited for pictures. With an average (`ema`) it is what is
-    evaluated, and what `model` holds in the end.
+    evaluated, and what `model` holds in the end. Pictures with boxes train a detector, any others a
+    classifier.
 
     In several processes (see distributed.py), each of which calls this alike, the steps are the same, but for
     what BatchNorm and dropout see: each process has its part of every batch.
@@ -69,7 +92,7 @@ def fit(
         NonFiniteError: the loss is not finite. OutOfMemoryError. DistributedError: another process is gone.
         StoppedError: the keeper was told to stop. OutputError: it can no longer save.
     """
-    task_class = _lightning()
+    steps_class = _lightning()
     here, where = world(), pick_device(device)
     if recipe.precision == "fp64":
         model.double()  # before a checkpoint is read into it
@@ -77,10 +100,8 @@ def fit(
     shard = Shard(here.rank, here.size, recipe.accumulate)
     batches = loader(train, recipe.batch_size, train=True, seed=seed, workers=workers, shard=shard)
     batches.sampler.set_epoch(first_epoch)  # type: ignore[attr-defined]
-    task = task_class(
-        model,
-        train.mean,
-        train.std,
+    steps = steps_class(
+        _task(model, train, recipe),
         recipe,
         steps_per_epoch=len(batches) // recipe.accumulate,
         first_epoch=first_epoch,
@@ -94,41 +115,41 @@ def fit(
     with _seeded(_own(seed, here)), _modes_restored(model), _listening(keeper):
         model.to(memory_format=torch.channels_last)  # what convolutions are fastest in
         try:
-            _train(task, batches, checks, where, keeper)
-            if task.average is not None:
-                task.average.swap()
+            _train(steps, batches, checks, where, keeper)
+            if steps.average is not None:
+                steps.average.swap()
         finally:
             for each in (batches, checks):
                 each.end()  # type: ignore[attr-defined]
             model.to(memory_format=torch.contiguous_format)
-    return task.history
+    return steps.history
 
 
-def _train(task, batches: DataLoader, checks: DataLoader, where: torch.device, keeper) -> None:
+def _train(steps, batches: DataLoader, checks: DataLoader, where: torch.device, keeper) -> None:
     """The epochs that are left, and before them the validation that a killed run did not come to."""
     from cbam.train.engine import trainer
 
-    recipe, callbacks, first_epoch = task.recipe, [keeper] if keeper else [], task.first_epoch
+    recipe, callbacks, first_epoch = steps.recipe, [keeper] if keeper else [], steps.first_epoch
     common = len(checks.dataset) // world().size  # type: ignore[arg-type]
-    if keeper and keeper.take_up(task, batches, -(-common // checks.batch_sampler.size)):  # type: ignore[union-attr]
+    if keeper and keeper.take_up(steps, batches, -(-common // checks.batch_sampler.size)):  # type: ignore[union-attr]
         with trainer(where, 1, callbacks, recipe) as lightning:
-            lightning.validate(task, checks, verbose=False)
-        task.finish_epoch(task.first_epoch)
-        task.first_epoch += 1
-        batches.sampler.set_epoch(task.first_epoch)  # type: ignore[attr-defined]
-    left = recipe.epochs - (task.first_epoch - first_epoch)
+            lightning.validate(steps, checks, verbose=False)
+        steps.finish_epoch(steps.first_epoch)
+        steps.first_epoch += 1
+        batches.sampler.set_epoch(steps.first_epoch)  # type: ignore[attr-defined]
+    left = recipe.epochs - (steps.first_epoch - first_epoch)
     with trainer(where, left, callbacks, recipe) as lightning:
-        task.model.train()
+        steps.model.train()
         if left > 0:
-            lightning.fit(task, batches, checks)
+            lightning.fit(steps, batches, checks)
 
 
-def _checks(images: Images, batch_size: int, workers: int, here: World) -> DataLoader:
+def _checks(images: Images | BoxedImages, batch_size: int, workers: int, here: World) -> DataLoader:
     """The part of a validation set that is this process's: every world-th picture."""
     return loader(images, max(1, batch_size), train=False, workers=workers, shard=Shard(here.rank, here.size))
 
 
-def _check_processes(here: World, where: torch.device, recipe: Recipe, val: Images) -> None:
+def _check_processes(here: World, where: torch.device, recipe: Recipe, val: Images | BoxedImages) -> None:
     parts = here.size * recipe.accumulate
     if recipe.batch_size % parts:
         raise ConfigError(
@@ -154,25 +175,71 @@ def evaluate(
 
     In several processes (see distributed.py) each takes its part, and all return the whole.
     """
-    task_class, here = _lightning(), world()
+    steps = _validated(model, images, batch_size, device, workers, on_step)
+    logits, targets, indices = steps.collected
+    _check_whole(images, indices.tolist())
+    loss, top1, top5 = (steps.validated[f"val_{name}"] for name in ("loss", "top1", "top5"))
+    return Evaluation(top1, top5, loss, logits.double().softmax(1), targets)
+
+
+def evaluate_detector(
+    model: nn.Module,
+    images: BoxedImages,
+    *,
+    batch_size: int = 16,
+    device: str = "auto",
+    workers: int = 0,
+    on_step: Callable[[int], None] | None = None,
+) -> Detections:
+    """Scores and detections of `model` on `images`: see `evaluate`.
+
+    Raises:
+        NonFiniteError: a box or a score is NaN. MissingExtraError: what scores by COCO's rules is not there.
+    """
+    steps = _validated(model, images, batch_size, device, workers, on_step)
+    found, truth = steps.collected
+    _check_whole(images, list(found))
+    return Detections(steps.validated, found, truth)
+
+
+def _validated(
+    model: nn.Module,
+    images: Images | BoxedImages,
+    batch_size: int,
+    device: str,
+    workers: int,
+    on_step: Callable[[int], None] | None,
+) -> Any:
+    """The `Steps` of an evaluation, with what was collected and its metrics."""
+    steps_class, here = _lightning(), world()
     from cbam.train.engine import trainer
 
     if here.size > len(images):
         raise ConfigError(f"{len(images)} pictures are too few for {here.size} processes")
-    task = task_class(model, images.mean, images.std, on_step=on_step)
+    steps = steps_class(_task(model, images), on_step=on_step)
     batches = _checks(images, batch_size, workers, here)
     with trainer(pick_device(device), 1) as lightning, _seeded(0), _modes_restored(model):
         try:
-            lightning.validate(task, batches, verbose=False)
+            lightning.validate(steps, batches, verbose=False)
         finally:
             batches.end()  # type: ignore[attr-defined]
-    logits, targets, indices = task.collected()
-    if not torch.equal(indices, torch.arange(len(images))):
+    return steps
+
+
+def _check_whole(images: Images | BoxedImages, indices: list[int]) -> None:
+    if indices != list(range(len(images))):
         raise DataError(f"{images.name}: {len(indices)} pictures were evaluated instead of {len(images)}")
-    scored = task._validated
-    return Evaluation(
-        scored["val_top1"], scored["val_top5"], scored["val_loss"], logits.double().softmax(1), targets
-    )
+
+
+def _task(model: nn.Module, images: Images | BoxedImages, recipe: Recipe | None = None) -> Task:
+    """What the network is trained for: the pictures say it."""
+    if isinstance(images, BoxedImages):
+        from cbam.train.detection import Detection
+
+        return Detection(model, images.classes, images.rules)
+    from cbam.train.classification import Classification
+
+    return Classification(model, images.mean, images.std, recipe)
 
 
 def pick_device(device: str) -> torch.device:
@@ -190,12 +257,12 @@ def pick_device(device: str) -> torch.device:
 
 def _lightning():
     try:
-        from cbam.train.classification import Classification
+        from cbam.train.steps import Steps
     except ImportError as error:
         if error.name and error.name.startswith("cbam"):
             raise
         raise MissingExtraError.of("training", "train") from error
-    return Classification
+    return Steps
 
 
 def _own(seed: int, here: World) -> int:

@@ -17,6 +17,7 @@ from typing import Any
 from cbam.errors import ConfigError, OutputError
 from cbam.train.checkpoint import sync_folder, write
 from cbam.train.fault import fault
+from cbam.train.task import is_epoch
 
 CONFIG, METRICS, LOCK = "config.json", "metrics.jsonl", "lock"
 
@@ -136,7 +137,7 @@ class Metrics:
     def _is_before(line: bytes, epoch: int, step: int) -> bool:
         try:
             entry = json.loads(line)
-            over = entry["epoch"] < epoch if "val_loss" in entry else entry["step"] <= step
+            over = entry["epoch"] < epoch if is_epoch(entry) else entry["step"] <= step
             return line.endswith(b"\n") and over
         except (ValueError, KeyError, TypeError):
             return False

@@ -18,12 +18,13 @@ from torch.utils.data import DataLoader
 from cbam.data.images import draws
 from cbam.errors import CheckpointError, DataError, OutputError, StoppedError
 from cbam.train import checkpoint
-from cbam.train.classification import CLOCK, Classification, NonFiniteLossError
 from cbam.train.distributed import world
 from cbam.train.fault import fault
 from cbam.train.folder import Metrics
 from cbam.train.guard import rng, set_rng
 from cbam.train.loggers import Loggers
+from cbam.train.steps import CLOCK, NonFiniteLossError, Steps
+from cbam.train.task import told
 
 PATIENCE = 3  # saves that may fail one after the other
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -82,42 +83,42 @@ class Keeper(pl.Callback):
 
     # --- going on ---
 
-    def take_up(self, task: Classification, batches: DataLoader, common: int = 0) -> bool:
+    def take_up(self, steps: Steps, batches: DataLoader, common: int = 0) -> bool:
         """Put all but the optimizer where the checkpoint has it; whether its epoch waits for validation.
 
         `common` is the number of batches that every process validates.
         """
-        state, self._task, self._common = self.state, task, common
+        state, self._steps, self._common = self.state, steps, common
         self._began_at = state["step"] if state else 0
-        task.wishes = self._wishes
+        steps.wishes = self._wishes
         if state is None:
             self._cut(0, -1)
             return False
         epoch, seen = state["epoch"], state["seen"]
-        if state["steps_per_epoch"] != task.steps_per_epoch:
+        if state["steps_per_epoch"] != steps.steps_per_epoch:
             raise CheckpointError(
                 f"the checkpoint counts {state['steps_per_epoch']} steps per epoch, "
-                f"this run {task.steps_per_epoch}"
+                f"this run {steps.steps_per_epoch}"
             )
         self._step = state["step"]
         self._cut(epoch, self._step)
-        task.model.load_state_dict(state["model"])
-        if task.average is not None:
-            task.average.load_state_dict(state["average"])
-        task.take_up(epoch, seen, state["history"])
+        steps.model.load_state_dict(state["model"])
+        if steps.average is not None:
+            steps.average.load_state_dict(state["average"])
+        steps.take_up(epoch, seen, state["history"])
         sampler: Any = batches.batch_sampler
         sampler.sampler.resume(epoch, seen["step"] * sampler.size)
-        self._take_up_rng(state, task)
-        waits = seen["step"] == task.steps_per_epoch
+        self._take_up_rng(state, steps)
+        waits = seen["step"] == steps.steps_per_epoch
         if waits:
-            task._seen = {}
+            steps._seen = {}
         return waits
 
     def _cut(self, epoch: int, step: int) -> None:
         if self._here.is_first:
             self.metrics.cut(epoch, step)
 
-    def _take_up_rng(self, state: dict[str, Any], task: Classification) -> None:
+    def _take_up_rng(self, state: dict[str, Any], steps: Steps) -> None:
         """Its own state, where there were as many processes; else one made from the place in the run."""
         states = [state["rng"], *state.get("more_rng", [])]
         if len(states) == self._here.size:
@@ -143,7 +144,7 @@ class Keeper(pl.Callback):
     def _override(self, optimizer, schedule, bases: list[Any], fresh: list[tuple[float, float]]) -> None:
         """Let the settings that the run goes on with count, not those that it began with."""
         schedule.base_lrs = bases
-        momentum = self._task.recipe.momentum
+        momentum = self._steps.recipe.momentum
         for group, base, (_, decay), factor in zip(
             optimizer.param_groups, bases, fresh, schedule.lr_lambdas, strict=True
         ):
@@ -165,27 +166,27 @@ class Keeper(pl.Callback):
         self._lr = optimizer.param_groups[0]["lr"]
 
     def on_train_batch_end(self, trainer, pl_module, outputs: Any, batch, batch_idx) -> None:
-        task = self._task
-        if not task.ends_step(batch_idx):
+        steps = self._steps
+        if not steps.ends_step(batch_idx):
             return
         fault("post_step")
         self._step += 1
         self._between = True
-        done = task.place(batch_idx)[0] + 1
+        done = steps.place(batch_idx)[0] + 1
         if self._here.is_first and self._step % self.log_every == 0:
-            self._log_step(task)
+            self._log_step(steps)
         self._check_time()
-        stop = self._agreed(task.wished)
+        stop = self._agreed(steps.wished)
         due = self.save_every and self._step % self.save_every == 0
-        if due or stop or done == task.steps_per_epoch:
+        if due or stop or done == steps.steps_per_epoch:
             self._save(trainer, done)
         if stop:
-            self._raise(stop, f"after {done} of {task.steps_per_epoch} steps of epoch {task.epoch}")
+            self._raise(stop, f"after {done} of {steps.steps_per_epoch} steps of epoch {steps.epoch}")
 
-    def _log_step(self, task: Classification) -> None:
-        entry = {"epoch": task.epoch, "step": self._step, "loss": task.step_loss, "lr": self._lr}
+    def _log_step(self, steps: Steps) -> None:
+        entry = {"epoch": steps.epoch, "step": self._step, "loss": steps.step_loss, "lr": self._lr}
         self.metrics.add(entry)
-        self._log(entry | task.rates())
+        self._log(entry | steps.rates())
 
     def _log(self, entry: dict[str, Any]) -> None:
         if self._loggers is not None:
@@ -203,7 +204,7 @@ class Keeper(pl.Callback):
         else:
             stop = self._stop
         if stop:  # the epoch was saved before its validation
-            self._raise(stop, f"in the validation of epoch {self._task.epoch}")
+            self._raise(stop, f"in the validation of epoch {self._steps.epoch}")
 
     def on_exception(self, trainer, pl_module, exception: BaseException) -> None:
         """Save what was reached: before a step whose loss is not finite, or when a picture ends the run."""
@@ -220,13 +221,14 @@ class Keeper(pl.Callback):
         return self._step > saved
 
     def _name_pictures(self, error: NonFiniteLossError) -> None:
-        told = {"epoch": self._task.epoch, "step": self._step, "loss": str(error), "pictures": error.pictures}
+        about = {"epoch": self._steps.epoch, "step": self._step, "loss": str(error)}
+        about |= {"pictures": error.pictures}
         with contextlib.suppress(OSError):
-            checkpoint.write(self.folder / NONFINITE, (json.dumps(told) + "\n").encode())
+            checkpoint.write(self.folder / NONFINITE, (json.dumps(about) + "\n").encode())
 
     def _save_last(self, trainer: pl.Trainer) -> None:
         try:
-            self._save(trainer, self._task.seen()["step"])
+            self._save(trainer, self._steps.seen()["step"])
         except (FloatingPointError, OutputError) as error:
             self._say(f"nothing new was saved: {error}")
 
@@ -242,10 +244,7 @@ class Keeper(pl.Callback):
         if (seconds := entry["seconds"]) == seconds:
             clock = f", {seconds:.1f} s, {entry['images_per_second']:.0f} images/s"
             clock += f", {100 * entry['wait_seconds'] / seconds:.0f} % of it waiting for them"
-        self._say(
-            f"epoch {entry['epoch']}: loss {entry['train_loss']:.4f}, "
-            f"validation loss {entry['val_loss']:.4f}, top-1 error {entry['val_top1']:.2f} %{clock}"
-        )
+        self._say(f"epoch {entry['epoch']}: loss {entry['train_loss']:.4f}, {told(entry)}{clock}")
 
     # --- saving ---
 
@@ -274,23 +273,23 @@ class Keeper(pl.Callback):
             self._say(f"older checkpoints stay: {error}")
 
     def _state(self, trainer: pl.Trainer, done: int, states: list[dict[str, Any]]) -> dict[str, Any]:
-        task = self._task
+        steps = self._steps
         state = {
             **self.about,
-            "model": task.model.state_dict(),
+            "model": steps.model.state_dict(),
             "optimizer": trainer.optimizers[0].state_dict(),
             "schedule": trainer.lr_scheduler_configs[0].scheduler.state_dict(),
             "rng": states[0],
-            "epoch": task.epoch,
+            "epoch": steps.epoch,
             "step": self._step,
-            "steps_per_epoch": task.steps_per_epoch,
-            "seen": {**task.seen(), "step": done},
-            "history": task.history,
+            "steps_per_epoch": steps.steps_per_epoch,
+            "seen": {**steps.seen(), "step": done},
+            "history": steps.history,
         }
         if len(states) > 1:
             state["more_rng"] = states[1:]
-        if task.average is not None:
-            state["average"] = task.average.state_dict()
+        if steps.average is not None:
+            state["average"] = steps.average.state_dict()
         if scaler := trainer.precision_plugin.state_dict():
             state["scaler"] = scaler
         return state
@@ -299,10 +298,10 @@ class Keeper(pl.Callback):
         self._failures += 1
         room = "no room on the disk" if error.errno == errno.ENOSPC else error.strerror or str(error)
         what = f"{self.folder}: the checkpoint after step {self._step}"
-        told = f"{what} cannot be written ({room}); the older stay"
+        line = f"{what} cannot be written ({room}); the older stay"
         if self._stop or self._failures >= PATIENCE:
-            raise OutputError(told) from error
-        self._say(f"{told}, training goes on")
+            raise OutputError(line) from error
+        self._say(f"{line}, training goes on")
 
     # --- stopping ---
 

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from cbam.train.checkpoint import write
 from cbam.train.folder import METRICS
+from cbam.train.task import is_epoch
 
 TABLE = "epochs.csv"
 
@@ -68,7 +69,7 @@ class Line:
         self._now, self._epochs, self._every, self._last = now, epochs, every, float("-inf")
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        if "val_loss" in metrics or time.monotonic() < self._last + self._every:
+        if is_epoch(metrics) or time.monotonic() < self._last + self._every:
             return
         self._last = time.monotonic()
         rate, waited = metrics["images_per_second"], metrics["wait_share"]
@@ -87,10 +88,10 @@ class _Table:
         self._folder = folder
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        if "val_loss" not in metrics:
+        if not is_epoch(metrics):
             return
         lines = (self._folder / METRICS).read_text("utf-8").splitlines()
-        rows = [entry for entry in map(json.loads, lines) if "val_loss" in entry]
+        rows = [entry for entry in map(json.loads, lines) if is_epoch(entry)]
         text = io.StringIO()
         table = csv.DictWriter(text, rows[0], lineterminator="\n", extrasaction="ignore")
         table.writeheader()

@@ -6,16 +6,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from cbam.data import Images, cluttered_digits, picture_set
-from cbam.errors import CheckpointError, CheckpointNotFoundError
+from cbam.data import BoxedImages, Images, boxed_folder, cluttered_digits, picture_set
+from cbam.errors import CheckpointError, CheckpointNotFoundError, ConfigError
 from cbam.models import build
-from cbam.surgery import load_weights
 from cbam.train import checkpoint
+from cbam.train.detector import load_classifier, load_detector, make_detector
 from cbam.train.recipes import Config
 
 
-def pictures(config: Config) -> tuple[Images, Images]:
+def pictures(config: Config) -> tuple[Images, Images] | tuple[BoxedImages, BoxedImages]:
     """The training and the validation set."""
+    if config.detects:
+        return _boxed(config)
     sets = picture_set(config.data, size=config.size) if config.data else cluttered_digits()
     if config.limit:
         train, val = (images.subset(min(config.limit, len(images))) for images in sets)
@@ -23,28 +25,32 @@ def pictures(config: Config) -> tuple[Images, Images]:
     return sets
 
 
+def _boxed(config: Config) -> tuple[BoxedImages, BoxedImages]:
+    if config.data is None:
+        raise ConfigError(f"the recipe {config.recipe} needs DATA, a folder of COCO or Pascal VOC")
+    train, val = boxed_folder(config.data)
+    if config.limit:
+        train, val = train.subset(config.limit), val.subset(config.limit)
+    return train.augmented(config.augment or "none"), val
+
+
 def network(config: Config, classes: int, *, loaded: bool = False) -> nn.Module:
     """The network of a run, initialised by its seed; unless it is `loaded` later, with its first weights."""
     start = "identity" if config.pretrained else "paper"
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
-        model = build(config.model, num_classes=classes, start=start)
+        if config.detects:
+            model = make_detector(
+                config.model, classes, start=start, size=config.size, regions=config.regions
+            )
+        else:
+            model = build(config.model, num_classes=classes, start=start)
     if config.pretrained and not loaded:
-        _load(model, config.pretrained)
+        if config.detects:
+            load_detector(model, config.model, config.pretrained)
+        else:
+            load_classifier(model, config.pretrained)
     return model
-
-
-def _load(model: nn.Module, path: str) -> None:
-    """The weights of a file; the last layer stays as it is where it was made for other classes."""
-    try:
-        load_weights(model, path)
-    except CheckpointNotFoundError:
-        raise
-    except CheckpointError as error:
-        try:
-            load_weights(model, path, head="reset")
-        except CheckpointError:
-            raise error from None
 
 
 def ours(path: Path) -> dict[str, Any]:

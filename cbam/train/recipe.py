@@ -23,7 +23,7 @@ class Recipe:
         lr: the highest learning rate.
         weight_decay: on every parameter, as in the paper; with `decay_matrices_only` not on biases and norms.
         schedule: "cosine" (half a cosine down to zero over the run, arXiv 1608.03983), "step" (the
-            paper's: divided by 10 every `step_epochs` epochs) or "constant".
+            paper's: divided by 10 every `step_epochs` epochs, or after each of `milestones`) or "constant".
         warmup_epochs: over which the learning rate first rises in a straight line (arXiv 1706.02677).
         attention_lr: the learning rate of attached attention, as a multiple of that of the network.
         label_smoothing: share of the target that is spread over all classes (arXiv 1512.00567).
@@ -46,6 +46,7 @@ class Recipe:
     weight_decay: float = 1e-4
     schedule: str = "cosine"
     step_epochs: int = 30
+    milestones: tuple[int, ...] = ()
     warmup_epochs: float = 0.0
     attention_lr: float = 1.0
     decay_matrices_only: bool = False
@@ -78,6 +79,9 @@ class Recipe:
         for name in ("decay_matrices_only", "compile", "sync_bn"):
             value = getattr(self, name)
             yield isinstance(value, bool), f"{name} must be true or false, got {value!r}"
+        marks = self.milestones
+        rising = isinstance(marks, tuple) and all(map(_is_count, marks)) and list(marks) == sorted(set(marks))
+        yield rising, f"milestones must be rising numbers of epochs, got {marks!r}"
         if _is_count(self.batch_size) and _is_count(self.accumulate):
             good = self.batch_size % self.accumulate == 0
             yield good, f"batch_size {self.batch_size} must be a multiple of accumulate {self.accumulate}"
@@ -89,6 +93,8 @@ class Recipe:
             return (step + 1) / (warm + 1)
         if self.schedule == "constant":
             return 1.0
+        if self.schedule == "step" and self.milestones:
+            return 0.1 ** sum(step >= steps_per_epoch * mark for mark in self.milestones)
         if self.schedule == "step":
             return 0.1 ** (step // (steps_per_epoch * self.step_epochs))
         whole = max(1.0, steps_per_epoch * self.epochs - warm)

@@ -13,6 +13,8 @@ from typing import Any
 from cbam.errors import ConfigError
 from cbam.train.recipe import NONFINITE, OPTIMIZERS, PRECISIONS, SCHEDULES, Recipe
 
+AUGMENTATIONS = ("none", "flip", "ssd")  # those of cbam.data.augment, which needs torch
+DETECT = "detect/"  # recipes of detectors begin like this
 LOGGERS = ("csv", "tensorboard", "wandb", "mlflow")
 
 
@@ -28,10 +30,12 @@ class Config:
     data: str | None = _option(
         None,
         "image folder: train/ and val/ with one folder per class, or one folder, which is split; or a folder "
-        "of train-*.parquet and validation-*.parquet",
+        "of train-*.parquet and validation-*.parquet; with detect/... a folder of COCO or Pascal VOC",
     )
     model: str = _option(
-        "resnet_tiny+cbam", "network, see `cbam list`; with attention: resnet50+cbam", "NAME"
+        "resnet_tiny+cbam",
+        "network, see `cbam list`; with attention: resnet50+cbam; a detector: fasterrcnn:resnet50+cbam",
+        "NAME",
     )
     epochs: int = _option(10, "passes over the training pictures", "N")
     batch_size: int = _option(64, "pictures per step, on all devices together", "N")
@@ -42,6 +46,9 @@ class Config:
     decay_matrices_only: bool = _option(False, "no weight decay on biases and norms")
     schedule: str = _option("cosine", f"one of {', '.join(SCHEDULES)}", "NAME")
     step_epochs: int = _option(30, "with the step schedule: epochs between divisions by 10", "N")
+    milestones: tuple[int, ...] = _option(
+        (), "with the step schedule: divide by 10 after these epochs instead", "N"
+    )
     warmup_epochs: float = _option(0.0, "in which the learning rate rises from almost nothing", "N")
     attention_lr: float = _option(1.0, "learning rate of attention, as a multiple of --lr", "FACTOR")
     label_smoothing: float = _option(0.0, "share of the target that all classes get", "SHARE")
@@ -49,7 +56,17 @@ class Config:
     cutmix: float = _option(0.0, "cut pictures into each other, as --mixup", "A")
     ema: float = _option(0.0, "decay of an average of the weights, which is evaluated; 0: none", "DECAY")
     nonfinite: str = _option("stop", f"at a loss that is not finite: {' or '.join(NONFINITE)}", "WHAT")
-    size: int | None = _option(None, "side of the pictures in pixels; of a folder chosen from it", "PIXELS")
+    size: int | None = _option(
+        None,
+        "side of the pictures in pixels; of a folder chosen from it; of a detector the shorter side",
+        "PIXELS",
+    )
+    augment: str | None = _option(None, f"for detectors: {', '.join(AUGMENTATIONS)}", "NAME")
+    regions: int | None = _option(
+        None,
+        "with fasterrcnn: learn from N regions of a picture, and look at 2 N of them (512 and 1000)",
+        "N",
+    )
     limit: int | None = _option(None, "use only about N training and N validation pictures", "N")
     seed: int = _option(0, "of the weights, the order and the augmentation", "N")
     pretrained: str | None = _option(
@@ -73,8 +90,9 @@ class Config:
     )
 
     def __post_init__(self) -> None:
-        if isinstance(self.loggers, list):  # as JSON has it
-            object.__setattr__(self, "loggers", tuple(self.loggers))
+        for name in ("loggers", "milestones"):
+            if isinstance(value := getattr(self, name), list):  # as JSON has it
+                object.__setattr__(self, name, tuple(value))
         problems = [text for good, text in self._rules() if not good]
         try:
             self.training()
@@ -84,7 +102,7 @@ class Config:
             raise ConfigError("; ".join(problems))
 
     def _rules(self):
-        for name in ("size", "limit", "save_every", "log_every", "keep", "devices", "nodes"):
+        for name in ("size", "limit", "regions", "save_every", "log_every", "keep", "devices", "nodes"):
             value = getattr(self, name)
             optional = type(self).__dataclass_fields__[name].default is None
             good = (value is None and optional) or (type(value) is int and value > 0)
@@ -97,9 +115,25 @@ class Config:
         yield good, f"model must be the name of a network, got {self.model!r}"
         for name in self.loggers:
             yield name in LOGGERS, f"loggers must be of {', '.join(LOGGERS)}, got {name!r}"
+        yield from self._rules_of_task()
         if self.recipe == "digits":
             yield self.data is None, "the recipe digits makes its own pictures; for DATA there is folder"
             yield self.size is None, "size belongs to an image folder, and no DATA is given"
+
+    def _rules_of_task(self):
+        if not self.detects:
+            for name in ("augment", "regions"):
+                yield getattr(self, name) is None, f"{name} is for detectors: the recipes {DETECT}..."
+            return
+        good = self.augment in AUGMENTATIONS
+        yield good, f"augment must be one of {', '.join(AUGMENTATIONS)}, got {self.augment!r}"
+        for name in ("label_smoothing", "mixup", "cutmix", "compile"):
+            yield not getattr(self, name), f"{name} is not for detectors"
+
+    @property
+    def detects(self) -> bool:
+        """Whether it is a detector that is trained."""
+        return self.recipe.startswith(DETECT)
 
     def training(self) -> Recipe:
         """The part that says how the network is trained."""
@@ -118,7 +152,7 @@ FREE = (
 )
 # What may change when it is resumed with --override.
 OVERRIDABLE = (
-    *("epochs", "lr", "momentum", "weight_decay", "schedule", "step_epochs", "warmup_epochs"),
+    *("epochs", "lr", "momentum", "weight_decay", "schedule", "step_epochs", "milestones", "warmup_epochs"),
     *("label_smoothing", "mixup", "cutmix", "nonfinite"),
 )
 
@@ -163,6 +197,30 @@ def imagenet_finetune() -> Config:
     )  # fmt: skip
 
 
+def detect_coco() -> Config:
+    """COCO, Faster R-CNN as in the paper's table 6; rate and steps are torchvision's reference."""
+    return Config(
+        "detect/coco", model="fasterrcnn:resnet50+cbam", augment="flip", epochs=26, batch_size=16, lr=0.02,
+        schedule="step", milestones=(16, 22), warmup_epochs=0.14, save_every=1000,
+    )  # fmt: skip
+
+
+def detect_voc() -> Config:
+    """Pascal VOC, 07+12 trainval and the test of 07, StairNet as in table 7: SSD's 120,000 steps."""
+    return Config(
+        "detect/voc", model="stairnet300:vgg16+cbam", augment="ssd", epochs=232, batch_size=32, lr=0.001,
+        weight_decay=5e-4, schedule="step", milestones=(155, 193), save_every=1000,
+    )  # fmt: skip
+
+
+def detect_short() -> Config:
+    """A few hundred pictures with boxes, from scratch: half a cosine over 40 epochs."""
+    return Config(
+        "detect/short", model="fasterrcnn:resnet18+cbam", augment="flip", epochs=40, batch_size=8, lr=0.01,
+        warmup_epochs=1,
+    )  # fmt: skip
+
+
 RECIPES: dict[str, Callable[[], Config]] = {
     "digits": digits,
     "folder": folder,
@@ -170,6 +228,9 @@ RECIPES: dict[str, Callable[[], Config]] = {
     "imagenet/paper": imagenet_paper,
     "imagenet/modern": imagenet_modern,
     "imagenet/finetune": imagenet_finetune,
+    "detect/coco": detect_coco,
+    "detect/voc": detect_voc,
+    "detect/short": detect_short,
 }
 
 

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import torch
 
-from cbam.data import Images
+from cbam.data import BoxedImages, Images
 from cbam.errors import ConfigError, MissingExtraError
 from cbam.train import checkpoint
 from cbam.train.distributed import World, world
@@ -17,6 +17,8 @@ from cbam.train.folder import locked, write_config
 from cbam.train.loggers import Line, Loggers
 from cbam.train.material import network, ours, pictures
 from cbam.train.recipes import OVERRIDABLE, Config, changes, full_path, recipe
+
+_Set = Images | BoxedImages
 
 
 class Watch(Protocol):
@@ -78,7 +80,8 @@ def run(
         config = _settings(name, settings, state, watch.say, override=override)
         where = pick_device(config.device)
         train, val = pictures(config)
-        config = dataclasses.replace(config, size=train.size if config.data else None)
+        if not config.detects:
+            config = dataclasses.replace(config, size=train.size if config.data else None)
         about = {"config": dataclasses.asdict(config), "data": _about(train, val)}
         if state is not None and state.get("data") != about["data"]:
             raise ConfigError(
@@ -172,7 +175,7 @@ def _settings(
             given[path] = full_path(given[path])
     if state is None:
         config = dataclasses.replace(recipe(name), **given)
-        if config.data is None and config.recipe != "digits":
+        if config.data is None and config.recipe != "digits" and not config.detects:
             raise ConfigError(f"the recipe {name} needs DATA, an image folder")
         return config
     before = state["config"]
@@ -203,7 +206,7 @@ def _places(given: dict[str, Any]) -> dict[str, int]:
     return found
 
 
-def _about(train: Images, val: Images) -> dict[str, Any]:
+def _about(train: _Set, val: _Set) -> dict[str, Any]:
     """What tells one data set from another, wherever it lies."""
     return {"classes": train.classes, "training": len(train), "validation": len(val), "size": train.size}
 
@@ -216,7 +219,7 @@ def _difference(before: dict, now: dict) -> str:
     )
 
 
-def _share(config: Config, train: Images, val: Images, state: dict | None, watch: Watch):
+def _share(config: Config, train: _Set, val: _Set, state: dict | None, watch: Watch):
     whole = config.epochs * (3 * len(train) + len(val))
     if state is not None:
         seen = min(state["seen"]["step"] * config.batch_size, len(train))

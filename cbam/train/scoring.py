@@ -3,11 +3,13 @@
 import dataclasses
 from pathlib import Path
 
+from cbam.data import BoxedImages
 from cbam.errors import CheckpointNotFoundError, ConfigError
+from cbam.models.detectors import DETECTORS
 from cbam.surgery import load_weights
 from cbam.train import checkpoint
 from cbam.train.average import average_of
-from cbam.train.fitting import Evaluation, evaluate, pick_device
+from cbam.train.fitting import Detections, Evaluation, evaluate, evaluate_detector, pick_device
 from cbam.train.material import network, ours, pictures
 from cbam.train.recipes import Config
 
@@ -18,20 +20,21 @@ def score(
     data: str | None = None,
     model: str | None = None,
     size: int | None = None,
-    batch_size: int = 256,
+    batch_size: int | None = None,
     device: str = "auto",
     workers: int = 0,
-) -> tuple[Evaluation, str]:
+) -> tuple[Evaluation | Detections, str]:
     """Evaluate a checkpoint of `run`, or the weights of a named network; and say on what.
 
     Of a run that averages its weights it is the average.
 
     Args:
         path: of a checkpoint, of a run's folder (its newest valid one), or of a weights file.
-        data: image folder, whose validation pictures are taken; None: what the run was trained on, or the
-            digits.
+        data: image folder, whose validation pictures are taken, for a detector one of COCO or Pascal VOC;
+            None: what the run was trained on, or the digits.
         model: the network of a weights file; a checkpoint knows its own.
         size: side of the pictures; a checkpoint knows its own.
+        batch_size: None for 256, of a detector 8.
 
     Raises:
         CheckpointNotFoundError, CheckpointError: as `checkpoint.load` and `load_weights`.
@@ -44,8 +47,8 @@ def score(
         state = ours(path)
         began = Config(**state["config"])
         config = dataclasses.replace(
-            began, model=model or began.model, size=size or began.size, recipe="folder",
-            data=data or began.data,
+            began, model=model or began.model, size=size or began.size, data=data or began.data,
+            recipe=began.recipe if began.detects else "folder",
         )  # fmt: skip
         _, val = pictures(config)
         if val.classes != state["data"]["classes"]:
@@ -55,9 +58,16 @@ def score(
     else:
         if model is None:
             raise ConfigError(f"{path} does not say what network it is: give --model NAME, see `cbam list`")
-        config = Config("folder", data=data, model=model, size=size)
+        detects = model.partition(":")[0] in DETECTORS
+        config = Config(
+            "detect/short" if detects else "folder", data=data, model=model, size=size,
+            augment="none" if detects else None,
+        )  # fmt: skip
         _, val = pictures(config)
         net = network(config, len(val.classes))
         load_weights(net, path)
-    scored = evaluate(net, val, batch_size=batch_size, device=device, workers=workers)
+    if isinstance(val, BoxedImages):
+        scored = evaluate_detector(net, val, batch_size=batch_size or 8, device=device, workers=workers)
+    else:
+        scored = evaluate(net, val, batch_size=batch_size or 256, device=device, workers=workers)
     return scored, f"{config.model} on {len(val)} validation pictures of {val.name}"

@@ -79,7 +79,8 @@ class Read {
 template <class T>
 struct Setting {
   using A = Acc<T>;
-  static constexpr int64_t PLANE_CHUNK = 1024;  // at most, where planes lie together
+  // At most, where planes lie together: 64 values to a partial sum.
+  static constexpr int64_t PLANE_CHUNK = 64 * LANES<A>;
 
   const Block& block;
   int64_t N, C, H, W, L;

@@ -114,6 +114,8 @@ BAD = [
     (["export", "text.pth", "--to", "torch"], 2, "give --model NAME"),
     (["export", "text.pth", "--to", "torch", "--model", "resnet_tiny"], 4, "text.pth"),
     (["export", "resnet_tiny", "--to", "torch", "--model", "resnet18"], 2, "--model goes with one"),
+    (["export", "x" * 300, "--to", "torch"], 2, "File name too long"),
+    (["export", "nul\0byte", "--to", "torch"], 2, "nul"),
     (["export", "full", "--to", "torch"], 4, "no checkpoint in this folder"),
     (["export", "full", "--to", "torch", "--num-classes", "3"], 2, "leave --model and --num-classes out"),
     (["export", "resnet_tiny", "--to", "torch", "--out", "text.pth"], 2, "text.pth exists"),

@@ -110,3 +110,17 @@ print(time.perf_counter() - start)
 """
     best = min(float(run(program)) for _ in range(3))
     assert best < 0.3, f"{best:.2f} s"
+
+
+def test_without_torch_the_error_says_what_to_install():
+    hidden = BLOCK.replace("in ['", "in ['torch', '", 1)
+    program = f"""{hidden}
+import cbam
+from cbam.app.cli import main
+try:
+    cbam.attach
+except ImportError as error:
+    print(isinstance(error, cbam.errors.MissingExtraError), "pip install torch" in str(error))
+print(main(["list"]))
+"""
+    assert run(program) == "True True\n8\n"

@@ -320,7 +320,9 @@ def test_what_the_hub_answers_is_one_clear_error(failure, error, told, monkeypat
 
 
 # K19
-@pytest.mark.parametrize("name", ["nowhere", "./some/net", "a/b/c", "~/net", "a/../b", "https://a.b/c", ""])
+@pytest.mark.parametrize(
+    "name", ["nowhere", "./some/net", "a/b/c", "~/net", "a/../b", "https://a.b/c", "", "x" * 300, "a\0b"]
+)
 def test_a_folder_that_is_not_there_is_not_asked_of_the_hub(name, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("asked"))
@@ -350,7 +352,7 @@ def test_torch_hub_finds_the_networks_of_this_repository(folder, model):
 @pytest.mark.parametrize(
     "order",
     [
-        "import timm, cbam",
+        pytest.param("import timm, cbam", marks=pytest.mark.large),
         "import cbam\nimportlib.util.find_spec('timm')\nimport timm",
         pytest.param("import cbam, timm", marks=pytest.mark.large),
         pytest.param("import cbam; cbam.models; import timm.layers", marks=pytest.mark.large),

@@ -22,8 +22,8 @@ def check_map(name: str, got: Tensor, exact: Tensor, eager: Tensor, slack: float
     if got.dtype == torch.float64:
         limit = 1e-7 * S + 1e-12
     elif got.dtype == torch.float32:
-        # Of few pixels, which share their gates, the error of one order of summation is a matter of luck.
-        luck = 2 if got.numel() // got.shape[1] < 500 else 1
+        # Of few pixels, or one sample, which share few sums, the error of one order of summation is luck.
+        luck = 2 if got.numel() // got.shape[1] < 500 or len(got) == 1 else 1
         limit = min(luck * (2 * eagers + slack * S), 1e-5 * max(S, 1))
     else:
         floor = error(exact.to(got.dtype), exact)

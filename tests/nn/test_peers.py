@@ -9,6 +9,7 @@ from torch import nn
 
 import cbam
 from cbam.nn import (
+    ATTENTION,
     BAM,
     ECA,
     EMA,
@@ -411,3 +412,8 @@ def test_timm_computes_the_same():
 def test_a_bad_argument_is_refused(make, words):
     with pytest.raises(cbam.errors.InputError, match=words):
         make()
+
+
+def test_every_module_has_its_formula_in_a_test():
+    own = {"cbam", "se", "channel", "spatial"}  # tests/nn/test_cbam.py
+    assert set(ATTENTION) - own == {name.partition("-")[0] for name in PEERS}

@@ -16,7 +16,8 @@ PAPER = Path(cbam.__file__).parents[2] / "shared" / "reference" / "paper.md"
 
 def test_the_studies_are_those_of_the_papers_tables_and_four_more():
     assert list(STUDIES) == [
-        "channel", "spatial", "order", "networks", "mobile", "peers", "reduction", "start", "placement"
+        "channel", "spatial", "order", "networks", "mobile", "peers", "reduction", "start", "placement",
+        "coco", "voc",
     ]  # fmt: skip
     assert all(name == study.name for name, study in STUDIES.items())
 

@@ -5,7 +5,7 @@ import torch
 
 import cbam
 from cbam.train.average import Average
-from cbam.train.classification import make_optimizer, parameter_groups
+from cbam.train.optimizer import make_optimizer, parameter_groups
 from cbam.train.recipes import recipe
 
 

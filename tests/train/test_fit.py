@@ -15,7 +15,8 @@ import cbam
 from cbam.data import Images, loader
 from cbam.errors import ConfigError, DataError, NonFiniteError, OutOfMemoryError
 from cbam.train import Recipe, evaluate, fit, pick_device
-from cbam.train.classification import normalise, parameter_groups
+from cbam.train.classification import normalise
+from cbam.train.optimizer import parameter_groups
 
 ROOT = Path(cbam.__file__).parents[1]
 SHORT = Recipe(epochs=2, batch_size=16)

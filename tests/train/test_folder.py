@@ -75,7 +75,7 @@ def test_metrics_are_cut_to_the_checkpoint_and_a_torn_line_goes(tmp_path):
     metrics = Metrics(tmp_path, print)
     for entry in (
         {"epoch": 0, "step": 2, "loss": 0.1},
-        {"epoch": 0, "step": 3, "val_loss": 1.0},
+        {"epoch": 0, "step": 3, "train_loss": 1.0},
         {"epoch": 1, "step": 4, "loss": 0.3},
         {"epoch": 1, "step": 6, "loss": 0.4},
     ):

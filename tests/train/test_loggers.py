@@ -90,11 +90,11 @@ def test_a_logger_that_is_not_installed_is_told_at_the_start(tmp_path):
 def test_a_full_disk_ends_the_table_and_not_the_run(tmp_path):
     # R14
     said: list[str] = []
-    (tmp_path / METRICS).write_text(json.dumps({"epoch": 0, "val_loss": 1.0}) + "\n")
+    (tmp_path / METRICS).write_text(json.dumps({"epoch": 0, "train_loss": 1.0}) + "\n")
     (tmp_path / ".epochs.csv.part").symlink_to("/dev/full")
     loggers = Loggers(("csv",), tmp_path, {}, said.append)
     for step in (1, 2):
-        loggers.add({"val_loss": 1.0}, step)
+        loggers.add({"train_loss": 1.0}, step)
     assert len(said) == 1
     assert "No space left" in said[0]
 

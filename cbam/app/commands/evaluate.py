@@ -14,12 +14,14 @@ HELP = "evaluate a checkpoint, or the weights of a named network"
 def add(parser: Parser) -> None:
     """The options."""
     parser.add_argument("file", metavar="FILE", help="checkpoint or folder of a run, or weights with --model")
-    parser.add_argument("data", nargs="?", metavar="DATA", help="image folder (default: that of the run)")
+    parser.add_argument(
+        "data", nargs="?", metavar="DATA", help="folder of pictures (default: that of the run)"
+    )
     parser.add_argument(
         "--model", metavar="NAME", help="network, see `cbam list`; a checkpoint knows its own"
     )
     parser.add_argument("--size", type=count, metavar="PIXELS", help="side of the pictures")
-    parser.add_argument("--batch-size", type=count, default=256, metavar="N", help="(default: 256)")
+    parser.add_argument("--batch-size", type=count, metavar="N", help="(default: 256; of a detector 8)")
     parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu or cuda (default: auto)")
     parser.add_argument(
         "--devices", type=count, default=1, metavar="N", help="processes that share it (default: 1)"
@@ -41,7 +43,6 @@ def run(options: argparse.Namespace) -> int:
             Path(options.file), data=options.data, model=options.model, size=options.size,
             batch_size=options.batch_size, device=options.device, workers=options.workers,
         )  # fmt: skip
-    top5 = "" if scored.top5 is None else f", top-5 error {scored.top5:.2f} %"
     if here is None or here.rank == 0:
-        show(f"{what}: top-1 error {scored.top1:.2f} %{top5}, loss {scored.loss:.4f}")
+        show(f"{what}: {scored}")
     return 0

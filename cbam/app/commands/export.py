@@ -45,8 +45,12 @@ def add(parser: Parser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Export, and say how far the file agrees with the network."""
     need(f"cbam export --to {options.to}", EXTRAS[options.to])
-    out = Path(options.out) if options.out else Path(_stem(options.source) + SUFFIX[options.to])
-    if out.exists() and not options.overwrite:
+    try:
+        out = Path(options.out) if options.out else Path(_stem(options.source) + SUFFIX[options.to])
+        exists = out.exists()
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{options.source:.80}: {getattr(error, 'strerror', error)}") from error
+    if exists and not options.overwrite:
         raise ConfigError(f"{out} exists: give another --out, or --overwrite")
     from cbam.app.source import source
     from cbam.portable import export

@@ -12,14 +12,17 @@ from cbam.studies.tables import STUDIES
 HELP = "fill tables of the paper: train what has no record yet, and compute the tables from the records"
 OUT = "results"
 EXTRAS = {"train": ("torchvision", "PIL", "sklearn", "pytorch_lightning")}
-_CHANGES = ("network", "epochs", "batch_size", "lr", "size", "limit", "precision")
+_CHANGES = ("network", "epochs", "batch_size", "lr", "size", "limit", "precision", "regions")
 
 
 def add(parser: Parser) -> None:
     """The options: which study, on what, how much of it, and what to change of the usual training."""
     parser.add_argument("name", nargs="*", metavar="NAME", help=f"of {', '.join(STUDIES)}; without: a list")
     parser.add_argument(
-        "--dataset", default="digits", metavar="D", help="digits, or an image folder (default: digits)"
+        "--dataset",
+        default="digits",
+        metavar="D",
+        help="digits, or an image folder (default: digits); with coco and voc a folder of COCO or Pascal VOC",
     )
     parser.add_argument(
         "--seeds", type=count, default=SEEDS, metavar="N", help=f"repetitions of every row (default: {SEEDS})"
@@ -46,6 +49,9 @@ def add(parser: Parser) -> None:
     parser.add_argument("--size", type=count, default=absent, metavar="PIXELS", help="side of the pictures")
     parser.add_argument(
         "--limit", type=count, default=absent, metavar="N", help="about N pictures of each set"
+    )
+    parser.add_argument(
+        "--regions", type=count, default=absent, metavar="N", help="regions per picture of Faster R-CNN"
     )
     parser.add_argument("--precision", default=absent, metavar="NAME", help=f"one of {', '.join(PRECISIONS)}")
 
@@ -84,7 +90,7 @@ def _fill(options: argparse.Namespace) -> int:
     changes = {name: getattr(options, name) for name in _CHANGES if hasattr(options, name)}
     end = None if options.budget is None else time.monotonic() + options.budget
     with terminable(), progress() as watch:
-        pictures = find_pictures(options.dataset, changes)
+        pictures = find_pictures(options.dataset, changes, options.name)
         fillings = [
             prepare(
                 name, pictures, changes, out=options.out, device=options.device, workers=options.workers,

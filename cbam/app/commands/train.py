@@ -64,9 +64,9 @@ def run(options: argparse.Namespace) -> int:
         )  # fmt: skip
     last = history[-1]
     if not quiet:
-        show(
-            f"Done: top-1 error {last['val_top1']:.2f} %, validation loss {last['val_loss']:.4f}; in {folder}"
-        )
+        from cbam.train.task import told
+
+        show(f"Done: {told(last)}; in {folder}")
     return 0
 
 

@@ -3,6 +3,7 @@
 from cbam.studies.study import Study
 from cbam.studies.tables import (
     channel,
+    coco,
     mobile,
     networks,
     order,
@@ -11,9 +12,10 @@ from cbam.studies.tables import (
     reduction,
     spatial,
     start,
+    voc,
 )
 
 __all__ = ["STUDIES"]
 
-_FILES = (channel, spatial, order, networks, mobile, peers, reduction, start, placement)
+_FILES = (channel, spatial, order, networks, mobile, peers, reduction, start, placement, coco, voc)
 STUDIES: dict[str, Study] = {file.STUDY.name: file.STUDY for file in _FILES}

@@ -1,0 +1,115 @@
+"""What attention adds to a training step of a detector: `python -m benchmarks.detection [--device cuda]`.
+
+Plain and with attention take steps in turns on the same pictures (generated, with boxes drawn at random), so
+that whatever else the machine does falls on both alike; the number is the median of the ratios, and on a CPU
+the time is the processor's. The line goes to benchmarks/results/, from where the docs have it.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from cbam.studies import machine
+from cbam.train.detector import make_detector
+
+RESULTS = Path(__file__).parent / "results"
+PAIRS = (
+    ("fasterrcnn:resnet18", "cbam"), ("fasterrcnn:resnet50", "cbam"), ("stairnet300:mobilenet_v1", "cbam"),
+    ("stairnet300:vgg16", "cbam"),
+)  # fmt: skip
+
+
+def batch(count: int, size: int) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+    """Pictures (3, size, 4/3 size) of noise with ten boxes each."""
+    torch.manual_seed(0)
+    pictures = [torch.rand(3, size, size * 4 // 3) for _ in range(count)]
+    targets = []
+    for _ in range(count):
+        corner = torch.rand(10, 2) * size * 0.6
+        boxes = torch.cat([corner, corner + size * (0.1 + 0.3 * torch.rand(10, 2))], 1)
+        targets.append({"boxes": boxes, "labels": torch.randint(1, 21, (10,))})
+    return pictures, targets
+
+
+def stepper(name: str, size: int | None, regions: int | None, device: torch.device):
+    """A function that takes one step of SGD with a detector of that name, and returns its seconds."""
+    torch.manual_seed(0)
+    own = None if name.startswith(("ssd300", "stairnet300")) else size
+    model: nn.Module = make_detector(
+        name, 20, start="identity", size=own, regions=regions if name.startswith("fasterrcnn") else None
+    )
+    model.to(device).to(memory_format=torch.channels_last).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
+
+    def step(pictures, targets) -> float:
+        clock = time.process_time if device.type == "cpu" else time.perf_counter
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        began = clock()
+        loss = torch.stack(list(model(pictures, targets).values())).sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return clock() - began
+
+    return step
+
+
+def measure(name: str, attention: str, options: argparse.Namespace) -> dict:
+    """The seconds of both in turns."""
+    device = torch.device(options.device)
+    steps = [stepper(n, options.size, options.regions, device) for n in (name, f"{name}+{attention}")]
+    pictures, targets = batch(options.batch, options.size)
+    pictures = [picture.to(device) for picture in pictures]
+    targets = [{key: value.to(device) for key, value in target.items()} for target in targets]
+    for step in steps:
+        for _ in range(2):
+            step(pictures, targets)
+    seconds: list[list[float]] = [[], []]
+    for turn in range(options.turns):
+        for which in (0, 1) if turn % 2 == 0 else (1, 0):
+            seconds[which].append(steps[which](pictures, targets))
+    ratios = sorted(b / a for a, b in zip(*seconds, strict=True))
+    return {
+        "detector": name,
+        "attention": attention,
+        "plain_ms": 1000 * statistics.median(seconds[0]),
+        "ratio": statistics.median(ratios),
+        "quartiles": [ratios[len(ratios) // 4], ratios[3 * len(ratios) // 4]],
+    }
+
+
+def main() -> None:
+    """Measure every pair, and write the file."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--turns", type=int, default=21)
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--size", type=int, default=320)
+    parser.add_argument("--regions", type=int)
+    parser.add_argument("--only", nargs="*", default=[])
+    options = parser.parse_args()
+    rows = []
+    for name, attention in PAIRS:
+        if not options.only or name in options.only:
+            rows.append(measure(name, attention, options))
+            print(json.dumps(rows[-1]), flush=True)
+    device = machine.describe(torch.device(options.device))
+    told = {
+        "device": device, "torch": torch.__version__, "batch": options.batch, "size": options.size,
+        "regions": options.regions, "turns": options.turns, "commit": machine.commit(), "rows": rows,
+    }  # fmt: skip
+    path = RESULTS / f"detection-{device['type']}-torch{torch.__version__.partition('+')[0]}.json"
+    path.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+    print(path)
+
+
+if __name__ == "__main__":
+    main()

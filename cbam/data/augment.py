@@ -1,0 +1,78 @@
+"""What is done to pictures with boxes for training, by torchvision's transforms.
+
+    none   nothing
+    flip   left and right exchanged, one time in two
+    ssd    SSD's (Liu et al., arXiv 1512.02325): colours distorted, zoomed out by up to four times on a grey
+           ground, a crop whose overlap with an object is drawn, flipped
+
+Torchvision draws from torch's generator. It is started from the numbers of the sample, and put back.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+
+from cbam.errors import InputError, MissingExtraError
+
+AUGMENTATIONS = ("none", "flip", "ssd")
+GROUND = (123, 117, 104)  # ImageNet's mean, as SSD fills with
+LEAST = 1.0  # pixels of width and height that a box keeps
+
+
+def known(how: str) -> str:
+    """`how`, if it is one of AUGMENTATIONS; else an InputError that says so."""
+    if how not in AUGMENTATIONS:
+        raise InputError(f"augmentation must be one of {', '.join(AUGMENTATIONS)}, got {how!r}")
+    return how
+
+
+def augment_boxed(sample: dict[str, Any], how: str, random: np.random.Generator) -> dict[str, Any]:
+    """A sample of `BoxedImages`, changed as `how` says; a box of which a crop leaves no pixel is dropped."""
+    try:
+        from torchvision import tv_tensors
+    except ImportError as error:
+        raise MissingExtraError.of("augmenting pictures", "vision") from error
+    size = tuple(sample["image"].shape[-2:])
+    boxes = tv_tensors.BoundingBoxes(sample["boxes"], format="XYXY", canvas_size=size)  # pyright: ignore[reportCallIssue]
+    with _drawing(random):
+        image, boxes = _transform(how)(tv_tensors.Image(sample["image"]), boxes)
+    height, width = image.shape[-2:]
+    plain = boxes.as_subclass(torch.Tensor)
+    low = plain.new_tensor([0.0, 0.0, 0.0, 0.0])
+    plain = torch.minimum(torch.maximum(plain, low), plain.new_tensor([width, height, width, height]))
+    sides = plain[:, 2:] - plain[:, :2]
+    kept = (sides >= LEAST).all(1) if how == "ssd" else (sides > 0).all(1)
+    changed = {name: sample[name][kept] for name in ("labels", "crowd", "difficult")}
+    return sample | changed | {
+        "image": image.as_subclass(torch.Tensor).contiguous(),
+        "boxes": plain[kept],
+        "area": sides.prod(1)[kept],
+    }  # fmt: skip
+
+
+@cache
+def _transform(how: str):
+    from torchvision.transforms import v2
+
+    flip = v2.RandomHorizontalFlip(0.5)
+    if how == "flip":
+        return flip
+    return v2.Compose(
+        [v2.RandomPhotometricDistort(), v2.RandomZoomOut(fill=list(GROUND)), v2.RandomIoUCrop(), flip]
+    )
+
+
+@contextlib.contextmanager
+def _drawing(random: np.random.Generator) -> Iterator[None]:
+    """Torch draws on the CPU as `random` says, inside the block; a GPU's generator is left alone."""
+    generator = torch.default_generator
+    before = generator.get_state()
+    generator.manual_seed(int(random.integers(2**62)))
+    try:
+        yield
+    finally:
+        generator.set_state(before)

@@ -1,0 +1,103 @@
+"""A folder of COCO or Pascal VOC -> a training and a validation set of pictures with boxes."""
+
+import os
+from pathlib import Path
+
+from cbam.data.boxes import BoxedImages
+from cbam.data.coco import coco
+from cbam.data.decode import shown
+from cbam.data.voc import voc
+from cbam.errors import DataError
+
+LAYOUTS = (
+    "VOC2007 (and VOC2012), JPEGImages with Annotations and ImageSets, annotations/instances_*.json beside "
+    "their folders of pictures, or train/_annotations.coco.json"
+)
+
+
+def boxed_folder(path: str | os.PathLike) -> tuple[BoxedImages, BoxedImages]:
+    """The training and the validation set of a folder. Its form is found out:
+
+        VOC2007/, VOC2012/   trainval of both (or of the first alone), and the test of VOC2007
+        JPEGImages/, ...     one folder like VOC's: trainval and test, or train and val
+        annotations/         instances_train*.json and instances_val*.json; pictures in train*/ and val*/
+        train/, valid/       pictures and their _annotations.coco.json, as Roboflow exports them
+
+    Training has no boxes of crowds and no picture without a box, as is usual; validation has everything.
+
+    Raises:
+        DataError: no such folder, none of these forms, or faults in it: see `coco` and `voc`.
+    """
+    root = Path(path)
+    if not root.is_dir():
+        raise DataError(f"{shown(path)}: {'a file; give its folder' if root.exists() else 'no such folder'}")
+    train, val = _voc(root) or _coco(root) or _roboflow(root) or _none(root)
+    name = shown(root.resolve().name) or "pictures"
+    train.name, val.name = f"{name} {train.name}", f"{name} {val.name}"
+    train = train.without_crowds().with_objects()
+    if not len(train) or not len(val):
+        raise DataError(
+            f"{shown(path)}: no {'validation pictures' if len(train) else 'training pictures with a box'}"
+        )
+    return train, val
+
+
+def _voc(root: Path) -> tuple[BoxedImages, BoxedImages] | None:
+    years = [root / year for year in ("VOC2007", "VOC2012") if (root / year).is_dir()]
+    if years:
+        train = voc(years, "trainval")
+        val = voc(years[0], "test", classes=train.classes or None)
+    elif (root / "Annotations").is_dir() and (root / "ImageSets" / "Main").is_dir():
+        splits = {path.stem for path in (root / "ImageSets" / "Main").glob("*.txt")}
+        pairs = (("trainval", "test"), ("train", "val"))
+        pair = next((pair for pair in pairs if splits.issuperset(pair)), None)
+        if pair is None:
+            raise DataError(
+                f"{shown(root / 'ImageSets' / 'Main')}: trainval.txt and test.txt, or train.txt and val.txt, "
+                f"are needed; there is {', '.join(sorted(splits)[:10]) or 'nothing'}"
+            )
+        train = voc(root, pair[0])
+        val = voc(root, pair[1], classes=train.classes or None)  # without a class nothing is trained below
+    else:
+        return None
+    train.name, val.name = "trainval" if years else pair[0], "test" if years else pair[1]
+    return train, val
+
+
+def _coco(root: Path) -> tuple[BoxedImages, BoxedImages] | None:
+    files = {
+        part: sorted((root / "annotations").glob(f"instances_{part}*.json")) for part in ("train", "val")
+    }
+    if not any(files.values()):
+        return None
+    for part, found in files.items():
+        if len(found) != 1:
+            told = ", ".join(path.name for path in found) or "none"
+            raise DataError(
+                f"{shown(root / 'annotations')}: one instances_{part}*.json is needed, there is {told}"
+            )
+    train, val = (coco(found[0], root / found[0].stem.removeprefix("instances_")) for found in files.values())
+    return _same_classes(train, val)
+
+
+def _roboflow(root: Path) -> tuple[BoxedImages, BoxedImages] | None:
+    name = "_annotations.coco.json"
+    parts = [part for part in ("train", "valid", "val", "test") if (root / part / name).is_file()]
+    if len(parts) < 2 or parts[0] != "train":
+        return None
+    train, val = (coco(root / part / name, root / part) for part in parts[:2])
+    train.name, val.name = parts[:2]
+    return _same_classes(train, val)
+
+
+def _same_classes(train: BoxedImages, val: BoxedImages) -> tuple[BoxedImages, BoxedImages]:
+    if train.classes != val.classes:
+        only = sorted(set(train.classes) ^ set(val.classes))[:5]
+        told = f"only one has {', '.join(only)}" if only else "their order differs"
+        raise DataError(f"{train.name} and {val.name} do not have the same categories: {told}")
+    return train, val
+
+
+def _none(root: Path) -> tuple[BoxedImages, BoxedImages]:
+    there = ", ".join(shown(path.name) for path in sorted(root.iterdir())[:5]) or "nothing"
+    raise DataError(f"{shown(root)}: no pictures with boxes in a known form ({LAYOUTS}); there is {there}")

@@ -1,0 +1,51 @@
+"""The pictures with boxes of a study of detectors."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cbam.data import BoxedImages, boxed_folder
+from cbam.data.decode import shown
+from cbam.studies.study import Protocol
+
+
+class BoxedPictures:
+    """As `cbam.studies.training.Pictures`, of a folder of COCO or Pascal VOC.
+
+    Args:
+        folder: see `cbam.data.boxed_folder`.
+        size: shorter side that a detector brings them to; None: its own.
+        limit: so many training and validation pictures; None for all.
+    """
+
+    def __init__(self, folder: str, *, size: int | None = None, limit: int | None = None) -> None:
+        train, val = boxed_folder(folder)
+        self.all, self.size = len(train), size
+        self.name = shown(Path(folder).resolve().name) or "pictures"
+        if limit:
+            train, val = train.subset(limit), val.subset(limit)
+        self._found = train, val
+        self.about: dict[str, Any] = {
+            "name": self.name,
+            "train": len(train),
+            "val": len(val),
+            "size": size,
+            "classes": len(train.classes),
+            "sha256": _digest(train, val),
+        }
+
+    def ready(self, protocol: Protocol, device: torch.device) -> tuple[BoxedImages, BoxedImages]:
+        """Both sets."""
+        train, val = self._found
+        return train.augmented(protocol.augment or "none"), val
+
+
+def _digest(*sets: BoxedImages) -> str:
+    """Of the classes, the names of the pictures and their boxes."""
+    whole = hashlib.sha256()
+    for images in sets:
+        names = [(p.name, p.height, p.width, images.count(i)) for i, p in enumerate(images.pictures)]
+        whole.update(repr((images.classes, names)).encode() + images.all_boxes.tobytes())
+    return whole.hexdigest()

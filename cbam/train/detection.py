@@ -1,0 +1,101 @@
+"""Detection: uint8 pictures of any size with labelled boxes; the detector's losses, and average precision.
+
+A batch is a dict of lists: "image" uint8 (3, H, W), "target" with boxes (N, 4), labels (N,), area, crowd and
+difficult; and "index", a tensor. Networks are torchvision's kind: see `cbam.models.detector`.
+
+A detector's loss is a mean over the pictures of its part of a step, or nearly so: SSD divides by the number
+of boxes that were matched in the part. So how many processes share a step matters a little.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cbam.train.detection_metrics import COCO_NUMBERS, check_detections, coco_numbers, voc_ap
+from cbam.train.distributed import world
+from cbam.train.task import Part
+
+OVERLAPS = tuple(k / 100 for k in range(50, 100, 5))
+_ByIndex = dict[int, dict[str, Tensor]]
+
+
+class Detection:
+    """The losses of a detector of torchvision's kind, and its average precision in %: a `Task`.
+
+    Args:
+        classes: names of the labels 1, 2, ...
+        rules: "coco", COCO's twelve numbers; or "voc", average precision by Pascal VOC's development kit.
+    """
+
+    def __init__(self, model: nn.Module, classes: Sequence[str], rules: str) -> None:
+        self.model, self.classes, self.rules = model, list(classes), rules
+
+    def loss(self, network: Callable[..., Any], batch: dict, part: Part) -> tuple[Tensor, Tensor]:
+        """The sum of the detector's losses. Pictures that do not count are left out, but for one."""
+        count = max(1, part.count)
+        targets = [{name: target[name] for name in ("boxes", "labels")} for target in batch["target"][:count]]
+        losses = network(_pictures(batch)[:count], targets)
+        loss = torch.stack([value.float() for value in losses.values()]).sum()
+        return loss * part.weight, loss.new_zeros(())
+
+    def trained(self, tally: float) -> dict[str, float]:
+        """Nothing: detections on training pictures would have to be computed apart."""
+        return {}
+
+    def output(self, batch: dict) -> list[tuple[int, dict[str, Tensor], dict[str, Tensor]]]:
+        """Index, detections and objects of each picture."""
+        found = self.model(_pictures(batch))
+        return [
+            (index, _on_cpu(own), _on_cpu(target))
+            for index, own, target in zip(batch["index"].tolist(), found, batch["target"], strict=True)
+        ]
+
+    def collected(self, outputs: list[list[tuple[int, dict, dict]]]) -> tuple[_ByIndex, _ByIndex]:
+        """Detections and objects of all pictures, by index."""
+        mine = [item for batch in outputs for item in batch]
+        every = sorted((item for part in world().all(mine) for item in part), key=lambda item: item[0])
+        return {i: found for i, found, _ in every}, {i: target for i, _, target in every}
+
+    def scores(self, collected: tuple[_ByIndex, _ByIndex]) -> dict[str, float | None]:
+        """`val_ap` (mean over overlaps of 0.50 to 0.95), `val_ap50`, `val_ap75`, and what the rules add.
+
+        None where there is nothing to find. VOC's are areas under the curve (2010 on), and
+        `val_ap50_11points`, as for VOC2007.
+        """
+        rules = _coco if self.rules == "coco" else _voc
+        return world().from_first(lambda: rules(*collected, self.classes))
+
+
+def _coco(found: _ByIndex, truth: _ByIndex, classes: list[str]) -> dict[str, float | None]:
+    numbers = coco_numbers(found, truth, classes)
+    return {f"val_{name.lower().replace(' ', '_')}": _known(numbers[name]) for name in COCO_NUMBERS}
+
+
+def _voc(found: _ByIndex, truth: _ByIndex, classes: list[str]) -> dict[str, float | None]:
+    check_detections(found, truth, len(classes))
+    areas = {overlap: voc_ap(found, truth, classes, iou=overlap).mean for overlap in OVERLAPS}
+    return {
+        "val_ap": _known(sum(areas.values()) / len(areas)),
+        "val_ap50": _known(areas[0.5]),
+        "val_ap75": _known(areas[0.75]),
+        "val_ap50_11points": _known(voc_ap(found, truth, classes, points="11").mean),
+    }
+
+
+def _known(value: float) -> float | None:
+    return float(value) if value == value else None
+
+
+def _pictures(batch: dict) -> list[Tensor]:
+    """As the detector takes them: values in 0..1."""
+    kind = torch.get_default_dtype()  # float64 in a training of that precision
+    return [picture.to(kind) / 255 for picture in batch["image"]]
+
+
+def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {
+        name: value.detach().to("cpu", torch.float32 if value.is_floating_point() else value.dtype)
+        for name, value in tensors.items()
+    }

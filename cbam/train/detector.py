@@ -1,0 +1,122 @@
+"""A detector for a run: how it sees pictures, and the weights that it begins with."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from cbam.errors import CheckpointError, CheckpointNotFoundError, ConfigError
+from cbam.models import build, detector
+from cbam.models.detectors import TimmMaps
+from cbam.nn.gate import SigmoidGate
+from cbam.surgery import load_weights
+
+_VGG_CONV5 = 23  # the place of the fourth pooling in torchvision's VGG16: what follows is `extra.0` of an SSD
+
+
+def make_detector(name: str, classes: int, *, start: str, size: int | None, regions: int | None) -> nn.Module:
+    """The detector of that name, with pictures brought to a shorter side of `size`, and so many regions.
+
+    With `regions`, the second stage of Faster R-CNN learns from that many out of four times as many
+    proposals, and classifies twice as many in evaluation; torchvision's numbers are 512, 2000 and 1000.
+
+    Raises:
+        ConfigError: no such detector, or a size or regions that it has not.
+    """
+    if size is not None and name.startswith(("ssd300", "stairnet300")):
+        raise ConfigError(f"{name} takes pictures of 300 pixels: leave the size out")
+    if regions is not None and not name.startswith("fasterrcnn"):
+        raise ConfigError(f"regions are Faster R-CNN's, and this is {name}")
+    model = detector(name, num_classes=classes, start=start)
+    parts: Any = model
+    if size is not None:
+        parts.transform.min_size, parts.transform.max_size = (size,), round(size * 1333 / 800)
+    if regions is not None:
+        parts.roi_heads.fg_bg_sampler.batch_size_per_image = regions
+        parts.rpn._post_nms_top_n = {"training": 4 * regions, "testing": 2 * regions}
+    return model
+
+
+def load_detector(model: nn.Module, name: str, path: str) -> None:
+    """Weights of that detector, or those of a classifier for the network inside it.
+
+    The pyramid and the heads have no weights in a classifier and stay as they are, and so do the layers that
+    SSD adds, the former fully connected ones of VGG16 among them.
+
+    Raises:
+        CheckpointNotFoundError, CheckpointError: no such file, or one that fits neither.
+    """
+    try:
+        load_weights(model, path)
+    except CheckpointNotFoundError:
+        raise
+    except CheckpointError as error:
+        try:
+            put_body(model, _classifier(model, name, path))
+        except CheckpointError as misfit:
+            raise CheckpointError(f"{misfit}; nor is it a detector's: {error}") from None
+
+
+def load_classifier(model: nn.Module, path: str) -> None:
+    """The weights of a file; the last layer stays as it is where it was made for other classes."""
+    try:
+        load_weights(model, path)
+    except CheckpointNotFoundError:
+        raise
+    except CheckpointError as error:
+        try:
+            load_weights(model, path, head="reset")
+        except CheckpointError:
+            raise error from None
+
+
+def _classifier(model: nn.Module, name: str, path: str) -> nn.Module:
+    """The network inside a detector as a classifier, with the weights of a file."""
+    inside = name.partition(":")[2]
+    if _is_single_shot(model):  # attention is not in its network
+        inside = inside.partition("+")[0]
+    with torch.random.fork_rng():
+        network = build(inside, num_classes=1000, start="identity")
+    load_classifier(network, path)
+    return network
+
+
+def put_body(model: nn.Module, network: nn.Module) -> None:
+    """Copy the weights of a classifier into the network inside a detector over it.
+
+    Raises:
+        CheckpointError: they are different networks.
+    """
+    parts: Any = model
+    if _is_single_shot(model):
+        body, extra = getattr(parts.backbone, "maps", parts.backbone), "extra."
+    else:
+        body, extra = parts.backbone.body, ""
+    if isinstance(body, TimmMaps):
+        body = body.network
+    theirs = network.state_dict()
+    values = {key: theirs[name] for key in body.state_dict() if (name := _name(key)) in theirs}
+    stay = (extra, "scale_weight") if extra else ()
+    left = [key for key in body.state_dict().keys() - values.keys() if not key.startswith(stay)]
+    left = [key for key in left if not key.endswith(".gain")]
+    if left:
+        raise CheckpointError(f"{type(network).__name__} lacks {left[0]} of the detector's network")
+    for key, gate in body.named_modules():
+        if isinstance(gate, SigmoidGate):
+            like: Any = network.get_submodule(key)
+            gate.set_gain(like.gain_value())
+    body.load_state_dict(values, strict=False)
+
+
+def _is_single_shot(model: nn.Module) -> bool:
+    from torchvision.models.detection.ssd import SSD
+
+    return isinstance(model, SSD)
+
+
+def _name(key: str) -> str:
+    """What a tensor of a detector's network is called in a classifier."""
+    if key.startswith("extra.0.") and key.count(".") == 3:
+        _, _, place, kind = key.split(".")
+        return f"features.{_VGG_CONV5 + int(place)}.{kind}"
+    return key

@@ -1,0 +1,281 @@
+"""Detectors on the engine of classification (rows D27, D33, D34, R1, R3, R10)."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import cbam
+from cbam.data import loader
+from cbam.errors import CheckpointError, ConfigError, DataError, NonFiniteError
+from cbam.models import build
+from cbam.train import Config, Recipe, checkpoint, evaluate_detector, fit, run, score
+from cbam.train.detector import load_detector, make_detector
+from cbam.train.recipes import recipe
+
+RECIPE = Recipe(epochs=1, batch_size=4, lr=0.02)
+
+
+def ended(folder: Path, *scenarios: list) -> list:
+    """How each scenario of boxes.py ended."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(cbam.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, Path(__file__).with_name("boxes.py"), str(folder)],
+        input="".join(json.dumps(scenario) + "\n" for scenario in scenarios),
+        capture_output=True, text=True, env=environment, timeout=60 + 60 * len(scenarios), check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+KILLS = [[], ["post_step:3", "eval:1"], ["save:half:2", "bwd:1"]]
+
+
+@pytest.fixture(scope="module")
+def ends(shapes_folder):
+    """How a few kills ended, and what one and two processes found."""
+    found = ended(shapes_folder, *(["killed", run] for run in KILLS), ["shared", 1], ["shared", 2])
+    return found[: len(KILLS)], found[len(KILLS) :]
+
+
+def test_a_detector_that_is_killed_in_an_epoch_ends_bitwise_the_same(ends):
+    # R1, R3, D34
+    killed, _ = ends
+    assert [end["killed"] for end in killed] == [len(run) for run in KILLS]
+    assert len({end["digest"] for end in killed}) == 1
+
+
+@pytest.mark.large
+def test_a_detector_killed_at_every_point_ends_bitwise_the_same(shapes_folder):
+    # R1, R2, R3, R22
+    points = [
+        "data",
+        "fwd",
+        "bwd",
+        "pre_step",
+        "post_step",
+        "save:open",
+        "save:pre_rename",
+        "save:post_rename",
+    ]
+    runs = [[f"{point}:{count}"] for point in points for count in (1, 2, 4)] + [
+        ["eval:2"],
+        ["rotate:1"],
+        ["log:3"],
+    ]
+    calm, *killed = ended(shapes_folder, *(["killed", run] for run in ([], *runs)))
+    assert [run for run, end in zip(runs, killed, strict=True) if end["killed"] != 1] == []
+    assert [run for run, end in zip(runs, killed, strict=True) if end["digest"] != calm["digest"]] == []
+
+
+def test_every_picture_is_scored_once_by_any_number_of_processes(ends):
+    # D33: seven pictures, shared unevenly
+    (alone,), two = ends[1]
+    assert alone["value"]["pictures"] == list(range(7))
+    for process in two:
+        assert process["code"] == 0
+        assert process["value"]["pictures"] == list(range(7))
+        assert process["value"]["scores"] == pytest.approx(alone["value"]["scores"], abs=1e-9)
+        assert process["value"]["boxes"] == pytest.approx(alone["value"]["boxes"], abs=1e-3)
+    (first, second) = [process["value"] for process in two]
+    assert first["finite"]
+    assert (first["weights"], first["history"]) == (second["weights"], second["history"])
+
+
+def test_workers_change_nothing(shapes):
+    # D34
+    train = shapes[0].augmented("ssd")
+    alone, two = (list(loader(train, 4, train=True, seed=3, workers=workers)) for workers in (0, 2))
+    assert len(alone) == len(two) == 3
+    for one, other in zip(alone, two, strict=True):
+        assert torch.equal(one["index"], other["index"])
+        assert all(torch.equal(a, b) for a, b in zip(one["image"], other["image"], strict=True))
+        for a, b in zip(one["target"], other["target"], strict=True):
+            assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_the_engine_takes_the_steps_of_a_plain_loop(shapes, detector):
+    """The same batches, losses and updates, written out: the weights are equal to the last bit."""
+    train, val = shapes
+    model, other = detector(), detector()
+    how = Recipe(epochs=2, batch_size=4, lr=0.02, schedule="constant", weight_decay=1e-3)
+    fit(model, train, val, how, seed=4, device="cpu")
+    torch.manual_seed(4)
+    optimizer = torch.optim.SGD(other.parameters(), lr=0.02, momentum=0.9, weight_decay=1e-3)
+    other.to(memory_format=torch.channels_last).train()
+    batches = loader(train, 4, train=True, seed=4)
+    for epoch in range(2):
+        batches.sampler.set_epoch(epoch)
+        for batch in batches:
+            targets = [{"boxes": t["boxes"], "labels": t["labels"]} for t in batch["target"]]
+            losses = other([image / 255 for image in batch["image"]], targets)
+            optimizer.zero_grad()
+            torch.stack(list(losses.values())).sum().backward()
+            optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp64"])
+def test_other_precisions_train_and_accumulate(shapes, detector, precision):
+    how = Recipe(epochs=1, batch_size=4, lr=0.02, precision=precision, accumulate=2, ema=0.9)
+    (entry,) = fit(detector(), *shapes, how, seed=0, device="cpu")
+    assert entry["train_loss"] > 0
+    assert {"val_ap", "val_ap50", "val_ap75", "val_ap50_11points"} <= entry.keys()
+
+
+class Poisoned(nn.Module):
+    """A detector whose losses are NaN in training, or whose boxes are in evaluation."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images, targets=None):
+        out = self.model(images, targets)
+        if self.training:
+            return {name: value * float("nan") for name, value in out.items()}
+        return [own | {"boxes": own["boxes"] * float("nan")} for own in out]
+
+
+def test_a_loss_that_is_nan_takes_no_step(shapes, detector):
+    # R10
+    model = Poisoned(detector())
+    before = [p.clone() for p in model.parameters()]
+    with pytest.raises(NonFiniteError, match="loss is nan in epoch 0, step 0"):
+        fit(model, *shapes, RECIPE, seed=0, device="cpu")
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_boxes_that_are_nan_are_not_scored(shapes, detector):
+    # D27
+    with pytest.raises(NonFiniteError, match="not finite"):
+        evaluate_detector(Poisoned(detector()), shapes[1], device="cpu")
+
+
+SMALL = {
+    "model": "fasterrcnn:timm:resnet10t", "size": 64, "regions": 16, "epochs": 2, "batch_size": 4, "limit": 6,
+    "save_every": 1, "keep": 9, "device": "cpu", "loggers": (),
+}  # fmt: skip
+
+
+class Watch:
+    every = 0.0
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def say(self, line: str) -> None:
+        self.said.append(line)
+
+    def now(self, what: str) -> None: ...
+
+    def advance(self, share: float) -> None: ...
+
+
+@pytest.mark.large
+def test_a_run_of_the_recipe_is_stopped_resumed_and_scored(shapes_folder, tmp_path):
+    # R1, R13
+    folder, watch = tmp_path / "run", Watch()
+    history = run("detect/short", {**SMALL, "data": str(shapes_folder)}, folder, watch)
+    assert any("AP50" in line for line in watch.said)
+    found = checkpoint.checkpoints(folder)
+    whole = checkpoint.load(found[0])
+    for path in found[:-1]:
+        path.unlink()
+    again = run("detect/short", {}, folder, watch, resume="auto")
+    assert [e["val_ap"] for e in again] == [e["val_ap"] for e in history]
+    resumed = checkpoint.load(checkpoint.checkpoints(folder)[0])
+    assert all(torch.equal(resumed["model"][key], whole["model"][key]) for key in whole["model"])
+    scored, what = score(folder)
+    assert scored.scores["val_ap50"] == history[-1]["val_ap50"]
+    assert "6 validation pictures of voc test" in what
+    with pytest.raises(ConfigError, match="augment 'flip' -> 'ssd'"):
+        run("detect/short", {"augment": "ssd"}, folder, watch, resume="auto")
+
+
+def test_settings_that_a_detector_has_not_are_refused_together():
+    with pytest.raises(ConfigError) as error:
+        Config("detect/short", mixup=0.2, compile=True, augment="mosaic")
+    assert all(f"{name} " in str(error.value) for name in ("mixup", "compile", "augment"))
+    with pytest.raises(ConfigError, match="regions is for detectors"):
+        Config("folder", regions=5)
+    with pytest.raises(ConfigError, match="300 pixels"):
+        make_detector("ssd300:mobilenet_v1", 2, start="paper", size=200, regions=None)
+    with pytest.raises(ConfigError, match="Faster R-CNN's"):
+        make_detector("ssd300:mobilenet_v1", 2, start="paper", size=None, regions=20)
+
+
+def test_a_recipe_of_detection_needs_pictures_with_boxes(tmp_path):
+    with pytest.raises(ConfigError, match="needs DATA, a folder of COCO or Pascal VOC"):
+        run("detect/short", {}, tmp_path / "run", Watch())
+    (tmp_path / "pictures").mkdir()
+    with pytest.raises(DataError, match="no pictures with boxes in a known form"):
+        run("detect/short", {"data": str(tmp_path / "pictures")}, tmp_path / "run", Watch())
+
+
+def test_the_rates_of_the_recipes_fall_where_the_reference_has_them():
+    told = recipe("detect/coco").training()
+    rates = [told.lr_factor(epoch * 7330, 7330) for epoch in (1, 15, 16, 21, 22, 25)]
+    assert rates == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])
+    steps = recipe("detect/voc").epochs * -(-16551 // 32)
+    assert abs(steps - 120_000) < 518
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("fasterrcnn:resnet18+cbam", marks=pytest.mark.large),
+        "stairnet300:mobilenet_v1+se",
+        pytest.param("ssd300:vgg16", marks=pytest.mark.large),
+    ],
+)
+def test_a_classifier_goes_into_the_network_of_a_detector(name, tmp_path):
+    inside = name.partition(":")[2]
+    network = build(inside if name.startswith("faster") else inside.partition("+")[0], num_classes=7)
+    torch.save(network.state_dict(), tmp_path / "classifier.pt")
+    model = make_detector(name, 3, start="identity", size=None, regions=None)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    load_detector(model, name, str(tmp_path / "classifier.pt"))
+    state = model.state_dict()
+    changed = {key for key in state if key in before and not torch.equal(state[key], before[key])}
+    if name.startswith("faster"):
+        body, theirs = model.get_submodule("backbone.body").state_dict(), network.state_dict()
+        assert all(torch.equal(value, theirs[key]) for key, value in body.items())
+        assert any(".cbam." in key for key in body)
+        assert not any(key.endswith(".gain") for key in body)
+    assert changed
+    assert not any(
+        key.startswith(("backbone.fpn", "head", "roi_heads", "rpn", "backbone.smooth")) for key in changed
+    )
+    if name == "ssd300:vgg16":
+        convolutions = [key for key in changed if key.endswith("weight")]
+        assert len(convolutions) == 13
+    torch.save(model.state_dict(), tmp_path / "detector.pt")
+    other = make_detector(name, 3, start="identity", size=None, regions=None)
+    load_detector(other, name, str(tmp_path / "detector.pt"))
+    assert all(torch.equal(value, other.state_dict()[key]) for key, value in model.state_dict().items())
+
+
+def test_a_file_that_is_neither_is_refused(tmp_path):
+    torch.save({"weight": torch.ones(3)}, tmp_path / "odd.pt")
+    model = make_detector("ssd300:mobilenet_v1", 3, start="paper", size=None, regions=None)
+    with pytest.raises(CheckpointError, match="nor is it a detector's"):
+        load_detector(model, "ssd300:mobilenet_v1", str(tmp_path / "odd.pt"))
+
+
+@pytest.mark.large
+def test_a_small_faster_rcnn_with_cbam_finds_shapes(make_shapes, detector, tmp_path):
+    from cbam.data import boxed_folder
+
+    train, val = boxed_folder(make_shapes(tmp_path / "voc", train=120, test=40))
+    history = fit(
+        detector(16), train.augmented("flip"), val, Recipe(epochs=12, batch_size=8, lr=0.05, warmup_epochs=1),
+        seed=0, device="cpu",
+    )  # fmt: skip
+    print([round(entry["val_ap50"], 1) for entry in history], sum(e["seconds"] for e in history))
+    assert history[-1]["val_ap50"] > 95
