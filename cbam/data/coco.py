@@ -83,8 +83,6 @@ class CocoReader:
         files = picture_files(self._folder)
         for id, element in self._identified("images", "image"):
             name = element.value.get("file_name")
-            height: Any = element.value.get("height")
-            width: Any = element.value.get("width")
             if not isinstance(name, str) or not name or "\0" in name:
                 self._refuse(element, f"image {id} has the file_name {name!r}, expected text")
                 continue
@@ -95,8 +93,7 @@ class CocoReader:
                 self._count(element, self._missing, f" ({shown(path)})")
                 self._left_out.add(id)
                 continue
-            if self._missing and height is None and width is None:
-                height, width = _size_of(path)
+            height, width = _said_or_seen(element.value, path) if self._missing else _said(element.value)
             if not (_whole(height) and _whole(width) and 0 < height < 1 << 20 and 0 < width < 1 << 20):
                 self._refuse(
                     element, f"image {id} has height {height!r} and width {width!r}, expected pixels"
@@ -186,10 +183,15 @@ class CocoReader:
         self.findings.append(Finding(self.file.where(element.start), kind + detail, kind, times))
 
 
-def _size_of(path: Path) -> tuple[Any, Any]:
-    """Height and width of a picture file, None where it cannot be read."""
-    header = header_of(path)
-    return (header.height, header.width) if header else (None, None)
+def _said(image: dict) -> tuple[Any, Any]:
+    """Height and width of an image, as the file says."""
+    return image.get("height"), image.get("width")
+
+
+def _said_or_seen(image: dict, path: Path) -> tuple[Any, Any]:
+    """The same, or where the file says nothing those of the picture."""
+    header = header_of(path) if _said(image) == (None, None) else None
+    return (header.height, header.width) if header else _said(image)
 
 
 def pictures_of(document: LocatedJSON, root: Path) -> Path:
