@@ -25,6 +25,7 @@ from cbam.files import placed
 from cbam.hub.card import Card, Network, config, page, read_config
 from cbam.hub.remote import downloaded
 from cbam.models import build, profile
+from cbam.portable.program import first_line, settled
 from cbam.surgery import load_weights
 from cbam.surgery.dialect import Target
 
@@ -64,7 +65,7 @@ def save_pretrained(
     if card.classes and len(card.classes) != outputs:
         raise InputError(f"the card names {len(card.classes)} classes, the network has {outputs} outputs")
     if network:
-        _refuse_other_tensors(target.model, network, outputs)
+        _refuse_other_network(target.model, network, outputs, card.size)
     data, dtype = _bytes(target.model), _dtype(target.model)
     parameters = sum(parameter.numel() for parameter in target.model.parameters())
     digest = hashlib.sha256(data).hexdigest()
@@ -198,14 +199,29 @@ def _outputs(target: Target) -> int:
     return sizes[0]
 
 
-def _refuse_other_tensors(model: nn.Module, network: str, outputs: int) -> None:
-    built = build(network, num_classes=outputs)
+def _refuse_other_network(model: nn.Module, network: str, outputs: int, size: int) -> None:
+    """Refuse a name that builds something else: other tensors, or other things done with the same ones."""
+    like = next(model.parameters())
+    built = build(network, num_classes=outputs).to(like.device, like.dtype)
     has = {name: tuple(value.shape) for name, value in Target(model).tensors.items()}
     wants = {name: tuple(value.shape) for name, value in Target(built).tensors.items()}
     if other := sorted(name for name in has.keys() | wants.keys() if has.get(name) != wants.get(name)):
         raise ConfigError(
             f'network="{network}" builds a network with other tensors (first {other[0]}: '
             f"{wants.get(other[0])}, the model's is {has.get(other[0])})"
+        )
+    load_weights(built, model.state_dict())
+    x = torch.rand(1, 3, size, size).to(like.device, like.dtype)
+    with settled(model), settled(built):
+        try:
+            found, wanted = built(x), model(x)
+        except Exception as error:  # of the network, whatever it is
+            raise InputError(f"{network} does not take pictures of {size} px: {first_line(error)}") from error
+    apart = (found - wanted).abs().max() / wanted.abs().max()
+    if apart > 0.01:  # reduced precision stays below; NaN, as of a diverged network, says nothing
+        raise ConfigError(
+            f'network="{network}" builds a network that computes something else from the same weights; leave '
+            "network out, and give from_pretrained the model"
         )
 
 

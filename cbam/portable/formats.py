@@ -1,5 +1,6 @@
 """The formats: how a graph becomes a file, and how the file is run."""
 
+import contextlib
 import importlib.util
 import io
 import json
@@ -95,11 +96,16 @@ def _write_onnx(made: ExportedProgram, path: Path, about: Mapping[str, Any], ops
 
 def _onnx(made: ExportedProgram, opset: int | None) -> Any:
     try:
-        with quiet():
+        # onnxscript before 0.7 prints what it rewrote
+        with quiet(), contextlib.redirect_stdout(io.StringIO()):
             written = torch.onnx.export(
                 made, dynamo=True, opset_version=opset, input_names=[INPUT], verbose=False
             )
         proto = written.model_proto  # pyright: ignore[reportOptionalMemberAccess]
+    except ImportError as error:
+        raise ExportError(
+            f"onnxscript does not fit torch {torch.__version__} ({error}): pip install --upgrade onnxscript"
+        ) from error
     except Exception as error:
         raise ExportError(f"ONNX cannot say this network: {_cause(error)}") from error
     got = {entry.domain: entry.version for entry in proto.opset_import}

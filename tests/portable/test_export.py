@@ -224,6 +224,18 @@ def test_an_opset_that_cannot_say_it_is_refused(tiny, tmp_path, caplog):
 
 
 # E5
+def test_an_exporter_that_does_not_fit_torch_is_to_be_upgraded(tiny, tmp_path, monkeypatch):
+    need("a.onnx")
+
+    def fail(*_, **__):
+        raise ImportError("No module named 'onnxscript._framework_apis.torch_2_11'")
+
+    monkeypatch.setattr(torch.onnx, "export", fail)
+    with pytest.raises(ExportError, match="pip install --upgrade onnxscript"):
+        export(tiny, tmp_path / "a.onnx", shape=SMALL)
+
+
+# E5
 def test_an_operator_without_a_translation_is_named(tmp_path):
     need("a.onnx")
     library = torch.library.Library("cbam_test", "FRAGMENT")
