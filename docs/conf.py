@@ -33,8 +33,8 @@ release, project_copyright = version, "the cbam authors, MIT licence"
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
 source_suffix = {".md": "markdown"}
 root_doc = "docs/index"
-include_patterns = ["docs/*.md", "docs/**/*.md", "results/**/*.md", "native/README.md", "*.md"]
-exclude_patterns = [".*", "**/.*", "build", "dist", "demo-report*", "cbam-runs", "shared", "tests"]
+include_patterns = ["docs/*.md", "docs/**/*.md", "results/**/*.md", "native/README.md", "tests/*.md", "*.md"]
+exclude_patterns = [".*", "**/.*", "build", "dist", "demo-report*", "cbam-runs", "shared"]
 suppress_warnings = ["toc.not_included"]  # results/ is reached from the evidence, not from the contents
 
 myst_heading_anchors = 4

@@ -5,11 +5,19 @@ the page is replaced.
 """
 
 import csv
+import math
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PAGE, RESULTS, PICTURE = ROOT / "docs/kernels.md", ROOT / "benchmarks/results", "img/bandwidth.svg"
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+BYTES = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
+LINES = {  # (operation, mode) -> colour, mark; told apart with any colour vision
+    ("attention", "inference"): ("#0072B2", "o"),
+    ("attention", "training"): ("#56B4E9", "s"),
+    ("end of a block", "inference"): ("#D55E00", "^"),
+    ("end of a block", "training"): ("#E69F00", "D"),
+}
 Row = dict[str, str]
 
 
@@ -23,7 +31,8 @@ def fill(page: Path, results: Path) -> None:
         parts.append(
             f"![How fast the traffic that cannot be saved is moved, against a copy]({PICTURE})\n\n"
             "Each point is attention alone or the end of a block at one shape: the bytes of the table above "
-            "over the time, as a share of the speed at which the same machine copies a map of that size."
+            "over the time, as a share of the speed at which the same machine copies a map of that size. "
+            "Filled marks are NCHW, open ones channels_last."
         )
     text = "\n\n".join(parts) or "No machine's results are in `benchmarks/results/` yet."
     before, rest = page.read_text("utf-8").split(BEGIN)
@@ -78,7 +87,7 @@ def _cell(row: Row | None, first: bool) -> str:
 
 
 def draw(machines: list[list[Row]], path: Path) -> None:
-    """The share of a copy's speed over the size of the map."""
+    """The share of a copy's speed over the size of the map: a line per operation, a panel per machine."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -86,27 +95,45 @@ def draw(machines: list[list[Row]], path: Path) -> None:
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(
-        1, len(machines), figsize=(4.6 * len(machines), 3.6), squeeze=False, sharey=True
+        1, len(machines), figsize=(0.9 + 3.9 * len(machines), 3.5), squeeze=False, sharey=True
     )
-    marks = {("attention", "inference"): "o", ("attention", "training"): "s"}
-    marks |= {("end of a block", "inference"): "^", ("end of a block", "training"): "D"}
     for axis, rows in zip(axes[0], machines, strict=True):
-        for (op, mode), mark in marks.items():
-            points = [r for r in rows if (r["op"], r["mode"]) == (op, mode) and r["bandwidth"]]
-            passes = {"attention": {"inference": 4, "training": 9}}.get(op, {"inference": 5, "training": 13})
-            sizes = [float(r["floor"]) / passes[mode] / 2**20 for r in points]
-            axis.plot(sizes, [100 * float(r["bandwidth"]) for r in points], mark, label=f"{op}, {mode}", ms=5)
-        axis.axhline(100, color="black", linewidth=1)
-        axis.set_xscale("log")
-        axis.set_xlabel("size of the map, MiB")
-        axis.set_title(rows[0]["device"], fontsize=10)
-        axis.set_ylim(bottom=0)
+        _panel(axis, [row for row in rows if row["bandwidth"]])
+        axis.set_title(f"{rows[0]['device']}, {rows[0]['dtype']}", fontsize=10)
     axes[0][0].set_ylabel("traffic, % of a copy's speed")
-    axes[0][0].legend(fontsize=7)
-    figure.tight_layout()
+    lines, words = axes[0][0].get_legend_handles_labels()
+    figure.legend(lines, words, loc="lower center", ncol=2, fontsize=8, frameon=False)
+    figure.tight_layout(rect=(0, 0.13, 1, 1))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)
+
+
+def _panel(axis, rows: list[Row]) -> None:
+    """One machine: filled marks are NCHW, open ones channels_last."""
+    sizes = {row["shape"]: _megabytes(row["shape"], row["dtype"]) for row in rows}
+    for (op, mode), (colour, mark) in LINES.items():
+        for layout, how in (("NCHW", {}), ("NHWC", {"markerfacecolor": "white", "linestyle": ":"})):
+            own = [r for r in rows if (r["op"], r["mode"], r["layout"]) == (op, mode, layout)]
+            points = sorted((sizes[r["shape"]], 100 * float(r["bandwidth"])) for r in own)
+            label = f"{op}, {mode}" if layout == "NCHW" else None
+            style = {"marker": mark, "color": colour, "markersize": 5, "linewidth": 1.2, **how}
+            axis.plot(*zip(*points, strict=True), label=label, **style) if points else None
+    axis.axhline(100, color="black", linewidth=0.8)
+    axis.text(0.99, 102, "a copy", transform=axis.get_yaxis_transform(), ha="right", fontsize=8)
+    axis.set_xscale("log")
+    axis.set_xticks(list(sizes.values()), [f"{size:.3g}" for size in sizes.values()])
+    axis.minorticks_off()
+    axis.set_ylim(0, 110)
+    axis.grid(axis="y", linewidth=0.4, alpha=0.5)
+    for side in ("top", "right"):
+        axis.spines[side].set_visible(False)
+    axis.set_xlabel("size of the map, MiB")
+
+
+def _megabytes(shape: str, dtype: str) -> float:
+    """Of a map of this shape, "8x256x56x56"."""
+    return math.prod(map(int, shape.split("x"))) * BYTES[dtype] / 2**20
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
@@ -14,10 +13,10 @@ from cbam.data.decode import shown
 from cbam.errors import ConfigError, DataError, OutputError
 from cbam.explain.detecting import Detection, Detectors, Finds, detect
 from cbam.explain.outlines import detection_figure
-from cbam.models import detector
 from cbam.models.detectors import DETECTORS
 from cbam.surgery import load_weights
 from cbam.train.average import average_of
+from cbam.train.detector import make_detector
 
 LISTED = 5  # boxes that a line tells
 
@@ -36,7 +35,7 @@ class Asked:
     out: Path
     box: int = 1
     threshold: float = 0.5
-    method: str = "gradcam"
+    method: str = "layercam"
     layer: str | None = None
 
 
@@ -145,25 +144,17 @@ def _load(
                 f"{file} does not say what its labels mean: give --classes FILE, a name per line"
             )
         name, weights, known = f"{model}+{label}" if arms and label != "plain" else model, file, names
+        regions = None
     else:
-        name, weights = state["config"]["model"], average_of(state)
-        known = names or list(state["data"]["classes"])
-        size = size or state["data"].get("size")
+        config = state["config"]
+        name, weights = config["model"], average_of(state)
         if name.partition(":")[0] not in DETECTORS:
             raise ConfigError(f"{file} holds a classifier, {name}: leave --detect out")
-    net: Any = detector(name, num_classes=len(known))
-    if size:
-        _resize(net, name, size)
+        known, size, regions = (
+            names or list(state["data"]["classes"]),
+            size or config["size"],
+            config["regions"],
+        )
+    net = make_detector(name, len(known), start="paper", size=size, regions=regions)
     load_weights(net, weights)
     return f"{name}, weights of {file}", net.eval(), known
-
-
-def _resize(net: Any, name: str, size: int) -> None:
-    """Let the shorter side of every picture become `size`, the longer one no more than torchvision's part."""
-    transform = net.transform
-    if transform.fixed_size is not None:
-        if transform.fixed_size[0] != size:
-            raise ConfigError(f"{name} sees pictures at {transform.fixed_size[0]} pixels: leave --size out")
-        return
-    transform.max_size = round(transform.max_size * size / transform.min_size[-1])
-    transform.min_size = (size,)

@@ -27,7 +27,9 @@ from cbam.explain.stages import Channel, over_picture, top_channels, where_scale
 
 MAX_BYTES = 10_000_000
 MAX_PIXELS = 25_000_000
+LONGEST = 400  # letters of what is said of an error
 KEPT = 64  # pictures, and what was found in them
+CHOICES = tuple(name for name in METHODS if name != "scorecam")  # that one takes minutes
 
 _log = logging.getLogger("cbam")
 
@@ -53,6 +55,21 @@ class Shown:
     stage: str | None = None
     threshold: float = 0.0
     opacity: float = 0.6
+
+
+def shown_of(target, method, stage, threshold, opacity) -> Shown:
+    """What a request asks for, which may be anything.
+
+    Raises:
+        InputError: it is not what the page's controls give.
+    """
+    whole = target is None or (isinstance(target, int) and not isinstance(target, bool))
+    if not whole or method not in CHOICES or not (stage is None or isinstance(stage, str)):
+        raise InputError("the class, the map or the stage is not one of those that can be chosen")
+    parts = (threshold, opacity)
+    if not all(isinstance(part, (int, float)) and 0 <= part <= 1 for part in parts):
+        raise InputError("threshold and opacity are numbers from 0 to 1")
+    return Shown(target, method, stage, float(threshold), float(opacity))
 
 
 class Explainer:
@@ -97,7 +114,7 @@ class Explainer:
         """
         what = (key, shown.target, shown.method)
         with self._store:
-            if key not in self._pictures:
+            if not isinstance(key, str) or key not in self._pictures:
                 raise GoneError("the picture is no longer here: please give it again")
             name, picture = self._pictures[key]
             self._pictures.move_to_end(key)
@@ -128,7 +145,8 @@ class Explainer:
 def said(error: BaseException) -> str:
     """What a user is told of an error: ours in its own words, any other by a number that the log knows."""
     if isinstance(error, CBAMError):
-        return str(error)
+        text = str(error)  # may repeat what was asked for
+        return text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}\N{HORIZONTAL ELLIPSIS}"
     number = uuid.uuid4().hex[:8]
     _log.error("explanation %s failed", number, exc_info=error)
     return f"This picture could not be explained (error {number}). The log of the server says more."

@@ -1,16 +1,19 @@
 """What stands before the page of `cbam serve`: who may ask, how much, and what browsers are told.
 
 An ASGI application around another one. It refuses a foreign Host (DNS rebinding) and Origin (another
-site), requests that are too large, counted while they arrive, and addresses for the server to fetch.
+site), requests that are too large, counted while they arrive, or too slow, and addresses for the server to
+fetch.
 """
 
+import asyncio
 import json
 import re
 from collections.abc import Awaitable, Callable, Iterable
-from typing import Any
+from typing import Any, NoReturn
 
 MAX_BODY = 10_000_000 + 100_000  # a picture and what surrounds it in a form
 _MAX_JSON = 1_000_000
+PATIENCE = 30.0  # seconds in which the whole of a request must have arrived
 _FETCH = re.compile(rb'"path"\s*:\s*"\s*[A-Za-z][A-Za-z0-9+.-]*:')  # a scheme where a file of ours belongs
 HEADERS = {
     b"content-security-policy": b"default-src 'self'; img-src 'self' data: blob:; font-src 'self' data:; "
@@ -27,15 +30,12 @@ App = Callable[
 ]
 
 
-class _TooLargeError(Exception):
-    pass
-
-
 class Guard:
     """`app`, for requests that name one of `hosts` ("127.0.0.1:7860") and come from a page of theirs."""
 
-    def __init__(self, app: App, hosts: Iterable[str]) -> None:
+    def __init__(self, app: App, hosts: Iterable[str], patience: float = PATIENCE) -> None:
         self._app, self._hosts = app, {host.lower().encode() for host in hosts}
+        self._patience = patience
         self._origins = {b"http://" + host for host in self._hosts}
 
     async def __call__(self, scope: Message, receive, send) -> None:
@@ -45,15 +45,14 @@ class Guard:
         headers = dict(scope["headers"])
         refusal = self._refusal(headers)
         if refusal is None:
-            body = _Counted(scope, headers, receive, send)
+            body = _Counted(scope, headers, receive, send, self._patience)
             try:
                 await self._app(scope, body.receive, body.send)
-                return
-            except _TooLargeError:
-                refusal = 413, "the request is larger than 10 MB"
-            except _FetchError:
-                refusal = 400, "addresses are not fetched"
-            if body.answered:
+            except Exception:
+                if body.refusal is None:
+                    raise
+            refusal = body.refusal
+            if refusal is None or body.answered:
                 return
         if scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008})
@@ -74,34 +73,52 @@ class Guard:
         return (413, "the request is larger than 10 MB") if int(length) > MAX_BODY else None
 
 
-class _FetchError(Exception):
-    pass
+class _RefusedError(Exception):
+    """Ends the application's work on a request; what it says of that is not sent."""
 
 
 class _Counted:
     """The messages of one request, counted on the way in, with our headers on the way out."""
 
-    def __init__(self, scope: Message, headers: dict[bytes, bytes], receive, send) -> None:
+    def __init__(self, scope: Message, headers: dict[bytes, bytes], receive, send, patience: float) -> None:
         self._receive, self._send = receive, send
+        self._patience, self._until = patience, asyncio.get_running_loop().time() + patience
         self._json = b"json" in headers.get(b"content-type", b"")
         self._seen, self._tail, self.answered = 0, b"", False
+        self.refusal: tuple[int, str] | None = None
         self._limit = _MAX_JSON if self._json else MAX_BODY
-        self._http = scope["type"] == "http"
+        self._arriving = scope["type"] == "http"
 
     async def receive(self) -> Message:
-        message = await self._receive()
+        message = await self._next()
         if message["type"] == "http.request":
+            self._arriving = bool(message.get("more_body"))
             part = message.get("body", b"")
             self._seen += len(part)
             if self._seen > self._limit:
-                raise _TooLargeError
+                self._refuse(413, "the request is larger than 10 MB")
             if self._json:
                 self._tail += part
                 if _FETCH.search(self._tail) or _escaped(self._tail, message):
-                    raise _FetchError
+                    self._refuse(400, "addresses are not fetched")
         return message
 
+    def _refuse(self, status: int, text: str) -> NoReturn:
+        self.refusal = status, text
+        raise _RefusedError
+
+    async def _next(self) -> Message:
+        if not self._arriving:  # what comes now is that the client is gone, whenever that is
+            return await self._receive()
+        try:
+            async with asyncio.timeout_at(self._until):
+                return await self._receive()
+        except TimeoutError:
+            self._refuse(408, f"the request took longer than {self._patience:g} seconds to arrive")
+
     async def send(self, message: Message) -> None:
+        if self.refusal is not None and not self.answered:
+            return
         if message["type"] == "http.response.start":
             self.answered = True
             own = [(key, value) for key, value in message.get("headers", []) if key.lower() not in HEADERS]

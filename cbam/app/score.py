@@ -16,10 +16,9 @@ import torch
 from torch import Tensor, nn
 
 import cbam
-from cbam.data import cluttered_digits, decode
+from cbam.data import annotated, cluttered_digits
 from cbam.errors import ConfigError, DataError, OutputError
 from cbam.explain import gradcam
-from cbam.explain.boxes import read_boxes
 from cbam.explain.localisation import (
     STEPS,
     THRESHOLDS,
@@ -73,7 +72,7 @@ def score(
     The class of a map is that of the label where the networks know it, else what the first network says.
 
     Args:
-        data: a file or folder for `read_boxes`, or "digits".
+        data: a file or folder for `cbam.data.annotated`, or "digits".
         limit: take so many pictures, evenly spaced.
         label: take the boxes of this label alone.
 
@@ -158,23 +157,28 @@ def samples(
             )
             for name, item in items
         ], []
-    boxed, notes = read_boxes(Path(data))
-    if label is not None:
-        labels = sorted({one.label for one in boxed})
-        boxed = [one for one in boxed if one.label == label]
-        if not boxed:
-            raise ConfigError(f"no box of the label {label!r}; there are {', '.join(labels[:10])}")
+    images = annotated(data)
+    classes, notes = images.classes, list(images.notes)
+    if label is not None and label not in classes:
+        raise ConfigError(f"no box of the label {label!r}; there are {', '.join(classes[:10])}")
+    wanted = [
+        (picture.path, index, k)
+        for index, picture in enumerate(images.pictures)
+        for k in images.labels(index)
+        if label in (None, classes[k - 1])
+    ]
     found, hidden = [], 0
-    for one in spaced(boxed, limit):
-        picture = decode(one.path)
-        boxes = viewer.boxes_in_view(one.boxes, *picture.shape[1:])
+    for path, index, k in spaced(sorted(wanted), limit):
+        item = images[index]
+        own = item["boxes"][(item["labels"] == k) & ~item["crowd"]]
+        boxes = viewer.boxes_in_view(own.tolist(), *item["image"].shape[1:])
         area = box_area(boxes, viewer.size, viewer.size)
         whole = sum((x1 - x0) * (y1 - y0) for x0, y0, x1, y1 in boxes)
         seen = sum(float(box_area([box], viewer.size, viewer.size).sum()) for box in boxes)
         if seen < VISIBLE * whole:
             hidden += 1
             continue
-        found.append(Sample(one.path.name, viewer.view(picture), area, one.label))
+        found.append(Sample(Path(path).name, viewer.view(item["image"]), area, classes[k - 1]))
     if hidden:
         notes.append(f"{hidden} pictures with less than half of the object in view")
     if not found:

@@ -8,9 +8,9 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from cbam.app.explanation import MAX_BYTES, Explainer, Shown, said
+from cbam.app.explanation import CHOICES, MAX_BYTES, Explainer, said, shown_of
 from cbam.app.guard import Guard
-from cbam.errors import MissingExtraError, OutputError
+from cbam.errors import InputError, MissingExtraError, OutputError
 from cbam.explain.looking import Viewer
 from cbam.explain.maps import METHODS
 
@@ -119,7 +119,7 @@ def page(explainer: Explainer):
             with gr.Column(elem_id="cbam-control"):
                 target = gr.Dropdown(classes, value=None, label="Evidence for the class", filterable=True)
                 method = gr.Radio(
-                    [(words, name) for name, words in METHODS.items() if name != "scorecam"],
+                    [(METHODS[name], name) for name in CHOICES],
                     value="gradcam",
                     label="Map",
                 )
@@ -165,7 +165,9 @@ class _Handlers:
 
     def upload(self, path: str | None, method, stage, threshold, opacity):
         def read() -> tuple[bytes, str]:
-            file = Path(path or "")
+            if not path:
+                raise InputError("no picture was given")
+            file = Path(path)
             try:
                 return file.read_bytes(), file.name
             finally:
@@ -174,12 +176,17 @@ class _Handlers:
         return self._take(read, method, stage, threshold, opacity)
 
     def example(self, name: str, method, stage, threshold, opacity):
-        return self._take(lambda: (_examples()[name].read_bytes(), name), method, stage, threshold, opacity)
+        def read() -> tuple[bytes, str]:
+            if name not in (examples := _examples()):
+                raise InputError("there is no such example")
+            return examples[name].read_bytes(), name
+
+        return self._take(read, method, stage, threshold, opacity)
 
     def _take(self, read: Callable[[], tuple[bytes, str]], method, stage, threshold, opacity):
         def work():
             key = self._explainer.take(*read())
-            shown = _shown(None, method, stage, threshold, opacity)
+            shown = shown_of(None, method, stage, threshold, opacity)
             first = self._explainer.look(key, shown)
             index = list(self._explainer.viewer.classes).index(first.target)
             return key, index, self._explainer.page(key, shown)
@@ -189,28 +196,24 @@ class _Handlers:
     def show(self, key: str, target, method, stage, threshold, opacity) -> str:
         if not key:
             return _EMPTY
-        return _guarded(lambda: self._explainer.page(key, _shown(target, method, stage, threshold, opacity)))
+        return _guarded(
+            lambda: self._explainer.page(key, shown_of(target, method, stage, threshold, opacity))
+        )
 
     def figure(self, key: str, target, method, stage, threshold, opacity) -> str:
         def work() -> str:
-            png = self._explainer.figure(key, _shown(target, method, stage, threshold, opacity))
+            png = self._explainer.figure(key, shown_of(target, method, stage, threshold, opacity))
             return "data:image/png;base64," + base64.b64encode(png).decode()
 
         return _guarded(work) if key else ""
 
 
-def _shown(target, method, stage, threshold, opacity) -> Shown:
-    return Shown(
-        None if target is None else int(target), str(method), stage, float(threshold), float(opacity)
-    )
-
-
 def _guarded(work: Callable):
-    import gradio  # pyright: ignore[reportMissingImports]
-
     try:
         return work()
     except Exception as error:
+        import gradio  # pyright: ignore[reportMissingImports]
+
         words = html.escape(said(error))  # Gradio shows it as HTML
         raise gradio.Error(words, duration=10, print_exception=False) from None
 

@@ -11,6 +11,7 @@ try:
 except ImportError as error:
     raise MissingExtraError.of("cbam.data", "vision") from error
 
+from cbam.data.annotated import annotated
 from cbam.data.boxed_folder import boxed_folder
 from cbam.data.boxes import BoxedImages
 from cbam.data.check import check
@@ -31,6 +32,7 @@ __all__ = [
     "Images",
     "Resident",
     "Shard",
+    "annotated",
     "boxed_folder",
     "check",
     "cluttered_digits",

@@ -54,7 +54,7 @@ class Finding:
 
 
 class Picture(NamedTuple):
-    """A picture file; height and width are what its annotation states."""
+    """A picture file; height and width are what its annotation states, 0 for one on the upright picture."""
 
     id: int
     name: str
@@ -180,6 +180,11 @@ class BoxedImages(Dataset):
         """How many objects picture `index` has."""
         return int(self._starts[index + 1] - self._starts[index])
 
+    def labels(self, index: int) -> list[int]:
+        """The labels in picture `index`, sorted, each once; those of crowds left out."""
+        own = slice(int(self._starts[index]), int(self._starts[index + 1]))
+        return self._labels[own][~self._crowd[own]].unique().tolist()
+
     def with_objects(self) -> "BoxedImages":
         """The pictures that have an object: the choice of many training recipes, none of an evaluation."""
         return self._chosen([i for i in range(len(self)) if self.count(i)], "without objects left out")
@@ -267,6 +272,8 @@ def _upright(picture: Picture, boxes: np.ndarray, where: str) -> tuple[Tensor, n
     upright = tuple(image.shape[1:])
     stored = upright[::-1] if turn >= 5 else upright
     said = (picture.height, picture.width)
+    if said == (0, 0):
+        return image, boxes
     if said == stored:
         return image, turned(boxes, turn, *stored)
     if said == upright:

@@ -6,7 +6,7 @@ from itertools import chain
 from pathlib import Path
 
 from cbam.data.boxes import Finding
-from cbam.data.coco import LISTS, CocoReader
+from cbam.data.coco import LISTS, CocoReader, pictures_of
 from cbam.data.decode import decode_bytes, header_of, not_an_image, read, shown
 from cbam.data.located import LocatedJSON
 from cbam.data.scan import EXTENSIONS, find_pictures
@@ -120,27 +120,10 @@ def _is_coco(file: Path) -> bool:
 def _coco(root: Path, file: Path, deep: bool) -> Iterator[Finding]:
     try:
         document = LocatedJSON(file)
-        reader = CocoReader(document, _pictures_of(document, root))
+        reader = CocoReader(document, pictures_of(document, root))
     except DataError as error:
         yield Finding("", str(error))
         return
     yield from reader.findings
     there = (p.path for p in reader.pictures if Path(p.path).is_file())  # the reader told of the others
     yield from _pictures(there, deep)
-
-
-def _pictures_of(document: LocatedJSON, root: Path) -> Path:
-    """The folder with the pictures of a COCO file: the candidate that has its first picture, else the first.
-
-    For annotations/instances_val2017.json those are val2017, images/val2017, images and the folder itself.
-    """
-    split = document.path.stem.removeprefix("instances_")
-    names = (split, f"images/{split}", "images", ".")
-    candidates = [base / name for base in (root, document.path.parent) for name in names]
-    there = [folder for folder in candidates if folder.is_dir()]
-    images = document.elements("images") if "images" in document else None
-    first = images[0].value if images else None
-    name = first.get("file_name") if isinstance(first, dict) else None
-    if isinstance(name, str) and "\0" not in name:
-        return next((folder for folder in there if (folder / name).is_file()), there[0])
-    return there[0]

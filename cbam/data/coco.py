@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cbam.data.boxes import BoxedImages, Finding, Picture, Thing, accept, picture_files, tidied
-from cbam.data.decode import shown
+from cbam.data.decode import header_of, shown
 from cbam.data.located import Element, LocatedJSON
 from cbam.data.segmentation import mask_fault
 from cbam.errors import DataError
@@ -41,12 +41,17 @@ def coco(annotations: str | os.PathLike, pictures: str | os.PathLike) -> BoxedIm
 class CocoReader:
     """What a COCO file holds, and `findings`: all that is wrong with it.
 
+    Args:
+        missing: count pictures that are not there, and images without a size, whose files have it, under
+            this name; empty refuses them.
+
     Raises:
         DataError: the file lacks one of its lists.
     """
 
-    def __init__(self, file: LocatedJSON, pictures: str | os.PathLike) -> None:
-        self.file = file
+    def __init__(self, file: LocatedJSON, pictures: str | os.PathLike, *, missing: str = "") -> None:
+        self.file, self._missing = file, missing
+        self._left_out: set[int] = set()  # ids of images that are not there
         for key in LISTS:
             if key not in file:
                 raise DataError(f"{shown(file.path)}: no {key!r}; a COCO file has {', '.join(LISTS)}")
@@ -78,18 +83,23 @@ class CocoReader:
         files = picture_files(self._folder)
         for id, element in self._identified("images", "image"):
             name = element.value.get("file_name")
-            height, width = (element.value.get(key) for key in ("height", "width"))
             if not isinstance(name, str) or not name or "\0" in name:
                 self._refuse(element, f"image {id} has the file_name {name!r}, expected text")
                 continue
+            path = self._folder / name
+            # A name that leads into a folder is looked up, others are in the listing.
+            there = path.is_file() if "/" in name or "\\" in name else name in files
+            if not there and self._missing:
+                self._count(element, self._missing, f" ({shown(path)})")
+                self._left_out.add(id)
+                continue
+            height, width = _said_or_seen(element.value, path) if self._missing else _said(element.value)
             if not (_whole(height) and _whole(width) and 0 < height < 1 << 20 and 0 < width < 1 << 20):
                 self._refuse(
                     element, f"image {id} has height {height!r} and width {width!r}, expected pixels"
                 )
                 continue
-            path = self._folder / name
-            # A name that leads into a folder is looked up, others are in the listing.
-            if not (path.is_file() if "/" in name or "\\" in name else name in files):
+            if not there:
                 self._refuse(element, f"image {id}: {shown(path)} is not there")
             self._indices[id] = len(self.pictures)
             self.pictures.append(Picture(id, name, str(path), height, width))
@@ -100,6 +110,8 @@ class CocoReader:
         for id, element in self._identified("annotations", "annotation"):
             if id == 0:
                 self._count(element, ID_ZERO)
+            if element.value.get("image_id") in self._left_out:
+                continue
             place = self._place(id, element, unknown)
             fault = _annotation_fault(element.value)
             if fault:
@@ -169,6 +181,33 @@ class CocoReader:
     def _count(self, element: Element, kind: str, detail: str = "", times: int = 1) -> None:
         detail = f" ({times} annotations)" if times > 1 else detail
         self.findings.append(Finding(self.file.where(element.start), kind + detail, kind, times))
+
+
+def _said(image: dict) -> tuple[Any, Any]:
+    """Height and width of an image, as the file says."""
+    return image.get("height"), image.get("width")
+
+
+def _said_or_seen(image: dict, path: Path) -> tuple[Any, Any]:
+    """The same, or where the file says nothing those of the picture."""
+    header = header_of(path) if _said(image) == (None, None) else None
+    return (header.height, header.width) if header else _said(image)
+
+
+def pictures_of(document: LocatedJSON, root: Path) -> Path:
+    """The folder with the pictures of a COCO file: the candidate that has one of its first, else the first.
+
+    For annotations/instances_val2017.json those are val2017, images/val2017, images and the folder itself.
+    """
+    split = document.path.stem.removeprefix("instances_")
+    names = (split, f"images/{split}", "images", ".")
+    candidates = [base / name for base in (root, document.path.parent) for name in names]
+    there = [folder for folder in candidates if folder.is_dir()]
+    listed = document.elements("images") if "images" in document else None
+    values = [element.value for element in (listed or [])[:100]]
+    found = [value.get("file_name") for value in values if isinstance(value, dict)]
+    known = [name for name in found if isinstance(name, str) and name and "\0" not in name]
+    return next((folder for folder in there if any((folder / name).is_file() for name in known)), there[0])
 
 
 def _annotation_fault(annotation: dict) -> str:

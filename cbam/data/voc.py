@@ -21,6 +21,7 @@ from cbam.errors import DataError, InputError
 
 MAX_XML = 1 << 24  # bytes; VOC's own files have a few thousand
 SIDES = ("xmin", "ymin", "xmax", "ymax")
+MISSING = "a picture is not there: left out"
 MANY = 10  # names that one message lists
 
 
@@ -88,23 +89,49 @@ class Node:
 class VocReader:
     """What one split of a VOC folder holds, and `findings`: all that is wrong with it.
 
+    Without a split it is every XML file of Annotations, or of the folder itself; a file may name its picture,
+    which lies in JPEGImages or beside it, and one that is not there is left out and counted.
+
     `objects` pairs the name of a class with an object whose label is not known yet; `classes` has under each
     name the place of its first object.
     """
 
-    def __init__(self, folder: str | os.PathLike, split: str) -> None:
+    def __init__(self, folder: str | os.PathLike, split: str | None) -> None:
         self.findings: list[Finding] = []
         self.pictures: list[Picture] = []
         self.objects: list[tuple[str, Thing]] = []
         self.classes: dict[str, Node] = {}
-        self._root = Path(folder)
-        self._files = _by_stem(picture_files(self._root / "JPEGImages"))
-        for where, name in self._names(split):
+        root = Path(folder)
+        self._notes, self._folder = root / "Annotations", root / "JPEGImages"
+        if split is None:
+            self._notes = self._notes if self._notes.is_dir() else root
+            self._folder = self._folder if self._folder.is_dir() else self._notes
+        self._files = _by_stem(picture_files(self._folder))
+        if split is None:
+            self._read_all()
+            return
+        for where, name in self._names(root / "ImageSets" / "Main" / f"{split}.txt"):
             self._read(where, name)
 
-    def _names(self, split: str) -> Iterator[tuple[str, str]]:
+    def _read_all(self) -> None:
+        files = sorted(self._notes.glob("*.xml"))
+        if not files:
+            raise DataError(f"{shown(self._notes)}: no .xml in it")
+        for file in files:
+            try:
+                root = parse(file)
+            except DataError as error:
+                self.findings.append(Finding("", str(error)))
+                continue
+            named = Path(_said(root, "filename")).name
+            picture = named if named and (self._folder / named).is_file() else self._files.get(file.stem)
+            if picture is None:
+                self.findings.append(root.of(f"{MISSING} ({shown(named or file.stem)})", MISSING))
+            else:
+                self._take(root, file.stem, self._folder / picture)
+
+    def _names(self, path: Path) -> Iterator[tuple[str, str]]:
         """Place and name of every picture of the split."""
-        path = self._root / "ImageSets" / "Main" / f"{split}.txt"
         seen: set[str] = set()
         for number, line in enumerate(_text(path).splitlines(), 1):
             words = line.split()  # the lists of one class have a second column
@@ -119,12 +146,19 @@ class VocReader:
 
     def _read(self, where: str, name: str) -> None:
         if name not in self._files:
-            folder = shown(self._root / "JPEGImages")
-            self.findings.append(Finding(where, f"there is no picture {shown(name)} in {folder}"))
+            told = f"there is no picture {shown(name)} in {shown(self._folder)}"
+            self.findings.append(Finding(where, told))
             return
-        path = self._root / "JPEGImages" / self._files[name]
         try:
-            root = parse(self._root / "Annotations" / f"{name}.xml")
+            root = parse(self._notes / f"{name}.xml")
+        except DataError as error:
+            self.findings.append(Finding("", str(error)))
+            return
+        self._take(root, name, self._folder / self._files[name])
+
+    def _take(self, root: Node, name: str, path: Path) -> None:
+        """Keep the picture at `path` and the objects that its annotation has."""
+        try:
             height, width = _size(root, path)
         except DataError as error:
             self.findings.append(Finding("", str(error)))

@@ -85,7 +85,7 @@ def detect(
     *,
     box: int = 1,
     threshold: float = 0.5,
-    method: str = "gradcam",
+    method: str = "layercam",
     layer: str | None = None,
 ) -> Detection:
     """Find objects in a picture with every one of `detectors`, and the evidence for one of them.
@@ -98,7 +98,9 @@ def detect(
         name: of the picture, for captions.
         box: which one, from 1, the most certain. Where there are fewer no evidence is shown.
         threshold: boxes of a lower score are left out.
-        method, layer: as in `gradcam`; "scorecam" is for classifiers.
+        method: as in `gradcam`. Grad-CAM weighs whole channels, which for one box of many light up elsewhere
+            too; LayerCAM weighs element by element. "scorecam" is for classifiers.
+        layer: as in `gradcam_of_box`.
 
     Raises:
         InputError: not such a picture. DataError: one too narrow for the detector to see.

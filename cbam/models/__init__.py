@@ -2,7 +2,8 @@
 
 from cbam.models.catalogue import attentions, build, names
 from cbam.models.cost import Cost, profile
-from cbam.models.detectors import detector, faster_rcnn, retinanet
+from cbam.models.detectors import detector, faster_rcnn, faster_rcnn_c4, retinanet
+from cbam.models.frozen import freeze_norm
 from cbam.models.mobilenet_v1 import MobileNetV1
 from cbam.models.resnet_tiny import ResNetTiny
 from cbam.models.stride import stride_in_1x1
@@ -18,6 +19,8 @@ __all__ = [
     "build",
     "detector",
     "faster_rcnn",
+    "faster_rcnn_c4",
+    "freeze_norm",
     "names",
     "profile",
     "retinanet",

@@ -1,9 +1,10 @@
 """Detectors by name: Faster R-CNN, RetinaNet, SSD300, StairNet, over plain networks or ones with attention.
 
-A name is `detector:network[+attention]`: "fasterrcnn:resnet50+cbam", "retinanet:timm:convnext_tiny",
-"ssd300:vgg16", "stairnet300:mobilenet_v1+se". They are torchvision's: in training they take a list of
-pictures (3, H, W) in 0..1 and a list of targets (`boxes`, `labels` from 1) and give losses, else a list of
-detections. Nothing is downloaded: weights of a classifier go into the network first: `faster_rcnn`.
+A name is `detector:network[+attention]`: "fasterrcnn:resnet50+cbam", "fasterrcnn_c4:resnet101+se",
+"retinanet:timm:convnext_tiny", "ssd300:vgg16", "stairnet300:mobilenet_v1+se". They are torchvision's: in
+training they take a list of pictures (3, H, W) in 0..1 and a list of targets (`boxes`, `labels` from 1) and
+give losses, else a list of detections. Nothing is downloaded: weights of a classifier go into the network
+first: `faster_rcnn`.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from torchvision.models.detection import FasterRCNN, RetinaNet
 
 _OVER_VGG_OR_MOBILENET = ("ssd300", "stairnet300")
-DETECTORS = ("fasterrcnn", "retinanet", *_OVER_VGG_OR_MOBILENET)
+DETECTORS = ("fasterrcnn", "fasterrcnn_c4", "retinanet", *_OVER_VGG_OR_MOBILENET)
 _WIDTH = 256  # of the feature pyramid
 
 
@@ -31,8 +32,8 @@ def detector(name: str, *, num_classes: int, start: str = "paper") -> nn.Module:
 
     Args:
         name: `detector:network[+attention]`; fasterrcnn's and retinanet's networks are `build`'s ResNets
-            and timm's with feature maps; ssd300 and stairnet300 have vgg16 and mobilenet_v1, and attention
-            is stairnet300's alone, right before every classifier.
+            and timm's with feature maps, fasterrcnn_c4's the ResNets; ssd300 and stairnet300 have vgg16 and
+            mobilenet_v1, and attention is stairnet300's alone, right before every classifier.
         num_classes: without the background.
         start: how attention begins, "paper" or "identity" (see `cbam.attach`).
 
@@ -49,7 +50,7 @@ def detector(name: str, *, num_classes: int, start: str = "paper") -> nn.Module:
         raise InputError(f"num_classes must be a positive int, got {num_classes!r}")
     if kind in _OVER_VGG_OR_MOBILENET:
         return _single_shot(kind, network, num_classes, start)
-    make = faster_rcnn if kind == "fasterrcnn" else retinanet
+    make = {"fasterrcnn": faster_rcnn, "fasterrcnn_c4": faster_rcnn_c4, "retinanet": retinanet}[kind]
     return make(build(network, start=start), num_classes)
 
 
@@ -73,6 +74,40 @@ def faster_rcnn(network: nn.Module, num_classes: int) -> FasterRCNN:
     return FasterRCNN(Pyramid(network, 4, LastLevelMaxPool()), num_classes + 1)
 
 
+def faster_rcnn_c4(network: nn.Module, num_classes: int) -> FasterRCNN:
+    """Faster R-CNN without a pyramid, as it was in the paper's time: see `faster_rcnn`.
+
+    Region proposals and boxes read one map, of conv4 (`layer3`, stride 16), and conv5 (`layer4`) is the head
+    of every box, at 14x14 (He et al., arXiv 1512.03385, appendix A). Proposals are as many as in Faster R-CNN
+    (Ren et al., 1506.01497): 2000 to train, 300 to test, and 128 of a picture to learn from.
+
+    Args:
+        network: a ResNet of torchvision's kind.
+
+    Raises:
+        ConfigError: a network of another kind.
+    """
+    _need_torchvision()
+    from torchvision.models import ResNet
+    from torchvision.models.detection import FasterRCNN
+    from torchvision.models.detection.anchor_utils import AnchorGenerator
+    from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
+    from torchvision.ops import MultiScaleRoIAlign
+
+    if not isinstance(network, ResNet):
+        raise ConfigError(f"fasterrcnn_c4 takes torchvision's ResNets, got {type(network).__name__}")
+    return FasterRCNN(
+        Conv4(network),
+        rpn_anchor_generator=AnchorGenerator(((32, 64, 128, 256, 512),), ((0.5, 1.0, 2.0),)),
+        rpn_pre_nms_top_n_train=12000, rpn_pre_nms_top_n_test=6000,
+        rpn_post_nms_top_n_train=2000, rpn_post_nms_top_n_test=300,
+        box_roi_pool=MultiScaleRoIAlign(["0"], 14, 2),
+        box_head=Conv5(network),
+        box_predictor=FastRCNNPredictor(network.fc.in_features, num_classes + 1),
+        box_batch_size_per_image=128,
+    )  # fmt: skip
+
+
 def retinanet(network: nn.Module, num_classes: int) -> RetinaNet:
     """torchvision's RetinaNet with a feature pyramid over a classification network: see `faster_rcnn`."""
     _need_torchvision()
@@ -82,6 +117,31 @@ def retinanet(network: nn.Module, num_classes: int) -> RetinaNet:
 
     pyramid = Pyramid(network, 3, LastLevelP6P7(_WIDTH, _WIDTH))
     return RetinaNet(pyramid, num_classes + 1, anchor_generator=_default_anchorgen())
+
+
+class Conv4(nn.Module):
+    """A ResNet up to conv4: (N, 3, H, W) -> (N, C, H/16, W/16). Weights keep their names under `body`."""
+
+    def __init__(self, network: Any) -> None:
+        super().__init__()
+        from torchvision.models._utils import IntermediateLayerGetter
+
+        self.body = IntermediateLayerGetter(network, {"layer3": "0"})
+        self.out_channels = network.fc.in_features // 2
+
+    def forward(self, x: Tensor) -> OrderedDict[str, Tensor]:
+        return self.body(x)
+
+
+class Conv5(nn.Module):
+    """The last stage of a ResNet on the maps of boxes, and their mean: (K, C, 14, 14) -> (K, 2C)."""
+
+    def __init__(self, network: Any) -> None:
+        super().__init__()
+        self.layer4 = network.layer4
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer4(x).mean((2, 3))
 
 
 class Pyramid(nn.Module):

@@ -87,6 +87,7 @@ def load_weights(
     try:
         tensors = _tensors(content, target)
         file_format, tensors, eval_only = translated(tensors, target)
+        tensors = _without_counters(tensors, target)
         gains = _take_gains(tensors, target)
         kept = target.head() if head == "reset" else set()
         values = {name: value for name, value in tensors.items() if name not in kept}
@@ -153,6 +154,16 @@ def _take_gains(tensors: dict[str, Tensor], target: Target) -> dict[str, float]:
                 raise MisfitError(f"{gate}.gain must be one positive number, got {gain.tolist()}")
             gains[gate] = gain.item()
     return gains
+
+
+def _without_counters(tensors: dict[str, Tensor], target: Target) -> dict[str, Tensor]:
+    """Leave out the counters of BatchNorms that are frozen in the model."""
+
+    def frozen(name: str) -> bool:
+        mean = name.removesuffix(_COUNTER) + ".running_mean"
+        return name.endswith(_COUNTER) and name not in target.tensors and mean in target.tensors
+
+    return {name: value for name, value in tensors.items() if not frozen(name)}
 
 
 def _check_names(values: Collection[str], target: Target, kept: set[str]) -> list[str]:

@@ -191,6 +191,42 @@ def test_networks_of_files_are_compared(photo, tmp_path, monkeypatch, capsys):
     assert "cbam-look/stages-photo.svg" in out
 
 
+def test_a_run_is_looked_at_as_it_is_scored(photo, tmp_path, monkeypatch, capsys):
+    """A checkpoint knows its network, classes and size; where the run keeps an average, that is looked at."""
+    pytest.importorskip("pytorch_lightning", reason="training is Lightning's")
+    pytest.importorskip("sklearn", reason="the digits are scikit-learn's")
+    from cbam.app.networks import viewer
+    from cbam.train import checkpoint
+    from cbam.train.average import average_of
+
+    monkeypatch.chdir(tmp_path)
+    photo.save("photo.png")
+    small = ["--limit", "16", "--epochs", "1", "--batch-size", "8", "--device", "cpu", "--ema", "0.9"]
+    for model, folder in (("resnet_tiny", "one"), ("resnet_tiny+cbam", "two")):
+        assert main(["train", "digits", "--model", model, *small, "--out", folder]) == 0
+    capsys.readouterr()
+    out = ["--out", "figures"]
+    assert main(["look", "photo.png", "--compare", "plain=one", "cbam=two", *out]) == 0
+    told = capsys.readouterr().out
+    assert "plain: resnet_tiny, weights of one" in told
+    assert "cbam: resnet_tiny+cbam, weights of two" in told
+    assert (tmp_path / "figures" / "look.png").exists()
+    file = max((tmp_path / "two").glob("*.ckpt"), key=checkpoint.step_of)
+    state = checkpoint.load(file)
+    for given in ("two", str(file)):
+        eyes = viewer(None, given, [], None, None)
+        own = eyes.networks["network"].state_dict()
+        average, last = average_of(state), state["model"]
+        assert all(torch.equal(own[key], value) for key, value in average.items())
+        assert not all(torch.equal(own[key], value) for key, value in last.items())
+        assert (eyes.size, list(eyes.classes)) == (state["data"]["size"], state["data"]["classes"])
+    assert main(["look", "--detect", "photo.png", "--weights", "two", *out]) == 2
+    assert "two holds a classifier, resnet_tiny+cbam: leave --detect out" in capsys.readouterr().err
+    file.write_bytes(file.read_bytes()[:-100])
+    assert main(["look", "photo.png", "--weights", str(file), *out]) == 4
+    assert file.name in capsys.readouterr().err  # K1
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [

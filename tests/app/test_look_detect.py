@@ -103,6 +103,42 @@ def test_the_size_is_the_shorter_side_of_what_is_seen(here, tmp_path):
     assert (transform.min_size, transform.max_size) == ((96,), 160)
 
 
+def test_a_run_knows_its_detector_its_size_and_its_classes(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("pytorch_lightning", reason="training is Lightning's")
+    monkeypatch.chdir(tmp_path)
+    for part in ("JPEGImages", "Annotations", "ImageSets/Main"):
+        (tmp_path / "voc" / part).mkdir(parents=True)
+    box = "<bndbox><xmin>9</xmin><ymin>9</ymin><xmax>40</xmax><ymax>40</ymax></bndbox>"
+    for name in ("a", "b", "c", "d"):
+        Image.new("RGB", (64, 64), (200, 40, 40)).save(f"voc/JPEGImages/{name}.jpg")
+        thing = f"<object><name>square</name>{box}</object>"
+        (tmp_path / "voc" / "Annotations" / f"{name}.xml").write_text(f"<annotation>{thing}</annotation>")
+    for split in ("train", "val"):
+        (tmp_path / "voc" / "ImageSets" / "Main" / f"{split}.txt").write_text("a\nb\nc\nd\n")
+    settings = [
+        "--model",
+        "fasterrcnn:timm:test_resnet+cbam",
+        "--size",
+        "64",
+        "--regions",
+        "8",
+        "--epochs",
+        "1",
+    ]
+    assert main(["train", "detect/short", "voc", *settings, "--batch-size", "2", "--device", "cpu",
+                 "--out", "run"]) == 0  # fmt: skip
+    capsys.readouterr()
+    picture = "voc/JPEGImages/a.jpg"
+    assert main(["look", "--detect", picture, "--weights", "run", "--threshold", "0", "--out", "out"]) == 0
+    assert "detector: fasterrcnn:timm:test_resnet+cbam, weights of run" in capsys.readouterr().out
+    eyes = detectors(None, "run", [], None, None)
+    assert eyes.classes == ["square"]
+    assert eyes.networks["detector"].transform.min_size == (64,)
+    assert eyes.networks["detector"].rpn.post_nms_top_n() == 16
+    assert main(["look", picture, "--weights", "run"]) == 2
+    assert "run holds a detector, fasterrcnn:timm:test_resnet+cbam: give --detect" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
@@ -113,7 +149,7 @@ def test_the_size_is_the_shorter_side_of_what_is_seen(here, tmp_path):
         (["photo.png", *PAIR[:-2]], 2, "plain.pt does not say what its labels mean: give --classes FILE"),
         (["photo.png", "--weights", "plain.pt"], 2, "plain.pt does not say what detector it is"),
         (["photo.png", "--weights", "none.pt", "--model", PLAIN], 4, "none.pt: no such file"),
-        (["photo.png", *PAIR, "--size", "200"], 2, "sees pictures at 300 pixels: leave --size out"),
+        (["photo.png", *PAIR, "--size", "200"], 2, "takes pictures of 300 pixels: leave the size out"),
         (["photo.png", *PAIR, "--box", "0"], 2, "whole number above 0"),
         (["photo.png", *PAIR, "--threshold", "1.5"], 2, "a number from 0 to 1"),
         (["photo.png", *PAIR, "--target", "ant"], 2, "choose an object by --box"),

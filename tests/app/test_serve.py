@@ -304,6 +304,78 @@ def test_50_clients_at_once_are_all_answered_alike(server):  # W9
     assert "where: spatial gate" in pages[0]
 
 
+def test_an_upload_that_does_not_say_how_large_it_is_is_counted(server):  # W1
+    host, port = server[0].split(":")
+    head = f"POST /gradio_api/upload HTTP/1.1\r\nHost: {server[0]}\r\nTransfer-Encoding: chunked\r\n"
+    kind = "Content-Type: multipart/form-data; boundary=x\r\n\r\n"
+    form = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n'
+    with socket.create_connection((host, int(port)), 60) as client:
+        client.sendall((head + kind).encode() + b"%x\r\n%s\r\n" % (len(form), form))
+        with contextlib.suppress(OSError):  # it is cut off before the end
+            for _ in range(12):
+                client.sendall(b"%x\r\n%s\r\n" % (10**6, b"\0" * 10**6))
+        assert b" 413 " in client.recv(100)
+
+
+def test_a_request_that_never_ends_is_given_up(server):  # W11
+    """Half an upload, and then nothing: 30 seconds are its time; the page answers meanwhile."""
+    host, port = server[0].split(":")
+    head = f"POST /gradio_api/upload HTTP/1.1\r\nHost: {server[0]}\r\nContent-Length: 1000\r\n"
+    kind = "Content-Type: multipart/form-data; boundary=x\r\n\r\n--x\r\n"
+    with socket.create_connection((host, int(port)), 60) as slow:
+        slow.sendall((head + kind).encode())
+        began = time.monotonic()
+        assert ask(server[0])[0] == 200
+        answer = slow.recv(100)
+        assert 20 < time.monotonic() - began < 50
+    assert b" 408 " in answer
+
+
+def test_2000_odd_requests_are_refused_and_the_server_lives(server):  # W17
+    """Anything under the addresses that Gradio has. To some of what its page never sends Gradio answers with
+    a 500 of its own (13 times with 6.31), which says nothing of the inside, and lives on."""
+    import random
+
+    chance = random.Random(0)
+    addresses = json.loads(ask(server[0], path="/config")[1])
+    names = [
+        "queue/join", "queue/data", "call/show", "run/predict", "api/predict", "upload", "upload_progress",
+        "file=a.png", "stream/a/b/c/d", "heartbeat/a", "reset", "cancel", "component_server", "login", "info",
+        "startup-events", "queue/status", "config", "theme.css", "logout", "static/a", "x" * 3000, "%00",
+    ]  # fmt: skip
+    values = [None, True, -1, 2**70, 0.5, "", "x" * 5000, "\0", [], {}, [[]], {"path": "a.png"}, "gradcam"]
+    count = len(addresses["dependencies"])
+    statuses: dict[int, int] = {}
+    for i in range(2000):
+        body = {
+            "data": [chance.choice(values) for _ in range(chance.randrange(8))],
+            "fn_index": chance.choice([*range(count), -1, count, "0", None]),
+            "session_hash": chance.choice(["a", "", None, 7, f"fuzz{i}"]),
+            "event_id": chance.choice(values),
+        }
+        for key in list(body):
+            if chance.random() < 0.2:
+                body[key] = chance.choice(values)
+            if chance.random() < 0.1:
+                del body[key]
+        text = json.dumps(body).encode()
+        if chance.random() < 0.2:
+            text = text[: chance.randrange(len(text))]
+        name = chance.choice(names[:8]) if chance.random() < 0.6 else chance.choice(names)
+        streams = name.startswith(("queue/data", "heartbeat", "upload_progress"))
+        method = (
+            "POST" if streams else chance.choice(["POST", "POST", "POST", "GET", "PUT", "DELETE", "OPTIONS"])
+        )
+        kind = chance.choice(["application/json", "text/plain", "multipart/form-data; boundary=x"])
+        status, answer = ask(server[0], method, f"/gradio_api/{name}", text, Content_Type=kind)
+        statuses[status] = statuses.get(status, 0) + 1
+        assert status < 500 or answer == b"Internal Server Error"
+        assert b"Traceback" not in answer
+    assert sum(statuses.values()) == 2000
+    assert sum(n for status, n in statuses.items() if status >= 500) < 40, statuses
+    assert ask(server[0])[0] == 200
+
+
 def test_a_port_that_is_taken_is_one_line(server):
     port = server[0].rpartition(":")[2]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import cbam
-from cbam.app.explanation import KEPT, Explainer, GoneError, Shown, said
-from cbam.errors import DataError, InputError
+from cbam.app.explanation import KEPT, Explainer, GoneError, Shown, said, shown_of
+from cbam.errors import CBAMError, DataError, InputError
 from cbam.explain import Viewer
 
 Image = pytest.importorskip("PIL.Image", reason="pictures are read by Pillow")
@@ -186,3 +186,86 @@ def test_an_unknown_stage_is_named(explainer):
     key = explainer.take(picture(), "photo")
     with pytest.raises(InputError, match="no stage 'x'; there are "):
         explainer.page(key, Shown(stage="x"))
+
+
+ODD = [
+    None, True, -1, 0, 3, 999, 1000, 2**70, 0.5, -0.5, 1.5, float("nan"), float("inf"), "", "gradcam",
+    "layercam", "scorecam", "../../etc/passwd", "<script>", "\0", "x" * 10_000, [], {}, [1], {"path": "/"},
+]  # fmt: skip
+
+
+def test_whatever_is_asked_for_is_answered_or_refused_in_words(explainer):  # W17
+    """2,000 requests of anything in every place: a page, or one of our own refusals."""
+    random = numpy.random.default_rng(0)
+    names = [*explainer.stage_names(), None]
+    keys = [explainer.take(picture(i), str(i)) for i in range(3)]
+    answered, refused = 0, []
+    for _ in range(2000):
+        wanted = [keys[0], 7, "gradcam", names[random.integers(len(names))], 0.2, 0.6]
+        for place in random.choice(6, random.integers(0, 3), replace=False):
+            wanted[place] = ODD[random.integers(len(ODD))] if place else [*keys, *ODD][random.integers(9)]
+        try:
+            page = explainer.page(wanted[0], shown_of(*wanted[1:]))
+        except CBAMError as error:
+            refused.append(said(error))
+        else:
+            answered += 1
+            assert page.startswith('<div class="cbam-row">')
+            assert "<script" not in page
+    assert answered > 300
+    assert len(refused) > 300
+    assert max(map(len, refused)) <= 400
+
+
+def test_whatever_is_given_as_a_picture_is_taken_or_refused_in_words(explainer):  # W3 W17
+    """2,000 files: pictures with bytes changed, cut off, put together, and none at all."""
+    random = numpy.random.default_rng(0)
+    kinds = ("PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF")
+    whole = [picture(i, kind) for i, kind in enumerate(kinds)]
+    taken, refused = 0, []
+    for _ in range(2000):
+        data = bytearray(whole[random.integers(len(whole))])
+        for at in random.integers(0, len(data), random.integers(0, 6)):
+            data[at] = random.integers(256)
+        if random.random() < 0.3:
+            del data[random.integers(len(data)) :]
+        if random.random() < 0.1:
+            data = bytearray(random.bytes(200))
+        try:
+            explainer.take(bytes(data), "x")
+        except DataError as error:
+            refused.append(said(error))
+        else:
+            taken += 1
+    assert taken > 200
+    assert len(refused) > 200
+    assert all(refused)
+
+
+@pytest.mark.large
+def test_1000_requests_leave_no_file(tmp_path, monkeypatch):  # W15
+    """What the page does with an upload, a thousand times, some no pictures: nothing is left on the disk."""
+    import tempfile
+
+    from cbam.app import serve
+
+    torch.manual_seed(0)
+    nets = {"plain": cbam.build("resnet_tiny"), "CBAM": cbam.build("resnet_tiny+cbam")}
+    explainer = Explainer(Viewer(nets, [f"class {i}" for i in range(1000)], size=16, resized=16))
+    handlers = serve._Handlers(explainer)
+    monkeypatch.setattr(serve, "_guarded", lambda work: work())  # Gradio's error is not needed for it
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    stage = explainer.stage_names()[0]
+    for i in range(1000):
+        upload = tmp_path / f"{i}.png"
+        upload.write_bytes(b"<html>" if i % 10 == 9 else picture(i % 7))
+        try:
+            key, target, _ = handlers.upload(str(upload), "gradcam", stage, 0.0, 0.6)
+        except DataError:
+            assert i % 10 == 9
+        else:
+            if i % 50 == 0:
+                assert handlers.figure(key, target, "gradcam", stage, 0.0, 0.6).startswith("data:image/png")
+        assert list(tmp_path.iterdir()) == []
+    assert len(explainer._pictures) == len(explainer._looks) == KEPT

@@ -115,3 +115,69 @@ def test_addresses_are_not_fetched(path):
 
 def test_a_large_json_is_refused():
     assert ask({"Host": HOST, "Content-Type": "application/json"}, [b" " * 600_000] * 2)[0] == 413
+
+
+def slowly(parts: list[bytes], pauses: list[float], patience: float, after: float = 0.0):
+    """(status, seconds) of a request whose parts come after these pauses."""
+    sent = []
+    waits = iter(zip(pauses, parts, range(len(parts) - 1, -1, -1), strict=True))
+
+    async def receive():
+        pause, part, left = next(waits, (after, None, 0))
+        await asyncio.sleep(pause)
+        if part is None:
+            return {"type": "http.disconnect"}
+        return {"type": "http.request", "body": part, "more_body": left > 0}
+
+    async def send(message):
+        sent.append(message)
+
+    async def app(scope, receive, send):
+        await echo(scope, receive, send)
+        assert (await receive())["type"] == "http.disconnect"
+
+    async def work() -> float:
+        began = asyncio.get_running_loop().time()
+        scope = {"type": "http", "headers": [(b"host", HOST.encode())]}
+        await Guard(app, [HOST], patience)(scope, receive, send)
+        return asyncio.get_running_loop().time() - began
+
+    return sent, asyncio.run(work())
+
+
+@pytest.mark.parametrize("pauses", [[60.0], [0.0, 60.0], [0.06] * 10])  # W11
+def test_a_request_that_comes_too_slowly_is_given_up(pauses):
+    sent, seconds = slowly([b"a"] * len(pauses), pauses, patience=0.2)
+    assert sent[0]["status"] == 408
+    assert b"longer than 0.2 seconds" in sent[1]["body"]
+    assert seconds < 5
+
+
+def test_the_time_limit_is_that_of_the_body_and_not_of_the_answer():  # W11
+    sent, seconds = slowly([b"a", b"bc"], [0.0, 0.01], patience=0.2, after=0.5)
+    assert sent[0]["status"] == 200
+    assert sent[1]["body"] == b"3"
+    assert seconds > 0.4
+
+
+def test_an_application_that_turns_every_error_into_a_500_does_not_answer_for_us():
+    """Starlette does; and a form parser may wrap what it caught."""
+
+    async def eager(scope, receive, send):
+        try:
+            await echo(scope, receive, send)
+        except Exception as error:
+            await send({"type": "http.response.start", "status": 500, "headers": []})
+            await send({"type": "http.response.body", "body": b"Internal Server Error"})
+            raise ExceptionGroup("wrapped", [error]) from error
+
+    status, _, body, _ = ask({"Host": HOST}, [b" " * 6_000_000] * 2, app=eager)
+    assert (status, body) == (413, b"the request is larger than 10 MB")
+
+
+def test_a_crash_of_the_application_stays_its_own():
+    async def broken(scope, receive, send):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        ask({"Host": HOST}, app=broken)

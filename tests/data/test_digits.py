@@ -86,13 +86,13 @@ def test_sources_are_never_mixed(monkeypatch):
     """With every validation digit white and every training digit dark, no split shows the other's."""
     import sklearn.datasets
 
-    pixels = np.full((1797, 64), 8.0)
+    pixels = np.full((1797, 64), 9.0)
     pixels[1437:] = 16.0
     labels = np.arange(1797) % 10
     monkeypatch.setattr(sklearn.datasets, "load_digits", lambda return_X_y: (pixels, labels))
     train, val = cluttered_digits()
     for i in range(200):
-        assert set(train[(i, i)]["image"].unique().tolist()) == {0, 128}
+        assert set(train[(i, i)]["image"].unique().tolist()) == {0, 143}
         assert set(val[i]["image"].unique().tolist()) == {0, 255}
 
 
@@ -101,13 +101,13 @@ def test_clutter_comes_from_other_classes(monkeypatch):
     import sklearn.datasets
 
     labels = np.arange(1797) % 10
-    pixels = np.where(labels[:, None] == 3, 8.0, 16.0).repeat(64, 1)
+    pixels = np.where(labels[:, None] == 3, 9.0, 16.0).repeat(64, 1)
     monkeypatch.setattr(sklearn.datasets, "load_digits", lambda return_X_y: (pixels, labels))
     train, _ = cluttered_digits()
     for index in range(3, 300, 10):
         sample = train[index]
         image, (x0, y0, x1, y1) = sample["image"][0], sample["box"].int().tolist()
-        assert set(image.unique().tolist()) == {0, 128, 255}
+        assert set(image.unique().tolist()) == {0, 143, 255}
         image[y0:y1, x0:x1] = 0
         assert set(image.unique().tolist()) <= {0, 255}
 

@@ -3,6 +3,7 @@
 `make check` builds it with warnings as errors.
 """
 
+import ast
 import importlib.util
 import re
 import shutil
@@ -37,6 +38,22 @@ def test_every_page_is_in_the_contents_of_the_site():
     }  # their README lists them
     pages = set(DOCS.rglob("*.md")) - cards - {DOCS / "index.md"}
     assert pages <= contents(DOCS / "index.md")
+
+
+def test_a_link_to_a_page_leads_to_one_of_the_site():
+    """What Sphinx would only say when it builds: it reads no page outside of its patterns."""
+    (patterns,) = re.findall(
+        r"^include_patterns = (\[.*\])$", (DOCS / "conf.py").read_text("utf-8"), re.MULTILINE
+    )
+    of_site = {path for pattern in ast.literal_eval(patterns) for path in ROOT.glob(pattern)}
+    read = [*DOCS.rglob("*.md"), *ROOT.glob("*.md")]
+    linked = {
+        (page.parent / target).resolve()
+        for page in read
+        for target in re.findall(r"\]\(([\w./-]+\.md)[)#]", page.read_text("utf-8"))
+    }
+    assert len(linked) > 30
+    assert linked <= of_site
 
 
 def test_a_page_that_is_listed_and_not_there_is_found(tmp_path):

@@ -1,12 +1,16 @@
 """Detectors over plain networks and ones with attention."""
 
+import copy
+
 import pytest
 import torch
 
+from cbam import ops
 from cbam.errors import ConfigError, InputError
-from cbam.models import build, detector, faster_rcnn, retinanet
+from cbam.models import build, detector, faster_rcnn, freeze_norm, retinanet
 from cbam.models.detectors import DETECTORS, TimmMaps
 from cbam.nn import CBAM, ChannelAttention
+from cbam.ops import cpu
 from cbam.surgery import attach, attached, detach, load_weights
 
 # millions of parameters, as CBAM's table 7 prints them, of 20 classes and the background
@@ -51,6 +55,8 @@ def small(name, **more):
     for key, weight in model.named_parameters():
         if key.endswith((".bn2.weight", ".bn3.weight")):  # timm's begin at 0, where no branch learns
             torch.nn.init.ones_(weight)
+    if name.startswith("fasterrcnn"):
+        model.rpn._post_nms_top_n = {"training": 60, "testing": 60}
     if name.startswith("retinanet"):
         model.score_thresh = 0.0  # it begins with all scores near 0.01
     return model
@@ -69,7 +75,13 @@ def assert_equal(a, b):
 
 @pytest.mark.parametrize(
     "name",
-    ["fasterrcnn:resnet18", "retinanet:resnet18", "fasterrcnn:timm:test_resnet", "stairnet300:mobilenet_v1"],
+    [
+        "fasterrcnn:resnet18",
+        "fasterrcnn_c4:resnet18",
+        "retinanet:resnet18",
+        "fasterrcnn:timm:test_resnet",
+        "stairnet300:mobilenet_v1",
+    ],
 )
 def test_attention_at_the_identity_leaves_detections_bit_equal_and_learns(name):
     torch.manual_seed(0)
@@ -84,9 +96,18 @@ def test_attention_at_the_identity_leaves_detections_bit_equal_and_learns(name):
     assert all(loss.isfinite() for loss in losses.values())
     # Not by the losses: of so few pictures they sample no box on some of the maps.
     maps = model.backbone(torch.rand(2, 3, 300, 300) if "stairnet" in name else torch.rand(2, 3, 64, 64))
-    sum((m * torch.randn_like(m)).sum() for m in maps.values()).backward()
+    maps = list(maps.values())
+    if "c4" in name:
+        maps.append(model.roi_heads.box_head(torch.rand(3, 256, 14, 14)))
+    sum((m * torch.randn_like(m)).sum() for m in maps).backward()
     parts = attached(model)
-    assert len(parts) == {"fasterrcnn:resnet18": 8, "retinanet:resnet18": 8}.get(name, len(parts)) > 1
+    assert (
+        len(parts)
+        == {"fasterrcnn:resnet18": 8, "fasterrcnn_c4:resnet18": 8, "retinanet:resnet18": 8}.get(
+            name, len(parts)
+        )
+        > 1
+    )
     for part in parts.values():
         assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in part.parameters())
     model.load_state_dict(plain.state_dict(), strict=False)  # training moved the statistics
@@ -101,6 +122,97 @@ def test_attention_can_be_attached_to_a_finished_detector(attention):
     attach(model.backbone.body, attention=attention)
     assert len(attached(model)) == 8
     assert_equal(before, detections(model))
+
+
+def test_c4_has_one_map_and_conv5_as_its_head():
+    """Parameters by hand: ResNet50 without its classifier, proposals over 1024 channels and 15 anchors."""
+    with torch.device("meta"):
+        model = detector("fasterrcnn_c4:resnet50", num_classes=20)
+        network = sum(p.numel() for p in build("resnet50").parameters()) - 2049 * 1000
+    proposals = 1024 * 1024 * 9 + 1024 + 1025 * 15 * 5
+    assert sum(p.numel() for p in model.parameters()) == network + proposals + 2049 * 21 * 5
+    small_one = small("fasterrcnn_c4:resnet18")
+    (only,) = small_one.backbone(torch.rand(1, 3, 64, 96)).values()
+    assert only.shape == (1, 256, 4, 6)
+    seen = []
+    small_one.roi_heads.box_head.register_forward_hook(lambda _m, i, o: seen.append((i[0].shape, o.shape)))
+    detections(small_one)
+    ((given, made),) = seen
+    assert given[1:] == (256, 14, 14)
+    assert made == (given[0], 512)
+    assert given[0] <= 2 * 60
+    assert detector("fasterrcnn_c4:resnet18", num_classes=3).rpn.post_nms_top_n() == 2000
+
+
+def test_freezing_a_norm_leaves_what_a_detector_finds_and_its_names():
+    torch.manual_seed(0)
+    model = small("fasterrcnn_c4:resnet18")
+    model.train()(pictures(), targets())  # statistics that are not 0 and 1
+    before, keys = detections(model), list(model.state_dict())
+    free = sum(p.numel() for p in model.parameters())
+    affine = sum(m.weight.numel() * 2 for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d))
+    assert freeze_norm(model) is model
+    after = detections(model)
+    for one, other in zip(before, after, strict=True):
+        for key in ("boxes", "scores"):
+            torch.testing.assert_close(one[key], other[key], rtol=1e-4, atol=1e-3)
+        assert torch.equal(one["labels"], other["labels"])
+    assert set(keys) - set(model.state_dict()) == {k for k in keys if k.endswith("num_batches_tracked")}
+    assert sum(p.numel() for p in model.parameters()) == free - affine
+    model.train()(pictures(), targets())
+    assert_equal(after, detections(model))  # nothing moved
+
+
+def test_a_frozen_network_is_torchvisions_own():
+    from torchvision.models import resnet18
+    from torchvision.ops import FrozenBatchNorm2d
+
+    theirs = resnet18(norm_layer=FrozenBatchNorm2d).eval()
+    plain = build("resnet18", num_classes=1000)
+    loaded = load_weights(theirs, plain.state_dict())  # the counters are left out
+    assert loaded.tensors == len(theirs.state_dict())
+    ours = freeze_norm(plain).eval()
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    x = torch.rand(1, 3, 32, 32)
+    assert torch.equal(ours(x), theirs(x))
+    load_weights(build("resnet18", num_classes=1000), ours.state_dict())  # and back
+
+
+@pytest.mark.parametrize("order", ["attached first", "frozen first", "torchvision's"])
+@pytest.mark.parametrize("how", ["reference", "fused"])
+def test_identity_attention_beside_frozen_norms_is_bit_equal_and_learns(order, how):
+    """The end of a block is one operation with a BatchNorm alone, not with a frozen one."""
+    from torchvision.models import resnet18
+    from torchvision.ops import FrozenBatchNorm2d
+
+    if how == "fused" and cpu.missing():
+        pytest.skip("the CPU kernels are not installed")
+    torch.manual_seed(0)
+    net = resnet18(norm_layer=FrozenBatchNorm2d) if order == "torchvision's" else resnet18()
+    if order == "attached first":
+        expected = freeze_norm(copy.deepcopy(net)).eval()
+        attach(net)
+        freeze_norm(net)
+    else:
+        freeze_norm(net)
+        expected = copy.deepcopy(net).eval()
+        attach(net)
+    x = torch.rand(2, 3, 64, 64)
+    with ops.using(how):
+        assert torch.equal(net.eval()(x), expected(x))
+        net.train()(x).square().sum().backward()
+    parts = attached(net)
+    assert len(parts) == 8
+    own = [m for part in parts.values() for m in part.modules()]
+    assert not any(isinstance(m, FrozenBatchNorm2d) for m in own)
+    for part in parts.values():
+        assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in part.parameters())
+        assert part.spatial.bn.weight.grad is not None
+    frozen = [m for m in net.modules() if isinstance(m, FrozenBatchNorm2d)]
+    assert len(frozen) == 20
+    detach(net)
+    with ops.using(how):
+        assert torch.equal(net.eval()(x), expected(x))
 
 
 @pytest.mark.parametrize("make", [faster_rcnn, retinanet])
@@ -185,6 +297,7 @@ def test_what_the_last_map_knows_reaches_the_first():
         ("stairnet300:vgg16+no", "unknown attention 'no'"),
         ("ssd300:vgg16+cbam", "ssd300 has no place of its own"),
         ("fasterrcnn:mobilenet_v1", "MobileNetV1 gives no feature maps"),
+        ("fasterrcnn_c4:timm:resnet18", "fasterrcnn_c4 takes torchvision's ResNets, got ResNet"),
         ("fasterrcnn:resnet18+no", "unknown attention 'no'"),
     ],
 )

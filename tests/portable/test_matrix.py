@@ -13,7 +13,7 @@ NETWORKS = """
 resnet_tiny+cbam mobilenet_v1_0.7+cbam resnet18+cbam resnet34+cbam resnet50+cbam resnext50_32x4d+cbam
 wide_resnet50_2+cbam mobilenet_v2+cbam mobilenet_v3_small+cbam mnasnet0_5+cbam efficientnet_b0+cbam
 regnet_y_400mf+cbam convnext_tiny+cbam timm:resnet26+cbam timm:resnet50d+cbam timm:seresnet18+cbam
-timm:regnetx_002+cbam timm:convnextv2_atto+cbam timm:tf_efficientnet_lite0+cbam timm:ghostnet_100+cbam
+timm:regnetx_002+cbam timm:convnextv2_atto+cbam timm:efficientnet_lite0+cbam timm:ghostnet_100+cbam
 timm:dla34+cbam timm:mobilenetv3_small_050+cbam timm:resnetv2_50+cbam timm:poolformer_s12+cbam
 resnet18+se resnet18+bam resnet18+eca resnet18+coordatt resnet18+simam resnet18+triplet
 """.split()

@@ -27,7 +27,9 @@ def add(parser: Parser) -> None:
     parser.add_argument(
         "--target", metavar="CLASS", help="show the evidence for this class, by name or number"
     )
-    parser.add_argument("--method", default="gradcam", choices=METHODS, help="(default: gradcam)")
+    parser.add_argument(
+        "--method", choices=METHODS, help="(default: gradcam; of a box, with --detect, layercam)"
+    )
     parser.add_argument("--layer", metavar="NAME", help="layer of the maps (default: the last feature map)")
     parser.add_argument(
         "--score", metavar="DATA",
@@ -91,6 +93,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _check(options: argparse.Namespace) -> None:
+    options.method = options.method or ("layercam" if options.detect else "gradcam")
     measured = options.score or options.gates
     if not options.images and not measured:
         raise ConfigError("cbam look needs pictures: cbam look photo.jpg")

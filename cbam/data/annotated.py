@@ -1,0 +1,112 @@
+"""One set of pictures with boxes, in whatever form it lies on the disk: VOC XML, COCO JSON, or a table.
+
+Beside `voc` and `coco`, which read the data of a training and refuse what is not whole, this takes what there
+is: a picture that is missing is left out and counted.
+"""
+
+import csv
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from cbam.data.boxes import BoxedImages, Finding, Picture, Thing, accept, tidied
+from cbam.data.coco import CocoReader, pictures_of
+from cbam.data.decode import read_text, shown
+from cbam.data.located import LocatedJSON
+from cbam.data.voc import MISSING, VocReader
+from cbam.errors import DataError
+
+COLUMNS = ("file", "x0", "y0", "x1", "y1")
+
+
+def annotated(source: str | os.PathLike) -> BoxedImages:
+    """The pictures of a set and their boxes; `notes` counts what was left out and repaired.
+
+    Args:
+        source: a folder of VOC (Annotations/*.xml beside JPEGImages/, or *.xml beside their pictures), a COCO
+            .json, or a .csv with the columns file, x0, y0, x1, y1 and perhaps label. Files of a JSON or CSV
+            are looked for beside it, and in images/ beside it. The boxes of a CSV are in pixels of the
+            picture as it is seen, pixel (i, j) covering [j, j+1] x [i, i+1].
+
+    Raises:
+        DataError: it cannot be read, a box is not finite, or nothing is left.
+    """
+    path = Path(source)
+    if not path.exists():
+        raise DataError(f"{shown(source)}: no such file or folder")
+    read = _voc if path.is_dir() else {".json": _coco, ".csv": _Table}.get(path.suffix.lower())
+    if read is None:
+        raise DataError(f"{shown(source)}: expected a folder of VOC XML, a COCO .json or a .csv")
+    reader = read(path)
+    notes = accept(reader.findings, shown(source))
+    if not reader.things:
+        raise DataError(f"{shown(source)}: no picture with a box" + "".join(f"; {note}" for note in notes))
+    return BoxedImages(shown(path.name), reader.classes, reader.pictures, reader.things, notes)
+
+
+def _voc(folder: Path) -> "_Labelled":
+    return _Labelled(VocReader(folder, None))
+
+
+def _coco(file: Path) -> CocoReader:
+    document = LocatedJSON(file)
+    return CocoReader(document, pictures_of(document, file.parent), missing=MISSING)
+
+
+class _Labelled:
+    """A VOC reader whose classes have labels, in the order of their names."""
+
+    def __init__(self, reader: VocReader) -> None:
+        self.findings, self.pictures = reader.findings, reader.pictures
+        self.classes = sorted(reader.classes)
+        labels = {name: label for label, name in enumerate(self.classes, 1)}
+        self.things = [thing._replace(label=labels[name]) for name, thing in reader.objects]
+
+
+class _Table:
+    """A CSV with a box per line."""
+
+    def __init__(self, file: Path) -> None:
+        self.findings: list[Finding] = []
+        self.pictures: list[Picture] = []
+        rows = list(self._rows(file))
+        self.classes = sorted({label for *_, label in rows})
+        indices: dict[Path, int] = {}
+        self.things: list[Thing] = []
+        for where, path, box, label in rows:
+            if not path.is_file():
+                self.findings.append(Finding(where, f"{MISSING} ({shown(path)})", MISSING))
+                continue
+            inside, done = tidied(box, 1 << 30, 1 << 30)  # how large the picture is shows when it is read
+            if done:
+                self.findings.append(Finding(where, done, done))
+            if inside is None:
+                continue
+            index = indices.setdefault(path, len(indices))
+            if index == len(self.pictures):
+                self.pictures.append(Picture(index + 1, path.name, str(path), 0, 0))
+            area = (inside[2] - inside[0]) * (inside[3] - inside[1])
+            self.things.append(Thing(index, inside, self.classes.index(label) + 1, area))
+
+    def _rows(self, file: Path) -> Iterator[tuple[str, Path, tuple[float, float, float, float], str]]:
+        for number, row in enumerate(csv.DictReader(read_text(file).splitlines()), 2):
+            where = f"{shown(file)} line {number}"
+            if absent := [name for name in COLUMNS if not row.get(name)]:
+                told = f"no {', '.join(absent)}; the columns are {', '.join(COLUMNS)} and label"
+                self.findings.append(Finding(where, told))
+                continue
+            try:
+                x0, y0, x1, y1 = (float(row[name]) for name in COLUMNS[1:])
+            except ValueError as error:
+                self.findings.append(Finding(where, str(error)))
+                continue
+            if not all(map(math.isfinite, (x0, y0, x1, y1))):
+                self.findings.append(Finding(where, f"a box is not finite: {x0:g} {y0:g} {x1:g} {y1:g}"))
+                continue
+            yield where, _beside(file, row["file"]), (x0, y0, x1, y1), row.get("label") or ""
+
+
+def _beside(file: Path, name: str) -> Path:
+    path = file.parent / name
+    return path if path.is_file() else file.parent / "images" / name

@@ -1,0 +1,199 @@
+"""Pictures with boxes in whatever form they lie there."""
+
+import json
+
+import pytest
+
+from cbam.data import annotated
+from cbam.errors import DataError
+
+Image = pytest.importorskip("PIL.Image", reason="pictures are read by Pillow")
+
+VOC = "<annotation><filename>{name}</filename>{objects}</annotation>"
+OBJECT = (
+    "<object><name>{label}</name><bndbox><xmin>{0}</xmin><ymin>{1}</ymin><xmax>{2}</xmax><ymax>{3}</ymax>"
+    "</bndbox></object>"
+)
+
+
+def draw(path):
+    Image.new("RGB", (64, 80)).save(path)
+
+
+def found(images):
+    """(file, label, boxes) of every picture and class, and the notes without their places."""
+    rows = []
+    for index, picture in enumerate(images.pictures):
+        sample = images[index]
+        for k in images.labels(index):
+            boxes = sample["boxes"][(sample["labels"] == k) & ~sample["crowd"]].tolist()
+            name = picture.path.replace("\\", "/").rpartition("/")[2]
+            rows.append((name, images.classes[k - 1], [tuple(box) for box in boxes]))
+    return sorted(rows), [note.partition("; the first")[0] for note in images.notes]
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    for name in ("a.jpg", "b.jpg"):
+        draw(tmp_path / name)
+    return tmp_path
+
+
+def voc(folder, stem, *objects):
+    text = "".join(OBJECT.format(*box, label=label) for label, box in objects)
+    (folder / f"{stem}.xml").write_text(VOC.format(name=f"{stem}.jpg", objects=text))
+
+
+def coco(folder, **changes):
+    content = {
+        "images": [{"id": 0, "file_name": "a.jpg"}, {"id": 7, "file_name": "b.jpg"}],
+        "categories": [{"id": 3, "name": "cat"}],
+        "annotations": [
+            {"id": 1, "image_id": 7, "category_id": 3, "bbox": [10, 20, 30, 40], "area": 9, "iscrowd": 0}
+        ],
+    }
+    (folder / "boxes.json").write_text(json.dumps(content | changes))
+    return folder / "boxes.json"
+
+
+def test_voc_counts_from_1_and_includes_the_last_pixel(pictures):
+    voc(pictures, "a", ("cat", (1, 1, 10, 20)), ("dog", (5, 6, 7, 8)), ("cat", (2.5, 3, 4, 5)))
+    assert found(annotated(pictures)) == (
+        [("a.jpg", "cat", [(0, 0, 10, 20), (1.5, 2, 4, 5)]), ("a.jpg", "dog", [(4, 5, 7, 8)])],
+        [],
+    )
+
+
+def test_voc_lies_in_annotations_and_jpegimages_too(tmp_path):
+    for name in ("Annotations", "JPEGImages"):
+        (tmp_path / name).mkdir()
+    draw(tmp_path / "JPEGImages" / "a.jpg")
+    voc(tmp_path / "Annotations", "a", ("cat", (1, 1, 2, 2)))
+    (one,) = annotated(tmp_path).pictures
+    assert one.path == str(tmp_path / "JPEGImages" / "a.jpg")
+
+
+def test_voc_names_its_picture_or_has_its_name(pictures):
+    voc(pictures, "x", ("cat", (1, 1, 2, 2)))
+    text = (pictures / "x.xml").read_text()
+    (pictures / "x.xml").write_text(text.replace("x.jpg", "elsewhere/b.jpg"))
+    voc(pictures, "a", ("cat", (1, 1, 2, 2)))
+    (pictures / "a.xml").write_text((pictures / "a.xml").read_text().replace("a.jpg", "a.png"))
+    assert [name for name, _, _ in found(annotated(pictures))[0]] == ["a.jpg", "b.jpg"]
+
+
+def test_coco_and_csv_say_the_same_box(pictures):
+    table = pictures / "boxes.csv"
+    table.write_text("file,x0,y0,x1,y1,label\nb.jpg,10,20,40,60,cat\n")
+    assert found(annotated(coco(pictures))) == found(annotated(table))
+    assert found(annotated(table)) == ([("b.jpg", "cat", [(10, 20, 40, 60)])], [])
+
+
+def test_pictures_may_lie_in_images_beside_the_file(tmp_path):
+    (tmp_path / "images").mkdir()
+    draw(tmp_path / "images" / "b.jpg")
+    images = annotated(coco(tmp_path))
+    assert images.pictures[0].path == str(tmp_path / "images" / "b.jpg")
+    assert images.notes[0].startswith("1 times: a picture is not there: left out; the first: ")
+    (tmp_path / "boxes.csv").write_text("file,x0,y0,x1,y1\nb.jpg,1,2,3,4\n")
+    assert found(annotated(tmp_path / "boxes.csv"))[0] == [("b.jpg", "", [(1, 2, 3, 4)])]
+
+
+def test_boxes_without_area_and_pictures_that_are_not_there_are_counted(pictures):  # D25
+    voc(pictures, "a", ("cat", (5, 5, 4, 9)), ("cat", (1, 1, 3, 3)))
+    voc(pictures, "none", ("cat", (1, 1, 3, 3)))
+    rows, notes = found(annotated(pictures))
+    assert rows == [("a.jpg", "cat", [(0, 0, 3, 3)])]
+    assert notes == [
+        "1 times: a box has no width or no height: dropped",
+        "1 times: a picture is not there: left out",
+    ]
+    table = pictures / "boxes.csv"
+    table.write_text("file,x0,y0,x1,y1\na.jpg,5,5,5,9\nnone.jpg,1,2,3,4\na.jpg,-3,0,9,9\n")
+    rows, notes = found(annotated(table))
+    assert rows == [("a.jpg", "", [(0, 0, 9, 9)])]
+    assert len(notes) == 3
+
+
+def test_crowds_are_no_object_of_a_class(pictures):
+    notes = [
+        {"id": i, "image_id": 7, "category_id": 3, "bbox": [1 + i, 2, 3, 4], "iscrowd": i} for i in (0, 1)
+    ]
+    assert found(annotated(coco(pictures, annotations=notes)))[0] == [("b.jpg", "cat", [(1, 2, 4, 6)])]
+
+
+def test_boxes_turn_with_their_picture_but_those_of_a_table_are_as_it_is_seen(tmp_path):  # D6
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn to the right: 64 x 80 stored, 80 x 64 seen
+    Image.new("RGB", (64, 80)).save(tmp_path / "a.jpg", exif=exif)
+    box = {"id": 1, "image_id": 0, "category_id": 3, "bbox": [10, 20, 30, 40]}
+    images = [{"id": 0, "file_name": "a.jpg", "width": 64, "height": 80}]
+    rows, _ = found(annotated(coco(tmp_path, images=images, annotations=[box])))
+    assert rows == [("a.jpg", "cat", [(20, 10, 60, 40)])]
+    (tmp_path / "boxes.csv").write_text("file,x0,y0,x1,y1\na.jpg,10,20,40,60\n")
+    assert found(annotated(tmp_path / "boxes.csv"))[0] == [("a.jpg", "", [(10, 20, 40, 60)])]
+
+
+def test_a_document_type_is_refused_before_any_entity_grows(pictures):  # D32
+    bomb = "<!DOCTYPE a [<!ENTITY b 'bbbbbbbbbb'><!ENTITY c '&b;&b;&b;&b;&b;&b;'>]><a>&c;&c;&c;</a>"
+    outside = "<!DOCTYPE a [<!ENTITY b SYSTEM 'file:///etc/hostname'>]><a>&b;</a>"
+    for text in (bomb, outside):
+        (pictures / "a.xml").write_text(text)
+        with pytest.raises(DataError, match=r"a\.xml line 1: a document type"):
+            annotated(pictures)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.xml", "<annotation>", r"a\.xml line 1 column \d+: "),
+        ("a.xml", VOC.format(name="a.jpg", objects="<object><name>cat</name></object>"), "has no bndbox"),
+        ("a.xml", VOC.format(name="a.jpg", objects="<object/>"), "an object without a name"),
+        ("a.xml", VOC.format(name="a.jpg", objects=""), "no picture with a box"),
+        ("a.json", '{"images": [', "line 1 column 13: the file is cut off"),
+        ("a.json", "[]", "expected an object"),
+        ("a.json", '{"images": []}', "no 'annotations'"),
+        ("a.csv", "file,x0,y0,x1,y1\na.jpg,1,2,3\n", "line 2: no y1"),
+        ("a.csv", "file,x0,y0,x1,y1\na.jpg,1,2,3,many\n", "line 2: could not convert"),
+        ("a.csv", "file,x0,y0,x1,y1\na.jpg,1,2,nan,4\n", "line 2: a box is not finite"),
+        ("a.csv", "", "no picture with a box"),
+        ("a.csv", "file,x0,y0,x1,y1\nnone.jpg,1,2,3,4\n", "a picture is not there"),
+        ("a.txt", "", "expected a folder of VOC XML, a COCO"),
+    ],
+)  # D21 D26
+def test_what_cannot_be_read_is_refused_with_its_place(pictures, name, content, message):
+    (pictures / name).write_text(content)
+    with pytest.raises(DataError, match=message):
+        annotated(pictures if name.endswith(".xml") else pictures / name)
+    with pytest.raises(DataError, match="no such file or folder"):
+        annotated(pictures / "none")
+
+
+def test_an_annotation_of_no_image_is_named(pictures):  # D29
+    notes = [{"id": 5, "image_id": 99, "category_id": 3, "bbox": [1, 2, 3, 4]}]
+    with pytest.raises(DataError, match="image_id 99 of annotation 5 is not among the file's images"):
+        annotated(coco(pictures, annotations=notes))
+    notes = [{"id": 5, "image_id": 7, "category_id": 3, "bbox": [1, 2, 3]}]
+    with pytest.raises(DataError, match=r"annotation 5: bbox is .* expected four finite numbers"):
+        annotated(coco(pictures, annotations=notes))
+
+
+def test_a_size_that_is_not_said_is_that_of_the_file(pictures):
+    images = annotated(coco(pictures))
+    assert [(picture.width, picture.height) for picture in images.pictures] == [(64, 80)] * 2
+    (pictures / "a.jpg").write_bytes(b"no picture")
+    with pytest.raises(DataError, match="image 0 has height None"):
+        annotated(coco(pictures))
+
+
+def test_real_annotations_are_read(shared_data, tmp_path):
+    import zipfile
+
+    with zipfile.ZipFile(shared_data / "bccd.zip") as archive:
+        archive.extractall(tmp_path)
+    images = annotated(tmp_path / "bccd")
+    assert len(images) == 364
+    assert set(images.classes) == {"RBC", "WBC", "Platelets"}
+    kept = sum(images.count(i) for i in range(len(images)))
+    assert kept + sum(int(note.split()[0]) for note in images.notes if "dropped" in note) == 4888
+    assert kept > 4800
