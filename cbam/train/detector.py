@@ -94,6 +94,14 @@ def put_body(model: nn.Module, network: nn.Module) -> None:
         body, extra = parts.backbone.body, ""
     if isinstance(body, TimmMaps):
         body = body.network
+    _copy(network, body, extra)
+    head = getattr(getattr(parts, "roi_heads", None), "box_head", None)
+    if hasattr(head, "layer4"):  # fasterrcnn_c4 has the last stage there
+        _copy(network, head, "")
+
+
+def _copy(network: nn.Module, body: nn.Module, extra: str) -> None:
+    """Copy all of `body` from modules of the same names, but for what begins with `extra`."""
     theirs = network.state_dict()
     values = {key: theirs[name] for key in body.state_dict() if (name := _name(key)) in theirs}
     stay = (extra, "scale_weight") if extra else ()

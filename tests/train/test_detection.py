@@ -230,6 +230,7 @@ def test_the_rates_of_the_recipes_fall_where_the_reference_has_them():
     "name",
     [
         pytest.param("fasterrcnn:resnet18+cbam", marks=pytest.mark.large),
+        pytest.param("fasterrcnn_c4:resnet18+cbam", marks=pytest.mark.large),
         "stairnet300:mobilenet_v1+se",
         pytest.param("ssd300:vgg16", marks=pytest.mark.large),
     ],
@@ -247,10 +248,15 @@ def test_a_classifier_goes_into_the_network_of_a_detector(name, tmp_path):
         body, theirs = model.get_submodule("backbone.body").state_dict(), network.state_dict()
         assert all(torch.equal(value, theirs[key]) for key, value in body.items())
         assert any(".cbam." in key for key in body)
+        if "c4" in name:
+            last = model.get_submodule("roi_heads.box_head").state_dict()
+            assert last
+            assert all(torch.equal(value, theirs[key]) for key, value in last.items())
         assert not any(key.endswith(".gain") for key in body)
     assert changed
     assert not any(
-        key.startswith(("backbone.fpn", "head", "roi_heads", "rpn", "backbone.smooth")) for key in changed
+        key.startswith(("backbone.fpn", "head", "roi_heads.box_predictor", "rpn", "backbone.smooth"))
+        for key in changed
     )
     if name == "ssd300:vgg16":
         convolutions = [key for key in changed if key.endswith("weight")]
