@@ -24,10 +24,10 @@ def annotated(source: str | os.PathLike) -> BoxedImages:
     """The pictures of a set and their boxes; `notes` counts what was left out and repaired.
 
     Args:
-        source: a folder of VOC (Annotations/*.xml beside JPEGImages/, or *.xml beside their pictures), a COCO
-            .json, or a .csv with the columns file, x0, y0, x1, y1 and perhaps label. Files of a JSON or CSV
-            are looked for beside it, and in images/ beside it. The boxes of a CSV are in pixels of the
-            picture as it is seen, pixel (i, j) covering [j, j+1] x [i, i+1].
+        source: a folder of VOC (`Annotations/*.xml` beside `JPEGImages/`, or `*.xml` beside their
+            pictures), a COCO .json, or a .csv with the columns file, x0, y0, x1, y1 and perhaps label. Files
+            of a JSON or CSV are looked for beside it, and in images/ beside it. The boxes of a CSV are in
+            pixels of the picture as it is seen, pixel (i, j) covering [j, j+1] x [i, i+1].
 
     Raises:
         DataError: it cannot be read, a box is not finite, or nothing is left.
