@@ -244,12 +244,20 @@ def kernels(request) -> Kernels:
 
 @pytest.fixture(params=range(3), ids=LEVELS)
 def level(request, kernels):
-    """Each instruction set in turn; the best one is back afterwards."""
+    """Each instruction set in turn."""
     if request.param > kernels.best:
         pytest.skip(f"this machine has no {LEVELS[request.param]}")
     kernels.level(request.param)
-    yield request.param
-    kernels.level(kernels.best)
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def _the_best_level_afterwards(request):
+    """Tests of other folders run in this process too."""
+    yield
+    if "kernels" in request.fixturenames:
+        kernels = request.getfixturevalue("kernels")
+        kernels.level(kernels.best)
 
 
 SHAPES = (

@@ -177,7 +177,8 @@ def test_a_run_with_every_setting_is_stopped_and_ends_bitwise_the_same_and_is_sc
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert (cut / METRICS).read_text() == (whole / METRICS).read_text()
     scored, _ = score(cut, device="cpu")
-    assert scored.loss == pytest.approx(history[-1]["val_loss"], rel=1e-5)
+    # The run validated in bfloat16. Without the average the loss is 2.5e-4 away.
+    assert scored.loss == pytest.approx(history[-1]["val_loss"], rel=1e-4)
     state = checkpoint.load(checkpoint.checkpoints(cut)[0])
     assert state["average"]["updates"] == 6
     assert not torch.equal(state["average"]["tensors"]["fc.weight"], state["model"]["fc.weight"])
