@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from cbam.errors import DataError, OutputError
+from cbam.files import sync_folder
 from cbam.studies.study import run_key, said
-from cbam.train.checkpoint import sync_folder
 
 SCHEMA = 1
 CLAIMS, UNFINISHED = ".claims", ".unfinished"

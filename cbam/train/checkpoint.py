@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from cbam.errors import CheckpointError, CheckpointNotFoundError
+from cbam.files import sync_folder
 from cbam.surgery.checkpoint import read
 from cbam.train.fault import fault
 
@@ -73,17 +74,6 @@ def write(path: Path, data: bytes, at: Callable[[str], None] = lambda point: Non
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
         raise
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder outlast a power cut."""
-    if os.name != "posix":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def load(path: Path) -> dict[str, Any]:

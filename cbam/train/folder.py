@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from cbam.errors import ConfigError, OutputError
-from cbam.train.checkpoint import sync_folder, write
+from cbam.files import sync_folder
+from cbam.train.checkpoint import write
 from cbam.train.fault import fault
 from cbam.train.task import is_epoch
 
