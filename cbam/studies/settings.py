@@ -1,9 +1,10 @@
 """What `cbam compare` can be told. Imports no torch: the command line's help is made from it."""
 
 import difflib
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 
 from cbam.errors import ConfigError
+from cbam.train.option import option
 
 ATTENTION = (
     *("cbam", "se", "channel", "spatial", "eca", "scse", "bam", "gc", "coordatt", "simam", "triplet", "gct"),
@@ -12,52 +13,48 @@ ATTENTION = (
 NO_IDENTITY = ("simam", "sk")  # no identity start: a trained network cannot be forked to them
 
 
-def _option(default, help: str, metavar: str | None = None):
-    return field(default=default, metadata={"help": help, "metavar": metavar})
-
-
 @dataclass(frozen=True)
 class Settings:
     """The settings of a comparison. All problems of a bad one are reported together (`ConfigError`)."""
 
-    data: str | None = _option(
+    data: str | None = option(
         None,
         "image folder: train/ and val/ with one folder per class, or one folder, which is split "
         "(default: cluttered_digits, handwritten digits among pieces of others)",
     )
-    attention: tuple[str, ...] = _option(
+    attention: tuple[str, ...] = option(
         ("se", "cbam"),
         f"what to compare with the plain network, out of: {', '.join(ATTENTION)}; DATA goes before it",
         "NAME",
     )
-    model: str | None = _option(
+    model: str | None = option(
         None, "network, see `cbam list` (default: resnet_tiny without DATA, resnet18 with)", "NAME"
     )
-    epochs: int | None = _option(
+    epochs: int | None = option(
         None,
         "epochs of the plain training, and again of every arm after it (default: 8 without DATA, 10 with)",
         "N",
     )
-    seeds: int = _option(3, "number of repetitions; the differences are paired by seed", "N")
-    batch_size: int | None = _option(
+    seeds: int = option(3, "number of repetitions; the differences are paired by seed", "N")
+    batch_size: int | None = option(
         None, "pictures per training step (default: 32 without DATA, 64 with)", "N"
     )
-    lr: float | None = _option(None, "highest learning rate (default: 0.05, with --pretrained 0.005)", "RATE")
-    size: int | None = _option(
+    lr: float | None = option(None, "highest learning rate (default: 0.05, with --pretrained 0.005)", "RATE")
+    size: int | None = option(
         None, "side of the pictures in pixels (default: chosen from the folder)", "PIXELS"
     )
-    limit: int | None = _option(
+    limit: int | None = option(
         None, "use only about N training and N validation pictures, spread over the classes", "N"
     )
-    from_scratch: bool = _option(
+    from_scratch: bool = option(
         False, "the paper's protocol: every arm from scratch, by the paper's initialisation"
     )
-    pretrained: str | None = _option(
+    pretrained: str | None = option(
         None, "start from these weights (.safetensors or .pth) instead of training the plain network", "FILE"
     )
-    save_weights: bool = _option(False, "keep the weights of every arm and seed, as safetensors")
-    device: str = _option("auto", "auto, cpu or cuda", "NAME")
-    workers: int = _option(0, "processes that load pictures", "N")
+    save_weights: bool = option(False, "keep the weights of every arm and seed, as safetensors")
+    device: str = option("auto", "auto, cpu or cuda", "NAME")
+    workers: int = option(0, "processes that load pictures", "N")
 
     def __post_init__(self) -> None:
         problems = [text for good, text in self._rules() if not good]

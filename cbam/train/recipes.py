@@ -6,11 +6,12 @@ A recipe is a function that returns a Config; a variant of one is `dataclasses.r
 import difflib
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from cbam.errors import ConfigError
+from cbam.train.option import option
 from cbam.train.recipe import NONFINITE, OPTIMIZERS, PRECISIONS, SCHEDULES, Recipe
 
 AUGMENTATIONS = ("none", "flip", "ssd")  # those of cbam.data.augment, which needs torch
@@ -18,74 +19,70 @@ DETECT = "detect/"  # recipes of detectors begin like this
 LOGGERS = ("csv", "tensorboard", "wandb", "mlflow")
 
 
-def _option(default, help: str, metavar: str | None = None):
-    return field(default=default, metadata={"help": help, "metavar": metavar})
-
-
 @dataclass(frozen=True)
 class Config:
     """The settings of a run. All problems of a bad one are reported together (`ConfigError`)."""
 
-    recipe: str = _option("digits", "the recipe that this began with")
-    data: str | None = _option(
+    recipe: str = option("digits", "the recipe that this began with")
+    data: str | None = option(
         None,
         "image folder: train/ and val/ with one folder per class, or one folder, which is split; or a folder "
         "of train-*.parquet and validation-*.parquet; with detect/... a folder of COCO or Pascal VOC",
     )
-    model: str = _option(
+    model: str = option(
         "resnet_tiny+cbam",
         "network, see `cbam list`; with attention: resnet50+cbam; a detector: fasterrcnn:resnet50+cbam",
         "NAME",
     )
-    epochs: int = _option(10, "passes over the training pictures", "N")
-    batch_size: int = _option(64, "pictures per step, on all devices together", "N")
-    optimizer: str = _option("sgd", f"one of {', '.join(OPTIMIZERS)}", "NAME")
-    lr: float = _option(0.05, "highest learning rate", "RATE")
-    momentum: float = _option(0.9, "momentum of sgd", "M")
-    weight_decay: float = _option(1e-4, "on every parameter", "W")
-    decay_matrices_only: bool = _option(False, "no weight decay on biases and norms")
-    schedule: str = _option("cosine", f"one of {', '.join(SCHEDULES)}", "NAME")
-    step_epochs: int = _option(30, "with the step schedule: epochs between divisions by 10", "N")
-    milestones: tuple[int, ...] = _option(
+    epochs: int = option(10, "passes over the training pictures", "N")
+    batch_size: int = option(64, "pictures per step, on all devices together", "N")
+    optimizer: str = option("sgd", f"one of {', '.join(OPTIMIZERS)}", "NAME")
+    lr: float = option(0.05, "highest learning rate", "RATE")
+    momentum: float = option(0.9, "momentum of sgd", "M")
+    weight_decay: float = option(1e-4, "on every parameter", "W")
+    decay_matrices_only: bool = option(False, "no weight decay on biases and norms")
+    schedule: str = option("cosine", f"one of {', '.join(SCHEDULES)}", "NAME")
+    step_epochs: int = option(30, "with the step schedule: epochs between divisions by 10", "N")
+    milestones: tuple[int, ...] = option(
         (), "with the step schedule: divide by 10 after these epochs instead", "N"
     )
-    warmup_epochs: float = _option(0.0, "in which the learning rate rises from almost nothing", "N")
-    attention_lr: float = _option(1.0, "learning rate of attention, as a multiple of --lr", "FACTOR")
-    label_smoothing: float = _option(0.0, "share of the target that all classes get", "SHARE")
-    mixup: float = _option(0.0, "mix pictures, share drawn from Beta(A, A); 0: no", "A")
-    cutmix: float = _option(0.0, "cut pictures into each other, as --mixup", "A")
-    ema: float = _option(0.0, "decay of an average of the weights, which is evaluated; 0: none", "DECAY")
-    nonfinite: str = _option("stop", f"at a loss that is not finite: {' or '.join(NONFINITE)}", "WHAT")
-    size: int | None = _option(
+    warmup_epochs: float = option(0.0, "in which the learning rate rises from almost nothing", "N")
+    attention_lr: float = option(1.0, "learning rate of attention, as a multiple of --lr", "FACTOR")
+    label_smoothing: float = option(0.0, "share of the target that all classes get", "SHARE")
+    mixup: float = option(0.0, "mix pictures, share drawn from Beta(A, A); 0: no", "A")
+    cutmix: float = option(0.0, "cut pictures into each other, as --mixup", "A")
+    ema: float = option(0.0, "decay of an average of the weights, which is evaluated; 0: none", "DECAY")
+    nonfinite: str = option("stop", f"at a loss that is not finite: {' or '.join(NONFINITE)}", "WHAT")
+    size: int | None = option(
         None,
         "side of the pictures in pixels; of a folder chosen from it; of a detector the shorter side",
         "PIXELS",
     )
-    augment: str | None = _option(None, f"for detectors: {', '.join(AUGMENTATIONS)}", "NAME")
-    regions: int | None = _option(
+    augment: str | None = option(None, f"for detectors: {', '.join(AUGMENTATIONS)}", "NAME")
+    regions: int | None = option(
         None,
         "with fasterrcnn: learn from N regions of a picture, and look at 2 N of them (512 and 1000)",
         "N",
     )
-    limit: int | None = _option(None, "use only about N training and N validation pictures", "N")
-    seed: int = _option(0, "of the weights, the order and the augmentation", "N")
-    pretrained: str | None = _option(
+    limit: int | None = option(None, "use only about N training and N validation pictures", "N")
+    seed: int = option(0, "of the weights, the order and the augmentation", "N")
+    pretrained: str | None = option(
         None, "begin with the weights of this file; attention starts as the identity then", "FILE"
     )
-    precision: str = _option("fp32", f"one of {', '.join(PRECISIONS)}", "NAME")
-    compile: bool = _option(False, "run the network through torch.compile")
-    sync_bn: bool = _option(False, "BatchNorm over the pictures of all GPUs")
-    device: str = _option("auto", "auto, cpu or cuda", "NAME")
-    devices: int = _option(1, "processes on this machine, a GPU for each; they share every batch", "N")
-    nodes: int = _option(1, "machines; start it on each by torchrun or srun", "N")
-    accumulate: int = _option(1, "compute every step in N parts, which takes less memory", "N")
-    workers: int = _option(0, "processes that load pictures", "N")
-    save_every: int | None = _option(
+    precision: str = option("fp32", f"one of {', '.join(PRECISIONS)}", "NAME")
+    compile: bool = option(False, "run the network through torch.compile")
+    sync_bn: bool = option(False, "BatchNorm over the pictures of all GPUs")
+    device: str = option("auto", "auto, cpu or cuda", "NAME")
+    devices: int = option(1, "processes on this machine, a GPU for each; they share every batch", "N")
+    nodes: int = option(1, "machines; start it on each by torchrun or srun", "N")
+    accumulate: int = option(1, "compute every step in N parts, which takes less memory", "N")
+    workers: int = option(0, "processes that load pictures", "N")
+    save_every: int | None = option(
         None, "save after every N steps too, not at the ends of epochs alone", "N"
     )
-    log_every: int = _option(50, "write a line of metrics every N steps", "N")
-    keep: int = _option(3, "how many checkpoints stay", "N")
-    loggers: tuple[str, ...] = _option(
+    log_every: int = option(50, "write a line of metrics every N steps", "N")
+    keep: int = option(3, "how many checkpoints stay", "N")
+    loggers: tuple[str, ...] = option(
         ("csv", "tensorboard"), f"where metrics go beside metrics.jsonl: {', '.join(LOGGERS)}", "NAME"
     )
 

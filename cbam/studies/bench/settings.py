@@ -1,32 +1,28 @@
 """What `cbam bench` can be told. Imports no torch: the command line's help is made from it."""
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 from cbam.errors import ConfigError
+from cbam.train.option import option
 
 DTYPES = ("float32", "bfloat16", "float16")
 LAYOUTS = ("NCHW", "NHWC")
-
-
-def _option(default: Any, help: str, metavar: str | None = None) -> Any:
-    return field(default=default, metadata={"help": help, "metavar": metavar})
 
 
 @dataclass(frozen=True)
 class Bench:
     """What `cbam bench` measures."""
 
-    device: str = _option("auto", "auto, cpu or cuda", "NAME")
-    dtype: str | None = _option(None, f"{', '.join(DTYPES)}; float32 on a CPU, else bfloat16", "NAME")
-    networks: tuple[str, ...] = _option(
+    device: str = option("auto", "auto, cpu or cuda", "NAME")
+    dtype: str | None = option(None, f"{', '.join(DTYPES)}; float32 on a CPU, else bfloat16", "NAME")
+    networks: tuple[str, ...] = option(
         ("resnet18", "resnet50", "mobilenet_v3_large", "convnext_tiny"), "which networks", "NAME"
     )
-    batch_size: int | None = _option(None, "pictures per step; 8 on a CPU, else 128", "N")
-    layouts: tuple[str, ...] = _option(("NCHW", "NHWC"), "NCHW, NHWC or both", "NAME")
-    compiled: bool = _option(False, "whole networks compiled too (torch.compile)")
-    rounds: int = _option(11, "how often everything is timed, in turns", "N")
-    quick: bool = _option(False, "one shape and one small network: about a minute")
+    batch_size: int | None = option(None, "pictures per step; 8 on a CPU, else 128", "N")
+    layouts: tuple[str, ...] = option(("NCHW", "NHWC"), "NCHW, NHWC or both", "NAME")
+    compiled: bool = option(False, "whole networks compiled too (torch.compile)")
+    rounds: int = option(11, "how often everything is timed, in turns", "N")
+    quick: bool = option(False, "one shape and one small network: about a minute")
 
     def __post_init__(self) -> None:
         problems = []
