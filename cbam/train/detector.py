@@ -95,8 +95,8 @@ def put_body(model: nn.Module, network: nn.Module) -> None:
     if isinstance(body, TimmMaps):
         body = body.network
     _copy(network, body, extra)
-    head = getattr(getattr(parts, "roi_heads", None), "box_head", None)
-    if hasattr(head, "layer4"):  # fasterrcnn_c4 has the last stage there
+    head: nn.Module | None = getattr(getattr(parts, "roi_heads", None), "box_head", None)
+    if head is not None and hasattr(head, "layer4"):  # fasterrcnn_c4 has the last stage there
         _copy(network, head, "")
 
 
