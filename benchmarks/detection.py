@@ -7,7 +7,7 @@ the time is the processor's. The line goes to benchmarks/results/, from where th
 
 import argparse
 import json
-import statistics
+import math
 import time
 from pathlib import Path
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from cbam.studies import machine
+from cbam.studies.timing import Step, in_turns
 from cbam.train.detector import make_detector
 
 RESULTS = Path(__file__).parent / "results"
@@ -36,28 +37,20 @@ def batch(count: int, size: int) -> tuple[list[Tensor], list[dict[str, Tensor]]]
     return pictures, targets
 
 
-def stepper(name: str, size: int | None, regions: int | None, device: torch.device):
-    """A function that takes one step of SGD with a detector of that name, and returns its seconds."""
+def stepper(name: str, options: argparse.Namespace, pictures: list[Tensor], targets: list[dict]) -> Step:
+    """One step of SGD on these pictures with a detector of that name."""
     torch.manual_seed(0)
-    own = None if name.startswith(("ssd300", "stairnet300")) else size
-    model: nn.Module = make_detector(
-        name, 20, start="identity", size=own, regions=regions if name.startswith("fasterrcnn") else None
-    )
-    model.to(device).to(memory_format=torch.channels_last).train()
+    own = None if name.startswith(("ssd300", "stairnet300")) else options.size
+    regions = options.regions if name.startswith("fasterrcnn") else None
+    model: nn.Module = make_detector(name, 20, start="identity", size=own, regions=regions)
+    model.to(options.device).to(memory_format=torch.channels_last).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
 
-    def step(pictures, targets) -> float:
-        clock = time.process_time if device.type == "cpu" else time.perf_counter
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        began = clock()
+    def step() -> None:
         loss = torch.stack(list(model(pictures, targets).values())).sum()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return clock() - began
 
     return step
 
@@ -65,23 +58,18 @@ def stepper(name: str, size: int | None, regions: int | None, device: torch.devi
 def measure(name: str, attention: str, options: argparse.Namespace) -> dict:
     """The seconds of both in turns."""
     device = torch.device(options.device)
-    steps = [stepper(n, options.size, options.regions, device) for n in (name, f"{name}+{attention}")]
     pictures, targets = batch(options.batch, options.size)
     pictures = [picture.to(device) for picture in pictures]
     targets = [{key: value.to(device) for key, value in target.items()} for target in targets]
-    for step in steps:
-        for _ in range(2):
-            step(pictures, targets)
-    seconds: list[list[float]] = [[], []]
-    for turn in range(options.turns):
-        for which in (0, 1) if turn % 2 == 0 else (1, 0):
-            seconds[which].append(steps[which](pictures, targets))
-    ratios = sorted(b / a for a, b in zip(*seconds, strict=True))
+    steps = {n: stepper(n, options, pictures, targets) for n in (name, f"{name}+{attention}")}
+    clock = time.process_time if device.type == "cpu" else time.perf_counter
+    plain, attended = in_turns(steps, device, rounds=options.turns, seconds=math.inf, clock=clock).values()
+    ratios = sorted(attended.ratios)
     return {
         "detector": name,
         "attention": attention,
-        "plain_ms": 1000 * statistics.median(seconds[0]),
-        "ratio": statistics.median(ratios),
+        "plain_ms": plain.median,
+        "ratio": attended.ratio,
         "quartiles": [ratios[len(ratios) // 4], ratios[3 * len(ratios) // 4]],
     }
 

@@ -32,38 +32,45 @@ class Timed:
 
 
 def in_turns(
-    steps: Mapping[Name, Step], device: torch.device, *, rounds: int = 11, seconds: float = 60.0
+    steps: Mapping[Name, Step],
+    device: torch.device,
+    *,
+    rounds: int = 11,
+    seconds: float = 60.0,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[Name, Timed]:
     """Time every step once per round; each other round runs them in the opposite order.
 
     A round repeats its step until it lasts two milliseconds on a GPU, whose clock is coarse. After `seconds`
-    no further round begins, but five there are.
+    no further round begins, but five there are. `clock` tells what a step takes, in seconds.
     """
     repeats = {}
     for name, step in steps.items():
         for _ in range(WARM_UP):
-            _once(step, 1, device)
-        repeats[name] = max(1, min(100, int(2 / max(_once(step, 1, device), 1e-3)))) if _is_gpu(device) else 1
+            _once(step, 1, device, clock)
+        repeats[name] = (
+            max(1, min(100, int(2 / max(_once(step, 1, device, clock), 1e-3)))) if _is_gpu(device) else 1
+        )
     found: dict[Name, list[float]] = {name: [] for name in steps}
     began = time.perf_counter()
     for turn in range(rounds):
         if turn >= 5 and time.perf_counter() - began > seconds:
             break
         for name in list(steps)[:: 1 if turn % 2 == 0 else -1]:
-            found[name].append(_once(steps[name], repeats[name], device))
+            found[name].append(_once(steps[name], repeats[name], device, clock))
     first = found[next(iter(steps))]
     return {name: Timed(ms, [a / b for a, b in zip(ms, first, strict=True)]) for name, ms in found.items()}
 
 
-def _once(step: Step, repeats: int, device: torch.device) -> float:
+def _once(step: Step, repeats: int, device: torch.device, clock: Callable[[], float]) -> float:
     if _is_gpu(device):
         torch.cuda.synchronize(device)
-    began = time.perf_counter()
+    began = clock()
     for _ in range(repeats):
         step()
     if _is_gpu(device):
         torch.cuda.synchronize(device)
-    return 1e3 * (time.perf_counter() - began) / repeats
+    return 1e3 * (clock() - began) / repeats
 
 
 def _is_gpu(device: torch.device) -> bool:
