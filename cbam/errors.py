@@ -83,6 +83,11 @@ class OutputError(CBAMError, OSError):
 
     exit_code = 7
 
+    @classmethod
+    def at(cls, out: object, error: OSError) -> "OutputError":
+        """The error for `out`, a place that --out named, which cannot be written."""
+        return cls(f"cannot write to {out}: {error.strerror or error}; give another --out")
+
 
 class ExportError(CBAMError, RuntimeError):
     """A network cannot be exported, or the file would compute something else; there is no file."""

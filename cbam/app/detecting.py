@@ -94,9 +94,7 @@ def look_for_objects(eyes: Detectors, asked: Asked, say: Callable[[str], None]) 
             try:
                 told.figures.append(detection_figure(rows, asked.out / (name + ending)))
             except OSError as error:
-                raise OutputError(
-                    f"cannot write to {asked.out}: {error.strerror or error}; give another --out"
-                ) from error
+                raise OutputError.at(asked.out, error) from error
     if not told.looked:
         raise DataError(f"none of the {len(files)} pictures can be read")
     if most < asked.box and asked.box > 1:

@@ -54,7 +54,7 @@ def gates(viewer: Viewer, data: str, out: Path, watch: Watch, *, limit: int | No
             pages += [f"![]({stem}.png)", ""]
         (out / "gates.md").write_text("\n".join([*pages, *_NOTES, ""]), encoding="utf-8")
     except OSError as error:
-        raise OutputError(f"cannot write to {out}: {error.strerror or error}; give another --out") from error
+        raise OutputError.at(out, error) from error
     return [out / "gates.md", *written]
 
 

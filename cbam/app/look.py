@@ -71,9 +71,7 @@ def look_at(viewer: Viewer, wanted: Wanted, say: Callable[[str], None]) -> Told:
             if not many:
                 _draw_stages(looks, wanted.out, told)
     except OSError as error:
-        raise OutputError(
-            f"cannot write to {wanted.out}: {error.strerror or error}; give another --out"
-        ) from error
+        raise OutputError.at(wanted.out, error) from error
     if not told.looked:
         raise DataError(f"none of the {len(files)} pictures can be read")
     return told

@@ -194,7 +194,7 @@ def write(results: dict[str, Any], out: Path) -> list[Path]:
         record.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
         page.write_text(markdown(results), encoding="utf-8")
     except OSError as error:
-        raise OutputError(f"cannot write to {out}: {error.strerror or error}; give another --out") from error
+        raise OutputError.at(out, error) from error
     return [page, record]
 
 

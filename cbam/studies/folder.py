@@ -34,7 +34,7 @@ class ReportFolder:
                 raise ConfigError(f"{self.path} is not empty: give another --out, or --overwrite")
             self._probe()
         except OSError as error:
-            raise self._fault(error) from error
+            raise OutputError.at(self.path, error) from error
 
     def write(self, name: str, content: str | bytes) -> Path:
         """Put `content` into the file `name`: temporary file, fsync, rename, fsync of the folder."""
@@ -46,7 +46,7 @@ class ReportFolder:
             checkpoint.write(target, data)
             self.wrote = True
         except OSError as error:
-            raise self._fault(error) from error
+            raise OutputError.at(self.path, error) from error
         return target
 
     def write_results(self, results: dict) -> Path:
@@ -72,6 +72,3 @@ class ReportFolder:
             for path in (part, probe):
                 with contextlib.suppress(OSError):
                     path.unlink(missing_ok=True)
-
-    def _fault(self, error: OSError) -> OutputError:
-        return OutputError(f"cannot write to {self.path}: {error.strerror or error}; give another --out")

@@ -102,7 +102,7 @@ class Records:
             yield part
             sync_folder(self.path)
         except OSError as error:
-            raise _fault(self.path, error) from error
+            raise OutputError.at(self.path, error) from error
         finally:
             with contextlib.suppress(OSError):
                 part.unlink(missing_ok=True)
@@ -135,7 +135,7 @@ class Records:
         except BlockingIOError:
             mine = False
         except OSError as error:
-            raise _fault(self.path, error) from error
+            raise OutputError.at(self.path, error) from error
         try:
             yield mine
         finally:
@@ -177,7 +177,3 @@ def read(path: Path) -> dict[str, Any]:
 def counts(record: dict[str, Any]) -> bool:
     """Whether a record may enter a table: finished, of a commit that is known, with no change to it."""
     return record["status"] == "complete" and record["commit"] is not None and record["dirty"] is False
-
-
-def _fault(path: Path, error: OSError) -> OutputError:
-    return OutputError(f"cannot write to {path}: {error.strerror or error}; give another --out")
