@@ -25,6 +25,24 @@ from cbam.train.recipe import Recipe
 _PRECISIONS = {"fp32": "32-true", "fp64": "64-true"}
 
 
+class _Shared(DDPStrategy):
+    """DDP that leaves everything where it is after an error.
+
+    Lightning would bring the network back to the CPU then, and wait for a GPU that waits for a process that
+    is gone; so nobody would be told which one.
+    """
+
+    _failed = False
+
+    def on_exception(self, exception: BaseException) -> None:
+        self._failed = True
+        super().on_exception(exception)
+
+    def teardown(self) -> None:
+        if not (self._failed and self.root_device.type == "cuda"):
+            super().teardown()
+
+
 class _Joined(ClusterEnvironment):
     """For Lightning: the processes are there, and have met (see distributed.py)."""
 
@@ -116,7 +134,7 @@ def _devices(device: torch.device, recipe: Recipe) -> dict[str, Any]:
         # What BatchNorm has counted is spread once, before it is evaluated with: see Classification.
         known = inspect.signature(DistributedDataParallel.__init__).parameters
         name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-        how["strategy"] = DDPStrategy(**{name: False})  # pyright: ignore[reportArgumentType]
+        how["strategy"] = _Shared(**{name: False})  # pyright: ignore[reportArgumentType]
     return how
 
 
