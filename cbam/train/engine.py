@@ -18,7 +18,7 @@ from pytorch_lightning.plugins.environments import ClusterEnvironment
 from pytorch_lightning.strategies import DDPStrategy
 from torch.nn.parallel import DistributedDataParallel
 
-from cbam.errors import DataError, InputError, NonFiniteError, OutOfMemoryError
+from cbam.errors import CBAMError, DataError, InputError, NonFiniteError, OutOfMemoryError
 from cbam.train.distributed import World, world
 from cbam.train.recipe import Recipe
 
@@ -112,7 +112,9 @@ def trainer(
             )
         except FloatingPointError as error:
             raise NonFiniteError(f"{error}; a lower learning rate usually helps") from None
-        except (RuntimeError, MemoryError) as error:
+        except (RuntimeError, ValueError, MemoryError) as error:
+            if isinstance(error, CBAMError):
+                raise
             told = _told(error, device, recipe)
             if told is None:
                 raise
@@ -151,6 +153,11 @@ def _told(error: BaseException, device: torch.device, recipe: Recipe) -> BaseExc
         return OutOfMemoryError(
             f"out of memory on {device.type} with batches of {recipe.batch_size // recipe.accumulate}{peak}; "
             f"--accumulate {2 * recipe.accumulate} computes the same steps in smaller parts ({text[:200]})"
+        )
+    if "Expected more than 1 value per channel" in text:
+        return InputError(
+            "a part of a step is a single picture, and its map has come down to one pixel, of which BatchNorm "
+            "has no variance: take a larger --batch-size, a lower --accumulate, or larger pictures"
         )
     if "Expected to have finished reduction" in text:
         return InputError(f"parameters of the network had no part in the loss: {text[:300]}")

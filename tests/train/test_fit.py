@@ -16,7 +16,7 @@ from torch import nn
 
 import cbam
 from cbam.data import Images, loader
-from cbam.errors import ConfigError, DataError, NonFiniteError, OutOfMemoryError
+from cbam.errors import ConfigError, DataError, InputError, NonFiniteError, OutOfMemoryError
 from cbam.train import Recipe, evaluate, fit, pick_device
 from cbam.train.average import Average
 from cbam.train.classification import Classification, normalise
@@ -210,6 +210,14 @@ def test_memory_that_does_not_suffice_is_told_with_what_to_do(ask):
         fit(Hungry(ask), Colours(12), Colours(6), recipe, seed=0, device="cpu")
     assert caught.value.exit_code == 6
     assert isinstance(caught.value, MemoryError)
+
+
+def test_a_single_picture_of_a_single_pixel_is_told_with_what_to_do():
+    # T7
+    model = nn.Sequential(nn.Conv2d(3, 4, 8), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 3))
+    recipe = Recipe(epochs=1, batch_size=4, accumulate=4)
+    with pytest.raises(InputError, match="a lower --accumulate"):
+        fit(model, Colours(12), Colours(6), recipe, seed=0, device="cpu")
 
 
 def test_the_average_is_laid_out_as_the_weights_are():
