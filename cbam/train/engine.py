@@ -156,7 +156,7 @@ def _told(error: BaseException, device: torch.device, recipe: Recipe) -> BaseExc
         )
     if "Expected more than 1 value per channel" in text:
         return InputError(
-            "a part of a step is a single picture, and its map has come down to one pixel, of which BatchNorm "
+            "a part of a step is a single picture, and a map of it has one pixel, of which BatchNorm "
             "has no variance: take a larger --batch-size, a lower --accumulate, or larger pictures"
         )
     if "Expected to have finished reduction" in text:
