@@ -8,7 +8,7 @@ from torch import nn
 
 from cbam.data import BoxedImages, Images, boxed_folder, cluttered_digits, picture_set
 from cbam.errors import CheckpointError, CheckpointNotFoundError, ConfigError
-from cbam.models import build
+from cbam.models import build, freeze_norm
 from cbam.train import checkpoint
 from cbam.train.detector import load_classifier, load_detector, make_detector
 from cbam.train.recipes import Config
@@ -50,6 +50,8 @@ def network(config: Config, classes: int, *, loaded: bool = False) -> nn.Module:
             load_detector(model, config.model, config.pretrained)
         else:
             load_classifier(model, config.pretrained)
+    if config.freeze_norm and config.pretrained:  # from scratch there is nothing to keep
+        freeze_norm(model)
     return model
 
 
