@@ -23,6 +23,7 @@ from cbam.studies.study import imagenet, run_config
 from cbam.studies.tables import STUDIES
 from cbam.studies.training import plain, refine
 from cbam.train import pick_device
+from cbam.train.versions import versions
 
 TRAIN, VAL, CLASSES = 1_281_167, 50_000, 1000
 RESULTS = Path(__file__).parent / "results"
@@ -42,7 +43,7 @@ def main(argv: list[str] | None = None) -> None:
     told = {
         "study": options.study,
         "device": machine.describe(device),
-        "versions": machine.versions(),
+        "versions": versions(),
         "batch_size": options.batch_size,
         "size": options.size,
         "rows": measured,

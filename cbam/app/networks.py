@@ -7,6 +7,7 @@ from torch import nn
 
 from cbam.data import cluttered_digits
 from cbam.data.images import IMAGENET_MEAN, IMAGENET_STD
+from cbam.data.pictures import short_side
 from cbam.errors import CheckpointNotFoundError, ConfigError
 from cbam.explain.looking import Viewer, default_viewer
 from cbam.explain.pair import class_names
@@ -101,7 +102,7 @@ def _load(
         digits = state["config"]["data"] is None
     net = build(name, num_classes=len(known))
     load_weights(net, weights)
-    how: dict[str, Any] = {"classes": known, "size": side, "resized": round(side * 256 / 224)}
+    how: dict[str, Any] = {"classes": known, "size": side, "resized": short_side(side)}
     if digits:
         _, val = cluttered_digits()
         how |= {"mean": val.mean, "std": val.std, "resized": side}

@@ -1,6 +1,6 @@
 """A network as the command line names it: by name, or by the file or folder that holds its weights."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -8,31 +8,48 @@ from torch import nn
 
 from cbam import hub
 from cbam.data import cluttered_digits
-from cbam.data.images import IMAGENET_MEAN, IMAGENET_STD
+from cbam.data.pictures import short_side
 from cbam.errors import CheckpointNotFoundError, ConfigError
+from cbam.hub.card import read_config
+from cbam.hub.folder import CONFIG, WEIGHTS
 from cbam.models import build
 from cbam.surgery import load_weights
 from cbam.train import checkpoint
 from cbam.train.average import average_of
+from cbam.train.folder import epochs
 from cbam.train.material import ours
+from cbam.train.recipes import Config
 
-_SIZE, _OUTPUTS = 224, 1000
+_OUTPUTS = 1000
 _FILES = (".pth", ".pt", ".ckpt", ".safetensors", ".bin", ".tar")
+_RESULTS = {  # of metrics.jsonl, for a reader
+    "val_top1": "top-1 error, %",
+    "val_top5": "top-5 error, %",
+    "val_loss": "validation loss",
+}
 
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """A network, where it came from in words, and what belongs to it.
+    """A network, and what belongs to it.
 
     Attributes:
-        size: side of its pictures in pixels.
-        about: "network", "mean", "std" and, where they are known, "classes".
+        told: where it came from, in words.
+        name: what `cbam.build` makes it from; empty for a network of its author's own.
+        card: classes, size, normalisation, and of a run how it was trained and what came out.
     """
 
     network: nn.Module
     told: str
-    size: int
-    about: dict[str, Any]
+    name: str
+    card: hub.Card
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What the file of another runtime tells, by name; what is not known is left out."""
+        card = self.card
+        told = {"network": self.name, "mean": card.mean, "std": card.std, "classes": card.classes}
+        return {name: value for name, value in told.items() if value}
 
 
 def source(named: str, model: str | None, outputs: int | None) -> Source:
@@ -52,47 +69,74 @@ def source(named: str, model: str | None, outputs: int | None) -> Source:
             raise CheckpointNotFoundError(f"{named}: no such file")
         if model is not None:
             raise ConfigError(f"{named}: no such file, and --model goes with one")
-        return _fresh(named, outputs or _OUTPUTS)
-    if path.is_dir() and (path / "config.json").is_file() and (path / "model.safetensors").is_file():
-        _refuse(named, model, outputs)
-        return _published(path)
+        net = build(named, num_classes=outputs or _OUTPUTS)
+        return Source(net, f"{named}, untrained weights", named, hub.Card())
     if path.is_dir() or checkpoint.step_of(path) >= 0:
-        _refuse(named, model, outputs)
-        return _run(path)
+        if model is not None or outputs is not None:
+            raise ConfigError(f"{named} says what network it is: leave --model and --num-classes out")
+        published = (path / CONFIG).is_file() and (path / WEIGHTS).is_file()
+        return _published(path) if published else _run(path)
     if model is None:
         raise ConfigError(f"{named} does not say what network it is: give --model NAME, see `cbam list`")
     net = build(model, num_classes=outputs or _OUTPUTS)
     load_weights(net, path)
-    return Source(net, f"{model}, weights of {path}", _SIZE, _about(model))
-
-
-def _refuse(named: str, model: str | None, outputs: int | None) -> None:
-    if model is not None or outputs is not None:
-        raise ConfigError(f"{named} says what network it is: leave --model and --num-classes out")
-
-
-def _fresh(name: str, outputs: int) -> Source:
-    net = build(name, num_classes=outputs)
-    return Source(net, f"{name}, untrained weights", _SIZE, _about(name))
+    return Source(net, f"{model}, weights of {path}", model, hub.Card())
 
 
 def _published(folder: Path) -> Source:
-    card = hub.card_of(folder)
-    about = {"mean": card.mean, "std": card.std, "classes": card.classes}
-    return Source(hub.from_pretrained(folder), f"weights of {folder}", card.size, about)
+    network, card = read_config(folder / CONFIG)
+    return Source(hub.from_pretrained(folder), f"weights of {folder}", network.name, card)
 
 
 def _run(path: Path) -> Source:
     state = ours(path)
-    config, data = state["config"], state["data"]
-    net = build(config["model"], num_classes=len(data["classes"]))
+    config = Config(**state["config"])
+    if config.detects:
+        raise ConfigError(f"{path} holds a detector, {config.model}: classifiers alone are exported")
+    net = build(config.model, num_classes=len(state["data"]["classes"]))
     load_weights(net, average_of(state))
-    about = _about(config["model"]) | {"classes": data["classes"]}
-    if config["data"] is None:
+    card = _card(state, config, epochs(path if path.is_dir() else path.parent))
+    return Source(net, f"{config.model}, weights of {path}", config.model, card)
+
+
+def _card(state: dict[str, Any], config: Config, metrics: list[dict[str, Any]]) -> hub.Card:
+    """What the checkpoint of a run says, and the metrics of just these weights, if they were validated."""
+    data, own = state["data"], {}
+    if config.data is None:
         _, val = cluttered_digits()
-        about |= {"mean": val.mean, "std": val.std}
-    return Source(net, f"{config['model']}, weights of {path}", data["size"], about)
+        own: dict[str, Any] = {"mean": val.mean, "std": val.std}
+    found = next((entry for entry in metrics if entry.get("step") == state["step"]), {})
+    return hub.Card(
+        classes=tuple(data["classes"]),
+        size=data["size"],
+        data=Path(config.data).name if config.data else "cluttered_digits",
+        recipe=_recipe(config),
+        results={told: found[key] for key, told in _RESULTS.items() if found.get(key) is not None},
+        about=_about(state, config),
+        **own,
+    )
 
 
-def _about(name: str) -> dict[str, Any]:
-    return {"network": name, "mean": IMAGENET_MEAN, "std": IMAGENET_STD}
+def _about(state: dict[str, Any], config: Config) -> str:
+    data = state["data"]
+    done = state["epoch"] + state["seen"]["step"] / state["steps_per_epoch"]
+    lines = [
+        f"Trained by `cbam train {config.recipe}`, {done:.4g} of {config.epochs} epochs, on "
+        f"{data['training']} pictures; {data['validation']} validated it."
+    ]
+    if config.data:
+        sides = f"{short_side(data['size'])} px, and the middle {data['size']} px taken"
+        lines.append(f"For that the shorter side was brought to {sides}.")
+    if versions := state.get("versions"):
+        lines.append(f"Made with {', '.join(f'{name} {version}' for name, version in versions.items())}.")
+    return " ".join(lines)
+
+
+def _recipe(config: Config) -> dict[str, Any]:
+    """The settings that say how it was trained; what was off is left out."""
+    training = {name: value for name, value in asdict(config.training()).items() if value}
+    if config.schedule != "step" or config.milestones:
+        del training["step_epochs"]
+    del training["nonfinite"]
+    begun = {"pretrained": Path(config.pretrained).name} if config.pretrained else {}
+    return {"name": config.recipe, **training, **begun, "seed": config.seed}

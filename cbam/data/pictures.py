@@ -176,4 +176,9 @@ def centre(picture: Tensor, size: int) -> Tensor:
     height, width = picture.shape[1:]
     limit = 4 * min(height, width)  # of 1 x 20000 pixels nothing enormous is made
     picture = tv.center_crop(picture, [min(height, limit), min(width, limit)])
-    return tv.center_crop(tv.resize(picture, [round(size * 256 / 224)], antialias=True), [size, size])
+    return tv.center_crop(tv.resize(picture, [short_side(size)], antialias=True), [size, size])
+
+
+def short_side(size: int) -> int:
+    """What the shorter side of a validation picture becomes, before its middle `size` pixels are taken."""
+    return round(size * 256 / 224)

@@ -36,6 +36,7 @@ from cbam.studies.task import Task, load, refine
 from cbam.studies.watch import Silent, Watch
 from cbam.surgery import attached
 from cbam.train import evaluate, fit, pick_device
+from cbam.train.versions import versions
 
 SCHEMA = 1
 
@@ -243,7 +244,7 @@ def _new_record(settings: Settings, task: Task, device: torch.device) -> dict:
         "config": asdict(settings) | used,
         "protocol": _protocol_told(settings, recipe.epochs),
         "recipes": {phase: asdict(recipe) for phase in phases},
-        "versions": machine.versions(),
+        "versions": versions(),
         "commit": machine.commit(),
         "device": machine.describe(device),
         "data": {

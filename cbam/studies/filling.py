@@ -14,6 +14,7 @@ from cbam.studies.records import Records, counts
 from cbam.studies.study import Arm, Protocol, Study, run_config, run_key, run_name
 from cbam.studies.training import Keep, Training, trunk
 from cbam.studies.watch import Silent, Watch
+from cbam.train.versions import versions
 
 
 class Run(NamedTuple):
@@ -149,7 +150,7 @@ class Filling:
             "config": run.config,
             "data": self.training.pictures.about,
             **self.origin,
-            "versions": machine.versions(),
+            "versions": versions(),
             "device": machine.describe(device),
         }
 

@@ -1,7 +1,6 @@
-"""Where a run happens: versions, commit, device, memory."""
+"""Where a run happens: commit, device, memory."""
 
 import hashlib
-import importlib.metadata
 import io
 import platform
 import subprocess
@@ -13,19 +12,7 @@ import torch
 
 import cbam
 
-PACKAGES = ("torch", "torchvision", "timm", "pytorch-lightning", "torchcam", "scikit-learn")
 SOURCES = (".py", ".cpp", ".h", ".cu")
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python, of cbam and of what it stands on."""
-    found = {"cbam": cbam.__version__, "python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def commit() -> str | None:

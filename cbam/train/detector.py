@@ -7,7 +7,7 @@ from torch import nn
 
 from cbam.errors import CheckpointError, CheckpointNotFoundError, ConfigError
 from cbam.models import build, detector
-from cbam.models.detectors import TimmMaps
+from cbam.models.detectors import DETECTORS, TimmMaps
 from cbam.nn.gate import SigmoidGate
 from cbam.surgery import load_weights
 
@@ -37,11 +37,12 @@ def make_detector(name: str, classes: int, *, start: str, size: int | None, regi
     return model
 
 
-def load_detector(model: nn.Module, name: str, path: str) -> None:
-    """Weights of that detector, or those of a classifier for the network inside it.
+def begin_with(model: nn.Module, name: str, path: str) -> None:
+    """The weights of a file, for the classifier or detector of that name to be trained on.
 
-    The pyramid and the heads have no weights in a classifier and stay as they are, and so do the layers that
-    SSD adds, the former fully connected ones of VGG16 among them.
+    The last layer of a classifier stays as it is where the file's was made for other classes. A detector also
+    takes those of a classifier, for the network inside it: the pyramid and the heads then stay as they are,
+    and so do the layers that SSD adds, the former fully connected ones of VGG16 among them.
 
     Raises:
         CheckpointNotFoundError, CheckpointError: no such file, or one that fits neither.
@@ -52,22 +53,12 @@ def load_detector(model: nn.Module, name: str, path: str) -> None:
         raise
     except CheckpointError as error:
         try:
-            put_body(model, _classifier(model, name, path))
+            if name.partition(":")[0] in DETECTORS:
+                put_body(model, _classifier(model, name, path))
+            else:
+                load_weights(model, path, head="reset")
         except CheckpointError as misfit:
-            raise CheckpointError(f"{misfit}; nor is it a detector's: {error}") from None
-
-
-def load_classifier(model: nn.Module, path: str) -> None:
-    """The weights of a file; the last layer stays as it is where it was made for other classes."""
-    try:
-        load_weights(model, path)
-    except CheckpointNotFoundError:
-        raise
-    except CheckpointError as error:
-        try:
-            load_weights(model, path, head="reset")
-        except CheckpointError:
-            raise error from None
+            raise CheckpointError(f"{misfit}; nor does it fit whole: {error}") from None
 
 
 def _classifier(model: nn.Module, name: str, path: str) -> nn.Module:
@@ -77,7 +68,7 @@ def _classifier(model: nn.Module, name: str, path: str) -> nn.Module:
         inside = inside.partition("+")[0]
     with torch.random.fork_rng():
         network = build(inside, num_classes=1000, start="identity")
-    load_classifier(network, path)
+    begin_with(network, inside, path)
     return network
 
 

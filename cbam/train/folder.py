@@ -114,6 +114,16 @@ def write_config(folder: Path, config: dict[str, Any]) -> None:
     write(folder / CONFIG, (json.dumps(config, indent=1) + "\n").encode())
 
 
+def epochs(folder: Path) -> list[dict[str, Any]]:
+    """The metrics of every epoch in metrics.jsonl; a line that was torn when the process died is left out."""
+    found = []
+    with contextlib.suppress(FileNotFoundError):
+        for line in (folder / METRICS).read_bytes().splitlines():
+            with contextlib.suppress(ValueError):
+                found.append(json.loads(line))
+    return [entry for entry in found if isinstance(entry, dict) and is_epoch(entry)]
+
+
 class Metrics:
     """The lines of metrics.jsonl. A disk that takes no more ends the writing with one line, not the run."""
 

@@ -6,14 +6,13 @@ to the byte.
 
 import csv
 import io
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
 from cbam.train.checkpoint import write
-from cbam.train.folder import METRICS
+from cbam.train.folder import epochs
 from cbam.train.task import is_epoch
 
 TABLE = "epochs.csv"
@@ -90,8 +89,7 @@ class _Table:
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         if not is_epoch(metrics):
             return
-        lines = (self._folder / METRICS).read_text("utf-8").splitlines()
-        rows = [entry for entry in map(json.loads, lines) if is_epoch(entry)]
+        rows = epochs(self._folder)
         text = io.StringIO()
         table = csv.DictWriter(text, rows[0], lineterminator="\n", extrasaction="ignore")
         table.writeheader()

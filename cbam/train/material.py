@@ -10,7 +10,7 @@ from cbam.data import BoxedImages, Images, boxed_folder, cluttered_digits, pictu
 from cbam.errors import CheckpointError, CheckpointNotFoundError, ConfigError
 from cbam.models import build, freeze_norm
 from cbam.train import checkpoint
-from cbam.train.detector import load_classifier, load_detector, make_detector
+from cbam.train.detector import begin_with, make_detector
 from cbam.train.recipes import Config
 
 
@@ -46,10 +46,7 @@ def network(config: Config, classes: int, *, loaded: bool = False) -> nn.Module:
         else:
             model = build(config.model, num_classes=classes, start=start)
     if config.pretrained and not loaded:
-        if config.detects:
-            load_detector(model, config.model, config.pretrained)
-        else:
-            load_classifier(model, config.pretrained)
+        begin_with(model, config.model, config.pretrained)
     if config.freeze_norm and config.pretrained:  # from scratch there is nothing to keep
         freeze_norm(model)
     return model

@@ -17,6 +17,7 @@ from cbam.train.folder import locked, write_config
 from cbam.train.loggers import Line, Loggers
 from cbam.train.material import network, ours, pictures
 from cbam.train.recipes import OVERRIDABLE, Config, changes, full_path, recipe
+from cbam.train.versions import versions
 
 _Set = Images | BoxedImages
 
@@ -82,7 +83,7 @@ def run(
         train, val = pictures(config)
         if not config.detects:
             config = dataclasses.replace(config, size=train.size if config.data else None)
-        about = {"config": dataclasses.asdict(config), "data": _about(train, val)}
+        about = {"config": dataclasses.asdict(config), "data": _about(train, val), "versions": versions()}
         if state is not None and state.get("data") != about["data"]:
             raise ConfigError(
                 f"the pictures are not those of the run: {_difference(state['data'], about['data'])}"

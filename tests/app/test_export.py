@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,8 @@ import torch
 import cbam
 from cbam.app import cli
 from cbam.data import cluttered_digits
+from cbam.train import checkpoint, evaluate
+from cbam.train.recipes import recipe
 
 
 @pytest.fixture(autouse=True)
@@ -47,6 +51,48 @@ def test_a_run_is_exported_with_its_classes_size_and_normalisation(capsys):
     assert torch.equal(one, other)
 
 
+def test_a_run_becomes_a_folder_whose_card_tells_how_it_was_trained_and_what_came_out(capsys):
+    line = ["train", "digits", "--epochs", "1", "--limit", "40", "--batch-size", "8", "--save-every", "2"]
+    assert cli.main([*line, "--seed", "3", "--out", "runs/mine"]) == 0
+    assert cli.main(["export", "runs/mine", "--to", "hub", "--licence", "mit"]) == 0
+    assert "cbam.from_pretrained('mine')" in capsys.readouterr().out
+    card, (_, val) = cbam.hub.card_of("mine"), cluttered_digits()
+    measured = evaluate(cbam.from_pretrained("mine"), val.subset(40), device="cpu")
+    assert card.results["top-1 error, %"] == pytest.approx(measured.top1)
+    assert card.results["validation loss"] == pytest.approx(measured.loss, rel=1e-5)
+    assert (card.classes, card.size, card.mean) == (tuple(val.classes), val.size, pytest.approx(val.mean))
+    assert (card.data, card.licence) == ("cluttered_digits", "mit")
+    told = {"name": "digits", "epochs": 1, "batch_size": 8, "lr": 0.05, "seed": 3}
+    assert told.items() <= dict(card.recipe).items()
+    assert "1 of 1 epochs, on 40 pictures" in card.about
+    assert f"torch {version('torch')}" in card.about
+    assert cli.main(["export", "mine", "--to", "hub"]) == 2
+    assert "mine exists" in capsys.readouterr().err
+
+
+def test_weights_that_were_not_validated_have_no_results():
+    line = ["train", "digits", "--epochs", "1", "--limit", "40", "--batch-size", "8", "--save-every", "2"]
+    assert cli.main([*line, "--out", "mine"]) == 0
+    assert cli.main(["export", "mine/step-00000002.ckpt", "--to", "hub", "--out", "early"]) == 0
+    card = cbam.hub.card_of("early")
+    assert card.results == {}
+    assert "0.4 of 1 epochs" in card.about
+
+
+def test_what_a_format_has_not_is_refused(capsys):
+    assert cli.main(["export", "resnet_tiny", "--to", "hub", "--dynamic"]) == 2
+    assert "--to hub has no --dynamic" in capsys.readouterr().err
+    assert cli.main(["export", "resnet_tiny", "--to", "torch", "--licence", "mit"]) == 2
+    assert "--to torch has no --licence" in capsys.readouterr().err
+
+
+def test_the_run_of_a_detector_is_refused(capsys):
+    state = {"config": asdict(recipe("detect/short")), "data": {}, "model": {}, "seen": {}}
+    newest = checkpoint.save(Path(), 1, state)
+    assert cli.main(["export", str(newest), "--to", "hub"]) == 2
+    assert "holds a detector, fasterrcnn:resnet18+cbam" in capsys.readouterr().err
+
+
 def test_a_weights_file_takes_the_name_of_its_network(capsys):
     model = cbam.build("resnet_tiny+cbam", num_classes=7)
     torch.save(model.state_dict(), "w.pth")
@@ -66,7 +112,9 @@ def test_a_folder_of_save_pretrained_knows_what_it_is():
     card = cbam.hub.Card(classes=("a", "b"), size=32, mean=(0.5,) * 3, std=(0.25,) * 3)
     cbam.save_pretrained(model, "garden", network="resnet_tiny+cbam", card=card)
     assert cli.main(["export", "garden", "--to", "torch", "--batch", "2"]) == 0
-    assert told_in("garden.pt2") == {"classes": ["a", "b"], "mean": [0.5] * 3, "std": [0.25] * 3}
+    assert told_in("garden.pt2") == {
+        "network": "resnet_tiny+cbam", "classes": ["a", "b"], "mean": [0.5] * 3, "std": [0.25] * 3,
+    }  # fmt: skip
     assert torch.export.load("garden.pt2").module()(torch.randn(2, 3, 32, 32)).shape == (2, 2)
 
 

@@ -18,7 +18,7 @@ from cbam.errors import CheckpointError, ConfigError, DataError, NonFiniteError
 from cbam.models import build
 from cbam.surgery import attached
 from cbam.train import Config, Recipe, checkpoint, evaluate_detector, fit, run, score
-from cbam.train.detector import load_detector, make_detector
+from cbam.train.detector import begin_with, make_detector
 from cbam.train.material import network
 from cbam.train.recipes import recipe
 
@@ -303,7 +303,7 @@ def test_a_classifier_goes_into_the_network_of_a_detector(name, tmp_path):
     torch.save(network.state_dict(), tmp_path / "classifier.pt")
     model = make_detector(name, 3, start="identity", size=None, regions=None)
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    load_detector(model, name, str(tmp_path / "classifier.pt"))
+    begin_with(model, name, str(tmp_path / "classifier.pt"))
     state = model.state_dict()
     changed = {key for key in state if key in before and not torch.equal(state[key], before[key])}
     if name.startswith("faster"):
@@ -325,15 +325,15 @@ def test_a_classifier_goes_into_the_network_of_a_detector(name, tmp_path):
         assert len(convolutions) == 13
     torch.save(model.state_dict(), tmp_path / "detector.pt")
     other = make_detector(name, 3, start="identity", size=None, regions=None)
-    load_detector(other, name, str(tmp_path / "detector.pt"))
+    begin_with(other, name, str(tmp_path / "detector.pt"))
     assert all(torch.equal(value, other.state_dict()[key]) for key, value in model.state_dict().items())
 
 
 def test_a_file_that_is_neither_is_refused(tmp_path):
     torch.save({"weight": torch.ones(3)}, tmp_path / "odd.pt")
     model = make_detector("ssd300:mobilenet_v1", 3, start="paper", size=None, regions=None)
-    with pytest.raises(CheckpointError, match="nor is it a detector's"):
-        load_detector(model, "ssd300:mobilenet_v1", str(tmp_path / "odd.pt"))
+    with pytest.raises(CheckpointError, match="nor does it fit whole"):
+        begin_with(model, "ssd300:mobilenet_v1", str(tmp_path / "odd.pt"))
 
 
 @pytest.mark.large

@@ -1,18 +1,24 @@
 """`cbam export`."""
 
 import argparse
+import dataclasses
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cbam.app.options import Parser, count, need, terminable
 from cbam.app.terminal import show
 from cbam.errors import ConfigError
 
-HELP = "write a network as a file for torch.export, ONNX or OpenVINO, checked against PyTorch"
-SUFFIX = {"torch": ".pt2", "onnx": ".onnx", "openvino": ".xml"}
+if TYPE_CHECKING:
+    from cbam.app.source import Source
+
+HELP = "write a network for torch.export, ONNX or OpenVINO, or as a folder to share, with a model card"
+SUFFIX = {"torch": ".pt2", "onnx": ".onnx", "openvino": ".xml", "hub": ""}
 EXTRAS = {
     "torch": {},
     "onnx": {"export": ("onnx", "onnxscript", "onnxruntime")},
     "openvino": {"export": ("onnx", "onnxscript", "openvino")},
+    "hub": {"vision": ("safetensors",)},
 }
 
 
@@ -21,7 +27,8 @@ def add(parser: Parser) -> None:
     parser.epilog = (
         "The file is run against PyTorch on three inputs before it is put in place: values agree to 1e-5 of "
         "the largest, classes are the same. It takes pictures as the network does, normalised; mean, "
-        "standard deviation and class names are told in the file."
+        "standard deviation and class names are told in the file. --to hub writes a folder for "
+        "cbam.from_pretrained and the Hugging Face Hub; of a run its model card tells recipe and results."
     )
     parser.add_argument(
         "source",
@@ -36,8 +43,9 @@ def add(parser: Parser) -> None:
     parser.add_argument(
         "--size", type=count, metavar="PIXELS", help="side of the input (default: as trained, or 224)"
     )
-    parser.add_argument("--batch", type=count, default=1, metavar="N", help="pictures at once (default: 1)")
+    parser.add_argument("--batch", type=count, metavar="N", help="pictures at once (default: 1)")
     parser.add_argument("--opset", type=count, metavar="N", help="of ONNX (default: the exporter's)")
+    parser.add_argument("--licence", metavar="SPDX", help="of the weights, for the model card: mit")
     parser.add_argument("--out", metavar="PATH", help="the file (default: the name with the format's ending)")
     parser.add_argument("--overwrite", action="store_true", help="replace a file that is there")
 
@@ -52,24 +60,51 @@ def run(options: argparse.Namespace) -> int:
         raise ConfigError(f"{options.source:.80}: {getattr(error, 'strerror', error)}") from error
     if exists and not options.overwrite:
         raise ConfigError(f"{out} exists: give another --out, or --overwrite")
+    _refuse_strangers(options)
     from cbam.app.source import source
-    from cbam.portable import export
 
     with terminable():
         found = source(options.source, options.model, options.num_classes)
         show(found.told)
-        size = options.size or found.size
-        made = export(
-            found.network, out, to=options.to, shape=(options.batch, 3, size, size), dynamic=options.dynamic,
-            opset=options.opset, about=found.about, overwrite=options.overwrite,
-        )  # fmt: skip
+        show(_folder(found, out, options) if options.to == "hub" else _file(found, out, options))
+    return 0
+
+
+def _refuse_strangers(options: argparse.Namespace) -> None:
+    """Refuse options that the format has not."""
+    of_files = {
+        "--dynamic": options.dynamic,
+        "--size": options.size,
+        "--batch": options.batch,
+        "--opset": options.opset,
+    }
+    strangers = of_files if options.to == "hub" else {"--licence": options.licence}
+    if given := [name for name, value in strangers.items() if value]:
+        raise ConfigError(f"--to {options.to} has no {given[0]}: leave it out")
+
+
+def _file(found: "Source", out: Path, options: argparse.Namespace) -> str:
+    from cbam.portable import export
+
+    size = options.size or found.card.size
+    made = export(
+        found.network, out, to=options.to, shape=(options.batch or 1, 3, size, size), dynamic=options.dynamic,
+        opset=options.opset, about=found.about, overwrite=options.overwrite,
+    )  # fmt: skip
     agreed = made.agreement
     shapes = ", ".join("x".join(map(str, shape)) for shape in sorted({*agreed.shapes}))
-    show(
+    return (
         f"{made.path} ({made.size / 1e6:.1f} MB): differs from PyTorch by {agreed.difference:.1e} "
         f"of the largest value at most, names the same classes; checked at {shapes}"
     )
-    return 0
+
+
+def _folder(found: "Source", out: Path, options: argparse.Namespace) -> str:
+    from cbam.hub import save_pretrained
+
+    card = dataclasses.replace(found.card, licence=options.licence or found.card.licence)
+    save_pretrained(found.network, out, network=found.name, card=card, overwrite=options.overwrite)
+    return f"{out}: read it with cbam.from_pretrained({str(out)!r}), and its README.md before others do"
 
 
 def _stem(source: str) -> str:
