@@ -33,6 +33,7 @@ def run(*arguments: str, **how) -> subprocess.CompletedProcess:
 
 
 BAD = [
+    (["serve", "--port", "80000"], 2, "must be 1 to 65535"),
     ([], 2, "a command is needed"),
     (["compre"], 2, "invalid choice: 'compre'"),
     (["--verson"], 2, "unknown option --verson; did you mean --version?"),

@@ -15,7 +15,13 @@ def add(parser: Parser) -> None:
     parser.add_argument(
         "--host", default="127.0.0.1", metavar="NAME", help="(default: 127.0.0.1, this machine alone)"
     )
-    parser.add_argument("--port", type=count, default=7860, metavar="N", help="(default: 7860)")
+    parser.add_argument("--port", type=_port, default=7860, metavar="N", help="(default: 7860)")
+
+
+def _port(text: str) -> int:
+    if (number := count(text)) > 65535:
+        raise argparse.ArgumentTypeError(f"must be 1 to 65535, got {text!r}")
+    return number
 
 
 def run(options: argparse.Namespace) -> int:
