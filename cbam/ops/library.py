@@ -49,9 +49,10 @@ _BACKWARD = (
 )
 
 _library = torch.library.Library("cbam", "DEF")
-_library.define(_FORWARD)
+# A compiler that lays a network's maps out anew need not turn them back for us.
+_library.define(_FORWARD, tags=torch.Tag.flexible_layout)
 _library.define(_IN_PLACE)
-_library.define(_BACKWARD)
+_library.define(_BACKWARD, tags=torch.Tag.flexible_layout)
 _forward = torch.ops.cbam.tail.default
 _in_place = torch.ops.cbam.tail_.default
 _backward = torch.ops.cbam.tail_backward.default
@@ -291,7 +292,7 @@ def _fake_forward(x, shortcut, gamma, beta, mean, var, bn_batch, bn_eps, w1, b1,
     planes = save and (gamma is not None or w1 is not None)
     extremes = save and w1 is not None and max_pool
     return (
-        torch.empty_like(x),
+        torch.empty_like(_dense(x)[0]),
         some(planes, N, C),
         some(extremes, N, C, dtype=x.dtype),
         some(extremes, N, C, dtype=torch.int32),
@@ -312,6 +313,7 @@ def _fake_backward(grad, x, out, gamma, beta, bn_batch, bn_eps, w1, b1, w2, b2, 
     def like(part: Tensor | None) -> Tensor:
         return x.new_empty((0,) if part is None else part.shape, dtype=acc)
 
+    x = _dense(x)[0]
     return (
         torch.empty_like(x) if need_x else x.new_empty(0),
         torch.empty_like(x) if need_shortcut else x.new_empty(0),
@@ -319,16 +321,27 @@ def _fake_backward(grad, x, out, gamma, beta, bn_batch, bn_eps, w1, b1, w2, b2, 
     )
 
 
-def _on_cuda(*args: Any):
+def _on_cuda(x: Tensor, shortcut: Tensor | None, *args: Any):
     from cbam.ops import triton_kernels  # pyright: ignore[reportAttributeAccessIssue]
 
-    return triton_kernels.tail(*args)
+    x, layout = _dense(x)
+    return triton_kernels.tail(x, _laid_out(shortcut, layout), *map(_contiguous, args))
 
 
-def _backward_on_cuda(*args: Any):
+def _backward_on_cuda(grad: Tensor, x: Tensor, out: Tensor | None, *args: Any):
     from cbam.ops import triton_kernels  # pyright: ignore[reportAttributeAccessIssue]
 
-    return triton_kernels.tail_backward(*args)
+    x, layout = _dense(x)
+    maps = _laid_out(grad, layout), x, _laid_out(out, layout)
+    return triton_kernels.tail_backward(*maps, *map(_contiguous, args))
+
+
+def _laid_out(t: Any, layout: torch.memory_format) -> Any:
+    return None if t is None else t.contiguous(memory_format=layout)
+
+
+def _contiguous(value: Any) -> Any:
+    return value.contiguous() if isinstance(value, Tensor) else value
 
 
 _library.impl("tail", _autograd, "Autograd")

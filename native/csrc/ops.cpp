@@ -75,23 +75,51 @@ Parameter parameter(const Maybe& t, int64_t count, const char* name) {
   return {t->const_data_ptr(), type_of(*t)};
 }
 
+struct Layout {
+  bool planes, rows;  // NCHW, channels_last; a map of one channel, or of one pixel, is both
+};
+
+Layout layout(const Tensor& x) {
+  int64_t C = x.size(1), H = x.size(2), W = x.size(3);
+  auto steps = [&](int64_t dim, int64_t step) { return x.size(dim) == 1 || x.stride(dim) == step; };
+  return {steps(0, C * H * W) && steps(1, H * W) && steps(2, W) && steps(3, 1),
+          steps(0, C * H * W) && steps(1, 1) && steps(2, W * C) && steps(3, C)};
+}
+
 // Whether the channels of a pixel are adjacent. Of the maps that are both, one pixel counts as such rows and one
 // channel as a plane.
 bool channels_last(const Tensor& x) {
-  int64_t C = x.size(1), H = x.size(2), W = x.size(3);
-  auto steps = [&](int64_t dim, int64_t step) { return x.size(dim) == 1 || x.stride(dim) == step; };
-  bool planes = steps(0, C * H * W) && steps(1, H * W) && steps(2, W) && steps(3, 1);
-  bool rows = steps(0, C * H * W) && steps(1, 1) && steps(2, W * C) && steps(3, C);
+  auto [planes, rows] = layout(x);
   STD_TORCH_CHECK(planes || rows, "cbam: a feature map must be dense, NCHW or channels_last");
-  return rows && !(planes && C == 1);
+  return rows && !(planes && x.size(1) == 1);
 }
 
-const void* map(const Tensor& t, const Tensor& x, const char* name) {
+// Compilers choose the layouts of what they make. x in one that kernels take: its own, where it is one.
+Tensor dense(const Tensor& x) {
+  STD_TORCH_CHECK(x.is_cpu() && x.dim() == 4 && x.numel() > 0, "cbam: expected a map (N, C, H, W) on the CPU");
+  auto [planes, rows] = layout(x);
+  return planes || rows ? x : torch::stable::contiguous(x);
+}
+
+// Another map in the layout of x.
+Tensor like(const Tensor& t, const Tensor& x, const char* name) {
   bool same = t.is_cpu() && t.scalar_type() == x.scalar_type() && t.dim() == 4;
-  for (int64_t d = 0; same && d < 4; d++)
-    same = t.size(d) == x.size(d) && (t.stride(d) == x.stride(d) || x.size(d) == 1);
-  STD_TORCH_CHECK(same, "cbam: ", name, " must have the shape, type and layout of x");
-  return t.const_data_ptr();
+  for (int64_t d = 0; same && d < 4; d++) same = t.size(d) == x.size(d);
+  STD_TORCH_CHECK(same, "cbam: ", name, " must have the shape and type of x");
+  auto [planes, rows] = layout(t);
+  bool wanted = channels_last(x);
+  if (wanted ? rows : planes) return t;
+  using torch::headeronly::MemoryFormat;
+  return torch::stable::contiguous(t, wanted ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+}
+
+// The same for parameters, whose elements are taken one after the other.
+template <class... Parts>
+void make_contiguous(Parts&... parts) {
+  auto one = [](Maybe& t) {
+    if (t && !t->is_contiguous()) t = torch::stable::contiguous(*t);
+  };
+  (one(parts), ...);
 }
 
 Tensor make(const Tensor& x, std::initializer_list<int64_t> size, ScalarType type) {
@@ -113,7 +141,6 @@ void run_parallel(int64_t count, Work work, void* context) {
 }
 
 void describe_map(Block& b, const Tensor& x, bool relu) {
-  STD_TORCH_CHECK(x.is_cpu() && x.dim() == 4 && x.numel() > 0, "cbam: expected a map (N, C, H, W) on the CPU");
   b.N = x.size(0), b.C = x.size(1), b.H = x.size(2), b.W = x.size(3);
   STD_TORCH_CHECK(b.H * b.W <= INT32_MAX, "cbam: a map of more than 2^31 - 1 pixels");
   b.rows = channels_last(x);
@@ -181,7 +208,7 @@ Forward told(const Tensor& x, const Maybe& shortcut, const Maybe& gamma, const M
   f.spatial = spatial(kernel, s_gamma, s_beta, s_batch, s_eps, spatial_gain);
   running(f.spatial.norm, s_mean, s_var, 1);
   f.x = x.const_data_ptr();
-  f.shortcut = shortcut ? map(*shortcut, x, "the shortcut") : nullptr;
+  f.shortcut = shortcut ? shortcut->const_data_ptr() : nullptr;
   return f;
 }
 
@@ -191,6 +218,9 @@ Forwarded tail(Tensor x, Maybe shortcut, Maybe gamma, Maybe beta, Maybe mean, Ma
                Maybe w1, Maybe b1, Maybe w2, Maybe b2, bool avg_pool, bool max_pool, double channel_gain, Maybe kernel,
                Maybe s_gamma, Maybe s_beta, Maybe s_mean, Maybe s_var, bool s_batch, double s_eps,
                double spatial_gain, bool relu, bool save) {
+  x = dense(x);
+  if (shortcut) shortcut = like(*shortcut, x, "the shortcut");
+  make_contiguous(gamma, beta, mean, var, w1, b1, w2, b2, kernel, s_gamma, s_beta, s_mean, s_var);
   Forward f = told(x, shortcut, gamma, beta, mean, var, bn_batch, bn_eps, w1, b1, w2, b2, avg_pool, max_pool,
                    channel_gain, kernel, s_gamma, s_beta, s_mean, s_var, s_batch, s_eps, spatial_gain, relu);
   ScalarType A = accumulator(x);
@@ -217,6 +247,8 @@ Forwarded tail(Tensor x, Maybe shortcut, Maybe gamma, Maybe beta, Maybe mean, Ma
 void tail_(Tensor x, Maybe shortcut, Maybe gamma, Maybe beta, Maybe mean, Maybe var, double bn_eps, Maybe w1, Maybe b1,
            Maybe w2, Maybe b2, bool avg_pool, bool max_pool, double channel_gain, Maybe kernel, Maybe s_gamma,
            Maybe s_beta, Maybe s_mean, Maybe s_var, double s_eps, double spatial_gain, bool relu) {
+  if (shortcut) shortcut = like(*shortcut, x, "the shortcut");
+  make_contiguous(gamma, beta, mean, var, w1, b1, w2, b2, kernel, s_gamma, s_beta, s_mean, s_var);
   Forward f = told(x, shortcut, gamma, beta, mean, var, false, bn_eps, w1, b1, w2, b2, avg_pool, max_pool,
                    channel_gain, kernel, s_gamma, s_beta, s_mean, s_var, false, s_eps, spatial_gain, relu);
   f.out = x.mutable_data_ptr();
@@ -239,17 +271,21 @@ Backwarded tail_backward(Tensor grad, Tensor x, Maybe out, Maybe gamma, Maybe be
                          Maybe kernel, Maybe s_gamma, Maybe s_beta, bool s_batch, double s_eps, double spatial_gain,
                          bool relu, Tensor m, Tensor e, Tensor k, Tensor mu, Tensor v, Tensor gate, Tensor s,
                          Tensor s_mu, Tensor s_v, bool need_x, bool need_shortcut) {
+  STD_TORCH_CHECK(!relu || out, "cbam: the gradient of the rectifier needs out");
+  x = dense(x);
+  grad = like(grad, x, "the gradient");
+  if (relu) out = like(*out, x, "out");
+  make_contiguous(gamma, beta, w1, b1, w2, b2, kernel, s_gamma, s_beta);
   Backward b{};
   describe_map(b, x, relu);
   b.norm = norm(gamma, beta, b.C, bn_batch, bn_eps);
   b.channel = channel(w1, b1, w2, b2, avg_pool, max_pool, channel_gain, b.C);
   b.spatial = spatial(kernel, s_gamma, s_beta, s_batch, s_eps, spatial_gain);
-  STD_TORCH_CHECK(!relu || out, "cbam: the gradient of the rectifier needs out");
   ScalarType A = accumulator(x);
   bool gated = b.channel.w1.data, normed = b.norm.gamma.data, mapped = b.spatial.kernel.data;
-  b.grad = map(grad, x, "the gradient");
+  b.grad = grad.const_data_ptr();
   b.x = x.const_data_ptr();
-  b.out = relu ? map(*out, x, "out") : nullptr;
+  b.out = relu ? out->const_data_ptr() : nullptr;
   if (gated) {
     b.m = saved(m, b.N * b.C, A, "m");
     b.gate = saved(gate, b.N * b.C, A, "gate");

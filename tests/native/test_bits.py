@@ -171,6 +171,37 @@ def test_nothing_outside_the_tensors_is_read_or_written(kernels, level, shape, l
     assert all(torch.equal(bits(band), before) for band, before in bands)
 
 
+@pytest.mark.parametrize("layout", LAYOUT_NAMES)
+def test_what_a_compiler_laid_out_in_its_own_way_is_taken(kernels, layout):  # T13 T33
+    """Every map but x in the other layout, every matrix by columns; and an x with gaps between its rows."""
+    case = kernels.Case((2, 32, 9, 7), layout=layout)
+    inputs = kernels.draw(case)
+    plain = kernels(case, inputs)
+    other = kernels.layouts[LAYOUT_NAMES[layout == "NCHW"]]
+    turned = copy.copy(inputs)
+    turned.grad, turned.shortcut = (t.contiguous(memory_format=other) for t in (inputs.grad, inputs.shortcut))
+    turned.values = dict(inputs.values)
+    for name in ("w1", "w2"):
+        turned.values[name] = inputs.values[name].T.contiguous().T
+    turned.values["kernel"] = inputs.values["kernel"].contiguous(memory_format=torch.channels_last)
+    gaps = torch.full((2, 32, 9, 16), float("nan"))
+    gaps[..., :7] = inputs.x
+    for x in (inputs.x, gaps[..., :7]):
+        turned.x = x
+        with torch.no_grad():
+            saved = kernels.forward(case, turned, True)
+            torch.testing.assert_close(saved[0], plain.out)
+            saved = (saved[0].contiguous(memory_format=other), *saved[1:])
+            dx, g, *_, dkernel, _, _ = kernels.backward(case, turned, saved)
+        if x is inputs.x:
+            assert saved[0].equal(plain.out)
+            assert dx.equal(plain.grads["x"])
+            assert g.equal(plain.grads["shortcut"])
+            assert dkernel.equal(plain.grads["kernel"])
+        torch.testing.assert_close(dx, plain.grads["x"])
+        torch.testing.assert_close(dkernel, plain.grads["kernel"])
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize("layout", LAYOUT_NAMES)
 @pytest.mark.parametrize("shape", [(1, 33, 7, 5), (1, 3, 1, 19), (2, 70, 3, 3)])

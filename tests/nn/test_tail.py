@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+import sys
+import types
 from functools import partial
 
 import pytest
@@ -369,6 +371,25 @@ def test_compiles_whole_with_the_operator_in_the_graph(training):  # T33
     torch.testing.assert_close(out, expected)
     assert ["cbam.tail" in str(n.target) for g in graphs for n in g.graph.nodes].count(True) == 1
     torch._dynamo.reset()
+
+
+def test_gpu_kernels_get_one_layout_whatever_a_compiler_chose(monkeypatch):  # T13 T33
+    got = []
+    recording = types.SimpleNamespace(tail=lambda *a: got.append(a), tail_backward=lambda *a: got.append(a))
+    monkeypatch.setitem(sys.modules, "cbam.ops.triton_kernels", recording)
+    monkeypatch.setattr("cbam.ops.triton_kernels", recording, raising=False)
+    nhwc = torch.randn(2, 6, 5, 4).contiguous(memory_format=torch.channels_last)
+    nchw, gaps = torch.randn(2, 6, 5, 4), torch.randn(2, 6, 5, 8)[..., :4]
+    by_columns = torch.randn(6, 3).T
+    library._on_cuda(nhwc, nchw, by_columns, None, 1.0)
+    library._backward_on_cuda(nhwc, gaps, nchw, by_columns, True)
+    (x, shortcut, w, *rest), (grad, x_of_gaps, out, w_again, flag) = got
+    assert x is nhwc
+    assert shortcut.stride() == nhwc.stride()
+    assert shortcut.equal(nchw)
+    assert (rest, flag) == ([None, 1.0], True)
+    assert all(t.is_contiguous() for t in (w, grad, x_of_gaps, out, w_again))
+    assert x_of_gaps.equal(gaps)
 
 
 def test_an_exported_graph_has_no_operator_of_ours():  # E1

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import shutil
 
 import pytest
 import timm
@@ -142,6 +143,30 @@ def test_an_identity_start_keeps_the_function(dtype, layout):
     else:  # torch rounds after the norm and after the add, the operation once
         scale = expected.abs().max().item()
         torch.testing.assert_close(out, expected, rtol=0, atol=scale * 8 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.large
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_a_compiler_that_turns_the_layout_gets_the_same_function(training):  # T33
+    """inductor computes convolutions in channels_last, and leaves the maps of our operator in it."""
+    torch._dynamo.reset()
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), Branch(), Branch(), nn.Conv2d(8, 4, 1))
+    model = cbam.attach(model, start="paper").train(training)
+    for p in model.parameters():
+        nn.init.normal_(p, std=0.2)
+    other, x = copy.deepcopy(model), torch.randn(2, 3, 20, 18)
+    compiled = torch.compile(model, dynamic=False)
+    for _ in range(2):
+        out, expected = compiled(x), other(x)
+        torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
+        out.square().sum().backward()
+        expected.square().sum().backward()
+        for p, q in zip(model.parameters(), other.parameters(), strict=True):
+            torch.testing.assert_close(
+                p.grad, q.grad, rtol=1e-3, atol=1e-3 * q.grad.abs().max().item() + 1e-4
+            )
+    torch._dynamo.reset()
 
 
 # --- the memory of the branch ---
