@@ -48,7 +48,7 @@ def _told(rows: list[Row]) -> str:
     versions = dict.fromkeys(f"{RUNTIMES[row['runtime']]} {row['version']}" for row in rows)
     commits = ", ".join(dict.fromkeys(f"`{row['commit'][:12]}`" for row in rows))
     return (
-        f"{said['device']}, {said['threads']} threads, batch {said['batch']}, float32, 224 px, "
+        f"{said['device']}, threads {said['threads']}, batch {said['batch']}, float32, 224 px, "
         f"{said['rounds']} rounds in turns, load {said['load']}; {', '.join(versions)}; commit {commits}. "
         "Ratios to plain: the median of the rounds, and their quartiles."
     )
