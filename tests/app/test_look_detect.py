@@ -75,7 +75,7 @@ def test_a_folder_is_looked_at_and_what_cannot_be_read_is_told(here, folder, cap
     assert "pictures/0.png: detector finds " in told.out
     assert "left out: " in told.out
     assert "bad.png: not an image (starts with '<html" in told.out
-    assert "1 of 3 pictures were left out" in told.err
+    assert "1 of 3 pictures left out" in told.err
     assert (here / "detect.png").exists()
 
 

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from cbam.app.options import Parser, count, need, share, terminable
-from cbam.app.terminal import progress, show
+from cbam.app.terminal import counted, progress, show
 from cbam.errors import ConfigError, DataError
 
 HELP = "show what networks look at in your pictures, with and without attention"
@@ -153,7 +153,7 @@ def _told(told) -> str:
     for path in told.figures:
         show(str(path))
     count = len(told.unreadable)
-    return f"{count} of {told.looked + count} pictures were left out" if count else ""
+    return f"{count} of {counted(told.looked + count, 'picture')} left out" if count else ""
 
 
 def _score(options: argparse.Namespace, eyes) -> None:
