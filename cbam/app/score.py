@@ -47,6 +47,7 @@ MEASURES = {  # key -> words, unit factor, whether lower is better
     "deletion": ("deletion area", 1, True),
     "insertion": ("insertion area", 1, False),
 }
+_Measured = dict[str, dict[str, list[float]]]  # map -> measure -> a value per picture
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,9 +82,7 @@ def score(
         DataError: no pictures, or none with its object in view.
     """
     found, notes = samples(viewer, data, limit, label)
-    watch.say(
-        f"{counted(len(found), 'picture')} with boxes" + "".join(f"; left out: {note}" for note in notes)
-    )
+    watch.say("; left out: ".join([f"{counted(len(found), 'picture')} with boxes", *notes]))
     named, first = next(iter(viewer.networks.items()))
     calm = untrained(first, viewer.normalised(torch.stack([one.image for one in found[:16]])))
     values, labelled = _Values(), 0
@@ -185,16 +184,11 @@ def markdown(results: dict[str, Any]) -> str:
     names = list(results["scores"])
     lines = [f"# Do the maps find the object? {results['what']}", ""]
     lines += [f"- {line}" for line in results["networks"]]
-    share = 100 * results["object_share"]
-    lines += [
-        f"- {counted(results['pictures'], 'picture')}; the object takes {share:.1f} % of them on average"
-    ]
+    share, pictures = 100 * results["object_share"], counted(results["pictures"], "picture")
+    lines += [f"- {pictures}; the object takes {share:.1f} % of them on average"]
     lines += [f"- left out: {note}" for note in results["left_out"]]
-    lines += [
-        f"- the map is for the class {which}: {counted(n, 'picture')}"
-        for which, n in results["class"].items()
-        if n
-    ]
+    of_class = [(which, counted(n, "picture")) for which, n in results["class"].items() if n]
+    lines += [f"- the map is for the class {which}: {pictures}" for which, pictures in of_class]
     lines += ["", f"|  | {' | '.join(names)} |", f"|---|{'---|' * len(names)}"]
     for key, (words, factor, _) in MEASURES.items():
         cells = [f"{factor * results['scores'][name][key]:.{1 if factor == 100 else 3}f}" for name in names]
@@ -242,9 +236,6 @@ def _differences(viewer: Viewer, values: _Measured) -> dict[str, Any]:
     }
 
 
-_Measured = dict[str, dict[str, list[float]]]  # map -> measure -> a value per picture
-
-
 class _Values:
     """What is measured of every map, picture by picture."""
 
@@ -255,7 +246,7 @@ class _Values:
     def add(
         self, name: str, heat: Tensor, area: Tensor, judge: nn.Module, image: Tensor, target: int
     ) -> None:
-        """Measure one map, (H, W), of a picture whose object is at `area`; `judge` is shown what is deleted."""
+        """Measure one map, (H, W), of a picture with its object at `area`; `judge` sees what is deleted."""
         deletion, insertion = deletion_insertion(judge, image, heat, target)
         found = {
             "pointing": pointing(heat[None], area[None]), "energy": energy(heat[None], area[None]),
