@@ -53,6 +53,7 @@ BAD = [
     (["compare", "--lr", "nan"], 2, "lr must be a number above 0"),
     (["compare", "--lr", "inf"], 2, "lr must be a number above 0"),
     (["compare", "--lr", "-1"], 2, "lr must be a number above 0"),
+    (["serve", "--port", "80000"], 2, "must be a port from 1 to 65535, got 80000"),
     (["compare", "--workers", "-1"], 2, "workers must be 0 or more"),
     (["compare", "--size", "64"], 2, "size belongs to an image folder"),
     (["compare", "--limit", "0"], 2, "limit must be"),

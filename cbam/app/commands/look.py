@@ -68,7 +68,9 @@ def add_networks(parser: Parser) -> None:
         "--model", metavar="NAME", help="network, see `cbam list`; a checkpoint knows its own"
     )
     parser.add_argument(
-        "--weights", metavar="FILE", help="weights of --model, or a checkpoint of `cbam train`"
+        "--weights",
+        metavar="FILE",
+        help="weights of --model; a run of `cbam train`; a folder of save_pretrained",
     )
     parser.add_argument(
         "--compare", nargs="+", default=[], metavar="NAME=FILE",

@@ -7,6 +7,7 @@ from cbam.app.options import Parser, count, need, terminable
 from cbam.app.terminal import show
 
 HELP = "a web page on this machine: drop a picture, see what networks look at in it"
+LAST_PORT = 65535
 
 
 def add(parser: Parser) -> None:
@@ -15,7 +16,13 @@ def add(parser: Parser) -> None:
     parser.add_argument(
         "--host", default="127.0.0.1", metavar="NAME", help="(default: 127.0.0.1, this machine alone)"
     )
-    parser.add_argument("--port", type=count, default=7860, metavar="N", help="(default: 7860)")
+    parser.add_argument("--port", type=_port, default=7860, metavar="N", help="(default: 7860)")
+
+
+def _port(text: str) -> int:
+    if (number := count(text)) > LAST_PORT:
+        raise argparse.ArgumentTypeError(f"must be a port from 1 to {LAST_PORT}, got {text}")
+    return number
 
 
 def run(options: argparse.Namespace) -> int:
