@@ -8,6 +8,7 @@ The loss is the cross-entropy over the classes at hand, which are ten of the tho
 from the plain network over all thousand: the first asks for better, the second to leave the others alone.
 
 It writes the gates and a record of what was run and what came out, validation pictures plain against CBAM.
+With `--minutes` it stops in time (exit code 75), and the same command goes on where it was.
 """
 
 import argparse
@@ -15,9 +16,11 @@ import hashlib
 import json
 import math
 import platform
+import sys
 import time
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -34,54 +37,125 @@ KEEP = 0.5  # weight of the divergence from the plain network
 SCORED = (160, pair.SIZE)
 
 
+class OutOfTimeError(Exception):
+    """The minutes are over; what is done is saved."""
+
+
+class Progress:
+    """What is done, in a file beside the gates. With the same options a later call goes on from it."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self._path, self._began = options.out / "unfinished.pt", time.monotonic()
+        self._ends = math.inf if options.minutes is None else self._began + 60 * options.minutes
+        settings = {k: str(v) for k, v in vars(options).items() if k not in ("out", "minutes")}
+        self.state: dict[str, Any] = {"settings": settings, "seconds": 0.0}
+        if self._path.exists():
+            found = torch.load(self._path, weights_only=True)
+            if found["settings"] != settings:
+                raise SystemExit(f"{self._path} is of other options: {found['settings']}")
+            self.state = found
+
+    @property
+    def minutes(self) -> float:
+        """Computing so far, that of earlier calls counted."""
+        return (self.state["seconds"] + time.monotonic() - self._began) / 60
+
+    def check(self, **done: Any) -> None:
+        """Save `done` and stop, if the time is over."""
+        if time.monotonic() >= self._ends:
+            self.save(**done)
+            raise OutOfTimeError
+
+    def save(self, **done: Any) -> None:
+        """Save what is done beside what was."""
+        self.state |= done
+        now = time.monotonic()
+        self.state["seconds"] += now - self._began
+        self._began = now
+        part = self._path.with_suffix(".part")
+        torch.save(self.state, part)
+        part.replace(self._path)
+
+    def end(self) -> None:
+        """All is done."""
+        self._path.unlink(missing_ok=True)
+
+
 def main() -> None:
     options = _options()
-    torch.manual_seed(options.seed)
-    began = time.monotonic()
-    train = _pictures(options.pictures / "train", options.per_class)
-    val = _pictures(options.pictures / "val", options.val_per_class)
-    model = cbam.attach(pair.plain_network())
-    teacher = pair.plain_network()
-    losses = fit(model, teacher, train, options)
     options.out.mkdir(parents=True, exist_ok=True)
+    progress = Progress(options)
+    try:
+        _work(options, progress)
+    except OutOfTimeError:
+        print(f"stopped after {progress.minutes:.1f} minutes in all; the same command goes on")
+        sys.exit(75)
+    progress.end()
+
+
+def _work(options: argparse.Namespace, progress: Progress) -> None:
+    torch.manual_seed(options.seed)
+    model, plain = cbam.attach(pair.plain_network()), pair.plain_network()
+    train = _pictures(options.pictures / "train", options.per_class)
+    losses = fit(model, plain, train, options, progress)
+    networks = {"plain": plain, "cbam": model}
+    if options.earlier:
+        networks["earlier"] = pair.refined_network(options.earlier)
+    val = _pictures(options.pictures / "val", options.val_per_class)
+    logits = {
+        size: {
+            name: _logits(network, val, size, f"{name} {size}", progress)
+            for name, network in networks.items()
+        }
+        for size in SCORED
+    }
     gates, record = options.out / pair.GATES.name, options.out / pair.RECORD.name
     save_file(pair.gates_of(model), gates)
-    scores = {str(size): score(teacher, model, val, size) for size in SCORED}
-    record.write_text(
-        json.dumps(
-            {
-                "what": "CBAM on EfficientNet-Lite0, base frozen, gates trained from the identity",
-                "command": f"python tools/train_gates.py PICTURES --epochs {options.epochs} "
-                f"--batch-size {options.batch_size} --lr {options.lr} --seed {options.seed}"
-                + (f" --per-class {options.per_class}" if options.per_class else "")
-                + (f" --val-per-class {options.val_per_class}" if options.val_per_class else ""),
-                "pictures": {"name": options.pictures.name, "train": len(train[1]), "val": len(val[1])},
-                "classes": train[2].tolist(),
-                "sizes": SIZES,
-                "optimizer": "Adam, cosine to 0",
-                "loss": f"cross-entropy over the classes + {KEEP} KL from plain over 1000",
-                "loss_by_epoch": losses,
-                "validation": scores,
-                "gates": {
-                    "tensors": len(pair.gates_of(model)),
-                    "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-                    "sha256": _sha256(gates),
-                },
-                "base": {"file": pair.base_file().name, "sha256": _sha256(pair.base_file())},
-                "minutes": round((time.monotonic() - began) / 60, 1),
-                "versions": {
-                    "cbam": cbam.__version__,
-                    "torch": torch.__version__,
-                    "python": platform.python_version(),
-                },
-                "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    told = {
+        "what": "CBAM on EfficientNet-Lite0, base frozen, gates trained from the identity",
+        "command": _command(options),
+        "pictures": {"name": options.pictures.name, "train": len(train[1]), "val": len(val[1])},
+        "classes": train[2].tolist(),
+        "sizes": SIZES,
+        "optimizer": "Adam, cosine to 0",
+        "loss": f"cross-entropy over the classes + {KEEP} KL from plain over 1000",
+        "loss_by_epoch": losses,
+        "validation": {str(size): compare(own["plain"], own["cbam"], val) for size, own in logits.items()},
+        "gates": {
+            "tensors": len(pair.gates_of(model)),
+            "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+            "sha256": _sha256(gates),
+        },
+        "base": {"file": pair.base_file().name, "sha256": _sha256(pair.base_file())},
+        "minutes": round(progress.minutes, 1),
+        "versions": {
+            "cbam": cbam.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    if options.earlier:
+        told["earlier"] = {
+            "sha256": _sha256(options.earlier),
+            "validation": {
+                str(size): compare(own["earlier"], own["cbam"], val, ("earlier", "cbam"))
+                for size, own in logits.items()
             },
-            indent=1,
-        )
-        + "\n",
-        encoding="utf-8",
-    )
+        }
+    record.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
     print(f"{gates}\n{record}")
+
+
+def _command(options: argparse.Namespace) -> str:
+    said = (
+        f"--epochs {options.epochs} --batch-size {options.batch_size} --lr {options.lr} --seed {options.seed}"
+    )
+    if options.per_class:
+        said += f" --per-class {options.per_class}"
+    if options.val_per_class:
+        said += f" --val-per-class {options.val_per_class}"
+    return f"python tools/train_gates.py PICTURES {said}"
 
 
 def _options() -> argparse.Namespace:
@@ -98,6 +172,10 @@ def _options() -> argparse.Namespace:
         "--per-class", type=int, metavar="N", help="the first N training pictures of each class"
     )
     parser.add_argument("--val-per-class", type=int, metavar="N", help="the same of the validation pictures")
+    parser.add_argument(
+        "--earlier", type=Path, metavar="FILE", help="other gates, scored on the same pictures beside these"
+    )
+    parser.add_argument("--minutes", type=float, metavar="M", help="stop after this time, to be called again")
     return parser.parse_args()
 
 
@@ -131,9 +209,54 @@ def _augmented(picture: Tensor, generator: torch.Generator) -> Tensor:
     return cut.flip(2) if flip < 0.5 else cut
 
 
-def fit(model: nn.Module, teacher: nn.Module, train, options) -> list[float]:
+def fit(
+    model: nn.Module,
+    teacher: nn.Module,
+    train: tuple[list[Tensor], Tensor, Tensor],
+    options: argparse.Namespace,
+    progress: Progress,
+) -> list[float]:
     """Train the gates in place; the mean loss of each epoch."""
-    pictures, targets, classes = train
+    targets = train[1]
+    gates = _ready(model)
+    optimizer = torch.optim.Adam(gates, lr=options.lr)
+    steps = options.epochs * math.ceil(len(targets) / options.batch_size)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    generator = torch.Generator().manual_seed(options.seed)
+    losses: list[float] = []
+    order, done, total = torch.empty(0, dtype=torch.long), 0, 0.0
+    if "order" in (state := progress.state):
+        model.load_state_dict(state["gates"], strict=False)
+        optimizer.load_state_dict(state["optimizer"])
+        schedule.load_state_dict(state["schedule"])
+        generator.set_state(state["generator"])
+        losses, order, done, total = state["losses"], state["order"], state["done"], state["total"]
+    while len(losses) < options.epochs:
+        if done == 0:
+            order = torch.randperm(len(targets), generator=generator)
+        while done < len(order):
+            chosen = order[done : done + options.batch_size]
+            loss = _loss(model, teacher, train, chosen, generator)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            total, done = total + loss.item() * len(chosen), done + len(chosen)
+            progress.check(
+                gates=pair.gates_of(model), optimizer=optimizer.state_dict(), schedule=schedule.state_dict(),
+                generator=generator.get_state(), losses=losses, order=order, done=done, total=total,
+            )  # fmt: skip
+        losses.append(round(total / len(targets), 5))
+        done, total = 0, 0.0
+        print(f"epoch {len(losses)}: loss {losses[-1]}, {progress.minutes:.1f} minutes", flush=True)
+    if options.epochs:
+        progress.save(gates=pair.gates_of(model), losses=losses, order=order, done=0, total=0.0)
+    model.eval()
+    return losses
+
+
+def _ready(model: nn.Module) -> list[nn.Parameter]:
+    """The gates' parameters; nothing else of the network is trained, nor its BatchNorm moved."""
     gates = [p for name, p in model.named_parameters() if ".cbam." in name]
     for p in model.parameters():
         p.requires_grad_(any(p is gate for gate in gates))
@@ -141,56 +264,48 @@ def fit(model: nn.Module, teacher: nn.Module, train, options) -> list[float]:
     for name, module in model.named_modules():
         if ".cbam." in name:
             module.train()  # the gate's own BatchNorm alone
-    generator = torch.Generator().manual_seed(options.seed)
-    optimizer = torch.optim.Adam(gates, lr=options.lr)
-    steps = options.epochs * math.ceil(len(targets) / options.batch_size)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    local = {int(c): i for i, c in enumerate(classes)}
-    losses = []
-    for epoch in range(options.epochs):
-        total, began = 0.0, time.monotonic()
-        for chosen in torch.randperm(len(targets), generator=generator).split(options.batch_size):
-            size = SIZES[int(torch.randint(len(SIZES), (), generator=generator))]
-            images = batch([pictures[i] for i in chosen], size, generator)
-            with torch.no_grad():
-                wanted = teacher(images).softmax(1)
-            scores = model(images)
-            own = torch.tensor([local[int(t)] for t in targets[chosen]])
-            kept = F.kl_div(scores.log_softmax(1), wanted, reduction="batchmean")
-            loss = F.cross_entropy(scores[:, classes], own) + KEEP * kept
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            total += loss.item() * len(chosen)
-        losses.append(round(total / len(targets), 5))
-        print(f"epoch {epoch + 1}: loss {losses[-1]}, {time.monotonic() - began:.0f} s", flush=True)
-    model.eval()
-    return losses
+    return gates
 
 
-def score(plain: nn.Module, refined: nn.Module, val, size: int) -> dict:
-    """Both networks on the same pictures, the refined one against the plain one, picture by picture."""
-    pictures, targets, classes = val
-    rows: dict[str, list[Tensor]] = {"plain": [], "cbam": []}
+def _loss(model: nn.Module, teacher: nn.Module, train, chosen: Tensor, generator: torch.Generator) -> Tensor:
+    pictures, targets, classes = train
+    size = SIZES[int(torch.randint(len(SIZES), (), generator=generator))]
+    images = batch([pictures[i] for i in chosen], size, generator)
+    with torch.no_grad():
+        wanted = teacher(images).softmax(1)
+    scores = model(images)
+    own = torch.searchsorted(classes, targets[chosen])
+    kept = F.kl_div(scores.log_softmax(1), wanted, reduction="batchmean")
+    return F.cross_entropy(scores[:, classes], own) + KEEP * kept
+
+
+def _logits(network: nn.Module, val, size: int, name: str, progress: Progress) -> Tensor:
+    """(N, 1000) of the validation pictures at this size, computed once."""
+    pictures, targets, _ = val
+    parts: list[Tensor] = progress.state.get(name, [])
     with torch.inference_mode():
-        for chosen in torch.arange(len(targets)).split(64):
-            images = batch([pictures[i] for i in chosen], size)
-            rows["plain"].append(plain(images))
-            rows["cbam"].append(refined(images))
-    logits = {arm: torch.cat(parts) for arm, parts in rows.items()}
-    right = {arm: {
-        "top1_of_1000": (scores.argmax(1) == targets),
-        f"top1_of_{len(classes)}": (classes[scores[:, classes].argmax(1)] == targets),
-    } for arm, scores in logits.items()}  # fmt: skip
-    out: dict = {"agreement": (logits["plain"].argmax(1) == logits["cbam"].argmax(1)).float().mean().item()}
-    for name in right["plain"]:
-        a, b = right["plain"][name].double(), right["cbam"][name].double()
+        for first in range(64 * len(parts), len(targets), 64):
+            parts.append(network(batch(pictures[first : first + 64], size)))
+            progress.check(**{name: parts})
+    progress.save(**{name: parts})
+    return torch.cat(parts)
+
+
+def compare(base: Tensor, other: Tensor, val, names: tuple[str, str] = ("plain", "cbam")) -> dict:
+    """The second logits against the first, picture by picture."""
+    _, targets, classes = val
+    right = {
+        "top1_of_1000": lambda logits: logits.argmax(1) == targets,
+        f"top1_of_{len(classes)}": lambda logits: classes[logits[:, classes].argmax(1)] == targets,
+    }
+    out: dict = {"agreement": (base.argmax(1) == other.argmax(1)).float().mean().item()}
+    for name, of in right.items():
+        a, b = of(base).double(), of(other).double()
         half = 1.96 * float((b - a).std()) / math.sqrt(len(a))
         mean = float((b - a).mean())
         out[name] = {
-            "plain": round(100 * float(a.mean()), 3),
-            "cbam": round(100 * float(b.mean()), 3),
+            names[0]: round(100 * float(a.mean()), 3),
+            names[1]: round(100 * float(b.mean()), 3),
             "difference": round(100 * mean, 3),
             "low": round(100 * (mean - half), 3),
             "high": round(100 * (mean + half), 3),

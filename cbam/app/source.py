@@ -18,7 +18,7 @@ from cbam.surgery import load_weights
 from cbam.train import checkpoint
 from cbam.train.average import average_of
 from cbam.train.folder import epochs
-from cbam.train.material import ours
+from cbam.train.material import began_with, ours
 from cbam.train.recipes import Config
 
 _OUTPUTS = 1000
@@ -91,7 +91,7 @@ def _published(folder: Path) -> Source:
 
 def _run(path: Path) -> Source:
     state = ours(path)
-    config = Config(**state["config"])
+    config = began_with(state)
     if config.detects:
         raise ConfigError(
             f"{path} holds a detector, {config.model}, and a classifier is wanted (`cbam look` has --detect)"

@@ -1,6 +1,6 @@
 """A picture file -> a uint8 RGB tensor. Every oddity of picture files is met here, once.
 
-- The orientation that EXIF states is applied.
+- The orientation that EXIF states is applied, unless pixels are wanted as they are stored.
 - Grey, palette, 1-bit and CMYK pictures become RGB; transparency is composed on white (BACKGROUND).
 - 16-bit values are divided by 257 (65535 / 257 = 255), not clipped. 32-bit integers are taken as 16-bit
   values. Floats state no scale: they are taken as 0..1, 0..255 or 0..65535, the first that holds them all.
@@ -101,10 +101,11 @@ def read_text(path: str | os.PathLike) -> str:
         raise DataError(f"{shown(path)}: {getattr(error, 'strerror', None) or error}") from error
 
 
-def decode_bytes(data: bytes, where: str) -> Tensor:
+def decode_bytes(data: bytes, where: str, *, exif: bool = True) -> Tensor:
     """The bytes of a picture file -> uint8 (3, H, W), a pixel's channels side by side in memory.
 
-    `where` begins the message of a DataError.
+    `where` begins the message of a DataError. Without `exif` no turn is applied (but to a TIFF, which Pillow
+    turns itself).
     """
     try:
         from PIL import Image, UnidentifiedImageError
@@ -114,13 +115,13 @@ def decode_bytes(data: bytes, where: str) -> Tensor:
     if fault:
         raise DataError(f"{where}: {fault}")
     try:
-        return _decode(data, where)
+        return _decode(data, where, exif)
     except DataError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise DataError(f"{where}: a picture of more than {MAX_PIXELS // 10**6} megapixels") from error
     except Exception as error:  # damaged bytes surface as whatever the decoder tripped over
-        picture = _decode_without_end(data, where)
+        picture = _decode_without_end(data, where, exif)
         if picture is not None:
             return picture
         unknown = isinstance(error, UnidentifiedImageError)  # its text shows an address in memory
@@ -172,16 +173,17 @@ def shown(path: str | os.PathLike | bytes) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
 
 
-def _decode(data: bytes, where: str) -> Tensor:
+def _decode(data: bytes, where: str, exif: bool) -> Tensor:
     from PIL import Image
 
     with Image.open(io.BytesIO(data), formats=FORMATS) as image:
         _check_pixels(image, where)
         image.load()
-        return _to_tensor(_upright(_to_rgb(image), image))
+        picture = _to_rgb(image)
+        return _to_tensor(_upright(picture, image) if exif else picture)
 
 
-def _decode_without_end(data: bytes, where: str) -> Tensor | None:
+def _decode_without_end(data: bytes, where: str, exif: bool) -> Tensor | None:
     """A JPEG that lacks nothing but the two bytes of its end marker; None for any other.
 
     Nor for a progressive one, which shows a picture, if a coarse one, after any of its scans. Given a
@@ -195,7 +197,8 @@ def _decode_without_end(data: bytes, where: str) -> Tensor | None:
         with Image.open(io.BytesIO(data), formats=["JPEG"]) as image:
             if image.info.get("progressive"):
                 return None
-        first, second = (_decode(data + more + b"\xff\xd9", where) for more in (b"", b"\xa5\x3c\x96" * 99))
+        ends = (b"\xff\xd9", b"\xa5\x3c\x96" * 99 + b"\xff\xd9")
+        first, second = (_decode(data + end, where, exif) for end in ends)
     except Exception:
         return None
     return first if torch.equal(first, second) else None

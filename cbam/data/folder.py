@@ -16,7 +16,7 @@ TINY, NARROW = 10, 10  # pixels on the short side; times as long as wide
 
 
 def image_folder(
-    path: str | os.PathLike, *, size: int | None = None, unreadable: int | None = None
+    path: str | os.PathLike, *, size: int | None = None, unreadable: int | None = None, exif: bool = True
 ) -> tuple[Images, Images]:
     """The training and the validation set of a folder of pictures, one folder per class.
 
@@ -33,6 +33,8 @@ def image_folder(
         size: side of the square that the network gets. None: the median short side of the training pictures
             (200 of them, evenly spaced) to the nearest multiple of 32, but 32 to 224.
         unreadable: number of training pictures that may be unreadable. None: 0.1 % of them, but 1 to 100.
+        exif: whether pictures are turned as their EXIF says; torchvision's folders, which published numbers
+            come from, do not.
 
     Raises:
         DataError: no such folder, no pictures, an empty class, fewer than two classes, classes that differ
@@ -47,7 +49,8 @@ def image_folder(
         size = _input_size(train, notes)
     name = shown(Path(path).resolve().name) or "images"
     sources = _Files(train, "training"), _Files(val, "validation")
-    return Training(name, sources[0], size, notes, unreadable), Validation(name, sources[1], size)
+    train_set = Training(name, sources[0], size, notes, unreadable, exif=exif)
+    return train_set, Validation(name, sources[1], size, exif=exif)
 
 
 class _Files:

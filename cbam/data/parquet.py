@@ -19,18 +19,25 @@ TRAIN, VALIDATION = ("train",), ("validation", "val", "valid", "test")
 PEEKS = 1000  # pictures whose first bytes are looked at, evenly spaced
 
 
-def picture_set(path: str | os.PathLike, *, size: int | None = None) -> tuple[Images, Images]:
+def picture_set(
+    path: str | os.PathLike, *, size: int | None = None, exif: bool = True
+) -> tuple[Images, Images]:
     """The training and the validation set in a folder, of parquet files where it holds some.
+
+    Args:
+        size, exif: as `image_folder` has them.
 
     Raises:
         DataError: see `image_folder` and `parquet_images`.
     """
     if isinstance(path, (str, os.PathLike)) and _files(Path(path), TRAIN):
-        return parquet_images(path, size=size)
-    return image_folder(path, size=size)
+        return parquet_images(path, size=size, exif=exif)
+    return image_folder(path, size=size, exif=exif)
 
 
-def parquet_images(path: str | os.PathLike, *, size: int | None = None) -> tuple[Images, Images]:
+def parquet_images(
+    path: str | os.PathLike, *, size: int | None = None, exif: bool = True
+) -> tuple[Images, Images]:
     """The sets in `train-*.parquet` and `validation-*.parquet` under `path` or `path`/data.
 
     Their columns are `image` (the encoded file) and `label`, as in ILSVRC/imagenet-1k. `size` is the side of
@@ -51,7 +58,7 @@ def parquet_images(path: str | os.PathLike, *, size: int | None = None) -> tuple
     if train.classes != val.classes:
         raise DataError(f"{shown(root)}: training and validation name different classes")
     name = shown(root.resolve().name) or "parquet"
-    return Training(name, train, size, []), Validation(name, val, size)
+    return Training(name, train, size, [], exif=exif), Validation(name, val, size, exif=exif)
 
 
 def _files(root: Path, names: tuple[str, ...]) -> list[str]:

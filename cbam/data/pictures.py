@@ -41,13 +41,13 @@ class Source(Protocol):
 
 
 class _Pictures(Images):
-    def __init__(self, name: str, source: Source, size: int, notes: Sequence[str]) -> None:
+    def __init__(self, name: str, source: Source, size: int, notes: Sequence[str], *, exif: bool) -> None:
         try:
             import torchvision  # noqa: F401
         except ImportError as error:
             raise MissingExtraError.of("reading pictures", "vision") from error
         super().__init__(name, source.classes, source.targets, size=size, notes=notes)
-        self._source = source
+        self._source, self._exif = source, exif
 
     def _where(self, index: int) -> str:
         return f"{self._source.name(index)} (class {self.classes[self.targets[index]]}, index {index})"
@@ -56,7 +56,7 @@ class _Pictures(Images):
         """uint8 (3, H, W). A disk that does not answer is asked three times."""
         for pause in (0.05, 0.2, None):
             try:
-                return decode_bytes(self._source.read(index), self._where(index))
+                return decode_bytes(self._source.read(index), self._where(index), exif=self._exif)
             except OSError as error:
                 if pause is None:
                     raise DataError(f"{self._where(index)}: {error.strerror or error}") from error
@@ -72,8 +72,10 @@ class _Pictures(Images):
 class Validation(_Pictures):
     """The pictures of a source as they are validated: one that cannot be read is an error."""
 
-    def __init__(self, name: str, source: Source, size: int, notes: Sequence[str] = ()) -> None:
-        super().__init__(name, source, size, notes)
+    def __init__(
+        self, name: str, source: Source, size: int, notes: Sequence[str] = (), *, exif: bool = True
+    ) -> None:
+        super().__init__(name, source, size, notes, exif=exif)
         broken = list(self._faults())
         if broken:
             raise DataError(
@@ -91,9 +93,16 @@ class Training(_Pictures):
     """
 
     def __init__(
-        self, name: str, source: Source, size: int, notes: Sequence[str], unreadable: int | None = None
+        self,
+        name: str,
+        source: Source,
+        size: int,
+        notes: Sequence[str],
+        unreadable: int | None = None,
+        *,
+        exif: bool = True,
     ) -> None:
-        super().__init__(name, source, size, notes)
+        super().__init__(name, source, size, notes, exif=exif)
         self._allowed = min(100, max(1, len(self) // 1000)) if unreadable is None else unreadable
         self._broken = torch.zeros(len(self), dtype=torch.bool).share_memory_()
         for index, message in self._faults():

@@ -48,8 +48,8 @@ class Average:
         live = self._live()
         for name, tensor in live.items():
             own = self.tensors[name]
-            if (own.device, own.dtype) != (tensor.device, tensor.dtype):
-                self.tensors[name] = own.to(tensor.device, tensor.dtype)
+            if (own.device, own.dtype, own.stride()) != (tensor.device, tensor.dtype, tensor.stride()):
+                self.tensors[name] = torch.empty_like(tensor).copy_(own)  # laid out alike, it is one kernel
         return live
 
     def state_dict(self) -> dict[str, Any]:

@@ -175,11 +175,17 @@ def newest(folder: Path, say: Callable[[str], None]) -> tuple[Path, dict[str, An
     return None
 
 
-def rotate(folder: Path, keep: int) -> None:
-    """Delete all but the `keep` newest checkpoints, once the newest has been read back and holds."""
-    found = checkpoints(folder)
-    if len(found) <= keep or damage(found[0]):
-        return
-    for path in found[keep:]:
+def rotate(saved: Path, keep: int) -> None:
+    """Delete all but the `keep` newest checkpoints up to `saved`, once that has been read back and holds.
+
+    A later one, a damaged one that the run did not go on from, is left where it is.
+
+    Raises:
+        CheckpointError: `saved` is damaged, or cannot be read; nothing was deleted. OSError.
+    """
+    older = [path for path in checkpoints(saved.parent) if step_of(path) <= step_of(saved)][keep:]
+    if older and (fault_found := damage(saved)):
+        raise CheckpointError(f"{saved}: {fault_found}")
+    for path in older:
         fault("rotate")
         path.unlink(missing_ok=True)

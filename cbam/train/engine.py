@@ -18,11 +18,29 @@ from pytorch_lightning.plugins.environments import ClusterEnvironment
 from pytorch_lightning.strategies import DDPStrategy
 from torch.nn.parallel import DistributedDataParallel
 
-from cbam.errors import DataError, InputError, NonFiniteError, OutOfMemoryError
+from cbam.errors import CBAMError, DataError, InputError, NonFiniteError, OutOfMemoryError
 from cbam.train.distributed import World, world
 from cbam.train.recipe import Recipe
 
 _PRECISIONS = {"fp32": "32-true", "fp64": "64-true"}
+
+
+class _Shared(DDPStrategy):
+    """DDP that leaves everything where it is after an error.
+
+    Lightning would bring the network back to the CPU then, and wait for a GPU that waits for a process that
+    is gone; so nobody would be told which one.
+    """
+
+    _failed = False
+
+    def on_exception(self, exception: BaseException) -> None:
+        self._failed = True
+        super().on_exception(exception)
+
+    def teardown(self) -> None:
+        if not (self._failed and self.root_device.type == "cuda"):
+            super().teardown()
 
 
 class _Joined(ClusterEnvironment):
@@ -94,7 +112,9 @@ def trainer(
             )
         except FloatingPointError as error:
             raise NonFiniteError(f"{error}; a lower learning rate usually helps") from None
-        except (RuntimeError, MemoryError) as error:
+        except (RuntimeError, ValueError, MemoryError) as error:
+            if isinstance(error, CBAMError):
+                raise
             told = _told(error, device, recipe)
             if told is None:
                 raise
@@ -116,7 +136,7 @@ def _devices(device: torch.device, recipe: Recipe) -> dict[str, Any]:
         # What BatchNorm has counted is spread once, before it is evaluated with: see Classification.
         known = inspect.signature(DistributedDataParallel.__init__).parameters
         name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-        how["strategy"] = DDPStrategy(**{name: False})  # pyright: ignore[reportArgumentType]
+        how["strategy"] = _Shared(**{name: False})  # pyright: ignore[reportArgumentType]
     return how
 
 
@@ -133,6 +153,11 @@ def _told(error: BaseException, device: torch.device, recipe: Recipe) -> BaseExc
         return OutOfMemoryError(
             f"out of memory on {device.type} with batches of {recipe.batch_size // recipe.accumulate}{peak}; "
             f"--accumulate {2 * recipe.accumulate} computes the same steps in smaller parts ({text[:200]})"
+        )
+    if "Expected more than 1 value per channel" in text:
+        return InputError(
+            "a part of a step is a single picture, and a map of it has one pixel, of which BatchNorm "
+            "has no variance: take a larger --batch-size, a lower --accumulate, or larger pictures"
         )
     if "Expected to have finished reduction" in text:
         return InputError(f"parameters of the network had no part in the loss: {text[:300]}")

@@ -113,7 +113,7 @@ def fit(
         on_epoch=keeper.log_epoch if keeper else None,
     )
     checks = _checks(val, 2 * recipe.batch_size // shard.parts, workers, here)  # no gradients are kept
-    with _seeded(_own(seed, here)), _modes_restored(model), _listening(keeper):
+    with _seeded(_own(seed, here), where), _modes_restored(model), _listening(keeper):
         model.to(memory_format=torch.channels_last)  # what convolutions are fastest in
         try:
             _train(steps, batches, checks, where, keeper)
@@ -218,9 +218,10 @@ def _validated(
     here = world()
     if here.size > len(images):
         raise ConfigError(f"{len(images)} pictures are too few for {here.size} processes")
+    where = pick_device(device)
     steps = Steps(_task(model, images), on_step=on_step)
     batches = _checks(images, batch_size, workers, here)
-    with trainer(pick_device(device), 1) as loop, _seeded(0), _modes_restored(model):
+    with trainer(where, 1) as loop, _seeded(0, where), _modes_restored(model):
         try:
             loop.validate(steps, batches, verbose=False)
         finally:
@@ -278,8 +279,9 @@ def _listening(keeper: "Keeper | None") -> contextlib.AbstractContextManager:
 
 
 @contextlib.contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    with torch.random.fork_rng():
+def _seeded(seed: int, where: torch.device) -> Iterator[None]:
+    """Draw by `seed`; the generators of the CPU and of this process's own GPU are given back as they were."""
+    with torch.random.fork_rng([torch.cuda.current_device()] if where.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
 

@@ -22,6 +22,7 @@ from cbam.train.distributed import world
 from cbam.train.fault import fault
 from cbam.train.folder import Metrics
 from cbam.train.guard import rng, set_rng
+from cbam.train.lock import check_lock
 from cbam.train.loggers import Loggers
 from cbam.train.steps import CLOCK, NonFiniteLossError, Steps
 from cbam.train.task import told
@@ -258,6 +259,7 @@ class Keeper(pl.Callback):
                 f"{len(broken)} tensors of the network hold NaN or infinity after step {self._step} "
                 f"({broken[0]}); the last checkpoint is from before"
             )
+        check_lock(self.folder)
         self.metrics.sync()
         began = time.monotonic()
         try:
@@ -268,8 +270,8 @@ class Keeper(pl.Callback):
         self._failures = 0
         self._save_seconds = max(self._save_seconds, time.monotonic() - began)
         try:
-            checkpoint.rotate(self.folder, self.copies)
-        except OSError as error:
+            checkpoint.rotate(self._saved, self.copies)
+        except (OSError, CheckpointError) as error:
             self._say(f"older checkpoints stay: {error}")
 
     def _state(self, trainer: pl.Trainer, done: int, states: list[dict[str, Any]]) -> dict[str, Any]:

@@ -18,7 +18,10 @@ def pictures(config: Config) -> tuple[Images, Images] | tuple[BoxedImages, Boxed
     """The training and the validation set."""
     if config.detects:
         return _boxed(config)
-    sets = picture_set(config.data, size=config.size) if config.data else cluttered_digits()
+    if config.data is None:
+        sets = cluttered_digits()
+    else:
+        sets = picture_set(config.data, size=config.size, exif=config.exif)
     if config.limit:
         train, val = (images.subset(min(config.limit, len(images))) for images in sets)
         return train, val
@@ -37,7 +40,7 @@ def _boxed(config: Config) -> tuple[BoxedImages, BoxedImages]:
 def network(config: Config, classes: int, *, loaded: bool = False) -> nn.Module:
     """The network of a run, initialised by its seed; unless it is `loaded` later, with its first weights."""
     start = "identity" if config.pretrained else "paper"
-    with torch.random.fork_rng():
+    with torch.random.fork_rng([]):  # it is made on the CPU
         torch.manual_seed(config.seed)
         if config.detects:
             model = make_detector(
@@ -48,6 +51,20 @@ def network(config: Config, classes: int, *, loaded: bool = False) -> nn.Module:
     if config.pretrained and not loaded:
         begin_with(model, config.model, config.pretrained)
     return model
+
+
+def began_with(state: dict[str, Any]) -> Config:
+    """The settings that a checkpoint's run began with.
+
+    Raises:
+        CheckpointError: some are not known here.
+    """
+    unknown = [name for name in state["config"] if name not in Config.names()]
+    if unknown:
+        raise CheckpointError(
+            f"the checkpoint has settings that this cbam does not know ({', '.join(unknown)}); upgrade cbam"
+        )
+    return Config(**state["config"])
 
 
 def ours(path: Path) -> dict[str, Any]:

@@ -58,6 +58,9 @@ class Config:
         "side of the pictures in pixels; of a folder chosen from it; of a detector the shorter side",
         "PIXELS",
     )
+    exif: bool = option(
+        True, "turn pictures as their EXIF says; not so for torchvision's loaders and published numbers"
+    )
     augment: str | None = option(None, f"for detectors: {', '.join(AUGMENTATIONS)}", "NAME")
     regions: int | None = option(
         None,
@@ -113,6 +116,7 @@ class Config:
         for name in self.loggers:
             yield name in LOGGERS, f"loggers must be of {', '.join(LOGGERS)}, got {name!r}"
         yield from self._rules_of_task()
+        yield type(self.exif) is bool, f"exif must be true or false, got {self.exif!r}"
         if self.recipe == "digits":
             yield self.data is None, "the recipe digits makes its own pictures; for DATA there is folder"
             yield self.size is None, "size belongs to an image folder, and no DATA is given"
@@ -126,6 +130,7 @@ class Config:
         yield good, f"augment must be one of {', '.join(AUGMENTATIONS)}, got {self.augment!r}"
         for name in ("label_smoothing", "mixup", "cutmix", "compile"):
             yield not getattr(self, name), f"{name} is not for detectors"
+        yield self.exif, "boxes are as their picture is seen, turned as EXIF says: exif cannot be left out"
 
     @property
     def detects(self) -> bool:

@@ -13,9 +13,10 @@ from cbam.errors import ConfigError
 from cbam.train import checkpoint
 from cbam.train.distributed import World, world
 from cbam.train.fitting import fit, lightning, pick_device
-from cbam.train.folder import locked, write_config
+from cbam.train.folder import write_config
+from cbam.train.lock import locked
 from cbam.train.loggers import Line, Loggers
-from cbam.train.material import network, ours, pictures
+from cbam.train.material import began_with, network, ours, pictures
 from cbam.train.recipes import OVERRIDABLE, Config, changes, full_path, recipe
 from cbam.train.versions import versions
 from cbam.train.watch import Silent, Watch
@@ -55,8 +56,7 @@ def run(
     if not here.is_first:
         watch = Silent()
     with contextlib.ExitStack() as stack:
-        if folder.is_dir():
-            here.from_first(lambda: _lock(stack, folder))
+        here.from_first(lambda: _lock(stack, folder, watch) if folder.is_dir() else None)
         state = here.from_first(lambda: _state(folder, resume, watch.say))
         config = _settings(name, settings, state, watch.say, override=override)
         where = pick_device(config.device)
@@ -71,7 +71,7 @@ def run(
         model = network(config, len(train.classes), loaded=state is not None)
         with lightning():
             from cbam.train.keeper import Keeper
-        here.from_first(lambda: _begin(stack, folder, about["config"]))
+        here.from_first(lambda: _begin(stack, folder, about["config"], watch))
         for note in dict.fromkeys([*train.notes, *val.notes]):
             watch.say(note)
         watch.now(f"{config.model} on {_told(where, here)}, in {folder}")
@@ -88,13 +88,13 @@ def run(
         )  # fmt: skip
 
 
-def _lock(stack: contextlib.ExitStack, folder: Path) -> None:
-    stack.enter_context(locked(folder))
+def _lock(stack: contextlib.ExitStack, folder: Path, watch: Watch) -> None:
+    stack.enter_context(locked(folder, watch.say))
 
 
-def _begin(stack: contextlib.ExitStack, folder: Path, config: dict[str, Any]) -> None:
+def _begin(stack: contextlib.ExitStack, folder: Path, config: dict[str, Any], watch: Watch) -> None:
     if not folder.is_dir():
-        _lock(stack, folder)
+        _lock(stack, folder, watch)
     write_config(folder, config)
 
 
@@ -150,9 +150,9 @@ def _settings(
         if config.data is None and config.recipe != "digits" and not config.detects:
             raise ConfigError(f"the recipe {name} needs DATA, an image folder")
         return config
-    before = state["config"]
-    now = dataclasses.asdict(Config(**{**before, **given, "recipe": name}))
-    refused, allowed = changes(dataclasses.asdict(Config(**before)), now, override=override)
+    before = began_with(state)
+    config = dataclasses.replace(before, **{**given, "recipe": name})
+    refused, allowed = changes(dataclasses.asdict(before), dataclasses.asdict(config), override=override)
     if refused:
         raise ConfigError(
             f"the run began with other settings: {'; '.join(refused)}; leave them out to go on with it, "
@@ -160,7 +160,7 @@ def _settings(
         )
     for line in allowed:
         say(f"changed: {line}")
-    return Config(**now)
+    return config
 
 
 def _hint(refused: list[str]) -> str:

@@ -10,7 +10,7 @@ from cbam.surgery import load_weights
 from cbam.train import checkpoint
 from cbam.train.average import average_of
 from cbam.train.fitting import Detections, Evaluation, evaluate, evaluate_detector, pick_device
-from cbam.train.material import network, ours, pictures
+from cbam.train.material import began_with, network, ours, pictures
 from cbam.train.recipes import Config
 
 
@@ -45,7 +45,7 @@ def score(
     pick_device(device)
     if path.is_dir() or checkpoint.step_of(path) >= 0:
         state = ours(path)
-        began = Config(**state["config"])
+        began = began_with(state)
         config = dataclasses.replace(
             began, model=model or began.model, size=size or began.size, data=data or began.data,
             recipe=began.recipe if began.detects else "folder",

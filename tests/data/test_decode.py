@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from cbam.data import decode
+from cbam.data.decode import decode_bytes
 from cbam.errors import DataError, InputError
 
 CORNERS = np.zeros((4, 6, 3), np.uint8)
@@ -220,6 +221,14 @@ def test_a_jpeg_on_its_side_stands_up(encoded):  # D6
     exif = Image.Exif()
     exif[0x0112] = 6
     assert decode(encoded(np.zeros((32, 64, 3), np.uint8), "JPEG", exif=exif)).shape == (3, 64, 32)
+
+
+def test_pixels_can_be_had_as_they_are_stored(encoded):  # D6
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encoded(CORNERS, exif=exif)
+    assert torch.equal(decode_bytes(data, "it", exif=False), chw(CORNERS))
+    assert not torch.equal(decode_bytes(data, "it"), chw(CORNERS))
 
 
 @pytest.mark.parametrize("value", [0, 9, 65535])

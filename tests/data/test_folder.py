@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from cbam.data import decode, image_folder, loader
 from cbam.data.images import draws
@@ -41,6 +42,18 @@ def test_the_validation_folder_has_several_names(make_folder, name):
     make_folder({"a": 2, "b": 2}, inside="train")
     train, val = image_folder(make_folder({"a": 1, "b": 1}, inside=name))
     assert (len(train), len(val)) == (4, 2)
+
+
+def test_pictures_stay_as_they_are_stored_for_parity_with_other_loaders(make_folder, encoded, pixels):  # D6
+    root = make_folder({"a": 6, "b": 6})
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down
+    path = root / "a" / "0.jpg"
+    path.write_bytes(encoded(pixels(32, 40), "JPEG"))
+    plain = image_folder(root)[1][0]["image"]
+    path.write_bytes(encoded(pixels(32, 40), "JPEG", exif=exif))
+    assert torch.equal(image_folder(root, exif=False)[1][0]["image"], plain)
+    assert not torch.equal(image_folder(root)[1][0]["image"], plain)
 
 
 def test_a_test_folder_beside_val_is_not_read_and_said(split_folder, make_folder):

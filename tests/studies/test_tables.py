@@ -7,7 +7,7 @@ import pytest
 
 import cbam
 from cbam.nn import ATTENTION
-from cbam.studies.study import digits, imagenet, imagenette, run_config, run_key, usual
+from cbam.studies.study import LARGE_COCO, digits, imagenet, imagenette, run_config, run_key, usual
 from cbam.studies.tables import STUDIES
 from cbam.studies.training import cost_of
 
@@ -43,6 +43,8 @@ def test_every_row_of_the_digits_can_be_made(name):
 @pytest.mark.parametrize("name", STUDIES)
 @pytest.mark.parametrize("protocol", [digits(), imagenette(), imagenet()], ids=lambda p: p.network)
 def test_every_row_can_be_made(name, protocol):
+    if STUDIES[name].boxed:
+        protocol = STUDIES[name].usual("boxes", 300 if protocol.small else LARGE_COCO, 64)
     for arm in STUDIES[name].chosen(small=protocol.small).values():
         cost = cost_of(run_config(protocol, arm, 0), 10, 64)
         assert (cost["sites"] > 0) == bool(arm.attention)

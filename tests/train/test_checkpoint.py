@@ -169,16 +169,25 @@ def test_rotation_keeps_the_newest_and_deletes_none_while_the_newest_is_damaged(
     newest_path = checkpoint.save(saved, 12, {"step": 12})
     whole = newest_path.read_bytes()
     newest_path.write_bytes(whole[:-1])
-    checkpoint.rotate(saved, 1)
+    with pytest.raises(CheckpointError, match="of its recorded size"):
+        checkpoint.rotate(newest_path, 1)
     assert len(checkpoint.checkpoints(saved)) == 3
     newest_path.write_bytes(whole)
     (saved / "step-x.ckpt").write_text("mine")
-    checkpoint.rotate(saved, 2)
+    checkpoint.rotate(newest_path, 2)
     assert [path.name for path in checkpoint.checkpoints(saved)] == [
         "step-00000012.ckpt",
         "step-00000009.ckpt",
     ]
     assert (saved / "step-x.ckpt").exists()
+
+
+def test_a_damaged_checkpoint_of_later_does_not_stop_the_rotation(saved):
+    # K22: the run went on from before it
+    (saved / "step-00000099.ckpt").write_bytes(b"damaged")
+    for step in (13, 14):
+        checkpoint.rotate(checkpoint.save(saved, step, {"step": step}), 2)
+    assert [checkpoint.step_of(path) for path in checkpoint.checkpoints(saved)] == [99, 14, 13]
 
 
 def test_a_record_that_is_damaged_is_no_obstacle(saved):

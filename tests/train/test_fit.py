@@ -5,21 +5,28 @@ import os
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
+from pytorch_lightning.plugins.layer_sync import TorchSyncBatchNorm
+from pytorch_lightning.strategies import DDPStrategy
 from torch import nn
 
 import cbam
 from cbam.data import Images, loader
-from cbam.errors import ConfigError, DataError, NonFiniteError, OutOfMemoryError
+from cbam.errors import ConfigError, DataError, InputError, NonFiniteError, OutOfMemoryError
 from cbam.train import Recipe, evaluate, fit, pick_device
-from cbam.train.classification import normalise
+from cbam.train.average import Average
+from cbam.train.classification import Classification, normalise
+from cbam.train.engine import _Shared
 from cbam.train.optimizer import parameter_groups
+from cbam.train.steps import Steps
 
 ROOT = Path(cbam.__file__).parents[1]
 SHORT = Recipe(epochs=2, batch_size=16)
+MEAN = STD = (0.5, 0.5, 0.5)
 
 
 class Colours(Images):
@@ -205,6 +212,47 @@ def test_memory_that_does_not_suffice_is_told_with_what_to_do(ask):
     assert isinstance(caught.value, MemoryError)
 
 
+def test_a_single_picture_of_a_single_pixel_is_told_with_what_to_do():
+    # T7
+    model = nn.Sequential(nn.Conv2d(3, 4, 8), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 3))
+    recipe = Recipe(epochs=1, batch_size=4, accumulate=4)
+    with pytest.raises(InputError, match="a lower --accumulate"):
+        fit(model, Colours(12), Colours(6), recipe, seed=0, device="cpu")
+
+
+def test_the_average_is_laid_out_as_the_weights_are():
+    model = small()
+    average = Average(model, 0.5)
+    model.to(memory_format=torch.channels_last)
+    average.update()
+    assert average.tensors["0.weight"].stride() == model[0].weight.stride()
+    assert torch.equal(average.tensors["0.weight"], model[0].weight)
+
+
+def test_the_generators_of_other_gpus_are_not_asked(monkeypatch):
+    """A machine of 8 GPUs: a training on the CPU, or on one of them, is no affair of the others."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # memory cannot be pinned here
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fit(small(), Colours(12), Colours(6), SHORT, seed=0, device="cpu")
+        evaluate(small(), Colours(6), device="cpu")
+
+
+@pytest.mark.parametrize(("device", "moved"), [("cpu", True), ("cuda", False)])
+def test_after_an_error_nobody_waits_for_a_gpu_that_waits_for_the_dead(monkeypatch, device, moved):
+    # R6
+    calls: list[str] = []
+    monkeypatch.setattr(DDPStrategy, "teardown", lambda self: calls.append("teardown"))
+    monkeypatch.setattr(_Shared, "root_device", torch.device(device))
+    strategy = _Shared()
+    strategy.on_exception(RuntimeError("Connection closed by peer"))
+    strategy.teardown()
+    assert calls == ["teardown"] * moved
+    _Shared().teardown()
+    assert calls == ["teardown"] * (moved + 1)
+
+
 def test_the_average_follows_the_weights_and_is_what_is_evaluated_and_left():
     model, plain, copies = small(), small(), []
     recipe = Recipe(epochs=1, batch_size=8, lr=0.1, ema=0.8)
@@ -261,6 +309,25 @@ def test_gates_get_their_own_rate_and_biases_and_norms_no_decay():
     assert all(p.ndim < 2 for group in groups[1::2] for p in group["params"])
     (one,) = parameter_groups(Recipe(), model)
     assert [id(p) for p in one["params"]] == [id(p) for p in model.parameters()]
+
+
+def test_every_batchnorm_is_synchronised_those_of_attention_too(monkeypatch):
+    """On a CPU torch cannot synchronise; but which norms would be asked to can be seen."""
+    asked, forward = [], nn.SyncBatchNorm.forward
+
+    def ask(self, x):
+        asked.append(self)
+        return forward(self, x)
+
+    steps = Steps(Classification(cbam.build("resnet18+cbam", num_classes=3), MEAN, STD))
+    TorchSyncBatchNorm().apply(steps)
+    norms = [module for module in steps.task.model.modules() if isinstance(module, nn.SyncBatchNorm)]
+    monkeypatch.setattr(nn.SyncBatchNorm, "forward", ask)
+    steps.task.model.train()(torch.ones(2, 3, 64, 64))
+    assert len(norms) == 28
+    assert {id(norm) for norm in norms} == {id(norm) for norm in asked}
+    TorchSyncBatchNorm().revert(steps)
+    assert steps.task.model.eval()(torch.ones(2, 3, 64, 64)).isfinite().all()
 
 
 def test_a_synchronised_batchnorm_is_refused_where_torch_has_none():

@@ -1,69 +1,9 @@
-"""A run's folder: one run at a time, metrics that fit the checkpoint (rows K16, K18, R14, R21, R22)."""
+"""What a run's folder keeps: metrics that fit the checkpoint (rows R14, R22)."""
 
 import json
-import os
-import socket
 from pathlib import Path
 
-import pytest
-
-from cbam.errors import ConfigError, OutputError
-from cbam.train.folder import LOCK, METRICS, Metrics, _process, locked
-
-
-def test_a_second_run_in_a_folder_is_refused(tmp_path):
-    # K18, R21
-    with locked(tmp_path / "run"):
-        with (
-            pytest.raises(ConfigError, match=f"in use by process {os.getpid()}"),
-            locked(tmp_path / "run"),
-        ):
-            pass
-        assert (tmp_path / "run" / LOCK).exists()
-    assert list((tmp_path / "run").iterdir()) == []
-
-
-def dead() -> int:
-    child = os.fork()
-    if child == 0:
-        os._exit(0)
-    os.waitpid(child, 0)
-    return child
-
-
-@pytest.mark.parametrize("what", ["dead", "another process of that number", "garbage", "empty"])
-def test_the_lock_and_the_pieces_of_a_killed_run_are_cleaned(tmp_path, what):
-    # K18
-    alive = _process(os.getpid())
-    left = {
-        "dead": json.dumps({**alive, "pid": dead()}),
-        "another process of that number": json.dumps({**alive, "started": "1"}),
-        "garbage": "{",
-        "empty": "",
-    }
-    (tmp_path / LOCK).write_text(left[what])
-    (tmp_path / ".step-00000003.ckpt.part").write_text("half")
-    with locked(tmp_path):
-        assert [path.name for path in tmp_path.iterdir()] == [LOCK]
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_lock_of_another_machine_is_left_to_the_user(tmp_path):
-    # K18
-    (tmp_path / LOCK).write_text(json.dumps({"pid": 1, "host": socket.gethostname() + "-2"}))
-    with pytest.raises(ConfigError, match="if that run is dead, delete"), locked(tmp_path):
-        pass
-    assert (tmp_path / LOCK).exists()
-
-
-@pytest.mark.parametrize("folder", ["/proc/self/run", "file/run"])
-def test_a_folder_that_cannot_be_written_is_told_before_any_work(folder, tmp_path, monkeypatch):
-    # K16
-    monkeypatch.chdir(tmp_path)
-    Path("file").write_text("mine")
-    with pytest.raises(OutputError, match="cannot write to") as caught, locked(Path(folder)):
-        pass
-    assert caught.value.exit_code == 7
+from cbam.train.folder import METRICS, Metrics
 
 
 def lines(folder: Path) -> list[dict]:

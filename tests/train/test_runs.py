@@ -8,12 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import cbam
 from cbam.errors import CheckpointError, CheckpointNotFoundError, ConfigError, StoppedError
-from cbam.train import Config, checkpoint, run, score
+from cbam.train import Config, checkpoint, material, run, score
 from cbam.train.folder import CONFIG, METRICS
 from cbam.train.material import network
+from cbam.train.recipes import recipe
 
 SMALL = {
     "limit": 24,
@@ -150,6 +152,17 @@ def test_settings_that_change_the_run_are_refused_and_others_told(folder):
     assert "changed: keep 3 -> 1" in watch.said
 
 
+def test_a_checkpoint_of_a_cbam_that_knows_more_settings_is_refused(folder):
+    # K20
+    path = checkpoint.checkpoints(folder)[0]
+    state = checkpoint.load(path)
+    checkpoint.save(folder, 7, {**state, "config": {**state["config"], "warp": 9}})
+    with pytest.raises(CheckpointError, match=r"does not know \(warp\); upgrade cbam"):
+        digits(folder, resume="auto")
+    with pytest.raises(CheckpointError, match="does not know"):
+        score(folder, device="cpu")
+
+
 def test_a_run_goes_on_with_another_rate_and_more_epochs_where_that_is_asked_for(folder):
     # R13
     watch = Watch()
@@ -221,8 +234,6 @@ def test_weights_without_settings_need_the_name_of_a_network(tmp_path):
 @pytest.fixture
 def pictures(tmp_path):
     """An image folder of two classes."""
-    from PIL import Image
-
     random = np.random.default_rng(0)
     for part, count in (("train", 6), ("val", 2)):
         for label, name in enumerate(("bright", "dark")):
@@ -253,6 +264,20 @@ def test_a_folder_is_trained_on_moved_and_evaluated(pictures, tmp_path):
     shutil.copytree(moved / "val" / "dark", moved / "val" / "grey")
     with pytest.raises(ConfigError, match="other classes than the run"):
         score(out, data=str(moved), device="cpu")
+
+
+def test_a_run_takes_pictures_as_they_are_stored_where_that_is_asked_for(pictures):
+    # D6
+    config, exif = Config("folder", data=str(pictures), exif=False), Image.Exif()
+    before = material.pictures(config)[1][0]["image"]
+    path = pictures / "val" / "bright" / "0.png"
+    exif[0x0112] = 3
+    Image.open(path).save(path, exif=exif)
+    assert torch.equal(material.pictures(config)[1][0]["image"], before)
+    turned = material.pictures(dataclasses.replace(config, exif=True))[1][0]["image"]
+    assert not torch.equal(turned, before)
+    with pytest.raises(ConfigError, match="exif cannot be left out"):
+        dataclasses.replace(recipe("detect/coco"), exif=False)
 
 
 def test_other_pictures_than_those_of_the_run_are_refused(pictures, tmp_path):

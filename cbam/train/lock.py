@@ -1,0 +1,151 @@
+"""One run at a time in a folder, on any number of machines.
+
+The file `lock` says who is running. On its own machine a run that was killed is told by its process number;
+one of another machine by its silence: as long as it lives, a run touches its lock every BEAT seconds. So a
+job that went down with its machine and is started on another one goes on there by itself.
+"""
+
+import contextlib
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from cbam.errors import ConfigError, OutputError
+from cbam.train.checkpoint import write
+
+LOCK = "lock"
+BEAT = 10.0  # seconds between two signs of life
+SILENCE = 60.0  # seconds without one after which a run of another machine is dead
+
+
+@contextlib.contextmanager
+def locked(folder: Path, say: Callable[[str], None] = lambda line: None) -> Iterator[None]:
+    """Make the folder if need be and keep every other run out of it; what a killed run left is cleaned.
+
+    Raises:
+        ConfigError: another run is in it. OutputError: it cannot be made or written to.
+    """
+    me = _me()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with _alone(folder):
+            _refuse_second(folder, say)
+            write(folder / LOCK, json.dumps(me).encode())  # a full or read-only disk shows here
+        for part in folder.glob(".*.part"):
+            part.unlink(missing_ok=True)
+    except OSError as error:
+        if isinstance(error, OutputError):
+            raise
+        told = f"cannot write to {folder}: {error.strerror or error}; give another --out"
+        raise OutputError(told) from error
+    over = threading.Event()
+    threading.Thread(target=_beat, args=(folder / LOCK, over), daemon=True, name="lock").start()
+    try:
+        yield
+    finally:
+        over.set()
+        if _holder(folder) == me:
+            (folder / LOCK).unlink(missing_ok=True)
+
+
+def check_lock(folder: Path) -> None:
+    """Refuse to write where another run has taken over.
+
+    Raises:
+        ConfigError: the lock is that of another process.
+    """
+    holder = _holder(folder)
+    if holder and holder != _me():
+        raise ConfigError(
+            f"{folder} was taken over by process {holder.get('pid')} on {holder.get('host')}; this run ends"
+        )
+
+
+def _beat(lock: Path, over: threading.Event) -> None:
+    while not over.wait(BEAT):
+        with contextlib.suppress(OSError):
+            os.utime(lock)
+
+
+def _is_silent(lock: Path) -> bool:
+    """Whether there is no sign of life for SILENCE seconds, by the clock of the disk alone."""
+    first, deadline = _touched(lock), time.monotonic() + SILENCE
+    while time.monotonic() < deadline:
+        time.sleep(min(1.0, SILENCE / 10))
+        if (now := _touched(lock)) != first:
+            return now is None
+    return True
+
+
+def _touched(lock: Path) -> int | None:
+    """When the lock was touched last. It is opened, for a network disk may answer stat() from memory."""
+    try:
+        with lock.open("rb") as file:
+            return os.fstat(file.fileno()).st_mtime_ns
+    except OSError:
+        return None
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One process at a time looks at the lock and takes it."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # a network disk without locks
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _refuse_second(folder: Path, say: Callable[[str], None]) -> None:
+    holder = _holder(folder)
+    if holder and holder.get("host") != socket.gethostname():
+        who = f"process {holder.get('pid')} on {holder.get('host')}"
+        say(f"{folder} was last used by {who}; looking for {SILENCE:g} s whether it is alive")
+        if not _is_silent(folder / LOCK):
+            raise ConfigError(f"{folder} is in use by {who}; give another --out")
+        say(f"{who} is silent: its folder is taken over")
+    elif holder and holder == _process(holder.get("pid")):
+        raise ConfigError(f"{folder} is in use by process {holder['pid']}; give another --out")
+
+
+def _holder(folder: Path) -> dict[str, Any]:
+    try:
+        holder = json.loads((folder / LOCK).read_text("utf-8"))
+        return holder if isinstance(holder, dict) else {}
+    except (OSError, ValueError):
+        return {}
+
+
+def _me() -> dict[str, Any]:
+    return _process(os.getpid())
+
+
+def _process(pid: Any) -> dict[str, Any]:
+    """What tells a living process from a later one of the same number; empty for one that is not there."""
+    if type(pid) is not int:
+        return {}
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return {}
+    except PermissionError:
+        pass
+    boot = started = ""
+    with contextlib.suppress(OSError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        state, started = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()[0:20:19]
+        if state == "Z":
+            return {}
+    return {"pid": pid, "host": socket.gethostname(), "boot": boot, "started": started}

@@ -1,0 +1,120 @@
+"""One run at a time in a folder (rows K16, K18, R21)."""
+
+import json
+import os
+import socket
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from cbam.errors import ConfigError, OutputError
+from cbam.train import lock
+from cbam.train.lock import LOCK, _process, check_lock, locked
+
+
+def test_a_second_run_in_a_folder_is_refused(tmp_path):
+    # K18, R21
+    with locked(tmp_path / "run"):
+        with (
+            pytest.raises(ConfigError, match=f"in use by process {os.getpid()}"),
+            locked(tmp_path / "run"),
+        ):
+            pass
+        assert (tmp_path / "run" / LOCK).exists()
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+def dead() -> int:
+    child = os.fork()
+    if child == 0:
+        os._exit(0)
+    os.waitpid(child, 0)
+    return child
+
+
+@pytest.mark.parametrize("what", ["dead", "another process of that number", "garbage", "empty"])
+def test_the_lock_and_the_pieces_of_a_killed_run_are_cleaned(tmp_path, what):
+    # K18
+    alive = _process(os.getpid())
+    left = {
+        "dead": json.dumps({**alive, "pid": dead()}),
+        "another process of that number": json.dumps({**alive, "started": "1"}),
+        "garbage": "{",
+        "empty": "",
+    }
+    (tmp_path / LOCK).write_text(left[what])
+    (tmp_path / ".step-00000003.ckpt.part").write_text("half")
+    with locked(tmp_path):
+        assert [path.name for path in tmp_path.iterdir()] == [LOCK]
+    assert list(tmp_path.iterdir()) == []
+
+
+def of_another_machine(folder: Path) -> Path:
+    (folder / LOCK).write_text(json.dumps({"pid": 1, "host": socket.gethostname() + "-2"}))
+    return folder / LOCK
+
+
+@pytest.fixture
+def _hasty(monkeypatch):
+    monkeypatch.setattr(lock, "SILENCE", 0.5)
+    monkeypatch.setattr(lock, "BEAT", 0.05)
+
+
+@pytest.mark.usefixtures("_hasty")
+def test_a_run_of_another_machine_that_gives_a_sign_of_life_keeps_its_folder(tmp_path):
+    # K18, R21
+    theirs, over = of_another_machine(tmp_path), threading.Event()
+    pulse = threading.Thread(target=lock._beat, args=(theirs, over))
+    pulse.start()
+    before, said = theirs.read_bytes(), []
+    try:
+        with pytest.raises(ConfigError, match=r"in use by process 1 on .*-2"), locked(tmp_path, said.append):
+            pass
+    finally:
+        over.set()
+        pulse.join()
+    assert theirs.read_bytes() == before
+    assert "whether it is alive" in said[0]
+
+
+@pytest.mark.usefixtures("_hasty")
+def test_a_run_whose_machine_went_down_loses_its_folder_to_the_next(tmp_path):
+    # K18, R21: a job that was put back into the queue, and started elsewhere
+    said: list[str] = []
+    of_another_machine(tmp_path)
+    with locked(tmp_path, said.append):
+        check_lock(tmp_path)
+        assert _process(os.getpid()) == json.loads((tmp_path / LOCK).read_text())
+    assert said[1].endswith("is silent: its folder is taken over")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("_hasty")
+def test_a_lock_is_touched_as_long_as_its_run_lives(tmp_path):
+    with locked(tmp_path):
+        first = (tmp_path / LOCK).stat().st_mtime_ns
+        deadline = time.monotonic() + 10
+        while (tmp_path / LOCK).stat().st_mtime_ns == first:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+
+
+def test_a_run_that_lost_its_folder_ends_and_leaves_the_lock(tmp_path):
+    # R21
+    with locked(tmp_path):
+        theirs = of_another_machine(tmp_path)
+        with pytest.raises(ConfigError, match=r"was taken over by process 1 on .*-2; this run ends"):
+            check_lock(tmp_path)
+    assert theirs.exists()
+
+
+@pytest.mark.parametrize("folder", ["/proc/self/run", "file/run"])
+def test_a_folder_that_cannot_be_written_is_told_before_any_work(folder, tmp_path, monkeypatch):
+    # K16
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("mine")
+    with pytest.raises(OutputError, match="cannot write to") as caught, locked(Path(folder)):
+        pass
+    assert caught.value.exit_code == 7
