@@ -53,8 +53,9 @@ def _read(path: Path) -> list[Row]:
 def _section(rows: list[Row]) -> str:
     first = rows[0]
     kernels = "fused kernels" if first["kernels"] == "True" else "no kernels"
+    kept = ", freed memory kept" if first.get("memory") == "kept" else ""
     title = (
-        f"### {first['device']}, {first['dtype']}, torch {first['torch']}\n\n"
+        f"### {first['device']}, {first['dtype']}, torch {first['torch']}{kept}\n\n"
         f"{first['threads']} threads, {kernels}, commit `{first['commit'][:12]}`, {first['rounds']} rounds "
         "in turns. Times are ratios to the first column of their line: the median of all rounds, the least, "
         "the most."

@@ -141,7 +141,12 @@ def _stand_in() -> torch.library.Library:
             *grads,
         )
 
+    def in_place(x, shortcut, *args):
+        of_tail = (*args[:4], False, *args[4:17], False, *args[17:], False)
+        x.copy_(forward(x, shortcut, *of_tail)[0])
+
     library = torch.library.Library("cbam", "IMPL")
     library.impl("tail", forward, "CPU")
+    library.impl("tail_", in_place, "CPU")
     library.impl("tail_backward", backward, "CPU")
     return library

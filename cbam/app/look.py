@@ -123,8 +123,17 @@ def picture_files(paths: Sequence[Path]) -> list[Path]:
     files = list(_files(paths))
     if not files:
         where = ", ".join(shown(path) for path in paths)
-        raise DataError(f"no pictures in {where}: expected {', '.join(_ENDINGS)}")
+        raise DataError(f"no pictures in {where}: expected {', '.join(_ENDINGS)}{_inside(paths)}")
     return files
+
+
+def _inside(paths: Sequence[Path]) -> str:
+    """Where pictures are that were perhaps meant."""
+    for path in paths:
+        for folder in sorted(path.iterdir()):
+            if folder.is_dir() and next(_files([folder]), None):
+                return f"; there are some in {shown(folder)}: name the folders that hold them"
+    return ""
 
 
 def _files(paths: Sequence[Path]) -> Iterator[Path]:

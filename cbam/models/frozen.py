@@ -1,10 +1,10 @@
 """BatchNorm that stays as it was trained: what detectors are fine-tuned with, whose batches are small."""
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 
-from cbam.errors import MissingExtraError
+from cbam.errors import InputError, MissingExtraError
 from cbam.surgery import attached
 
 M = TypeVar("M", bound=nn.Module)
@@ -15,37 +15,54 @@ def freeze_norm(model: M) -> M:
 
     Statistics and affine parameters become buffers under their old names, and no longer learn. Checkpoints go
     in as before, of either kind. Attached attention keeps its own BatchNorm, whose weights it has to learn.
+    timm's BatchNormAct2d, which has the activation in it, becomes timm's frozen kind and keeps that.
 
     Args:
         model: a network, before or after `cbam.attach`, or a detector.
 
     Raises:
+        InputError: a kind of BatchNorm that does more than BatchNorm2d, and is not timm's.
         MissingExtraError: torchvision is not installed.
     """
-    try:
-        from torchvision.ops import FrozenBatchNorm2d
-    except ImportError as error:
-        raise MissingExtraError.of("a frozen BatchNorm", "vision") from error
     learning = {module for part in attached(model).values() for module in part.modules()}
-    frozen: dict[nn.Module, nn.Module] = {}  # one that stands in two places stays one
+    frozen: dict[nn.Module | None, nn.Module] = {
+        norm: _frozen(norm)  # one that stands in two places stays one
+        for norm in model.modules()
+        if isinstance(norm, nn.BatchNorm2d) and norm not in learning
+    }
     for parent in list(model.modules()):
-        for name, norm in list(parent.named_children()):
-            if isinstance(norm, nn.BatchNorm2d) and norm not in learning:
-                if norm not in frozen:
-                    frozen[norm] = _frozen(norm, FrozenBatchNorm2d)
-                setattr(parent, name, frozen[norm])
+        for name, child in list(parent._modules.items()):
+            if child in frozen:
+                setattr(parent, name, frozen[child])
     return model
 
 
-def _frozen(norm: nn.BatchNorm2d, kind: type) -> nn.Module:
+def _frozen(norm: nn.BatchNorm2d) -> nn.Module:
     """Exactly what `norm` computes in eval mode; without statistics of its own there is nothing to freeze."""
     if norm.running_mean is None or norm.running_var is None:
         return norm
-    like = norm.running_mean
-    made = kind(norm.num_features, eps=norm.eps).to(like.device, like.dtype).train(norm.training)
-    made.running_mean.copy_(norm.running_mean)
-    made.running_var.copy_(norm.running_var)
-    for name, value in (("weight", norm.weight), ("bias", norm.bias)):
+    made = _like(norm).to(norm.running_mean.device, norm.running_mean.dtype).train(norm.training)
+    values = {name: getattr(norm, name) for name in ("running_mean", "running_var", "weight", "bias")}
+    for name, value in values.items():
         if value is not None:
             getattr(made, name).copy_(value.detach())
     return made
+
+
+def _like(norm: nn.BatchNorm2d) -> nn.Module:
+    """A frozen norm of the same kind, width and epsilon."""
+    if type(norm) is nn.BatchNorm2d:
+        try:
+            from torchvision.ops import FrozenBatchNorm2d
+        except ImportError as error:
+            raise MissingExtraError.of("a frozen BatchNorm", "vision") from error
+        return FrozenBatchNorm2d(norm.num_features, eps=norm.eps)
+    activated: Any = norm
+    if type(norm).__module__.startswith("timm.") and type(norm).__name__ == "BatchNormAct2d":
+        from timm.layers import FrozenBatchNormAct2d
+
+        made = FrozenBatchNormAct2d(norm.num_features, eps=norm.eps)
+        made.drop, made.act = activated.drop, activated.act
+        return made
+    kind = f"{type(norm).__module__}.{type(norm).__qualname__}"
+    raise InputError(f"{kind} cannot be frozen: it is a BatchNorm2d of a kind of its own")

@@ -5,6 +5,7 @@ again and again. Here the norm and the attention wait as a `Pending` until the a
 they are; then all of it runs as one. Whatever else meets a `Pending` gets the tensor it stands for.
 """
 
+import sys
 from typing import Any, Protocol
 
 import torch
@@ -51,10 +52,14 @@ def refined(attention: Fusable, x: Tensor) -> Tensor | None:
     return out if x.dim() == 4 else out.squeeze(0)
 
 
-def begin(norm: nn.Module, attention: nn.Module, x: Tensor) -> Tensor:
+def begin(norm: nn.Module, attention: nn.Module, x: Tensor, block: nn.Module | None = None) -> Tensor:
     """`attention(norm(x))`, waiting for the add behind it where one operation can do both; else at once.
 
     For a value that is used once: each use of one that waits would count a batch in the running statistics.
+
+    Args:
+        block: where given, the block that ends so, of which nothing else reads that value or the sum: the
+            result may take the memory of `x` where nobody else holds it.
     """
     if (
         isinstance(x, Tensor)
@@ -64,8 +69,19 @@ def begin(norm: nn.Module, attention: nn.Module, x: Tensor) -> Tensor:
         and not _norm_obstacle(norm, x)
         and not watched(attention)
     ):
-        return Pending(norm, attention, x)  # pyright: ignore[reportReturnType]
+        unseen = block is not None and _unseen(block)
+        return Pending(norm, attention, x, unseen=unseen)  # pyright: ignore[reportReturnType]
     return attention(norm(x))
+
+
+def _unseen(block: nn.Module) -> bool:
+    """Whether only the code of `block` meets the values inside it, and no backward follows."""
+    return not (
+        torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
+        or torch._C._len_torch_function_stack()
+        or watched(*block._modules.values())
+    )
 
 
 class Pending:
@@ -75,11 +91,15 @@ class Pending:
     the tensor. That one is the same for all uses.
     """
 
-    __slots__ = ("_attention", "_norm", "_shortcut", "_value", "_x")
+    __slots__ = ("_attention", "_norm", "_shortcut", "_unseen", "_value", "_x")
 
-    def __init__(self, norm: Any, attention: Any, x: Tensor, shortcut: Tensor | None = None) -> None:
-        self._norm, self._attention, self._x, self._shortcut = norm, attention, x, shortcut
+    def __init__(
+        self, norm: Any, attention: Any, x: Tensor, shortcut: Tensor | None = None, *, unseen: bool = False
+    ) -> None:
+        self._norm, self._attention, self._shortcut = norm, attention, shortcut
+        self._x: Any = x  # None once its memory holds the result
         self._value: Tensor | None = None
+        self._unseen = unseen  # nobody reads this again after the ReLU
 
     def tensor(self) -> Tensor:
         """What this stands for."""
@@ -88,11 +108,25 @@ class Pending:
         return self._value
 
     def _run(self, relu: bool) -> Tensor:
-        self._attention.check(self._x)
-        channel, spatial = self._attention.operands(self._x)
-        return ops.tail(
-            self._x, self._shortcut, norm=normalising(self._norm), channel=channel, spatial=spatial, relu=relu
-        )
+        if self._x is None:
+            raise RuntimeError("a value inside a block was read after the block's end had used it up")
+        overwrite = relu and self._unseen and self._owns()
+        x = self._x
+        if overwrite:
+            self._x = None
+        self._attention.check(x)
+        channel, spatial = self._attention.operands(x)
+        parts = {"norm": normalising(self._norm), "channel": channel, "spatial": spatial, "relu": relu}
+        return ops.tail(x, self._shortcut, **parts, overwrite=overwrite)
+
+    def _owns(self) -> bool:
+        """Whether nobody else holds x or its memory: neither Python, nor torch, nor a view, nor a library."""
+        return self._holders() == _ALONE and self._x.untyped_storage().resizable()
+
+    def _holders(self) -> tuple[int, ...]:
+        x, memory = self._x, self._x.untyped_storage()
+        in_torch = x._use_count(), torch._C._storage_Use_Count(memory._cdata)
+        return sys.getrefcount(x), sys.getrefcount(memory), *in_torch
 
     def relu(self) -> Tensor:
         """The ReLU of what this stands for."""
@@ -102,12 +136,13 @@ class Pending:
         """This and a shortcut, still waiting where it can."""
         x = self._x
         if (
-            self._value is None
+            x is not None
+            and self._value is None
             and self._shortcut is None
             and type(other) is Tensor
             and (other.shape, other.dtype, other.device) == (x.shape, x.dtype, x.device)
         ):
-            return Pending(self._norm, self._attention, x, other)
+            return Pending(self._norm, self._attention, x, other, unseen=self._unseen)
         return self.tensor() + other
 
     __add__ = __radd__ = __iadd__ = plus
@@ -125,6 +160,9 @@ class Pending:
         if name.startswith("_"):
             raise AttributeError(name)
         return getattr(self.tensor(), name)
+
+
+_ALONE = Pending(None, None, torch.empty(0))._holders()
 
 
 def _forwarded(name: str) -> Any:
@@ -165,11 +203,13 @@ def _norm_obstacle(norm: nn.Module, x: Tensor) -> bool:
     )
 
 
-def watched(*modules: nn.Module) -> bool:
+def watched(*modules: nn.Module | None) -> bool:
     """Whether somebody has hooks on these modules, which only their own calls run."""
     if nn.modules.module._has_any_global_hook():
         return True
     for module in modules:
+        if module is None:
+            continue
         own = module.__dict__  # a module looks names up slowly
         if own["_forward_hooks"] or own["_forward_pre_hooks"]:
             return True

@@ -18,26 +18,31 @@ from torch import Tensor
 from cbam.ops import reference
 from cbam.ops.reference import Channel, Norm, Spatial
 
-_NORM = "Tensor? gamma, Tensor? beta, {mean}bool bn_batch, float bn_eps, "
+_NORM = "Tensor? gamma, Tensor? beta, {statistics}float bn_eps, "
 _CHANNEL = (
     "Tensor? w1, Tensor? b1, Tensor? w2, Tensor? b2, bool avg_pool, bool max_pool, float channel_gain, "
 )
-_SPATIAL = (
-    "Tensor? kernel, Tensor? s_gamma, Tensor? s_beta, {mean}bool s_batch, float s_eps, float spatial_gain, "
-)
+_SPATIAL = "Tensor? kernel, Tensor? s_gamma, Tensor? s_beta, {statistics}float s_eps, float spatial_gain, "
 _SAVED = "Tensor m, Tensor e, Tensor k, Tensor mu, Tensor v, Tensor gate, Tensor s, Tensor s_mu, Tensor s_v"
+
+
+def _parts(statistics: str, spatial_statistics: str) -> str:
+    return _NORM.format(statistics=statistics) + _CHANNEL + _SPATIAL.format(statistics=spatial_statistics)
+
+
 _FORWARD = (
     "tail(Tensor x, Tensor? shortcut, "
-    + _NORM.format(mean="Tensor? mean, Tensor? var, ")
-    + _CHANNEL
-    + _SPATIAL.format(mean="Tensor? s_mean, Tensor? s_var, ")
+    + _parts("Tensor? mean, Tensor? var, bool bn_batch, ", "Tensor? s_mean, Tensor? s_var, bool s_batch, ")
     + f"bool relu, bool save) -> (Tensor out, {_SAVED})"
+)
+_IN_PLACE = (
+    "tail_(Tensor(a!) x, Tensor? shortcut, "
+    + _parts("Tensor? mean, Tensor? var, ", "Tensor? s_mean, Tensor? s_var, ")
+    + "bool relu) -> ()"
 )
 _BACKWARD = (
     "tail_backward(Tensor grad, Tensor x, Tensor? out, "
-    + _NORM.format(mean="")
-    + _CHANNEL
-    + _SPATIAL.format(mean="")
+    + _parts("bool bn_batch, ", "bool s_batch, ")
     + f"bool relu, {_SAVED}, bool need_x, bool need_shortcut) -> (Tensor dx, Tensor g, Tensor dgamma, "
     "Tensor dbeta, Tensor dw1, Tensor db1, Tensor dw2, Tensor db2, Tensor dkernel, Tensor ds_gamma, "
     "Tensor ds_beta)"
@@ -45,8 +50,10 @@ _BACKWARD = (
 
 _library = torch.library.Library("cbam", "DEF")
 _library.define(_FORWARD)
+_library.define(_IN_PLACE)
 _library.define(_BACKWARD)
 _forward = torch.ops.cbam.tail.default
+_in_place = torch.ops.cbam.tail_.default
 _backward = torch.ops.cbam.tail_backward.default
 
 
@@ -58,12 +65,16 @@ def tail(
     channel: Channel | None = None,
     spatial: Spatial | None = None,
     relu: bool = False,
+    overwrite: bool = False,
 ) -> Tensor:
     """`reference.tail` by the kernels of the device that `x` is on; running statistics follow as in torch.
 
     Args:
         x: (N, C, H, W), N at least 1. Whichever of NCHW and channels_last it has, the result has.
         shortcut: of the shape and dtype of `x`.
+        overwrite: nobody reads `x` afterwards, nor any memory that it shares: the result may take its place
+            where no backward and no statistics of a batch are wanted. Memory that is new costs the CPU more
+            than the kernels do.
 
     Raises:
         NotImplementedError: no kernel is there for the device of `x`; see `switch.fused`.
@@ -76,6 +87,16 @@ def tail(
     where = spatial or _NO_SPATIAL
     # A network moved to channels_last has its 7x7 kernels in that layout too.
     kernel = where.kernel if where.kernel is None else where.kernel.contiguous()
+    if overwrite and x.is_cpu and not (bn.batch or where.norm.batch or torch.is_grad_enabled()):
+        with torch._C._AutoDispatchBelowAutograd():
+            _in_place(
+                x, shortcut,
+                *bn[:4], bn.eps,
+                mlp.w1, mlp.b1, mlp.w2, mlp.b2, "avg" in mlp.pools, "max" in mlp.pools, mlp.gain,
+                kernel, *where.norm[:4], where.norm.eps, where.gain,
+                relu,
+            )  # fmt: skip
+        return x
     args = (
         x, shortcut,
         *bn[:5], bn.eps,

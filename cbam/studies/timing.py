@@ -41,16 +41,16 @@ def in_turns(
 ) -> dict[Name, Timed]:
     """Time every step once per round; each other round runs them in the opposite order.
 
-    A round repeats its step until it lasts two milliseconds on a GPU, whose clock is coarse. After `seconds`
-    no further round begins, but five there are. `clock` tells what a step takes, in seconds.
+    A round repeats a step that is shorter than two milliseconds on a GPU, whose clock is coarse, or than
+    twenty on a CPU, which others interrupt. After `seconds` no further round begins, but five there are.
+    `clock` tells what a step takes, in seconds.
     """
     repeats = {}
     for name, step in steps.items():
         for _ in range(WARM_UP):
             _once(step, 1, device, clock)
-        repeats[name] = (
-            max(1, min(100, int(2 / max(_once(step, 1, device, clock), 1e-3)))) if _is_gpu(device) else 1
-        )
+        least = 2 if _is_gpu(device) else 20
+        repeats[name] = max(1, min(100, int(least / max(_once(step, 1, device, clock), 1e-3))))
     found: dict[Name, list[float]] = {name: [] for name in steps}
     began = time.perf_counter()
     for turn in range(rounds):

@@ -173,7 +173,7 @@ def _redirected_call(route: Route) -> Callable:
     if route.tail:
 
         def begin_tail(self, x):
-            return begin(getattr(self, child), self.cbam, x)
+            return begin(getattr(self, child), self.cbam, x, self)
 
         return begin_tail
     if route.when == "after":

@@ -49,8 +49,13 @@ def locked(folder: Path, say: Callable[[str], None] = lambda line: None) -> Iter
         yield
     finally:
         over.set()
-        if _holder(folder) == me:
+        if is_mine(folder):
             (folder / LOCK).unlink(missing_ok=True)
+
+
+def is_mine(folder: Path) -> bool:
+    """Whether this process holds the lock."""
+    return _holder(folder) == _me()
 
 
 def check_lock(folder: Path) -> None:

@@ -8,7 +8,7 @@ from torch import nn
 
 from cbam.data import BoxedImages, Images, boxed_folder, cluttered_digits, picture_set
 from cbam.errors import CheckpointError, CheckpointNotFoundError, ConfigError
-from cbam.models import build
+from cbam.models import build, freeze_norm
 from cbam.train import checkpoint
 from cbam.train.detector import begin_with, make_detector
 from cbam.train.recipes import Config
@@ -50,6 +50,8 @@ def network(config: Config, classes: int, *, loaded: bool = False) -> nn.Module:
             model = build(config.model, num_classes=classes, start=start)
     if config.pretrained and not loaded:
         begin_with(model, config.model, config.pretrained)
+    if config.freeze_norm and config.pretrained:  # from scratch there is nothing to keep
+        freeze_norm(model)
     return model
 
 

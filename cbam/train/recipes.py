@@ -72,6 +72,9 @@ class Config:
     pretrained: str | None = option(
         None, "begin with the weights of this file; attention starts as the identity then", "FILE"
     )
+    freeze_norm: bool = option(
+        False, "of a detector with --pretrained: its BatchNorms stay as the file has them, but attention's"
+    )
     precision: str = option("fp32", f"one of {', '.join(PRECISIONS)}", "NAME")
     compile: bool = option(False, "run the network through torch.compile")
     sync_bn: bool = option(False, "BatchNorm over the pictures of all GPUs")
@@ -125,6 +128,7 @@ class Config:
         if not self.detects:
             for name in ("augment", "regions"):
                 yield getattr(self, name) is None, f"{name} is for detectors: the recipes {DETECT}..."
+            yield not self.freeze_norm, f"freeze_norm is for detectors: the recipes {DETECT}..."
             return
         good = self.augment in AUGMENTATIONS
         yield good, f"augment must be one of {', '.join(AUGMENTATIONS)}, got {self.augment!r}"
@@ -200,10 +204,10 @@ def imagenet_finetune() -> Config:
 
 
 def detect_coco() -> Config:
-    """COCO, Faster R-CNN as in the paper's table 6; rate and steps are torchvision's reference."""
+    """COCO, Faster R-CNN without a pyramid, as for table 6; rate and steps are torchvision's reference."""
     return Config(
-        "detect/coco", model="fasterrcnn:resnet50+cbam", augment="flip", epochs=26, batch_size=16, lr=0.02,
-        schedule="step", milestones=(16, 22), warmup_epochs=0.14, save_every=1000,
+        "detect/coco", model="fasterrcnn_c4:resnet50+cbam", augment="flip", epochs=26, batch_size=16, lr=0.02,
+        schedule="step", milestones=(16, 22), warmup_epochs=0.14, freeze_norm=True, save_every=1000,
     )  # fmt: skip
 
 
@@ -216,10 +220,10 @@ def detect_voc() -> Config:
 
 
 def detect_short() -> Config:
-    """A few hundred pictures with boxes, from scratch: half a cosine over 40 epochs."""
+    """A few hundred pictures with boxes: half a cosine over 40 epochs."""
     return Config(
         "detect/short", model="fasterrcnn:resnet18+cbam", augment="flip", epochs=40, batch_size=8, lr=0.01,
-        warmup_epochs=1,
+        warmup_epochs=1, freeze_norm=True,
     )  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from cbam.train import checkpoint
 from cbam.train.distributed import World, world
 from cbam.train.fitting import fit, lightning, pick_device
 from cbam.train.folder import write_config
-from cbam.train.lock import locked
+from cbam.train.lock import is_mine, locked
 from cbam.train.loggers import Line, Loggers
 from cbam.train.material import began_with, network, ours, pictures
 from cbam.train.recipes import OVERRIDABLE, Config, changes, full_path, recipe
@@ -93,8 +93,10 @@ def _lock(stack: contextlib.ExitStack, folder: Path, watch: Watch) -> None:
 
 
 def _begin(stack: contextlib.ExitStack, folder: Path, config: dict[str, Any], watch: Watch) -> None:
-    if not folder.is_dir():
+    if not is_mine(folder):  # it was not there yet
         _lock(stack, folder, watch)
+        if checkpoint.checkpoints(folder):
+            raise ConfigError(f"{folder} holds a run that began meanwhile: give another --out")
     write_config(folder, config)
 
 

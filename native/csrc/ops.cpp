@@ -167,10 +167,12 @@ Spatial spatial(const Maybe& kernel, const Maybe& gamma, const Maybe& beta, bool
 
 using Forwarded = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-Forwarded tail(Tensor x, Maybe shortcut, Maybe gamma, Maybe beta, Maybe mean, Maybe var, bool bn_batch, double bn_eps,
-               Maybe w1, Maybe b1, Maybe w2, Maybe b2, bool avg_pool, bool max_pool, double channel_gain, Maybe kernel,
-               Maybe s_gamma, Maybe s_beta, Maybe s_mean, Maybe s_var, bool s_batch, double s_eps,
-               double spatial_gain, bool relu, bool save) {
+// All that a forward is told; where its results go is left open.
+Forward told(const Tensor& x, const Maybe& shortcut, const Maybe& gamma, const Maybe& beta, const Maybe& mean,
+             const Maybe& var, bool bn_batch, double bn_eps, const Maybe& w1, const Maybe& b1, const Maybe& w2,
+             const Maybe& b2, bool avg_pool, bool max_pool, double channel_gain, const Maybe& kernel,
+             const Maybe& s_gamma, const Maybe& s_beta, const Maybe& s_mean, const Maybe& s_var, bool s_batch,
+             double s_eps, double spatial_gain, bool relu) {
   Forward f{};
   describe_map(f, x, relu);
   f.norm = norm(gamma, beta, f.C, bn_batch, bn_eps);
@@ -180,7 +182,17 @@ Forwarded tail(Tensor x, Maybe shortcut, Maybe gamma, Maybe beta, Maybe mean, Ma
   running(f.spatial.norm, s_mean, s_var, 1);
   f.x = x.const_data_ptr();
   f.shortcut = shortcut ? map(*shortcut, x, "the shortcut") : nullptr;
+  return f;
+}
 
+void compute(const Forward& f, const Tensor& x) { levels[level]->forward[int(type_of(x))](f); }
+
+Forwarded tail(Tensor x, Maybe shortcut, Maybe gamma, Maybe beta, Maybe mean, Maybe var, bool bn_batch, double bn_eps,
+               Maybe w1, Maybe b1, Maybe w2, Maybe b2, bool avg_pool, bool max_pool, double channel_gain, Maybe kernel,
+               Maybe s_gamma, Maybe s_beta, Maybe s_mean, Maybe s_var, bool s_batch, double s_eps,
+               double spatial_gain, bool relu, bool save) {
+  Forward f = told(x, shortcut, gamma, beta, mean, var, bn_batch, bn_eps, w1, b1, w2, b2, avg_pool, max_pool,
+                   channel_gain, kernel, s_gamma, s_beta, s_mean, s_var, s_batch, s_eps, spatial_gain, relu);
   ScalarType A = accumulator(x);
   bool gated = f.channel.w1.data, normed = f.norm.gamma.data, mapped = f.spatial.kernel.data;
   bool extremum = save && gated && max_pool;
@@ -197,8 +209,18 @@ Forwarded tail(Tensor x, Maybe shortcut, Maybe gamma, Maybe beta, Maybe mean, Ma
   f.out = pointer(out), f.m = pointer(m), f.e = pointer(e), f.k = (int32_t*)pointer(k);
   f.mu = pointer(mu), f.v = pointer(v), f.gate = pointer(gate), f.s = pointer(s);
   f.s_mu = (double*)pointer(s_mu), f.s_v = (double*)pointer(s_v);
-  levels[level]->forward[int(type_of(x))](f);
+  compute(f, x);
   return {out, m, e, k, mu, v, gate, s, s_mu, s_v};
+}
+
+// The last pass reads each element of x just before it writes the one in its place, and no pass follows it.
+void tail_(Tensor x, Maybe shortcut, Maybe gamma, Maybe beta, Maybe mean, Maybe var, double bn_eps, Maybe w1, Maybe b1,
+           Maybe w2, Maybe b2, bool avg_pool, bool max_pool, double channel_gain, Maybe kernel, Maybe s_gamma,
+           Maybe s_beta, Maybe s_mean, Maybe s_var, double s_eps, double spatial_gain, bool relu) {
+  Forward f = told(x, shortcut, gamma, beta, mean, var, false, bn_eps, w1, b1, w2, b2, avg_pool, max_pool,
+                   channel_gain, kernel, s_gamma, s_beta, s_mean, s_var, false, s_eps, spatial_gain, relu);
+  f.out = x.mutable_data_ptr();
+  compute(f, x);
 }
 
 // --- cbam::tail_backward ---
@@ -271,5 +293,6 @@ extern "C" __attribute__((visibility("default"))) int cbam_native_level(int want
 
 STABLE_TORCH_LIBRARY_IMPL(cbam, CPU, library) {
   library.impl("tail", TORCH_BOX(&tail));
+  library.impl("tail_", TORCH_BOX(&tail_));
   library.impl("tail_backward", TORCH_BOX(&tail_backward));
 }

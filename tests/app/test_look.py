@@ -150,6 +150,10 @@ def test_nothing_to_look_at_and_nowhere_to_write_are_errors(viewer, photo, tmp_p
     with pytest.raises(DataError, match="no pictures in"):
         look_at(viewer, Wanted([tmp_path], tmp_path / "out"), lambda _: None)
     assert not (tmp_path / "out").exists()
+    (tmp_path / "cats").mkdir()
+    photo.save(tmp_path / "cats" / "good.png")
+    with pytest.raises(DataError, match=r"there are some in .*cats: name the folders"):
+        look_at(viewer, Wanted([tmp_path], tmp_path / "out"), lambda _: None)
     (tmp_path / "bad.png").write_text("no")
     with pytest.raises(DataError, match="no picture can be read, of 1 tried"):
         look_at(viewer, Wanted([tmp_path], tmp_path / "out"), lambda _: None)

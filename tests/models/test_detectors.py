@@ -178,6 +178,36 @@ def test_a_frozen_network_is_torchvisions_own():
     load_weights(build("resnet18", num_classes=1000), ours.state_dict())  # and back
 
 
+@pytest.mark.parametrize("name", ["timm:regnetx_002", "timm:efficientnet_lite0"])
+def test_norms_with_an_activation_in_them_keep_it(name):
+    torch.manual_seed(0)
+    network = build(name, num_classes=3)
+    for norm in network.modules():
+        if isinstance(norm, torch.nn.BatchNorm2d):
+            torch.nn.init.uniform_(norm.weight, 0.5, 1.5)  # as trained: timm begins some at 0
+    x = torch.rand(4, 3, 64, 64)
+    network.train()(x)  # statistics that are not 0 and 1
+    with torch.no_grad():
+        before = network.eval()(x)
+        freeze_norm(network)
+        assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in network.modules())
+        after = network(x)
+        torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)
+        attach(network)
+        assert torch.equal(network(x), after)
+    network.train()(x).sum().backward()
+    load_weights(build(name, num_classes=3), detach(network).state_dict())
+
+
+def test_a_batchnorm_of_an_unknown_kind_is_not_replaced_by_half_of_it():
+    class Doubling(torch.nn.BatchNorm2d):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    with pytest.raises(InputError, match=r"Doubling cannot be frozen"):
+        freeze_norm(torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), Doubling(4)))
+
+
 @pytest.mark.parametrize("order", ["attached first", "frozen first", "torchvision's"])
 @pytest.mark.parametrize("how", ["reference", "fused"])
 def test_identity_attention_beside_frozen_norms_is_bit_equal_and_learns(order, how):

@@ -204,6 +204,17 @@ class Kernels:
             case.gain, case.relu, save,
         )  # fmt: skip
 
+    def in_place(self, case: Case, i: Inputs) -> Tensor:
+        """The forward of running statistics, in the memory of a copy of x."""
+        v, x = i.values, i.x.clone(memory_format=torch.preserve_format)
+        torch.ops.cbam.tail_(
+            x, i.shortcut,
+            v["gamma"], v["beta"], v["mean"], v["var"], EPS,
+            v["w1"], v["b1"], v["w2"], v["b2"], "avg" in case.pools, "max" in case.pools, case.gain,
+            v["kernel"], v["s_gamma"], v["s_beta"], v["s_mean"], v["s_var"], EPS, case.gain, case.relu,
+        )  # fmt: skip
+        return x
+
     def backward(self, case: Case, i: Inputs, saved, need_x: bool = True, need_shortcut: bool = True):
         v = i.values
         return torch.ops.cbam.tail_backward(

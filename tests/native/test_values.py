@@ -56,6 +56,8 @@ def test_the_tail_and_its_gradients_are_the_formula(kernels, cell):  # T1 T8 T10
     eager = kernels.formula(case, inputs, case.dtype)
     check_map("out", got.out, exact.out, eager.out, 1e-7)
     assert got.out.stride() == inputs.x.stride()
+    if "batch" not in (case.norm, case.spatial):
+        assert kernels.in_place(case, inputs).equal(got.out)
     assert got.grads.keys() == exact.grads.keys()
     for name, value in got.grads.items():
         if name in ("x", "shortcut"):
@@ -77,6 +79,17 @@ def test_without_gradients_the_output_has_the_same_bits_and_nothing_is_kept(kern
         assert [t.shape for t in (m, e, k, gate, s)] == [(0,)] * 5
         for ours, theirs in zip((mu, v, s_mu, s_v), (kept[4], kept[5], *kept[8:]), strict=True):
             assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "shape", [(2, 256, 14, 14), (4, 64, 28, 28), (1, 17, 13, 17), (3, 40, 7, 7), (2, 3, 1, 1)]
+)
+def test_in_place_of_the_input_the_output_has_the_same_bits(kernels, level, shape, dtype):  # T25
+    for layout in kernels.layouts:
+        case = kernels.Case(shape, dtype, layout, norm="running", spatial="running")
+        inputs = kernels.draw(case)
+        assert kernels.in_place(case, inputs).equal(kernels.forward(case, inputs, False)[0])
 
 
 @pytest.mark.parametrize("layout", ["NCHW", "NHWC"])

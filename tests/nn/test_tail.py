@@ -218,6 +218,12 @@ def test_a_device_without_kernels_says_so_once(monkeypatch, caplog):  # T35
     assert told == ["attention runs as plain torch operations on cpu: they were not built"]
 
 
+def test_kernels_of_an_older_version_are_not_used(monkeypatch):  # T35
+    pytest.importorskip("cbam_native", reason="cbam-native is not built (it needs a C++ compiler)")
+    monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda name, key: False)
+    assert "is of an older version than cbam: install cbam-native anew" in switch.cpu.missing()
+
+
 def test_the_choice_is_over_with_its_block(runs):
     module, x = cbam.CBAM(6).eval(), torch.randn(2, 6, 4, 4)
     with ops.using("reference"):

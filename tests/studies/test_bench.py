@@ -1,6 +1,11 @@
 """`cbam bench`: the gate refuses what is wrong, the rivals compute CBAM, times are ratios of a round."""
 
 import csv
+import platform
+import subprocess
+import sys
+import textwrap
+from itertools import count
 
 import pytest
 import torch
@@ -51,10 +56,42 @@ def test_the_gate_refuses_a_wrong_kernel(monkeypatch):
 def test_every_round_runs_every_step_and_ratios_are_to_the_first():
     told = []
     steps = {name: lambda name=name: told.append(name) for name in ("a", "b")}
-    found = in_turns(steps, CPU, rounds=6)
+    found = in_turns(steps, CPU, rounds=6, clock=count().__next__)  # a second each
     assert told[-4:] == ["a", "b", "b", "a"]
     assert len(found["b"].ms) == 6
     assert found["a"].ratios == [1.0] * 6
+
+
+def test_a_short_step_is_repeated_within_a_round():
+    told = []
+    seconds = count(step=2**-8)
+    (found,) = in_turns({"a": lambda: told.append(1)}, CPU, rounds=5, clock=lambda: next(seconds)).values()
+    assert len(told) == 3 + 1 + 5 * 5  # warm-up, one to see how long it takes, and 20 milliseconds a round
+    assert found.median == 1000 * 2**-8 / 5
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
+def test_kept_memory_costs_no_page_faults():
+    program = """
+        import resource, torch
+        from cbam.studies.bench.run import _keep_memory
+        def faults():
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            for _ in range(5):
+                torch.ones(20_000_000)
+            return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+        given_back = faults()
+        _keep_memory()
+        torch.ones(20_000_000)
+        assert faults() < 100 < given_back, given_back
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(program)], check=True, timeout=120)
+
+
+def test_kept_memory_is_refused_where_it_cannot_be_had(monkeypatch):
+    monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
+    with pytest.raises(ConfigError, match="keep_memory is a setting of glibc"):
+        run.benchmark(Bench(device="cpu", keep_memory=True), print)
 
 
 def test_rows_hold_what_a_reader_needs(tmp_path, monkeypatch):

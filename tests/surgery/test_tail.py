@@ -142,3 +142,138 @@ def test_an_identity_start_keeps_the_function(dtype, layout):
     else:  # torch rounds after the norm and after the add, the operation once
         scale = expected.abs().max().item()
         torch.testing.assert_close(out, expected, rtol=0, atol=scale * 8 * torch.finfo(dtype).eps)
+
+
+# --- the memory of the branch ---
+
+
+class Branch(nn.Module):
+    """A block whose forward does with the values inside it what `habit` says."""
+
+    def __init__(self, habit: str = "") -> None:
+        super().__init__()
+        self.habit, self.kept = habit, []
+        self.conv1 = nn.Conv2d(8, 8, 3, padding=1)
+        self.bn1 = nn.BatchNorm2d(8)
+        self.conv2 = nn.Conv2d(8, 8, 3, padding=1)
+        self.bn2 = nn.BatchNorm2d(8)
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x):
+        identity = x
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.conv2(out)
+        self.kept += look(out, self.habit)
+        out = self.bn2(out)
+        out += identity
+        return self.relu(out)
+
+
+def look(out, habit):
+    """Ways to hold on to a value, none of them an operation that a trace would see."""
+    if not habit or type(out) is not torch.Tensor:
+        return []
+    ways = {
+        "the value": lambda: out,
+        "a detached one": out.detach,
+        "a view": lambda: out[0],
+        "its memory": out.untyped_storage,
+        "an array": out.numpy,
+    }
+    return [ways[habit]()]
+
+
+@pytest.fixture
+def overwrites(monkeypatch):
+    """Whether each run of the fused operator was allowed to write over its input."""
+    said = []
+    run = ops.tail
+    monkeypatch.setattr(ops, "tail", lambda *a, **p: said.append(p.get("overwrite")) or run(*a, **p))
+    return said
+
+
+def attended(habit=""):
+    torch.manual_seed(0)
+    (block,) = cbam.attach(nn.Sequential(Branch(habit)), start="paper").eval()
+    for p in block.parameters():
+        nn.init.normal_(p, std=0.3)
+    block.kept.clear()
+    return block
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+def test_without_a_backward_the_result_takes_the_memory_of_the_branch(overwrites, layout, mode):  # T25
+    model = attended().to(memory_format=layout)
+    x = torch.randn(2, 8, 9, 7).contiguous(memory_format=layout)
+    expected, given = model(x), x.clone()
+    with mode():
+        assert torch.equal(model(x), expected)
+    assert overwrites[-2:] == [False, True]
+    assert torch.equal(x, given)
+
+
+@pytest.mark.parametrize("habit", ["the value", "a detached one", "a view", "its memory", "an array"])
+def test_memory_that_somebody_holds_is_left_alone(overwrites, habit):  # T25
+    model, x = attended(habit), torch.randn(2, 8, 5, 5)
+    with torch.no_grad():
+        model(x)
+        (kept,) = model.kept
+        out = model.conv2(model.relu(model.bn1(model.conv1(x))))
+    if isinstance(kept, torch.UntypedStorage):
+        kept = torch.empty(0).set_(kept).view_as(out)
+    torch.testing.assert_close(torch.as_tensor(kept), out[0] if habit == "a view" else out)
+    assert overwrites[-1] is False
+
+
+@pytest.mark.parametrize("where", ["conv2", "relu", "bn2"])
+def test_who_has_a_hook_inside_the_block_sees_what_was_there(overwrites, where):  # S12 T25
+    model, seen = attended(), []
+    model.relu.inplace = False
+    x = torch.randn(2, 8, 5, 5)
+    module = getattr(model, where)
+    module.register_forward_hook(lambda m, args, out: seen.append((args[0] + 0, out + 0)))
+    with torch.no_grad():
+        model(x)
+    with torch.no_grad(), ops.using("reference"):
+        model(x)
+    for ours, expected in zip(seen[: len(seen) // 2], seen[len(seen) // 2 :], strict=True):
+        torch.testing.assert_close(ours, expected)
+    assert True not in overwrites
+
+
+def test_memory_of_another_library_is_left_alone(overwrites):  # T25
+    class Borrowed(nn.Module):
+        def forward(self, x):
+            return torch.from_numpy(array)
+
+    model, x = attended(), torch.randn(2, 8, 5, 5)
+    model.conv2 = Borrowed()
+    array = x.numpy().copy()
+    with torch.no_grad():
+        model(x)
+    assert (array == x.numpy()).all()
+    assert overwrites[-1] is False
+
+
+def test_inside_a_mode_that_sees_every_call_nothing_is_written_over(overwrites):
+    class Watching(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            return func(*args, **kwargs or {})
+
+    model = attended()
+    with torch.no_grad(), Watching():
+        model(torch.randn(2, 8, 5, 5))
+    assert overwrites[-1] is False
+
+
+def test_a_value_that_was_used_up_says_so():
+    model = attended()
+    with torch.no_grad():
+        waiting = model._cbam_call(torch.randn(2, 8, 5, 5))
+        torch.relu(waiting + torch.randn(2, 8, 5, 5))
+        sum_of_both = model._cbam_call(torch.randn(2, 8, 5, 5)) + torch.randn(2, 8, 5, 5)
+        torch.relu(sum_of_both)
+        with pytest.raises(RuntimeError, match="used it up"):
+            sum_of_both.tensor()
+        assert waiting.shape == (2, 8, 5, 5)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -12,8 +13,9 @@ from PIL import Image
 
 import cbam
 from cbam.errors import CheckpointError, CheckpointNotFoundError, ConfigError, StoppedError
-from cbam.train import Config, checkpoint, material, run, score
+from cbam.train import Config, checkpoint, material, run, runs, score
 from cbam.train.folder import CONFIG, METRICS
+from cbam.train.lock import LOCK, _process
 from cbam.train.material import network
 from cbam.train.recipes import recipe
 
@@ -96,6 +98,22 @@ def test_a_new_run_into_the_folder_of_another_is_refused(folder):
     with pytest.raises(ConfigError, match="holds a run: --resume auto goes on with it"):
         digits(folder)
     assert sorted(folder.iterdir()) == before
+
+
+@pytest.mark.parametrize(("left", "told"), [(LOCK, "in use by"), ("step-00000003.ckpt", "began meanwhile")])
+def test_of_two_runs_that_begin_at_once_in_a_new_folder_one_is_refused(tmp_path, monkeypatch, left, told):
+    # R21: the other made the folder while this one read its pictures
+    folder, read = tmp_path / "run", runs.pictures
+
+    def slow(config):
+        folder.mkdir()
+        (folder / left).write_text(json.dumps(_process(os.getppid())))
+        return read(config)
+
+    monkeypatch.setattr(runs, "pictures", slow)
+    with pytest.raises(ConfigError, match=told):
+        digits(folder)
+    assert [path.name for path in folder.iterdir()] == [left]
 
 
 def test_resume_auto_begins_where_there_is_nothing_and_says_so(tmp_path):

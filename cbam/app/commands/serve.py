@@ -7,7 +7,6 @@ from cbam.app.options import Parser, count, need, terminable
 from cbam.app.terminal import show
 
 HELP = "a web page on this machine: drop a picture, see what networks look at in it"
-LAST_PORT = 65535
 
 
 def add(parser: Parser) -> None:
@@ -20,8 +19,8 @@ def add(parser: Parser) -> None:
 
 
 def _port(text: str) -> int:
-    if (number := count(text)) > LAST_PORT:
-        raise argparse.ArgumentTypeError(f"must be a port from 1 to {LAST_PORT}, got {text}")
+    if (number := count(text)) > 65535:
+        raise argparse.ArgumentTypeError(f"must be 1 to 65535, got {text!r}")
     return number
 
 

@@ -2,7 +2,9 @@
 
 import copy
 import csv
+import ctypes
 import dataclasses
+import platform
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cbam import ops
-from cbam.errors import OutputError
+from cbam.errors import ConfigError, OutputError
 from cbam.models import build
 from cbam.nn import CBAM
 from cbam.studies import machine
@@ -39,9 +41,12 @@ def benchmark(settings: Bench, say: Callable[[str], None]) -> list[dict[str, Any
     do without, in bytes; `bandwidth` the share of a copy's speed at which it was moved.
 
     Raises:
-        GateError: the kernels do not compute the equation. ConfigError: no such device or network.
+        GateError: the kernels do not compute the equation. ConfigError: no such device or network, or
+            `keep_memory` where it cannot be had.
     """
     device = pick_device(settings.device)
+    if settings.keep_memory:
+        _keep_memory()
     dtype = getattr(torch, settings.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
     batch = settings.batch_size or (8 if device.type == "cpu" else 128)
     measure = _Measure(settings, device, dtype, batch, say)
@@ -61,13 +66,14 @@ def benchmark(settings: Bench, say: Callable[[str], None]) -> list[dict[str, Any
 
 
 def write(rows: list[dict[str, Any]], folder: Path) -> Path:
-    """Put the rows into `folder` as <device>-torch<version>.csv, in place of those of the same device.
+    """Put the rows into `folder` as <device>-torch<version>[-memory-kept].csv, in place of the like.
 
     Raises:
         OutputError: it cannot be written.
     """
     name = "-".join(rows[0]["device"].split())
-    path = folder / f"{name}-torch{rows[0]['torch'].partition('+')[0]}.csv"
+    kept = "-memory-kept" if rows[0]["memory"] == "kept" else ""
+    path = folder / f"{name}-torch{rows[0]['torch'].partition('+')[0]}{kept}.csv"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with path.open("w", newline="") as file:
@@ -213,6 +219,7 @@ class _Measure:
             "rounds": len(found.ms),
             "kernels": _has_kernels(self.device, self.dtype),
             "threads": about["threads"],
+            "memory": "kept" if self.settings.keep_memory else "given back",
             "device": about["name"],
             "torch": torch.__version__,
             "commit": machine.commit(),
@@ -248,6 +255,19 @@ def _map_step(module: nn.Module, maps: tuple[Tensor, ...], training: bool) -> St
         module(*leaves).backward(grad)
 
     return train
+
+
+def _keep_memory() -> None:
+    """Tell glibc to keep what this process frees.
+
+    It gives freed memory back by rules that depend on the history of the heap; what is asked for anew then
+    costs a page fault every 4 KiB, in one program more than in the next one, by luck.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        raise ConfigError("keep_memory is a setting of glibc, which is not the C library here; leave it out")
+    libc = ctypes.CDLL(None)
+    libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
+    libc.mallopt(-4, 0)  # M_MMAP_MAX: nothing outside the heap
 
 
 def _peak_memory(step: Step, device: torch.device) -> int | str:

@@ -21,6 +21,9 @@ class Bench:
     batch_size: int | None = option(None, "pictures per step; 8 on a CPU, else 128", "N")
     layouts: tuple[str, ...] = option(("NCHW", "NHWC"), "NCHW, NHWC or both", "NAME")
     compiled: bool = option(False, "whole networks compiled too (torch.compile)")
+    keep_memory: bool = option(
+        False, "the C library keeps what is freed: times without page faults (Linux, CPU)"
+    )
     rounds: int = option(11, "how often everything is timed, in turns", "N")
     quick: bool = option(False, "one shape and one small network: about a minute")
 
