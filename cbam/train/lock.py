@@ -1,8 +1,8 @@
 """One run at a time in a folder, on any number of machines.
 
 The file `lock` says who is running. On its own machine a run that was killed is told by its process number;
-one of another machine by its silence: as long as it lives, a run touches its lock every BEAT seconds. So a
-job that went down with its machine and is started on another one goes on there by itself.
+one of another machine, or container, by its silence: as long as it lives, a run touches its lock every BEAT
+seconds. So a job that went down with its machine and is started on another one goes on there by itself.
 """
 
 import contextlib
@@ -115,7 +115,7 @@ def _alone(folder: Path) -> Iterator[None]:
 
 def _refuse_second(folder: Path, say: Callable[[str], None]) -> None:
     holder = _holder(folder)
-    if holder and holder.get("host") != socket.gethostname():
+    if holder and (holder.get("host"), holder.get("numbers")) != (socket.gethostname(), _numbers()):
         who = f"process {holder.get('pid')} on {holder.get('host')}"
         say(f"{folder} was last used by {who}; looking for {SILENCE:g} s whether it is alive")
         if not _is_silent(folder / LOCK):
@@ -153,4 +153,13 @@ def _process(pid: Any) -> dict[str, Any]:
         state, started = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()[0:20:19]
         if state == "Z":
             return {}
-    return {"pid": pid, "host": socket.gethostname(), "boot": boot, "started": started}
+    return {
+        "pid": pid, "host": socket.gethostname(), "numbers": _numbers(), "boot": boot, "started": started
+    }  # fmt: skip
+
+
+def _numbers() -> str:
+    """What process numbers count in: a container has a space of them for itself (Linux)."""
+    with contextlib.suppress(OSError):
+        return str(Path("/proc/self/ns/pid").readlink())
+    return ""

@@ -1,7 +1,9 @@
+import gc
 import logging
 import os
 import pickle
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from cbam.data import decode, image_folder, loader
+from cbam.data.folder import _Files
 from cbam.data.images import draws
 from cbam.data.pictures import augment, centre, random_crop
 from cbam.errors import DataError, InputError
@@ -54,6 +57,33 @@ def test_pictures_stay_as_they_are_stored_for_parity_with_other_loaders(make_fol
     path.write_bytes(encoded(pixels(32, 40), "JPEG", exif=exif))
     assert torch.equal(image_folder(root, exif=False)[1][0]["image"], plain)
     assert not torch.equal(image_folder(root)[1][0]["image"], plain)
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="reads /proc")
+def test_a_worker_that_reads_the_names_of_many_pictures_does_not_grow():
+    names = [f"/data/imagenet/train/n{i % 1000:08}/n{i:08}_ünï.JPEG" for i in range(100_000)]
+    source = _Files({"a": names[:70_000], "b": names[70_000:]}, "training")
+    assert [source.name(i) for i in (0, 69_999, 99_999)] == [names[i] for i in (0, 69_999, 99_999)]
+    gc.freeze()  # what the collector writes to is not the names' affair
+    reader, writer = os.pipe()
+    worker = os.fork()
+    if worker == 0:
+        before = _own_kilobytes()
+        for index in range(len(names)):
+            source.name(index)
+        os.write(writer, str(_own_kilobytes() - before).encode())
+        os._exit(0)
+    os.waitpid(worker, 0)
+    gc.unfreeze()
+    grown = int(os.read(reader, 20))
+    os.close(reader)
+    os.close(writer)
+    assert grown < 3000  # 12,700 as a list of strings
+
+
+def _own_kilobytes() -> int:
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return sum(int(line.split()[1]) for line in lines if line.startswith("Private_Dirty:"))
 
 
 def test_a_test_folder_beside_val_is_not_read_and_said(split_folder, make_folder):
