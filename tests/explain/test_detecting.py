@@ -243,6 +243,20 @@ def test_words_lie_in_the_picture_and_not_on_each_other():
     assert 3 < len(taken) < 60
 
 
+@pytest.mark.parametrize("models", [(Quarters(),), (Quarters(), Quarters())])
+def test_the_words_below_leave_the_colour_bar_alone(models):
+    from cbam.explain.outlines import _Rows
+
+    seen = looked(*models)
+    figure = _Rows([seen], [one.network for one in seen.finds]).figure
+    figure.draw_without_rendering()
+    (bar,) = [ax.get_window_extent() for ax in figure.axes if not ax.images]
+    words = [text.get_window_extent() for text in figure.texts if "box" in text.get_text()]
+    below = [box for box in words if box.y1 < bar.y1 + 5]
+    assert below
+    assert all(box.x1 < bar.x0 for box in below)
+
+
 def test_large_pictures_are_drawn_small_and_odd_ones_at_all(tmp_path):
     pytest.importorskip("matplotlib", reason="figures are matplotlib's")
     from cbam.explain.outlines import _DRAWN, _reduced
