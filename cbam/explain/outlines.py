@@ -148,7 +148,7 @@ def _told(detection: Detection, finds: Finds, i: int) -> str:
 
 def _counted(detection: Detection, finds: Finds) -> str:
     counts = Counter(detection.class_of(label) for label in finds.labels)
-    return ", ".join(f"{n} {name}" for name, n in counts.most_common()) or "nothing"
+    return ", ".join(name + f" × {n}" * (n > 1) for name, n in counts.most_common()) or "nothing"
 
 
 def _colour(finds: Finds, i: int) -> str:
