@@ -34,6 +34,7 @@ cards: $(READY) ## write docs/methods/, a card for each attention module, and th
 evidence: $(READY) ## compute the tables of results/ from their records, and docs/evidence.md from those
 	$(BIN)/python -m docs.fill_evidence
 	$(BIN)/python -m docs.fill_boxes
+	$(BIN)/python -m docs.fill_runtimes
 
 faults: $(READY) ## write tests/FAULTS.md: which test covers which fault, and what is left
 	$(BIN)/python -m docs.fill_faults

@@ -1,18 +1,22 @@
 """What attention costs where a network is served: +SE and +CBAM against plain in ONNX Runtime and OpenVINO.
 
-    python -m benchmarks.runtimes [--networks resnet18 ...] [--rounds 15] [--threads 1] [--batch 1]
+    python -m benchmarks.runtimes --files FOLDER --only-export    # takes minutes; the machine may be busy
+    python -m benchmarks.runtimes --files FOLDER [--networks resnet18 ...] [--rounds 15] [--threads 1]
+    python -m docs.fill_runtimes                                  # puts the table into docs/export.md
 
 Every network is exported by `cbam.export`, which is the gate: a file that computes something else is never
-written. Plain, SE and CBAM are then timed in turn, one after the other in every round, every other round
-backwards; the ratio is that of a round's two times. In float32, on the CPU, pictures of 224 px. PyTorch
-itself, with the kernels that are there, is timed in the same way. A row per runtime, network and attention
-goes to benchmarks/results/runtimes-<device>-torch<version>.csv; one of the same runtime, network, attention,
-batch and number of threads is replaced.
+written. With --files it stays in that folder, and one that is there is not exported again. Plain, SE and
+CBAM are then timed in turn, one after the other in every round, every other round backwards; the ratio is
+that of a round's two times. In float32, on the CPU, pictures of 224 px. PyTorch itself, with the kernels that
+are there, is timed in the same way. A row per runtime, network and attention goes to
+benchmarks/results/runtimes-<device>-torch<version>.csv; one of the same runtime, network, attention, batch
+and number of threads is replaced.
 """
 
 import argparse
 import csv
 import importlib.metadata
+import itertools
 import os
 import statistics
 import tempfile
@@ -43,9 +47,10 @@ def steps(runtime: str, network: str, batch: int, folder: Path) -> dict[str, Cal
         if runtime == "torch":
             found[arm] = lambda model=model: model(x)
             continue
-        path = folder / f"{network}{arm}{FORMATS[runtime].suffixes[-1]}"
-        made = export(model, path, shape=(batch, 3, 224, 224), overwrite=True)
-        print(f"{path.name}: differs by {made.agreement.difference:.1e}", flush=True)
+        path = folder / f"{network}{arm}-{batch}{FORMATS[runtime].suffixes[-1]}"
+        if not path.exists():
+            made = export(model, path, shape=(batch, 3, 224, 224))
+            print(f"{path.name}: differs by {made.agreement.difference:.1e}", flush=True)
         with settled(model):
             run = FORMATS[runtime].read(path)
         found[arm] = lambda run=run: run(x)
@@ -99,12 +104,18 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--files", type=Path)
+    parser.add_argument("--only-export", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as scratch:
-        for network in options.networks:
-            for runtime in options.runtimes:
-                write(measure(runtime, network, options, Path(scratch)))
+        folder = options.files or Path(scratch)
+        folder.mkdir(exist_ok=True)
+        for network, runtime in itertools.product(options.networks, options.runtimes):
+            if options.only_export:
+                steps(runtime, network, options.batch, folder)
+            else:
+                write(measure(runtime, network, options, folder))
 
 
 if __name__ == "__main__":

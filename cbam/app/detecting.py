@@ -3,20 +3,23 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
 from cbam.app.look import ROWS, Told, make, picture_files
-from cbam.app.networks import lines_of, named, run_of
+from cbam.app.networks import lines_of, named
 from cbam.data import decode
 from cbam.data.decode import shown
-from cbam.errors import ConfigError, DataError, OutputError
+from cbam.errors import CheckpointNotFoundError, ConfigError, DataError, OutputError
 from cbam.explain.detecting import Detection, Detectors, Finds, detect
 from cbam.explain.outlines import detection_figure
 from cbam.models.detectors import DETECTORS
 from cbam.surgery import load_weights
+from cbam.train import checkpoint
 from cbam.train.average import average_of
 from cbam.train.detector import make_detector
+from cbam.train.material import ours
 
 LISTED = 5  # boxes that a line tells
 
@@ -96,7 +99,7 @@ def look_for_objects(eyes: Detectors, asked: Asked, say: Callable[[str], None]) 
             except OSError as error:
                 raise OutputError.at(asked.out, error) from error
     if not told.looked:
-        raise DataError(f"none of the {len(files)} pictures can be read")
+        raise DataError(f"no picture can be read, of {len(files)} tried")
     if most < asked.box and asked.box > 1:
         raise ConfigError(f"--box {asked.box}: no picture has more than {most} boxes of --threshold")
     return told
@@ -127,11 +130,18 @@ def _said(seen: Detection, one: Finds) -> str:
     return f"{one.network} finds {', '.join(boxes + more) or 'nothing'}"
 
 
+def _run_of(file: Path) -> dict[str, Any] | None:
+    """What a checkpoint of `cbam train`, or the newest of a folder, holds; None for another file."""
+    if not file.exists():
+        raise CheckpointNotFoundError(f"{file}: no such file")
+    return ours(file) if file.is_dir() or checkpoint.step_of(file) >= 0 else None
+
+
 def _load(
     label: str, file: Path, model: str | None, names: list[str] | None, size: int | None, arms: bool
 ) -> tuple[str, nn.Module, list[str]]:
     """What it is in words, the detector, and its classes."""
-    state = run_of(file)
+    state = _run_of(file)
     if state is None:
         if model is None:
             raise ConfigError(

@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 
 from cbam.app.score import DIGITS, spaced
+from cbam.app.terminal import counted
 from cbam.data import cluttered_digits, decode
 from cbam.errors import ConfigError, DataError, OutputError
 from cbam.explain.gates import gate_figure, gate_statistics, gate_table
 from cbam.explain.looking import Viewer
-from cbam.train.runs import Watch
+from cbam.train.watch import Watch
 
 _BATCH = 32
 _ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -31,7 +32,8 @@ def gates(viewer: Viewer, data: str, out: Path, watch: Watch, *, limit: int | No
 
     found = _pictures(viewer, data, limit)
     of = "" if found[0][1] is None else f" of {len({k for _, k in found})} classes"
-    watch.say(f"{len(found)} pictures{of}")
+    pictures = f"{counted(len(found), 'picture')}{of}"
+    watch.say(pictures)
     written: list[Path] = []
     attended = {}
     for name, net in viewer.networks.items():
@@ -50,7 +52,7 @@ def gates(viewer: Viewer, data: str, out: Path, watch: Watch, *, limit: int | No
             blocks = gate_statistics(net, _batches(viewer, found, watch, len(attended)))
             stem = "gates" if len(attended) == 1 else f"gates-{name}"
             written += [gate_figure(blocks, out / (stem + ending)) for ending in (".png", ".svg")]
-            pages += [f"{name}, {len(found)} pictures{of} in {Path(data).name}:", "", gate_table(blocks), ""]
+            pages += [f"{name}, {pictures} in {Path(data).name}:", "", gate_table(blocks), ""]
             pages += [f"![]({stem}.png)", ""]
         (out / "gates.md").write_text("\n".join([*pages, *_NOTES, ""]), encoding="utf-8")
     except OSError as error:

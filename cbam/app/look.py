@@ -73,7 +73,7 @@ def look_at(viewer: Viewer, wanted: Wanted, say: Callable[[str], None]) -> Told:
     except OSError as error:
         raise OutputError.at(wanted.out, error) from error
     if not told.looked:
-        raise DataError(f"none of the {len(files)} pictures can be read")
+        raise DataError(f"no picture can be read, of {len(files)} tried")
     return told
 
 

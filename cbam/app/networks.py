@@ -1,24 +1,23 @@
 """Trained networks that a user names on the command line, as a `Viewer`."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from cbam.app.source import Source, source
 from cbam.data import cluttered_digits
-from cbam.data.images import IMAGENET_MEAN, IMAGENET_STD
+from cbam.data.digits import NAME
 from cbam.data.pictures import short_side
 from cbam.errors import CheckpointNotFoundError, ConfigError
 from cbam.explain.looking import Viewer, default_viewer
 from cbam.explain.pair import class_names
+from cbam.hub import Card
 from cbam.models import build
 from cbam.models.detectors import DETECTORS
 from cbam.surgery import load_weights
 from cbam.train import checkpoint
-from cbam.train.average import average_of
-from cbam.train.material import ours
-
-_SIZE = 224
 
 
 def viewer(
@@ -82,44 +81,39 @@ def _load(
     digits: bool,
 ) -> tuple[str, nn.Module, dict[str, Any]]:
     """What it is in words, the network, and how pictures come to it: the fields of a `Viewer`."""
-    state = run_of(file)
-    if state is None:
-        if model is None:
-            raise ConfigError(f"{file} does not say what network it is: give --model NAME, see `cbam list`")
-        if model.partition(":")[0] in DETECTORS:
-            raise ConfigError(f"{model} is a detector: give --detect")
-        name = f"{model}+{label}" if arms and label != "plain" else model
-        weights = file
-        side, known = size or _SIZE, names or class_names()
-        if digits:
-            _, val = cluttered_digits()
-            side, known = size or val.size, names or val.classes
-    else:
-        name, weights = state["config"]["model"], average_of(state)
-        if name.partition(":")[0] in DETECTORS:
-            raise ConfigError(f"{file} holds a detector, {name}: give --detect")
-        side, known = size or state["data"]["size"], names or state["data"]["classes"]
-        digits = state["config"]["data"] is None
-    net = build(name, num_classes=len(known))
-    load_weights(net, weights)
-    how: dict[str, Any] = {"classes": known, "size": side, "resized": short_side(side)}
-    if digits:
-        _, val = cluttered_digits()
-        how |= {"mean": val.mean, "std": val.std, "resized": side}
-    else:
-        how |= {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
-    return f"{name}, weights of {file}", net.eval(), how
-
-
-def run_of(file: Path) -> dict[str, Any] | None:
-    """What a checkpoint of `cbam train`, or the newest of a folder, holds; None for another file.
-
-    Raises:
-        CheckpointNotFoundError: no such file. CheckpointError: a damaged one.
-    """
     if not file.exists():
         raise CheckpointNotFoundError(f"{file}: no such file")
-    return ours(file) if file.is_dir() or checkpoint.step_of(file) >= 0 else None
+    if file.is_dir() or checkpoint.step_of(file) >= 0:
+        found = source(str(file), None, None)
+        if not (known := names or list(found.card.classes)):
+            raise ConfigError(
+                f"{file} does not say what its classes are: give --classes FILE, a name per line"
+            )
+    else:
+        found = _of_weights(label, file, model, names, arms, digits)
+        known = list(found.card.classes)
+    card, side = found.card, size or found.card.size
+    how: dict[str, Any] = {"classes": known, "size": side, "mean": card.mean, "std": card.std}
+    how["resized"] = side if digits or card.data == NAME else short_side(side)
+    return found.told, found.network.eval(), how
+
+
+def _of_weights(
+    label: str, file: Path, model: str | None, names: list[str] | None, arms: bool, digits: bool
+) -> Source:
+    """A weights file knows the network and the classes of nothing but its tensors."""
+    if model is None:
+        raise ConfigError(f"{file} does not say what network it is: give --model NAME, see `cbam list`")
+    if model.partition(":")[0] in DETECTORS:
+        raise ConfigError(f"{model} is a detector: give --detect")
+    card = Card()
+    if digits:
+        _, val = cluttered_digits()
+        card, names = Card(size=val.size, mean=val.mean, std=val.std), names or val.classes
+    name, names = f"{model}+{label}" if arms and label != "plain" else model, names or class_names()
+    net = build(name, num_classes=len(names))
+    load_weights(net, file)
+    return Source(net, f"{name}, weights of {file}", name, replace(card, classes=tuple(names)))
 
 
 def lines_of(path: str) -> list[str]:

@@ -6,7 +6,7 @@ that every honest score must beat: a bell in the middle of the picture, and the 
 
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import cbam
+from cbam.app.terminal import counted
 from cbam.data import annotated, cluttered_digits
 from cbam.errors import ConfigError, DataError, OutputError
 from cbam.explain import gradcam
@@ -34,7 +34,8 @@ from cbam.explain.looking import Viewer
 from cbam.explain.maps import METHODS
 from cbam.explain.watching import eval_mode, logits_of
 from cbam.studies.statistics import paired_difference
-from cbam.train.runs import Watch
+from cbam.train.versions import versions
+from cbam.train.watch import Watch
 
 DIGITS = "digits"  # in place of a file: the validation digits, which know their boxes
 VISIBLE = 0.5  # a picture counts if at least this share of its boxes is in view
@@ -46,6 +47,7 @@ MEASURES = {  # key -> words, unit factor, whether lower is better
     "deletion": ("deletion area", 1, True),
     "insertion": ("insertion area", 1, False),
 }
+_Measured = dict[str, dict[str, list[float]]]  # map -> measure -> a value per picture
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,62 +82,41 @@ def score(
         DataError: no pictures, or none with its object in view.
     """
     found, notes = samples(viewer, data, limit, label)
-    watch.say(f"{len(found)} pictures with boxes" + "".join(f"; left out: {note}" for note in notes))
-    first = next(iter(viewer.networks.values()))
+    watch.say("; left out: ".join([f"{counted(len(found), 'picture')} with boxes", *notes]))
+    named, first = next(iter(viewer.networks.items()))
     calm = untrained(first, viewer.normalised(torch.stack([one.image for one in found[:16]])))
-    targets, values, curves = [], _Values(), {}
+    values, labelled = _Values(), 0
     for sample in found:
         image = viewer.normalised(sample.image)
         target, known = _target(viewer, first, image, sample.label)
-        targets.append(known)
-        maps = {
-            name: gradcam(net, image[None], target, method=method)[0] for name, net in viewer.networks.items()
-        }
-        maps[UNTRAINED] = gradcam(calm, image[None], target, method=method)[0]
-        maps[CENTRE] = centre_prior(*image.shape[1:])
-        for name, heat in maps.items():
-            judge = viewer.networks.get(name, first)
-            own, area = heat[None], sample.area[None]
-            deletion, insertion = deletion_insertion(judge, image, heat, target)
-            values.add(
-                name,
-                pointing=pointing(own, area),
-                energy=energy(own, area),
-                deletion=deletion,
-                insertion=insertion,
-            )
-            curves.setdefault(name, []).append(overlap(own, area)[0])
+        labelled += known
+        for name, heat in _maps(viewer, calm, image, target, method).items():
+            values.add(name, heat, sample.area, viewer.networks.get(name, first), image, target)
         watch.advance(1 / len(found))
-    thresholds = {}
-    for name, rows in curves.items():
-        table = torch.stack(rows)
-        best = int(table.mean(0).argmax())
-        thresholds[name] = round(THRESHOLDS[best].item(), 2)
-        values.of[name]["iou"] = table[:, best].tolist()
+    thresholds, measured = values.at_the_best_thresholds()
     return {
         "what": f"{METHODS[method]} on {Path(data).name}" + (f", boxes of {label}" if label else ""),
         "networks": list(viewer.about),
         "pictures": len(found),
         "left_out": notes,
-        "class": {
-            "of the label": sum(targets),
-            f"what {next(iter(viewer.networks))} says": len(targets) - sum(targets),
-        },
+        "class": {"of the label": labelled, f"what {named} says": len(found) - labelled},
         "object_share": statistics.fmean(float(one.area.mean()) for one in found),
         "steps": STEPS,
         "thresholds": thresholds,
-        "scores": {
-            name: {key: statistics.fmean(own[key]) for key in MEASURES} for name, own in values.of.items()
-        },
-        "differences": _differences(viewer, values.of),
-        "versions": {"cbam": cbam.__version__, "torch": torch.__version__},
+        "scores": _each(measured, statistics.fmean),
+        "differences": _differences(viewer, measured),
+        "versions": versions(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "values": {
-            name: {key: [round(v, 5) for v in own[key]] for key in MEASURES}
-            for name, own in values.of.items()
-        },
+        "values": _each(measured, lambda own: [round(value, 5) for value in own]),
         "names": [one.name for one in found],
     }
+
+
+def _maps(viewer: Viewer, calm: nn.Module, image: Tensor, target: int, method: str) -> dict[str, Tensor]:
+    """The map of every network, and the two that every honest score must beat; (H, W) each."""
+    networks = {**viewer.networks, UNTRAINED: calm}
+    maps = {name: gradcam(net, image[None], target, method=method)[0] for name, net in networks.items()}
+    return {**maps, CENTRE: centre_prior(*image.shape[1:])}
 
 
 def samples(
@@ -180,7 +161,7 @@ def samples(
             continue
         found.append(Sample(Path(path).name, viewer.view(item["image"]), area, classes[k - 1]))
     if hidden:
-        notes.append(f"{hidden} pictures with less than half of the object in view")
+        notes.append(f"{counted(hidden, 'picture')} with less than half of the object in view")
     if not found:
         raise DataError(f"{data}: no picture with its object in view")
     return found, notes
@@ -203,12 +184,11 @@ def markdown(results: dict[str, Any]) -> str:
     names = list(results["scores"])
     lines = [f"# Do the maps find the object? {results['what']}", ""]
     lines += [f"- {line}" for line in results["networks"]]
-    share = 100 * results["object_share"]
-    lines += [f"- {results['pictures']} pictures; the object takes {share:.1f} % of them on average"]
+    share, pictures = 100 * results["object_share"], counted(results["pictures"], "picture")
+    lines += [f"- {pictures}; the object takes {share:.1f} % of them on average"]
     lines += [f"- left out: {note}" for note in results["left_out"]]
-    lines += [
-        f"- the map is for the class {which}: {n} pictures" for which, n in results["class"].items() if n
-    ]
+    of_class = [(which, counted(n, "picture")) for which, n in results["class"].items() if n]
+    lines += [f"- the map is for the class {which}: {pictures}" for which, pictures in of_class]
     lines += ["", f"|  | {' | '.join(names)} |", f"|---|{'---|' * len(names)}"]
     for key, (words, factor, _) in MEASURES.items():
         cells = [f"{factor * results['scores'][name][key]:.{1 if factor == 100 else 3}f}" for name in names]
@@ -243,7 +223,7 @@ def _told(key: str, found: dict[str, Any]) -> str:
     return f"{words}: {factor * found['mean']:+.{digits}f}{interval}, {found['word']}"
 
 
-def _differences(viewer: Viewer, values: dict[str, dict[str, list[float]]]) -> dict[str, Any]:
+def _differences(viewer: Viewer, values: _Measured) -> dict[str, Any]:
     """Every further network against the first, and the first against both maps that know nothing."""
     first, *others = viewer.networks
     pairs = [(name, first) for name in others] + [(first, UNTRAINED), (first, CENTRE)]
@@ -257,14 +237,38 @@ def _differences(viewer: Viewer, values: dict[str, dict[str, list[float]]]) -> d
 
 
 class _Values:
-    """Map -> measure -> a value per picture."""
+    """What is measured of every map, picture by picture."""
 
     def __init__(self) -> None:
-        self.of: dict[str, dict[str, list[float]]] = {}
+        self._of: _Measured = {}
+        self._overlaps: dict[str, list[Tensor]] = {}
 
-    def add(self, name: str, **measured: float | Tensor) -> None:
-        for key, value in measured.items():
-            self.of.setdefault(name, {}).setdefault(key, []).append(float(value))
+    def add(
+        self, name: str, heat: Tensor, area: Tensor, judge: nn.Module, image: Tensor, target: int
+    ) -> None:
+        """Measure one map, (H, W), of a picture with its object at `area`; `judge` sees what is deleted."""
+        deletion, insertion = deletion_insertion(judge, image, heat, target)
+        found = {
+            "pointing": pointing(heat[None], area[None]), "energy": energy(heat[None], area[None]),
+            "deletion": deletion, "insertion": insertion,
+        }  # fmt: skip
+        for key, value in found.items():
+            self._of.setdefault(name, {}).setdefault(key, []).append(float(value))
+        self._overlaps.setdefault(name, []).append(overlap(heat[None], area[None])[0])
+
+    def at_the_best_thresholds(self) -> tuple[dict[str, float], _Measured]:
+        """The threshold of each map whose mean IoU is the highest; and all measures, with the IoU at it."""
+        thresholds, measured = {}, {}
+        for name, rows in self._overlaps.items():
+            table = torch.stack(rows)
+            best = int(table.mean(0).argmax())
+            thresholds[name] = round(THRESHOLDS[best].item(), 2)
+            measured[name] = {**self._of[name], "iou": table[:, best].tolist()}
+        return thresholds, measured
+
+
+def _each(measured: _Measured, what: Callable[[list[float]], Any]) -> dict[str, dict[str, Any]]:
+    return {name: {key: what(own[key]) for key in MEASURES} for name, own in measured.items()}
 
 
 def _target(viewer: Viewer, first: nn.Module, image: Tensor, label: str) -> tuple[int, bool]:

@@ -8,6 +8,7 @@ from torch import nn
 
 from cbam import hub
 from cbam.data import cluttered_digits
+from cbam.data.digits import NAME
 from cbam.data.pictures import short_side
 from cbam.errors import CheckpointNotFoundError, ConfigError
 from cbam.hub.card import read_config
@@ -92,7 +93,9 @@ def _run(path: Path) -> Source:
     state = ours(path)
     config = began_with(state)
     if config.detects:
-        raise ConfigError(f"{path} holds a detector, {config.model}: classifiers alone are exported")
+        raise ConfigError(
+            f"{path} holds a detector, {config.model}, and a classifier is wanted (`cbam look` has --detect)"
+        )
     net = build(config.model, num_classes=len(state["data"]["classes"]))
     load_weights(net, average_of(state))
     card = _card(state, config, epochs(path if path.is_dir() else path.parent))
@@ -109,7 +112,7 @@ def _card(state: dict[str, Any], config: Config, metrics: list[dict[str, Any]]) 
     return hub.Card(
         classes=tuple(data["classes"]),
         size=data["size"],
-        data=Path(config.data).name if config.data else "cluttered_digits",
+        data=Path(config.data).name if config.data else NAME,
         recipe=_recipe(config),
         results={told: found[key] for key, told in _RESULTS.items() if found.get(key) is not None},
         about=_about(state, config),

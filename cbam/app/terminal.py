@@ -19,6 +19,11 @@ def show(line: str, stream: TextIO | None = None) -> None:
         silence(stream)
 
 
+def counted(n: int, noun: str) -> str:
+    """ "1 picture", "2 pictures"."""
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
+
+
 def printable(line: str, stream: TextIO) -> str:
     """`line` with the signs that the stream's alphabet lacks written otherwise."""
     encoding = getattr(stream, "encoding", None) or "ascii"

@@ -18,6 +18,7 @@ from torch import Tensor
 from cbam.data.images import MAX_SEED, Images, check_int, draws
 from cbam.errors import MissingExtraError
 
+NAME = "cluttered_digits"
 SIDE = 64
 SMALLEST, LARGEST = 20, 32
 PIECES, PIECE = 10, 9
@@ -57,7 +58,7 @@ class _Digits(Images):
     def __init__(self, pixels: np.ndarray, labels: np.ndarray, base_seed: int, *, fixed: bool) -> None:
         self._repeats = COMPOSITIONS if fixed else 1
         super().__init__(
-            "cluttered_digits",
+            NAME,
             [str(digit) for digit in range(10)],
             np.repeat(labels, self._repeats).tolist(),
             size=SIDE,

@@ -69,8 +69,9 @@ class _Rows(Page):
                 self._evidence(ax, detection, finds)
         ax = self.axes(self._left(len(names)), tops[-1] + 0.04, len(names) * (_WIDE + _GAP) - _GAP, 0.06)
         self.bar(ax, paper.HEAT, {0: "0", 1: "largest of the map"}, "evidence for the box")
-        note = "number, class, score; the thick box is the chosen one"
-        self.say(self._left(0), tops[-1] + 0.1, note, size=SMALL, ha="left")
+        note = ("number, class, score;", "the thick box is the chosen one")
+        for line, words in enumerate(note if len(names) == 1 else (" ".join(note),)):  # one column is narrow
+            self.say(self._left(0), tops[-1] + 0.1 + 0.14 * line, words, size=SMALL, ha="left")
 
     @staticmethod
     def _left(column: int) -> float:
@@ -147,7 +148,7 @@ def _told(detection: Detection, finds: Finds, i: int) -> str:
 
 def _counted(detection: Detection, finds: Finds) -> str:
     counts = Counter(detection.class_of(label) for label in finds.labels)
-    return ", ".join(f"{n} {name}" for name, n in counts.most_common()) or "nothing"
+    return ", ".join(name + f" × {n}" * (n > 1) for name, n in counts.most_common()) or "nothing"
 
 
 def _colour(finds: Finds, i: int) -> str:

@@ -98,6 +98,7 @@ class _Sheet(Page):
     def _foot(self, names: list[str], top: float, disagree: bool) -> None:
         wide = len(names) * (self.side + _GAP) - _GAP
         ax = self.axes(self._left(0, 1), top + 0.04, wide, 0.06)
-        self.bar(ax, paper.HEAT, {0: "0", 1: "largest of the map"}, "evidence for the class on the left")
+        of = "the class on the left" if len(names) > 1 else "the class"  # one cell is as wide as this
+        self.bar(ax, paper.HEAT, {0: "0", 1: "largest of the map"}, f"evidence for {of}")
         note = "p: of that class" + ("\nbelow: the class it says" if disagree else "")
         self.say(self._left(0) + self.side / 2, top + 0.14, note, size=SMALL - 0.5)

@@ -57,7 +57,8 @@ def fused(x: Tensor, obstacle: str = "") -> bool:
 
 def _obstacle(x: Tensor) -> str:
     """Why kernels do not take `x`, or nothing."""
-    if torch.jit.is_tracing() or torch.compiler.is_exporting():
+    # The flag itself: to the compiler of torch 2.10 is_exporting() is always true.
+    if torch.jit.is_tracing() or torch.compiler._is_exporting_flag:
         return "what is exported holds no operator of ours"
     if type(x) is not Tensor and type(x) is not nn.Parameter:
         return f"x is a {type(x).__name__}, no plain tensor"

@@ -33,10 +33,10 @@ from cbam.studies.report import LABELS, markdown
 from cbam.studies.settings import Settings
 from cbam.studies.speed import interleaved
 from cbam.studies.task import Task, load, refine
-from cbam.studies.watch import Silent, Watch
 from cbam.surgery import attached
 from cbam.train import evaluate, fit, pick_device
 from cbam.train.versions import versions
+from cbam.train.watch import Silent, Watch
 
 SCHEMA = 1
 

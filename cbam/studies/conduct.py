@@ -17,8 +17,8 @@ from cbam.studies.study import DIGITS, SEEDS, Study
 from cbam.studies.tables import STUDIES
 from cbam.studies.tabulate import tables
 from cbam.studies.training import Pictures, Training
-from cbam.studies.watch import Watch
 from cbam.train import pick_device
+from cbam.train.watch import Watch
 
 
 def find_study(name: str) -> Study:

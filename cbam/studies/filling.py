@@ -13,8 +13,8 @@ from cbam.studies import machine
 from cbam.studies.records import Records, counts
 from cbam.studies.study import Arm, Protocol, Study, run_config, run_key, run_name
 from cbam.studies.training import Keep, Training, trunk
-from cbam.studies.watch import Silent, Watch
 from cbam.train.versions import versions
+from cbam.train.watch import Silent, Watch
 
 
 class Run(NamedTuple):

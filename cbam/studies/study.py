@@ -182,7 +182,6 @@ def imagenet() -> Protocol:
     return Protocol("", "resnet50", epochs=90, batch_size=256, lr=0.1, schedule="step", size=224, small=False)
 
 
-PROTOCOLS = {"digits": digits, "imagenette": imagenette, "imagenet": imagenet}
 ROOM = 8 << 30  # bytes of pictures that may lie on a device
 
 

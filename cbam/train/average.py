@@ -49,7 +49,8 @@ class Average:
         for name, tensor in live.items():
             own = self.tensors[name]
             if (own.device, own.dtype, own.stride()) != (tensor.device, tensor.dtype, tensor.stride()):
-                self.tensors[name] = torch.empty_like(tensor).copy_(own)  # laid out alike, it is one kernel
+                with torch.inference_mode(False):  # a resumed run may begin in a validation, and then trains
+                    self.tensors[name] = torch.empty_like(tensor).copy_(own)  # laid out alike: one kernel
         return live
 
     def state_dict(self) -> dict[str, Any]:

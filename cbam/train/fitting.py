@@ -92,7 +92,8 @@ def fit(
         NonFiniteError: the loss is not finite. OutOfMemoryError. DistributedError: another process is gone.
         StoppedError: the keeper was told to stop. OutputError: it can no longer save.
     """
-    steps_class = _lightning()
+    with lightning():
+        from cbam.train.steps import Steps
     here, where = world(), pick_device(device)
     if recipe.precision == "fp64":
         model.double()  # before a checkpoint is read into it
@@ -100,7 +101,7 @@ def fit(
     shard = Shard(here.rank, here.size, recipe.accumulate)
     batches = loader(train, recipe.batch_size, train=True, seed=seed, workers=workers, shard=shard)
     batches.sampler.set_epoch(first_epoch)  # type: ignore[attr-defined]
-    steps = steps_class(
+    steps = Steps(
         _task(model, train, recipe),
         recipe,
         steps_per_epoch=len(batches) // recipe.accumulate,
@@ -132,16 +133,16 @@ def _train(steps, batches: DataLoader, checks: DataLoader, where: torch.device, 
     recipe, callbacks, first_epoch = steps.recipe, [keeper] if keeper else [], steps.first_epoch
     common = len(checks.dataset) // world().size  # type: ignore[arg-type]
     if keeper and keeper.take_up(steps, batches, -(-common // checks.batch_sampler.size)):  # type: ignore[union-attr]
-        with trainer(where, 1, callbacks, recipe) as lightning:
-            lightning.validate(steps, checks, verbose=False)
+        with trainer(where, 1, callbacks, recipe) as loop:
+            loop.validate(steps, checks, verbose=False)
         steps.finish_epoch(steps.first_epoch)
         steps.first_epoch += 1
         batches.sampler.set_epoch(steps.first_epoch)  # type: ignore[attr-defined]
     left = recipe.epochs - (steps.first_epoch - first_epoch)
-    with trainer(where, left, callbacks, recipe) as lightning:
+    with trainer(where, left, callbacks, recipe) as loop:
         steps.model.train()
         if left > 0:
-            lightning.fit(steps, batches, checks)
+            loop.fit(steps, batches, checks)
 
 
 def _checks(images: Images | BoxedImages, batch_size: int, workers: int, here: World) -> DataLoader:
@@ -211,17 +212,18 @@ def _validated(
     on_step: Callable[[int], None] | None,
 ) -> Any:
     """The `Steps` of an evaluation, with what was collected and its metrics."""
-    steps_class, here = _lightning(), world()
-    from cbam.train.engine import trainer
-
+    with lightning():
+        from cbam.train.engine import trainer
+        from cbam.train.steps import Steps
+    here = world()
     if here.size > len(images):
         raise ConfigError(f"{len(images)} pictures are too few for {here.size} processes")
     where = pick_device(device)
-    steps = steps_class(_task(model, images), on_step=on_step)
+    steps = Steps(_task(model, images), on_step=on_step)
     batches = _checks(images, batch_size, workers, here)
-    with trainer(where, 1) as lightning, _seeded(0, where), _modes_restored(model):
+    with trainer(where, 1) as loop, _seeded(0, where), _modes_restored(model):
         try:
-            lightning.validate(steps, batches, verbose=False)
+            loop.validate(steps, batches, verbose=False)
         finally:
             batches.end()  # type: ignore[attr-defined]
     return steps
@@ -256,14 +258,15 @@ def pick_device(device: str) -> torch.device:
     return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def _lightning():
+@contextlib.contextmanager
+def lightning() -> Iterator[None]:
+    """Name the extra, where Lightning or what it needs is not installed."""
     try:
-        from cbam.train.steps import Steps
+        yield
     except ImportError as error:
         if error.name and error.name.startswith("cbam"):
             raise
         raise MissingExtraError.of("training", "train") from error
-    return Steps
 
 
 def _own(seed: int, here: World) -> int:

@@ -4,44 +4,24 @@ import contextlib
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from cbam.data import BoxedImages, Images
-from cbam.errors import ConfigError, MissingExtraError
+from cbam.errors import ConfigError
 from cbam.train import checkpoint
 from cbam.train.distributed import World, world
-from cbam.train.fitting import fit, pick_device
+from cbam.train.fitting import fit, lightning, pick_device
 from cbam.train.folder import write_config
 from cbam.train.lock import is_mine, locked
 from cbam.train.loggers import Line, Loggers
 from cbam.train.material import began_with, network, ours, pictures
 from cbam.train.recipes import OVERRIDABLE, Config, changes, full_path, recipe
 from cbam.train.versions import versions
+from cbam.train.watch import Silent, Watch
 
 _Set = Images | BoxedImages
-
-
-class Watch(Protocol):
-    """What is told how a run goes."""
-
-    def say(self, line: str) -> None:
-        """A line for the user."""
-
-    def now(self, what: str) -> None:
-        """What is running."""
-
-    def advance(self, share: float) -> None:
-        """This share of the whole is done."""
-
-
-class _Silent:
-    def say(self, line: str) -> None: ...
-
-    def now(self, what: str) -> None: ...
-
-    def advance(self, share: float) -> None: ...
 
 
 def run(
@@ -74,7 +54,7 @@ def run(
     recipe(name)
     here = world()
     if not here.is_first:
-        watch = _Silent()
+        watch = Silent()
     with contextlib.ExitStack() as stack:
         here.from_first(lambda: _lock(stack, folder, watch) if folder.is_dir() else None)
         state = here.from_first(lambda: _state(folder, resume, watch.say))
@@ -89,7 +69,8 @@ def run(
                 f"the pictures are not those of the run: {_difference(state['data'], about['data'])}"
             )
         model = network(config, len(train.classes), loaded=state is not None)
-        keeper_class = _keeper_class()
+        with lightning():
+            from cbam.train.keeper import Keeper
         here.from_first(lambda: _begin(stack, folder, about["config"], watch))
         for note in dict.fromkeys([*train.notes, *val.notes]):
             watch.say(note)
@@ -97,7 +78,7 @@ def run(
         loggers = _loggers(config, folder, watch) if here.is_first else None
         if loggers:
             stack.callback(loggers.close)
-        keeper = keeper_class(
+        keeper = Keeper(
             folder, about, state=state, save_every=config.save_every, log_every=config.log_every,
             copies=config.keep, max_time=max_time, say=watch.say, overrides=override, loggers=loggers,
         )  # fmt: skip
@@ -130,16 +111,6 @@ def _loggers(config: Config, folder: Path, watch: Watch) -> Loggers:
     loggers = Loggers(config.loggers, folder, dataclasses.asdict(config), watch.say)
     loggers.put("progress", Line(watch.now, config.epochs, every=getattr(watch, "every", 30.0)))
     return loggers
-
-
-def _keeper_class():
-    try:
-        from cbam.train.keeper import Keeper
-    except ImportError as error:
-        if error.name and error.name.startswith("cbam"):
-            raise
-        raise MissingExtraError.of("training", "train") from error
-    return Keeper
 
 
 def _state(folder: Path, resume: str | None, say: Callable[[str], None]) -> dict[str, Any] | None:

@@ -137,7 +137,7 @@ void* pointer(const Tensor& t) { return t.numel() ? t.mutable_data_ptr() : nullp
 // --- what both operators take ---
 
 void run_parallel(int64_t count, Work work, void* context) {
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, count, 1, work, context));
+  TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, count, 1, work, context));
 }
 
 void describe_map(Block& b, const Tensor& x, bool relu) {

@@ -155,7 +155,7 @@ def test_nothing_to_look_at_and_nowhere_to_write_are_errors(viewer, photo, tmp_p
     with pytest.raises(DataError, match=r"there are some in .*cats: name the folders"):
         look_at(viewer, Wanted([tmp_path], tmp_path / "out"), lambda _: None)
     (tmp_path / "bad.png").write_text("no")
-    with pytest.raises(DataError, match="none of the 1 pictures can be read"):
+    with pytest.raises(DataError, match="no picture can be read, of 1 tried"):
         look_at(viewer, Wanted([tmp_path], tmp_path / "out"), lambda _: None)
     photo.save(tmp_path / "good.png")
     with pytest.raises(OutputError, match="cannot make"):
@@ -217,7 +217,8 @@ def test_a_run_is_looked_at_as_it_is_scored(photo, tmp_path, monkeypatch, capsys
     assert (tmp_path / "figures" / "look.png").exists()
     file = max((tmp_path / "two").glob("*.ckpt"), key=checkpoint.step_of)
     state = checkpoint.load(file)
-    for given in ("two", str(file)):
+    assert main(["export", "two", "--to", "hub", "--out", "shared"]) == 0
+    for given in ("two", str(file), "shared"):
         eyes = viewer(None, given, [], None, None)
         own = eyes.networks["network"].state_dict()
         average, last = average_of(state), state["model"]
@@ -246,7 +247,7 @@ def test_a_run_is_looked_at_as_it_is_scored(photo, tmp_path, monkeypatch, capsys
         (["photo.png", "--classes", "c.txt"], 2, "go with --weights"),
         (["photo.png", "--method", "cam"], 2, "invalid choice"),
         (["photo.png", "--layer", "nowhere"], 2, "no layer 'nowhere'"),
-        (["bad.png"], 3, "none of the 1 pictures"),
+        (["bad.png"], 3, "no picture can be read"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_one_line_and_an_exit_code(

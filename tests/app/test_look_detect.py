@@ -75,7 +75,7 @@ def test_a_folder_is_looked_at_and_what_cannot_be_read_is_told(here, folder, cap
     assert "pictures/0.png: detector finds " in told.out
     assert "left out: " in told.out
     assert "bad.png: not an image (starts with '<html" in told.out
-    assert "1 of 3 pictures were left out" in told.err
+    assert "1 of 3 pictures left out" in told.err
     assert (here / "detect.png").exists()
 
 
@@ -136,7 +136,10 @@ def test_a_run_knows_its_detector_its_size_and_its_classes(tmp_path, monkeypatch
     assert eyes.networks["detector"].transform.min_size == (64,)
     assert eyes.networks["detector"].rpn.post_nms_top_n() == 16
     assert main(["look", picture, "--weights", "run"]) == 2
-    assert "run holds a detector, fasterrcnn:timm:test_resnet+cbam: give --detect" in capsys.readouterr().err
+    assert (
+        "run holds a detector, fasterrcnn:timm:test_resnet+cbam, and a classifier is wanted"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(
@@ -156,7 +159,7 @@ def test_a_run_knows_its_detector_its_size_and_its_classes(tmp_path, monkeypatch
         (["photo.png", *PAIR, "--score", "digits"], 2, "goes without --score"),
         (["photo.png", *PAIR, "--method", "scorecam", *LOW], 2, "scorecam asks a classifier"),
         (["photo.png", *PAIR, "--layer", "nowhere", *LOW], 2, "no layer 'nowhere'"),
-        (["bad.png", *PAIR], 3, "none of the 1 pictures can be read"),
+        (["bad.png", *PAIR], 3, "no picture can be read, of 1 tried"),
         (["photo.png", *PAIR, "--box", "7"], 2, "no picture has more than 0 boxes"),
         (["photo.png", "--model", PLAIN, "--weights", "classifier.pt", *PAIR[-2:]], 4, "class"),
         (["photo.png", "--model", "resnet50", "--weights", "plain.pt", "--classes", "classes.txt"], 2,

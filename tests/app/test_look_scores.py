@@ -115,7 +115,7 @@ def test_an_object_out_of_view_is_left_out_and_counted(tmp_path):
     wide = Viewer({"plain": Bright()}, ["a", "b"], size=40, resized=40)
     (one,), notes = samples(wide, str(tmp_path / "b.csv"), None, None)
     assert one.label == "in"
-    assert notes == ["1 pictures with less than half of the object in view"]
+    assert notes == ["1 picture with less than half of the object in view"]
     with pytest.raises(DataError, match="no picture with its object in view"):
         samples(wide, str(tmp_path / "b.csv"), None, "out")
     with pytest.raises(ConfigError, match="no box of the label 'cat'; there are in, out"):

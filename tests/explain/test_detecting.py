@@ -219,7 +219,7 @@ def test_the_figure_says_numbers_classes_and_scores(two, tmp_path):
 
     with matplotlib.rc_context({"svg.fonttype": "none"}):  # words stay words
         text = detection_figure(two, tmp_path / "a.svg").read_text()
-    for words in ("1 red 0.94", "2 green 0.86", "1 red, 1 green, 1 blue", "plain finds", "LayerCAM of a box"):
+    for words in ("1 red 0.94", "2 green 0.86", "red, green, blue", "plain finds", "LayerCAM of a box"):
         assert words in text
     assert detection_figure(two, tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     again = detection_figure(two, tmp_path / "b.png").read_bytes()
@@ -241,6 +241,20 @@ def test_words_lie_in_the_picture_and_not_on_each_other():
             assert not any(_overlap(place, other) for other in taken)
             taken.append(place)
     assert 3 < len(taken) < 60
+
+
+@pytest.mark.parametrize("models", [(Quarters(),), (Quarters(), Quarters())])
+def test_the_words_below_leave_the_colour_bar_alone(models):
+    from cbam.explain.outlines import _Rows
+
+    seen = looked(*models)
+    figure = _Rows([seen], [one.network for one in seen.finds]).figure
+    figure.draw_without_rendering()
+    (bar,) = [ax.get_window_extent() for ax in figure.axes if not ax.images]
+    words = [text.get_window_extent() for text in figure.texts if "box" in text.get_text()]
+    below = [box for box in words if box.y1 < bar.y1 + 5]
+    assert below
+    assert all(box.x1 < bar.x0 for box in below)
 
 
 def test_large_pictures_are_drawn_small_and_odd_ones_at_all(tmp_path):

@@ -156,12 +156,14 @@ def test_the_stages_say_every_gate_that_they_show(viewer, picture, tmp_path):
             assert f"no. {channel.index}: × {channel.gate:.2f}" in words
 
 
-@pytest.mark.parametrize("kind", ["rows", "sheet", "stages", "disagreeing"])
-def test_no_word_is_cut_off_or_printed_over_another(viewer, picture, kind):
+@pytest.mark.parametrize("kind", ["rows", "sheet", "stages", "disagreeing", "alone"])
+def test_no_word_is_cut_off_or_printed_over_another(viewer, plain, picture, kind):
     from cbam.explain import sheet
     from cbam.explain import stages as gates
 
     long = "a file with a name that is too long for any margin.jpeg"
+    if kind == "alone":
+        viewer = Viewer({"plain": plain}, CLASSES, size=32, resized=36)
     looks = [look(viewer, picture, long, target=i if kind == "disagreeing" else None) for i in range(5)]
     if kind == "stages":
         figure = gates.draw(looks[0])

@@ -355,13 +355,10 @@ def loaded(theirs, ours, names):
 
 def test_timm_computes_the_same():
     layers = pytest.importorskip("timm.layers")
-    from timm.layers.coord_attn import CoordAttn
-
     x = torch.randn(3, 64, 6, 5, dtype=torch.float64)
     se, sk = active(squeeze_excitation(64)), active(SelectiveKernel(64))
-    eca, gc, coord = active(ECA(64)), active(GlobalContext(64)), active(CoordAttention(64))
+    eca, gc = active(ECA(64)), active(GlobalContext(64))
     mlp = [f"mlp_add.{name}" for name in ("fc1.weight", "fc1.bias", "norm.weight", "norm.bias")]
-    convs = [f"{conv}.{name}" for conv in ("conv_h", "conv_w") for name in ("weight", "bias")]
     paths = [f"paths.{i}.{name}" for i in (0, 1) for name in ("conv.weight", "bn.weight", "bn.bias")]
     attn = [f"attn.{name}" for name in ("fc_reduce.weight", "bn.weight", "bn.bias", "fc_select.weight")]
     selective = layers.SelectiveKernel(64, groups=32, rd_channels=32, split_input=False)
@@ -376,16 +373,20 @@ def test_timm_computes_the_same():
             global_context,
             ["conv_attn.weight", "conv_attn.bias", *mlp, "mlp_add.fc2.weight", "mlp_add.fc2.bias"],
         ),
-        (
-            coord,
-            CoordAttn(64, rd_channels=8, bias=True),
-            ["conv1.weight", "conv1.bias", "bn1.weight", "bn1.bias", *convs],
-        ),
         (sk, selective, [*paths, *attn]),
     ]
     for ours, theirs, names in pairs:
         same = loaded(theirs, ours.parameters(), names)
         torch.testing.assert_close(ours(x), same(x), rtol=1e-12, atol=1e-12, msg=type(ours).__name__)
+
+
+def test_timms_coordinate_attention_computes_the_same():
+    layers = pytest.importorskip("timm.layers.coord_attn", reason="timm 1.0.22 has none")
+    x, coord = torch.randn(3, 64, 6, 5, dtype=torch.float64), active(CoordAttention(64))
+    convs = [f"{conv}.{name}" for conv in ("conv_h", "conv_w") for name in ("weight", "bias")]
+    names = ["conv1.weight", "conv1.bias", "bn1.weight", "bn1.bias", *convs]
+    same = loaded(layers.CoordAttn(64, rd_channels=8, bias=True), coord.parameters(), names)
+    torch.testing.assert_close(coord(x), same(x), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize(

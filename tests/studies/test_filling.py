@@ -19,7 +19,7 @@ from cbam.studies.conduct import conduct, find_pictures, prepare
 from cbam.studies.records import Records
 from cbam.studies.tables import STUDIES
 from cbam.studies.tabulate import tables
-from cbam.studies.watch import Silent
+from cbam.train.watch import Silent
 
 ROOT = Path(cbam.__file__).parents[1]
 TINY = {"epochs": 1, "limit": 20, "batch_size": 16}

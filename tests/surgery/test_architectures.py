@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import runpy
 import tomllib
 from pathlib import Path
@@ -39,12 +40,19 @@ def build(name):
     return model.eval()
 
 
+def is_older(version: str, than: str) -> bool:
+    one, other = (tuple(map(int, re.findall(r"\d+", text)[:3])) for text in (version, than))
+    return one < other
+
+
 @pytest.mark.parametrize("name", WAYS)
 def test_attach_train_save_load_and_detach(name, tmp_path):  # S14, S16, S18, S20
     model, x = build(name), torch.randn(2, 3, 64, 64)
     keys, classes = list(model.state_dict()), [type(m) for m in model.modules()]
     with torch.no_grad():
         plain = model(x)
+    if is_older(timm.__version__, LISTS["since"].get(name, "0")):
+        pytest.skip(f"timm {timm.__version__} builds another {name}")
     if NETWORKS[name] == 0:
         with pytest.raises(AttachError, match="no place for attention"):
             cbam.attach(model)

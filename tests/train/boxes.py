@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from conftest import small_detector
-from kills import digest, forked_into
+from kills import answers, digest, forked_into
 from peers import ranks
 
 from cbam.data import boxed_folder
@@ -59,10 +59,11 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     train_set, val = boxed_folder(sys.argv[1])
-    images = (train_set.augmented("ssd"), val)
+    images, told = (train_set.augmented("ssd"), val), answers()
     for line in sys.stdin:
         name, *arguments = json.loads(line)
-        print(json.dumps({"killed": killed, "shared": shared}[name](images, *arguments)), flush=True)
+        ended = {"killed": killed, "shared": shared}[name](images, *arguments)
+        print(json.dumps(ended), file=told, flush=True)
 
 
 if __name__ == "__main__":

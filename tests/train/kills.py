@@ -13,6 +13,7 @@ import sys
 import tempfile
 import traceback
 from pathlib import Path
+from typing import TextIO
 
 import torch
 from torch import nn
@@ -91,17 +92,25 @@ def _add(sha, value) -> None:
         sha.update(repr(value).encode())
 
 
+def answers() -> TextIO:
+    """Where how it ended is printed: the standard output, which gloo and others then write to no more."""
+    ours = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    return ours
+
+
 def main() -> None:
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     train_set, val = cluttered_digits()
-    images = (train_set.subset(24), val.subset(20))
+    images, told = (train_set.subset(24), val.subset(20)), answers()
     for line in sys.stdin:
         with tempfile.TemporaryDirectory() as folder:
             killed = sum(forked(Path(folder), images, fault) for fault in json.loads(line))
             assert not forked(Path(folder), images, "")
             left = sorted(path.name for path in Path(folder).iterdir())
-            print(json.dumps({"killed": killed, "digest": digest(Path(folder)), "left": left}), flush=True)
+            ended = {"killed": killed, "digest": digest(Path(folder)), "left": left}
+            print(json.dumps(ended), file=told, flush=True)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 import torch
-from kills import digest
+from kills import answers, digest
 from torch import nn
 
 from cbam import CBAM
@@ -249,9 +249,10 @@ def unused() -> list:
 def main() -> None:
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
+    told = answers()
     for line in sys.stdin:
         name, *arguments = json.loads(line)
-        print(json.dumps(globals()[name](*arguments)), flush=True)
+        print(json.dumps(globals()[name](*arguments)), file=told, flush=True)
 
 
 if __name__ == "__main__":

@@ -229,6 +229,19 @@ def test_the_average_is_laid_out_as_the_weights_are():
     assert torch.equal(average.tensors["0.weight"], model[0].weight)
 
 
+def test_an_average_that_is_laid_out_in_a_validation_goes_on_in_training():
+    """A run that was killed in a validation begins with it, and nothing learns in there."""
+    model = small()
+    average = Average(model, 0.5)
+    model.to(memory_format=torch.channels_last)
+    with torch.inference_mode():
+        average.swap()
+        average.swap()
+    average.update()
+    assert not average.tensors["0.weight"].is_inference()
+    assert not average.tensors["0.weight"].requires_grad
+
+
 def test_the_generators_of_other_gpus_are_not_asked(monkeypatch):
     """A machine of 8 GPUs: a training on the CPU, or on one of them, is no affair of the others."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # memory cannot be pinned here

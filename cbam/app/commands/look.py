@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from cbam.app.options import Parser, count, need, share, terminable
-from cbam.app.terminal import progress, show
+from cbam.app.terminal import counted, progress, show
 from cbam.errors import ConfigError, DataError
 
 HELP = "show what networks look at in your pictures, with and without attention"
@@ -68,7 +68,9 @@ def add_networks(parser: Parser) -> None:
         "--model", metavar="NAME", help="network, see `cbam list`; a checkpoint knows its own"
     )
     parser.add_argument(
-        "--weights", metavar="FILE", help="weights of --model, or a checkpoint of `cbam train`"
+        "--weights",
+        metavar="FILE",
+        help="weights of --model; a run of `cbam train`; a folder of save_pretrained",
     )
     parser.add_argument(
         "--compare", nargs="+", default=[], metavar="NAME=FILE",
@@ -153,7 +155,7 @@ def _told(told) -> str:
     for path in told.figures:
         show(str(path))
     count = len(told.unreadable)
-    return f"{count} of {told.looked + count} pictures were left out" if count else ""
+    return f"{count} of {counted(told.looked + count, 'picture')} left out" if count else ""
 
 
 def _score(options: argparse.Namespace, eyes) -> None:

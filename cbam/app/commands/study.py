@@ -4,7 +4,7 @@ import argparse
 import time
 
 from cbam.app.options import Parser, count, duration, need, terminable
-from cbam.app.terminal import progress, show
+from cbam.app.terminal import counted, progress, show
 from cbam.errors import StoppedError
 from cbam.studies.study import PRECISIONS, SEEDS
 from cbam.studies.tables import STUDIES
@@ -79,7 +79,9 @@ def run(options: argparse.Namespace) -> int:
             show(table)
             show(f"Records, tables and figures: {records.path}")
     if left:
-        raise StoppedError(f"{left} runs are still without a record; the same command goes on with them")
+        raise StoppedError(
+            f"{counted(left, 'run')} still without a record; the same command goes on from here"
+        )
     return 0
 
 

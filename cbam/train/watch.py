@@ -1,10 +1,10 @@
-"""Who is told how a comparison or a study goes."""
+"""Who is told how a training, a comparison or a study goes."""
 
 from typing import Protocol
 
 
 class Watch(Protocol):
-    """What is told while a comparison or a study runs."""
+    """What is told while it runs."""
 
     def say(self, line: str) -> None:
         """A line of lasting interest."""

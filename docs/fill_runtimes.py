@@ -1,0 +1,58 @@
+"""Put the times of `python -m benchmarks.runtimes` into docs/export.md: `python -m docs.fill_runtimes`.
+
+What stands between the two markers of the page is replaced.
+"""
+
+import csv
+from itertools import groupby
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+PAGE, RESULTS = ROOT / "docs/export.md", ROOT / "benchmarks/results"
+BEGIN, END = "<!-- runtimes:begin -->", "<!-- runtimes:end -->"
+RUNTIMES = {"torch": "PyTorch", "onnx": "ONNX Runtime", "openvino": "OpenVINO"}
+CASE = ("network", "runtime", "batch", "threads")
+Row = dict[str, str]
+
+
+def page(said: str, results: Path = RESULTS) -> str:
+    """What the page says, with a table for every machine that has results."""
+    text = "\n\n".join(section(_read(path)) for path in sorted(results.glob("runtimes-*.csv")))
+    before, rest = said.split(BEGIN)
+    _, after = rest.split(END)
+    return f"{before}{BEGIN}\n{text or 'Nothing is measured yet.'}\n{END}{after}"
+
+
+def _read(path: Path) -> list[Row]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def section(rows: list[Row]) -> str:
+    """One machine: a line per network, batch and runtime, the attentions beside plain."""
+    lines = ["| network | runtime | plain, ms | +SE | +CBAM |", "|---|---|---|---|---|"]
+    for (network, runtime, *_), arms in groupby(rows, lambda row: [row[key] for key in CASE]):
+        by = {row["attention"]: row for row in arms}
+        cells = [f"{float(by['plain']['ms']):.1f}", _ratio(by["se"]), _ratio(by["cbam"])]
+        lines.append(f"| {network} | {RUNTIMES[runtime]} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", _told(rows)])
+
+
+def _ratio(row: Row) -> str:
+    return f"{float(row['ratio']):.2f} ({float(row['low']):.2f} to {float(row['high']):.2f})"
+
+
+def _told(rows: list[Row]) -> str:
+    """Where and how it was measured."""
+    said = {key: ", ".join(dict.fromkeys(row[key] for row in rows)) for key in rows[0]}
+    versions = dict.fromkeys(f"{RUNTIMES[row['runtime']]} {row['version']}" for row in rows)
+    commits = ", ".join(dict.fromkeys(f"`{row['commit'][:12]}`" for row in rows))
+    return (
+        f"{said['device']}, threads {said['threads']}, batch {said['batch']}, float32, 224 px, "
+        f"{said['rounds']} rounds in turns, load {said['load']}; {', '.join(versions)}; commit {commits}. "
+        "Ratios to plain: the median of the rounds, and their quartiles."
+    )
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(PAGE.read_text("utf-8")), encoding="utf-8")
