@@ -98,7 +98,7 @@ def score(
         "what": f"{METHODS[method]} on {Path(data).name}" + (f", boxes of {label}" if label else ""),
         "networks": list(viewer.about),
         "pictures": len(found),
-        "left_out": notes,
+        "left_out": [note.replace(f"{Path(data).parent}/", "") for note in notes],  # no place of this machine
         "class": {"of the label": labelled, f"what {named} says": len(found) - labelled},
         "object_share": statistics.fmean(float(one.area.mean()) for one in found),
         "steps": STEPS,

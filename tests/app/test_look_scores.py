@@ -109,6 +109,14 @@ def test_a_box_follows_its_picture_into_the_view(tmp_path):
     assert (light[0] > 0.5).sum().item() == pytest.approx(one.area.sum().item(), rel=0.1)
 
 
+def test_a_record_does_not_tell_where_the_pictures_lie(viewer, tmp_path):
+    Image.new("RGB", (60, 60)).save(tmp_path / "a.png")
+    (tmp_path / "b.csv").write_text("file,x0,y0,x1,y1\na.png,20,20,40,40\na.png,5,5,5,5\n")
+    results = score(viewer, str(tmp_path / "b.csv"), Lines())
+    assert "b.csv" in "".join(results["left_out"])
+    assert str(tmp_path) not in json.dumps(results)
+
+
 def test_an_object_out_of_view_is_left_out_and_counted(tmp_path):
     Image.new("RGB", (100, 40)).save(tmp_path / "a.png")
     (tmp_path / "b.csv").write_text("file,x0,y0,x1,y1,label\na.png,0,0,20,40,out\na.png,40,10,60,30,in\n")
