@@ -127,7 +127,8 @@ def written_out(case: Case) -> tuple[Tensor, dict[str, Tensor], dict[str, float]
     """The output and every gradient in float64, by plain operations on the same rounded numbers.
 
     Then what an error of each is measured against: the largest absolute value, and for the two sums over all
-    pixels, which cancel, the sum of their absolute terms.
+    pixels, which cancel, the sum of their absolute terms. On a tiny map the norm of the spatial gate may divide
+    by very little, and the kernel's gradient is what is left of terms larger by that factor.
     """
     c = case.cell
     leaves = {
@@ -144,6 +145,8 @@ def written_out(case: Case) -> tuple[Tensor, dict[str, Tensor], dict[str, float]
         found["g"] = shortcut.grad
     scales = {name: value.abs().max().item() for name, value in (("out", out.detach()), *found.items())}
     scales |= {name: t.grad.abs().sum().item() for name, t in terms.items() if t.grad is not None}
+    if "steepness" in terms:
+        scales["kernel"] *= max(1.0, terms["steepness"].item())
     return out.detach(), found, scales
 
 
@@ -168,6 +171,8 @@ def equation(
         s = F.conv2d(torch.stack([z.max(1)[0], z.mean(1)], 1), p["kernel"], padding=c.side // 2)
         running = (p["s_mean"], p["s_var"]) if c.spatial == "running" else (None, None)
         running = tuple(None if t is None else t.detach() for t in running)
+        if c.spatial == "batch" and s.numel() < 16:  # of so few values they may lie close to each other
+            terms["steepness"] = (s.detach().var(correction=0) + 1e-5).rsqrt()
         s = F.batch_norm(s, *running, training=c.spatial == "batch", eps=1e-5)
         for name in ("s_gamma", "s_beta"):
             terms[name] = p[name].expand(s.shape).clone()
