@@ -127,8 +127,8 @@ def written_out(case: Case) -> tuple[Tensor, dict[str, Tensor], dict[str, float]
     """The output and every gradient in float64, by plain operations on the same rounded numbers.
 
     Then what an error of each is measured against: the largest absolute value, and for the two sums over all
-    pixels, which cancel, the sum of their absolute terms. On a tiny map the norm of the spatial gate may divide
-    by very little, and the kernel's gradient is what is left of terms larger by that factor.
+    pixels, which cancel, the sum of their absolute terms. On a tiny map the norm of the spatial gate may
+    divide by very little, and the kernel's gradient is what is left of terms larger by that factor.
     """
     c = case.cell
     leaves = {
