@@ -23,7 +23,7 @@ Row = dict[str, str]
 
 def fill(page: Path, results: Path) -> None:
     """Compute what the page shows of the results, and write it there."""
-    files = [path for path in sorted(results.glob("*.csv")) if _is_bench(path)]
+    files = [path for path in sorted(results.glob("*.csv"), key=_name) if _is_bench(path)]
     measured = {path: _read(path) for path in files}
     parts = [_section(rows) for rows in measured.values()]
     if parts:
@@ -38,6 +38,10 @@ def fill(page: Path, results: Path) -> None:
     before, rest = page.read_text("utf-8").split(BEGIN)
     _, after = rest.split(END)
     page.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
+
+
+def _name(path: Path) -> str:
+    return path.stem  # memory as it comes before memory kept
 
 
 def _is_bench(path: Path) -> bool:
@@ -100,7 +104,10 @@ def draw(machines: list[list[Row]], path: Path) -> None:
     )
     for axis, rows in zip(axes[0], machines, strict=True):
         _panel(axis, [row for row in rows if row["bandwidth"]])
-        axis.set_title(f"{rows[0]['device']}, {rows[0]['dtype']}", fontsize=10)
+        kept = ", memory kept" if rows[0].get("memory") == "kept" else ""
+        axis.set_title(f"{rows[0]['device']}, {rows[0]['dtype']}{kept}", fontsize=10)
+    shares = [100 * float(row["bandwidth"]) for rows in machines for row in rows if row["bandwidth"]]
+    axes[0][0].set_ylim(0, 1.05 * max(105, *shares))
     axes[0][0].set_ylabel("traffic, % of a copy's speed")
     lines, words = axes[0][0].get_legend_handles_labels()
     figure.legend(lines, words, loc="lower center", ncol=2, fontsize=8, frameon=False)
@@ -125,7 +132,6 @@ def _panel(axis, rows: list[Row]) -> None:
     axis.set_xscale("log")
     axis.set_xticks(list(sizes.values()), [f"{size:.3g}" for size in sizes.values()])
     axis.minorticks_off()
-    axis.set_ylim(0, 110)
     axis.grid(axis="y", linewidth=0.4, alpha=0.5)
     for side in ("top", "right"):
         axis.spines[side].set_visible(False)
