@@ -82,8 +82,8 @@ def test_kept_memory_costs_no_page_faults():
             return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
         given_back = faults()
         _keep_memory()
-        faults()  # the heap grows to its size
-        assert faults() < 100 < given_back, given_back
+        assert any(faults() < 100 for _ in range(10)), "the heap never has its size"
+        assert given_back > 100, given_back
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(program)], check=True, timeout=120)
 
