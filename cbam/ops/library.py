@@ -88,16 +88,6 @@ def tail(
     where = spatial or _NO_SPATIAL
     # A network moved to channels_last has its 7x7 kernels in that layout too.
     kernel = where.kernel if where.kernel is None else where.kernel.contiguous()
-    if overwrite and x.is_cpu and not (bn.batch or where.norm.batch or torch.is_grad_enabled()):
-        with torch._C._AutoDispatchBelowAutograd():
-            _in_place(
-                x, shortcut,
-                *bn[:4], bn.eps,
-                mlp.w1, mlp.b1, mlp.w2, mlp.b2, "avg" in mlp.pools, "max" in mlp.pools, mlp.gain,
-                kernel, *where.norm[:4], where.norm.eps, where.gain,
-                relu,
-            )  # fmt: skip
-        return x
     args = (
         x, shortcut,
         *bn[:5], bn.eps,
@@ -105,7 +95,12 @@ def tail(
         kernel, *where.norm[:5], where.norm.eps, where.gain,
         relu,
     )  # fmt: skip
-    results = _run(*args, _wants_gradient(args))
+    wanted = _wants_gradient(args)
+    if overwrite and x.is_cpu and not (wanted or bn.batch or where.norm.batch):
+        with torch._C._AutoDispatchBelowAutograd():
+            _in_place(*(value for place, value in enumerate(args) if place not in _BATCH))
+        return x
+    results = _run(*args, wanted)
     out = results[0]
     pixels = x.shape[0] * x.shape[2] * x.shape[3]
     if bn.batch:
@@ -174,6 +169,7 @@ class _Args(NamedTuple):
 # What has a gradient, in the order of what `cbam::tail_backward` returns.
 _DIFFERENTIABLE = ("x", "shortcut", "gamma", "beta", "w1", "b1", "w2", "b2", "kernel", "s_gamma", "s_beta")
 _GRADIENTS = tuple(_Args._fields.index(name) for name in _DIFFERENTIABLE)
+_BATCH = (_Args._fields.index("bn_batch"), _Args._fields.index("s_batch"))
 _KEPT = tuple(place for place in _GRADIENTS if place != 1)  # the backward needs no shortcut
 
 

@@ -41,8 +41,7 @@ def locked(folder: Path, say: Callable[[str], None] = lambda line: None) -> Iter
     except OSError as error:
         if isinstance(error, OutputError):
             raise
-        told = f"cannot write to {folder}: {error.strerror or error}; give another --out"
-        raise OutputError(told) from error
+        raise OutputError.at(folder, error) from error
     over = threading.Event()
     threading.Thread(target=_beat, args=(folder / LOCK, over), daemon=True, name="lock").start()
     try:

@@ -94,9 +94,13 @@ bool channels_last(const Tensor& x) {
   return rows && !(planes && x.size(1) == 1);
 }
 
+void expect_map(const Tensor& x) {
+  STD_TORCH_CHECK(x.is_cpu() && x.dim() == 4 && x.numel() > 0, "cbam: expected a map (N, C, H, W) on the CPU");
+}
+
 // Compilers choose the layouts of what they make. x in one that kernels take: its own, where it is one.
 Tensor dense(const Tensor& x) {
-  STD_TORCH_CHECK(x.is_cpu() && x.dim() == 4 && x.numel() > 0, "cbam: expected a map (N, C, H, W) on the CPU");
+  expect_map(x);
   auto [planes, rows] = layout(x);
   return planes || rows ? x : torch::stable::contiguous(x);
 }
@@ -247,6 +251,7 @@ Forwarded tail(Tensor x, Maybe shortcut, Maybe gamma, Maybe beta, Maybe mean, Ma
 void tail_(Tensor x, Maybe shortcut, Maybe gamma, Maybe beta, Maybe mean, Maybe var, double bn_eps, Maybe w1, Maybe b1,
            Maybe w2, Maybe b2, bool avg_pool, bool max_pool, double channel_gain, Maybe kernel, Maybe s_gamma,
            Maybe s_beta, Maybe s_mean, Maybe s_var, double s_eps, double spatial_gain, bool relu) {
+  expect_map(x);
   if (shortcut) shortcut = like(*shortcut, x, "the shortcut");
   make_contiguous(gamma, beta, mean, var, w1, b1, w2, b2, kernel, s_gamma, s_beta, s_mean, s_var);
   Forward f = told(x, shortcut, gamma, beta, mean, var, false, bn_eps, w1, b1, w2, b2, avg_pool, max_pool,

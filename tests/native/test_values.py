@@ -174,3 +174,12 @@ def test_sixteen_bits_are_read_and_rounded_as_torch_does(kernels, level, dtype):
             nan = expected.isnan()
             assert torch.equal(out.isnan(), nan)
             assert torch.equal(out[~nan].view(torch.int16), expected[~nan].view(torch.int16))
+
+
+def test_in_place_takes_a_map_alone(kernels):  # T5
+    case = kernels.Case(norm="running", spatial="running")
+    inputs = kernels.draw(case)
+    for bad in (inputs.x[0], inputs.x[:0]):
+        inputs.x = bad
+        with pytest.raises(RuntimeError, match="expected a map"):
+            kernels.in_place(case, inputs)
