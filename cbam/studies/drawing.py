@@ -84,8 +84,10 @@ def _heading(table: Table) -> str:
         f"dots: seeds; bar: mean with {CONFIDENCE:.0%} interval, ".replace("%", " %")
         + f"blue where it leaves out zero; diamond: the paper's difference ({table.study.paper_data})"
     )
+    name = title(table)
+    size = round(min(15, 15 * 90 / len(name)), 1)  # 90 bold letters of 15 px are as wide as the drawing
     return (
-        f'<text x="12" y="22" font-size="15" font-weight="600" fill="{_INK}">{escape(title(table))}</text>\n'
+        f'<text x="12" y="22" font-size="{size:g}" font-weight="600" fill="{_INK}">{escape(name)}</text>\n'
         f'<text x="12" y="41" fill="{_NOT}">{escape(status(table))}</text>\n'
         f'<text x="12" y="59" fill="{_NOT}">{escape(told)}</text>'
     )
