@@ -12,7 +12,7 @@ from cbam.data.digits import NAME
 from cbam.data.pictures import short_side
 from cbam.errors import CheckpointNotFoundError, ConfigError
 from cbam.hub.card import read_config
-from cbam.hub.folder import CONFIG, WEIGHTS
+from cbam.hub.folder import CONFIG
 from cbam.models import build
 from cbam.surgery import load_weights
 from cbam.train import checkpoint
@@ -75,8 +75,7 @@ def source(named: str, model: str | None, outputs: int | None) -> Source:
     if path.is_dir() or checkpoint.step_of(path) >= 0:
         if model is not None or outputs is not None:
             raise ConfigError(f"{named} says what network it is: leave --model and --num-classes out")
-        published = (path / CONFIG).is_file() and (path / WEIGHTS).is_file()
-        return _published(path) if published else _run(path)
+        return _published(path) if hub.is_published(path) else _run(path)
     if model is None:
         raise ConfigError(f"{named} does not say what network it is: give --model NAME, see `cbam list`")
     net = build(model, num_classes=outputs or _OUTPUTS)

@@ -115,6 +115,11 @@ def from_pretrained(
     return model.eval()
 
 
+def is_published(path: str | PathLike[str]) -> bool:
+    """Whether a folder on this machine is one of `save_pretrained`."""
+    return all((Path(path) / name).is_file() for name in (CONFIG, WEIGHTS))
+
+
 def card_of(source: str | PathLike[str], *, revision: str | None = None) -> Card:
     """What the author tells of the network of a folder or repository: classes, size, normalisation, ...
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cbam.errors import NonFiniteError
 from cbam.train.distributed import world
 from cbam.train.mixing import mix
 from cbam.train.recipe import Recipe
@@ -63,8 +64,19 @@ class Classification:
         return logits[order], targets[order], indices[order]
 
     def scores(self, collected: tuple[Tensor, Tensor, Tensor]) -> dict[str, float | None]:
-        """Loss and errors."""
-        loss, top1, top5 = scores(*collected[:2])
+        """Loss and errors.
+
+        Raises:
+            NonFiniteError: the network gives NaN; its largest class would be no answer of the network's.
+        """
+        logits, targets, indices = collected
+        if bad := indices[~logits.isfinite().all(1)].tolist():
+            told = ", ".join(map(str, bad[:8])) + (", ..." if len(bad) > 8 else "")
+            raise NonFiniteError(
+                f"the network gives NaN or infinity for {len(bad)} of {len(indices)} validation pictures "
+                f"({told}); they were not scored"
+            )
+        loss, top1, top5 = scores(logits, targets)
         return {"val_loss": loss, "val_top1": top1, "val_top5": top5}
 
 

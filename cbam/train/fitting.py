@@ -89,7 +89,8 @@ def fit(
 
     Raises:
         ConfigError: no such device, or processes that cannot share the batches. DataError: a bad picture.
-        NonFiniteError: the loss is not finite. OutOfMemoryError. DistributedError: another process is gone.
+        NonFiniteError: a loss or an output is not finite. OutOfMemoryError.
+        DistributedError: another process is gone.
         StoppedError: the keeper was told to stop. OutputError: it can no longer save.
     """
     with lightning():
@@ -175,6 +176,9 @@ def evaluate(
     """Errors and probabilities of `model` on `images`, in eval mode, every picture exactly once.
 
     In several processes (see distributed.py) each takes its part, and all return the whole.
+
+    Raises:
+        NonFiniteError: the network gives NaN. DataError: a bad picture. ConfigError: no such device.
     """
     steps = _validated(model, images, batch_size, device, workers, on_step)
     logits, targets, indices = steps.collected

@@ -161,6 +161,29 @@ def test_a_loss_that_is_not_finite_stops_before_the_step():
     assert torch.equal(model[0].weight, before["0.weight"])
 
 
+class BadWhenScored(nn.Module):
+    """A network whose outputs are NaN in a validation alone, for some pictures."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = small()
+
+    def forward(self, x):
+        out = self.network(x)
+        if not self.training:
+            out[1::2, 0] = float("nan")
+        return out
+
+
+def test_outputs_that_are_nan_are_no_top_1_error():
+    # R10
+    told = r"NaN or infinity for 3 of 6 validation pictures \(1, 3, 5\)"
+    with pytest.raises(NonFiniteError, match=told):
+        evaluate(BadWhenScored(), Colours(6), device="cpu")
+    with pytest.raises(NonFiniteError, match=told):
+        fit(BadWhenScored(), Colours(12), Colours(6), SHORT, seed=0, device="cpu")
+
+
 def test_ctrl_c_is_a_keyboard_interrupt_again_and_the_next_one_still_works():
     # R18
     def stop(_):

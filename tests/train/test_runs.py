@@ -238,6 +238,31 @@ def test_a_score_is_that_of_the_last_epoch(finished):
         assert what == "resnet_tiny+cbam on 20 validation pictures of cluttered_digits"
 
 
+def test_a_published_folder_is_scored_as_its_card_says_pictures_come_to_it(pictures, tmp_path):
+    torch.manual_seed(0)
+    network = cbam.build("resnet_tiny+cbam", num_classes=2)
+    card = cbam.hub.Card(classes=("bright", "dark"), size=32, mean=(0.2, 0.3, 0.4), std=(0.5,) * 3)
+    folder = cbam.save_pretrained(network, tmp_path / "garden", network="resnet_tiny+cbam", card=card)
+    scored, what = score(folder, data=str(pictures), device="cpu")
+    assert what == "garden on 4 validation pictures of pictures"
+    _, val = material.pictures(Config("folder", data=str(pictures), size=32))
+    seen = torch.stack([val[i]["image"] for i in range(4)]) / 255
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (card.mean, card.std))
+    expected = network.eval()((seen - mean) / std).softmax(1).detach()
+    assert torch.allclose(scored.probabilities, expected.double(), atol=1e-6)
+    with pytest.raises(ConfigError, match="leave --model out"):
+        score(folder, data=str(pictures), model="resnet_tiny", device="cpu")
+    with pytest.raises(ConfigError, match="give DATA"):
+        score(folder, device="cpu")
+    other = cbam.hub.Card(classes=("dark", "bright"), size=32)
+    turned = cbam.save_pretrained(network, tmp_path / "turned", network="resnet_tiny+cbam", card=other)
+    with pytest.raises(ConfigError, match=r"has other classes than .*turned"):
+        score(turned, data=str(pictures), device="cpu")
+    silent = cbam.save_pretrained(network, tmp_path / "silent", network="resnet_tiny+cbam")
+    with pytest.raises(ConfigError, match="does not name the classes"):
+        score(silent, data=str(pictures), device="cpu")
+
+
 def test_weights_without_settings_need_the_name_of_a_network(tmp_path):
     path = tmp_path / "weights.pth"
     torch.save(cbam.build("resnet_tiny", num_classes=10).state_dict(), path)

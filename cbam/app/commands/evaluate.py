@@ -8,12 +8,16 @@ from cbam.app.options import Parser, count, need, terminable
 from cbam.app.terminal import show
 from cbam.train.launch import launch, place
 
-HELP = "evaluate a checkpoint, or the weights of a named network"
+HELP = "evaluate a checkpoint, a folder for the hub, or the weights of a named network"
 
 
 def add(parser: Parser) -> None:
     """The options."""
-    parser.add_argument("file", metavar="FILE", help="checkpoint or folder of a run, or weights with --model")
+    parser.add_argument(
+        "file",
+        metavar="FILE",
+        help="checkpoint or folder of a run, folder to publish, or weights with --model",
+    )
     parser.add_argument(
         "data", nargs="?", metavar="DATA", help="folder of pictures (default: that of the run)"
     )
