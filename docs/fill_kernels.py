@@ -1,7 +1,7 @@
-"""Put what `benchmarks/results/` holds into docs/kernels.md: `python -m docs.fill_kernels`.
+"""Put what `benchmarks/results/` holds into docs/kernels.md and README.md: `python -m docs.fill_kernels`.
 
 The files are those that `cbam bench --out benchmarks/results` writes. What stands between the two markers of
-the page is replaced.
+each page is replaced: docs/kernels.md gets everything, the README one network on every machine.
 """
 
 import csv
@@ -9,7 +9,9 @@ import math
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-PAGE, RESULTS, PICTURE = ROOT / "docs/kernels.md", ROOT / "benchmarks/results", "img/bandwidth.svg"
+PAGE, README = ROOT / "docs/kernels.md", ROOT / "README.md"
+RESULTS, PICTURE = ROOT / "benchmarks/results", "img/bandwidth.svg"
+SHOWN = "resnet50"  # in the README
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 BYTES = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
 LINES = {  # (operation, mode) -> colour, mark; told apart with any colour vision
@@ -34,6 +36,24 @@ def fill(page: Path, results: Path) -> None:
             "over the time, as a share of the speed at which the same machine copies a map of that size. "
             "Filled marks are NCHW, open ones channels_last."
         )
+    _put(page, parts)
+
+
+def fill_readme(readme: Path, results: Path) -> None:
+    """Write what one network costs on every machine, memory as it comes, into the README."""
+    files = [path for path in sorted(results.glob("*.csv"), key=_name) if _is_bench(path)]
+    parts = []
+    for rows in map(_read, files):
+        own = [row for row in rows if row["op"] == SHOWN]
+        if own and rows[0].get("memory") != "kept":
+            first = own[0]
+            told = f"{first['device']}, {first['threads']} threads, {first['dtype']}, torch {first['torch']}, "
+            told += f"{first['rounds']} rounds in turns; time as a ratio to the plain network, in brackets the "
+            parts.append(f"{_table(own)}\n\n{told}least and the most.")
+    _put(readme, parts)
+
+
+def _put(page: Path, parts: list[str]) -> None:
     text = "\n\n".join(parts) or "No machine's results are in `benchmarks/results/` yet."
     before, rest = page.read_text("utf-8").split(BEGIN)
     _, after = rest.split(END)
@@ -145,3 +165,4 @@ def _megabytes(shape: str, dtype: str) -> float:
 
 if __name__ == "__main__":
     fill(PAGE, RESULTS)
+    fill_readme(README, RESULTS)

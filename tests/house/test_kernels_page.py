@@ -4,7 +4,7 @@ import csv
 
 import pytest
 
-from docs.fill_kernels import BEGIN, END, fill
+from docs.fill_kernels import BEGIN, END, README, RESULTS, fill, fill_readme
 
 ROW = {
     "op": "attention", "implementation": "timm", "shape": "8x4x7x7", "dtype": "float32", "layout": "NCHW",
@@ -47,3 +47,22 @@ def test_a_case_is_a_line_and_an_implementation_a_column(page):
     assert "### A device, float32, torch 2.15.0" in text
     assert (page.parent / "img" / "bandwidth.svg").stat().st_size > 1000
     assert "old" not in text
+
+
+def test_the_readme_shows_one_network_with_memory_as_it_comes(page):
+    plain = ROW | {"op": "resnet50", "implementation": "plain", "shape": "8x3x224x224", "memory": ""}
+    ours = plain | {"implementation": "cbam", "ratio": "1.01", "low": "0.9", "high": "1.1"}
+    results = page.parent / "results"
+    write(results / "a.csv", ROW | {"memory": ""}, plain, ours)
+    write(results / "a-memory-kept.csv", *(row | {"memory": "kept", "ratio": "7"} for row in (plain, ours)))
+    fill_readme(page, results)
+    assert page.read_text().count("| resnet50 8x3x224x224 NCHW inference | 2 ms | 1.01 [0.90, 1.10] |") == 1
+    assert "7.00" not in page.read_text()
+    assert "attention" not in page.read_text()
+
+
+def test_the_readme_holds_what_was_measured(tmp_path):
+    copy = tmp_path / "README.md"
+    copy.write_text(README.read_text("utf-8"), "utf-8")
+    fill_readme(copy, RESULTS)
+    assert copy.read_text("utf-8") == README.read_text("utf-8")
