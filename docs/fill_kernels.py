@@ -47,9 +47,11 @@ def fill_readme(readme: Path, results: Path) -> None:
         own = [row for row in rows if row["op"] == SHOWN]
         if own and rows[0].get("memory") != "kept":
             first = own[0]
-            told = f"{first['device']}, {first['threads']} threads, {first['dtype']}, torch {first['torch']}, "
-            told += f"{first['rounds']} rounds in turns; time as a ratio to the plain network, in brackets the "
-            parts.append(f"{_table(own)}\n\n{told}least and the most.")
+            where = f"{first['device']}, {first['threads']} threads, {first['dtype']}, torch {first['torch']}"
+            parts.append(
+                f"{_table(own)}\n\n{where}, {first['rounds']} rounds in turns; time as a ratio to the plain "
+                "network, in brackets the least and the most."
+            )
     _put(readme, parts)
 
 

@@ -1,9 +1,11 @@
 """The README and the pages of docs/ run, and their links lead somewhere.
 
 Every ```python block of a page runs, in order, in one namespace and in an empty folder. A block under the
-line `<!-- no-run: reason -->` does not; a skipped test counts those and says why.
+line `<!-- no-run: reason -->` does not, and one under `<!-- needs: module -->` where that is not installed;
+a skipped test counts those and says why.
 """
 
+import importlib.util
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +18,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 TEXTS = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 
 FENCE = re.compile(
-    r"(?:^<!-- no-run: (?P<reason>.+?) -->\n+)?"
+    r"(?:^<!-- (?:no-run: (?P<reason>.+?)|needs: (?P<needs>\w+)) -->\n+)?"
     r"^(?P<fence>```+)(?P<language>\w*)[^\n]*\n(?P<code>.*?)^(?P=fence)$",
     re.MULTILINE | re.DOTALL,
 )
@@ -37,7 +39,12 @@ def blocks(page: Path) -> Iterator[Block]:
     for match in FENCE.finditer(text):
         if match["language"] in ("python", "py"):
             line = text.count("\n", 0, match.start("code")) + 1
-            yield Block(page, line, match["code"], match["reason"])
+            yield Block(page, line, match["code"], match["reason"] or _lacking(match["needs"]))
+
+
+def _lacking(module: str | None) -> str | None:
+    lacks = module is not None and importlib.util.find_spec(module) is None
+    return f"{module} is not installed" if lacks else None
 
 
 def run(page: Path) -> dict:
