@@ -1,6 +1,8 @@
 """Everything that is wrong with a data set on disk: image folders, COCO and VOC."""
 
+import hashlib
 import os
+from collections import Counter
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
@@ -9,7 +11,7 @@ from cbam.data.boxes import Finding
 from cbam.data.coco import LISTS, CocoReader, pictures_of
 from cbam.data.decode import decode_bytes, header_of, not_an_image, read, shown
 from cbam.data.located import LocatedJSON
-from cbam.data.scan import EXTENSIONS, find_pictures
+from cbam.data.scan import EXTENSIONS, Classes, find_pictures
 from cbam.data.voc import VocReader
 from cbam.errors import DataError
 
@@ -24,7 +26,8 @@ def check(path: str | os.PathLike, *, deep: bool = False) -> tuple[str, Iterator
     COCO's lists, or whose folders hold some, is COCO's. Any other is taken for class folders of pictures.
 
     Args:
-        deep: decode every picture, and look for the end marker of every JPEG.
+        deep: decode every picture, look for the end marker of every JPEG, and for files in both parts or in
+            two classes.
 
     Raises:
         DataError: no such folder.
@@ -78,6 +81,32 @@ def _classes(root: Path, deep: bool) -> Iterator[Finding]:
         yield from _pictures(files, deep)
         return
     yield from _pictures(chain(*train.values(), *val.values()), deep)
+    if deep:
+        yield from _twins({"train": train, "validate": val})
+
+
+def _twins(splits: dict[str, Classes]) -> Iterator[Finding]:
+    """Files with the bytes of one that has another purpose or another class."""
+    placed = [
+        (path, Path(path).stat().st_size, name, what)
+        for what, own in splits.items()
+        for name, paths in own.items()
+        for path in paths
+    ]
+    sizes = Counter(size for _, size, *_ in placed)
+    first: dict[bytes, tuple[str, str, str]] = {}
+    for path, size, name, what in placed:
+        if sizes[size] == 1:
+            continue
+        try:
+            digest = hashlib.sha256(read(path)).digest()
+        except (OSError, DataError):
+            continue  # it was told of before
+        other, other_name, other_what = first.setdefault(digest, (path, name, what))
+        if what != other_what:
+            yield Finding(shown(path), f"the same file is there to {other_what}: {shown(other)}")
+        elif name != other_name:
+            yield Finding(shown(path), f"the same file is in class {shown(other_name)}: {shown(other)}")
 
 
 def _voc(root: Path, deep: bool) -> Iterator[Finding]:

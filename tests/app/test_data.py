@@ -9,10 +9,9 @@ from cbam.app.cli import main
 
 @pytest.fixture
 def pictures(tmp_path):
-    for split in ("train", "val"):
-        for name in ("a", "b"):
-            (tmp_path / split / name).mkdir(parents=True)
-            Image.fromarray(np.zeros((16, 16, 3), np.uint8)).save(tmp_path / split / name / "0.jpg")
+    for shade, own in enumerate(("train/a", "train/b", "val/a", "val/b")):
+        (tmp_path / own).mkdir(parents=True)
+        Image.fromarray(np.full((16, 16, 3), 60 * shade, np.uint8)).save(tmp_path / own / "0.jpg")
     return tmp_path
 
 

@@ -43,7 +43,7 @@ def make_folder(tmp_path, encoded):
             own = tmp_path / "pictures" / inside / name
             own.mkdir(parents=True)
             for i in range(count):
-                data = encoded(_pixels(side, side + 8, seed=10 * label + i), "JPEG")
+                data = encoded(_pixels(side, side + 8, seed=100 * len(inside) + 10 * label + i), "JPEG")
                 (own / f"{i}.{ending}").write_bytes(data)
         return tmp_path / "pictures"
 

@@ -52,6 +52,18 @@ def test_deep_finds_what_decoding_finds_and_a_missing_end_marker(classes):  # D1
     assert open_end.read_bytes()[-2:] != b"\xff\xd9"  # nothing is rewritten
 
 
+def test_deep_finds_files_that_validate_what_they_trained_or_are_of_two_classes(classes):  # D19
+    train, val = classes / "train", classes / "val"
+    shutil.copy(train / "cat/0.jpg", val / "cat/again.jpg")
+    shutil.copy(train / "dog/1.jpg", train / "cat/odd.jpg")
+    shutil.copy(train / "dog/2.jpg", train / "dog/twice.jpg")  # seen twice as often, and no more
+    assert told(classes)[1] == []
+    assert told(classes, deep=True)[1] == [
+        f"{train}/dog/1.jpg: the same file is in class cat: {train}/cat/odd.jpg",
+        f"{val}/cat/again.jpg: the same file is there to train: {train}/cat/0.jpg",
+    ]
+
+
 @pytest.mark.parametrize("more", [b"", b"\0" * 9, b"camera"])
 @pytest.mark.parametrize("progressive", [False, True])
 def test_a_jpeg_with_an_end_marker_and_more_is_sound(classes, encoded, pixels, more, progressive):  # D2

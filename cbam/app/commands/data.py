@@ -12,7 +12,11 @@ def add(parser: Parser) -> None:
     """The options."""
     parser.add_argument("action", choices=("check",), metavar="check", help="check: print every fault")
     parser.add_argument("data", metavar="DIR", help="class folders of pictures, a COCO or a VOC folder")
-    parser.add_argument("--deep", action="store_true", help="decode every picture, too")
+    parser.add_argument(
+        "--deep",
+        action="store_true",
+        help="decode every picture, too, and look for files in both parts or in two classes",
+    )
 
 
 def run(options: argparse.Namespace) -> int:
