@@ -38,6 +38,14 @@ that has converged. The evidence that the README cites is the tables on Imagenet
 none, they are still to be run.
 """
 
+REDUCED = """\
+## On photographs, with less
+
+Without a GPU the whole trainings take weeks. These were made on CPUs, with smaller pictures, fewer of them or
+fewer epochs. What they show is true of such a training; a longer one may end otherwise. A table that is
+partial is left out of what follows.
+"""
+
 STILL = """\
 ## Still to be run
 
@@ -81,8 +89,12 @@ CHOICES = """\
 - On the digits, ten rows of peers were run first; they were picked by the time that they take, before any of
   them had a result. The start study was run there because the harm in the other tables was seen.
 - No other setting was changed after a result. The last epoch of every run counts, not the best.
-- Imagenette and ImageNet: none, no run has been made there.
+- {photographs}
 """
+NO_PHOTOGRAPHS = "Imagenette and ImageNet: none, no run has been made there."
+PHOTOGRAPHS = """\
+Imagenette: the size of the pictures and the number of epochs, by the time that a run takes on one core, and
+  before the first run; everything else is as on a GPU. ImageNet: none, no run has been made there."""
 
 
 def page(results: Path = RESULTS) -> str:
@@ -90,8 +102,10 @@ def page(results: Path = RESULTS) -> str:
     found = {name: tables(study, Records(results, name).all().values()) for name, study in STUDIES.items()}
     every = [table for own in found.values() for table in own]
     usual = [table for table in every if table.name == f"{table.study.name}-{table.shared['data']}"]
-    parts = [OPENING, _count(every), _listing(usual), _digits_note(usual)]
-    parts += [_shown(usual), _open(usual), _choices(found), _still(usual)]
+    reduced = [table for table in every if table not in usual and table.shared["data"] != DIGITS]
+    judged = [table for table in usual + reduced if not table.partial]
+    parts = [OPENING, _count(every), _listing(usual), _digits_note(usual), _reduced(reduced)]
+    parts += [_shown(judged), _open(judged), _choices(found, usual + reduced), _still(usual)]
     return "\n".join(part for part in parts if part)
 
 
@@ -127,14 +141,38 @@ def _digits_note(usual: list[Table]) -> str:
     return DIGITS_ARE_NOT.format(steps=steps, parameters=runs[0]["parameters"])
 
 
-def _shown(usual: list[Table]) -> str:
+def _reduced(tables: list[Table]) -> str:
+    if not tables:
+        return ""
+    lines = [REDUCED, "| table | training | runs | state |", "| --- | --- | --- | --- |"]
+    for table in tables:
+        link = f"[{as_markdown(title(table))}](../results/{table.study.name}/{table.name}.md)"
+        lines.append(f"| {link} | {_settings(table)} | {len(_runs(table))} | {status(table)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _settings(table: Table) -> str:
+    shared = table.shared
+    size = shared["size"] or table.about["size"]
+    pictures = f"{table.about['train']} pictures" + (f" of {size} px" if size else "")
+    return f"{pictures}, {shared['epochs']} epochs, batch {shared['batch_size']}"
+
+
+def _where(table: Table) -> str:
+    """The study and the data, and how it was trained where that is not the usual way."""
+    name = f"{table.study.name}, {table.shared['data']}"
+    usual = table.name == f"{table.study.name}-{table.shared['data']}"
+    return name if usual else f"{name} ({_settings(table)})"
+
+
+def _shown(judged: list[Table]) -> str:
     """Differences whose interval leaves out zero, both ways."""
     lines = ["## What is shown", ""]
     for word, told in (
         ("better", "Lower top-1 error, or higher average precision:"),
         ("worse", "Higher error, or lower precision: attention does harm"),
     ):
-        rows = [line for table in usual for line in _rows(table, word)]
+        rows = [line for table in judged for line in _rows(table, word)]
         lines += [told, "", *(rows or ["- nothing"]), ""]
     return "\n".join(lines)
 
@@ -151,13 +189,13 @@ def _rows(table: Table, word: str) -> list[str]:
             )
             interval = "no interval" if row["low"] is None else f"{row['low']:+.2f} to {row['high']:+.2f}"
             found.append(
-                f"- {table.study.name}, {table.shared['data']}: {labels[row['arm']]} against "
+                f"- {_where(table)}: {labels[row['arm']]} against "
                 f"{labels[row['against']]}: {row['mean']:+.2f} points ({interval}, {row['n']} seeds{paper})"
             )
     return found
 
 
-def _open(usual: list[Table]) -> str:
+def _open(judged: list[Table]) -> str:
     """What is not settled, and how many pairs would settle it."""
     lines = [
         "## What is open",
@@ -169,20 +207,20 @@ def _open(usual: list[Table]) -> str:
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     count = 0
-    for table in usual:
+    for table in judged:
         labels = {name: arm.label for name, arm in table.study.arms.items()}
         for row in differences(table, table.first.key):
             if row.get("word") == "no difference shown" and row["resolution"] is not None:
                 count += 1
                 needed = f"over {MOST_PAIRS:,}" if row["needed"] is None else row["needed"]
-                names = f"{table.study.name} | {labels[row['arm']]} | {labels[row['against']]}"
+                names = f"{_where(table)} | {labels[row['arm']]} | {labels[row['against']]}"
                 lines.append(
                     f"| {names} | {row['mean']:+.2f} | {row['n']} | {row['resolution']:.2f} | {needed} |"
                 )
     return "\n".join(lines) + "\n" if count else "\n".join(lines[:1]) + "\n\nNothing that was run.\n"
 
 
-def _choices(found: dict[str, list[Table]]) -> str:
+def _choices(found: dict[str, list[Table]], every: list[Table]) -> str:
     """The words of CHOICES with the numbers of the first plan, which was given up."""
     first = [
         t for own in found.values() for t in own if (t.shared["epochs"], t.shared["batch_size"]) == (6, 32)
@@ -197,7 +235,12 @@ def _choices(found: dict[str, list[Table]]) -> str:
         lr=protocol.lr,
         batch=protocol.batch_size,
         epochs=protocol.epochs,
+        photographs=PHOTOGRAPHS if any(_is_imagenette(table) for table in every) else NO_PHOTOGRAPHS,
     )
+
+
+def _is_imagenette(table: Table) -> bool:
+    return table.shared["data"].startswith("imagenette")
 
 
 def _still(usual: list[Table]) -> str:
