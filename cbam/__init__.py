@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from cbam.models import build
     from cbam.nn import CBAM, ChannelAttention, SpatialAttention
     from cbam.portable import export
-    from cbam.surgery import attach, convert_state_dict, detach, load_weights, sites
+    from cbam.surgery import attach, bypassed, convert_state_dict, detach, load_weights, sites
 
 _HOME = {
     "CBAM": "cbam.nn",
@@ -30,6 +30,7 @@ _HOME = {
     "SpatialAttention": "cbam.nn",
     "attach": "cbam.surgery",
     "build": "cbam.models",
+    "bypassed": "cbam.surgery",
     "convert_state_dict": "cbam.surgery",
     "detach": "cbam.surgery",
     "export": "cbam.portable",
@@ -58,6 +59,7 @@ __all__ = [  # noqa: RUF022 - in the order a reader needs them
     "SpatialAttention",
     "attach",
     "detach",
+    "bypassed",
     "sites",
     "load_weights",
     "convert_state_dict",

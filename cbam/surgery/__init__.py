@@ -1,7 +1,16 @@
 """Attention into a model and out again: `attach`, `detach`, `sites`, and weights of every dialect."""
 
-from cbam.surgery.attach import attach, detach
+from cbam.surgery.attach import attach, bypassed, detach
 from cbam.surgery.sites import Site, attached, sites
 from cbam.surgery.weights import convert_state_dict, load_weights
 
-__all__ = ["Site", "attach", "attached", "convert_state_dict", "detach", "load_weights", "sites"]
+__all__ = [
+    "Site",
+    "attach",
+    "attached",
+    "bypassed",
+    "convert_state_dict",
+    "detach",
+    "load_weights",
+    "sites",
+]

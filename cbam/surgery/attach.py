@@ -1,10 +1,11 @@
 """Put attention into a model in place, take it out again, and say where it can go."""
 
+import contextlib
 import difflib
 import inspect
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from cbam.errors import AttachError, InputError
 from cbam.nn import CBAM
-from cbam.surgery.route import is_refined, refine, restore
+from cbam.surgery.route import is_refined, paused, refine, restore
 from cbam.surgery.sites import Site, blocked, check_module, output_sites, sites
 from cbam.surgery.trial import Value
 
@@ -79,6 +80,25 @@ def detach(model: nn.Module) -> nn.Module:
     for block in blocks:
         restore(block)
     return model
+
+
+@contextlib.contextmanager
+def bypassed(model: nn.Module) -> Iterator[nn.Module]:
+    """For a `with`: `model` computes, bit for bit, what it would after `detach`; then as before again.
+
+    Its weights and keys stay what they are, those of the attention among them.
+
+    Raises:
+        AttachError: the model has no attention, or is wrapped.
+    """
+    _refuse_wrapped(model)
+    blocks = [m for m in model.modules() if is_refined(m)]
+    if not blocks:
+        raise AttachError("nothing to bypass: the model has no attached attention")
+    with contextlib.ExitStack() as stack:
+        for block in blocks:
+            stack.enter_context(paused(block))
+        yield model
 
 
 def _choose(model: nn.Module, where: str | Callable[[str, nn.Module], bool] | None) -> list[Site]:

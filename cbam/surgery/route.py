@@ -7,6 +7,7 @@ the original. Children stay what they are: conversion to SyncBatchNorm, hooks an
 Where no child can be redirected, the forward is generated from the block's traced graph.
 """
 
+import contextlib
 import dis
 import functools
 import importlib
@@ -69,6 +70,30 @@ def restore(block: nn.Module) -> nn.Module:
     block.__class__ = vars(type(block))["_cbam_base"]
     assert isinstance(attention, nn.Module)
     return attention
+
+
+@contextlib.contextmanager
+def paused(block: nn.Module) -> Iterator[None]:
+    """For a `with`: `block` runs the code of its base; the attention stays its child."""
+    refined = type(block)
+    base = vars(refined)["_cbam_base"]
+    block.__class__ = _skipping(base) if base.forward is nn.Sequential.forward else base
+    try:
+        yield
+    finally:
+        block.__class__ = refined
+
+
+@functools.cache
+def _skipping(base: type[nn.Module]) -> type[nn.Module]:
+    """A sequence that runs all children but the attention."""
+
+    def forward(self, x):
+        for name, child in self._modules.items():
+            x = x if name == SLOT else child(x)
+        return x
+
+    return type(base.__name__, (base,), {"forward": forward})
 
 
 def is_refined(block: nn.Module) -> bool:

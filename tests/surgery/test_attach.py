@@ -61,6 +61,37 @@ def test_the_paper_start_is_the_released_initialisation(net):
         assert not part.spatial.bn.weight.any()
 
 
+def test_a_bypassed_network_computes_the_plain_function_and_is_whole_again(net, images):  # S17
+    expected = net(images)
+    refined = open_gates(cbam.attach(net))
+    attended, before = refined(images), fingerprint(refined)
+    with cbam.bypassed(refined) as plain:
+        assert plain is refined
+        assert torch.equal(plain(images), expected)
+        assert list(plain.state_dict()) == list(refined.state_dict())
+        with pytest.raises(AttachError, match="nothing to bypass"), cbam.bypassed(refined):
+            pass
+    with pytest.raises(RuntimeError, match="channels"), cbam.bypassed(refined):
+        refined(images[:, :1])
+    assert fingerprint(refined) == before
+    assert torch.equal(refined(images), attended)
+
+
+@pytest.mark.parametrize("where", ["one", r"two\.second", "", "stem"])
+def test_attention_is_bypassed_wherever_it_is(net, images, where):  # S17
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()) if not where else net
+    x = torch.randn(2, 3, 9, 9) if not where else images
+    if where == "stem":
+        net.stem = nn.Sequential(net.stem, nn.ReLU())
+    expected = model(x)
+    open_gates(cbam.attach(model, where))
+    assert not torch.equal(model(x), expected)
+    with cbam.bypassed(model):
+        model.train().eval()
+        assert torch.equal(model(x), expected)
+    assert not torch.equal(model(x), expected)
+
+
 def test_detach_restores_outputs_keys_order_hooks_and_classes(net, images):  # S12, S16
     calls = []
     net.one.norm2.register_forward_hook(lambda *a: calls.append("hook"))
