@@ -1,7 +1,7 @@
 """Write docs/evidence.md from the records in results/: `python -m docs.fill_evidence`, or `make evidence`.
 
-Tables and figures of the studies are computed anew first. What is said of a result is computed; what a
-reader must know of how it came about stands here in words.
+Tables and figures of the studies are computed anew first; what they show on photographs goes into README.md.
+What is said of a result is computed; what a reader must know of how it came about stands here in words.
 """
 
 import json
@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks import imagenet_hours
 from cbam.studies.conduct import write_tables
-from cbam.studies.printing import status, title
+from cbam.studies.printing import outcome, status, title
 from cbam.studies.records import Records
 from cbam.studies.report import as_markdown
 from cbam.studies.statistics import MOST_PAIRS
@@ -20,7 +20,8 @@ from cbam.studies.tabulate import Table, differences, tables
 
 ROOT = Path(__file__).parents[1]
 RESULTS, MEASURED = ROOT / "results", ROOT / "benchmarks" / "results"
-PAGE = Path(__file__).parent / "evidence.md"
+PAGE, README = Path(__file__).parent / "evidence.md", ROOT / "README.md"
+BEGIN, END = "<!-- evidence:begin -->", "<!-- evidence:end -->"
 
 OPENING = """\
 # What the evidence is
@@ -99,14 +100,37 @@ Imagenette: the size of the pictures and the number of epochs, by the time that 
 
 def page(results: Path = RESULTS) -> str:
     """The whole page."""
-    found = {name: tables(study, Records(results, name).all().values()) for name, study in STUDIES.items()}
+    found = _found(results)
     every = [table for own in found.values() for table in own]
-    usual = [table for table in every if table.name == f"{table.study.name}-{table.shared['data']}"]
+    usual = [table for table in every if _is_usual(table)]
     reduced = [table for table in every if table not in usual and table.shared["data"] != DIGITS]
     judged = [table for table in usual + reduced if not table.partial]
     parts = [OPENING, _count(every), _listing(usual), _digits_note(usual), _reduced(reduced)]
     parts += [_shown(judged), _open(judged), _choices(found, usual + reduced), _still(usual)]
     return "\n".join(part for part in parts if part)
+
+
+def readme(text: str, results: Path = RESULTS) -> str:
+    """The README, with what the tables on photographs show."""
+    every = [table for own in _found(results).values() for table in own]
+    told = [
+        f"{as_markdown(title(table))} ({_settings(table)}). {' '.join(outcome(table))}"
+        for table in sorted(every, key=_is_usual, reverse=True)
+        if table.shared["data"] != DIGITS and not table.partial
+    ]
+    before, rest = text.split(BEGIN)
+    _, after = rest.split(END)
+    said = "\n\n".join(told) or "No table on photographs is there yet."
+    return f"{before}{BEGIN}\n{said}\n{END}{after}"
+
+
+def _found(results: Path) -> dict[str, list[Table]]:
+    return {name: tables(study, Records(results, name).all().values()) for name, study in STUDIES.items()}
+
+
+def _is_usual(table: Table) -> bool:
+    """Whether it was trained as the data set's protocol has it."""
+    return table.name == f"{table.study.name}-{table.shared['data']}"
 
 
 def _runs(table: Table) -> list[dict[str, Any]]:
@@ -161,8 +185,7 @@ def _settings(table: Table) -> str:
 def _where(table: Table) -> str:
     """The study and the data, and how it was trained where that is not the usual way."""
     name = f"{table.study.name}, {table.shared['data']}"
-    usual = table.name == f"{table.study.name}-{table.shared['data']}"
-    return name if usual else f"{name} ({_settings(table)})"
+    return name if _is_usual(table) else f"{name} ({_settings(table)})"
 
 
 def _shown(judged: list[Table]) -> str:
@@ -276,6 +299,7 @@ def main() -> None:
     for name, study in STUDIES.items():
         write_tables(Records(RESULTS, name), study)
     PAGE.write_text(page(), "utf-8")
+    README.write_text(readme(README.read_text("utf-8")), "utf-8")
 
 
 if __name__ == "__main__":

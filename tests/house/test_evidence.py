@@ -71,6 +71,12 @@ def test_the_page_of_the_evidence_is_what_its_program_writes():
     assert fill_evidence.PAGE.read_text("utf-8") == fill_evidence.page(), "make evidence"
 
 
+def test_the_readme_says_what_the_tables_on_photographs_show(tmp_path):
+    text = fill_evidence.README.read_text("utf-8")
+    assert text == fill_evidence.readme(text), "make evidence"
+    assert "No table on photographs is there yet." in fill_evidence.readme(text, tmp_path)
+
+
 def test_the_page_says_that_the_digits_are_not_the_evidence():
     assert "**The digits are not the evidence.**" in fill_evidence.page()
 
