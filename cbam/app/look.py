@@ -154,4 +154,4 @@ def make(out: Path) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OutputError(f"cannot make {out}: {error.strerror or error}; give another --out") from error
+        raise OutputError.at(out, error) from error

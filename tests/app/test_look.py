@@ -158,7 +158,7 @@ def test_nothing_to_look_at_and_nowhere_to_write_are_errors(viewer, photo, tmp_p
     with pytest.raises(DataError, match="no picture can be read, of 1 tried"):
         look_at(viewer, Wanted([tmp_path], tmp_path / "out"), lambda _: None)
     photo.save(tmp_path / "good.png")
-    with pytest.raises(OutputError, match="cannot make"):
+    with pytest.raises(OutputError, match="cannot write to"):
         look_at(viewer, Wanted([tmp_path], tmp_path / "bad.png" / "out"), lambda _: None)
 
 

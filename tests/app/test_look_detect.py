@@ -190,7 +190,7 @@ def test_nowhere_to_write_is_told_before_any_work(here, folder):
     from pathlib import Path
 
     eyes = detectors(PLAIN, "plain.pt", [], "classes.txt", None)
-    with pytest.raises(OutputError, match="cannot make"):
+    with pytest.raises(OutputError, match="cannot write to"):
         look_for_objects(eyes, Asked([Path("photo.png")], folder / "bad.png" / "out"), lambda _: None)
     with pytest.raises(DataError, match="no pictures in"):
         look_for_objects(eyes, Asked([here.parent], here), lambda _: None)
