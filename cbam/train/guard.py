@@ -55,8 +55,9 @@ class Before:
 
 
 def _copy(to: list[Tensor], source: list[Tensor]) -> None:
-    if to:
-        torch._foreach_copy_(to, source)
+    for kind in {tensor.dtype for tensor in to}:  # of one dtype a GPU copies all in one launch
+        pairs = [(a, b) for a, b in zip(to, source, strict=True) if a.dtype == kind]
+        torch._foreach_copy_([a for a, _ in pairs], [b for _, b in pairs])
 
 
 def rng() -> dict[str, Any]:

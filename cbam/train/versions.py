@@ -5,7 +5,7 @@ import platform
 
 import cbam
 
-PACKAGES = ("torch", "torchvision", "timm", "pytorch-lightning", "torchcam", "scikit-learn")
+PACKAGES = ("torch", "triton", "torchvision", "timm", "pytorch-lightning", "torchcam", "scikit-learn")
 
 
 def versions() -> dict[str, str]:

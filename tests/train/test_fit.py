@@ -184,6 +184,18 @@ def test_outputs_that_are_nan_are_no_top_1_error():
         fit(BadWhenScored(), Colours(12), Colours(6), SHORT, seed=0, device="cpu")
 
 
+def test_pictures_are_normalised_alike_in_an_evaluation_and_in_a_training_after_it():
+    pictures = torch.randint(0, 256, (2, 3, 4, 4), dtype=torch.uint8)
+    with torch.inference_mode():
+        first = normalise(pictures, (0.1, 0.2, 0.3), (0.5, 0.25, 0.125))
+    second = normalise(pictures, (0.1, 0.2, 0.3), (0.5, 0.25, 0.125))
+    (second * torch.ones(1, requires_grad=True)).sum().backward()
+    mean, std = torch.tensor((0.1, 0.2, 0.3)).view(3, 1, 1), torch.tensor((0.5, 0.25, 0.125)).view(3, 1, 1)
+    torch.testing.assert_close(second, (pictures / 255 - mean) / std)
+    assert torch.equal(first, second)
+    assert second.is_contiguous(memory_format=torch.channels_last)
+
+
 def test_ctrl_c_is_a_keyboard_interrupt_again_and_the_next_one_still_works():
     # R18
     def stop(_):

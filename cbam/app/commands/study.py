@@ -109,6 +109,9 @@ def _fill(options: argparse.Namespace) -> int:
         for filling in fillings:
             budget = None if end is None else max(0.0, end - time.monotonic())
             conduct(filling, seeds=options.seeds, budget=budget, share=1 / len(fillings))
+    for filling in fillings:
+        for error in filling.failed.values():
+            raise error  # told before; the exit code is that of the first
     return sum(len(filling.missing(options.seeds)) for filling in fillings)
 
 
