@@ -82,6 +82,8 @@ def specialised(
             signature[name] = f"*{TYPES[value.dtype]}"
             if value.storage_offset() * value.itemsize % 16 == 0:
                 divisible.append(name)
+        elif name in kernel.do_not_specialize:
+            signature[name] = "i32"
         elif name in constants or value is None or value == 1:
             signature[name], fixed[name] = "constexpr", value
         else:

@@ -77,6 +77,8 @@ def _transformed() -> bool:
 def _device_obstacle(device: torch.device) -> str:
     """Why no kernels run on `device`, or nothing; found out once, and said then."""
     if device not in _known:
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return ""  # nothing can be tried while a graph is captured
         _known[device] = reason = _missing(device)
         if reason and device.type in ("cpu", "cuda"):
             _log.warning("attention runs as plain torch operations on %s: %s", device, reason)
@@ -96,6 +98,8 @@ def _missing(device: torch.device) -> str:
         from cbam.ops import triton_kernels  # pyright: ignore[reportAttributeAccessIssue]
 
         triton_kernels.probe(device)
+    except torch.OutOfMemoryError:
+        raise  # it says nothing about the kernels
     except Exception as error:  # a compiler, a driver or a cache folder fails in any way it likes
         reason = (str(error).strip().splitlines() or [""])[0][:200]
         return f"the kernels do not run ({type(error).__name__}: {reason})"

@@ -18,7 +18,7 @@ two reductions follow from R0 and R1 without another read. Names and layouts are
 import triton
 import triton.language as tl
 
-from cbam.ops.triton_forward import extents, gated, keep, normalised_map, origin, sigmoid, take, within
+from cbam.ops.triton_forward import BATCH, extents, gated, keep, normalised_map, origin, sigmoid, take, within
 
 
 @triton.jit
@@ -37,7 +37,7 @@ def forward_terms(GAMMA, BETA, MU, VAR, GATE, n, c, inside, C, EPS: tl.constexpr
     return mu, scale, shift
 
 
-@triton.jit
+@triton.jit(do_not_specialize=BATCH)
 def reduce_gradient(
     X, GRAD, OUTPUT, G, GAMMA, BETA, MU, VAR, GATE, S, S_GAMMA, S_BETA, S_MU, S_VAR, Q, J, DU, SUMS, PQ,
     N, C, L, STEPS,
@@ -120,7 +120,7 @@ def add_up(SUMS, COUNT, BR: tl.constexpr):
     return tl.sum(first, 0), tl.sum(second, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=BATCH)
 def totals(SUMS, OUT, COUNT, BR: tl.constexpr):
     """The two sums of very many pairs, so that not every program of the next kernel adds them up."""
     first, second = add_up(SUMS, COUNT, BR)
@@ -140,7 +140,7 @@ def logit_gradient(
     return tl.where(ok, factor * du, 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=BATCH)
 def spatial_gradient(
     DU, S, S_GAMMA, S_MU, S_VAR, SUMS, Q, KERNEL, D, DW, DS_GAMMA, DS_BETA, N, C, L, W, COUNT, STEPS,
     S_EPS: tl.constexpr, S_BATCH: tl.constexpr, KS: tl.constexpr, ACC: tl.constexpr,
@@ -208,7 +208,7 @@ def weight(D, J, n, c, p, column, L):
     return tl.where(j[None, :] == c[:, None], (every + d0)[None, :], every[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=BATCH)
 def weigh(
     X, MU, D, J, PQ, R, TILES, N, C, L, STEPS,
     S: tl.constexpr, ACC: tl.constexpr, NHWC: tl.constexpr, UNIT: tl.constexpr,
@@ -254,7 +254,7 @@ def weigh(
     tl.store(out + C, r1, mask=row)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=BATCH)
 def write(
     X, MU, GRAD, DX, S, S_GAMMA, S_BETA, S_MU, S_VAR, D, J, K, SCALE, LEVEL, PEAK, SLOPE, N, C, L, STEPS,
     S_EPS: tl.constexpr, GAIN: tl.constexpr, CS: tl.constexpr, ACC: tl.constexpr, NHWC: tl.constexpr,

@@ -21,6 +21,8 @@ kernel. Passes walk the samples in alternate order: what one has read last, the 
 import triton
 import triton.language as tl
 
+BATCH = ("N", "COUNT")  # what a batch of another size changes is no part of a kernel: none is compiled for it
+
 
 @triton.jit
 def extents(C, L, NHWC: tl.constexpr, UNIT: tl.constexpr):
@@ -122,7 +124,7 @@ def gated(x, mu, scale, shift, MU, SCALE):
     return x
 
 
-@triton.jit
+@triton.jit(do_not_specialize=BATCH)
 def pool(
     X, GAMMA, MEAN, M2, TOP, AT, N, C, L, STEPS,
     S: tl.constexpr, NANS: tl.constexpr, ACC: tl.constexpr, NHWC: tl.constexpr, UNIT: tl.constexpr,
@@ -209,7 +211,7 @@ def pool(
         tl.store(AT + out, first, mask=row)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=BATCH)
 def statistics(
     MEAN, M2, MU, VAR, GAMMA, SCALE, N, C, L, STEPS,
     EPS: tl.constexpr, S: tl.constexpr, ACC: tl.constexpr,
@@ -255,7 +257,7 @@ def affine(GAMMA, VAR, SCALE, C, EPS: tl.constexpr, ACC: tl.constexpr, BC: tl.co
     tl.store(SCALE + c, tl.load(GAMMA + c, mask=c < C, other=0.0).to(ACC) * r, mask=c < C)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=BATCH)
 def squeeze(
     X, MU, SCALE, SHIFT, Q, TICKET, N, C, L, STEPS,
     GATED: tl.constexpr, CS: tl.constexpr, ACC: tl.constexpr, NHWC: tl.constexpr, UNIT: tl.constexpr,
@@ -322,7 +324,7 @@ def convolved(Q, KERNEL, n, p, L, W, KS: tl.constexpr, CS: tl.constexpr, ACC: tl
     return s
 
 
-@triton.jit
+@triton.jit(do_not_specialize=BATCH)
 def convolve(
     Q, KERNEL, SUMS, TICKET, S, S_MU, S_VAR, N, L, W,
     KS: tl.constexpr, CS: tl.constexpr, ACC: tl.constexpr, BP: tl.constexpr, BR: tl.constexpr,
@@ -373,7 +375,7 @@ def normalised_map(s, S_GAMMA, S_BETA, S_MU, S_VAR, EPS: tl.constexpr, ACC: tl.c
     return shat, tl.fma(zero + tl.load(S_GAMMA).to(ACC), shat, zero + tl.load(S_BETA).to(ACC))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=BATCH)
 def refine(
     X, SHORTCUT, MU, SCALE, SHIFT, Q, KERNEL, S, S_GAMMA, S_BETA, S_MU, S_VAR, OUT, W, N, C, L, STEPS,
     GATED: tl.constexpr, S_EPS: tl.constexpr, GAIN: tl.constexpr, RELU: tl.constexpr, KS: tl.constexpr,

@@ -15,7 +15,7 @@ A block is BN samples, BH hidden units, BC channels; no `tl.dot` sums the produc
 import triton
 import triton.language as tl
 
-from cbam.ops.triton_forward import inverse_std, relu, sigmoid
+from cbam.ops.triton_forward import BATCH, inverse_std, relu, sigmoid
 
 
 @triton.jit
@@ -113,7 +113,7 @@ def activation(of_avg, of_top, AVG: tl.constexpr, MAX: tl.constexpr):
     return relu(of_avg) + relu(of_top)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=BATCH)
 def hidden(
     MEAN, TOP, AT, M, E, K, GAMMA, BETA, MU, VAR, W1, B1, ACT, N, C, L, H, STEPS,
     EPS: tl.constexpr, S: tl.constexpr, AVG: tl.constexpr, ACC: tl.constexpr,
@@ -154,7 +154,7 @@ def hidden(
     tl.store(ACT + n[:, None] * H + h[None, :], activation(of_avg, of_top, AVG, TOP is not None), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=BATCH)
 def gate(
     MEAN, TOP, AT, M, E, K, GAMMA, BETA, MU, VAR, W1, B1, W2, B2, ACT, GATE, SCALE, SHIFT,
     N, C, L, H, STEPS,
@@ -213,7 +213,7 @@ def reductions(R, n, c, inside, C, RS):
     return r0, r1
 
 
-@triton.jit
+@triton.jit(do_not_specialize=BATCH)
 def hidden_gradient(
     R, M, E, GATE, GAMMA, BETA, MU, VAR, W1, B1, W2, DL, ACT, DA, DM, N, C, L, H, RS,
     EPS: tl.constexpr, GAIN: tl.constexpr, AVG: tl.constexpr, MAX: tl.constexpr,
@@ -285,7 +285,7 @@ def kernel_gradient(DW, DKERNEL, TAPS, COUNT, BR: tl.constexpr, BT: tl.constexpr
         tl.store(DKERNEL + t, tl.sum(total, 0).to(DKERNEL.dtype.element_ty), mask=t < TAPS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=BATCH)
 def parameter_gradients(
     R, M, E, GATE, GAMMA, BETA, MU, VAR, W1, DL, ACT, DA, DM, DW,
     SCALE, LEVEL, PEAK, SLOPE, DW1, DB1, DW2, DB2, DGAMMA, DBETA, DKERNEL, N, C, L, H, RS, TAPS, COUNT,

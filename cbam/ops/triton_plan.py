@@ -72,11 +72,14 @@ ENOUGH = 4  # programs per multiprocessor; a pass with fewer is cut finer where 
 
 @lru_cache(4096)
 def plan(N: int, C: int, L: int, nhwc: bool, itemsize: int, processors: int) -> Plan:
-    """The plan of a map (N, C, L) of `itemsize` bytes a value on a device of `processors` multiprocessors."""
+    """The plan of a map (N, C, L) of `itemsize` bytes a value on a device of `processors` multiprocessors.
+
+    It is that of the next power of two of N, so that the short last batch of an epoch compiles nothing anew.
+    """
     tiles = {name: tile(name, N, C, L, nhwc, itemsize, processors) for name in TILES}
-    small = N * C * L * itemsize <= 1 << 23
+    small = power(N) * C * L * itemsize <= 1 << 23
     conv = min(power(L), 16 if processors == INTERPRETED else 256)
-    chunks = max(min(blocks(L, conv), blocks(2 * processors, N)), blocks(L, 1024))
+    chunks = max(min(blocks(L, conv), blocks(2 * processors, power(N))), blocks(L, 1024))
     steps = blocks(blocks(L, conv), chunks)
     taps, pixels = (32, 8) if processors == INTERPRETED else (64, 32)
     chunks = blocks(blocks(L, conv), steps)
@@ -98,16 +101,16 @@ def tile(name: str, N: int, C: int, L: int, nhwc: bool, itemsize: int, processor
         BC, BP = shape(C, L, nhwc, 32 * warps * per_thread, lane)
         over_pixels, over_channels = blocks(L, BP), blocks(C, BC)
         others, steps = (over_channels, over_pixels) if name in WALKS_PIXELS else (over_pixels, over_channels)
-        programs = N * others
+        programs = power(N) * others
         parts = max(1, min(steps, PARTS[name], blocks(ENOUGH * processors, programs)))
         steps = blocks(steps, parts)
         parts = blocks(
             blocks(C if name not in WALKS_PIXELS else L, BC if name not in WALKS_PIXELS else BP), steps
         )
-        found.append(Tile(BC, BP, warps, parts, steps, programs * parts))
-        if found[-1].programs >= ENOUGH * processors and parts == 1:
+        found.append(Tile(BC, BP, warps, parts, steps, N * others * parts))
+        if programs >= ENOUGH * processors and parts == 1:
             return found[-1]
-    return max(found, key=lambda t: min(t.programs, ENOUGH * processors))
+    return max(found, key=lambda t: min(t.programs // N * power(N), ENOUGH * processors))
 
 
 @lru_cache(4096)

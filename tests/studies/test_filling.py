@@ -103,7 +103,6 @@ def test_runs_that_have_a_record_are_not_repeated(filled):
 
 
 def test_a_row_that_fails_is_left_out_and_the_others_go_on(tmp_path, monkeypatch):
-    # K24
     filling, watch = study(tmp_path, watch=Listener()), Listener()
     filling.watch, run = watch, filling.training.run
 
