@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cbam.studies.timing import in_turns
+from cbam.studies.timing import NETWORK, in_turns
 from cbam.train import Recipe
 from cbam.train.optimizer import make_optimizer
 
@@ -39,7 +39,7 @@ def interleaved(
     }
     kinds = ("train", "inference")
     steps = {(name, kind): programs[name][kind] for kind in kinds for name in arms}
-    timed = in_turns(steps, device, rounds=ROUNDS, seconds=SECONDS)
+    timed = in_turns(steps, device, rounds=ROUNDS, seconds=SECONDS, least=NETWORK)
     return {name: {kind: [ms / 1e3 for ms in timed[name, kind].ms] for kind in kinds} for name in arms}
 
 

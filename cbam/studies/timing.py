@@ -9,6 +9,8 @@ from typing import TypeVar
 import torch
 
 WARM_UP = 3
+LAUNCHES = 20  # in a graph, so that launching it is shared by many
+NETWORK = 250.0  # `least` for whole networks: five steps of 45 ms, as a question of one per cent needs
 Step = Callable[[], object]
 Name = TypeVar("Name", bound=Hashable)
 
@@ -37,20 +39,21 @@ def in_turns(
     *,
     rounds: int = 11,
     seconds: float = 60.0,
+    least: float = 2.0,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[Name, Timed]:
     """Time every step once per round; each other round runs them in the opposite order.
 
-    A round repeats a step that is shorter than two milliseconds on a GPU, whose clock is coarse, or than
-    twenty on a CPU, which others interrupt. After `seconds` no further round begins, but five there are.
+    A round repeats a step that is shorter than `least` milliseconds on a GPU, which is read from the host, or
+    than twenty on a CPU, which others interrupt. After `seconds` no further round begins, but five there are.
     `clock` tells what a step takes, in seconds.
     """
     repeats = {}
     for name, step in steps.items():
         for _ in range(WARM_UP):
             _once(step, 1, device, clock)
-        least = 2 if _is_gpu(device) else 20
-        repeats[name] = max(1, min(100, int(least / max(_once(step, 1, device, clock), 1e-3))))
+        enough = least if _is_gpu(device) else 20
+        repeats[name] = max(1, min(100, int(enough / max(_once(step, 1, device, clock), 1e-3))))
     found: dict[Name, list[float]] = {name: [] for name in steps}
     began = time.perf_counter()
     for turn in range(rounds):
@@ -60,6 +63,47 @@ def in_turns(
             found[name].append(_once(steps[name], repeats[name], device, clock))
     first = found[next(iter(steps))]
     return {name: Timed(ms, [a / b for a, b in zip(ms, first, strict=True)]) for name, ms in found.items()}
+
+
+def without_host(
+    steps: Mapping[Name, Step], device: torch.device, *, rounds: int = 11, seconds: float = 60.0
+) -> dict[Name, Timed]:
+    """The same of the device alone: a kernel under about 20 microseconds ends before the next is launched.
+
+    A step is timed as a CUDA graph of LAUNCHES of it; on a CPU as it is.
+    """
+    times = LAUNCHES if _is_gpu(device) else 1
+    graphs = {name: captured(step, device, times) for name, step in steps.items()}
+    timed = in_turns(graphs, device, rounds=rounds, seconds=seconds)
+    return {name: Timed([ms / times for ms in found.ms], found.ratios) for name, found in timed.items()}
+
+
+def captured(step: Step, device: torch.device, times: int = 1) -> Step:
+    """`step` so many times as one CUDA graph, which costs the host a single launch; on a CPU, one by one."""
+
+    def again() -> list[object]:
+        return [step() for _ in range(times)]
+
+    if not _is_gpu(device):
+        return again
+    current, stream = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+    stream.wait_stream(current)
+    with torch.cuda.stream(stream):
+        for _ in range(WARM_UP):
+            step()
+    current.wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = again()
+
+    def replay() -> tuple[object, ...]:
+        graph.replay()
+        return (
+            step,
+            results,
+        )  # the graph knows addresses alone: what it reads and writes lives in this closure
+
+    return replay
 
 
 def _once(step: Step, repeats: int, device: torch.device, clock: Callable[[], float]) -> float:

@@ -13,6 +13,7 @@ import torch
 import cbam
 from cbam.app.cli import main
 from cbam.errors import ConfigError
+from cbam.studies import timing
 from cbam.studies.bench import gate, rivals, run
 from cbam.studies.bench.settings import Bench
 from cbam.studies.timing import in_turns
@@ -70,6 +71,30 @@ def test_a_short_step_is_repeated_within_a_round():
     assert found.median == 1000 * 2**-8 / 5
 
 
+def test_a_step_of_a_network_is_repeated_on_a_gpu_until_one_per_cent_shows(monkeypatch):
+    monkeypatch.setattr(timing, "_is_gpu", lambda device: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    told = []
+    in_turns(
+        {"a": lambda: told.append(1)}, CPU, rounds=5, least=timing.NETWORK, clock=lambda: 0.045 * len(told)
+    )
+    assert len(told) == 3 + 1 + 5 * 5
+
+
+def test_the_time_of_a_graph_is_that_of_each_of_its_steps(monkeypatch):
+    def turns(graphs, device, **options):
+        ms = {name: sum(graph()) for name, graph in graphs.items()}
+        return {name: timing.Timed([value], [value / ms["copy"]]) for name, value in ms.items()}
+
+    monkeypatch.setattr(timing, "in_turns", turns)
+    steps = {"copy": lambda: 2.0, "kernel": lambda: 3.0}  # milliseconds
+    assert timing.without_host(steps, CPU)["kernel"] == timing.Timed([3.0], [1.5])
+    captured = timing.captured
+    monkeypatch.setattr(timing, "captured", lambda step, device, times: captured(step, CPU, times))
+    monkeypatch.setattr(timing, "_is_gpu", lambda device: device is not CPU)
+    assert timing.without_host(steps, torch.device("cuda"))["kernel"] == timing.Timed([3.0], [1.5])
+
+
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
 def test_kept_memory_costs_no_page_faults():
     program = """
@@ -98,7 +123,7 @@ def test_rows_hold_what_a_reader_needs(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "STAGES", ((4, 5),))
     monkeypatch.setattr(gate, "SHAPES", gate.SHAPES[:1])
     monkeypatch.setattr(run, "_can_compile", lambda device: False)
-    monkeypatch.setattr(run._Measure, "network", lambda *args: None)
+    monkeypatch.setattr(run._Measure, "network", lambda *args: ())
     said = []
     rows = run.benchmark(Bench(device="cpu", batch_size=2, rounds=1), said.append)
     path = run.write(rows, tmp_path / "new")

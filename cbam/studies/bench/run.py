@@ -3,7 +3,6 @@
 import copy
 import csv
 import ctypes
-import dataclasses
 import platform
 import shutil
 from collections.abc import Callable, Iterator
@@ -22,7 +21,7 @@ from cbam.nn import CBAM
 from cbam.studies import machine
 from cbam.studies.bench import gate, rivals
 from cbam.studies.bench.settings import Bench
-from cbam.studies.timing import Step, Timed, in_turns
+from cbam.studies.timing import NETWORK, Step, Timed, in_turns, without_host
 from cbam.surgery import attach
 from cbam.train.fitting import pick_device
 
@@ -38,7 +37,8 @@ def benchmark(settings: Bench, say: Callable[[str], None]) -> list[dict[str, Any
 
     A row has the median milliseconds of an implementation, and its ratio to the first one of its group with
     the least and the most of all rounds: below 1 is faster. `floor` is the traffic that the operation cannot
-    do without, in bytes; `bandwidth` the share of a copy's speed at which it was moved.
+    do without, in bytes; `bandwidth` the share of a copy's speed at which it was moved, on a GPU without the
+    time of the host, which `ms` holds.
 
     Raises:
         GateError: the kernels do not compute the equation. ConfigError: no such device or network, or
@@ -50,6 +50,7 @@ def benchmark(settings: Bench, say: Callable[[str], None]) -> list[dict[str, Any
     dtype = getattr(torch, settings.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
     batch = settings.batch_size or (8 if device.type == "cpu" else 128)
     measure = _Measure(settings, device, dtype, batch, say)
+    rows: list[dict[str, Any]] = []
     with torch.random.fork_rng():
         torch.manual_seed(0)
         checked = sum(gate.check(device, kind) for kind in dict.fromkeys((torch.float64, dtype)))
@@ -58,11 +59,11 @@ def benchmark(settings: Bench, say: Callable[[str], None]) -> list[dict[str, Any
         stages = STAGES[2:3] if settings.quick else STAGES
         for layout in settings.layouts[:1] if settings.quick else settings.layouts:
             for channels, side in stages:
-                measure.blocks(channels, side, layout)
+                rows += measure.blocks(channels, side, layout)
         for name in ("resnet18",) if settings.quick else settings.networks:
             for layout in settings.layouts[:1] if settings.quick else settings.layouts:
-                measure.network(name, layout)
-    return measure.rows
+                rows += measure.network(name, layout)
+    return rows
 
 
 def write(rows: list[dict[str, Any]], folder: Path) -> Path:
@@ -87,14 +88,15 @@ def write(rows: list[dict[str, Any]], folder: Path) -> Path:
 
 @dataclass
 class _Measure:
+    """Yields every row when it is measured."""
+
     settings: Bench
     device: torch.device
     dtype: torch.dtype
     batch: int
     say: Callable[[str], None]
-    rows: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
-    def blocks(self, channels: int, side: int, layout: str) -> None:
+    def blocks(self, channels: int, side: int, layout: str) -> Iterator[dict[str, Any]]:
         """Attention alone, then the end of a block, at one shape."""
         shape = (self.batch, channels, side, side)
         x, shortcut = (
@@ -104,16 +106,18 @@ class _Measure:
             for _ in range(2)
         )
         size = x.numel() * x.element_size()
-        copy_ms = in_turns({"copy": lambda: shortcut.copy_(x)}, self.device, rounds=5)["copy"].median
+        copy_ms = without_host({"copy": lambda: shortcut.copy_(x)}, self.device, rounds=5)["copy"].median
         speed = 2 * size / copy_ms  # bytes per millisecond
         for training in (False, True):
             # Passes over the map that cannot be saved: docs/kernels.md counts them.
             alone = {name: _map_step(m, (x,), training) for name, m in self._attention(channels, training)}
-            self._time("attention", shape, layout, training, alone, (9 if training else 4) * size, speed)
+            floor = (9 if training else 4) * size
+            yield from self._time("attention", shape, layout, training, alone, floor, speed)
             ends = {
                 name: _map_step(m, (x, shortcut), training) for name, m in self._tails(channels, training)
             }
-            self._time("end of a block", shape, layout, training, ends, (13 if training else 5) * size, speed)
+            floor = (13 if training else 5) * size
+            yield from self._time("end of a block", shape, layout, training, ends, floor, speed)
 
     def _attention(self, channels: int, training: bool) -> Iterator[tuple[str, nn.Module]]:
         ours = CBAM(channels)
@@ -133,7 +137,7 @@ class _Measure:
     def _ready(self, module: nn.Module, training: bool) -> nn.Module:
         return module.to(self.device, self.dtype).train(training)
 
-    def network(self, name: str, layout: str) -> None:
+    def network(self, name: str, layout: str) -> Iterator[dict[str, Any]]:
         """A whole network without attention, and with that of several codes."""
         plain = build(name)
         arms = {"plain": plain}
@@ -151,7 +155,7 @@ class _Measure:
                 }
                 peaks = {arm: _peak_memory(step, self.device) for arm, step in steps.items()}
                 title = f"{name}{', compiled' if compiled else ''}"
-                self._time(title, shape, layout, training, steps, 0, 0.0, peaks)
+                yield from self._time(title, shape, layout, training, steps, 0, 0.0, peaks)
 
     def _network_step(
         self, model: nn.Module, images: Tensor, layout: str, training: bool, compiled: bool
@@ -188,18 +192,22 @@ class _Measure:
         floor: int,
         speed: float,
         peaks: dict[str, int | str] | None = None,
-    ) -> None:
-        timed = in_turns(steps, self.device, rounds=self.settings.rounds)
+    ) -> Iterator[dict[str, Any]]:
+        least = 2.0 if floor else NETWORK  # a whole network has no floor
+        timed = in_turns(steps, self.device, rounds=self.settings.rounds, least=least)
+        ours = timed["cbam"].median
+        if floor and self.device.type == "cuda":
+            ours = without_host({"cbam": steps["cbam"]}, self.device, rounds=5)["cbam"].median
         for name, found in timed.items():
             row = self._row(op, shape, layout, training, name, found) | {
                 "peer": next(iter(steps)),
                 "floor": floor or "",
-                "bandwidth": round(floor / found.median / speed, 3) if floor and name == "cbam" else "",
+                "bandwidth": round(floor / ours / speed, 3) if floor and name == "cbam" else "",
                 "peak_memory": (peaks or {}).get(name, ""),
             }
-            self.rows.append(row)
             told = f"  {100 * row['bandwidth']:.0f} % of a copy's speed" if row["bandwidth"] != "" else ""
             self.say(LINE.format(**row, more=told))
+            yield row
 
     def _row(
         self, op: str, shape: tuple[int, ...], layout: str, training: bool, name: str, found: Timed
