@@ -7,7 +7,8 @@
 # DATA     imagenette96 with train/ and val/, or the .zip that holds it
 # BOXES    pictures with boxes: a folder of COCO or Pascal VOC, such as BCCD, or the .zip that holds it
 # MINUTES  the time there is (default: 25); no run is begun that would not end in it
-# OUT      where the records go (default: results); what has a record there is not repeated
+# OUT      where the records go (default: results); what has a record there is not repeated. A place for plain
+#          names alone takes them packed, `tar czf`: names such as resnet18+cbam have a "+"
 #
 # The same command goes on where it stopped. It needs no network: torch, torchvision and pytorch-lightning.
 # Exit codes: 0 all is there, 75 the time was over before, else what went wrong.
