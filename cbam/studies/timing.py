@@ -96,12 +96,10 @@ def captured(step: Step, device: torch.device, times: int = 1) -> Step:
     with torch.cuda.graph(graph):
         results = again()
 
-    def replay() -> tuple[object, ...]:
+    def replay() -> object:
         graph.replay()
-        return (
-            step,
-            results,
-        )  # the graph knows addresses alone: what it reads and writes lives in this closure
+        # The graph knows addresses alone: what it reads and writes must live as long as this closure.
+        return step, results
 
     return replay
 

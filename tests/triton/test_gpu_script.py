@@ -1,16 +1,22 @@
-"""benchmarks/gpu.sh without a GPU: it refuses, or runs through every step by the interpreter."""
+"""benchmarks/gpu.sh without a GPU: it refuses, or runs through every step by the interpreter.
+
+And its parts, which must not lose what was measured: time that runs out, cells that fail or hang, `ncu`.
+"""
 
 import csv
 import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
+from benchmarks import gpu, gpu_cells
+
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu.sh"
 pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
 
@@ -26,6 +32,14 @@ def run(out: Path, **settings: str) -> subprocess.CompletedProcess:
     )
 
 
+def tables(out: Path) -> dict[str, list[dict[str, str]]]:
+    """The rows of every step that has some."""
+    return {
+        path.name.partition("-")[0]: list(csv.DictReader(path.read_text().splitlines()))
+        for path in out.glob("*")
+    }
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
 def test_without_a_gpu_it_says_so(tmp_path):
     done = run(tmp_path)
@@ -38,18 +52,163 @@ def test_a_dry_run_goes_through_every_step_and_writes_rows(tmp_path):
     pytest.importorskip("timm")
     done = run(tmp_path, DRY="1")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    tables = {
-        path.name.partition("-")[0]: list(csv.DictReader(path.read_text().splitlines()))
-        for path in tmp_path.iterdir()
-    }
-    assert set(tables) == {"kernels", "hosts", "blocks", "networks", "compiled"}
-    named = {row["kernel"] for row in tables["kernels"]}
+    found = tables(tmp_path)
+    assert set(found) == {"kernels", "hosts", "blocks", "networks", "compiled"}
+    named = {row["kernel"] for row in found["kernels"]}
     assert {"pool", "squeeze", "refine", "reduce_gradient", "weigh", "write"} < named
-    for rows in tables.values():
-        assert all(row["device"] and row["torch"] for row in rows)
+    for rows in found.values():
+        assert all(row["device"] and row["torch"] and row["gate"] == "passed" for row in rows)
 
 
 @pytest.mark.large
-def test_cells_that_fail_end_it_with_1(tmp_path):
+def test_cells_that_cannot_be_collected_end_it_with_1_and_say_why(tmp_path):
     done = run(tmp_path, DRY="1", STEPS="cells", PYTEST_ADDOPTS="-p no_such_plugin")
     assert done.returncode == 1
+    assert "no_such_plugin" in done.stdout
+
+
+def test_the_script_hands_the_commit_on(tmp_path):
+    assert "--commit abc1234" in run(tmp_path, PYTHON="echo", COMMIT="abc1234").stdout
+    assert "--commit" not in run(tmp_path, PYTHON="echo", COMMIT="").stdout
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    """Steps of one row, which say that they were done, in place of the real ones."""
+    done = []
+
+    def step(name):
+        def rows(job):
+            done.append(name)
+            yield {"us": 1.5}
+
+        return rows
+
+    monkeypatch.setattr(gpu, "STEPS", {name: step(name) for name in gpu.STEPS})
+    return done
+
+
+def settled(monkeypatch, out, *arguments, agreed=True):
+    """The exit code, and the rows by step."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(gpu, "agree", lambda *arguments: agreed)
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--dry", "--out", str(out), *arguments])
+    code = gpu.main()
+    return code, tables(out)
+
+
+@pytest.mark.parametrize("agreed", [True, False])
+def test_cells_that_fail_leave_out_ratios_and_mark_the_rest(tmp_path, monkeypatch, steps, agreed):
+    code, found = settled(monkeypatch, tmp_path / "new", agreed=agreed)
+    assert code == (0 if agreed else 1)
+    assert steps == (list(gpu.STEPS) if agreed else ["kernels", "hosts", "ncu"])
+    assert {row["gate"] for rows in found.values() for row in rows} == {"passed" if agreed else "unverified"}
+
+
+def test_rows_without_cells_are_unverified(tmp_path, monkeypatch, steps):
+    code, found = settled(monkeypatch, tmp_path, "--steps", "blocks")
+    assert code == 0
+    assert [row["gate"] for row in found["blocks"]] == ["unverified"]
+
+
+def test_a_row_is_saved_before_the_next_is_measured(tmp_path, monkeypatch, steps, capsys):
+    def kernels(job):
+        for us in (1.5, 2.5):
+            yield {"us": us}
+        raise RuntimeError("an illegal memory access")
+
+    monkeypatch.setitem(gpu.STEPS, "kernels", kernels)
+    code, found = settled(monkeypatch, tmp_path, "--steps", "kernels", "hosts")
+    assert code == 1
+    assert "an illegal memory access" in capsys.readouterr().err
+    assert [row["us"] for row in found["kernels"]] == ["1.5", "2.5"]
+    assert steps == ["hosts"]
+
+
+@pytest.mark.parametrize(("of_git", "commit"), [(None, "abc1234"), ("def5678+changes", "def5678+changes")])
+def test_rows_have_the_commit_said_where_git_knows_none(tmp_path, monkeypatch, steps, of_git, commit):
+    monkeypatch.setattr(gpu.machine, "commit", lambda: of_git)
+    _, found = settled(monkeypatch, tmp_path, "--steps", "kernels", "--commit", "abc1234")
+    assert [row["commit"] for row in found["kernels"]] == [commit]
+
+
+def test_what_would_not_end_in_time_does_not_begin(tmp_path, monkeypatch, capsys):
+    code, found = settled(monkeypatch, tmp_path, "--minutes", "0.3")  # 18 seconds
+    assert code == 75
+    assert found == {}
+    assert "left out, no time: resnet50, compiled" in capsys.readouterr().out
+    job = gpu.Job(tmp_path, time.monotonic() + 30, dry=True)
+    assert job.has_time("short", needs=20)
+    assert not job.has_time("long", needs=40)
+    assert job.left_out == ["long"]
+
+
+@pytest.fixture
+def cells(tmp_path, monkeypatch):
+    """Write the cells, and say whether they agree."""
+
+    def agree(text, seconds=60.0):
+        (tmp_path / "cells.py").write_text(text)
+        return gpu_cells.agree(seconds, dry=True)
+
+    monkeypatch.setattr(gpu_cells, "ROOT", tmp_path)
+    monkeypatch.setattr(gpu_cells, "CELLS", tmp_path / "cells.py")
+    return agree
+
+
+def test_only_cells_that_all_pass_agree(cells, capsys):
+    assert cells("def test_gains(): pass")
+    assert not cells("def test_gains(): pass\ndef test_identity(): assert 1 == 2")
+    assert "assert 1 == 2" in capsys.readouterr().out
+    assert not cells("def test_gains(): pass\nimport no_such_module")
+    assert "No module named 'no_such_module'" in capsys.readouterr().out
+    assert not cells("def test_other(): pass")  # none is no proof
+
+
+def test_a_cell_that_hangs_is_named_and_ends_with_its_children(cells, tmp_path, capsys):
+    assert not cells(
+        """
+import subprocess, sys, time
+def test_gains():
+    write = "import time; time.sleep(6); open('late', 'w')"
+    subprocess.Popen([sys.executable, "-c", write])
+    time.sleep(600)
+""",
+        seconds=4,
+    )
+    assert "did not end: cells.py::test_gains" in capsys.readouterr().out
+    time.sleep(4)
+    assert not (tmp_path / "late").exists()
+
+
+NCU = """#!/bin/sh
+echo "$@" > "$(dirname "$0")/arguments"
+echo '==PROF== Connected'
+echo '"ID","Kernel Name","Metric Value"'
+echo '"0","pool","12.5"'
+"""
+
+
+def profiled(folder, monkeypatch, program, *left):
+    """The rows of an `ncu` that is this program, with so many seconds left, and its job."""
+    (folder / "ncu").write_text(program)
+    (folder / "ncu").chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
+    seconds = iter(left)
+    monkeypatch.setattr(gpu.Job, "left", lambda job: next(seconds))
+    job = gpu.Job(folder, 0.0, dry=True)
+    return list(gpu.profiled(job)), job
+
+
+def test_ncu_leaves_the_clocks_alone_and_its_table_is_rows(tmp_path, monkeypatch):
+    rows, _ = profiled(tmp_path, monkeypatch, NCU, 100, 100)
+    assert rows == [{"ID": "0", "Kernel Name": "pool", "Metric Value": "12.5"}]
+    assert "--clock-control none --cache-control none" in (tmp_path / "arguments").read_text()
+
+
+def test_ncu_does_not_begin_late_and_ends_in_time(tmp_path, monkeypatch):
+    rows, job = profiled(tmp_path, monkeypatch, NCU, 30)
+    assert (rows, job.left_out) == ([], ["ncu"])
+    assert not (tmp_path / "arguments").exists()
+    rows, job = profiled(tmp_path, monkeypatch, "#!/bin/sh\nsleep 600", 100, 0.2)
+    assert (rows, job.left_out) == ([], ["ncu"])
