@@ -15,11 +15,12 @@ def add(parser: Parser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Two lines per recipe."""
+    width = max(map(len, RECIPES)) + 2
     for name, recipe in RECIPES.items():
         config = recipe()
-        show(f"{name:<16}{(recipe.__doc__ or '').partition(chr(10))[0]}")
+        show(f"{name:<{width}}{(recipe.__doc__ or '').partition(chr(10))[0]}")
         show(
-            f"{'':<16}{config.model}, {config.epochs} epochs, batch {config.batch_size}, {config.optimizer} "
+            f"{'':<{width}}{config.model}, {config.epochs} epochs, batch {config.batch_size}, {config.optimizer} "
             f"lr {config.lr:g} {config.schedule}, weight decay {config.weight_decay:g}"
         )
     return 0
