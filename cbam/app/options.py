@@ -26,7 +26,22 @@ class Parser(argparse.ArgumentParser):
         for argument in left:
             if argument.startswith("-"):
                 self.error(f"unknown option {argument}{self._hint(argument)}")
-        return found, left
+        return found, self._taken(found, left)
+
+    def _taken(self, found: argparse.Namespace, left: list[str]) -> list[str]:
+        """Give what is left to positionals that may be absent; argparse counts them as absent too early.
+
+        In `eval RUN --device cpu DATA` it has settled, at RUN, that there is no DATA.
+        """
+        for action in self._get_positional_actions():
+            value = getattr(found, action.dest, None)
+            if action.nargs == argparse.ZERO_OR_MORE:
+                setattr(found, action.dest, [*(value or []), *left])
+                return []
+            if action.nargs == argparse.OPTIONAL and left and value in (None, action.default):
+                setattr(found, action.dest, left[0])
+                left = left[1:]
+        return left
 
     def _hint(self, argument: str) -> str:
         near = difflib.get_close_matches(argument.partition("=")[0], self._option_string_actions, 1, 0.5)

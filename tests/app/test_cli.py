@@ -16,6 +16,7 @@ from cbam.app import cli, options
 from cbam.app.commands import networks
 from cbam.errors import MissingExtraError
 from cbam.studies.settings import Settings
+from cbam.train.recipes import RECIPES, Config
 
 ROOT = Path(cbam.__file__).parents[1]
 
@@ -107,6 +108,7 @@ BAD = [
     (["recipes", "a"], 2, "unrecognized arguments: a"),
     (["list", "resnt"], 2, "no network matches 'resnt'; nearest: resnet"),
     (["list", "a", "b"], 2, "unrecognized arguments: b"),
+    (["eval", "a", "--device", "cpu", "b", "c"], 2, "unrecognized arguments: c"),
     (["sites"], 2, "the following arguments are required: NAME"),
     (["sites", "resnt18"], 2, "unknown network 'resnt18'; nearest: resnet18"),
     (["export", "resnet_tiny"], 2, "the following arguments are required: --to"),
@@ -213,6 +215,32 @@ def test_a_config_is_read_and_the_command_line_wins(tmp_path):
     assert (settings.epochs, settings.seeds, settings.attention) == (3, 5, ("cbam",))
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "train folder pics --epochs 3 --seed 5",
+        "train folder --epochs 3 pics --seed 5",
+        "train folder --epochs 3 --seed 5 pics",
+        "train --epochs 3 folder --seed 5 pics",
+        "train --epochs 3 --seed 5 folder pics",
+    ],
+)
+def test_options_stand_before_between_and_after_the_names(line):
+    given = options.given(cli.parse(line.split()), Config)
+    assert given == {"recipe": "folder", "data": "pics", "epochs": 3, "seed": 5}
+
+
+def test_options_stand_among_the_names_of_other_commands_too():
+    for line in ("run pics --device cpu", "run --device cpu pics", "--device cpu run pics"):
+        found = cli.parse(["eval", *line.split()])
+        assert (found.file, found.data, found.device) == ("run", "pics", "cpu")
+    assert cli.parse(["eval", "run", "--device", "cpu"]).data is None
+    for line in ("a b --limit 2", "a --limit 2 b", "--limit 2 a b"):
+        assert cli.parse(["look", *line.split()]).images == ["a", "b"]
+    assert cli.parse(["study", "order", "--plan", "peers"]).name == ["order", "peers"]
+    assert options.given(cli.parse(["compare", "--seeds", "2", "pics"]), Settings)["data"] == "pics"
+
+
 def test_the_help_names_every_command_and_every_command_has_a_help(capsys):
     assert cli.main(["--help"]) == 0
     out = capsys.readouterr().out
@@ -308,6 +336,10 @@ def test_the_recipes_are_listed(capsys):
     out = capsys.readouterr().out
     assert "imagenet/paper" in out
     assert "resnet50+cbam, 90 epochs, batch 256, sgd lr 0.1 step, weight decay 0.0001" in out
+    lines = out.splitlines()
+    for name, line, below in zip(RECIPES, lines[::2], lines[1::2], strict=True):
+        assert line.startswith(f"{name}  ")  # the longest name, too, stands apart from its text
+        assert len(below) - len(below.lstrip()) == len(lines[1]) - len(lines[1].lstrip())
 
 
 @pytest.mark.parametrize(
