@@ -94,7 +94,10 @@ def _load(
         known = list(found.card.classes)
     card, side = found.card, size or found.card.size
     how: dict[str, Any] = {"classes": known, "size": side, "mean": card.mean, "std": card.std}
-    how["resized"] = side if digits or card.data == NAME else short_side(side)
+    if card.resize and side == card.size and not digits:
+        how["resized"] = card.resize
+    else:
+        how["resized"] = side if digits or card.data == NAME else short_side(side)
     return found.told, found.network.eval(), how
 
 

@@ -45,11 +45,15 @@ class Source:
     name: str
     card: hub.Card
 
-    @property
-    def about(self) -> dict[str, Any]:
-        """What the file of another runtime tells, by name; what is not known is left out."""
+    def about(self, size: int) -> dict[str, Any]:
+        """What the file of another runtime, for pictures of `size`, tells by name.
+
+        What is not known is left out: how pictures are brought to another size than the card's, too.
+        """
         card = self.card
         told = {"network": self.name, "mean": card.mean, "std": card.std, "classes": card.classes}
+        if card.resize and size == card.size:
+            told |= {"resize": card.resize, "crop": size}
         return {name: value for name, value in told.items() if value}
 
 
@@ -103,10 +107,11 @@ def _run(path: Path) -> Source:
 
 def _card(state: dict[str, Any], config: Config, metrics: list[dict[str, Any]]) -> hub.Card:
     """What the checkpoint of a run says, and the metrics of just these weights, if they were validated."""
-    data, own = state["data"], {}
+    data = state["data"]
+    own: dict[str, Any] = {"resize": short_side(data["size"])}
     if config.data is None:
         _, val = cluttered_digits()
-        own: dict[str, Any] = {"mean": val.mean, "std": val.std}
+        own = {"mean": val.mean, "std": val.std, "resize": val.size}
     found = next((entry for entry in metrics if entry.get("step") == state["step"]), {})
     return hub.Card(
         classes=tuple(data["classes"]),
@@ -126,9 +131,6 @@ def _about(state: dict[str, Any], config: Config) -> str:
         f"Trained by `cbam train {config.recipe}`, {done:.4g} of {config.epochs} epochs, on "
         f"{data['training']} pictures; {data['validation']} validated it."
     ]
-    if config.data:
-        sides = f"{short_side(data['size'])} px, and the middle {data['size']} px taken"
-        lines.append(f"For that the shorter side was brought to {sides}.")
     if versions := state.get("versions"):
         lines.append(f"Made with {', '.join(f'{name} {version}' for name, version in versions.items())}.")
     return " ".join(lines)

@@ -9,7 +9,7 @@ import numpy as np
 from cbam.data.decode import header_of, not_an_image, read, shown
 from cbam.data.images import MAX_SEED, Images, check_int
 from cbam.data.pictures import Training, Validation
-from cbam.data.scan import Classes, find_pictures
+from cbam.data.scan import Classes, find_pictures, find_unsplit
 
 PEEKS = 20_000  # headers read of so many pictures at the start; all the others as they come
 TINY, NARROW = 10, 10  # pixels on the short side; times as long as wide
@@ -47,10 +47,32 @@ def image_folder(
     train, val, notes = find_pictures(path)
     if size is None:
         size = _input_size(train, notes)
-    name = shown(Path(path).resolve().name) or "images"
+    name = _name(path)
     sources = _Files(train, "training"), _Files(val, "validation")
     train_set = Training(name, sources[0], size, notes, unreadable, exif=exif)
     return train_set, Validation(name, sources[1], size, exif=exif)
+
+
+def unsplit_folder(
+    path: str | os.PathLike, *, size: int | None = None, exif: bool = True
+) -> Validation | None:
+    """Every picture of a folder of classes, as they are validated; None where `train` and `val` are in it.
+
+    Args and errors: as those of `image_folder`.
+    """
+    if size is not None:
+        size = check_int("size", size, 8, 4096)
+    found = find_unsplit(path)
+    if found is None:
+        return None
+    classes, notes = found
+    if size is None:
+        size = _input_size(classes, notes)
+    return Validation(_name(path), _Files(classes, "evaluation"), size, notes, exif=exif)
+
+
+def _name(path: str | os.PathLike) -> str:
+    return shown(Path(path).resolve().name) or "images"
 
 
 class _Files:

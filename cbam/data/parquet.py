@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cbam.data.decode import not_an_image, shown
-from cbam.data.folder import image_folder
+from cbam.data.folder import image_folder, unsplit_folder
 from cbam.data.images import Images, check_int
 from cbam.data.pictures import Training, Validation
 from cbam.errors import DataError, MissingExtraError
@@ -33,6 +33,16 @@ def picture_set(
     if isinstance(path, (str, os.PathLike)) and _files(Path(path), TRAIN):
         return parquet_images(path, size=size, exif=exif)
     return image_folder(path, size=size, exif=exif)
+
+
+def unsplit_set(path: str | os.PathLike, *, size: int | None = None, exif: bool = True) -> Validation | None:
+    """Every picture of a folder, as they are validated; None where it says itself which ones validate.
+
+    Args and errors: as those of `image_folder`.
+    """
+    if isinstance(path, (str, os.PathLike)) and _files(Path(path), TRAIN):
+        return None
+    return unsplit_folder(path, size=size, exif=exif)
 
 
 def parquet_images(

@@ -70,12 +70,16 @@ class _Pictures(Images):
 
 
 class Validation(_Pictures):
-    """The pictures of a source as they are validated: one that cannot be read is an error."""
+    """The pictures of a source as they are validated: one that cannot be read is an error.
+
+    `resized` is what the shorter side becomes before the middle is taken.
+    """
 
     def __init__(
         self, name: str, source: Source, size: int, notes: Sequence[str] = (), *, exif: bool = True
     ) -> None:
         super().__init__(name, source, size, notes, exif=exif)
+        self.resized = short_side(size)
         broken = list(self._faults())
         if broken:
             raise DataError(
@@ -83,7 +87,7 @@ class Validation(_Pictures):
             )
 
     def sample(self, epoch: int, index: int) -> tuple[Tensor, Sequence[float]]:
-        return centre(self._picture(index), self.size), UNKNOWN_BOX
+        return centre(self._picture(index), self.size, self.resized), UNKNOWN_BOX
 
 
 class Training(_Pictures):
@@ -178,14 +182,14 @@ def random_crop(height: int, width: int, random: np.random.Generator) -> tuple[i
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-def centre(picture: Tensor, size: int) -> Tensor:
-    """Short side to 256/224 of `size`, then the centre: uint8 (3, H, W) -> uint8 (3, size, size)."""
+def centre(picture: Tensor, size: int, resized: int) -> Tensor:
+    """Short side to `resized`, then the centre: uint8 (3, H, W) -> uint8 (3, size, size)."""
     from torchvision.transforms.v2 import functional as tv
 
     height, width = picture.shape[1:]
     limit = 4 * min(height, width)  # of 1 x 20000 pixels nothing enormous is made
     picture = tv.center_crop(picture, [min(height, limit), min(width, limit)])
-    return tv.center_crop(tv.resize(picture, [short_side(size)], antialias=True), [size, size])
+    return tv.center_crop(tv.resize(picture, [resized], antialias=True), [size, size])
 
 
 def short_side(size: int) -> int:

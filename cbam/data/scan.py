@@ -39,6 +39,17 @@ def find_pictures(path: str | os.PathLike) -> tuple[Classes, Classes, list[str]]
     return train, val, notes
 
 
+def find_unsplit(path: str | os.PathLike) -> tuple[Classes, list[str]] | None:
+    """Every picture under `path` and notes as above; None where the folders of both splits are there.
+
+    Raises:
+        DataError: as `find_pictures`, but that one picture of a class is enough.
+    """
+    notes: list[str] = []
+    root, splits = _layout(_folder(path), notes)
+    return None if splits else (_scan(root, notes), notes)
+
+
 def _folder(path: str | os.PathLike) -> Path:
     if not isinstance(path, (str, os.PathLike)):
         raise InputError(f"image_folder takes the path of a folder, got {type(path).__name__}")

@@ -23,6 +23,8 @@ class Card:
     Attributes:
         classes: the name of each output.
         size: side of the pictures that it was trained on, in pixels.
+        resize: what the shorter side of a picture becomes before its middle `size` pixels are taken; None:
+            not given.
         mean, std: per channel, of values in [0, 1]; pictures are normalised with them.
         data: what it was trained on.
         recipe: how it was trained: a name, or settings by name.
@@ -33,6 +35,7 @@ class Card:
 
     classes: tuple[str, ...] = ()
     size: int = 224
+    resize: int | None = None
     mean: tuple[float, ...] = _IMAGENET["mean"]
     std: tuple[float, ...] = _IMAGENET["std"]
     data: str = ""
@@ -59,13 +62,18 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def _is_side(value: Any) -> bool:
+    return type(value) is int and 0 < value < 100_000
+
+
 def _is_text(value: Any) -> bool:
     return isinstance(value, str)
 
 
 _FITS = {
     "classes": _is_texts,
-    "size": lambda value: type(value) is int and 0 < value < 100_000,
+    "size": _is_side,
+    "resize": lambda value: value is None or _is_side(value),
     "mean": _is_numbers,
     "std": lambda value: _is_numbers(value) and all(value),
     "data": _is_text,
@@ -171,9 +179,8 @@ def page(network: Network, card: Card, title: str) -> str:
         card.about,
         f"```python\nimport cbam\n\nmodel = cbam.from_pretrained({json.dumps(title)}{loaded})"
         "  # this folder, or org/name on the Hub\n```",
-        "Pictures are RGB, "
-        f"resized to {card.size} px, scaled to [0, 1] and normalised with mean {_numbers(card.mean)} and "
-        f"standard deviation {_numbers(card.std)}.",
+        f"Pictures are RGB{_sides(card)}, scaled to [0, 1] and normalised with mean {_numbers(card.mean)} "
+        f"and standard deviation {_numbers(card.std)}.",
         "## What it costs",
         costs,
         "## How it was trained",
@@ -185,6 +192,13 @@ def page(network: Network, card: Card, title: str) -> str:
         "Attention: CBAM (Woo, Park, Lee and Kweon, ECCV 2018, arXiv 1807.06521).",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _sides(card: Card) -> str:
+    square = f"{card.size} x {card.size} px"
+    if card.resize is None:
+        return f" of {square}"
+    return f", brought to {card.resize} px on the shorter side, their middle {square} taken"
 
 
 def _header(card: Card, title: str) -> str:

@@ -2,12 +2,15 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
 from cbam import hub
 from cbam.data import BoxedImages, Images
 from cbam.data.digits import NAME
+from cbam.data.parquet import unsplit_set
+from cbam.data.pictures import Validation
 from cbam.errors import CheckpointNotFoundError, ConfigError
 from cbam.models.detectors import DETECTORS
 from cbam.surgery import load_weights
@@ -17,7 +20,8 @@ from cbam.train.fitting import Detections, Evaluation, evaluate, evaluate_detect
 from cbam.train.material import began_with, network, ours, pictures
 from cbam.train.recipes import Config
 
-_Candidate = tuple[nn.Module, Images | BoxedImages, str]  # the network, its pictures, its name
+_Set = Images | BoxedImages
+_Candidate = tuple[nn.Module, _Set, str]  # the network, its pictures, and in words both
 
 
 def score(
@@ -29,6 +33,7 @@ def score(
     batch_size: int | None = None,
     device: str = "auto",
     workers: int = 0,
+    held_out: bool = False,
 ) -> tuple[Evaluation | Detections, str]:
     """Evaluate a checkpoint of `run`, or the weights of a named network; and say on what.
 
@@ -37,11 +42,14 @@ def score(
     Args:
         path: of a checkpoint, of a run's folder (its newest valid one), of a folder of `save_pretrained`, or
             of a weights file.
-        data: image folder, whose validation pictures are taken, for a detector one of COCO or Pascal VOC;
-            None: what the run was trained on, or the digits.
+        data: image folder, for a detector one of COCO or Pascal VOC; None: what the run was trained on, or
+            the digits. Its validation pictures are taken. Of a folder of classes that has none apart all are,
+            but of the one that the run was trained on only those that were held out.
         model: the network of a weights file; a checkpoint and a published folder know their own.
         size: side of the pictures; a checkpoint and a published folder know their own.
         batch_size: None for 256, of a detector 8.
+        held_out: of any folder of classes that has no validation pictures apart, take those that a training
+            on it holds out.
 
     Raises:
         CheckpointNotFoundError, CheckpointError: as `checkpoint.load`, `from_pretrained` and `load_weights`.
@@ -52,49 +60,59 @@ def score(
         raise CheckpointNotFoundError(f"{path}: no such file")
     pick_device(device)
     if hub.is_published(path):
-        net, val, name = _published(path, data, model, size)
+        net, val, told = _published(path, data, model, size, held_out)
     elif path.is_dir() or checkpoint.step_of(path) >= 0:
-        net, val, name = _trained(path, data, model, size)
+        net, val, told = _trained(path, data, model, size, held_out)
     else:
-        net, val, name = _weights(path, data, model, size)
+        net, val, told = _weights(path, data, model, size, held_out)
     if isinstance(val, BoxedImages):
         scored = evaluate_detector(net, val, batch_size=batch_size or 8, device=device, workers=workers)
     else:
         scored = evaluate(net, val, batch_size=batch_size or 256, device=device, workers=workers)
-    return scored, f"{name} on {len(val)} validation pictures of {val.name}"
+    return scored, told
 
 
-def _published(path: Path, data: str | None, model: str | None, size: int | None) -> _Candidate:
+def _published(
+    path: Path, data: str | None, model: str | None, size: int | None, held_out: bool
+) -> _Candidate:
     """A folder of `save_pretrained`: its card says how pictures come to it."""
     if model is not None:
         raise ConfigError(f"{path} says what network it is: leave --model out")
     net, card = hub.from_pretrained(path), hub.card_of(path)
     if data is None and card.data != NAME:
         raise ConfigError(f"{path} knows no pictures here: give DATA, a folder of them")
-    _, val = pictures(Config("folder", data=data, size=size or card.size if data else None))
+    side = size or card.size
+    # The card has no path, so a folder of the name that it gives is taken for what was trained on.
+    own = data is not None and Path(data).absolute().name == card.data
+    config = Config("folder", data=data, size=side if data else None)
+    val, which = _pictures(config, held_out=held_out or own)
     assert not isinstance(val, BoxedImages)
     if not card.classes:
         raise ConfigError(f"{path}: its card does not name the classes, so no answer of its can be judged")
     _check_classes(val, card.classes, str(path))
     val.mean, val.std = card.mean, card.std
-    return net, val, path.resolve().name
+    if card.resize and side == card.size and isinstance(val, Validation):
+        val.resized = card.resize
+    return net, val, f"{path.resolve().name} on {which}"
 
 
-def _trained(path: Path, data: str | None, model: str | None, size: int | None) -> _Candidate:
+def _trained(path: Path, data: str | None, model: str | None, size: int | None, held_out: bool) -> _Candidate:
     state = ours(path)
     began = began_with(state)
     config = dataclasses.replace(
         began, model=model or began.model, size=size or began.size, data=data or began.data,
         recipe=began.recipe if began.detects else "folder",
     )  # fmt: skip
-    _, val = pictures(config)
+    if not (own := _is_of_run(config, began, state["data"])):
+        config = dataclasses.replace(config, limit=None)  # it says how much of its own pictures a run takes
+    val, which = _pictures(config, held_out=held_out or own)
     _check_classes(val, state["data"]["classes"], "the run")
     net = network(config, len(val.classes), loaded=True)
     load_weights(net, average_of(state))
-    return net, val, config.model
+    return net, val, f"{config.model} on {which}"
 
 
-def _weights(path: Path, data: str | None, model: str | None, size: int | None) -> _Candidate:
+def _weights(path: Path, data: str | None, model: str | None, size: int | None, held_out: bool) -> _Candidate:
     if model is None:
         raise ConfigError(f"{path} does not say what network it is: give --model NAME, see `cbam list`")
     detects = model.partition(":")[0] in DETECTORS
@@ -102,12 +120,47 @@ def _weights(path: Path, data: str | None, model: str | None, size: int | None) 
         "detect/short" if detects else "folder", data=data, model=model, size=size,
         augment="none" if detects else None,
     )  # fmt: skip
-    _, val = pictures(config)
+    val, which = _pictures(config, held_out=held_out)
     net = network(config, len(val.classes))
     load_weights(net, path)
-    return net, val, model
+    return net, val, f"{model} on {which}"
 
 
-def _check_classes(val: Images | BoxedImages, classes, of: str) -> None:
+def _pictures(config: Config, *, held_out: bool) -> tuple[_Set, str]:
+    """The pictures to be scored, and in words how many of which folder they are.
+
+    Args:
+        held_out: of a folder of classes that is split by us, take the part that validates.
+    """
+    whole = None
+    if config.data and not config.detects:
+        whole = unsplit_set(config.data, size=config.size, exif=config.exif)
+    if whole is not None and not held_out:
+        return whole, f"all {len(whole)} pictures of {config.data}"
+    _, val = pictures(config)
+    if whole is not None:
+        return (
+            val,
+            f"{len(val)} of the {len(whole)} pictures of {config.data}, held out when it is trained on",
+        )
+    return val, f"{len(val)} validation pictures of {val.name}"
+
+
+def _is_of_run(config: Config, began: Config, data: dict[str, Any]) -> bool:
+    """Whether the pictures that `config` names are those that a run began with: the same, or moved."""
+    if config.data is None or began.data is None:
+        return config.data == began.data
+    here, there = Path(config.data), Path(began.data)
+    if there.exists():
+        return here.exists() and here.samefile(there)
+    train, val = pictures(config)
+    return (list(train.classes), len(train), len(val)) == (
+        data["classes"],
+        data["training"],
+        data["validation"],
+    )
+
+
+def _check_classes(val: _Set, classes, of: str) -> None:
     if list(val.classes) != list(classes):
         raise ConfigError(f"{val.name} has other classes than {of}: {str(val.classes)[:120]}")

@@ -6,8 +6,10 @@ from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import cbam
 from cbam.app import cli
@@ -44,6 +46,7 @@ def test_a_run_is_exported_with_its_classes_size_and_normalisation(capsys):
     told = told_in("mine.pt2")
     assert told["classes"] == list(val.classes)
     assert told["mean"] == pytest.approx(val.mean)
+    assert (told["resize"], told["crop"]) == (val.size, val.size)
     newest = max(Path("runs/mine").glob("step-*.ckpt"))
     assert cli.main(["export", str(newest), "--to", "torch", "--out", "again.pt2"]) == 0
     x = torch.randn(1, 3, val.size, val.size)
@@ -68,6 +71,26 @@ def test_a_run_becomes_a_folder_whose_card_tells_how_it_was_trained_and_what_cam
     assert f"torch {version('torch')}" in card.about
     assert cli.main(["export", "mine", "--to", "hub"]) == 2
     assert "mine exists" in capsys.readouterr().err
+
+
+def test_card_and_file_say_how_pictures_come_to_a_network_trained_on_a_folder(tmp_path):
+    random = np.random.default_rng(0)
+    for place in (f"{split}/{name}" for split in ("train", "val") for name in "ab"):
+        (tmp_path / "pictures" / place).mkdir(parents=True)
+        pixels = random.integers(0, 255, (40, 48, 3)).astype(np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "pictures" / place / "0.png")
+    line = ["train", "folder", "pictures", "--model", "resnet_tiny", "--epochs", "1", "--size", "56"]
+    assert cli.main([*line, "--batch-size", "2", "--out", "mine"]) == 0
+    assert cli.main(["export", "mine", "--to", "hub", "--out", "shared"]) == 0
+    assert (cbam.hub.card_of("shared").size, cbam.hub.card_of("shared").resize) == (56, 64)
+    page = Path("shared/README.md").read_text()
+    assert "brought to 64 px on the shorter side, their middle 56 x 56 px taken" in page
+    assert page.count("shorter side") == page.count("56 x 56") == 1  # and nothing that contradicts it
+    for named in ("mine", "shared"):
+        assert cli.main(["export", named, "--to", "torch", "--out", f"{named}.pt2"]) == 0
+        assert (told_in(f"{named}.pt2")["resize"], told_in(f"{named}.pt2")["crop"]) == (64, 56)
+    assert cli.main(["export", "mine", "--to", "torch", "--size", "32", "--out", "small.pt2"]) == 0
+    assert "resize" not in told_in("small.pt2")  # nobody has said how to make pictures of 32
 
 
 def test_weights_that_were_not_validated_have_no_results():

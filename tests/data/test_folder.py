@@ -146,7 +146,7 @@ def test_validation_takes_the_centre_after_resizing(encoded):
     """Left, middle and right third of a wide picture; 224/256 of the short side is left."""
     wide = np.zeros((64, 192, 3), np.uint8)
     wide[:, :64, 0], wide[:, 64:128, 1], wide[:, 128:, 2] = 255, 255, 255
-    image = centre(decode(encoded(wide)), 32)
+    image = centre(decode(encoded(wide)), 32, 37)
     assert image.shape == (3, 32, 32)
     assert (image[1] == 255).all()
 
@@ -155,7 +155,7 @@ def test_validation_takes_the_centre_after_resizing(encoded):
 def test_any_shape_is_brought_to_the_square(shape):  # D11
     picture = torch.full((3, *shape), 77, dtype=torch.uint8)
     start = time.perf_counter()
-    for image in (centre(picture, 224), augment(picture, 224, draws("augmentation", 0))):
+    for image in (centre(picture, 224, 256), augment(picture, 224, draws("augmentation", 0))):
         assert image.shape == (3, 224, 224)
         assert image.dtype == torch.uint8
         assert (image == 77).all()

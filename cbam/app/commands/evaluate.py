@@ -19,7 +19,16 @@ def add(parser: Parser) -> None:
         help="checkpoint or folder of a run, folder to publish, or weights with --model",
     )
     parser.add_argument(
-        "data", nargs="?", metavar="DATA", help="folder of pictures (default: that of the run)"
+        "data",
+        nargs="?",
+        metavar="DATA",
+        help="folder of pictures (default: that of the run): its validation pictures; where it is one of "
+        "classes, without train/ and val/, all of them, but of the run's own those that were held out",
+    )
+    parser.add_argument(
+        "--held-out",
+        action="store_true",
+        help="of any folder of classes, score those alone that a training on it holds out",
     )
     parser.add_argument(
         "--model", metavar="NAME", help="network, see `cbam list`; a checkpoint knows its own"
@@ -46,6 +55,7 @@ def run(options: argparse.Namespace) -> int:
         scored, what = score(
             Path(options.file), data=options.data, model=options.model, size=options.size,
             batch_size=options.batch_size, device=options.device, workers=options.workers,
+            held_out=options.held_out,
         )  # fmt: skip
     if here is None or here.rank == 0:
         show(f"{what}: {scored}")

@@ -89,7 +89,7 @@ def _file(found: "Source", out: Path, options: argparse.Namespace) -> str:
     size = options.size or found.card.size
     made = export(
         found.network, out, to=options.to, shape=(options.batch or 1, 3, size, size), dynamic=options.dynamic,
-        opset=options.opset, about=found.about, overwrite=options.overwrite,
+        opset=options.opset, about=found.about(size), overwrite=options.overwrite,
     )  # fmt: skip
     agreed = made.agreement
     shapes = ", ".join("x".join(map(str, shape)) for shape in sorted({*agreed.shapes}))

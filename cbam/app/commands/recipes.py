@@ -18,9 +18,7 @@ def run(options: argparse.Namespace) -> int:
     width = max(map(len, RECIPES)) + 2
     for name, recipe in RECIPES.items():
         config = recipe()
+        rate = f"{config.optimizer} lr {config.lr:g} {config.schedule}, weight decay {config.weight_decay:g}"
         show(f"{name:<{width}}{(recipe.__doc__ or '').partition(chr(10))[0]}")
-        show(
-            f"{'':<{width}}{config.model}, {config.epochs} epochs, batch {config.batch_size}, {config.optimizer} "
-            f"lr {config.lr:g} {config.schedule}, weight decay {config.weight_decay:g}"
-        )
+        show(f"{'':<{width}}{config.model}, {config.epochs} epochs, batch {config.batch_size}, {rate}")
     return 0

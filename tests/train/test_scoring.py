@@ -1,0 +1,133 @@
+"""Which pictures `cbam eval` scores: all of a folder of classes, what was held out of the run's own."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import cbam
+from cbam.app import cli
+from cbam.data.decode import decode
+from cbam.data.pictures import centre
+from cbam.errors import ConfigError
+from cbam.train import material, run, score
+from cbam.train.recipes import Config
+from cbam.train.watch import Silent
+
+SETTINGS = {"model": "resnet_tiny", "epochs": 1, "batch_size": 8, "device": "cpu", "loggers": ()}
+
+
+def classes_in(folder: Path, count: int) -> Path:
+    """A folder of two classes, so many pictures of each."""
+    random = np.random.default_rng(0)
+    for label, name in enumerate(("bright", "dark")):
+        (folder / name).mkdir(parents=True)
+        for i in range(count):
+            pixels = random.integers(0, 100, (40, 48, 3)) + 150 * (1 - label)
+            Image.fromarray(pixels.astype(np.uint8)).save(folder / name / f"{i:02}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run on a folder of classes that is split for it: 16 pictures train, 4 validate. To be copied."""
+    root = tmp_path_factory.mktemp("trained")
+    run("folder", {**SETTINGS, "data": str(classes_in(root / "mine", 10))}, root / "run", Silent())
+    return root
+
+
+@pytest.fixture
+def own(trained):
+    return trained / "run", trained / "mine"
+
+
+def told(path: Path, **how) -> str:
+    return score(path, device="cpu", **how)[1]
+
+
+def test_of_other_pictures_every_one_is_scored_and_the_line_says_so(own, tmp_path, capsys):
+    folder, _ = own
+    val = classes_in(tmp_path / "val", 5)
+    scored, what = score(folder, data=str(val), device="cpu")
+    assert what == f"resnet_tiny on all 10 pictures of {val}"
+    assert len(scored.probabilities) == 10
+    assert cli.main(["eval", str(folder), "--device", "cpu", str(val)]) == 0
+    assert capsys.readouterr().out.startswith(f"resnet_tiny on all 10 pictures of {val}: top-1 error ")
+    assert told(folder, data=str(val), held_out=True).startswith("resnet_tiny on 2 of the 10 pictures of ")
+
+
+def test_one_picture_of_a_class_is_enough_to_be_scored(own, tmp_path):
+    assert "all 2 pictures" in told(own[0], data=str(classes_in(tmp_path / "val", 1)))
+
+
+def test_of_the_runs_own_folder_what_was_held_out_is_scored(own, tmp_path, monkeypatch):
+    folder, pictures = own
+    line = f"resnet_tiny on 4 of the 20 pictures of {pictures}, held out when it is trained on"
+    monkeypatch.chdir(pictures.parent)
+    assert told(folder) == told(folder, data=str(pictures)) == line
+    assert told(folder, data="mine") == line.replace(str(pictures), "mine")  # by another path
+    link = tmp_path / "link"
+    link.symlink_to(pictures)
+    assert "on 4 of the 20" in told(folder, data=str(link))
+    copy = shutil.copytree(pictures, tmp_path / "copy")  # as many pictures, while the run's own are there
+    assert "on all 20" in told(folder, data=str(copy))
+
+
+def test_of_a_runs_own_folder_that_has_moved_what_was_held_out_is_scored(trained, tmp_path):
+    shutil.copytree(trained / "mine", tmp_path / "mine")
+    run("folder", {**SETTINGS, "data": str(tmp_path / "mine")}, tmp_path / "run", Silent())
+    moved = (tmp_path / "mine").rename(tmp_path / "moved")
+    assert "on 4 of the 20" in told(tmp_path / "run", data=str(moved))
+    other = classes_in(tmp_path / "other", 9)
+    assert "on all 18" in told(tmp_path / "run", data=str(other))
+
+
+def test_a_run_on_few_of_its_pictures_is_scored_on_all_of_others(trained, tmp_path):
+    data = str(trained / "mine")
+    run("folder", {**SETTINGS, "data": data, "limit": 2}, tmp_path / "run", Silent())
+    assert "on 2 of the 20" in told(tmp_path / "run")
+    other = tmp_path / "other"
+    shutil.copytree(trained / "mine", other / "train")
+    shutil.copytree(trained / "mine", other / "val")
+    assert told(tmp_path / "run", data=str(other)) == "resnet_tiny on 20 validation pictures of other"
+
+
+def test_a_weights_file_does_not_know_and_is_told(own, tmp_path):
+    torch.save(cbam.build("resnet_tiny", num_classes=2).state_dict(), tmp_path / "w.pth")
+    how = {"model": "resnet_tiny", "data": str(own[1])}
+    assert told(tmp_path / "w.pth", **how) == f"resnet_tiny on all 20 pictures of {own[1]}"
+    assert "on 4 of the 20" in told(tmp_path / "w.pth", held_out=True, **how)
+
+
+def test_a_published_run_counts_anew_what_its_card_claims(own, tmp_path, monkeypatch):
+    folder, pictures = own
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["export", str(folder), "--to", "hub", "--out", "shared"]) == 0
+    scored, what = score(Path("shared"), data=str(pictures), device="cpu")
+    assert what.startswith("shared on 4 of the 20 pictures of ")
+    assert cbam.hub.card_of("shared").results["top-1 error, %"] == pytest.approx(scored.top1)
+    assert "on all 20" in told(Path("shared"), data=str(shutil.copytree(pictures, tmp_path / "others")))
+    with pytest.raises(ConfigError, match="give DATA"):
+        score(Path("shared"), device="cpu")
+
+
+def test_pictures_come_to_a_published_network_as_its_card_says(own, tmp_path):
+    """The shorter side becomes what the card says, not what cbam's own training would make of it."""
+    torch.manual_seed(0)
+    network = cbam.build("resnet_tiny", num_classes=2)
+    seen = {}
+    for resize in (None, 34, 60):
+        card = cbam.hub.Card(classes=("bright", "dark"), size=32, resize=resize)
+        folder = cbam.save_pretrained(network, tmp_path / f"{resize}", network="resnet_tiny", card=card)
+        seen[resize] = score(folder, data=str(own[1]), device="cpu")[0].probabilities
+    path = own[1] / "bright" / "00.png"
+    images = torch.stack([centre(decode(path), 32, resized) for resized in (37, 34, 60)]) / 255
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (card.mean, card.std))
+    expected = network.eval()((images - mean) / std).softmax(1).detach().double()
+    for found, wanted in zip(seen.values(), expected, strict=True):
+        assert torch.allclose(found[0], wanted, atol=1e-6)
+    _, val = material.pictures(Config("folder", data=str(own[1]), size=32))
+    assert val.resized == 37
