@@ -143,4 +143,5 @@ def _recipe(config: Config) -> dict[str, Any]:
         del training["step_epochs"]
     del training["nonfinite"]
     begun = {"pretrained": Path(config.pretrained).name} if config.pretrained else {}
-    return {"name": config.recipe, **training, **begun, "seed": config.seed}
+    start = {"attention's start": config.start} if config.start else {}
+    return {"name": config.recipe, **training, **begun, **start, "seed": config.seed}

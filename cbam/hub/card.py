@@ -11,7 +11,7 @@ from typing import Any
 from cbam.errors import CheckpointError, InputError
 
 LIBRARY = "cbam"
-FORMAT = 1  # of config.json; a newer one is refused
+FORMAT = 2  # of config.json; a newer one is refused. Cards of format 1 have no `resize`
 LARGEST = 4_000_000  # bytes of a config.json
 _IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 

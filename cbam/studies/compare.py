@@ -35,6 +35,7 @@ from cbam.studies.speed import interleaved
 from cbam.studies.task import Task, load, refine
 from cbam.surgery import attached
 from cbam.train import evaluate, fit, pick_device
+from cbam.train.material import taken
 from cbam.train.versions import versions
 from cbam.train.watch import Silent, Watch
 
@@ -174,10 +175,7 @@ class _Comparison:
             self.watch.say(f"note: {note}")
         if self.settings.pretrained:
             loaded = load(self.task.plain(0), self.settings.pretrained)
-            head = (
-                "; its last layer is left out, as it is made for other classes" if loaded.head_reset else ""
-            )
-            self.watch.say(f"weights of {self.settings.pretrained}: {loaded.tensors} tensors taken{head}")
+            self.watch.say(taken(self.settings.pretrained, loaded))
 
     def _measure_cost(self) -> None:
         """Parameters, multiply-accumulates and times of the arms; before training, for none needs weights."""

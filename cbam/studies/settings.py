@@ -50,7 +50,10 @@ class Settings:
         False, "the paper's protocol: every arm from scratch, by the paper's initialisation"
     )
     pretrained: str | None = option(
-        None, "start from these weights (.safetensors or .pth) instead of training the plain network", "FILE"
+        None,
+        "start from these weights of the plain network instead of training it: .safetensors or .pth, a run "
+        "of `cbam train`, a folder of save_pretrained",
+        "FILE",
     )
     save_weights: bool = option(False, "keep the weights of every arm and seed, as safetensors")
     device: str = option("auto", "auto, cpu or cuda", "NAME")

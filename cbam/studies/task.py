@@ -17,12 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from cbam.data import Images, cluttered_digits, image_folder
-from cbam.errors import CheckpointError, CheckpointNotFoundError
+from cbam.errors import CheckpointError, CheckpointNotFoundError, ConfigError
 from cbam.models import build
 from cbam.nn import ATTENTION
 from cbam.studies.settings import Settings
 from cbam.surgery import attach, load_weights
+from cbam.surgery.weights import Loaded
 from cbam.train import Recipe
+from cbam.train.material import misfit_of, network_at, weights_at
 
 DIGITS, FOLDER = {"epochs": 8, "batch_size": 32}, {"epochs": 10, "batch_size": 64}
 LR, FINE_TUNING_LR = 0.05, 0.005
@@ -50,7 +52,7 @@ class Task:
             batch_size=settings.batch_size or usual["batch_size"],
             lr=settings.lr or (FINE_TUNING_LR if settings.pretrained else LR),
         )
-        network = settings.model or ("resnet18" if data else "resnet_tiny")
+        network = settings.model or _begun(settings) or ("resnet18" if data else "resnet_tiny")
         return cls(train, _Remembered(val), network, recipe)
 
     def plain(self, seed: int, pretrained: str | None = None) -> nn.Module:
@@ -70,17 +72,33 @@ def refine(model: nn.Module, attention: str, seed: int, start: str) -> nn.Module
         return attach(model, attention=ATTENTION[attention], start=start)
 
 
-def load(model: nn.Module, path: str):
-    """Load a weights file; where only the last layer does not fit, for other classes, without it."""
+def _begun(settings: Settings) -> str:
+    """The network of the run or folder that a comparison begins with; "" where none says it.
+
+    Raises:
+        ConfigError: it has attention already.
+    """
+    name = network_at(settings.pretrained) if settings.pretrained else ""
+    if "+" in name:
+        raise ConfigError(
+            f"{settings.pretrained} is of {name}, and a comparison begins with a plain network: train one by "
+            f"`cbam train ... --model {name.partition('+')[0]}`"
+        )
+    return name
+
+
+def load(model: nn.Module, path: str) -> Loaded:
+    """Load the weights of a file, run or folder; if only the last layer is of other classes, without it."""
+    source = weights_at(path)
     try:
-        return load_weights(model, path)
+        return load_weights(model, source)
     except CheckpointNotFoundError:
         raise
     except CheckpointError as misfit:
         try:
-            return load_weights(model, path, head="reset")
+            return load_weights(model, source, head="reset")
         except CheckpointError:
-            raise misfit from None
+            raise misfit_of(path, misfit) from None
 
 
 class _Remembered(Images):

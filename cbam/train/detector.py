@@ -1,15 +1,18 @@
 """A detector for a run: how it sees pictures, and the weights that it begins with."""
 
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cbam.errors import CheckpointError, CheckpointNotFoundError, ConfigError
 from cbam.models import build, detector
 from cbam.models.detectors import DETECTORS, TimmMaps
 from cbam.nn.gate import SigmoidGate
 from cbam.surgery import load_weights
+from cbam.surgery.weights import Loaded
 
 _VGG_CONV5 = 23  # the place of the fourth pooling in torchvision's VGG16: what follows is `extra.0` of an SSD
 
@@ -37,8 +40,10 @@ def make_detector(name: str, classes: int, *, start: str, size: int | None, regi
     return model
 
 
-def begin_with(model: nn.Module, name: str, path: str) -> None:
-    """The weights of a file, for the classifier or detector of that name to be trained on.
+def begin_with(model: nn.Module, name: str, source: str | Mapping[str, Tensor]) -> tuple[Loaded, bool]:
+    """The weights of a file or state dict, for the classifier or detector of that name to be trained on.
+
+    Returns what was loaded, and whether it went into the network inside a detector alone.
 
     The last layer of a classifier stays as it is where the file's was made for other classes. A detector also
     takes those of a classifier, for the network inside it: the pyramid and the heads then stay as they are,
@@ -48,28 +53,29 @@ def begin_with(model: nn.Module, name: str, path: str) -> None:
         CheckpointNotFoundError, CheckpointError: no such file, or one that fits neither.
     """
     try:
-        load_weights(model, path)
+        return load_weights(model, source), False
     except CheckpointNotFoundError:
         raise
     except CheckpointError as error:
         try:
             if name.partition(":")[0] in DETECTORS:
-                put_body(model, _classifier(model, name, path))
-            else:
-                load_weights(model, path, head="reset")
+                network, loaded = _classifier(model, name, source)
+                put_body(model, network)
+                return replace(loaded, head_reset=False), True  # whose classes those are is of no account
+            return load_weights(model, source, head="reset"), False
         except CheckpointError as misfit:
             raise CheckpointError(f"{misfit}; nor does it fit whole: {error}") from None
 
 
-def _classifier(model: nn.Module, name: str, path: str) -> nn.Module:
-    """The network inside a detector as a classifier, with the weights of a file."""
+def _classifier(model: nn.Module, name: str, source: str | Mapping[str, Tensor]) -> tuple[nn.Module, Loaded]:
+    """The network inside a detector as a classifier, with the weights of a file, and what was loaded."""
     inside = name.partition(":")[2]
     if _is_single_shot(model):  # attention is not in its network
         inside = inside.partition("+")[0]
     with torch.random.fork_rng():
         network = build(inside, num_classes=1000, start="identity")
-    begin_with(network, inside, path)
-    return network
+    loaded, _ = begin_with(network, inside, source)
+    return network, loaded
 
 
 def put_body(model: nn.Module, network: nn.Module) -> None:

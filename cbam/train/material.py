@@ -1,15 +1,22 @@
 """What a run's settings name: its pictures, its network, its checkpoint."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from cbam import hub
 from cbam.data import BoxedImages, Images, boxed_folder, cluttered_digits, picture_set
 from cbam.errors import CheckpointError, CheckpointNotFoundError, ConfigError
+from cbam.hub.card import read_config
+from cbam.hub.folder import CONFIG, WEIGHTS
 from cbam.models import build, freeze_norm
+from cbam.surgery import attached
+from cbam.surgery.weights import Loaded
 from cbam.train import checkpoint
+from cbam.train.average import average_of
 from cbam.train.detector import begin_with, make_detector
 from cbam.train.recipes import Config
 
@@ -37,9 +44,14 @@ def _boxed(config: Config) -> tuple[BoxedImages, BoxedImages]:
     return train.augmented(config.augment or "none"), val
 
 
-def network(config: Config, classes: int, *, loaded: bool = False) -> nn.Module:
-    """The network of a run, initialised by its seed; unless it is `loaded` later, with its first weights."""
-    start = "identity" if config.pretrained else "paper"
+def network(
+    config: Config, classes: int, *, loaded: bool = False, say: Callable[[str], None] = lambda _: None
+) -> nn.Module:
+    """The network of a run, initialised by its seed; unless it is `loaded` later, with its first weights.
+
+    What it begins with is said.
+    """
+    start = config.settled().start or "paper"
     with torch.random.fork_rng([]):  # it is made on the CPU
         torch.manual_seed(config.seed)
         if config.detects:
@@ -48,11 +60,70 @@ def network(config: Config, classes: int, *, loaded: bool = False) -> nn.Module:
             )
         else:
             model = build(config.model, num_classes=classes, start=start)
-    if config.pretrained and not loaded:
-        begin_with(model, config.model, config.pretrained)
+    if not loaded and (told := _begun(model, config, start)):
+        say(told)
     if config.freeze_norm and config.pretrained:  # from scratch there is nothing to keep
         freeze_norm(model)
     return model
+
+
+def _begun(model: nn.Module, config: Config, start: str) -> str:
+    """Put the first weights in; what the network then has, in words."""
+    places, parts, brought = len(attached(model)), [], False
+    if config.pretrained:
+        try:
+            found, inside = begin_with(model, config.model, weights_at(config.pretrained))
+        except CheckpointError as misfit:
+            raise misfit_of(config.pretrained, misfit) from None
+        parts.append(
+            taken(config.pretrained, found) + (" into the network of the detector" if inside else "")
+        )
+        brought = found.format != "plain"
+    if places:
+        parts.append(f"attention at {places} places {_STARTS['file' if brought else start]}")
+    return "; ".join(parts)
+
+
+_STARTS = {
+    "file": "as the file has it",
+    "paper": "initialised as in the paper (--start identity: multiplying by one)",
+    "identity": "starts as the identity, multiplying by one",
+}
+
+
+def taken(path: str, loaded: Loaded) -> str:
+    """What was taken from a file, a run or a folder, in words."""
+    head = "; its last layer is left out, as it is made for other classes" if loaded.head_reset else ""
+    return f"weights of {path}: {loaded.tensors} tensors taken{head}"
+
+
+def weights_at(path: str) -> str | dict[str, Tensor]:
+    """What `load_weights` takes: for a weights file, a run or its checkpoint, a folder of `save_pretrained`.
+
+    Of a run that averages its weights it is the average, which is what it was validated by.
+    """
+    where = Path(path)
+    if hub.is_published(where):
+        return str(where / WEIGHTS)
+    if where.is_dir() or checkpoint.step_of(where) >= 0:
+        return average_of(ours(where))
+    return path
+
+
+def misfit_of(path: str, misfit: CheckpointError) -> CheckpointError:
+    """The error with the name of what does not fit; a state dict that was read from a run has none."""
+    told = str(misfit)
+    return misfit if path in told else type(misfit)(f"{path}: {told}")
+
+
+def network_at(path: str) -> str:
+    """The name of the network whose weights are there; "" of a weights file, which does not say it."""
+    where = Path(path)
+    if hub.is_published(where):
+        return read_config(where / CONFIG)[0].name
+    if where.is_dir() or checkpoint.step_of(where) >= 0:
+        return began_with(ours(where)).model
+    return ""
 
 
 def began_with(state: dict[str, Any]) -> Config:
@@ -66,7 +137,7 @@ def began_with(state: dict[str, Any]) -> Config:
         raise CheckpointError(
             f"the checkpoint has settings that this cbam does not know ({', '.join(unknown)}); upgrade cbam"
         )
-    return Config(**state["config"])
+    return Config(**state["config"]).settled()  # runs of an earlier cbam do not say how attention began
 
 
 def ours(path: Path) -> dict[str, Any]:

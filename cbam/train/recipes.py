@@ -6,7 +6,7 @@ A recipe is a function that returns a Config; a variant of one is `dataclasses.r
 import difflib
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ from cbam.train.recipe import NONFINITE, OPTIMIZERS, PRECISIONS, SCHEDULES, Reci
 
 AUGMENTATIONS = ("none", "flip", "ssd")  # those of cbam.data.augment, which needs torch
 DETECT = "detect/"  # recipes of detectors begin like this
+FINE_TUNING = "imagenet/finetune"  # the recipe whose rate is that of trained weights
+STARTS = ("paper", "identity")
 LOGGERS = ("csv", "tensorboard", "wandb", "mlflow")
 
 
@@ -70,7 +72,16 @@ class Config:
     limit: int | None = option(None, "use only about N training and N validation pictures", "N")
     seed: int = option(0, "of the weights, the order and the augmentation", "N")
     pretrained: str | None = option(
-        None, "begin with the weights of this file; attention starts as the identity then", "FILE"
+        None,
+        "begin with these weights, of a network with or without attention: a file, a run, a folder of "
+        "save_pretrained; the learning rate of a recipe from scratch is then divided by 10",
+        "FILE",
+    )
+    start: str | None = option(
+        None,
+        "how attention begins: paper, initialised as in the authors' code, or identity, multiplying by one "
+        "(default: paper; identity with --pretrained)",
+        "paper|identity",
     )
     freeze_norm: bool = option(
         False, "of a detector with --pretrained: its BatchNorms stay as the file has them, but attention's"
@@ -114,6 +125,7 @@ class Config:
             value = getattr(self, name)
             yield type(value) is int and 0 <= value <= most, f"{name} must be 0 to {most}, got {value!r}"
         yield self.device in ("auto", "cpu", "cuda"), f"device must be auto, cpu or cuda, got {self.device!r}"
+        yield self.start in (None, *STARTS), f"start must be {' or '.join(STARTS)}, got {self.start!r}"
         good = isinstance(self.model, str) and self.model != ""
         yield good, f"model must be the name of a network, got {self.model!r}"
         for name in self.loggers:
@@ -140,6 +152,12 @@ class Config:
     def detects(self) -> bool:
         """Whether it is a detector that is trained."""
         return self.recipe.startswith(DETECT)
+
+    def settled(self) -> "Config":
+        """The same with the start of attention said, where nobody said it."""
+        if self.start or not isinstance(self.model, str) or "+" not in self.model:
+            return self
+        return replace(self, start="identity" if self.pretrained else "paper")
 
     def training(self) -> Recipe:
         """The part that says how the network is trained."""
@@ -169,7 +187,7 @@ def digits() -> Config:
 
 
 def folder() -> Config:
-    """An image folder of your own, from scratch."""
+    """An image folder of your own, from scratch or with --pretrained FILE."""
     return Config("folder", model="resnet18+cbam")
 
 
@@ -198,7 +216,7 @@ def imagenet_modern() -> Config:
 def imagenet_finetune() -> Config:
     """Attention in a trained network (--pretrained FILE): identity start, gates at ten times the rate."""
     return Config(
-        "imagenet/finetune", model="resnet50+cbam", epochs=15, batch_size=256, lr=0.005, warmup_epochs=0.5,
+        FINE_TUNING, model="resnet50+cbam", epochs=15, batch_size=256, lr=0.005, warmup_epochs=0.5,
         attention_lr=10.0, precision="bf16", size=224, save_every=1000,
     )  # fmt: skip
 
@@ -233,11 +251,20 @@ RECIPES: dict[str, Callable[[], Config]] = {
     "imagenette": imagenette,
     "imagenet/paper": imagenet_paper,
     "imagenet/modern": imagenet_modern,
-    "imagenet/finetune": imagenet_finetune,
+    FINE_TUNING: imagenet_finetune,
     "detect/coco": detect_coco,
     "detect/voc": detect_voc,
     "detect/short": detect_short,
 }
+
+
+def fine_tuning_rate(name: str, given: dict[str, Any]) -> float | None:
+    """A tenth of the rate of a recipe that trains from scratch, where it is to begin with trained weights.
+
+    As `cbam compare` has it, and most who fine-tune; None where `given` says a rate, or none is needed.
+    """
+    scratch = name != FINE_TUNING and not name.startswith(DETECT)
+    return recipe(name).lr / 10 if scratch and given.get("pretrained") and "lr" not in given else None
 
 
 def recipe(name: str) -> Config:

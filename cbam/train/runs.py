@@ -17,7 +17,15 @@ from cbam.train.folder import write_config
 from cbam.train.lock import is_mine, locked
 from cbam.train.loggers import Line, Loggers
 from cbam.train.material import began_with, network, ours, pictures
-from cbam.train.recipes import OVERRIDABLE, Config, changes, full_path, recipe
+from cbam.train.recipes import (
+    FINE_TUNING,
+    OVERRIDABLE,
+    Config,
+    changes,
+    fine_tuning_rate,
+    full_path,
+    recipe,
+)
 from cbam.train.versions import versions
 from cbam.train.watch import Silent, Watch
 
@@ -68,7 +76,7 @@ def run(
             raise ConfigError(
                 f"the pictures are not those of the run: {_difference(state['data'], about['data'])}"
             )
-        model = network(config, len(train.classes), loaded=state is not None)
+        model = network(config, len(train.classes), loaded=state is not None, say=watch.say)
         with lightning():
             from cbam.train.keeper import Keeper
         here.from_first(lambda: _begin(stack, folder, about["config"], watch))
@@ -148,9 +156,14 @@ def _settings(
         if given.get(path):
             given[path] = full_path(given[path])
     if state is None:
-        config = dataclasses.replace(recipe(name), **given)
+        if rate := fine_tuning_rate(name, given):
+            say(f"learning rate {rate:g}, a tenth of the recipe's, as the weights are trained already (--lr)")
+            given["lr"] = rate
+        config = dataclasses.replace(recipe(name), **given).settled()
         if config.data is None and config.recipe != "digits" and not config.detects:
             raise ConfigError(f"the recipe {name} needs DATA, an image folder")
+        if name == FINE_TUNING and not config.pretrained:
+            raise ConfigError(f"the recipe {name} needs --pretrained FILE, the weights to begin with")
         return config
     before = began_with(state)
     config = dataclasses.replace(before, **{**given, "recipe": name})

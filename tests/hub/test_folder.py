@@ -245,7 +245,7 @@ def test_a_folder_of_torchs_distributed_checkpoints_is_not_unpickled(folder, mod
         {"dtype": "object"},
         {"dtype": "float16.__class__"},
         {"sha256": None},
-        {"format": 2},
+        {"format": 3},
         {"format": "1"},
         {"library_name": "timm"},
         {"card": None},

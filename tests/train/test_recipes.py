@@ -6,7 +6,7 @@ import pytest
 
 from cbam.errors import ConfigError
 from cbam.train import RECIPES, Config, Recipe
-from cbam.train.recipes import changes, recipe
+from cbam.train.recipes import changes, fine_tuning_rate, recipe
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -37,6 +37,23 @@ def test_fine_tuning_trains_the_gates_faster_than_the_network():
     config = recipe("imagenet/finetune")
     assert config.attention_lr > 1
     assert config.lr < recipe("imagenet/paper").lr
+
+
+def test_recipes_from_scratch_have_a_tenth_of_their_rate_with_trained_weights():
+    given = {"pretrained": "w.pt"}
+    rates = {name: fine_tuning_rate(name, given) for name in RECIPES}
+    assert rates["folder"] == rates["digits"] == 0.005
+    assert rates["imagenette"] == 0.01
+    assert rates["imagenet/finetune"] is rates["detect/short"] is None  # made for it; new layers to train
+    assert fine_tuning_rate("folder", {}) is None
+    assert fine_tuning_rate("folder", {**given, "lr": 0.05}) is None
+
+
+def test_attention_starts_as_the_paper_says_or_as_the_identity_in_a_trained_network():
+    assert recipe("imagenet/paper").settled().start == "paper"
+    assert dataclasses.replace(recipe("folder"), pretrained="w.pt").settled().start == "identity"
+    assert Config("digits", start="identity").settled().start == "identity"
+    assert Config("digits", model="resnet_tiny").settled().start is None
 
 
 @pytest.mark.parametrize(
