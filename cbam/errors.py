@@ -3,6 +3,8 @@
 `exit_code` is what the command line returns for it (see `cbam --help`).
 """
 
+from collections.abc import Sequence
+
 
 class CBAMError(Exception):
     """Base of every error raised on purpose by cbam."""
@@ -101,9 +103,12 @@ class MissingExtraError(CBAMError, ImportError):
     exit_code = 8
 
     @classmethod
-    def of(cls, what: str, extra: str) -> "MissingExtraError":
-        """The error for `what` needing the optional dependencies `extra`."""
-        return cls(f"{what} needs optional packages: pip install 'cbam[{extra}]'")
+    def of(cls, what: str, extra: str, missing: Sequence[str] = ()) -> "MissingExtraError":
+        """The error for `what` needing the optional dependencies `extra`; `missing` are absent."""
+        lacking = f" ({', '.join(missing)} missing)" if missing else ""
+        # The first line finds cbam where it is installed; the second is for a checkout that only runs.
+        line = f"pip install 'cbam[{extra}]', or in a checkout pip install '.[{extra}]'"
+        return cls(f"{what} needs optional packages{lacking}: {line}")
 
     @classmethod
     def torch(cls) -> "MissingExtraError":

@@ -166,7 +166,8 @@ def test_a_missing_package_is_named_with_its_pip_line_before_any_work(monkeypatc
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in absent else find(name))
     assert cli.main(["compare"]) == MissingExtraError.exit_code == 8
     err = capsys.readouterr().err
-    assert "pip install 'cbam[train,explain]' (missing: pytorch_lightning, torchcam)" in err
+    line = "pip install 'cbam[train,explain]', or in a checkout pip install '.[train,explain]'"
+    assert err.endswith(f" needs optional packages (pytorch_lightning, torchcam missing): {line}\n")
 
 
 @pytest.mark.parametrize(
