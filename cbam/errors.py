@@ -52,6 +52,23 @@ class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
     """A weights file does not exist."""
 
 
+class OtherClassesError(CheckpointError):
+    """A weights file fits but for the last layer, which is for other classes; the model is unchanged.
+
+    Attributes:
+        told: the file, and what does not fit.
+        classes: how many it is for.
+    """
+
+    def __init__(self, told: str, classes: int, advice: str) -> None:
+        super().__init__(f"{told}. These weights are for {classes} classes: {advice}")
+        self.told, self.classes = told, classes
+
+    def advising(self, advice: str) -> "OtherClassesError":
+        """The same with advice for those who gave the file in another way."""
+        return OtherClassesError(self.told, self.classes, advice)
+
+
 class NonFiniteError(CBAMError, ArithmeticError):
     """A loss, a score or a map became NaN or infinite; nothing was computed on with it."""
 

@@ -8,7 +8,7 @@ from torch import nn
 from cbam import hub
 from cbam.data import BoxedImages, Images
 from cbam.data.digits import NAME
-from cbam.errors import CheckpointNotFoundError, ConfigError
+from cbam.errors import CheckpointNotFoundError, ConfigError, OtherClassesError
 from cbam.models.detectors import DETECTORS
 from cbam.surgery import load_weights
 from cbam.train import checkpoint
@@ -104,7 +104,11 @@ def _weights(path: Path, data: str | None, model: str | None, size: int | None) 
     )  # fmt: skip
     _, val = pictures(config)
     net = network(config, len(val.classes))
-    load_weights(net, path)
+    try:
+        load_weights(net, path)
+    except OtherClassesError as error:
+        here = f"there are {len(val.classes)} in {val.name}"
+        raise error.advising(f"give DATA, pictures in a folder for each of them; {here}") from None
     return net, val, model
 
 
