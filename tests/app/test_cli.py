@@ -204,6 +204,11 @@ def test_list_and_sites_print_what_the_library_finds(capsys):
         ["layer2.0", "32"],
         ["layer3.0", "64"],
     ]
+    assert cli.main(["sites", "mobilenet_v2"]) == 0
+    first, second, third = capsys.readouterr().out.splitlines()[:3]
+    assert first.split() == "features.1 left out: no skip connection".split()
+    assert third.split()[:3] == ["features.3", "24", "channels"]
+    assert second.index("left out") == third.index("attention")
     assert all("attention:" in line for line in lines)
 
 
