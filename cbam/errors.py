@@ -3,6 +3,8 @@
 `exit_code` is what the command line returns for it (see `cbam --help`).
 """
 
+from collections.abc import Sequence
+
 
 class CBAMError(Exception):
     """Base of every error raised on purpose by cbam."""
@@ -48,6 +50,23 @@ class CheckpointError(CBAMError, RuntimeError):
 
 class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
     """A weights file does not exist."""
+
+
+class OtherClassesError(CheckpointError):
+    """A weights file fits but for the last layer, which is for other classes; the model is unchanged.
+
+    Attributes:
+        told: the file, and what does not fit.
+        classes: how many it is for.
+    """
+
+    def __init__(self, told: str, classes: int, advice: str) -> None:
+        super().__init__(f"{told}. These weights are for {classes} classes: {advice}")
+        self.told, self.classes = told, classes
+
+    def advising(self, advice: str) -> "OtherClassesError":
+        """The same with advice for those who gave the file in another way."""
+        return OtherClassesError(self.told, self.classes, advice)
 
 
 class NonFiniteError(CBAMError, ArithmeticError):
@@ -101,9 +120,12 @@ class MissingExtraError(CBAMError, ImportError):
     exit_code = 8
 
     @classmethod
-    def of(cls, what: str, extra: str) -> "MissingExtraError":
-        """The error for `what` needing the optional dependencies `extra`."""
-        return cls(f"{what} needs optional packages: pip install 'cbam[{extra}]'")
+    def of(cls, what: str, extra: str, missing: Sequence[str] = ()) -> "MissingExtraError":
+        """The error for `what` needing the optional dependencies `extra`; `missing` are absent."""
+        lacking = f" ({', '.join(missing)} missing)" if missing else ""
+        # The first line finds cbam where it is installed; the second is for a checkout that only runs.
+        line = f"pip install 'cbam[{extra}]', or in a checkout pip install '.[{extra}]'"
+        return cls(f"{what} needs optional packages{lacking}: {line}")
 
     @classmethod
     def torch(cls) -> "MissingExtraError":

@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import nn
 
-from cbam.app.look import ROWS, Told, make, picture_files
+from cbam.app.look import ROWS, Told, making, picture_files
 from cbam.app.networks import lines_of, named
 from cbam.data import decode
 from cbam.data.decode import shown
-from cbam.errors import CheckpointNotFoundError, ConfigError, DataError, OutputError
+from cbam.errors import CheckpointNotFoundError, ConfigError, DataError
 from cbam.explain.detecting import Detection, Detectors, Finds, detect
 from cbam.explain.outlines import detection_figure
 from cbam.models.detectors import DETECTORS
@@ -22,6 +22,7 @@ from cbam.train.detector import make_detector
 from cbam.train.material import ours
 
 LISTED = 5  # boxes that a line tells
+FIGURES = r"detect(-\d+)?\.(png|svg)"
 
 
 @dataclass(frozen=True)
@@ -87,19 +88,16 @@ def look_for_objects(eyes: Detectors, asked: Asked, say: Callable[[str], None]) 
     """
     files = picture_files(asked.paths)
     told = Told([], [])
-    make(asked.out)
     most = 0
-    for number, start in enumerate(range(0, len(files), ROWS), 1):
-        rows = list(_looks(eyes, files[start : start + ROWS], asked, told, say))
-        most = max([most, *(len(one.boxes) for row in rows for one in row.finds)])
-        name = "detect" if len(files) <= ROWS else f"detect-{number}"
-        for ending in (".png", ".svg") if rows else ():
-            try:
+    with making(asked.out):
+        for number, start in enumerate(range(0, len(files), ROWS), 1):
+            rows = list(_looks(eyes, files[start : start + ROWS], asked, told, say))
+            most = max([most, *(len(one.boxes) for row in rows for one in row.finds)])
+            name = "detect" if len(files) <= ROWS else f"detect-{number}"
+            for ending in (".png", ".svg") if rows else ():
                 told.figures.append(detection_figure(rows, asked.out / (name + ending)))
-            except OSError as error:
-                raise OutputError.at(asked.out, error) from error
-    if not told.looked:
-        raise DataError(f"no picture can be read, of {len(files)} tried")
+        if not told.looked:
+            raise DataError(f"no picture can be read, of {len(files)} tried")
     if most < asked.box and asked.box > 1:
         raise ConfigError(f"--box {asked.box}: no picture has more than {most} boxes of --threshold")
     return told

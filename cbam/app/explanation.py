@@ -195,7 +195,8 @@ def _stage(seen: Look, network: str, blocks: dict[str, Refinement], shown: Shown
     small = [_figure(_map(s, top), title, f"mean {float(s.mean()):#.3g}") for title, s in strengths]
     head = f"{html.escape(network)}, {html.escape(name)}: {C} channels, {h} × {w}"
     rows = [("what it does to the map, mean over channels", small)]
-    for word, channels in zip(("raised", "lowered"), top_channels(block, 4), strict=True):
+    upwards = paper.upwards([what.middle]) if what else ""
+    for word, channels in zip((upwards, "lowered"), top_channels(block, 4), strict=True):
         rows.append((f"channels {word} most, as the block found them", [_channel(one) for one in channels]))
     return f'<h3 class="cbam-head">{head}</h3><div class="cbam-row">{"".join(cells)}</div>' + "".join(
         f'<h4 class="cbam-head">{title}</h4><div class="cbam-row cbam-small">{"".join(figures)}</div>'
@@ -234,7 +235,7 @@ def _ramp(low: float, middle: float, high: float) -> str:
 
 
 def _histogram(gates: Tensor, middle: float) -> str:
-    """The channel gates, how many there are of each, as an SVG; the dashed line changes nothing."""
+    """The channel gates, how many there are of each, as an SVG, the middle of their range dashed."""
     reach = max(float((gates - middle).abs().max()), 0.01)
     counts = torch.histc(gates, 24, middle - reach, middle + reach)
     bars = "".join(
@@ -249,7 +250,7 @@ def _histogram(gates: Tensor, middle: float) -> str:
         f'<figure class="cbam-cell"><figcaption>{title}</figcaption>'
         f'<svg viewBox="0 0 200 200" role="img" aria-label="{title}, {low:.2f} to {high:.2f}">'
         f'{bars}<line x1="100" x2="100" y1="10" y2="172"/>{ticks}</svg><figcaption class="cbam-note">'
-        f"{low:.2f} to {high:.2f}; dashed: changes nothing</figcaption></figure>"
+        f"{low:.2f} to {high:.2f}; dashed: {paper.in_words([middle])}</figcaption></figure>"
     )
 
 

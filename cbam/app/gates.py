@@ -6,11 +6,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from cbam.app.look import making
 from cbam.app.score import DIGITS, spaced
 from cbam.app.terminal import counted
 from cbam.data import cluttered_digits, decode
-from cbam.errors import ConfigError, DataError, OutputError
-from cbam.explain.gates import gate_figure, gate_statistics, gate_table
+from cbam.errors import ConfigError, DataError
+from cbam.explain.gates import FIXED, IDLE, MOSTLY, SATURATED, gate_figure, gate_statistics, gate_table
 from cbam.explain.looking import Viewer
 from cbam.train.watch import Watch
 
@@ -45,8 +46,7 @@ def gates(viewer: Viewer, data: str, out: Path, watch: Watch, *, limit: int | No
     if not attended:
         raise ConfigError(f"no gates: {', '.join(viewer.networks)} without attention")
     pages = ["# What the gates do", ""]
-    try:
-        out.mkdir(parents=True, exist_ok=True)
+    with making(out):
         for name, net in attended.items():
             watch.now(f"gates of {name}")
             blocks = gate_statistics(net, _batches(viewer, found, watch, len(attended)))
@@ -55,16 +55,18 @@ def gates(viewer: Viewer, data: str, out: Path, watch: Watch, *, limit: int | No
             pages += [f"{name}, {pictures} in {Path(data).name}:", "", gate_table(blocks), ""]
             pages += [f"![]({stem}.png)", ""]
         (out / "gates.md").write_text("\n".join([*pages, *_NOTES, ""]), encoding="utf-8")
-    except OSError as error:
-        raise OutputError.at(out, error) from error
     return [out / "gates.md", *written]
 
 
 _NOTES = (
     "- Change: the norm of what the attention adds to its map, as a share of the map's norm.",
-    "- Saturated: the share of gates in the first or last 2 % of their range.",
+    f"- Saturated: the share of gates in the first or last {100 * SATURATED:.0f} % of their range.",
     "- Fixed, class, picture: shares of the gates' variance that are the same in every picture, that the "
     "class of the picture explains (corrected for chance), and that single pictures add.",
+    f"- In short, in this order: next to nothing, a change below {100 * IDLE:.0f} %; saturated, more than "
+    f"{100 * MOSTLY:.0f} % of the channel gates; the same for every picture, more than "
+    f"{100 * FIXED:.0f} % of their variance fixed; else what explains more of it, the class or the picture. "
+    "Without channel gates the spatial ones are taken.",
 )
 
 

@@ -2,18 +2,21 @@
 
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cbam.data import decode
 from cbam.data.decode import shown
-from cbam.errors import DataError, OutputError
+from cbam.errors import CBAMError, DataError, OutputError
 from cbam.explain.looking import Look, Viewer, class_index, look
 from cbam.explain.sheet import look_figure
 from cbam.explain.stages import stages_figure
 
 ROWS = 6  # more pictures than that become contact sheets
 SHEET = 16  # pictures on one, in two blocks
+FIGURES = r"(look|sheet-\d+|stages-.+)\.(png|svg)"
+LISTED = 6  # files that a line names
 _ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
@@ -57,9 +60,8 @@ def look_at(viewer: Viewer, wanted: Wanted, say: Callable[[str], None]) -> Told:
     files = picture_files(wanted.paths)
     many = len(files) > ROWS or any(path.is_dir() for path in wanted.paths)
     told = Told([], [])
-    make(wanted.out)
-    try:
-        size = SHEET if many else ROWS
+    size = SHEET if many else ROWS
+    with making(wanted.out):
         for number, start in enumerate(range(0, len(files), size), 1):
             group = files[start : start + size]
             looks = list(_looks(viewer, group, wanted, target, told, say))
@@ -70,10 +72,8 @@ def look_at(viewer: Viewer, wanted: Wanted, say: Callable[[str], None]) -> Told:
                 _draw(looks, wanted.out, name, 2 if many else 1, told)
             if not many:
                 _draw_stages(looks, wanted.out, told)
-    except OSError as error:
-        raise OutputError.at(wanted.out, error) from error
-    if not told.looked:
-        raise DataError(f"no picture can be read, of {len(files)} tried")
+        if not told.looked:
+            raise DataError(f"no picture can be read, of {len(files)} tried")
     return told
 
 
@@ -149,9 +149,43 @@ def _files(paths: Sequence[Path]) -> Iterator[Path]:
         yield from (p for p in visible if p.suffix.lower() in _ENDINGS and p.is_file())
 
 
-def make(out: Path) -> None:
-    """Make the folder of the figures."""
+@contextmanager
+def making(out: Path) -> Iterator[None]:
+    """The folder of the figures, made for the block; what was made for it goes again where it stays empty.
+
+    Raises:
+        OutputError: it cannot be made, or the block cannot write to it.
+    """
+    made: list[Path] = []
     try:
+        made += [place for place in (out, *out.parents) if not place.exists()]
         out.mkdir(parents=True, exist_ok=True)
+        yield
     except OSError as error:
+        if isinstance(error, CBAMError):
+            raise
         raise OutputError.at(out, error) from error
+    finally:
+        with suppress(OSError):  # a place that is not empty stays, and so do those that hold it
+            for place in made:
+                place.rmdir()
+
+
+class Before:
+    """What was in the folder of the figures before: so that nobody takes older figures for these."""
+
+    def __init__(self, out: Path) -> None:
+        self._out, self._names = out, []
+        with suppress(OSError):  # there is no such folder yet
+            self._names = sorted(path.name for path in out.iterdir())
+
+    def told(self, path: Path) -> str:
+        """A file that was written, and whether another was replaced."""
+        return f"{path} (replaced)" if path.name in self._names else str(path)
+
+    def left(self, written: Sequence[Path], form: str) -> str:
+        """A line on the files whose names have that form and that were not written now; empty without any."""
+        new = {path.name for path in written}
+        old = [name for name in self._names if re.fullmatch(form, name) and name not in new]
+        more = f" and {len(old) - LISTED} more" if len(old) > LISTED else ""
+        return f"not of this look, left in {self._out}: {', '.join(old[:LISTED])}{more}" if old else ""

@@ -10,7 +10,7 @@ from cbam.app.source import Source, source
 from cbam.data import cluttered_digits
 from cbam.data.digits import NAME
 from cbam.data.pictures import short_side
-from cbam.errors import CheckpointNotFoundError, ConfigError
+from cbam.errors import CheckpointNotFoundError, ConfigError, OtherClassesError
 from cbam.explain.looking import Viewer, default_viewer
 from cbam.explain.pair import class_names
 from cbam.hub import Card
@@ -115,7 +115,10 @@ def _of_weights(
         card, names = Card(size=val.size, mean=val.mean, std=val.std), names or val.classes
     name, names = f"{model}+{label}" if arms and label != "plain" else model, names or class_names()
     net = build(name, num_classes=len(names))
-    load_weights(net, file)
+    try:
+        load_weights(net, file)
+    except OtherClassesError as error:
+        raise error.advising("give --classes FILE with as many names, one per line") from None
     return Source(net, f"{name}, weights of {file}", name, replace(card, classes=tuple(names)))
 
 

@@ -128,8 +128,7 @@ def need(what: str, extras: dict[str, tuple[str, ...]]) -> None:
     }
     wanted_extras = ",".join(extra for extra, names in missing.items() if names)
     if wanted_extras:
-        absent = ", ".join(name for names in missing.values() for name in names)
-        raise MissingExtraError(f"{MissingExtraError.of(what, wanted_extras)} (missing: {absent})")
+        raise MissingExtraError.of(what, wanted_extras, [name for own in missing.values() for name in own])
 
 
 class Terminated(KeyboardInterrupt):

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cbam.app.look import making
 from cbam.app.terminal import counted
 from cbam.data import annotated, cluttered_digits
-from cbam.errors import ConfigError, DataError, OutputError
+from cbam.errors import ConfigError, DataError
 from cbam.explain import gradcam
 from cbam.explain.localisation import (
     STEPS,
@@ -170,12 +171,9 @@ def samples(
 def write(results: dict[str, Any], out: Path) -> list[Path]:
     """The results as score.json and, in words and a table, score.md."""
     page, record = out / "score.md", out / "score.json"
-    try:
-        out.mkdir(parents=True, exist_ok=True)
+    with making(out):
         record.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
         page.write_text(markdown(results), encoding="utf-8")
-    except OSError as error:
-        raise OutputError.at(out, error) from error
     return [page, record]
 
 

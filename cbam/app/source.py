@@ -10,7 +10,7 @@ from cbam import hub
 from cbam.data import cluttered_digits
 from cbam.data.digits import NAME
 from cbam.data.pictures import short_side
-from cbam.errors import CheckpointNotFoundError, ConfigError
+from cbam.errors import CheckpointNotFoundError, ConfigError, OtherClassesError
 from cbam.hub.card import read_config
 from cbam.hub.folder import CONFIG
 from cbam.models import build
@@ -83,7 +83,10 @@ def source(named: str, model: str | None, outputs: int | None) -> Source:
     if model is None:
         raise ConfigError(f"{named} does not say what network it is: give --model NAME, see `cbam list`")
     net = build(model, num_classes=outputs or _OUTPUTS)
-    load_weights(net, path)
+    try:
+        load_weights(net, path)
+    except OtherClassesError as error:
+        raise error.advising(f"give --num-classes {error.classes}") from None
     return Source(net, f"{model}, weights of {path}", model, hub.Card())
 
 

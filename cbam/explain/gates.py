@@ -23,6 +23,8 @@ from cbam.explain.watching import eval_mode
 
 SATURATED = 0.02  # a gate in the first or last 2 % of its range no longer moves
 IDLE = 0.01  # a block that changes its map by less than 1 % does next to nothing
+MOSTLY = 0.5  # a block with more saturated gates than that is called so
+FIXED = 0.95  # gates with more of their variance fixed are called the same for every picture
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 _SAMPLE = 4096  # values kept of each picture's spatial gate, evenly spaced
 
@@ -77,9 +79,9 @@ class BlockStatistics:
         main = self.what or self.where
         if main is None:
             return "no gate"
-        if main.saturated is not None and main.saturated > 0.5:
+        if main.saturated is not None and main.saturated > MOSTLY:
             return "saturated"
-        if main.fixed > 0.95:
+        if main.fixed > FIXED:
             return "the same for every picture"
         return "follows the class" if (main.by_class or 0) > main.by_picture else "follows the picture"
 
@@ -277,7 +279,7 @@ def draw(blocks: Sequence[BlockStatistics]):
         ax.set_xlim(0, 100)
         ax.set_xticks((0, 50, 100))
         ax.get_xticklabels()[-1].set_horizontalalignment("right")
-    _legend(page, _HEAD + high + 0.3)
+    _legend(page, _HEAD + high + 0.3, [block.middle for block in blocks])
     return page.figure
 
 
@@ -296,7 +298,7 @@ def _shares(ax, r: int, gate: GateStatistics) -> None:
         left += 100 * share
 
 
-def _legend(page: Page, top: float) -> None:
+def _legend(page: Page, top: float, middles: list[float]) -> None:
     left = _LEFT
     for colour, words in (
         (_FIXED, "channel or place: the same in every picture"), (_CLASS, "class"), (_PICTURE, "picture"),
@@ -309,5 +311,6 @@ def _legend(page: Page, top: float) -> None:
             spine.set_visible(False)
         page.say(left + 0.15, top, words, ha="left")
         left += 0.35 + len(words) * paper.CHARACTER
-    words = "bars: 5 to 95 %, the middle half, the median; dashed: changes nothing"
+    dashed = paper.in_words(middles).replace("\n", " ")
+    words = f"bars: 5 to 95 %, the middle half, the median; dashed: {dashed}"
     page.say(_LEFT, top + 0.17, words, ha="left", size=SMALL)

@@ -7,6 +7,7 @@ import io
 import os
 import tempfile
 import textwrap
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -176,6 +177,17 @@ def gate_scale(gates: list[Tensor], middle: float) -> tuple[float, float]:
     """The middle of the gates' colour scale and how far it reaches to either side, one for all of them."""
     reach = max((float((gate - middle).abs().max()) for gate in gates), default=0.0)
     return middle, max(reach, 0.01)  # so that rounding is not blown up to a pattern
+
+
+def in_words(middles: Iterable[float]) -> str:
+    """What gates in the middle of their range do: in the paper's form they halve the map."""
+    neutral = all(middle == 1 for middle in middles)
+    return "changes nothing" if neutral else "middle of the range;\n1 changes nothing"
+
+
+def upwards(middles: Iterable[float]) -> str:
+    """What the largest gates do to their channels: those of the paper's form end at 1 and raise none."""
+    return "kept" if all(2 * middle <= 1 for middle in middles) else "raised"
 
 
 def _replace(path: Path, content: bytes) -> None:

@@ -29,7 +29,7 @@ class Step:
         gate: (N, C, 1, 1), (N, 1, H, W) or (N, C, H, W): what the map is multiplied by.
         after: (N, C, H, W).
         middle: the gate's value where it has nothing to say; for CBAM half the gain, so 1 after an identity
-            start and 1/2 in the paper's form.
+            start, where that changes nothing, and 1/2 in the paper's form, where it halves the map.
     """
 
     kind: str

@@ -94,9 +94,12 @@ class _Stages(Page):
     def __init__(self, look: Look, network: str, blocks: dict[str, Refinement]) -> None:
         self.look, self.blocks = look, blocks
         self.scale = where_scale(list(blocks.values()))
+        whats = [step for block in blocks.values() if (step := block.step("what") or block.step("both"))]
+        self.middles = [step.middle for step in whats]
+        upwards = paper.upwards(self.middles)
         columns = [("where:\nspatial gate", _CELL), ("what: channel gates,\nhow many have it", _HISTOGRAM)]
-        columns += [(f"{'raised most' if i == 0 else ''}", _CELL) for i in range(TOP)]
-        columns += [(f"{'lowered most' if i == 0 else ''}", _CELL) for i in range(TOP)]
+        columns += [(f"{upwards} most" if i == 0 else "", _CELL) for i in range(TOP)]
+        columns += [("lowered most" if i == 0 else "", _CELL) for i in range(TOP)]
         self.lefts = [_LEFT]
         for _, wide in columns:
             extra = 0.2 if wide == _HISTOGRAM else _GAP
@@ -171,4 +174,6 @@ class _Stages(Page):
             self.axes(self.lefts[2], top, wide, 0.06), paper.STRENGTH,
             {0: "0", 1: "largest of the map"}, "|activation|",
         )  # fmt: skip
-        self.say(self.lefts[1] + _HISTOGRAM / 2, top + 0.1, "dashed: changes nothing", size=SMALL)
+        if self.middles:
+            words = f"dashed: {paper.in_words(self.middles)}"
+            self.say(self.lefts[1] + _HISTOGRAM / 2, top + 0.1, words, size=SMALL)

@@ -73,7 +73,7 @@ def check_fits(x: Tensor, channels: int | None, weight: Tensor | None, dim: int 
             f"built for {channels} channels, got {x.shape[-dim - 1]} in shape {tuple(x.shape)}"
             f"{other_dim(x, dim) if x.shape[1] == channels else ''}"
         )
-    if weight is None:
+    if not isinstance(weight, Tensor):  # a quantised layer's is a method, which unpacks it
         return
     if x.device != weight.device:
         raise InputError(f"x is on {x.device}, the weights on {weight.device}; move one of them")

@@ -60,9 +60,7 @@ def format_of(to: str | None, path: Path) -> tuple[str, Format]:
         raise ConfigError(f"{path}: a file for {to} ends in {made.suffixes[-1]}")
     absent = [name for name in made.needs if importlib.util.find_spec(name) is None]
     if absent:
-        raise MissingExtraError(
-            f"{MissingExtraError.of(f'export to {to}', 'export')} (missing: {', '.join(absent)})"
-        )
+        raise MissingExtraError.of(f"export to {to}", "export", absent)
     return to, made
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from cbam.errors import AttachError, InputError
-from cbam.nn import CBAM
+from cbam.nn import ATTENTION, CBAM
 from cbam.surgery.route import is_refined, paused, refine, restore
 from cbam.surgery.sites import Site, blocked, check_module, output_sites, sites
 from cbam.surgery.trial import Value
@@ -24,7 +24,7 @@ _WRAPPERS = {"DistributedDataParallel", "DataParallel", "FullyShardedDataParalle
 def attach(
     model: nn.Module,
     where: str | Callable[[str, nn.Module], bool] | None = None,
-    attention: Callable[[int], nn.Module] = CBAM,
+    attention: str | Callable[[int], nn.Module] = CBAM,
     *,
     start: str = "identity",
 ) -> nn.Module:
@@ -39,20 +39,21 @@ def attach(
         where: a regular expression that a whole module name must match, or `(name, module) -> bool`. It
             chooses among the residual blocks that `sites(model)` lists; where it matches none of them, the
             modules it matches get attention on their output.
-        attention: `channels -> module` of the same input and output shape. One that takes `dim` is told it
-            where the map has one spatial dimension or three.
+        attention: `channels -> module` of the same input and output shape, or its name on the command line,
+            such as "eca". One that takes `dim` is told it where the map has one spatial dimension or three.
         start: "identity", which needs `identity_()` on the attention; or "paper", its own initialisation.
 
     Raises:
         AttachError: nothing matches, attention is there already, or it cannot be put in; nothing is changed.
-        InputError: an unknown `start`.
+        InputError: an unknown `start` or name of an attention.
     """
+    made = _attention(attention)
     if start not in ("identity", "paper"):
         raise InputError(f'start must be "identity" or "paper", got {start!r}')
     _refuse_wrapped(model)
     chosen = _choose(model, where)
     modules = dict(model.named_modules())
-    parts = [(modules[s.name], s, _build(modules[s.name], s, attention, start)) for s in chosen]
+    parts = [(modules[s.name], s, _build(modules[s.name], s, made, start)) for s in chosen]
     done: list[nn.Module] = []
     try:
         for block, site, part in parts:
@@ -154,6 +155,20 @@ def _matcher(where: str | Callable[[str, nn.Module], bool]) -> Callable[[str, nn
     except re.error as error:
         raise InputError(f"where={where!r} is no regular expression: {error}") from None
     return lambda name, module: pattern.fullmatch(name) is not None
+
+
+def _attention(attention: str | Callable[[int], nn.Module]) -> Callable[[int], nn.Module]:
+    if isinstance(attention, str):
+        if attention in ATTENTION:
+            return ATTENTION[attention]
+        near = ", ".join(difflib.get_close_matches(attention.lower(), ATTENTION, 3, 0.3) or ATTENTION)
+        raise InputError(f"unknown attention {attention!r}; nearest: {near}")
+    if isinstance(attention, nn.Module) or not callable(attention):
+        raise InputError(
+            f"attention must be a name or make a module for a number of channels, such as cbam.CBAM; "
+            f"got a {type(attention).__name__}"
+        )
+    return attention
 
 
 def _build(block: nn.Module, site: Site, attention: Callable[[int], nn.Module], start: str) -> nn.Module:

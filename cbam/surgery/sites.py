@@ -48,8 +48,9 @@ class Site:
 
     def __str__(self) -> str:
         state = "attached" if self.attached else "free" if self.default else "left out"
+        width = "" if self.channels is None else f"{self.channels} channels, "
         tail = ", one operation with the norm, the add and the ReLU" if self.route and self.route.tail else ""
-        return f"{self.name or '(the model)'}: {state}, {self.channels or '?'} channels, {self.why}{tail}"
+        return f"{self.name or '(the model)'}: {state}, {width}{self.why}{tail}"
 
 
 def sites(model: nn.Module) -> list[Site]:

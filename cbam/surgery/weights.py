@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cbam.errors import CheckpointError, InputError
+from cbam.errors import CheckpointError, InputError, OtherClassesError
 from cbam.surgery.checkpoint import read
 from cbam.surgery.convert import convert_state_dict
 from cbam.surgery.dialect import MisfitError, Target, some
@@ -26,7 +26,16 @@ __all__ = ["Loaded", "convert_state_dict", "load_weights"]
 
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "model_state", "net", "network", "params", "weights")
 _MAX_DEPTH = 4  # of dicts around a state dict; one that holds itself has no end
+_OWN_HEAD = 'cbam.load_weights(..., head="reset") keeps the model\'s own last layer. The model is unchanged'
 _COUNTER = ".num_batches_tracked"  # absent in files older than torch 0.4.1, and no part of the function
+
+
+class _OtherClasses(MisfitError):
+    """The last layer alone is of another shape."""
+
+    def __init__(self, told: str, classes: int) -> None:
+        super().__init__(told)
+        self.classes = classes
 
 
 @dataclass(frozen=True)
@@ -71,7 +80,8 @@ def load_weights(
 
     Raises:
         CheckpointNotFoundError: no such file.
-        CheckpointError: unreadable, damaged, unsafe, or it does not fit. The model is unchanged.
+        CheckpointError: unreadable, damaged, unsafe, or it does not fit (OtherClassesError where nothing but
+            the last layer does not). The model is unchanged.
         InputError: neither a path nor a state dict, or an unknown `head`.
         MissingExtraError: the file is safetensors, and the package to read it is absent.
     """
@@ -94,6 +104,8 @@ def load_weights(
         missing = _check_names(values, target, kept)
         _check_shapes(values, target)
         values = _check_values(values, target)
+    except _OtherClasses as misfit:
+        raise OtherClassesError(f"{where}: {misfit}", misfit.classes, _OWN_HEAD) from None
     except MisfitError as misfit:
         raise CheckpointError(f"{where}: {misfit}. The model is unchanged") from None
     target.copy(values, gains)
@@ -222,8 +234,11 @@ def _check_shapes(values: Mapping[str, Tensor], target: Target) -> None:
         for name in values
         if name in wrong
     ]
-    advice = '. It has other classes: head="reset" keeps the model\'s own' if wrong <= target.head() else ""
-    raise MisfitError(f"{len(wrong)} of other shape: {some(listed)}{advice}")
+    told = f"{len(wrong)} of other shape: {some(listed)}"
+    classes, own = ({n for name in wrong for n in of[name].shape[:1]} for of in (values, target.tensors))
+    if wrong <= target.head() and len(classes) == 1 and classes != own:
+        raise _OtherClasses(told, *classes)
+    raise MisfitError(told)
 
 
 def _check_values(values: Mapping[str, Tensor], target: Target) -> dict[str, Tensor]:

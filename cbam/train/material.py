@@ -113,7 +113,7 @@ def weights_at(path: str) -> str | dict[str, Tensor]:
 def misfit_of(path: str, misfit: CheckpointError) -> CheckpointError:
     """The error with the name of what does not fit; a state dict that was read from a run has none."""
     told = str(misfit)
-    return misfit if path in told else type(misfit)(f"{path}: {told}")
+    return misfit if path in told else CheckpointError(f"{path}: {told}")
 
 
 def network_at(path: str) -> str:

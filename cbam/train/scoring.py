@@ -11,7 +11,7 @@ from cbam.data import BoxedImages, Images
 from cbam.data.digits import NAME
 from cbam.data.parquet import unsplit_set
 from cbam.data.pictures import Validation
-from cbam.errors import CheckpointNotFoundError, ConfigError
+from cbam.errors import CheckpointNotFoundError, ConfigError, OtherClassesError
 from cbam.models.detectors import DETECTORS
 from cbam.surgery import load_weights
 from cbam.train import checkpoint
@@ -122,7 +122,11 @@ def _weights(path: Path, data: str | None, model: str | None, size: int | None, 
     )  # fmt: skip
     val, which = _pictures(config, held_out=held_out)
     net = network(config, len(val.classes))
-    load_weights(net, path)
+    try:
+        load_weights(net, path)
+    except OtherClassesError as error:
+        here = f"there are {len(val.classes)} in {val.name}"
+        raise error.advising(f"give DATA, pictures in a folder for each of them; {here}") from None
     return net, val, f"{model} on {which}"
 
 
@@ -139,10 +143,8 @@ def _pictures(config: Config, *, held_out: bool) -> tuple[_Set, str]:
         return whole, f"all {len(whole)} pictures of {config.data}"
     _, val = pictures(config)
     if whole is not None:
-        return (
-            val,
-            f"{len(val)} of the {len(whole)} pictures of {config.data}, held out when it is trained on",
-        )
+        of = f"{len(val)} of the {len(whole)} pictures of {config.data}"
+        return val, f"{of}, held out when it is trained on"
     return val, f"{len(val)} validation pictures of {val.name}"
 
 
@@ -154,11 +156,8 @@ def _is_of_run(config: Config, began: Config, data: dict[str, Any]) -> bool:
     if there.exists():
         return here.exists() and here.samefile(there)
     train, val = pictures(config)
-    return (list(train.classes), len(train), len(val)) == (
-        data["classes"],
-        data["training"],
-        data["validation"],
-    )
+    found = {"classes": list(train.classes), "training": len(train), "validation": len(val)}
+    return all(data[name] == value for name, value in found.items())
 
 
 def _check_classes(val: _Set, classes, of: str) -> None:

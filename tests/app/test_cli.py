@@ -168,7 +168,8 @@ def test_a_missing_package_is_named_with_its_pip_line_before_any_work(monkeypatc
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in absent else find(name))
     assert cli.main(["compare"]) == MissingExtraError.exit_code == 8
     err = capsys.readouterr().err
-    assert "pip install 'cbam[train,explain]' (missing: pytorch_lightning, torchcam)" in err
+    line = "pip install 'cbam[train,explain]', or in a checkout pip install '.[train,explain]'"
+    assert err.endswith(f" needs optional packages (pytorch_lightning, torchcam missing): {line}\n")
 
 
 @pytest.mark.parametrize(
@@ -205,6 +206,11 @@ def test_list_and_sites_print_what_the_library_finds(capsys):
         ["layer2.0", "32"],
         ["layer3.0", "64"],
     ]
+    assert cli.main(["sites", "mobilenet_v2"]) == 0
+    first, second, third = capsys.readouterr().out.splitlines()[:3]
+    assert first.split() == "features.1 left out: no skip connection".split()
+    assert third.split()[:3] == ["features.3", "24", "channels"]
+    assert second.index("left out") == third.index("attention")
     assert all("attention:" in line for line in lines)
 
 

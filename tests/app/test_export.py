@@ -121,7 +121,9 @@ def test_a_weights_file_takes_the_name_of_its_network(capsys):
     torch.save(model.state_dict(), "w.pth")
     line = ["export", "w.pth", "--to", "torch", "--size", "32"]
     assert cli.main(line) == 2
+    capsys.readouterr()
     assert cli.main([*line, "--model", "resnet_tiny+cbam"]) == 4  # of 7 classes, not of 1000
+    assert "for 7 classes: give --num-classes 7\n" in capsys.readouterr().err  # K12
     assert cli.main([*line, "--model", "resnet_tiny+cbam", "--num-classes", "7"]) == 0
     assert computes("w.pt2", model, 32)
     assert told_in("w.pt2")["network"] == "resnet_tiny+cbam"
@@ -156,4 +158,5 @@ def test_a_missing_exporter_is_named_before_any_work(monkeypatch, capsys):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if "onnx" in name else find(name))
     assert cli.main(["export", "resnet_tiny", "--to", "onnx"]) == 8
-    assert "pip install 'cbam[export]' (missing: onnx, onnxscript, onnxruntime)" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "(onnx, onnxscript, onnxruntime missing): pip install 'cbam[export]', or in a checkout" in told

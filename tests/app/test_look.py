@@ -195,6 +195,69 @@ def test_networks_of_files_are_compared(photo, tmp_path, monkeypatch, capsys):
     assert "cbam-look/stages-photo.svg" in out
 
 
+def test_weights_for_other_classes_are_refused_with_what_the_command_has(
+    photo, tmp_path, monkeypatch, capsys
+):
+    """K12"""
+    monkeypatch.chdir(tmp_path)
+    photo.save("photo.png")
+    torch.save(cbam.build("resnet_tiny", num_classes=3).state_dict(), "mine.pt")
+    line = ["look", "photo.png", "--model", "resnet_tiny", "--weights", "mine.pt", "--size", "64"]
+    assert main(line) == 4
+    told = capsys.readouterr().err
+    assert "for 3 classes: give --classes FILE with as many names, one per line" in told
+    assert "head=" not in told
+    assert not (tmp_path / "cbam-look").exists()
+    (tmp_path / "names.txt").write_text("ant\nbee\ncat\n")
+    assert main([*line, "--classes", "names.txt"]) == 0
+
+
+def test_figures_that_are_replaced_and_those_of_an_earlier_look_are_told(
+    photo, tmp_path, monkeypatch, capsys
+):
+    import cbam.app.look as module
+
+    def write(_, path, **__):
+        path.write_text("a figure")
+        return path
+
+    monkeypatch.setattr(module, "look_figure", write)
+    monkeypatch.setattr(module, "stages_figure", write)
+    monkeypatch.chdir(tmp_path)
+    torch.save(cbam.build("resnet_tiny+cbam", num_classes=3).state_dict(), "mine.pt")
+    (tmp_path / "names.txt").write_text("ant\nbee\ncat\n")
+    for name in ("a", "b"):
+        photo.save(f"{name}.png")
+    (tmp_path / "cbam-look").mkdir()
+    (tmp_path / "cbam-look" / "notes.png").write_text("of the user")
+    more = ["--model", "resnet_tiny+cbam", "--weights", "mine.pt", "--classes", "names.txt", "--size", "32"]
+    told = []
+    for name in ("a", "b"):
+        assert main(["look", f"{name}.png", *more]) == 0
+        told.append(capsys.readouterr().out)
+    assert "replaced" not in told[0]
+    assert "not of this look" not in told[0]
+    assert told[1].splitlines()[-5:] == [
+        "cbam-look/look.png (replaced)",
+        "cbam-look/look.svg (replaced)",
+        "cbam-look/stages-b.png",
+        "cbam-look/stages-b.svg",
+        "not of this look, left in cbam-look: stages-a.png, stages-a.svg",
+    ]
+
+
+def test_a_look_that_fails_leaves_no_empty_folder(viewer, photo, tmp_path):
+    bad, out = tmp_path / "bad.png", tmp_path / "new" / "out"
+    bad.write_text("no picture")
+    with pytest.raises(DataError, match="no picture can be read"):
+        look_at(viewer, Wanted([bad], out), lambda _: None)
+    assert not out.parent.exists()
+    out.mkdir(parents=True)
+    with pytest.raises(DataError, match="no picture can be read"):
+        look_at(viewer, Wanted([bad], out), lambda _: None)
+    assert out.exists()  # it was there before
+
+
 def test_a_run_is_looked_at_as_it_is_scored(photo, tmp_path, monkeypatch, capsys):
     """A checkpoint knows its network, classes and size; where the run keeps an average, that is looked at."""
     pytest.importorskip("pytorch_lightning", reason="training is Lightning's")

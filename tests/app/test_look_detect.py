@@ -54,6 +54,13 @@ def test_two_detectors_are_drawn_side_by_side(here, capsys):
     with Image.open(here / "detect.png") as figure:
         assert figure.width > 1300
     assert out.splitlines()[-2:] == [str(here / "detect.png"), str(here / "detect.svg")]
+    (here / "detect-2.png").write_text("of an earlier look")
+    assert main(["look", "--detect", "photo.png", *PAIR, *LOW, "--out", str(here)]) == 0
+    assert capsys.readouterr().out.splitlines()[-3:] == [
+        f"{here / 'detect.png'} (replaced)",
+        f"{here / 'detect.svg'} (replaced)",
+        f"not of this look, left in {here}: detect-2.png",
+    ]
 
 
 def test_attention_at_the_identity_finds_the_same(here):
@@ -194,6 +201,12 @@ def test_nowhere_to_write_is_told_before_any_work(here, folder):
         look_for_objects(eyes, Asked([Path("photo.png")], folder / "bad.png" / "out"), lambda _: None)
     with pytest.raises(DataError, match="no pictures in"):
         look_for_objects(eyes, Asked([here.parent], here), lambda _: None)
+
+
+def test_a_look_that_fails_leaves_no_empty_folder(here):
+    assert main(["look", "--detect", "bad.png", *PAIR[:2], "--weights", "plain.pt",
+                 "--classes", "classes.txt", "--out", str(here)]) == 3  # fmt: skip
+    assert not here.exists()
 
 
 def test_classes_and_weights_must_fit(here, tmp_path):

@@ -174,7 +174,20 @@ def test_scores_and_gates_are_written_from_the_command_line(networks, boxes, tmp
     page = (out / "gates.md").read_text()
     assert "cbam, 6 pictures of 2 classes in classes:" in page
     assert page.count("\n| layer") + page.count("\n| stage") == 3 or page.count("\n| ") == 4
-    assert "6 pictures with boxes" in capsys.readouterr().out
+    assert "- In short, in this order: next to nothing, a change below 1 %; saturated, more than 50 %" in page
+    told = capsys.readouterr().out
+    assert "6 pictures with boxes" in told
+    assert "(replaced)" not in told
+    assert main(["look", *networks, "--gates", str(folder), "--out", str(out)]) == 0
+    assert f"{out / 'gates.md'} (replaced)" in capsys.readouterr().out.splitlines()
+
+
+def test_gates_that_fail_leave_no_empty_folder(tmp_path, networks):
+    for name in ("a", "b"):
+        Image.new("RGB", (64, 64)).save(tmp_path / f"{name}.png")
+    (tmp_path / "b.png").write_text("no picture")  # the first is read to see whether there are gates
+    assert main(["look", *networks, "--gates", str(tmp_path), "--out", str(tmp_path / "out")]) == 3
+    assert not (tmp_path / "out").exists()
 
 
 def test_gates_need_attention_and_pictures(viewer, tmp_path):

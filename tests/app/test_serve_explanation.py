@@ -45,7 +45,7 @@ def test_a_page_holds_the_picture_the_maps_and_the_gates_of_a_stage(explainer):
     assert "Grad-CAM, CBAM" in page
     assert f"CBAM, {stage}: " in page
     assert "where: spatial gate" in page
-    assert "channels raised most" in page
+    assert "channels kept most" in page
     for one in explainer.look(key, Shown(target=7)).glances:
         assert f"p = {one.probability:.3f}" in page
     images = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
@@ -53,6 +53,17 @@ def test_a_page_holds_the_picture_the_maps_and_the_gates_of_a_stage(explainer):
     for data in images:
         assert Image.open(io.BytesIO(base64.b64decode(data))).format == "PNG"
     assert "http" not in page
+
+
+@pytest.mark.parametrize("start", ["paper", "identity"])
+def test_the_middle_of_the_gates_changes_nothing_only_after_an_identity_start(start):
+    torch.manual_seed(0)
+    nets = {"CBAM": cbam.build("resnet_tiny+cbam", start=start)}
+    explainer = Explainer(Viewer(nets, [f"class {i}" for i in range(1000)], size=32, resized=36))
+    page = explainer.page(explainer.take(picture(), "photo.png"), Shown())
+    assert ("dashed: changes nothing" in page) == (start == "identity")
+    assert ("dashed: middle of the range;\n1 changes nothing" in page) == (start == "paper")
+    assert ("channels raised most" in page) == (start == "identity")
 
 
 def test_below_the_threshold_and_without_opacity_the_picture_is_grey(explainer):

@@ -122,6 +122,17 @@ def test_every_attention_has_statistics_that_can_be_drawn(name, images, tmp_path
         assert all(block.name in words for block in blocks)
 
 
+@pytest.mark.parametrize(
+    ("middle", "words"),
+    [(1.0, "dashed: changes nothing"), (0.5, "dashed: middle of the range; 1 changes nothing")],
+)
+def test_the_dashed_line_of_the_figure_changes_nothing_only_at_one(tmp_path, middle, words):
+    gate = GateStatistics(0.5, (0.1, 0.2, 0.5, 0.8, 0.9), 0.25, 0.5, 0.3)
+    block = BlockStatistics("layer4.1", 512, 0.123, middle, gate, None)
+    drawn = gate_figure([block], tmp_path / "gates.svg").read_text()
+    assert re.findall(r"<!-- bars: .*; (dashed: .*) -->", drawn) == [words]
+
+
 def test_what_has_no_gates_or_no_pictures_is_refused(plain, build, images):
     with pytest.raises(ConfigError, match="no attention"):
         gate_statistics(plain, [(images, None)])

@@ -3,6 +3,7 @@ import re
 import pytest
 import torch
 
+import cbam
 from cbam.errors import ConfigError, InputError
 from cbam.explain import Viewer, gradcam, look, look_figure, record, stages_figure
 from cbam.explain.looking import class_index, stages
@@ -154,6 +155,24 @@ def test_the_stages_say_every_gate_that_they_show(viewer, picture, tmp_path):
         assert f"{block.spatial_gate.min():.2f} to {block.spatial_gate.max():.2f}" in words
         for channel in [c for side in top_channels(block) for c in side]:
             assert f"no. {channel.index}: × {channel.gate:.2f}" in words
+
+
+def identity(channels: int) -> torch.nn.Module:
+    return cbam.CBAM(channels).identity_()
+
+
+@pytest.mark.parametrize(("attention", "neutral"), [(cbam.CBAM, False), (identity, True)])
+def test_the_middle_of_the_scale_changes_nothing_only_where_it_is_one(
+    build, picture, tmp_path, attention, neutral
+):
+    net = Viewer({"CBAM": build(attention)}, CLASSES, size=32, resized=36)
+    words = svg_text(stages_figure(look(net, picture), tmp_path / "stages.svg"))
+    assert ("dashed: changes nothing" in words) == neutral
+    assert ("dashed: middle of the range;\n1 changes nothing" in words) == (not neutral)
+    assert ("channels raised most" in words) == neutral
+    assert ("channels kept most" in words) == (not neutral)
+    assert ("\n1.00\n" in words) == neutral
+    assert ("\n0.50\n" in words) == (not neutral)
 
 
 @pytest.mark.parametrize("kind", ["rows", "sheet", "stages", "disagreeing", "alone"])

@@ -71,4 +71,5 @@ def test_without_the_companion_the_equation_runs_and_that_is_said_once():
     program = "\n".join(line.strip() for line in program.splitlines())
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=os.environ)
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("cbam-native is not installed") == 1
+    remedy = "in a checkout: pip install hatchling; pip install --no-build-isolation ./native"
+    assert done.stderr.count(f"cbam-native is not installed ({remedy})") == 1

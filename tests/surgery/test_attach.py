@@ -362,6 +362,18 @@ def test_a_quantised_layer_is_refused(net):  # S10
         cbam.attach(net)
 
 
+@pytest.mark.filterwarnings("ignore")  # torch is about to drop its old quantisation
+@pytest.mark.parametrize("name", ["cbam", "se"])
+def test_attached_networks_can_be_quantised(net, name):
+    cbam.attach(net.eval(), attention=name, start="paper")
+    x = torch.randn(2, 3, 9, 9)
+    quantised = torch.ao.quantization.quantize_dynamic(net, {nn.Linear}, dtype=torch.qint8)
+    with torch.no_grad():
+        exact, found = net(x), quantised(x)
+    assert not torch.equal(found, exact)
+    assert (found - exact).abs().max() < 0.02 * exact.abs().max()
+
+
 def test_a_block_with_an_attribute_of_that_name_is_refused_before_anything_changes(net):
     net.two.cbam = "mine"
     before = fingerprint(net)
@@ -405,6 +417,26 @@ def test_attention_that_does_not_fit_is_refused_and_nothing_changes(net, attenti
     with pytest.raises(AttachError, match=words):
         cbam.attach(net, attention=attention, start=start)
     assert fingerprint(net) == before
+
+
+@pytest.mark.parametrize(
+    ("attention", "words"),
+    [
+        ("Eca", "unknown attention 'Eca'; nearest: eca"),
+        (7, "got a int"),
+        (cbam.CBAM(8), "got a CBAM"),
+    ],
+)
+def test_attention_that_makes_no_module_is_refused_and_nothing_changes(net, attention, words):  # S15
+    before = fingerprint(net)
+    with pytest.raises(InputError, match=words):
+        cbam.attach(net, attention=attention)
+    assert fingerprint(net) == before
+
+
+def test_attention_goes_by_the_name_of_the_command_line(net):
+    cbam.attach(net, attention="eca")
+    assert isinstance(net.one.cbam, cbam.nn.ECA)
 
 
 def test_a_failure_at_the_last_block_rolls_back(net):  # S15

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import cbam
-from cbam.surgery import attached
+from cbam.surgery import Site, attached
 
 
 def conv(channels, groups=1):
@@ -414,6 +414,10 @@ def test_an_attached_site_says_so():
     (site,) = cbam.sites(block)
     assert (site.attached, site.why) == (True, "after norm")
     assert str(site) == "(the model): attached, 8 channels, after norm"
+
+
+def test_a_site_of_unknown_width_says_no_number():
+    assert str(Site("stage1", None, "no skip connection")) == "stage1: left out, no skip connection"
 
 
 def test_old_style_hooks_of_a_block_do_not_stop_the_trial():

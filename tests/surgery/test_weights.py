@@ -24,7 +24,13 @@ import torch.nn.functional as F
 from torch import nn
 
 import cbam
-from cbam.errors import CheckpointError, CheckpointNotFoundError, InputError, MissingExtraError
+from cbam.errors import (
+    CheckpointError,
+    CheckpointNotFoundError,
+    InputError,
+    MissingExtraError,
+    OtherClassesError,
+)
 from cbam.models import build
 from cbam.surgery.weights import convert_state_dict, load_weights
 
@@ -372,6 +378,9 @@ def test_other_classes_need_a_fresh_head(tmp_path):
     source, model = tiny(num_classes=7, seed=1), tiny("identity")
     torch.save(source.state_dict(), tmp_path / "seven.pt")
     refused(model, tmp_path / "seven.pt", r"fc.weight is \(7, 64\), the model's \(10, 64\).*head=\"reset\"")
+    with pytest.raises(OtherClassesError, match=r"for 7 classes: cbam\.load_weights\(") as caught:
+        load_weights(model, tmp_path / "seven.pt")
+    assert caught.value.classes == 7
     head = copy.deepcopy(model.fc)
     loaded = load_weights(model, tmp_path / "seven.pt", head="reset")
     assert loaded.head_reset
@@ -379,6 +388,13 @@ def test_other_classes_need_a_fresh_head(tmp_path):
     assert torch.equal(model.fc.weight, head.weight)
     assert torch.equal(model.fc.bias, head.bias)
     assert torch.equal(model.layer3[0].conv2.weight, source.layer3[0].conv2.weight)
+
+
+def test_a_head_of_other_width_for_the_same_classes_is_not_said_to_have_others():
+    """K12"""
+    state = tiny(seed=1).state_dict()
+    state["fc.weight"] = torch.ones(10, 32)
+    assert "classes" not in refused(tiny(), state, "1 of other shape: fc.weight is")
 
 
 @pytest.mark.parametrize("network", ["mobilenet_v2", "squeezenet1_1", "timm:test_convnext", "timm:test_vit"])

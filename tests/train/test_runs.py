@@ -263,6 +263,14 @@ def test_a_published_folder_is_scored_as_its_card_says_pictures_come_to_it(pictu
         score(silent, data=str(pictures), device="cpu")
 
 
+def test_weights_for_other_classes_than_the_pictures_are_refused_with_both_numbers(pictures, tmp_path):
+    """K12"""
+    torch.save(cbam.build("resnet_tiny", num_classes=7).state_dict(), tmp_path / "seven.pth")
+    message = "for 7 classes: give DATA, pictures in a folder for each of them; there are 2 in pictures$"
+    with pytest.raises(CheckpointError, match=message):
+        score(tmp_path / "seven.pth", data=str(pictures), model="resnet_tiny")
+
+
 def test_weights_without_settings_need_the_name_of_a_network(tmp_path):
     path = tmp_path / "weights.pth"
     torch.save(cbam.build("resnet_tiny", num_classes=10).state_dict(), path)

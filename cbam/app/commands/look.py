@@ -126,15 +126,17 @@ def _look_and_measure(options: argparse.Namespace) -> str:
 
 def _look(options: argparse.Namespace, eyes) -> str:
     """Draw; what to say of pictures that could not be read."""
-    from cbam.app.look import Wanted, look_at
+    from cbam.app.look import FIGURES, Before, Wanted, look_at
 
     paths, out = [Path(path) for path in options.images], Path(options.out)
-    return _told(look_at(eyes, Wanted(paths, out, options.target, options.method, options.layer), show))
+    before, wanted = Before(out), Wanted(paths, out, options.target, options.method, options.layer)
+    return _told(look_at(eyes, wanted, show), before, FIGURES)
 
 
 def _detect(options: argparse.Namespace) -> str:
     """Draw what detectors find; what to say of pictures that could not be read."""
-    from cbam.app.detecting import Asked, detectors, look_for_objects
+    from cbam.app.detecting import FIGURES, Asked, detectors, look_for_objects
+    from cbam.app.look import Before
 
     eyes = detectors(options.model, options.weights, options.compare, options.classes, options.size)
     for line in eyes.about:
@@ -147,18 +149,22 @@ def _detect(options: argparse.Namespace) -> str:
         options.method,
         options.layer,
     )
-    return _told(look_for_objects(eyes, asked, show))
+    before = Before(asked.out)
+    return _told(look_for_objects(eyes, asked, show), before, FIGURES)
 
 
-def _told(told) -> str:
+def _told(told, before, form: str) -> str:
     show("")
     for path in told.figures:
-        show(str(path))
+        show(before.told(path))
+    if left := before.left(told.figures, form):
+        show(left)
     count = len(told.unreadable)
     return f"{count} of {counted(told.looked + count, 'picture')} left out" if count else ""
 
 
 def _score(options: argparse.Namespace, eyes) -> None:
+    from cbam.app.look import Before
     from cbam.app.score import markdown, score, write
 
     with progress() as watch:
@@ -167,14 +173,17 @@ def _score(options: argparse.Namespace, eyes) -> None:
         )
     show("")
     show(markdown(results))
+    before = Before(Path(options.out))
     for path in write(results, Path(options.out)):
-        show(str(path))
+        show(before.told(path))
 
 
 def _gates(options: argparse.Namespace, eyes) -> None:
     from cbam.app.gates import gates
+    from cbam.app.look import Before
 
+    before = Before(Path(options.out))
     with progress() as watch:
         written = gates(eyes, options.gates, Path(options.out), watch, limit=options.limit)
     for path in written:
-        show(str(path))
+        show(before.told(path))

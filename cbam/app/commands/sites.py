@@ -26,7 +26,7 @@ def run(options: argparse.Namespace) -> int:
         show(f"{options.name} has no residual block for attention; cbam.attach takes other places by `where`")
     width = max((len(site.name) for site in found), default=0)
     for site in found:
-        channels = "-" if site.channels is None else str(site.channels)
+        channels = "" if site.channels is None else f"{site.channels:>5} channels"
         taken = "attached" if site.attached else "attention" if site.default else "left out"
-        show(f"{site.name:<{width}}  {channels:>5} channels  {taken}: {site.why}")
+        show(f"{site.name:<{width}}  {channels:>14}  {taken}: {site.why}")
     return 0
