@@ -189,7 +189,12 @@ def _settings(table: Table) -> str:
     shared = table.shared
     size = shared["size"] or table.about["size"]
     pictures = f"{table.about['train']} pictures" + (f" of {size} px" if size else "")
-    return f"{pictures}, {shared['epochs']} epochs, batch {shared['batch_size']}, rate {shared['lr']:g}"
+    return f"{pictures}, {shared['epochs']} epochs, batch {shared['batch_size']}, {_rate(shared)}"
+
+
+def _rate(shared: dict[str, Any]) -> str:
+    warmed = shared.get("warmup_epochs")
+    return f"rate {shared['lr']:g}" + (f" after {warmed:g} epochs of warm-up" if warmed else "")
 
 
 def _where(table: Table) -> str:

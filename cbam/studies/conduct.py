@@ -85,6 +85,8 @@ def prepare(
     if changes.get("regions") and not study.boxed:
         raise ConfigError(f"regions belong to detectors, and the study is {name}")
     own = changes | {"size": pictures.size}
+    if own.get("warmup_epochs") == 0:
+        own["warmup_epochs"] = None  # as records without a warm-up have it
     training = Training(
         dataclasses.replace(study.usual(pictures.name, pictures.all, pictures.about["size"]), **own),
         pictures,

@@ -193,7 +193,7 @@ def folder() -> Config:
 
 def imagenette() -> Config:
     """Imagenette, ten classes of ImageNet, from scratch."""
-    return Config("imagenette", model="resnet18+cbam", epochs=40, batch_size=128, lr=0.1)
+    return Config("imagenette", model="resnet18+cbam", epochs=40, batch_size=128, lr=0.1, warmup_epochs=2)
 
 
 def imagenet_paper() -> Config:

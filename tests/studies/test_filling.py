@@ -304,6 +304,7 @@ def test_bfloat16_on_pictures_that_stay_on_the_device(tmp_path):
         out=str(tmp_path / "out"), device="cpu", arms=["se"],
     )  # fmt: skip
     assert (wanted.protocol.resident, wanted.protocol.precision, wanted.protocol.size) == (True, "bf16", 32)
+    assert wanted.protocol.warmup_epochs == 2
     conduct(wanted, seeds=1)
     (record,) = Records(tmp_path / "out", "order").all().values()
     assert record["config"]["data"] == "pictures"
@@ -314,6 +315,14 @@ def test_bfloat16_on_pictures_that_stay_on_the_device(tmp_path):
         prepare("order", find_pictures(str(tmp_path / "pictures"), {}), {}, out=str(tmp_path / "out"))
 
 
+def test_no_warm_up_is_recorded_as_in_records_without_one(tmp_path):
+    cold = prepare(
+        "order", find_pictures("digits", {}), {"warmup_epochs": 0.0}, out=str(tmp_path), device="cpu"
+    )
+    usual = prepare("order", find_pictures("digits", {}), {}, out=str(tmp_path), device="cpu")
+    assert cold.protocol == usual.protocol
+
+
 @pytest.mark.parametrize(
     ("name", "changes", "how", "told"),
     [
@@ -322,6 +331,7 @@ def test_bfloat16_on_pictures_that_stay_on_the_device(tmp_path):
         ("order", {"network": "vgg11"}, {}, "no place for attention"),
         ("order", {}, {"arms": ["cbam"]}, "study order has no row cbam; its rows: se"),
         ("order", {"lr": float("nan")}, {}, "lr must be a finite number"),
+        ("order", {"warmup_epochs": -1.0}, {}, "warmup_epochs must be a finite number"),
         ("order", {"precision": "fp8"}, {}, "precision must be one of fp32, bf16"),
         ("order", {"size": 32}, {}, "size belongs to an image folder"),
         ("networks", {"network": "resnet18"}, {}, "names its networks itself"),

@@ -12,7 +12,7 @@ from cbam.studies.tables import STUDIES
 HELP = "fill tables of the paper: train what has no record yet, and compute the tables from the records"
 OUT = "results"
 EXTRAS = {"train": ("torchvision", "PIL", "sklearn", "pytorch_lightning")}
-_CHANGES = ("network", "epochs", "batch_size", "lr", "size", "limit", "precision", "regions")
+_CHANGES = ("network", "epochs", "batch_size", "lr", "warmup_epochs", "size", "limit", "precision", "regions")
 
 
 def add(parser: Parser) -> None:
@@ -46,6 +46,13 @@ def add(parser: Parser) -> None:
     parser.add_argument("--epochs", type=count, default=absent, metavar="N", help="epochs of a run")
     parser.add_argument("--batch-size", type=count, default=absent, metavar="N", help="pictures per step")
     parser.add_argument("--lr", type=float, default=absent, metavar="RATE", help="highest learning rate")
+    parser.add_argument(
+        "--warmup-epochs",
+        type=float,
+        default=absent,
+        metavar="N",
+        help="in which the rate rises to it; 0: none",
+    )
     parser.add_argument("--size", type=count, default=absent, metavar="PIXELS", help="side of the pictures")
     parser.add_argument(
         "--limit", type=count, default=absent, metavar="N", help="about N pictures of each set"
