@@ -108,6 +108,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def _fail(error: BaseException, *, debug: bool) -> int:
     if debug:
         traceback.print_exception(error)
+    if isinstance(error, KeyboardInterrupt):
+        # Where Ctrl-C met an exec() of text (dataclasses do that as a module is imported), CPython remembers
+        # it as uncaught and `python -m` ends by the signal, whatever it exits with. The next exec() forgets.
+        exec("")
     if isinstance(error, ModuleNotFoundError) and error.name == "torch":
         error = MissingExtraError.torch()
     if not _told_elsewhere(error):

@@ -316,6 +316,29 @@ def test_ctrl_c_ends_a_run_with_130_and_leaves_nothing_half_done(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_ctrl_c_inside_an_exec_of_text_is_the_same_exit_code(tmp_path):
+    # C10, R18: CPython would let `python -m` die by the signal
+    trial = """
+import argparse, sys
+from cbam.app import cli
+
+def run(_):
+    exec("raise KeyboardInterrupt")
+
+cli.parse = lambda _: argparse.Namespace(run=run)
+sys.exit(cli.main([]))
+"""
+    (tmp_path / "interrupted_trial.py").write_text(trial, "utf-8")
+    done = subprocess.run(
+        [sys.executable, "-m", "interrupted_trial"],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (130, "cbam: interrupted\n")
+
+
 def test_train_is_stopped_resumed_and_evaluated(tmp_path, capsys):
     # R19
     small = ["--limit", "24", "--epochs", "2", "--batch-size", "8", "--device", "cpu"]
