@@ -7,8 +7,7 @@ specialisation is then compiled for each architecture, and its PTX and its resou
 
 - no `max.f32` or `max.f64` that drops NaN, but in the kernels of DROPS_NAN, where it is shown why it is safe,
 - no TF32,
-- no local memory, at most 16 bytes of stack and 48 KB of shared memory, and at most 128 registers but in
-  MANY_REGISTERS.
+- no local memory, at most 16 bytes of stack, 48 KB of shared memory, and 128 registers but in MANY_REGISTERS.
 
 Without --all: a map of every kind, float32 and bfloat16 in both layouts, for sm_80 and sm_90.
 """
@@ -46,9 +45,7 @@ DROPS_NAN = {
     "squeeze": "the sum over the channels takes NaN to the convolution, at the same pixels",
     "reduce_gradient": "q0 is used for dw only, beside q1, which has the NaN; dMs has it as well",
 }
-MANY_REGISTERS = {
-    "spatial_gradient": "unrolled taps; its maps are (N, 2, L), and one program per 1024 pixels is enough",
-}
+MANY_REGISTERS = {"spatial_gradient": "unrolled taps, on sm_75 and sm_80; its maps are small, (N, 2, L)"}
 
 TYPES = {
     torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64",
@@ -120,8 +117,9 @@ FORMS = (
     Form("pixels", norm="", pools="", side=5),
 )
 SHAPES = (
-    (8, 256, 56, 56),
-    (8, 2048, 7, 7),
+    (128, 256, 56, 56),
+    (128, 2048, 7, 7),
+    (8, 1024, 14, 14),
     (2, 24, 14, 14),
     (1, 3, 13, 17),
     (128, 64, 112, 112),

@@ -273,16 +273,14 @@ def through_hidden(
 
 
 @triton.jit
-def kernel_gradient(DW, DKERNEL, TAPS, COUNT, BR: tl.constexpr, BT: tl.constexpr):
-    """dw from its COUNT parts, added up in float64 in one order."""
-    for t0 in range(0, TAPS, BT):
-        t = t0 + tl.arange(0, BT)
-        total = tl.zeros((BR, BT), tl.float64)
-        for start in range(0, COUNT, BR):
-            r = start + tl.arange(0, BR)
-            inside = (r < COUNT)[:, None] & (t < TAPS)[None, :]
-            total += tl.load(DW + r[:, None] * TAPS + t[None, :], mask=inside, other=0.0).to(tl.float64)
-        tl.store(DKERNEL + t, tl.sum(total, 0).to(DKERNEL.dtype.element_ty), mask=t < TAPS)
+def kernel_gradient(DW, DKERNEL, t, TAPS, COUNT, BR: tl.constexpr, BT: tl.constexpr):
+    """dw of BT taps from its COUNT parts, added up in float64 in one order."""
+    total = tl.zeros((BR, BT), tl.float64)
+    for start in range(0, COUNT, BR):
+        r = start + tl.arange(0, BR)
+        inside = (r < COUNT)[:, None] & (t < TAPS)[None, :]
+        total += tl.load(DW + r[:, None] * TAPS + t[None, :], mask=inside, other=0.0).to(tl.float64)
+    tl.store(DKERNEL + t, tl.sum(total, 0).to(DKERNEL.dtype.element_ty), mask=t < TAPS)
 
 
 @triton.jit(do_not_specialize=BATCH)
@@ -297,14 +295,15 @@ def parameter_gradients(
 
     dx = SCALE (g Ms + weight) + LEVEL + (PEAK at k) - SLOPE (x - mu): SCALE = a Mc, PEAK = a dmx,
     LEVEL = a (davg / L - dbeta / M), (N, C); SLOPE = a r dgamma / M, (C,); the last two with M are those of
-    BATCH statistics. The first block of units does all that has no unit. One more program, the first, adds
+    BATCH statistics. The first block of units does all that has no unit. Some more programs, the first, add
     up the spatial kernel's gradient.
     """
     pid = tl.program_id(0)
     if DW is not None:
-        if pid == 0:
-            kernel_gradient(DW, DKERNEL, TAPS, COUNT, BR, BT)
-        pid -= 1
+        sums = tl.cdiv(TAPS, BT)
+        if pid < sums:
+            kernel_gradient(DW, DKERNEL, pid * BT + tl.arange(0, BT), TAPS, COUNT, BR, BT)
+        pid -= sums
     channels, samples = tl.where(pid >= 0, C, 0), tl.where(pid >= 0, N, 0)
     pid = tl.maximum(pid, 0)
     units = tl.cdiv(H, BH)

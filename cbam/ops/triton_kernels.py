@@ -15,6 +15,7 @@ from cbam.ops import triton_gate as gates
 from cbam.ops.triton_map import Map, Norm, on
 from cbam.ops.triton_plan import blocks, gate_plan, power, statistics_plan, sums_plan
 
+TAPS = 32  # of the spatial kernel, whose gradients one program adds up
 MANY = 2048  # pairs of sums: more are added up by a kernel of their own, not by every program of the next
 
 
@@ -119,7 +120,7 @@ def _gate(
     w1, b1, w2, b2 = weights
     assert w1 is not None
     H, tile, parts = len(w1), a.plan.pool, (m, e, k)
-    block = gate_plan(a.N, a.C, H, a.processors)
+    block = gate_plan(power(a.N), a.C, H, a.acc.itemsize, a.processors)
     whole: tuple[Tensor | None, ...] = (None, None, None)
     if tile.parts > 1 and save:
         whole = tuple(None if t is None else a.empty(a.N, a.C, dtype=t.dtype) for t in parts)
@@ -129,6 +130,7 @@ def _gate(
     constants = {
         "EPS": eps, "S": tile.parts, "AVG": avg, "ACC": a.constants["ACC"],
         "BN": block.samples, "BH": block.hidden, "BC": block.channels, "BP": tile.pixels,
+        "num_warps": block.warps,
     }  # fmt: skip
     programs = blocks(a.N, block.samples)
     if act is not None:
@@ -328,14 +330,14 @@ def _hidden_gradient(
     assert w1 is not None
     assert found.r is not None
     H = len(w1)
-    block = gate_plan(a.N, a.C, H, a.processors)
+    block = gate_plan(power(a.N), a.C, H, a.acc.itemsize, a.processors)
     found.dl, found.act = a.empty(a.N, a.C), a.empty(a.N, H)
     found.da, found.dm = (a.empty(a.N, H) if there else None for there in pools)
     a.launch(
         gates.hidden_gradient, blocks(a.N, block.samples) * blocks(H, block.hidden), found.r, m, e, gate,
         *norm, w1, b1, w2, found.dl, found.act, found.da, found.dm, a.N, a.C, a.L, H, found.r.shape[1],
         EPS=eps, GAIN=gain, AVG=pools[0], MAX=pools[1], ACC=a.constants["ACC"],
-        BN=block.samples, BH=block.hidden, BC=block.channels,
+        BN=block.samples, BH=block.hidden, BC=block.channels, num_warps=block.warps,
     )  # fmt: skip
 
 
@@ -345,19 +347,20 @@ def _parameters(
 ) -> None:  # fmt: skip
     """The gate's gradient by channels, BatchNorm's, and the last sum of the spatial kernel's."""
     H, dw = 1 if w1 is None else len(w1), found.parts_of_dw
-    samples, hidden, channels = sums_plan(a.N, H, a.processors)
+    block = sums_plan(power(a.N), a.C, H, a.acc.itemsize, a.processors)
     wanted = (found.reduces, pools[0] or batch, pools[1])
     found.scale, found.level, found.peak = (a.empty(a.N, a.C) if need_x and w else None for w in wanted)
     found.slope = a.empty(a.C) if need_x and batch else None
-    programs = int(dw is not None)
+    taps = 0 if kernel is None else kernel.numel()
+    programs = 0 if dw is None else blocks(taps, TAPS)
     if found.reduces:
-        programs += blocks(a.C, channels) * blocks(H, hidden)
+        programs += blocks(a.C, block.channels) * blocks(H, block.hidden)
     a.launch(
         gates.parameter_gradients, programs, found.r, m, e, mc, *norm, w1, found.dl, found.act, found.da,
         found.dm, dw, found.scale, found.level, found.peak, found.slope, *found.weights,
         found.dgamma, found.dbeta, found.dkernel,
         a.N, a.C, a.L, H, 1 if found.r is None else found.r.shape[1],
-        0 if kernel is None else kernel.numel(), 0 if dw is None else len(dw),
+        taps, 0 if dw is None else len(dw),
         EPS=eps, BATCH=batch, POOLS=sum(pools), AVG=pools[0], MAX=pools[1], ACC=a.constants["ACC"],
-        BN=samples, BH=hidden, BC=channels, BR=32, BT=32,
+        BN=block.samples, BH=block.hidden, BC=block.channels, BR=128, BT=TAPS, num_warps=block.warps,
     )  # fmt: skip

@@ -47,12 +47,13 @@ class Plan:
 
 @dataclass(frozen=True)
 class Gate:
-    """The blocks of the channel gate: samples, hidden units, channels; `alone`: one kernel for both."""
+    """The blocks of a step of the channel gate: samples, hidden units, channels, and the warps that hold one."""
 
     samples: int
     hidden: int
     channels: int
-    alone: bool
+    warps: int
+    alone: bool = False  # one kernel for both layers
 
 
 # Values that a thread holds of each tile, and the lanes along the contiguous axis that a tile may have, best
@@ -67,6 +68,7 @@ TILES = {
 }
 WALKS_PIXELS = ("pool", "weigh")
 PARTS = {"pool": 16, "weigh": 16, "squeeze": 4, "refine": 8, "gradient": 1, "write": 8}  # at most
+BLOCK = 1 << 16  # bytes of products that a step of the channel gate adds up at a time
 ENOUGH = 4  # programs per multiprocessor; a pass with fewer is cut finer where the shape allows
 
 
@@ -79,11 +81,11 @@ def plan(N: int, C: int, L: int, nhwc: bool, itemsize: int, processors: int) -> 
     tiles = {name: tile(name, N, C, L, nhwc, itemsize, processors) for name in TILES}
     small = power(N) * C * L * itemsize <= 1 << 23
     conv = min(power(L), 16 if processors == INTERPRETED else 256)
-    chunks = max(min(blocks(L, conv), blocks(2 * processors, power(N))), blocks(L, 1024))
+    chunks = max(min(blocks(L, conv), blocks(2 * processors, power(N))), blocks(L, 512))
     steps = blocks(blocks(L, conv), chunks)
-    taps, pixels = (32, 8) if processors == INTERPRETED else (64, 32)
+    taps, pixels, warps = (32, 8, 1) if processors == INTERPRETED else (64, 256 // max(itemsize, 4), 8)
     chunks = blocks(blocks(L, conv), steps)
-    spread = Tile(taps, min(pixels, conv), 4, chunks, steps, N * chunks)
+    spread = Tile(taps, min(pixels, conv), warps, chunks, steps, N * chunks)
     unit = next(u for u in (8, 4, 2, 1) if (C if nhwc else L) % u == 0)
     fold = small or (not nhwc and tiles["refine"].parts == 1)
     return Plan(nhwc, unit, **tiles, fold=fold, conv=conv, spread=spread)
@@ -114,21 +116,30 @@ def tile(name: str, N: int, C: int, L: int, nhwc: bool, itemsize: int, processor
 
 
 @lru_cache(4096)
-def gate_plan(N: int, C: int, H: int, processors: int) -> Gate:
-    """The blocks of a gate of N samples, C channels and H hidden units."""
+def gate_plan(N: int, C: int, H: int, itemsize: int, processors: int) -> Gate:
+    """The blocks of a gate of N samples, C channels and H hidden units, computed in `itemsize` bytes.
+
+    A program waits for memory once for each block of channels, so that few large blocks are what counts; and
+    where programs are few, each takes fewer samples.
+    """
     if processors == INTERPRETED:
-        return Gate(2, min(power(H), 4), 8, H <= 4)
+        return Gate(2, min(power(H), 4), 8, 1, H <= 4)
     alone = H <= 64 and C <= 512
     hidden = power(H) if alone else 32
-    samples = min(power(N), 4)
-    channels = max(16, min(power(C), 4096 // (hidden * samples)))
-    return Gate(samples, hidden, channels, alone)
+    samples = next(n for n in (4, 2, 1) if n == 1 or 2 * blocks(N, n) * blocks(H, hidden) >= processors)
+    channels = max(16, min(power(C), BLOCK // itemsize // (hidden * samples)))
+    warps = max(1, min(16, samples * hidden * channels * itemsize // (128 * 32)))
+    return Gate(samples, hidden, channels, warps, alone)
 
 
-def sums_plan(N: int, H: int, processors: int) -> tuple[int, int, int]:
-    """Samples, hidden units and channels of a block of the parameters' gradients."""
-    most = 4 if processors == INTERPRETED else 16
-    return min(power(N), most), min(power(H), most), most
+def sums_plan(N: int, C: int, H: int, itemsize: int, processors: int) -> Gate:
+    """The blocks of the parameters' gradients, whose programs walk the samples."""
+    if processors == INTERPRETED:
+        return Gate(min(power(N), 4), min(power(H), 4), 4, 1)
+    hidden, channels = min(power(H), 16), 16
+    few = blocks(H, hidden) * blocks(C, channels) < 2 * processors
+    samples = min(power(N), (128 if few else 64) // itemsize)
+    return Gate(samples, hidden, channels, 16 if samples > 16 else 8)
 
 
 def statistics_plan(C: int, processors: int) -> tuple[int, int]:
