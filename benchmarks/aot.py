@@ -81,6 +81,8 @@ def specialised(
                 divisible.append(name)
         elif name in kernel.do_not_specialize:
             signature[name] = "i32"
+        elif isinstance(value, float) and name not in constants:
+            signature[name] = "fp32"
         elif name in constants or value is None or value == 1:
             signature[name], fixed[name] = "constexpr", value
         else:
@@ -161,6 +163,9 @@ def launches(
         shortcut = map() if form.shortcut else None
         arguments: list[Any] = [x, shortcut, *norm, *bn, *middle, *spatial, *where, relu, form.save]
         out, *saved = triton_kernels.tail(*arguments)
+        if form == FORMS[0]:
+            running = [*norm[2:], *spatial[3:]]
+            triton_kernels.track(running, [*saved[3:5], *saved[7:]], [0.1, 0.01], N * H * W)  # pyright: ignore
         if form.save:
             arguments = [map(), x, out if relu else None, *norm[:2], *bn, *middle, *spatial[:3], *where]
             arguments += [relu, *saved, True, True]

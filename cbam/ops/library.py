@@ -48,14 +48,20 @@ _BACKWARD = (
     "Tensor ds_beta)"
 )
 
+# Running statistics, mean and variance of one norm or two, moved towards those of a batch of `count` values
+# per channel, as nn.BatchNorm2d does; the new variances are the biased ones.
+_TRACK = "track_(Tensor(a!)[] running, Tensor[] new, float[] momenta, int count) -> ()"
+
 _library = torch.library.Library("cbam", "DEF")
 # A compiler that lays a network's maps out anew need not turn them back for us.
 _library.define(_FORWARD, tags=torch.Tag.flexible_layout)
 _library.define(_IN_PLACE)
 _library.define(_BACKWARD, tags=torch.Tag.flexible_layout)
+_library.define(_TRACK)
 _forward = torch.ops.cbam.tail.default
 _in_place = torch.ops.cbam.tail_.default
 _backward = torch.ops.cbam.tail_backward.default
+_track = torch.ops.cbam.track_.default
 
 
 def tail(
@@ -101,25 +107,28 @@ def tail(
             _in_place(*(value for place, value in enumerate(args) if place not in _BATCH))
         return x
     results = _run(*args, wanted)
-    out = results[0]
-    pixels = x.shape[0] * x.shape[2] * x.shape[3]
-    if bn.batch:
-        track(bn, results[4], results[5], pixels)
-    if where.norm.batch:
-        track(where.norm, results[8], results[9], pixels)
-    return out
+    batches = (bn, results[4], results[5]), (where.norm, results[8], results[9])
+    _follow(batches, x.shape[0] * x.shape[2] * x.shape[3])
+    return results[0]
 
 
-def track(norm: Norm, mean: Tensor, var: Tensor, count: int) -> None:
-    """Move running statistics towards those of a batch of `count` values per channel, as `nn.BatchNorm2d`.
-
-    `var` is the biased one. Nothing happens where there are none, or no momentum.
-    """
-    if norm.running_mean is None or norm.running_var is None or norm.momentum == 0:
+def _follow(batches: tuple[tuple[Norm, Tensor, Tensor], ...], count: int) -> None:
+    """Move running statistics to the mean and the biased variance of a batch, as `nn.BatchNorm2d` does."""
+    running, new, momenta = [], [], []
+    for norm, mean, var in batches:
+        if norm.batch and norm.running_mean is not None and norm.running_var is not None and norm.momentum:
+            running += [norm.running_mean, norm.running_var]
+            new += [mean, var]
+            momenta.append(norm.momentum)
+    if not running:
         return
-    unbiased = var * (count / (count - 1))
-    for running, new in ((norm.running_mean, mean), (norm.running_var, unbiased)):
-        running.lerp_(new if new.dtype == running.dtype else new.to(running.dtype), norm.momentum)
+    if running[0].is_cuda and not torch.compiler.is_compiling():  # a compiler merges the rest by itself
+        _track(running, new, momenta, count)
+        return
+    pairs = zip(running[::2], running[1::2], new[::2], new[1::2], momenta, strict=True)
+    for mean, var, batch_mean, batch_var, momentum in pairs:
+        mean.lerp_(batch_mean.to(mean.dtype), momentum)
+        var.lerp_((batch_var * (count / (count - 1))).to(var.dtype), momentum)
 
 
 _NO_NORM = Norm(None, None, None, None, False, 0.0, 0.0)
@@ -332,6 +341,12 @@ def _backward_on_cuda(grad: Tensor, x: Tensor, out: Tensor | None, *args: Any):
     return triton_kernels.tail_backward(*maps, *map(_contiguous, args))
 
 
+def _track_on_cuda(running: list[Tensor], new: list[Tensor], momenta: list[float], count: int) -> None:
+    from cbam.ops import triton_kernels  # pyright: ignore[reportAttributeAccessIssue]
+
+    triton_kernels.track(running, new, momenta, count)
+
+
 def _laid_out(t: Any, layout: torch.memory_format) -> Any:
     return None if t is None else t.contiguous(memory_format=layout)
 
@@ -343,6 +358,8 @@ def _contiguous(value: Any) -> Any:
 _library.impl("tail", _autograd, "Autograd")
 _library.impl("tail", _on_cuda, "CUDA")
 _library.impl("tail_backward", _backward_on_cuda, "CUDA")
+_library.impl("track_", _track_on_cuda, "CUDA")
 # Meta kernels serve fake tensors too; register_fake would import half of torch's compiler.
 _library.impl("tail", _fake_forward, "Meta")
 _library.impl("tail_backward", _fake_backward, "Meta")
+_library.impl("track_", lambda *_: None, "Meta")

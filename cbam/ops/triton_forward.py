@@ -250,6 +250,33 @@ def statistics(
 
 
 @triton.jit
+def moved(MEAN, VAR, MU, V, c, inside, COUNT, HIGH, LOW):
+    """Running statistics, moved to the batch's by a momentum of HIGH + LOW, in float64; V is biased."""
+    momentum = tl.cast(HIGH, tl.float64) + tl.cast(LOW, tl.float64)
+    count = tl.cast(COUNT, tl.float64)
+    mean = tl.load(MEAN + c, mask=inside, other=0.0).to(tl.float64)
+    mean += momentum * (tl.load(MU + c, mask=inside, other=0.0).to(tl.float64) - mean)
+    var = tl.load(VAR + c, mask=inside, other=0.0).to(tl.float64)
+    unbiased = tl.load(V + c, mask=inside, other=0.0).to(tl.float64) * (count / (count - 1.0))
+    var += momentum * (unbiased - var)
+    if MEAN.dtype.element_ty != tl.float64:
+        mean, var = mean.to(tl.float32), var.to(tl.float32)  # not every type is reached from float64
+    tl.store(MEAN + c, mean.to(MEAN.dtype.element_ty), mask=inside)
+    tl.store(VAR + c, var.to(VAR.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=BATCH)
+def track(
+    MEAN, VAR, MU, V, S_MEAN, S_VAR, S_MU, S_V, C, COUNT, HIGH, LOW, S_HIGH, S_LOW, BC: tl.constexpr
+):  # fmt: skip
+    """The running statistics of a norm (C,), and of the convolution's (1,) where it is there."""
+    c = tl.program_id(0) * BC + tl.arange(0, BC)
+    moved(MEAN, VAR, MU, V, c, c < C, COUNT, HIGH, LOW)
+    if S_MEAN is not None:
+        moved(S_MEAN, S_VAR, S_MU, S_V, c, c < 1, COUNT, S_HIGH, S_LOW)
+
+
+@triton.jit
 def affine(GAMMA, VAR, SCALE, C, EPS: tl.constexpr, ACC: tl.constexpr, BC: tl.constexpr):
     """SCALE (C,) = gamma / sqrt(var + EPS) of running statistics, where no gate computes it."""
     c = tl.program_id(0) * BC + tl.arange(0, BC)

@@ -6,6 +6,8 @@ Each part is there or not. The kernels are in triton_forward.py, triton_gate.py 
 tiles in triton_plan.py. Nothing here waits for the device, and no decision depends on its results.
 """
 
+import struct
+
 import torch
 from torch import Tensor
 
@@ -71,6 +73,20 @@ def tail(
         mu, v = _kept(a, norm, a.acc, fresh=batch, save=save)
         s_mu, s_v = _kept(a, spatial, torch.float64, fresh=s_batch, save=save)
         return out, m, e, k, mu, v, gate, s, s_mu, s_v
+
+
+def track(running: list[Tensor], new: list[Tensor], momenta: list[float], count: int) -> None:
+    """`cbam::track_`, for one norm or for the map's and the convolution's."""
+    C = len(running[0])
+    tensors = (*running[:2], *new[:2], *(running[2:] or (None, None)), *(new[2:] or (None, None)))
+    # Two halves of a double: a number that is given at run time is a float32.
+    halves = [half for m in (momenta[0], momenta[-1]) for half in (_single(m), m - _single(m))]
+    with on(running[0].device):
+        Map.launch(forward.track, blocks(C, 256), *tensors, C, count, *halves, BC=256)
+
+
+def _single(value: float) -> float:
+    return struct.unpack("f", struct.pack("f", value))[0]
 
 
 def probe(device: torch.device) -> None:

@@ -47,7 +47,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Gate:
-    """The blocks of a step of the channel gate: samples, hidden units, channels, and the warps that hold one."""
+    """The blocks of a step of the channel gate: samples, hidden units, channels; the warps that hold one."""
 
     samples: int
     hidden: int

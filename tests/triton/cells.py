@@ -13,7 +13,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from cbam.ops import triton_kernels, triton_map
+from cbam.ops import library, triton_kernels, triton_map
 from cbam.ops.triton_kernels import tail, tail_backward
 from cbam.ops.triton_map import Map
 from cbam.ops.triton_plan import PARTS, plan
@@ -158,6 +158,35 @@ def test_a_large_map_in_evaluation_convolves_by_a_kernel_of_its_own(tails, guard
         found = tails.run(tail, case, save=save)
         compare(case, found, {"out": tails.written_out(case)[0]}, {"out": 1.0})
     check(tails, dtype=torch.float64, **FORMS["frozen"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("momenta", [(0.1, 0.01), (1 / 3, 1.0), (0.1,)], ids=str)
+def test_running_statistics_follow_as_torchs_do(momenta, dtype):
+    torch.manual_seed(0)
+    running, new, true = [], [], []
+    for momentum, C in zip(momenta, (300, 1), strict=False):
+        x, norm = (
+            3 + 2 * torch.randn(4, C, 3, 5, dtype=torch.float64),
+            torch.nn.BatchNorm2d(C, momentum=momentum),
+        )
+        norm.double()(x)
+        start = torch.zeros(C, dtype=dtype), torch.ones(C, dtype=dtype)
+        running += [t.to(DEVICE) for t in start]
+        batch = x.mean((0, 2, 3)), x.var((0, 2, 3), correction=0)
+        new += [
+            t.to(DEVICE, torch.float32 if dtype != torch.float64 and C > 1 else torch.float64) for t in batch
+        ]
+        true += [norm.running_mean, norm.running_var]
+    track = triton_kernels.track if INTERPRETED else library._track
+    track(running, new, list(momenta), 60)
+    tolerance = {
+        torch.float64: 1e-13,
+        torch.float32: 1e-6,
+        torch.bfloat16: 2**-8 if not INTERPRETED else 2**-7,
+    }
+    for found, value in zip(running, true, strict=True):
+        torch.testing.assert_close(found.cpu().double(), value, rtol=tolerance[dtype], atol=tolerance[dtype])
 
 
 def test_very_many_parts_of_a_sum_are_added_up_first(tails, guarded, monkeypatch):
