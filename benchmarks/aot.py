@@ -45,7 +45,10 @@ DROPS_NAN = {
     "squeeze": "the sum over the channels takes NaN to the convolution, at the same pixels",
     "reduce_gradient": "q0 is used for dw only, beside q1, which has the NaN; dMs has it as well",
 }
-MANY_REGISTERS = {"spatial_gradient": "unrolled taps, on sm_75 and sm_80; its maps are small, (N, 2, L)"}
+MANY_REGISTERS = {
+    "spatial_gradient": "unrolled taps, on sm_75 and sm_80; its maps are small, (N, 2, L)",
+    "squeeze": "an address for each value where the map is not aligned",
+}
 
 TYPES = {
     torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64",
