@@ -262,13 +262,16 @@ def hidden_gradient(
 def through_hidden(
     DH, W1, n, c, N, C, H, BN: tl.constexpr, BH: tl.constexpr, BC: tl.constexpr, ACC: tl.constexpr
 ):
-    """dh W1 [BN, BC]: the gradient of a pooled value."""
+    """dh W1 [BN, BC]: the gradient of a pooled value.
+
+    The sum is over the last axis: over the middle one Triton 3.6 makes a product of matrices of it, in TF32.
+    """
     total = tl.zeros((BN, BC), ACC)
     for h0 in range(0, H, BH):
         h = h0 + tl.arange(0, BH)
         dh = tl.load(DH + n[:, None] * H + h[None, :], mask=(n < N)[:, None] & (h < H)[None, :], other=0.0)
-        w1 = tl.load(W1 + h[:, None] * C + c[None, :], mask=(h < H)[:, None] & (c < C)[None, :], other=0.0)
-        total += tl.sum(dh[:, :, None] * w1.to(ACC)[None, :, :], 1)
+        w1 = tl.load(W1 + h[None, :] * C + c[:, None], mask=(h < H)[None, :] & (c < C)[:, None], other=0.0)
+        total += tl.sum(dh[:, None, :] * w1.to(ACC)[None, :, :], 2)
     return total
 
 
