@@ -2,6 +2,7 @@
 
 import difflib
 from dataclasses import dataclass, fields
+from pathlib import Path
 
 from cbam.errors import ConfigError
 from cbam.train.option import option
@@ -85,7 +86,10 @@ class Settings:
                 self.from_scratch or name not in NO_IDENTITY,
                 f"{name} has no identity start to go on from a trained network with; say from_scratch",
             )
-            yield name in ATTENTION, f"unknown attention {name!r}; nearest: {', '.join(near)}"
+            told = f"nearest: {', '.join(near)}"
+            if self.data is None and Path(str(name)).exists():
+                told = "if that is the folder of pictures, it goes before --attention"
+            yield name in ATTENTION, f"unknown attention {name!r}; {told}"
         for name in ("data", "model", "pretrained"):
             value = getattr(self, name)
             yield (

@@ -33,6 +33,14 @@ def test_an_unknown_attention_is_met_with_the_nearest():
         Settings(attention=("se", "cbm"))
 
 
+def test_a_folder_behind_the_attention_is_told_where_it_belongs(tmp_path):
+    # C6
+    with pytest.raises(ConfigError, match="goes before --attention"):
+        Settings(attention=("se", str(tmp_path)))
+    with pytest.raises(ConfigError, match="nearest"):
+        Settings(data="photos", attention=("se", str(tmp_path)))
+
+
 @pytest.mark.parametrize(
     ("given", "told"),
     [
