@@ -53,7 +53,8 @@ def score(
 
     Raises:
         CheckpointNotFoundError, CheckpointError: as `checkpoint.load`, `from_pretrained` and `load_weights`.
-        ConfigError: no model is named, or the classes are not the network's.
+        ConfigError: no model is named, the classes are not the network's, or pictures of a run that held
+            some of them out have come or gone.
         NonFiniteError: the network gives NaN.
     """
     if not path.exists():
@@ -105,7 +106,7 @@ def _trained(path: Path, data: str | None, model: str | None, size: int | None, 
     )  # fmt: skip
     if not (own := _is_of_run(config, began, state["data"])):
         config = dataclasses.replace(config, limit=None)  # it says how much of its own pictures a run takes
-    val, which = _pictures(config, held_out=held_out or own)
+    val, which = _pictures(config, held_out=held_out or own, began_with=state["data"] if own else None)
     _check_classes(val, state["data"]["classes"], "the run")
     net = network(config, len(val.classes), loaded=True)
     load_weights(net, average_of(state))
@@ -130,19 +131,28 @@ def _weights(path: Path, data: str | None, model: str | None, size: int | None, 
     return net, val, f"{model} on {which}"
 
 
-def _pictures(config: Config, *, held_out: bool) -> tuple[_Set, str]:
+def _pictures(
+    config: Config, *, held_out: bool, began_with: dict[str, Any] | None = None
+) -> tuple[_Set, str]:
     """The pictures to be scored, and in words how many of which folder they are.
 
     Args:
         held_out: of a folder of classes that is split by us, take the part that validates.
+        began_with: what the run was trained on, where these are its own pictures.
     """
     whole = None
     if config.data and not config.detects:
         whole = unsplit_set(config.data, size=config.size, exif=config.exif)
     if whole is not None and not held_out:
         return whole, f"all {len(whole)} pictures of {config.data}"
-    _, val = pictures(config)
+    train, val = pictures(config)
     if whole is not None:
+        # The split is by the order of the names: with a picture more it is another.
+        if began_with is not None and not _same(began_with, train, val):
+            raise ConfigError(
+                f"{config.data} has other pictures than when the run began, so which were held out is no "
+                "longer known: score a folder with none of the run's pictures, or put this one back as it was"
+            )
         of = f"{len(val)} of the {len(whole)} pictures of {config.data}"
         return val, f"{of}, held out when it is trained on"
     return val, f"{len(val)} validation pictures of {val.name}"
@@ -155,7 +165,11 @@ def _is_of_run(config: Config, began: Config, data: dict[str, Any]) -> bool:
     here, there = Path(config.data), Path(began.data)
     if there.exists():
         return here.exists() and here.samefile(there)
-    train, val = pictures(config)
+    return _same(data, *pictures(config))
+
+
+def _same(data: dict[str, Any], train: _Set, val: _Set) -> bool:
+    """Whether a data set is what a run began with, as far as its checkpoint says."""
     found = {"classes": list(train.classes), "training": len(train), "validation": len(val)}
     return all(data[name] == value for name, value in found.items())
 

@@ -95,6 +95,19 @@ def test_a_run_on_few_of_its_pictures_is_scored_on_all_of_others(trained, tmp_pa
     assert told(tmp_path / "run", data=str(other)) == "resnet_tiny on 20 validation pictures of other"
 
 
+def test_a_runs_own_folder_with_a_picture_more_or_less_is_refused(trained, tmp_path):
+    # The split goes by the order of the names: what was trained on would be scored.
+    shutil.copytree(trained / "mine", tmp_path / "mine")
+    run("folder", {**SETTINGS, "data": str(tmp_path / "mine")}, tmp_path / "run", Silent())
+    first = tmp_path / "mine" / "dark" / "00.png"
+    shutil.copy(first, first.with_name("0.png"))
+    with pytest.raises(ConfigError, match="which were held out is no longer known"):
+        told(tmp_path / "run")
+    assert cli.main(["eval", str(tmp_path / "run"), "--device", "cpu"]) == 2
+    first.with_name("0.png").unlink()
+    assert "on 4 of the 20" in told(tmp_path / "run")
+
+
 def test_a_weights_file_does_not_know_and_is_told(own, tmp_path):
     torch.save(cbam.build("resnet_tiny", num_classes=2).state_dict(), tmp_path / "w.pth")
     how = {"model": "resnet_tiny", "data": str(own[1])}
