@@ -7,7 +7,7 @@ specialisation is then compiled for each architecture, and its PTX and its resou
 
 - no `max.f32` or `max.f64` that drops NaN, but in the kernels of DROPS_NAN, where it is shown why it is safe,
 - no TF32,
-- no local memory, at most 16 bytes of stack, 48 KB of shared memory, and 128 registers but in MANY_REGISTERS.
+- no local memory, at most 32 bytes of stack, 48 KB of shared memory, and 128 registers but in MANY_REGISTERS.
 
 Without --all: float32 and bfloat16 in both layouts and float64 in one, for sm_80 and sm_90.
 """
@@ -34,9 +34,7 @@ from cbam.ops import triton_kernels, triton_map
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 PROCESSORS = 132
 MAX_SHARED, MAX_REGISTERS = 48 * 1024, 128
-MAX_STACK = (
-    16  # bytes: a register or two put by, once, where ptxas prefers that to one block less per processor
-)
+MAX_STACK = 32  # bytes: a few registers put by, once, which ptxas prefers to a block less per processor
 
 # Where a maximum may drop NaN: every value that reaches `tl.max` has passed `value > best`, which is false
 # for NaN, so none can be NaN. The NaN of the map goes on by another way.

@@ -127,7 +127,8 @@ def gate_plan(N: int, C: int, H: int, itemsize: int, processors: int) -> Gate:
     alone = H <= 64 and C <= 512
     hidden = power(H) if alone else 32
     samples = next(n for n in (4, 2, 1) if n == 1 or 2 * blocks(N, n) * blocks(H, hidden) >= processors)
-    channels = max(16, min(power(C), BLOCK // itemsize // (hidden * samples)))
+    # Half a block for one sample: the weights of it pass through shared memory.
+    channels = max(16, min(power(C), BLOCK // itemsize // (hidden * max(samples, 2))))
     warps = max(1, min(16, samples * hidden * channels * itemsize // (128 * 32)))
     return Gate(samples, hidden, channels, warps, alone)
 
