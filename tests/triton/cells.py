@@ -146,6 +146,25 @@ def test_a_wide_hidden_layer_takes_two_kernels(tails, guarded):
     check(tails, hidden=9, dtype=torch.float64, norm="", pools="max")
 
 
+@large
+@pytest.mark.parametrize(
+    ("shape", "hidden"),
+    [
+        ((5, 70, 9, 9), 5),
+        ((33, 16, 5, 5), 2),
+        ((3, 520, 7, 7), 65),
+        ((1, 300, 14, 14), 20),
+        ((2, 6, 40, 40), 1),
+    ],
+)
+def test_the_tiles_of_a_large_gpu_agree_with_the_equation(tails, guarded, monkeypatch, shape, hidden):
+    """The interpreter's own plan is of small tiles; these are those of 132 multiprocessors."""
+    monkeypatch.setattr(triton_map, "processors", lambda device: 132)
+    for nhwc in (False, True):
+        check(tails, shape=shape, hidden=hidden, nhwc=nhwc, side=7)
+    check(tails, shape=shape, hidden=hidden, dtype=torch.float64, spatial="running", norm="running")
+
+
 def test_parameters_may_be_of_another_type_than_the_map(tails, guarded):  # T1 T29
     check(tails, dtype=torch.float16, parameters=torch.float32)
     check(tails, dtype=torch.float32, parameters=torch.float64, norm="running")
