@@ -96,6 +96,8 @@ def tile(name: str, N: int, C: int, L: int, nhwc: bool, itemsize: int, processor
     per_thread, *lanes = TILES[name]
     if itemsize == 8:
         per_thread //= 2
+    if name not in WALKS_PIXELS and (C if nhwc else L) % 2:
+        per_thread //= 2  # of an odd extent each value has an address of its own, and registers run out
     found: list[Tile] = []
     for warps, lane in product((8, 4, 2), lanes[nhwc]):
         if processors == INTERPRETED:
