@@ -9,7 +9,7 @@ specialisation is then compiled for each architecture, and its PTX and its resou
 - no TF32,
 - no local memory, at most 32 bytes of stack, 48 KB of shared memory, and 128 registers but in MANY_REGISTERS.
 
-Without --all: float32 and bfloat16 in both layouts and float64 in one, for sm_80 and sm_90.
+Without --all: a block in training in float32, bfloat16 and float64, every form in bfloat16, sm_80 and sm_90.
 """
 
 import argparse
@@ -185,6 +185,8 @@ def cases(full: bool) -> Iterator[tuple[tuple[int, ...], torch.dtype, bool, Form
         kinds = [*kinds[:4], (torch.float64, True)]
     for dtype, nhwc in kinds:
         yield SHAPES[0], dtype, nhwc, FORMS[0], 0
+    for form in FORMS[1:]:
+        yield SHAPES[0], torch.bfloat16, True, form, 0
     if full:
         for dtype, nhwc in kinds:
             yield SHAPES[0], dtype, nhwc, FORMS[0], 1

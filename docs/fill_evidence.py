@@ -118,7 +118,7 @@ def readme(text: str, results: Path = RESULTS) -> str:
     every = [table for own in _found(results).values() for table in own]
     told = [
         _cited(table)
-        for table in sorted(every, key=_is_usual, reverse=True)
+        for table in sorted(every, key=_closeness, reverse=True)
         if table.shared["data"] != DIGITS and not table.partial
     ]
     before, rest = text.split(BEGIN)
@@ -143,6 +143,11 @@ def _found(results: Path) -> dict[str, list[Table]]:
 def _is_usual(table: Table) -> bool:
     """Whether it was trained as the data set's protocol has it."""
     return table.name == f"{table.study.name}-{table.shared['data']}"
+
+
+def _closeness(table: Table) -> tuple[bool, bool]:
+    """How near a table is to the protocol: what is nearest is cited first."""
+    return _is_usual(table), bool(table.shared.get("warmup_epochs"))
 
 
 def _runs(table: Table) -> list[dict[str, Any]]:

@@ -93,9 +93,9 @@ def take(pointer, inside, EVEN: tl.constexpr):
 @triton.jit
 def keep(value, inside, EVEN: tl.constexpr):
     """`value` inside of the map, 0 outside."""
-    if EVEN:
-        return value
-    return tl.where(inside, value, 0.0)
+    if not EVEN:
+        value = tl.where(inside, value, 0.0)
+    return value
 
 
 @triton.jit
