@@ -97,9 +97,9 @@ PHOTOGRAPHS = """\
 Imagenette: the size of the pictures and the number of epochs, by the time that a run takes on one core, and
   before the first run. The table at a rate of 0.1 without a warm-up came first. There the plain network began
   with a loss above that of guessing, and its error depended on the seed; a network that attention damps did
-  not. So the table at 0.02 was added, and two epochs of warm-up were put into the protocol: one plain network,
-  of seed 0, was tried with them first, and it is a run of the table at 0.1 that was then filled with them.
-  ImageNet: none, no run has been made there."""
+  not. So the table at 0.02 was added, and two epochs of warm-up were put into the protocol: one plain
+  network, of seed 0, was tried with them first, and it is a run of the table at 0.1 that was then filled
+  with them. ImageNet: none, no run has been made there."""
 
 
 def page(results: Path = RESULTS) -> str:
