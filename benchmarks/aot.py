@@ -7,7 +7,8 @@ specialisation is then compiled for each architecture, and its PTX and its resou
 
 - no `max.f32` or `max.f64` that drops NaN, but in the kernels of DROPS_NAN, where it is shown why it is safe,
 - no TF32,
-- no local memory, at most 32 bytes of stack, 48 KB of shared memory, and 128 registers but in MANY_REGISTERS.
+- no local memory, at most 16 bytes of stack, 48 KB of shared memory, and 128 registers; `many_registers` says
+  where there may be more.
 
 Without --all: a block in training in float32, bfloat16 and float64, every form in bfloat16, sm_80 and sm_90.
 """
@@ -34,7 +35,7 @@ from cbam.ops import triton_kernels, triton_map
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 PROCESSORS = 132
 MAX_SHARED, MAX_REGISTERS = 48 * 1024, 128
-MAX_STACK = 32  # bytes: a few registers put by, once, which ptxas prefers to a block less per processor
+MAX_STACK = 16  # bytes: a few registers put by, once, which ptxas prefers to a block less per processor
 
 # Where a maximum may drop NaN: every value that reaches `tl.max` has passed `value > best`, which is false
 # for NaN, so none can be NaN. The NaN of the map goes on by another way.
@@ -42,11 +43,6 @@ DROPS_NAN = {
     "pool": "the mean takes NaN to the gate; with max alone the extremum is made NaN by a flag of integers",
     "squeeze": "the sum over the channels takes NaN to the convolution, at the same pixels",
     "reduce_gradient": "q0 is used for dw only, beside q1, which has the NaN; dMs has it as well",
-}
-MANY_REGISTERS = {
-    "spatial_gradient": "unrolled taps, on sm_75 and sm_80; its maps are small, (N, 2, L)",
-    "squeeze": "an address for each value where the map is not aligned",
-    "refine": "the convolution of a small map folded in; not where it is a kernel of its own",
 }
 
 TYPES = {
@@ -247,9 +243,17 @@ def faults(result: Result, ptx: str) -> Iterator[str]:
         yield f"{result.stack} bytes of stack, {result.local} of spills"
     if result.shared > MAX_SHARED:
         yield f"{result.shared} bytes of shared memory"
-    own = kernel == "refine" and ("Q", None) in result.launch.constants
-    if result.registers > MAX_REGISTERS and (kernel not in MANY_REGISTERS or own):
+    if result.registers > MAX_REGISTERS and not many_registers(result.launch):
         yield f"{result.registers} registers"
+
+
+def many_registers(launch: Launch) -> bool:
+    """Whether a kernel may take more: it works on little, or there is no way to less."""
+    return (
+        launch.kernel == "spatial_gradient"  # unrolled taps; its maps are small, (N, 2, L)
+        or (launch.kernel == "squeeze" and "X" not in launch.divisible)  # each value has its address
+        or (launch.kernel == "refine" and ("Q", None) not in launch.constants)  # the convolution folded in
+    )
 
 
 def resources(cubin: bytes) -> dict[str, int]:

@@ -8,7 +8,7 @@
 
 g = grad where out > 0; P = sum_p g Ms, Q = sum_p g Ms (x - mu), dMs = sum_c g z; weight = d1 / C + (d0 where
 channel c is j, the first maximum of its pixel), G = sum_p weight, H = sum_p weight (x - mu). BatchNorm's own
-two reductions follow from R0 and R1 without another read. Names and layouts are those of triton_forward.py.
+two reductions follow from R0 and R1 without another read. Names and layouts are those of triton_tiles.py.
 """
 
 # Tensors, pointers and constants of the kernel language are no Python types.
@@ -18,7 +18,7 @@ two reductions follow from R0 and R1 without another read. Names and layouts are
 import triton
 import triton.language as tl
 
-from cbam.ops.triton_forward import BATCH, extents, gated, keep, normalised_map, origin, sigmoid, take, within
+from cbam.ops.triton_tiles import BATCH, extents, gated, keep, normalised_map, origin, sigmoid, take, within
 
 
 @triton.jit

@@ -15,7 +15,7 @@ A block is BN samples, BH hidden units, BC channels; no `tl.dot` sums the produc
 import triton
 import triton.language as tl
 
-from cbam.ops.triton_forward import BATCH, inverse_std, relu, sigmoid
+from cbam.ops.triton_tiles import BATCH, inverse_std, relu, sigmoid
 
 
 @triton.jit

@@ -136,7 +136,7 @@ def _gate(
     w1, b1, w2, b2 = weights
     assert w1 is not None
     H, tile, parts = len(w1), a.plan.pool, (m, e, k)
-    block = gate_plan(power(a.N), a.C, H, a.acc.itemsize, a.processors)
+    block = gate_plan(a.N, a.C, H, a.acc.itemsize, a.processors)
     whole: tuple[Tensor | None, ...] = (None, None, None)
     if tile.parts > 1 and save:
         whole = tuple(None if t is None else a.empty(a.N, a.C, dtype=t.dtype) for t in parts)
@@ -346,7 +346,7 @@ def _hidden_gradient(
     assert w1 is not None
     assert found.r is not None
     H = len(w1)
-    block = gate_plan(power(a.N), a.C, H, a.acc.itemsize, a.processors)
+    block = gate_plan(a.N, a.C, H, a.acc.itemsize, a.processors)
     found.dl, found.act = a.empty(a.N, a.C), a.empty(a.N, H)
     found.da, found.dm = (a.empty(a.N, H) if there else None for there in pools)
     a.launch(
@@ -363,7 +363,7 @@ def _parameters(
 ) -> None:  # fmt: skip
     """The gate's gradient by channels, BatchNorm's, and the last sum of the spatial kernel's."""
     H, dw = 1 if w1 is None else len(w1), found.parts_of_dw
-    block = sums_plan(power(a.N), a.C, H, a.acc.itemsize, a.processors)
+    block = sums_plan(a.N, H, a.processors)
     wanted = (found.reduces, pools[0] or batch, pools[1])
     found.scale, found.level, found.peak = (a.empty(a.N, a.C) if need_x and w else None for w in wanted)
     found.slope = a.empty(a.C) if need_x and batch else None

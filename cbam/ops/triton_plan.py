@@ -128,21 +128,20 @@ def gate_plan(N: int, C: int, H: int, itemsize: int, processors: int) -> Gate:
         return Gate(2, min(power(H), 4), 8, 1, H <= 4)
     alone = H <= 64 and C <= 512
     hidden = power(H) if alone else 32
-    samples = next(n for n in (4, 2, 1) if n == 1 or 2 * blocks(N, n) * blocks(H, hidden) >= processors)
+    samples = next(
+        n for n in (4, 2, 1) if n == 1 or 2 * blocks(power(N), n) * blocks(H, hidden) >= processors
+    )
     # Half a block for one sample: the weights of it pass through shared memory.
     channels = max(16, min(power(C), BLOCK // itemsize // (hidden * max(samples, 2))))
     warps = max(1, min(16, samples * hidden * channels * itemsize // (128 * 32)))
     return Gate(samples, hidden, channels, warps, alone)
 
 
-def sums_plan(N: int, C: int, H: int, itemsize: int, processors: int) -> Gate:
+def sums_plan(N: int, H: int, processors: int) -> Gate:
     """The blocks of the parameters' gradients, whose programs walk the samples."""
     if processors == INTERPRETED:
         return Gate(min(power(N), 4), min(power(H), 4), 4, 1)
-    hidden, channels = min(power(H), 16), 16
-    few = blocks(H, hidden) * blocks(C, channels) < 2 * processors
-    samples = min(power(N), (128 if few else 64) // itemsize)
-    return Gate(samples, hidden, channels, 16 if samples > 16 else 8)
+    return Gate(min(power(N), 16), min(power(H), 16), 16, 8)
 
 
 def statistics_plan(C: int, processors: int) -> tuple[int, int]:
