@@ -150,7 +150,7 @@ struct Planes {
       }
       for (int u = 0; u < U; u++) {
         int64_t o = base + u * set.L + i;
-        V g = load(to.grad + o, part);
+        V g = loaded(load(to.grad + o, part));
         if constexpr (RELU) {
           g = load(to.out + o, part) <= V{} ? V{} : g;
           if (keeps) store(to.g + o, g, part);

@@ -3,7 +3,7 @@
 // gamma = 0 (every pixel is then a tie).
 #pragma once
 
-#include "setting.h"
+#include "maps.h"
 
 namespace {
 
@@ -18,19 +18,18 @@ struct Pool {
   A *m, *m2;      // (N, C); m2 null where not wanted
   T* e;           // (N, C)
   int32_t* k;     // (N, C), null where not wanted
-  // (N, chunks, C), only where a pixel's channels are adjacent:
-  Buffer<double> parts_mean;
-  Buffer<A> parts_m2, parts_best;
-  Buffer<Index<A>> parts_group;
+  // (N, chunks, C), only where a pixel's channels are adjacent: sums of v - pivot and of its square, and the
+  // best of sign v with its pixel.
+  Buffer<A> pivots, sums, squares, bests;
+  Buffer<Index<A>> firsts;
 
   Pool(const Setting<T>& s, const T* x, const A* sign, A* m, A* m2, T* e, int32_t* k)
       : set(s), x(x), sign(sign), m(m), m2(m2), e(e), k(k) {
     if (!s.block.rows) return;
     int64_t count = s.N * s.chunks * s.C;
-    parts_mean.resize(count);
-    parts_m2.resize(m2 ? count : 0);
-    parts_best.resize(count);
-    parts_group.resize(count);
+    for (Buffer<A>* part : {&pivots, &sums, &bests}) part->resize(count);
+    squares.resize(m2 ? count : 0);
+    firsts.resize(k ? count : 0);
   }
 
   // The whole batch, by all threads.
@@ -107,7 +106,7 @@ struct Pool {
     bool plain = !k && !any<A>((mean != mean) | (top != top) | (flip == V{}));
     if (plain) store(e + nc, top * flip);
     else
-      for (int r = 0; r < LANES<A>; r++) finish(nc + r, best[r], 0, set.L, 1);
+      for (int r = 0; r < LANES<A>; r++) finish(nc + r, best[r]);
   }
 
   void plane(int64_t nc) {
@@ -128,7 +127,7 @@ struct Pool {
       m2[nc] = A(parts.square);
       if (std::isfinite(parts.mean)) m[nc] = A(parts.mean);  // the more exact one
     }
-    finish(nc, best, 0, set.L, 1);
+    finish(nc, best);
   }
 
   static INLINE void sum_and_best(const T* p, int64_t count, A sign, A& sum, A& best) {
@@ -172,36 +171,28 @@ struct Pool {
     return {n, centre + rest / n, square - rest * rest / n};
   }
 
-  // e and k of (n, c), given the best of sign * x. Its first index lies in [from, from + count) pixels.
-  void finish(int64_t nc, A best, int64_t from, int64_t count, int64_t stride) {
-    int64_t n = nc / set.C, c = nc % set.C;
-    const T* first = stride == 1 ? x + nc * set.L : x + n * set.L * set.C + c;
-    A s = sign[c];
-    if (m[nc] != m[nc]) {  // the maximum dropped a NaN, if there is one: eager has it
+  // e and k of a plane, given the best of sign v.
+  void finish(int64_t nc, A best) {
+    const T* p = x + nc * set.L;
+    if (odd(nc, best, p, 1)) return;
+    A value = best * sign[nc % set.C];
+    from_float(value, e + nc);
+    if (k) k[nc] = int32_t(find(p, value));
+  }
+
+  // e and k where every pixel is a tie, or one of them is NaN: the maximum drops it, and eager has it.
+  bool odd(int64_t nc, A best, const T* first, int64_t stride) {
+    if (m[nc] != m[nc]) {
       for (int64_t p = 0; p < set.L; p++) {
         A v = to_float(first[p * stride]);
         if (v != v) best = v;
       }
     }
-    if (s == 0 || best != best) {
-      e[nc] = first[0];
-      if (best != best) from_float(best, e + nc);
-      if (k) k[nc] = 0;
-      return;
-    }
-    from_float(best * s, e + nc);
-    if (!k) return;
-    int64_t index = 0;
-    if (stride == 1) {
-      index = find(first, best * s);
-    } else {
-      for (int64_t p = from; p < least(from + count, set.L); p++)
-        if (A(to_float(first[p * stride])) * s == best) {
-          index = p;
-          break;
-        }
-    }
-    k[nc] = int32_t(index);
+    if (sign[nc % set.C] != 0 && best == best) return false;
+    e[nc] = first[0];
+    if (best != best) from_float(best, e + nc);
+    if (k) k[nc] = 0;
+    return true;
   }
 
   // The first pixel of a plane that equals `value`; 0 where none does.
@@ -220,85 +211,111 @@ struct Pool {
 
   // --- channels_last: the channels of a pixel lie together ---
 
-  static constexpr int64_t GROUP = 8;  // pixels looked at together; the best remembers its group only
+  static constexpr int64_t GROUP = 8;  // pixels between two looks at the sums, which rounds less
 
   void rows(int64_t unit) {
-    int64_t n = unit / set.chunks, i = unit % set.chunks, count = set.pixels(i), C = set.C;
-    const T* p = x + (n * set.L + i * set.chunk) * C;
-    A* best = parts_best + unit * C;
-    double* mean = parts_mean + unit * C;
-    A* moment = m2 ? parts_m2 + unit * C : nullptr;
-    Index<A>* where = parts_group + unit * C;
-    Buffer<A> pivot(C), sum(C), square(C);
+    choose([&](auto moments, auto index) { rows<moments, index>(unit); }, m2, k);
+  }
+
+  template <bool MOMENTS, bool INDEX>
+  void rows(int64_t unit) {
+    int64_t n = unit / set.chunks, i = unit % set.chunks, count = set.pixels(i), at = i * set.chunk, C = set.C;
+    const T* p = x + (n * set.L + at) * C;
+    int64_t some = least(GROUP, count);
     walk<A>(C, [&](int64_t c, auto part) {
       V v{};
-      int64_t some = least(GROUP, count);
       for (int64_t g = 0; g < some; g++) v += load(p + g * C + c, part);
-      store(pivot + c, v / A(some), part);
-      store(sum + c, V{}, part);
-      store(square + c, V{}, part);
-      store(best + c, splat(A(-INFINITY)), part);
-      store_index<A>(where + c, Int<A>{}, part);
+      c += unit * C;
+      store(pivots + c, v / A(some), part);
+      store(sums + c, V{}, part);
+      if constexpr (MOMENTS) store(squares + c, V{}, part);
+      store(bests + c, splat(A(-INFINITY)), part);
+      if constexpr (INDEX) store_index<A>(firsts + c, Int<A>{}, part);
     });
-    int64_t at = 0;
-    for (; at + GROUP <= count; at += GROUP) group<GROUP>(p + at * C, pivot, sum, square, best, where, i * set.chunk + at);
-    for (; at < count; at++) group<1>(p + at * C, pivot, sum, square, best, where, (i * set.chunk + at) / GROUP * GROUP);
-    for (int64_t c = 0; c < C; c++) {
-      double rest = sum[c];
-      mean[c] = pivot[c] + rest / double(count);
-      if (moment) moment[c] = A(square[c] - rest * rest / double(count));
-    }
-    for (int64_t c = 0; c < C; c++) {
-      if (mean[c] - mean[c] == 0) continue;
-      A plain = 0;  // about a pivot, Inf gives NaN where the plain sum is Inf
-      for (int64_t q = 0; q < count; q++) plain += to_float(p[q * C + c]);
-      mean[c] = plain / double(count);
-    }
+    int64_t q = 0;
+    for (; q + GROUP <= count; q += GROUP) group<GROUP, MOMENTS, INDEX>(unit, p + q * C, at + q);
+    for (; q < count; q++) group<1, MOMENTS, INDEX>(unit, p + q * C, at + q);
   }
 
-  // Takes G pixels into the sums about the pivot, and their best.
-  template <int64_t G>
-  INLINE void group(const T* p, const A* pivot, A* sum, A* square, A* best, Index<A>* where, int64_t pixel) const {
-    int64_t C = set.C;
-    bool moment = m2;
+  template <int G, bool MOMENTS, bool INDEX>
+  INLINE void group(int64_t unit, const T* p, int64_t pixel) {
+    int64_t C = set.C, at = unit * C;
     walk<A>(C, [&](int64_t c, auto part) {
-      V centre = load(pivot + c, part), s = load(sign + c, part), b = splat(A(-INFINITY)), d1{}, d2{};
-      for (int64_t g = 0; g < G; g++) {
-        V v = load(p + g * C + c, part), d = v - centre;
-        d1 += d;
-        d2 += d * d;
-        b = larger(b, v * s);
+      V pivot = load(pivots + at + c, part), flip = load(sign + c, part), best = load(bests + at + c, part);
+      V sum{}, square{};
+      Int<A> first{};
+      if constexpr (INDEX) first = load_index<A>(firsts + at + c, part);
+      for (int g = 0; g < G; g++) {
+        __builtin_prefetch(p + (g + G) * C + c);  // of several rows at once, none is fetched ahead by itself
+        V v = load(p + g * C + c, part), d = v - pivot, candidate = v * flip;
+        sum += d;
+        if constexpr (MOMENTS) square += d * d;
+        if constexpr (INDEX) first = candidate > best ? splat_index<A>(pixel + g) : first;
+        best = larger(best, candidate);
       }
-      store(sum + c, load(sum + c, part) + d1, part);
-      if (moment) store(square + c, load(square + c, part) + d2, part);
-      V old = load(best + c, part);
-      Int<A> better = b > old;
-      store(best + c, better ? b : old, part);
-      store_index<A>(where + c, better ? splat_index<A>(pixel) : load_index<A>(where + c, part), part);
+      store(sums + at + c, load(sums + at + c, part) + sum, part);
+      if constexpr (MOMENTS) store(squares + at + c, load(squares + at + c, part) + square, part);
+      store(bests + at + c, best, part);
+      if constexpr (INDEX) store_index<A>(firsts + at + c, first, part);
     });
   }
 
+  // The chunks of channels [from, to) of a sample, in order.
   void merge(int64_t n, int64_t from, int64_t to) {
-    int64_t C = set.C;
-    for (int64_t c = from; c < to; c++) {
-      Moments parts;
-      A best = -INFINITY;
-      double sum = 0;
-      int64_t where = 0;
-      for (int64_t i = 0; i < set.chunks; i++) {
-        int64_t at = (n * set.chunks + i) * C + c;
-        double count = double(set.pixels(i));
-        sum += parts_mean[at] * count;
-        if (parts_best[at] > best) {
-          best = parts_best[at];
-          where = parts_group[at];
-        }
-        if (m2) parts.merge({count, parts_mean[at], parts_m2[at]});
-      }
-      m[n * C + c] = A(sum) / A(set.L);
-      if (m2) m2[n * C + c] = parts.square < 0 ? A(0) : A(parts.square);
-      finish(n * C + c, best, where, GROUP, C);
+    walk<double>(to - from, [&](int64_t c, auto part) { merge_moments(n, from + c, part); });
+    walk<A>(to - from, [&](int64_t c, auto part) { merge_bests(n, from + c, part); });
+  }
+
+  // As `Moments::merge`, where the weights are those of all channels.
+  template <class P>
+  INLINE void merge_moments(int64_t n, int64_t c, P part) {
+    using D = Vec<double>;
+    D mean{}, square{}, sum{};
+    double all = 0, size = double(set.L);
+    for (int64_t i = 0; i < set.chunks; i++) {
+      int64_t at = (n * set.chunks + i) * set.C + c;
+      double count = double(set.pixels(i)), before = all;
+      D rest = widened(sums + at, part), pivot = widened(pivots + at, part), centre = pivot + rest / count;
+      sum += centre * count;
+      if (!m2) continue;
+      D delta = centre - mean;
+      all += count;
+      square += widened(squares + at, part) - rest * rest / count + delta * delta * (before * count / all);
+      mean += delta * (count / all);
     }
+    square = square < 0.0 ? D{} : square;
+    int lanes = LANES<double>;
+    if constexpr (std::is_same_v<P, Part>) lanes = part.lanes;
+    for (int l = 0; l < lanes; l++) {
+      int64_t nc = n * set.C + c + l;
+      m[nc] = std::isfinite(sum[l]) ? A(A(sum[l]) / A(size)) : plain_mean(n, c + l);
+      if (m2) m2[nc] = A(square[l]);
+    }
+  }
+
+  // About a pivot, Inf gives NaN where the plain sum is Inf.
+  A plain_mean(int64_t n, int64_t c) const {
+    A sum = 0;
+    for (int64_t p = 0; p < set.L; p++) sum += to_float(x[(n * set.L + p) * set.C + c]);
+    return sum / A(set.L);
+  }
+
+  template <class P>
+  INLINE void merge_bests(int64_t n, int64_t c, P part) {
+    int64_t nc = n * set.C + c;
+    V best = splat(A(-INFINITY));
+    Int<A> first{};
+    for (int64_t i = 0; i < set.chunks; i++) {
+      int64_t at = (n * set.chunks + i) * set.C + c;
+      V candidate = load(bests + at, part);
+      if (k) first = candidate > best ? load_index<A>(firsts + at, part) : first;
+      best = larger(best, candidate);
+    }
+    V flip = load(sign + c, part), mean = load(m + nc, part);
+    store(e + nc, best * flip, part);
+    if (k) store_saved<A>(k + nc, first, part);
+    if (!any<A>((mean != mean) | (keep(flip, part, A(1)) == V{}))) return;
+    for (int l = 0; l < LANES<A> && c + l < set.C; l++) odd(nc + l, best[l], x + n * set.L * set.C + c + l, set.C);
   }
 };
 

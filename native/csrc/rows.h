@@ -1,5 +1,4 @@
-// The passes over a channels_last map: the channels of a pixel are adjacent. A unit is a chunk of pixels; a few
-// pixels are walked together so that what belongs to a channel is touched less often.
+// The passes over a channels_last map: the channels of a pixel are adjacent. A unit is a chunk of pixels.
 #pragma once
 
 #include "maps.h"
@@ -10,37 +9,28 @@ template <class T>
 struct Rows {
   using A = Acc<T>;
   using V = Vec<A>;
-  static constexpr int TOGETHER = BYTES == 64 ? 4 : 2;
 
   const Setting<T>& set;
   const T* x;
   Scale<A> z;
 
+  // Pixels are walked one by one, since memory that is read in order is fetched ahead. Where what belongs to the
+  // channels would not stay in L1 from one pixel to the next, a few are walked together.
+  static constexpr int TOGETHER = BYTES == 64 ? 4 : 2;
+  bool wide() const { return set.C * int64_t(sizeof(A)) > 4096; }
+
   // --- pass B ---
 
   void describe(int64_t unit, A* q0, A* q1) const {
     int64_t n = unit / set.chunks, begin = n * set.L + unit % set.chunks * set.chunk;
-    int64_t end = begin + set.pixels(unit % set.chunks), C = set.C;
-    const A *za = z.za + n * C, *zb = z.zb + n * C;
+    int64_t end = begin + set.pixels(unit % set.chunks);
     for (int64_t p = begin; p < end; p += LANES<A>) {
-      V top[LANES<A>], sum[LANES<A>];
-      for (int l = 0; l < LANES<A>; l += TOGETHER) {
-        const T* row[TOGETHER];
-        for (int u = 0; u < TOGETHER; u++) {
-          row[u] = x + least(p + l + u, end - 1) * C;
-          top[l + u] = splat(A(-INFINITY));
-          sum[l + u] = V{};
-        }
-        walk<A>(C, [&](int64_t c, auto part) {
-          V a = load(za + c, part), b = load(zb + c, part), shift = load(z.shift + c, part);
-          for (int u = 0; u < TOGETHER; u++) {
-            V t = a * (load(row[u] + c, part) - shift) + b;
-            top[l + u] = larger(top[l + u], keep(t, part, A(-INFINITY)));
-            sum[l + u] += keep(t, part, A(0));
-          }
-        });
-      }
-      V highest = fold_max<A>(top), mean = fold_sum<A>(sum) / A(C);
+      V top[LANES<A>] = {}, sum[LANES<A>] = {};
+      int l = 0, count = int(least(LANES<A>, end - p));
+      if (wide())
+        for (; l + TOGETHER <= count; l += TOGETHER) describe_pixels<TOGETHER>(n, p + l, top + l, sum + l);
+      for (; l < count; l++) describe_pixels<1>(n, p + l, top + l, sum + l);
+      V highest = fold_max<A>(top), mean = fold_sum<A>(sum) / A(set.C);
       some(p, end, [&](auto part) {
         store(q0 + p, highest, part);
         store(q1 + p, mean, part);
@@ -88,11 +78,28 @@ struct Rows {
     end - p >= LANES<A> ? f(Whole{}) : f(Part{int(end - p)});
   }
 
+  template <int U>
+  INLINE void describe_pixels(int64_t n, int64_t p, V* top, V* sum) const {
+    int64_t C = set.C;
+    const A *za = z.za + n * C, *zb = z.zb + n * C;
+    V best[U], all[U];
+    for (int u = 0; u < U; u++) best[u] = splat(A(-INFINITY)), all[u] = V{};
+    walk<A>(C, [&](int64_t c, auto part) {
+      V a = load(za + c, part), b = load(zb + c, part), shift = load(z.shift + c, part);
+      for (int u = 0; u < U; u++) {
+        V t = a * (load(x + (p + u) * C + c, part) - shift) + b;
+        best[u] = larger(best[u], keep(t, part, A(-INFINITY)));
+        all[u] += keep(t, part, A(0));
+      }
+    });
+    for (int u = 0; u < U; u++) top[u] = best[u], sum[u] = all[u];
+  }
+
   template <bool RELU, bool SPATIAL, bool ADDED>
   void write_chunk(int64_t unit, const Output<T>& to) const {
     int64_t n = unit / set.chunks, begin = n * set.L + unit % set.chunks * set.chunk;
     int64_t end = begin + set.pixels(unit % set.chunks);
-    // One at a time: where rows are a power of two apart, a store to one delays the loads of the next.
+    // One at a time in any case: where rows are a power of two apart, a store to one delays loads of the next.
     for (int64_t p = begin; p < end; p++) write_pixel<RELU, SPATIAL, ADDED>(n, p, to);
   }
 
@@ -131,7 +138,8 @@ struct Rows {
           sums.first[l] = Int<A>{};
         }
       int l = 0, count = int(least(LANES<A>, end - p));
-      for (; l + TOGETHER <= count; l += TOGETHER) receive_pixels<TOGETHER, RELU, SPATIAL>(n, p, l, P, Q, sums, to);
+      if (wide())
+        for (; l + TOGETHER <= count; l += TOGETHER) receive_pixels<TOGETHER, RELU, SPATIAL>(n, p, l, P, Q, sums, to);
       for (; l < count; l++) receive_pixels<1, RELU, SPATIAL>(n, p, l, P, Q, sums, to);
       if constexpr (SPATIAL) {
         V d_open = fold_sum<A>(sums.d_open), mean = fold_sum<A>(sums.sum) / A(C);
@@ -166,7 +174,7 @@ struct Rows {
       Int<A> here = iota<A>() + splat_index<A>(c);
       for (int u = 0; u < U; u++) {
         int64_t o = base + u * C + c;
-        V g = load(to.grad + o, part);
+        V g = loaded(load(to.grad + o, part));
         if constexpr (RELU) {
           g = load(to.out + o, part) <= V{} ? V{} : g;
           if (keeps) store(to.g + o, g, part);
@@ -228,7 +236,8 @@ struct Rows {
   void send_chunk(int64_t unit, const Outgoing<T>& to) const {
     int64_t n = unit / set.chunks, from = unit % set.chunks * set.chunk, end = from + set.pixels(unit % set.chunks);
     int64_t p = from;
-    for (; p + TOGETHER <= end; p += TOGETHER) send_pixels<TOGETHER, SPATIAL, BATCH, PEAK>(n, p, to);
+    if (wide())
+      for (; p + TOGETHER <= end; p += TOGETHER) send_pixels<TOGETHER, SPATIAL, BATCH, PEAK>(n, p, to);
     for (; p < end; p++) send_pixels<1, SPATIAL, BATCH, PEAK>(n, p, to);
   }
 

@@ -160,7 +160,7 @@ INLINE Vec<float> load(const half* p, Whole = {}) {
   return (Vec<float>)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
 }
 INLINE void store(half* p, Vec<float> v, Whole = {}) {
-  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
+  _mm256_storeu_si256((__m256i*)p, _mm512_maskz_cvtps_ph(0xffff, (__m512)v, _MM_FROUND_TO_NEAREST_INT));
 }
 #elif defined(__AVX2__)
 INLINE Vec<float> load(const half* p, Whole = {}) {
@@ -214,7 +214,7 @@ INLINE Vec<float> load(const half* p, Part part) {
   return (Vec<float>)_mm512_cvtph_ps(_mm256_maskz_loadu_epi16((1u << part.lanes) - 1, p));
 }
 INLINE void store(half* p, Vec<float> v, Part part) {
-  __m256i raw = _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT);
+  __m256i raw = _mm512_maskz_cvtps_ph(0xffff, (__m512)v, _MM_FROUND_TO_NEAREST_INT);
   _mm256_mask_storeu_epi16(p, (1u << part.lanes) - 1, raw);
 }
 #elif defined(__AVX2__)
@@ -255,7 +255,39 @@ INLINE Int<A> load_saved(const int32_t* p, P part) {
   }
 }
 
+template <class A, class P>
+INLINE void store_saved(int32_t* p, Int<A> v, P part) {
+  if constexpr (sizeof(A) == 4) {
+    store((float*)p, (Vec<float>)v, part);
+  } else {
+    int lanes = LANES<A>;
+    if constexpr (std::is_same_v<P, Part>) lanes = part.lanes;
+    for (int i = 0; i < lanes; i++) p[i] = int32_t(v[i]);
+  }
+}
+
+// As many values as doubles fit into a vector, as doubles.
+INLINE Vec<double> widened(const double* p, Whole) { return load(p); }
+INLINE Vec<double> widened(const double* p, Part part) { return load(p, part); }
+INLINE Vec<double> widened(const float* p, Part part) {
+  typedef float Half __attribute__((vector_size(BYTES / 2)));
+  Half values{};
+  std::memcpy(&values, p, part.lanes * sizeof(float));
+  return __builtin_convertvector(values, Vec<double>);
+}
+INLINE Vec<double> widened(const float* p, Whole) { return widened(p, Part{LANES<double>}); }
+
 // --- arithmetic ---
+
+// `v`, loaded whole. Else a select by a mask and the load before it become one load under that mask, which waits
+// until the mask is known.
+template <class V>
+INLINE V loaded(V v) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(v));
+#endif
+  return v;
+}
 
 // NaN in `candidate` is dropped.
 template <class V>

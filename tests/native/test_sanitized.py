@@ -18,11 +18,13 @@ def test_the_sanitizers_find_nothing(tmp_path):
     compiler = next(filter(shutil.which, ("g++", "clang++")), None)
     if sys.platform != "linux" or compiler is None:
         pytest.skip("needs g++ or clang++, on Linux")
-    runtime = subprocess.run(
-        [compiler, "-print-file-name=libasan.so"], capture_output=True, text=True
-    ).stdout.strip()
-    if not Path(runtime).is_absolute():
-        pytest.skip(f"{compiler} has no libasan.so")
+    names = "libasan.so", "libstdc++.so"  # what is thrown is watched too, so what throws has to be there first
+    runtimes = [
+        subprocess.run([compiler, f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
+        for name in names
+    ]
+    if not all(Path(path).is_absolute() for path in runtimes):
+        pytest.skip(f"{compiler} has no {' or '.join(names)}")
     spec = importlib.util.spec_from_file_location("compile_native", ROOT / "native" / "compile.py")
     compiling = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(compiling)
@@ -31,7 +33,7 @@ def test_the_sanitizers_find_nothing(tmp_path):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not large"]
     command += [str(Path(__file__).parent), "--kernels", str(library)]
     command += ["--ignore", str(Path(__file__).with_name("test_bits.py"))]  # bits are those of a plain build
-    preload = {"LD_PRELOAD": runtime, "ASAN_OPTIONS": "detect_leaks=0", "OMP_NUM_THREADS": "1"}
+    preload = {"LD_PRELOAD": " ".join(runtimes), "ASAN_OPTIONS": "detect_leaks=0", "OMP_NUM_THREADS": "1"}
     environment = {**os.environ, **preload}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     report = done.stdout + done.stderr
