@@ -55,7 +55,7 @@ _TRACK = "track_(Tensor(a!)[] running, Tensor[] new, float[] momenta, int count)
 _library = torch.library.Library("cbam", "DEF")
 # A compiler that lays a network's maps out anew need not turn them back for us.
 _library.define(_FORWARD, tags=torch.Tag.flexible_layout)
-_library.define(_IN_PLACE)
+_library.define(_IN_PLACE, tags=torch.Tag.flexible_layout)
 _library.define(_BACKWARD, tags=torch.Tag.flexible_layout)
 _library.define(_TRACK)
 _forward = torch.ops.cbam.tail.default
@@ -92,20 +92,20 @@ def tail(
     bn = norm or _NO_NORM
     mlp = channel or _NO_CHANNEL
     where = spatial or _NO_SPATIAL
-    # A network moved to channels_last has its 7x7 kernels in that layout too.
-    kernel = where.kernel if where.kernel is None else where.kernel.contiguous()
     args = (
         x, shortcut,
         *bn[:5], bn.eps,
         mlp.w1, mlp.b1, mlp.w2, mlp.b2, "avg" in mlp.pools, "max" in mlp.pools, mlp.gain,
-        kernel, *where.norm[:5], where.norm.eps, where.gain,
+        where.kernel, *where.norm[:5], where.norm.eps, where.gain,
         relu,
     )  # fmt: skip
     wanted = _wants_gradient(args)
-    if overwrite and x.is_cpu and not (wanted or bn.batch or where.norm.batch):
-        with torch._C._AutoDispatchBelowAutograd():
-            _in_place(*(value for place, value in enumerate(args) if place not in _BATCH))
-        return x
+    compiling = torch.compiler.is_compiling()
+    if (overwrite or compiling) and x.is_cpu and not (wanted or bn.batch or where.norm.batch):
+        # A compiler knows whether somebody reads x afterwards, and drops this copy where nobody does.
+        out = x.clone() if compiling else x
+        _overwrite(out, *(value for place, value in enumerate(args) if place and place not in _BATCH))
+        return out
     results = _run(*args, wanted)
     batches = (bn, results[4], results[5]), (where.norm, results[8], results[9])
     _follow(batches, x.shape[0] * x.shape[2] * x.shape[3])
@@ -269,6 +269,15 @@ def _run(*args: Any) -> tuple[Tensor, ...]:
     if torch.compiler.is_compiling():
         return _forward(*args)
     return _autograd(*args)
+
+
+def _overwrite(*args: Any) -> None:
+    """The operator that writes over its map, met as by `_run`."""
+    if torch.compiler.is_compiling():
+        _in_place(*args)
+        return
+    with torch._C._AutoDispatchBelowAutograd():
+        _in_place(*args)
 
 
 def _autograd(*args: Any) -> tuple[Tensor, ...]:

@@ -63,7 +63,7 @@ struct ForwardPass {
     Pool<T> pool(set, (const T*)call.x, sign, m, m2, e, channel && call.channel.max ? call.k : nullptr);
     bool across = (normed && call.norm.batch) || (spatial && call.spatial.norm.batch);
     if (!across && normed) running_statistics();
-    if (!across && by_sample()) {
+    if (!across && samples_for_all()) {
       Affine<A> norm(call.norm, set.C, mu, v, false);
       each_sample(pool, norm);
     } else {
@@ -72,11 +72,9 @@ struct ForwardPass {
   }
 
  private:
-  // Sample by sample if every thread gets its share, and the weights of the gate, read for each sample anew,
-  // are few against the map.
-  bool by_sample() const {
-    return set.N >= call.width && (set.N % call.width == 0 || set.N >= 4 * call.width) &&
-           2 * call.channel.hidden * 2 < set.L;
+  // Whether every thread gets its share of the samples.
+  bool samples_for_all() const {
+    return set.N >= call.width && (set.N % call.width == 0 || set.N >= 4 * call.width);
   }
 
   void each_sample(Pool<T>& pool, const Affine<A>& norm) {
@@ -85,10 +83,14 @@ struct ForwardPass {
     Read<A> s_mean(call.spatial.norm.mean, 1), s_var(call.spatial.norm.var, 1);
     SpatialNorm<A> s_norm(call.spatial, *s_mean, *s_var);
     if (spatial) keep_spatial(*s_mean, *s_var);
+    // The gate of a sample at a time reads its weights each time: only where they are few against the map.
+    bool at_once = 2 * call.channel.hidden * 2 >= set.L;
+    if (m && at_once) pool.all();
+    if (channel && at_once) gates.all(norm, m, e, gate);
     set.parallel(set.N, [&](int64_t n, int64_t end) {
       for (; n < end; n++) {
-        if (m) pool.sample(n);
-        if (channel) gates.sample(n, norm, m, e, gate);
+        if (m && !at_once) pool.sample(n);
+        if (channel && !at_once) gates.sample(n, norm, m, e, gate);
         scale(n, norm);
         if (spatial) {
           for (int64_t i = 0; i < set.chunks; i++) describe(n * set.chunks + i, norm);

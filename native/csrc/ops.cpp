@@ -251,13 +251,14 @@ Forwarded tail(Tensor x, Maybe shortcut, Maybe gamma, Maybe beta, Maybe mean, Ma
 void tail_(Tensor x, Maybe shortcut, Maybe gamma, Maybe beta, Maybe mean, Maybe var, double bn_eps, Maybe w1, Maybe b1,
            Maybe w2, Maybe b2, bool avg_pool, bool max_pool, double channel_gain, Maybe kernel, Maybe s_gamma,
            Maybe s_beta, Maybe s_mean, Maybe s_var, double s_eps, double spatial_gain, bool relu) {
-  expect_map(x);
-  if (shortcut) shortcut = like(*shortcut, x, "the shortcut");
+  Tensor map = dense(x);
+  if (shortcut) shortcut = like(*shortcut, map, "the shortcut");
   make_contiguous(gamma, beta, mean, var, w1, b1, w2, b2, kernel, s_gamma, s_beta, s_mean, s_var);
-  Forward f = told(x, shortcut, gamma, beta, mean, var, false, bn_eps, w1, b1, w2, b2, avg_pool, max_pool,
+  Forward f = told(map, shortcut, gamma, beta, mean, var, false, bn_eps, w1, b1, w2, b2, avg_pool, max_pool,
                    channel_gain, kernel, s_gamma, s_beta, s_mean, s_var, false, s_eps, spatial_gain, relu);
-  f.out = x.mutable_data_ptr();
-  compute(f, x);
+  f.out = map.mutable_data_ptr();
+  compute(f, map);
+  if (map.data_ptr() != x.data_ptr()) torch::stable::copy_(x, map);
 }
 
 // --- cbam::tail_backward ---

@@ -204,9 +204,10 @@ class Kernels:
             case.gain, case.relu, save,
         )  # fmt: skip
 
-    def in_place(self, case: Case, i: Inputs) -> Tensor:
-        """The forward of running statistics, in the memory of a copy of x."""
-        v, x = i.values, i.x.clone(memory_format=torch.preserve_format)
+    def in_place(self, case: Case, i: Inputs, x: Tensor | None = None) -> Tensor:
+        """The forward of running statistics, in the memory of `x`, or of a copy."""
+        v = i.values
+        x = i.x.clone(memory_format=torch.preserve_format) if x is None else x
         torch.ops.cbam.tail_(
             x, i.shortcut,
             v["gamma"], v["beta"], v["mean"], v["var"], EPS,

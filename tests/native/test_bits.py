@@ -202,6 +202,20 @@ def test_what_a_compiler_laid_out_in_its_own_way_is_taken(kernels, layout):  # T
         torch.testing.assert_close(dkernel, plain.grads["kernel"])
 
 
+@pytest.mark.parametrize("layout", LAYOUT_NAMES)
+def test_maps_of_any_layout_are_written_over(kernels, layout):  # T13 T33
+    case = kernels.Case((2, 32, 9, 7), layout=layout, norm="running", spatial="running")
+    inputs = kernels.draw(case)
+    expected = kernels.forward(case, inputs, False)[0]
+    gaps = torch.full((2, 32, 9, 16), float("nan"))
+    gaps[..., :7] = inputs.x
+    turned = inputs.x.permute(0, 1, 3, 2).contiguous().permute(0, 1, 3, 2)
+    for x in (gaps[..., :7], turned):
+        kernels.in_place(case, inputs, x)
+        torch.testing.assert_close(x, expected)
+    assert gaps[..., 7:].isnan().all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize("layout", LAYOUT_NAMES)
 @pytest.mark.parametrize("shape", [(1, 33, 7, 5), (1, 3, 1, 19), (2, 70, 3, 3)])

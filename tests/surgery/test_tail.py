@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import re
 import shutil
 
 import pytest
@@ -9,6 +10,7 @@ import timm
 import torch
 import torchvision
 from torch import nn
+from torch._inductor.utils import run_and_get_code
 
 import cbam
 from cbam import ops
@@ -265,6 +267,36 @@ def test_who_has_a_hook_inside_the_block_sees_what_was_there(overwrites, where):
     for ours, expected in zip(seen[: len(seen) // 2], seen[len(seen) // 2 :], strict=True):
         torch.testing.assert_close(ours, expected)
     assert True not in overwrites
+
+
+class Keeping(Branch):
+    """One that returns what its last convolution gave, too."""
+
+    def forward(self, x):
+        branch = self.conv2(self.relu(self.bn1(self.conv1(x))))
+        return self.relu(self.bn2(branch) + x), branch
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("keeps", [False, True], ids=["unread", "read again"])
+def test_a_compiler_writes_over_a_branch_that_nobody_reads_again(keeps, layout):  # T25 T33
+    pytest.importorskip("cbam_native", reason="cbam-native is not built (it needs a C++ compiler)")
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    parts = [Keeping()] if keeps else [Branch(), nn.Conv2d(8, 4, 1)]  # what a network returns keeps its layout
+    model = cbam.attach(nn.Sequential(*parts), start="paper").eval()
+    model = model.to(memory_format=layout)
+    x = torch.randn(2, 8, 9, 7).contiguous(memory_format=layout)
+    with torch.no_grad():
+        expected = model(x)
+        with torch._inductor.config.patch(fx_graph_cache=False):
+            got, (code,) = run_and_get_code(torch.compile(model, fullgraph=True), x)
+    torch.testing.assert_close(got, expected)
+    (call,) = [line for line in code.splitlines() if "cbam.tail" in line and "buf" in line]
+    written = re.search(r"tail_\.default\((\w+)", call)[1]
+    convolution = rf"{written} = extern_kernels\.convolution"
+    assert bool(re.search(convolution, code)) is not keeps
+    torch._dynamo.reset()
 
 
 def test_memory_of_another_library_is_left_alone(overwrites):  # T25
