@@ -2,23 +2,28 @@
 
 Every ```python block of a page runs, in order, in one namespace and in an empty folder. A block under the
 line `<!-- no-run: reason -->` does not, and one under `<!-- needs: module -->` where that is not installed;
-a skipped test counts those and says why.
+a skipped test counts those and says why. One under `<!-- stand-in: name -->` would download; here it gets
+what it asks for from this machine.
 """
 
 import importlib.util
+import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import huggingface_hub
 import pytest
+import timm
+import torch
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 TEXTS = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 
 FENCE = re.compile(
-    r"(?:^<!-- (?:no-run: (?P<reason>.+?)|needs: (?P<needs>\w+)) -->\n+)?"
+    r"(?:^<!-- (?:no-run: (?P<reason>.+?)|needs: (?P<needs>\w+)|stand-in: (?P<stand_in>[\w.]+)) -->\n+)?"
     r"^(?P<fence>```+)(?P<language>\w*)[^\n]*\n(?P<code>.*?)^(?P=fence)$",
     re.MULTILINE | re.DOTALL,
 )
@@ -26,12 +31,16 @@ LINK = re.compile(r"!?\[[^\]]*\]\(<?([^)\s>]+)>?[^)]*\)|(?:src|href)=\"([^\"]+)\
 
 
 class Block(NamedTuple):
-    """A python block of a page; `reason` says why it does not run, `line` is that of its first statement."""
+    """A python block of a page; `reason` says why it does not run, `line` is that of its first statement.
+
+    `stand_in` names what takes the place of a download.
+    """
 
     page: Path
     line: int
     code: str
     reason: str | None
+    stand_in: str | None
 
 
 def blocks(page: Path) -> Iterator[Block]:
@@ -39,7 +48,9 @@ def blocks(page: Path) -> Iterator[Block]:
     for match in FENCE.finditer(text):
         if match["language"] in ("python", "py"):
             line = text.count("\n", 0, match.start("code")) + 1
-            yield Block(page, line, match["code"], match["reason"] or _lacking(match["needs"]))
+            yield Block(
+                page, line, match["code"], match["reason"] or _lacking(match["needs"]), match["stand_in"]
+            )
 
 
 def _lacking(module: str | None) -> str | None:
@@ -52,8 +63,43 @@ def run(page: Path) -> dict:
     namespace: dict = {"__name__": "__main__"}
     for block in blocks(page):
         if block.reason is None:
-            exec(compile("\n" * (block.line - 1) + block.code, str(page), "exec"), namespace)
+            with pytest.MonkeyPatch.context() as patch:
+                if block.stand_in is not None:
+                    STAND_INS[block.stand_in](patch)
+                exec(compile("\n" * (block.line - 1) + block.code, str(page), "exec"), namespace)
     return namespace
+
+
+def _hub(patch: pytest.MonkeyPatch) -> None:
+    """A repository of the Hub is the folder of its name, whatever the revision."""
+
+    def snapshot(repository: str, *, allow_patterns: list[str], revision: str | None) -> str:
+        return repository.partition("/")[2]
+
+    patch.setattr(huggingface_hub, "snapshot_download", snapshot)
+
+
+def _torch_hub(patch: pytest.MonkeyPatch) -> None:
+    """The repository is this one; torch.hub reads its hubconf.py."""
+    load = torch.hub.load
+    patch.setattr(
+        torch.hub,
+        "load",
+        lambda repo, entry, *args, source="github", **kw: load(str(ROOT), entry, *args, source="local", **kw),
+    )
+
+
+def _timm(patch: pytest.MonkeyPatch) -> None:
+    """Pretrained weights are random ones."""
+    create = timm.create_model
+    patch.setattr(timm, "create_model", lambda name, pretrained, **kw: create(name, **kw))
+
+
+STAND_INS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
+    "huggingface_hub": _hub,
+    "torch.hub": _torch_hub,
+    "timm": _timm,
+}
 
 
 def dead_links(page: Path) -> list[str]:
@@ -120,6 +166,16 @@ def test_a_block_with_a_reason_does_not_run(tmp_path):
     (block,) = blocks(page)
     assert block.reason == "needs a GPU"
     assert "x" not in run(page)
+
+
+def test_a_stand_in_is_there_for_its_block_alone(tmp_path, monkeypatch):
+    monkeypatch.setitem(STAND_INS, "a", lambda patch: patch.setattr(math, "tau", 6))
+    page = tmp_path / "page.md"
+    page.write_text(
+        "<!-- stand-in: a -->\n```python\nimport math\nx = math.tau\n```\n```python\ny = math.tau\n```\n",
+        encoding="utf-8",
+    )
+    assert (run(page)["x"], run(page)["y"]) == (6, math.tau)
 
 
 def test_a_dead_link_is_found(tmp_path):
