@@ -124,7 +124,7 @@ class _Measure:
         yield "timm", self._ready(rivals.timm_cbam(channels), training)
         yield "released", self._ready(rivals.Released(channels), training)
         if _can_compile(self.device):
-            torch._dynamo.reset()  # it gives up on a class that it has compiled for eight shapes
+            torch._dynamo.reset()  # see `network`
             yield "released, compiled", torch.compile(self._ready(rivals.Released(channels), training))  # type: ignore[misc]
         yield "cbam", self._ready(ours, training)
         yield "cbam, reference", self._ready(_Reference(copy.deepcopy(ours)), training)
@@ -147,6 +147,8 @@ class _Measure:
         shape = (self.batch, 3, 224, 224)
         for compiled in (False, True) if self.settings.compiled else (False,):
             for training in (False, True):
+                if compiled:  # dynamo gives up on a forward that it has compiled eight times, and runs it as it is
+                    torch._dynamo.reset()
                 chosen = {a: m for a, m in arms.items() if not compiled or a in ("plain", "cbam", "timm")}
                 images = torch.randn(shape, device=self.device)
                 steps = {
