@@ -147,7 +147,7 @@ class _Measure:
         shape = (self.batch, 3, 224, 224)
         for compiled in (False, True) if self.settings.compiled else (False,):
             for training in (False, True):
-                if compiled:  # dynamo gives up on a forward that it has compiled eight times, and runs it as it is
+                if compiled:  # dynamo gives up on a forward that it compiled eight times: it runs as it is
                     torch._dynamo.reset()
                 chosen = {a: m for a, m in arms.items() if not compiled or a in ("plain", "cbam", "timm")}
                 images = torch.randn(shape, device=self.device)
