@@ -1,5 +1,6 @@
 // The forward: A | statistics | gate | B | convolution | C. Where no statistic spans the batch and there are
-// samples enough for the threads, all of it runs sample by sample, from cache.
+// samples enough for the threads, it runs sample by sample, from cache; but A and a gate of many weights run
+// for the batch at once.
 #pragma once
 
 #include "gate.h"

@@ -18,10 +18,8 @@ def test_the_sanitizers_find_nothing(tmp_path):
     compiler = next(filter(shutil.which, ("g++", "clang++")), None)
     if sys.platform != "linux" or compiler is None:
         pytest.skip("needs g++ or clang++, on Linux")
-    names = (
-        "libasan.so",
-        "libstdc++.so",
-    )  # throwing is watched too, so what throws comes first
+    # The sanitizer watches what is thrown too: the library that throws has to be there first.
+    names = "libasan.so", "libstdc++.so"
     runtimes = [
         subprocess.run([compiler, f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
         for name in names

@@ -283,9 +283,8 @@ def test_a_compiler_writes_over_a_branch_that_nobody_reads_again(keeps, layout):
     pytest.importorskip("cbam_native", reason="cbam-native is not built (it needs a C++ compiler)")
     torch._dynamo.reset()
     torch.manual_seed(0)
-    parts = (
-        [Keeping()] if keeps else [Branch(), nn.Conv2d(8, 4, 1)]
-    )  # what a network returns keeps its layout
+    # What a network returns keeps its layout, so something follows the block.
+    parts = [Keeping()] if keeps else [Branch(), nn.Conv2d(8, 4, 1)]
     model = cbam.attach(nn.Sequential(*parts), start="paper").eval()
     model = model.to(memory_format=layout)
     x = torch.randn(2, 8, 9, 7).contiguous(memory_format=layout)
