@@ -1,6 +1,7 @@
 """Lightning's Trainer as we use it: silent, writing nothing where the user works, on one device or many."""
 
 import contextlib
+import functools
 import inspect
 import logging
 import signal
@@ -22,6 +23,7 @@ from cbam.errors import CBAMError, DataError, InputError, NonFiniteError, OutOfM
 from cbam.train.distributed import World, world
 from cbam.train.recipe import Recipe
 
+_log = logging.getLogger("cbam")
 _PRECISIONS = {"fp32": "32-true", "fp64": "64-true"}
 
 
@@ -128,6 +130,8 @@ def _devices(device: torch.device, recipe: Recipe) -> dict[str, Any]:
     if recipe.precision in _PRECISIONS:
         how["precision"] = _PRECISIONS[recipe.precision]
     else:
+        if not cuda:
+            _tell_of_emulation(recipe.precision)
         kind = "bf16-mixed" if recipe.precision == "bf16" else "16-mixed"
         plugins.append(MixedPrecision(kind, device.type))
     if here.size > 1:
@@ -138,6 +142,18 @@ def _devices(device: torch.device, recipe: Recipe) -> dict[str, Any]:
         name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
         how["strategy"] = _Shared(**{name: False})  # pyright: ignore[reportArgumentType]
     return how
+
+
+@functools.cache
+def _tell_of_emulation(precision: str) -> None:
+    """Say, once, that the CPU has no arithmetic of `precision`; a run that takes a week is not a surprise then."""
+    name = f"_is_mkldnn_{precision}_supported"  # what torch asks before it takes a convolution of its own
+    known = getattr(torch.ops.mkldnn, name, None)
+    if known is not None and not known():
+        _log.warning(
+            "this processor has no %s arithmetic: a step may take ten times as long as with --precision fp32",
+            precision,
+        )
 
 
 def _told(error: BaseException, device: torch.device, recipe: Recipe) -> BaseException | None:

@@ -111,7 +111,9 @@ def test_gradients_reach_the_last_layers_at_the_identity_start_and_all_weights_l
         if step == 0:
             assert set(LAST[name]) <= moving
         optimizer.step()
-    assert moving == {n for n, _ in module.named_parameters()}
+    # A softmax takes no notice of what is added to all of its logits: that gradient is zero but for rounding.
+    idle = {"conv.bias"} if name == "gc" else set()
+    assert moving | idle == {n for n, _ in module.named_parameters()}
 
 
 @startable

@@ -20,7 +20,7 @@ from cbam.errors import ConfigError, DataError, InputError, NonFiniteError, OutO
 from cbam.train import Recipe, evaluate, fit, pick_device
 from cbam.train.average import Average
 from cbam.train.classification import Classification, normalise
-from cbam.train.engine import _Shared
+from cbam.train.engine import _Shared, _tell_of_emulation
 from cbam.train.optimizer import parameter_groups
 from cbam.train.steps import Steps
 
@@ -331,6 +331,22 @@ def test_other_precisions_train_and_fp64_is_closest_to_itself(precision):
     assert model[0].weight.dtype == kind
     far = (model[0].weight - single[0].weight).abs().max().item()
     assert 0 < far < (1e-5 if precision == "fp64" else 0.05)
+
+
+@pytest.mark.parametrize("arithmetic", [True, False])
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_processor_that_lacks_the_arithmetic_of_a_precision_is_told_once(
+    precision, arithmetic, monkeypatch, caplog
+):
+    monkeypatch.setattr(torch.ops.mkldnn, f"_is_mkldnn_{precision}_supported", lambda: arithmetic)
+    _tell_of_emulation.cache_clear()
+    for _ in range(2):
+        recipe = Recipe(epochs=1, batch_size=8, precision=precision)
+        fit(small(), Colours(8), Colours(8), recipe, seed=0, device="cpu")
+    told = [record.message for record in caplog.records if "--precision fp32" in record.message]
+    assert len(told) == (not arithmetic)
+    assert all(precision in message for message in told)
+    _tell_of_emulation.cache_clear()
 
 
 def test_a_compiled_network_is_trained_under_its_own_names(monkeypatch):
