@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from cbam.errors import InputError
 from cbam.nn import door
 from cbam.nn.gate import SigmoidGate
-from cbam.nn.tail import normalising, refined, watched
+from cbam.nn.tail import normalising, refined, unseen, watched
 from cbam.ops import Channel, Spatial, channel_descriptor, rescale, spatial_descriptor
 from cbam.ops.reference import ALL_POOLS, POOLS, over_pixels
 
@@ -43,6 +43,14 @@ class _FusableGate(SigmoidGate):
     def forward(self, x: Tensor) -> Tensor:
         out = refined(self, x)
         return rescale(x, self.gate(x)) if out is None else out
+
+    known_forward = forward
+
+    def over(self, x: Tensor) -> Tensor:
+        """`forward` of an `x` that nobody reads again and no backward needs: the result may take its memory."""
+        gate = self.gate(x)
+        fits = type(x) is Tensor and gate.dim() == x.dim() and gate.dtype == x.dtype
+        return x.mul_(gate) if fits else rescale(x, gate)
 
     def obstacle(self) -> str:
         """What of this module no kernel knows, or nothing."""
@@ -252,7 +260,20 @@ class CBAM(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         out = refined(self, x)
-        return self.spatial(self.channel(x)) if out is None else out
+        if out is not None:
+            return out
+        x = self.channel(x)
+        return self.spatial.over(x) if self._unseen() else self.spatial(x)
+
+    known_forward = forward
+
+    def over(self, x: Tensor) -> Tensor:
+        """`forward` of an `x` that nobody reads again and no backward needs: the result may take its memory."""
+        return self.spatial.over(self.channel.over(x)) if self._unseen() else self(x)
+
+    def _unseen(self) -> bool:
+        ours = type(self.channel) is ChannelAttention and type(self.spatial) is SpatialAttention
+        return ours and unseen(self)
 
     def obstacle(self) -> str:
         """What of this module no kernel knows, or nothing."""

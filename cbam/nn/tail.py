@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_map
 
 from cbam import ops
 from cbam.ops import Channel, Norm, Spatial
+from cbam.ops.reference import transformed
 
 _ADDS = {torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__}
 _RELUS = {F.relu, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_}
@@ -22,6 +23,8 @@ _RELUS = {F.relu, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_}
 
 class Fusable(Protocol):
     """Attention that kernels know."""
+
+    known_forward: Any  # what kernels compute instead; a subclass with a forward of its own is called
 
     def obstacle(self) -> str:
         """What of this module no kernel knows, or nothing."""
@@ -33,6 +36,10 @@ class Fusable(Protocol):
 
     def operands(self, x: Tensor) -> tuple[Channel | None, Spatial | None]:
         """What kernels are given; counts a batch where statistics are tracked."""
+        ...
+
+    def over(self, x: Tensor) -> Tensor:
+        """`forward` of an `x` that nobody reads again and no backward needs: the result may take its memory."""
         ...
 
 
@@ -61,25 +68,32 @@ def begin(norm: nn.Module, attention: nn.Module, x: Tensor, block: nn.Module | N
         block: where given, the block that ends so, of which nothing else reads that value or the sum: the
             result may take the memory of `x` where nobody else holds it.
     """
+    known = getattr(type(attention), "known_forward", None) is type(attention).forward
+    attended: Any = attention
+    alone = block is not None and unseen(block)
     if (
-        isinstance(x, Tensor)
-        and hasattr(attention, "operands")
+        known
+        and isinstance(x, Tensor)
         and x.dim() == 4
-        and ops.fused(x, attention.obstacle())  # pyright: ignore[reportCallIssue]
+        and ops.fused(x, attended.obstacle())
         and not _norm_obstacle(norm, x)
         and not watched(attention)
     ):
-        unseen = block is not None and _unseen(block)
-        return Pending(norm, attention, x, unseen=unseen)  # pyright: ignore[reportReturnType]
+        return Pending(norm, attention, x, unseen=alone)  # pyright: ignore[reportReturnType]
+    if known and alone and type(norm) is nn.BatchNorm2d:
+        return attended.over(norm(x))
     return attention(norm(x))
 
 
-def _unseen(block: nn.Module) -> bool:
-    """Whether only the code of `block` meets the values inside it, and no backward follows."""
+def unseen(block: nn.Module) -> bool:
+    """Whether only the code of `block` meets the values between its children, and no backward follows."""
     return not (
         torch.is_grad_enabled()
         or torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
         or torch._C._len_torch_function_stack()
+        or torch._C._len_torch_dispatch_stack()
+        or transformed()
         or watched(*block._modules.values())
     )
 
@@ -204,13 +218,15 @@ def _norm_obstacle(norm: nn.Module, x: Tensor) -> bool:
 
 
 def watched(*modules: nn.Module | None) -> bool:
-    """Whether somebody has hooks on these modules, which only their own calls run."""
+    """Whether somebody has hooks or a forward of his own on these modules, which only their own calls run."""
     if nn.modules.module._has_any_global_hook():
         return True
     for module in modules:
         if module is None:
             continue
         own = module.__dict__  # a module looks names up slowly
+        if "forward" in own:
+            return True
         if own["_forward_hooks"] or own["_forward_pre_hooks"]:
             return True
         if own["_backward_hooks"] or own["_backward_pre_hooks"]:

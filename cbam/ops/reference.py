@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from cbam.errors import DtypeError, InputError
 
@@ -162,45 +163,75 @@ def rescale(x: Tensor, gate: Tensor) -> Tensor:
 def max_and_mean(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     """The maximum and the mean along `dim`; the maximum's gradient goes to the first index that attains it.
 
-    The maximum is `amax`, which on CPU costs a fraction of `torch.max(dim)`; the index is looked for in the
-    backward only, which writes the gradient of both in one pass.
+    On CPU the maximum is `amax`, a fraction of the cost of `torch.max(dim)`, and the index is looked for in
+    the backward only, which writes the gradient of both in one pass. Where values along `dim` lie far apart
+    in memory torch would take ten times as long for the index, and max pooling finds both at the cost of one.
     """
     if torch.jit.is_tracing() or torch.compiler.is_compiling():
         # The same values and the same gradients, by operations that a trace and a compiler know.
         return x.max(dim).values, x.mean(dim)
     if torch.is_grad_enabled() and x.requires_grad:
-        return _MaxAndMean.apply(x, dim)
+        apart = x.is_cpu and dim == 1 and x.dim() > 2 and x.is_contiguous() and not transformed()
+        top, mean, _ = _MaxAndMean.apply(x, dim, apart)  # pyright: ignore[reportGeneralTypeIssues]
+        return top, mean
     return x.amax(dim), x.mean(dim)
 
 
+def transformed() -> bool:
+    """Whether this runs inside a transform of torch.func or a forward-mode derivative."""
+    level = torch._C._functorch.maybe_current_level()  # pyright: ignore[reportAttributeAccessIssue]
+    return level is not None or forward_ad._current_level >= 0
+
+
 class _MaxAndMean(torch.autograd.Function):
-    """amax and mean forward; the first index that attains the maximum in the backward."""
+    """Maximum and mean, and the first index that attains the maximum where the forward finds it: `apart`."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-        return x.amax(dim), x.mean(dim)
+    def forward(x: Tensor, dim: int, apart: bool) -> tuple[Tensor, Tensor, Tensor]:
+        if apart:
+            top, first = _max_and_first(x)
+            return top, x.mean(dim), first
+        return x.amax(dim), x.mean(dim), x.new_empty(0, dtype=torch.int64)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        x, ctx.dim = inputs
-        ctx.save_for_backward(x)
-        ctx.save_for_forward(x)
+        x, ctx.dim, ctx.apart = inputs
+        ctx.mark_non_differentiable(output[2])
+        ctx.save_for_backward(x, output[2])
+        ctx.save_for_forward(x, output[2])
 
     @staticmethod
-    def backward(ctx, grad_max, grad_mean):  # pyright: ignore[reportIncompatibleMethodOverride]
-        (x,) = ctx.saved_tensors
+    def backward(ctx, grad_max, grad_mean, _):  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, first = _first(ctx)
         every = (grad_mean / x.shape[ctx.dim]).unsqueeze(ctx.dim)
-        first = x.argmax(ctx.dim, keepdim=True)
         # One dense write: the mean's share everywhere, and both shares where the maximum was.
-        return every.expand_as(x).scatter(ctx.dim, first, every + grad_max.unsqueeze(ctx.dim)), None
+        grad = every.expand_as(x).scatter(ctx.dim, first, every + grad_max.unsqueeze(ctx.dim))
+        return grad, None, None
 
     @staticmethod
-    def jvp(ctx, tangent, _):  # pyright: ignore[reportIncompatibleMethodOverride]
-        (x,) = ctx.saved_tensors
-        first = x.argmax(ctx.dim, keepdim=True)
-        return tangent.gather(ctx.dim, first).squeeze(ctx.dim), tangent.mean(ctx.dim)
+    def jvp(ctx, tangent, *_):  # pyright: ignore[reportIncompatibleMethodOverride]
+        _, first = _first(ctx)
+        return tangent.gather(ctx.dim, first).squeeze(ctx.dim), tangent.mean(ctx.dim), None
+
+
+def _first(ctx) -> tuple[Tensor, Tensor]:
+    """The map, and where its maximum is first."""
+    x, first = ctx.saved_tensors
+    return x, first.unsqueeze(ctx.dim) if ctx.apart else x.argmax(ctx.dim, keepdim=True)
+
+
+def _max_and_first(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The maximum of a contiguous (N, L, ...) along L, and the first index that attains it."""
+    rest = x.shape[2:]
+    # The same memory as a channels_last map of L x 1 pixels, whose pooling works on many channels at once.
+    columns = x.flatten(2).unsqueeze(2).permute(0, 3, 1, 2)
+    top, first = F.adaptive_max_pool2d(columns, 1, return_indices=True)
+    top, first = top.reshape(-1, *rest), first.reshape(-1, *rest)
+    if (unknown := top.isnan()).any():  # of several NaN, pooling tells the last
+        first = torch.where(unknown, x.argmax(1), first)
+    return top, first
 
 
 def _plane_max_and_mean(x: Tensor) -> tuple[Tensor, Tensor]:

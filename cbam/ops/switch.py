@@ -6,11 +6,10 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from cbam.errors import ConfigError
 from cbam.ops import cpu
-from cbam.ops.reference import FLOATS
+from cbam.ops.reference import FLOATS, transformed
 
 _log = logging.getLogger("cbam")
 _IMPLEMENTATIONS = ("reference", "fused")
@@ -64,14 +63,9 @@ def _obstacle(x: Tensor) -> str:
         return f"x is a {type(x).__name__}, no plain tensor"
     if x.dtype not in FLOATS or x.dim() != 4 or x.numel() == 0:
         return f"x is {x.dtype} of shape {tuple(x.shape)}"
-    if not torch.compiler.is_compiling() and _transformed():
+    if not torch.compiler.is_compiling() and transformed():
         return "inside torch.func and forward-mode transforms the equation is used"
     return _device_obstacle(x.device)
-
-
-def _transformed() -> bool:
-    level = torch._C._functorch.maybe_current_level()  # pyright: ignore[reportAttributeAccessIssue]
-    return level is not None or forward_ad._current_level >= 0
 
 
 def _device_obstacle(device: torch.device) -> str:

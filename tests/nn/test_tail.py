@@ -326,6 +326,35 @@ def test_hooks_of_the_user_fire_as_ever(watched):  # S12
     assert seen == [1]
 
 
+class Half(cbam.CBAM):
+    def forward(self, x):
+        return 0.5 * super().forward(x)
+
+
+def halved(module):
+    forward = module.forward
+    module.forward = lambda x: 0.5 * forward(x)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("own", ["class", "attention", "attention.channel", "attention.spatial.conv", "norm"])
+def test_a_forward_of_the_users_own_is_called(own, training):  # S12
+    torch.manual_seed(0)
+    block = Block("in place").double()
+    for p in block.parameters():
+        nn.init.normal_(p)
+    if own == "class":
+        block.attention.__class__ = Half
+    else:
+        halved(block.get_submodule(own))
+    block.train(training)
+    x, shortcut = torch.randn(2, 2, 6, 5, 4, dtype=torch.float64).unbind()
+    expected = F.relu(block.attention(block.norm(x)) + shortcut)
+    torch.testing.assert_close(block(x, shortcut), expected, **DOUBLE)
+    with torch.no_grad():
+        torch.testing.assert_close(block(x, shortcut), expected, **DOUBLE)
+
+
 def test_another_norm_runs_by_itself(runs):
     block = Block("in place")
     block.norm = nn.GroupNorm(2, 6)

@@ -1,5 +1,7 @@
 """The equations, each against a library call or a loop."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -73,6 +75,43 @@ def test_equal_maxima_give_the_whole_gradient_to_the_first():  # T21
     x.grad = None
     spatial_descriptor(x)[:, 0].sum().backward()
     assert x.grad.flatten(2).tolist() == [[[1] * 4, [0] * 4, [0] * 4]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("descriptor", [channel_descriptor, spatial_descriptor])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("shape", [(2, 3, 4, 5), (1, 17, 1, 1), (3, 1, 9, 2), (2, 40, 7, 7)], ids=str)
+def test_the_gradient_is_that_of_the_first_maximum_and_of_the_mean(shape, layout, descriptor, dtype):  # T21
+    values = torch.randint(-2, 3, shape)  # with many ties
+    x = values.to(dtype).contiguous(memory_format=layout).requires_grad_()
+    out = descriptor(x)
+    weights = torch.randint(-4, 5, out.shape).to(dtype)
+    out.backward(weights)
+    dims = (2, 3) if descriptor is channel_descriptor else (1,)
+    on_max = weights[:, 1 if descriptor is channel_descriptor else 0].double()
+    on_mean = weights[:, 0 if descriptor is channel_descriptor else 1].double()
+    flat = values.flatten(2)
+    dim = 2 if descriptor is channel_descriptor else 1
+    first = torch.zeros(flat.shape, dtype=torch.float64)
+    first.scatter_(dim, flat.argmax(dim, keepdim=True), on_max.reshape(flat.shape[0], -1).unsqueeze(dim))
+    count = math.prod(shape[d] for d in dims)
+    spread = (on_mean / count).reshape(flat.shape[0], -1).unsqueeze(dim).expand_as(flat)
+    expected = (first + spread).reshape(shape)
+    rtol = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}[dtype]
+    torch.testing.assert_close(x.grad.double(), expected, rtol=rtol, atol=rtol)
+    assert x.grad.is_contiguous(memory_format=layout)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+def test_the_first_of_several_nan_is_the_maximum(layout):  # T21
+    x = torch.zeros(1, 3, 2, 2)
+    x[0, 1, 0, 1] = x[0, 1, 1, 1] = x[0, 2, 0, 1] = math.nan
+    x = x.contiguous(memory_format=layout).requires_grad_()
+    channel_descriptor(x, ("max",)).sum().backward()
+    assert x.grad.flatten(2).tolist() == [[[1, 0, 0, 0], [0, 1, 0, 0], [0, 1, 0, 0]]]
+    x.grad = None
+    spatial_descriptor(x)[:, 0].sum().backward()
+    assert x.grad.flatten(2).tolist() == [[[1, 0, 1, 0], [0, 1, 0, 1], [0, 0, 0, 0]]]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -269,6 +269,59 @@ def test_who_has_a_hook_inside_the_block_sees_what_was_there(overwrites, where):
     assert True not in overwrites
 
 
+def products(model, x):
+    """The operators by which a network multiplies maps by gates."""
+    with torch.profiler.profile() as watched:
+        model(x)
+    names = ("aten::mul", "aten::mul_")
+    return [event.name for event in watched.events() if event.name in names]
+
+
+@pytest.mark.parametrize("attention", ["cbam", "se", cbam.SpatialAttention])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+def test_without_kernels_gates_are_written_over_what_the_norm_gave(layout, attention):  # T25
+    made = attention if isinstance(attention, str) else lambda channels: attention()
+    (model,) = cbam.attach(nn.Sequential(Branch()), attention=made, start="paper").eval()
+    for p in model.parameters():
+        nn.init.normal_(p, std=0.3)
+    model = model.to(memory_format=layout)
+    x = torch.randn(2, 8, 9, 7).contiguous(memory_format=layout)
+    given = x.clone()
+    with ops.using("reference"):
+        expected = model(x)
+        assert "aten::mul_" not in products(model, x)
+        with torch.no_grad():
+            assert torch.equal(model(x), expected)
+            assert "aten::mul" not in products(model, x)
+    assert torch.equal(x, given)
+
+
+@pytest.mark.parametrize("where", ["bn2", "cbam", "cbam.channel", "cbam.spatial"])
+def test_without_kernels_a_hook_sees_what_was_there(where):  # S12 T25
+    model, seen = attended(), []
+    model.relu.inplace = False
+    x = torch.randn(2, 8, 5, 5)
+    model.get_submodule(where).register_forward_hook(lambda m, args, out: seen.append((args[0], out)))
+    with ops.using("reference"):
+        model(x)
+        with torch.no_grad():
+            model(x)
+    (_, before), (_, after) = seen
+    if where == "cbam":  # the block itself adds to what its attention returns
+        before, after = before.detach() * 0, after * 0
+    assert torch.equal(before, after)
+    assert torch.equal(seen[0][0], seen[1][0])
+
+
+@pytest.mark.parametrize("attention", [cbam.CBAM(8), cbam.ChannelAttention(8), cbam.SpatialAttention()])
+def test_a_module_by_itself_leaves_its_input_alone(attention):  # T25
+    x = torch.randn(2, 8, 9, 7)
+    given = x.clone()
+    with torch.no_grad(), ops.using("reference"):
+        attention.eval()(x)
+    assert torch.equal(x, given)
+
+
 class Keeping(Branch):
     """One that returns what its last convolution gave, too."""
 
