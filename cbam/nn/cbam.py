@@ -47,7 +47,7 @@ class _FusableGate(SigmoidGate):
     known_forward = forward
 
     def over(self, x: Tensor) -> Tensor:
-        """`forward` of an `x` that nobody reads again and no backward needs: the result may take its memory."""
+        """`forward` of an `x` that nothing reads again, no backward either; it may be written over."""
         gate = self.gate(x)
         fits = type(x) is Tensor and gate.dim() == x.dim() and gate.dtype == x.dtype
         return x.mul_(gate) if fits else rescale(x, gate)
@@ -268,7 +268,7 @@ class CBAM(nn.Module):
     known_forward = forward
 
     def over(self, x: Tensor) -> Tensor:
-        """`forward` of an `x` that nobody reads again and no backward needs: the result may take its memory."""
+        """`forward` of an `x` that nothing reads again, no backward either; it may be written over."""
         return self.spatial.over(self.channel.over(x)) if self._unseen() else self(x)
 
     def _unseen(self) -> bool:

@@ -39,7 +39,7 @@ class Fusable(Protocol):
         ...
 
     def over(self, x: Tensor) -> Tensor:
-        """`forward` of an `x` that nobody reads again and no backward needs: the result may take its memory."""
+        """`forward` of an `x` that nothing reads again, no backward either; it may be written over."""
         ...
 
 

@@ -146,7 +146,7 @@ def _devices(device: torch.device, recipe: Recipe) -> dict[str, Any]:
 
 @functools.cache
 def _tell_of_emulation(precision: str) -> None:
-    """Say, once, that the CPU has no arithmetic of `precision`; a run that takes a week is not a surprise then."""
+    """Say, once, that the CPU has no arithmetic of `precision`, before somebody waits a week."""
     name = f"_is_mkldnn_{precision}_supported"  # what torch asks before it takes a convolution of its own
     known = getattr(torch.ops.mkldnn, name, None)
     if known is not None and not known():
