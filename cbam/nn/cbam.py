@@ -49,7 +49,7 @@ class _FusableGate(SigmoidGate):
     def over(self, x: Tensor) -> Tensor:
         """`forward` of an `x` that nothing reads again, no backward either; it may be written over."""
         gate = self.gate(x)
-        fits = type(x) is Tensor and gate.dim() == x.dim() and gate.dtype == x.dtype
+        fits = type(x) is Tensor and (gate.dim(), gate.dtype) == (x.dim(), x.dtype)
         return x.mul_(gate) if fits else rescale(x, gate)
 
     def obstacle(self) -> str:
@@ -263,17 +263,18 @@ class CBAM(nn.Module):
         if out is not None:
             return out
         x = self.channel(x)
-        return self.spatial.over(x) if self._unseen() else self.spatial(x)
+        return self.spatial.over(x) if self._unseen(x) else self.spatial(x)
 
     known_forward = forward
 
     def over(self, x: Tensor) -> Tensor:
         """`forward` of an `x` that nothing reads again, no backward either; it may be written over."""
-        return self.spatial.over(self.channel.over(x)) if self._unseen() else self(x)
+        return self.spatial.over(self.channel.over(x)) if self._unseen(x) else self(x)
 
-    def _unseen(self) -> bool:
+    def _unseen(self, x: Tensor) -> bool:
+        """Whether only this code meets `x` on its way from what to where, and no backward follows."""
         ours = type(self.channel) is ChannelAttention and type(self.spatial) is SpatialAttention
-        return ours and unseen(self)
+        return ours and type(x) is Tensor and unseen(self)
 
     def obstacle(self) -> str:
         """What of this module no kernel knows, or nothing."""

@@ -68,20 +68,22 @@ def begin(norm: nn.Module, attention: nn.Module, x: Tensor, block: nn.Module | N
         block: where given, the block that ends so, of which nothing else reads that value or the sum: the
             result may take the memory of `x` where nobody else holds it.
     """
-    known = getattr(type(attention), "known_forward", None) is type(attention).forward
-    attended: Any = attention
+    if (
+        getattr(type(attention), "known_forward", None) is not type(attention).forward
+        or type(x) is not Tensor
+    ):
+        return attention(norm(x))
+    known: Any = attention
     alone = block is not None and unseen(block)
     if (
-        known
-        and isinstance(x, Tensor)
-        and x.dim() == 4
-        and ops.fused(x, attended.obstacle())
+        x.dim() == 4
+        and ops.fused(x, known.obstacle())
         and not _norm_obstacle(norm, x)
         and not watched(attention)
     ):
         return Pending(norm, attention, x, unseen=alone)  # pyright: ignore[reportReturnType]
-    if known and alone and type(norm) is nn.BatchNorm2d:
-        return attended.over(norm(x))
+    if alone and type(norm) is nn.BatchNorm2d:
+        return known.over(norm(x))
     return attention(norm(x))
 
 

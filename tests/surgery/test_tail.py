@@ -271,7 +271,7 @@ def test_who_has_a_hook_inside_the_block_sees_what_was_there(overwrites, where):
 
 def products(model, x):
     """The operators by which a network multiplies maps by gates."""
-    with torch.profiler.profile() as watched:
+    with torch.profiler.profile(acc_events=True) as watched:
         model(x)
     names = ("aten::mul", "aten::mul_")
     return [event.name for event in watched.events() if event.name in names]
