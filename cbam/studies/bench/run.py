@@ -4,6 +4,7 @@ import copy
 import csv
 import ctypes
 import platform
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -55,7 +56,7 @@ def benchmark(settings: Bench, say: Callable[[str], None]) -> list[dict[str, Any
         torch.manual_seed(0)
         checked = sum(gate.check(device, kind) for kind in dict.fromkeys((torch.float64, dtype)))
         kernels = "fused kernels" if _has_kernels(device, dtype) else "plain torch operations"
-        say(f"{kernels} on {machine.describe(device)['name']}: {checked} results equal the equation")
+        say(f"{kernels} on {_name(device)}: {checked} results equal the equation")
         stages = STAGES[2:3] if settings.quick else STAGES
         for layout in settings.layouts[:1] if settings.quick else settings.layouts:
             for channels, side in stages:
@@ -72,7 +73,7 @@ def write(rows: list[dict[str, Any]], folder: Path) -> Path:
     Raises:
         OutputError: it cannot be written.
     """
-    name = "-".join(rows[0]["device"].split())
+    name = "-".join(re.findall(r"[\w.]+", rows[0]["device"]))
     kept = "-memory-kept" if rows[0]["memory"] == "kept" else ""
     path = folder / f"{name}-torch{rows[0]['torch'].partition('+')[0]}{kept}.csv"
     try:
@@ -84,6 +85,12 @@ def write(rows: list[dict[str, Any]], folder: Path) -> Path:
     except OSError as error:
         raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
     return path
+
+
+def _name(device: torch.device) -> str:
+    """The device, and on a CPU the instructions that it has: two of one name may differ in them."""
+    name = machine.describe(device)["name"]
+    return name if device.type != "cpu" else f"{name} ({torch.backends.cpu.get_cpu_capability()})"
 
 
 @dataclass
@@ -214,7 +221,6 @@ class _Measure:
     def _row(
         self, op: str, shape: tuple[int, ...], layout: str, training: bool, name: str, found: Timed
     ) -> dict:
-        about = machine.describe(self.device)
         return {
             "op": op,
             "implementation": name,
@@ -228,9 +234,9 @@ class _Measure:
             "high": round(max(found.ratios), 4),
             "rounds": len(found.ms),
             "kernels": _has_kernels(self.device, self.dtype),
-            "threads": about["threads"],
+            "threads": torch.get_num_threads(),
             "memory": "kept" if self.settings.keep_memory else "given back",
-            "device": about["name"],
+            "device": _name(self.device),
             "torch": torch.__version__,
             "commit": machine.commit(),
         }
