@@ -150,7 +150,7 @@ def _panel(axis, rows: list[Row]) -> None:
             style = {"marker": mark, "color": colour, "markersize": 5, "linewidth": 1.2, **how}
             axis.plot(*zip(*points, strict=True), label=label, **style) if points else None
     axis.axhline(100, color="black", linewidth=0.8)
-    axis.text(0.99, 102, "a copy", transform=axis.get_yaxis_transform(), ha="right", fontsize=8)
+    axis.text(0.02, 102, "a copy", transform=axis.get_yaxis_transform(), fontsize=8)
     axis.set_xscale("log")
     axis.set_xticks(list(sizes.values()), [f"{size:.3g}" for size in sizes.values()])
     axis.minorticks_off()

@@ -171,10 +171,15 @@ def max_and_mean(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
         # The same values and the same gradients, by operations that a trace and a compiler know.
         return x.max(dim).values, x.mean(dim)
     if torch.is_grad_enabled() and x.requires_grad:
-        apart = x.is_cpu and dim == 1 and x.dim() > 2 and x.is_contiguous() and not transformed()
+        apart = dim == 1 and x.dim() > 2 and x.is_contiguous() and _is_plain(x)
         top, mean, _ = _MaxAndMean.apply(x, dim, apart)  # pyright: ignore[reportGeneralTypeIssues]
         return top, mean
     return x.amax(dim), x.mean(dim)
+
+
+def _is_plain(x: Tensor) -> bool:
+    """Whether `x` is a tensor on the CPU that has values, which nothing follows but autograd."""
+    return x.is_cpu and type(x) is Tensor and not torch._C._len_torch_dispatch_stack() and not transformed()
 
 
 def transformed() -> bool:

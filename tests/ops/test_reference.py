@@ -5,6 +5,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from cbam.errors import DtypeError, InputError
 from cbam.ops import channel_descriptor, rescale, spatial_descriptor
@@ -112,6 +114,16 @@ def test_the_first_of_several_nan_is_the_maximum(layout):  # T21
     x.grad = None
     spatial_descriptor(x)[:, 0].sum().backward()
     assert x.grad.flatten(2).tolist() == [[[1, 0, 1, 0], [0, 1, 0, 1], [0, 0, 0, 0]]]
+
+
+def test_the_gradient_needs_no_values_to_be_traced():
+    def gradient(x):
+        return torch.autograd.grad(spatial_descriptor(x).square().sum(), x)[0]
+
+    x = torch.randn(2, 3, 4, 5, requires_grad=True)
+    torch.testing.assert_close(make_fx(gradient)(x)(x), gradient(x))
+    with FakeTensorMode():
+        assert gradient(torch.randn(2, 3, 4, 5, requires_grad=True)).shape == x.shape
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
