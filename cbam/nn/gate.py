@@ -1,5 +1,7 @@
 """Gates: attention that multiplies a feature map by a factor computed from it."""
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -33,7 +35,7 @@ class SigmoidGate(Gate):
     """
 
     gain: Tensor | None
-    _read: tuple[Tensor, int, float] | None = None  # the gain's tensor, its version, and its value
+    _read: tuple[Tensor, float, float] | None = None  # the gain's tensor, its version, and its value
 
     def __init__(self) -> None:
         super().__init__()
@@ -50,8 +52,8 @@ class SigmoidGate(Gate):
             return 1.0
         if read is not None and torch.compiler.is_compiling():
             return read[2]
-        if read is None or read[0] is not gain or (gain.device.type == "cpu" and read[1] != gain._version):
-            self._read = read = (gain, gain._version, gain.item())
+        if read is None or read[0] is not gain or (gain.device.type == "cpu" and read[1] != _version(gain)):
+            self._read = read = (gain, _version(gain), gain.item())
         return read[2]
 
     def _load_from_state_dict(self, *args, **kwargs) -> None:
@@ -62,7 +64,7 @@ class SigmoidGate(Gate):
         """Make `gain` the gain of this gate; 1 takes its key out of the state dict."""
         like = next(self.parameters())
         self.gain = None if gain == 1 else torch.full((), gain, dtype=like.dtype, device=like.device)
-        self._read = None if self.gain is None else (self.gain, self.gain._version, float(gain))
+        self._read = None if self.gain is None else (self.gain, _version(self.gain), float(gain))
 
     def reset_parameters(self) -> None:
         """Initialise every layer as torch does; gain 1."""
@@ -74,6 +76,11 @@ class SigmoidGate(Gate):
 
     def _amplify(self, gate: Tensor) -> Tensor:
         return gate if self.gain is None else self.gain * gate
+
+
+def _version(t: Tensor) -> float:
+    """How often `t` was written to; of an inference tensor nobody counts, so it never equals an earlier one."""
+    return math.nan if t.is_inference() else t._version
 
 
 def zero_(*layers: nn.Module) -> None:

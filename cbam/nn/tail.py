@@ -104,31 +104,36 @@ class Pending:
     """`attention(norm(x))`, and then plus a shortcut, not computed yet.
 
     A ReLU computes all of it in one operation; every other use computes what is there so far and goes on with
-    the tensor. That one is the same for all uses.
+    the tensor. That one is the same for all uses. Gradients are recorded, or not, as they were where it was made.
     """
 
-    __slots__ = ("_attention", "_norm", "_shortcut", "_unseen", "_value", "_x")
+    __slots__ = ("_attention", "_grad", "_norm", "_shortcut", "_unseen", "_value", "_x")
 
     def __init__(
         self, norm: Any, attention: Any, x: Tensor, shortcut: Tensor | None = None, *, unseen: bool = False
     ) -> None:
         self._norm, self._attention, self._shortcut = norm, attention, shortcut
-        self._x: Any = x  # None once its memory holds the result
+        self._x: Any = x  # None once the ReLU has been computed from it
         self._value: Tensor | None = None
+        self._grad = torch.is_grad_enabled()
         self._unseen = unseen  # nobody reads this again after the ReLU
 
     def tensor(self) -> Tensor:
         """What this stands for."""
         if self._value is None:
-            self._value = self._run(relu=False)
+            with torch.set_grad_enabled(self._grad):
+                self._value = self._run(relu=False)
         return self._value
 
     def _run(self, relu: bool) -> Tensor:
-        if self._x is None:
-            raise RuntimeError("a value inside a block was read after the block's end had used it up")
+        if self._x is None:  # its memory may hold the result, and its batch is counted
+            raise RuntimeError(
+                "a value before the last ReLU of a residual block was read after that ReLU, which runs as one "
+                'operation with it; compute inside `with cbam.ops.using("reference")` to read both'
+            )
         overwrite = relu and self._unseen and self._owns()
         x = self._x
-        if overwrite:
+        if relu:
             self._x = None
         self._attention.check(x)
         channel, spatial = self._attention.operands(x)
@@ -146,7 +151,9 @@ class Pending:
 
     def relu(self) -> Tensor:
         """The ReLU of what this stands for."""
-        return torch.relu(self._value) if self._value is not None else self._run(relu=True)
+        if self._value is None and torch.is_grad_enabled() == self._grad:
+            return self._run(relu=True)
+        return torch.relu(self.tensor())
 
     def plus(self, other: Any) -> "Pending | Tensor":
         """This and a shortcut, still waiting where it can."""
@@ -155,6 +162,7 @@ class Pending:
             x is not None
             and self._value is None
             and self._shortcut is None
+            and torch.is_grad_enabled() == self._grad
             and type(other) is Tensor
             and (other.shape, other.dtype, other.device) == (x.shape, x.dtype, x.device)
         ):
@@ -165,7 +173,7 @@ class Pending:
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if func in _RELUS and isinstance(args[0], cls):
+        if func in _RELUS and args and isinstance(args[0], cls):
             return args[0].relu()
         if func in _ADDS and len(args) == 2 and not kwargs:
             ours, other = args if isinstance(args[0], cls) else reversed(args)
@@ -188,7 +196,9 @@ def _forwarded(name: str) -> Any:
     return operator
 
 
-for _name in ("mul", "rmul", "truediv", "rtruediv", "sub", "rsub", "pow", "matmul", "neg", "getitem", "len"):
+_OPERATORS = """mul rmul truediv rtruediv floordiv mod sub rsub pow rpow matmul rmatmul neg abs
+    lt le gt ge eq ne getitem setitem len iter bool float""".split()
+for _name in _OPERATORS:
     setattr(Pending, f"__{_name}__", _forwarded(f"__{_name}__"))  # Python looks these up on the class alone
 
 

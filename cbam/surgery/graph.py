@@ -18,6 +18,7 @@ import torch
 from torch import fx, nn
 from torch.fx import Node
 from torch.nn.modules.conv import _ConvNd
+from torch.utils._pytree import tree_leaves
 
 _ADDS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 _MULTIPLIES = {operator.mul, operator.imul, torch.mul, "mul", "mul_"}
@@ -61,6 +62,9 @@ def trace(block: nn.Module, *, training: bool = False) -> fx.Graph:
     with _put_back(block):
         block.training = training
         graph = _Shallow().trace(block, concrete_args=defaults)
+        for value in tree_leaves([v for name, v in vars(block).items() if not name.startswith("_")]):
+            if isinstance(value, fx.Proxy):
+                value.node.meta["kept"] = True  # by the block, which may read it after its forward
     for node in list(graph.nodes):
         if node.op == "call_module" and node.target == "cbam":
             node.replace_all_uses_with(node.args[0])
@@ -188,17 +192,19 @@ class Trunk:
         for child in reversed(passed):
             yield child, "before"
 
-    def is_tail(self, add: Add) -> bool:
-        """Whether the block ends in relu(norm + shortcut), with nothing else reading the norm or the sum."""
+    def tail(self, add: Add) -> Node | None:
+        """The ReLU of a block that ends in relu(norm + shortcut), nothing else reading the norm or the sum."""
         after = list(add.node.users)
         relu = after[0] if len(after) == 1 else None
-        return (
+        found = (
             relu is not None
             and self._is_a(relu, nn.ReLU, "relu")
             and [user.op for user in relu.users] == ["output"]
             and self._is_a(add.branch, nn.BatchNorm2d, None)
             and len(add.branch.users) == 1
+            and not any("kept" in node.meta for node in (add.branch, add.node))
         )
+        return relu if found else None
 
     def _is_a(self, node: Node, kind: type[nn.Module], name: str | None) -> bool:
         if node.op == "call_module":

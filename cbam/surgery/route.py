@@ -19,11 +19,12 @@ from typing import Any
 
 from torch import nn
 
-from cbam.nn.tail import Pending, begin
+from cbam.nn.tail import Pending, begin, watched
 from cbam.surgery.graph import trace
 
 SLOT = "cbam"  # the attribute that holds the attention, as in the authors' released checkpoints
 _REDIRECTED = "_cbam_call"
+_ENTERS = {"BEFORE_WITH", "LOAD_SPECIAL"}  # a `with`, until and from Python 3.14
 _NEW_OBJECT = object().__reduce_ex__(2)[0]  # what rebuilds an object that does not pickle itself
 
 
@@ -38,6 +39,7 @@ class Route:
         source: for "graph", the generated forward and the importable names it uses.
         tail: whether `child` is the norm of the block's end, `relu(attention(norm(x)) + shortcut)`, which may
             run as one operation.
+        relu: for a tail, the direct child that is its ReLU; empty where the code calls a function.
     """
 
     when: str
@@ -45,6 +47,7 @@ class Route:
     source: str = ""
     names: tuple[tuple[str, str, str], ...] = ()
     tail: bool = False
+    relu: str = ""
 
     def __str__(self) -> str:
         return (
@@ -198,6 +201,9 @@ def _redirected_call(route: Route) -> Callable:
     if route.tail:
 
         def begin_tail(self, x):
+            relu = self._modules.get(route.relu)
+            if route.relu and (type(relu) is not nn.ReLU or watched(relu)):
+                return self.cbam(getattr(self, child)(x))
             return begin(getattr(self, child), self.cbam, x, self)
 
         return begin_tail
@@ -212,6 +218,18 @@ def _redirected_call(route: Route) -> Callable:
         return getattr(self, child)(self.cbam(x), *args, **kwargs)
 
     return call_on_attended
+
+
+def is_straight(base: type[nn.Module], child: str) -> bool:
+    """Whether `forward` itself calls `child`, and enters no context.
+
+    What waits for the end of a block must meet it where it was made: inside a `with`, or a function that is
+    handed to `checkpoint`, it would be computed by other rules.
+    """
+    code = getattr(base.forward, "__code__", None)
+    if code is None or child not in code.co_names:
+        return False
+    return not any(i.opname in _ENTERS for i in dis.get_instructions(code))
 
 
 def _settled(forward: Callable) -> Callable:

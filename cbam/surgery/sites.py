@@ -12,7 +12,16 @@ from torch.nn.modules.conv import _ConvNd
 
 from cbam.errors import AttachError, InputError
 from cbam.surgery import graph
-from cbam.surgery.route import SLOT, Route, UnroutableError, graph_route, is_refined, refined_class, restore
+from cbam.surgery.route import (
+    SLOT,
+    Route,
+    UnroutableError,
+    graph_route,
+    is_refined,
+    is_straight,
+    refined_class,
+    restore,
+)
 from cbam.surgery.trial import Bench, MisfitError, Value, static_channels, without_hooks
 
 _OWN_SLOT = f"has an attribute {SLOT!r} of its own"
@@ -191,11 +200,25 @@ def _routes(
         elif calls.count(child) != 1:
             yield UnroutableError(f"{child} is called {calls.count(child)} times")
         else:
-            yield Route(when, child, tail=child == add.branch.target and trunk.is_tail(add))
+            yield _with_tail(Route(when, child), block, trunk, add)
     try:
         yield graph_route(block, add.branch.name)
     except UnroutableError as refusal:
         yield refusal
+
+
+def _with_tail(route: Route, block: nn.Module, trunk: graph.Trunk, add: graph.Add) -> Route:
+    """`route`, and whether it begins an end of the block that may run as one operation, in training too."""
+    relu = trunk.tail(add)
+    if relu is None or route.child != add.branch.target or not is_straight(type(block), route.child):
+        return route
+    name = str(relu.target) if relu.op == "call_module" else ""
+    try:
+        trained = graph.Trunk(block, graph.trace(block, training=True))
+    except Exception:  # a forward may refuse to be traced in any way it likes
+        return route
+    same = any(a.branch.target == route.child and trained.tail(a) is not None for a in trained.adds)
+    return replace(route, tail=True, relu=name) if same and "." not in name else route
 
 
 def output_sites(model: nn.Module, names: list[str]) -> list[Site]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from cbam.errors import CheckpointError, InputError, OtherClassesError
 from cbam.surgery.checkpoint import read
 from cbam.surgery.convert import convert_state_dict
-from cbam.surgery.dialect import MisfitError, Target, some
+from cbam.surgery.dialect import MisfitError, Target, some, under
 from cbam.surgery.route import SLOT
 from cbam.surgery.translate import dialect_of, translated
 
@@ -160,10 +160,10 @@ def _take_gains(tensors: dict[str, Tensor], target: Target) -> dict[str, float]:
     """The gain of every gate whose weights are in `tensors`: 1 unless said; what is said is removed there."""
     gains = {}
     for gate in target.gates:
-        if any(f"{gate}.{name}" in tensors for name, _ in target.gates[gate].named_parameters()):
-            gain = tensors.pop(f"{gate}.gain", torch.ones(()))
+        if any(under(gate, name) in tensors for name, _ in target.gates[gate].named_parameters()):
+            gain = tensors.pop(under(gate, "gain"), torch.ones(()))
             if gain.numel() != 1 or not math.isfinite(gain.item()) or gain.item() <= 0:
-                raise MisfitError(f"{gate}.gain must be one positive number, got {gain.tolist()}")
+                raise MisfitError(f"{under(gate, 'gain')} must be one positive number, got {gain.tolist()}")
             gains[gate] = gain.item()
     return gains
 

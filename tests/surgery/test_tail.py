@@ -11,6 +11,7 @@ import torch
 import torchvision
 from torch import nn
 from torch._inductor.utils import run_and_get_code
+from torch.utils.checkpoint import checkpoint
 
 import cbam
 from cbam import ops
@@ -115,6 +116,162 @@ def test_a_block_changed_after_attaching_computes_what_it_then_says(change):
     out = block(x)
     assert type(out) is torch.Tensor
     torch.testing.assert_close(out, expected)
+
+
+class Plain(nn.Module):
+    """A block of which one `way` leads elsewhere between its last norm and its last ReLU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.conv2, self.bn2 = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.relu = nn.ReLU()
+
+    def branch(self, x):
+        return self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+
+
+class Checkpointed(Plain):
+    def inner(self, x):
+        return self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x))))) + x
+
+    def forward(self, x):
+        out = checkpoint(self.inner, x, use_reentrant=True) if self.training else self.inner(x)
+        return self.relu(out)
+
+
+class CheckpointedLater(Plain):
+    with_cp = False  # as mmcv's blocks have it
+
+    def forward(self, x):
+        def inner(x):
+            return self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x))))) + x
+
+        again = self.with_cp and x.requires_grad
+        return self.relu(checkpoint(inner, x, use_reentrant=True) if again else inner(x))
+
+
+class Frozen(Plain):
+    def forward(self, x):
+        with torch.no_grad():
+            out = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+        return self.relu(out + x)
+
+
+class FrozenByACall(Plain):
+    def forward(self, x):
+        torch.set_grad_enabled(False)
+        out = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+        torch.set_grad_enabled(True)
+        return self.relu(out + x)
+
+
+class Keeps(Plain):
+    def forward(self, x):
+        out = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+        out = out + x
+        self.kept = [out]
+        return self.relu(out)
+
+
+class Penalised(Plain):
+    def forward(self, x):
+        out = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x))))) + x
+        y = self.relu(out)
+        if self.training:
+            self.kept = [out.abs()]
+        return y
+
+
+class ByKeyword(Plain):
+    def forward(self, x):
+        return torch.relu(input=self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x))))) + x)
+
+
+class Asks(Plain):
+    def forward(self, x):
+        out = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x))))) + x
+        return self.relu(out) if not getattr(self, "asks", False) else self.relu(out * (out > 0.1))
+
+
+class Surrogate(torch.autograd.Function):
+    """Of a quantised network: rounds, and passes the gradient."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return torch.round(torch.clamp(x, 0, 4) * 4) / 4
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
+class Quantised(nn.Module):
+    def forward(self, x):
+        return Surrogate.apply(x)
+
+
+def guided(model):
+    """Guided backpropagation: of a gradient, what is positive goes on."""
+    for module in model.modules():
+        if isinstance(module, nn.ReLU):
+            module.inplace = False
+            module.register_full_backward_hook(lambda m, grads, out: (grads[0].clamp(min=0),))
+
+
+def kept_inputs(model):
+    """What an overhaul distillation keeps: the value before each ReLU."""
+    for module in model.modules():
+        if isinstance(module, nn.ReLU):
+            module.register_forward_pre_hook(lambda m, args: vars(m).__setitem__("before", args[0]))
+
+
+def quantised(model):
+    for module in model.modules():
+        if isinstance(module, Plain):
+            module.relu = Quantised()
+
+
+WAYS = {
+    "checkpointed": (Checkpointed, None),
+    "checkpointed later": (CheckpointedLater, lambda model: setattr(model[1], "with_cp", True)),
+    "frozen": (Frozen, None),
+    "frozen by a call": (FrozenByACall, None),
+    "kept": (Keeps, None),
+    "read again in training": (Penalised, None),
+    "by keyword": (ByKeyword, None),
+    "compared": (Asks, lambda model: setattr(model[1], "asks", True)),
+    "guided backpropagation": (torchvision.models.resnet.BasicBlock, guided),
+    "a kept input of the ReLU": (torchvision.models.resnet.BasicBlock, kept_inputs),
+    "another activation": (Asks, quantised),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_block_that_leads_elsewhere_before_its_last_relu_trains_as_the_equation_does(way):  # S12 T25
+    make, change = WAYS[way]
+    torch.manual_seed(0)
+    block = make(8, 8) if make is torchvision.models.resnet.BasicBlock else make()
+    model = cbam.attach(nn.Sequential(nn.Conv2d(3, 8, 3), block).double(), start="paper").train()
+    if change:
+        change(model)
+    other, x = copy.deepcopy(model), torch.randn(2, 3, 9, 8, dtype=torch.float64)
+    results = []
+    for network, how in ((model, "fused"), (other, "reference")):
+        with ops.using(how):
+            out = network(x)
+            for module in (network[1], network[1].relu):
+                for value in [*getattr(module, "kept", []), *vars(module).get("before", torch.empty(0))]:
+                    out = out + value.mean()
+            (out + 0).square().sum().backward()
+        with torch.no_grad(), ops.using(how):
+            results.append((out, network.eval()(x)))
+    torch.testing.assert_close(results[0], results[1])
+    for (name, a), b in zip(model.named_parameters(), other.parameters(), strict=True):
+        assert (a.grad is None) == (b.grad is None), name
+        torch.testing.assert_close(a.grad, b.grad)
+    for a, b in zip(model.buffers(), other.buffers(), strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_synchronised_norms_run_by_themselves(runs):  # S12
@@ -385,6 +542,6 @@ def test_a_value_that_was_used_up_says_so():
         torch.relu(waiting + torch.randn(2, 8, 5, 5))
         sum_of_both = model._cbam_call(torch.randn(2, 8, 5, 5)) + torch.randn(2, 8, 5, 5)
         torch.relu(sum_of_both)
-        with pytest.raises(RuntimeError, match="used it up"):
+        with pytest.raises(RuntimeError, match="read after that ReLU"):
             sum_of_both.tensor()
         assert waiting.shape == (2, 8, 5, 5)
