@@ -11,7 +11,7 @@ signal (N, C, L) or (C, L), with `dim=3` a volume (N, C, D, H, W) or (C, D, H, W
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from cbam.errors import InputError
 from cbam.nn import door
 from cbam.nn.gate import SigmoidGate
-from cbam.nn.tail import normalising, refined, unseen, watched
+from cbam.nn.tail import by_batch, normalising, plain, refined, unseen, watched
 from cbam.ops import Channel, Spatial, channel_descriptor, rescale, spatial_descriptor
 from cbam.ops.reference import ALL_POOLS, POOLS, over_pixels
 
@@ -39,6 +39,7 @@ class _FusableGate(SigmoidGate):
     """A gate that runs by fused kernels where its layers are what those know."""
 
     dim: int
+    known_gate: Callable  # what `gate` is where kernels and `over` know what becomes of x
 
     def forward(self, x: Tensor) -> Tensor:
         out = refined(self, x)
@@ -48,12 +49,22 @@ class _FusableGate(SigmoidGate):
 
     def over(self, x: Tensor) -> Tensor:
         """`forward` of an `x` that nothing reads again, no backward either; it may be written over."""
+        if not self._has_known_gate():
+            return self(x)
         gate = self.gate(x)
         fits = type(x) is Tensor and (gate.dim(), gate.dtype) == (x.dim(), x.dtype)
         return x.mul_(gate) if fits else rescale(x, gate)
 
     def obstacle(self) -> str:
         """What of this module no kernel knows, or nothing."""
+        if not self._has_known_gate():
+            return "its gate is computed in another way"
+        return f"kernels take images, and it has dim={self.dim}" if self.dim != 2 else self._layer_obstacle()
+
+    def _has_known_gate(self) -> bool:
+        return type(self).gate is type(self).known_gate and "gate" not in vars(self)
+
+    def _layer_obstacle(self) -> str:
         raise NotImplementedError
 
     def check(self, x: Tensor) -> None:
@@ -119,12 +130,9 @@ class ChannelAttention(_FusableGate):
         logits = self.fc2(F.relu(self.fc1(channel_descriptor(x, self.pools, dim=self.dim)))).sum(1)
         return over_pixels(self._open(logits), self.dim)
 
-    def obstacle(self) -> str:
-        """What of this module no kernel knows, or nothing."""
-        if type(self).gate is not ChannelAttention.gate or "gate" in vars(self):
-            return "its gate is computed in another way"
-        if self.dim != 2:
-            return f"kernels take images, and it has dim={self.dim}"
+    known_gate = gate
+
+    def _layer_obstacle(self) -> str:
         one, two = self.fc1, self.fc2
         if type(one) is not nn.Linear or type(two) is not nn.Linear:
             return "its layers are no plain nn.Linear"
@@ -132,6 +140,8 @@ class ChannelAttention(_FusableGate):
             return "its layers have no bias"
         if self.pools != POOLS and not set(POOLS).issuperset(self.pools):
             return f"no kernel has all of the pools {self.pools}"
+        if not plain(one.weight, one.bias, two.weight, two.bias):
+            return "its weights are no plain tensors"
         return "somebody has hooks on its layers" if watched(one, two) else ""
 
     def check(self, x: Tensor) -> None:
@@ -187,25 +197,30 @@ class SpatialAttention(_FusableGate):
         """Ms: (N, C, H, W) -> (N, 1, H, W)."""
         door.check_fits(x, None, self.conv.weight, self.dim)
         logits = self.conv(spatial_descriptor(x, dim=self.dim))
-        if self.bn.training:
+        if by_batch(self.bn):
             door.check_statistics(logits)
         return self._open(self.bn(logits))
 
-    def obstacle(self) -> str:
-        """What of this module no kernel knows, or nothing."""
-        if type(self).gate is not SpatialAttention.gate or "gate" in vars(self):
-            return "its gate is computed in another way"
-        if self.dim != 2:
-            return f"kernels take images, and it has dim={self.dim}"
+    known_gate = gate
+
+    def _layer_obstacle(self) -> str:
         conv, norm = self.conv, self.bn
         if type(conv) is not nn.Conv2d or type(norm) is not nn.BatchNorm2d or norm.weight is None:
             return "its layers are no plain nn.Conv2d and nn.BatchNorm2d"
+        side = conv.kernel_size[0]
+        around = (side, side), (side // 2, side // 2), (1, 1), (1, 1), "zeros"
+        if (conv.kernel_size, conv.padding, conv.stride, conv.dilation, conv.padding_mode) != around:
+            return "its convolution is dilated, strided or padded in another way"
+        if side % 2 == 0 or conv.bias is not None:
+            return "its convolution has a bias or an even side"
+        if not plain(conv.weight, norm.weight, norm.bias, norm.running_mean, norm.running_var):
+            return "its weights are no plain tensors"
         return "somebody has hooks on its layers" if watched(conv, norm) else ""
 
     def check(self, x: Tensor) -> None:
         """Refuse an `x` (N, C, H, W) that does not fit, before any work."""
         door.check_fits(x, None, self.conv.weight, self.dim)
-        if self.bn.training:
+        if by_batch(self.bn):
             door.check_statistics(x[:, :1])
 
     def operands(self, x: Tensor) -> tuple[Channel | None, Spatial | None]:

@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from cbam.errors import InputError
 from cbam.ops import rescale
 
 torch.fx.wrap("rescale")
@@ -61,7 +62,9 @@ class SigmoidGate(Gate):
         self._read = None
 
     def set_gain(self, gain: float) -> None:
-        """Make `gain` the gain of this gate; 1 takes its key out of the state dict."""
+        """Make `gain`, a positive number, the gain of this gate; 1 takes its key out of the state dict."""
+        if not 0 < gain < math.inf:
+            raise InputError(f"a gain must be a positive number, got {gain}")
         like = next(self.parameters())
         self.gain = None if gain == 1 else torch.full((), gain, dtype=like.dtype, device=like.device)
         self._read = None if self.gain is None else (self.gain, _version(self.gain), float(gain))
@@ -79,7 +82,7 @@ class SigmoidGate(Gate):
 
 
 def _version(t: Tensor) -> float:
-    """How often `t` was written to; of an inference tensor nobody counts, so it never equals an earlier one."""
+    """How often `t` was written to. An inference tensor has no count and never equals an earlier one."""
     return math.nan if t.is_inference() else t._version
 
 

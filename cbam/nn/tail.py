@@ -104,7 +104,7 @@ class Pending:
     """`attention(norm(x))`, and then plus a shortcut, not computed yet.
 
     A ReLU computes all of it in one operation; every other use computes what is there so far and goes on with
-    the tensor. That one is the same for all uses. Gradients are recorded, or not, as they were where it was made.
+    the tensor. That one is the same for all uses. Gradients are recorded only if they were where it was made.
     """
 
     __slots__ = ("_attention", "_grad", "_norm", "_shortcut", "_unseen", "_value", "_x")
@@ -128,8 +128,8 @@ class Pending:
     def _run(self, relu: bool) -> Tensor:
         if self._x is None:  # its memory may hold the result, and its batch is counted
             raise RuntimeError(
-                "a value before the last ReLU of a residual block was read after that ReLU, which runs as one "
-                'operation with it; compute inside `with cbam.ops.using("reference")` to read both'
+                "a value before the last ReLU of a residual block was read after that ReLU, which runs as "
+                'one operation with it; compute inside `with cbam.ops.using("reference")` to read both'
             )
         overwrite = relu and self._unseen and self._owns()
         x = self._x
@@ -215,8 +215,12 @@ def normalising(norm: nn.BatchNorm2d) -> Norm:
         momentum = 1 / float(counted) if momentum is None else momentum
     kept = norm.track_running_stats or not norm.training
     statistics = (norm.running_mean, norm.running_var) if kept else (None, None)
-    batch = norm.training or norm.running_mean is None
-    return Norm(norm.weight, norm.bias, *statistics, batch, momentum or 0.0, norm.eps)
+    return Norm(norm.weight, norm.bias, *statistics, by_batch(norm), momentum or 0.0, norm.eps)
+
+
+def by_batch(norm: nn.modules.batchnorm._BatchNorm) -> bool:
+    """Whether `norm` normalises by the statistics of the batch."""
+    return norm.training or norm.running_mean is None
 
 
 def _norm_obstacle(norm: nn.Module, x: Tensor) -> bool:
@@ -224,9 +228,15 @@ def _norm_obstacle(norm: nn.Module, x: Tensor) -> bool:
         type(norm) is not nn.BatchNorm2d
         or norm.weight is None
         or norm.num_features != x.shape[1]
-        or (norm.training and x.numel() == x.shape[1])  # its own forward says what is wrong then
+        or (by_batch(norm) and x.numel() == x.shape[1])  # its own forward says what is wrong then
+        or not plain(norm.weight, norm.bias, norm.running_mean, norm.running_var)
         or watched(norm)
     )
+
+
+def plain(*tensors: Tensor | None) -> bool:
+    """Whether none is of a subclass, as the weights of quantised and sharded layers are."""
+    return all(t is None or type(t) is Tensor or type(t) is nn.Parameter for t in tensors)
 
 
 def watched(*modules: nn.Module | None) -> bool:

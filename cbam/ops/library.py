@@ -237,8 +237,12 @@ def _gradients(grad: Tensor, a: _Args, out: Tensor | None, saved: tuple[Tensor, 
 def _differentiable_gradients(
     grad: Tensor, a: _Args, out: Tensor | None, saved: tuple[Tensor, ...], needs: list[bool]
 ):
-    """The gradients as functions of all that they depend on, by the equation."""
+    """The gradients as functions of all that they depend on: by the equation, in the kernels' inner type."""
     masked = grad if out is None else torch.where(out <= 0, torch.zeros_like(grad), grad)
+    wide = torch.float64 if a.x.dtype == torch.float64 else torch.float32
+    leaves = [a[place] for place in _GRADIENTS]
+    named = zip(_DIFFERENTIABLE, leaves, strict=True)
+    a = a._replace(**{name: t.to(wide) for name, t in named if t is not None and name != "shortcut"})
     _, _, _, mu, var, _, _, s_mu, s_var = saved
     norm = channel = spatial = None
     if a.gamma is not None:
@@ -249,13 +253,14 @@ def _differentiable_gradients(
     if a.kernel is not None:
         where = _norm(a.s_gamma, a.s_beta, s_mu, s_var, a.s_batch, a.s_eps)
         spatial = Spatial(a.kernel, where, a.spatial_gain)
-    branch = reference.tail(a.x, norm=norm, channel=channel, spatial=spatial)
-    wanted = [place for place, needed in zip(_GRADIENTS, needs, strict=True) if needed and place != 1]
+    with torch.autocast(a.x.device.type, enabled=False):
+        branch = reference.tail(a.x, norm=norm, channel=channel, spatial=spatial)
+    wanted = [i for i, needed in enumerate(needs) if needed and i != 1]
     found = {1: masked}
     if wanted:
-        values = torch.autograd.grad(branch, [a[place] for place in wanted], masked, create_graph=True)
+        values = torch.autograd.grad(branch, [leaves[i] for i in wanted], masked.to(wide), create_graph=True)
         found |= dict(zip(wanted, values, strict=True))
-    return [found.get(place) for place in _GRADIENTS]
+    return [found.get(i) for i in range(len(leaves))]
 
 
 def _norm(weight: Tensor, bias: Tensor | None, mean: Tensor, var: Tensor, batch: bool, eps: float) -> Norm:

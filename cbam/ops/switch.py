@@ -1,11 +1,13 @@
 """Which implementation computes the operations: fused kernels, or the equations in plain torch."""
 
 import logging
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from cbam.errors import ConfigError
 from cbam.ops import cpu
@@ -13,8 +15,13 @@ from cbam.ops.reference import FLOATS, transformed
 
 _log = logging.getLogger("cbam")
 _IMPLEMENTATIONS = ("reference", "fused")
+_MOST_TOLD = 100  # shapes are among the reasons
 _known: dict[torch.device, str] = {}
-_choice = ""  # of the whole process: a backward that computes a forward anew runs in a thread of its own
+_told: set[str] = set()
+# Of the whole process: activation checkpointing computes a forward anew in a thread of autograd's.
+_choice = ""
+_choices: dict[object, str] = {}  # of the blocks that are open, in whatever order threads leave them
+_lock = threading.Lock()
 
 
 @contextmanager
@@ -27,14 +34,25 @@ def using(implementation: str) -> Iterator[None]:
     Raises:
         ConfigError: an unknown implementation; inside the block, an input that no kernel takes.
     """
-    global _choice
     if implementation not in _IMPLEMENTATIONS:
         raise ConfigError(f'using({implementation!r}): expected "reference" or "fused"')
-    before, _choice = _choice, implementation
+    block = object()
+    _choose(block, implementation)
     try:
         yield
     finally:
-        _choice = before
+        _choose(block, "")
+
+
+def _choose(block: object, implementation: str) -> None:
+    """Open a block with a choice, or close it by none; the newest that is open has its way."""
+    global _choice
+    with _lock:
+        if implementation:
+            _choices[block] = implementation
+        else:
+            del _choices[block]
+        _choice = next(reversed(_choices.values()), "")
 
 
 def fused(x: Tensor, obstacle: str = "") -> bool:
@@ -51,7 +69,16 @@ def fused(x: Tensor, obstacle: str = "") -> bool:
     reason = obstacle or _obstacle(x)
     if reason and _choice == "fused":
         raise ConfigError(f'using("fused"): {reason}; leave the choice out, or take "reference"')
+    if reason and not torch.compiler.is_compiling():
+        _tell(reason)
     return not reason
+
+
+def _tell(reason: str) -> None:
+    """Why the equation runs, once for each reason."""
+    if reason not in _told and len(_told) < _MOST_TOLD:
+        _told.add(reason)
+        _log.info("attention runs as plain torch operations: %s", reason)
 
 
 def _obstacle(x: Tensor) -> str:
@@ -63,7 +90,8 @@ def _obstacle(x: Tensor) -> str:
         return f"x is a {type(x).__name__}, no plain tensor"
     if x.dtype not in FLOATS or x.dim() != 4 or x.numel() == 0:
         return f"x is {x.dtype} of shape {tuple(x.shape)}"
-    if not torch.compiler.is_compiling() and transformed():
+    # A compiler knows how to trace every transform but the derivative in forward mode.
+    if forward_ad._current_level >= 0 or (not torch.compiler.is_compiling() and transformed()):
         return "inside torch.func and forward-mode transforms the equation is used"
     return _device_obstacle(x.device)
 

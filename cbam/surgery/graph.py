@@ -193,7 +193,7 @@ class Trunk:
             yield child, "before"
 
     def tail(self, add: Add) -> Node | None:
-        """The ReLU of a block that ends in relu(norm + shortcut), nothing else reading the norm or the sum."""
+        """The ReLU of a block that ends in relu(norm + shortcut), where nothing else reads either value."""
         after = list(add.node.users)
         relu = after[0] if len(after) == 1 else None
         found = (

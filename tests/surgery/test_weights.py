@@ -951,3 +951,13 @@ def test_the_gains_of_every_attention_follow_the_file(name):
             target = cbam.attach(cbam.build("resnet_tiny", num_classes=3), attention=make, start=other)
             cbam.load_weights(target, source.state_dict())
             assert torch.equal(target.eval()(x), source.eval()(x)), (start, other)
+
+
+@pytest.mark.parametrize("make", [cbam.ChannelAttention, cbam.nn.ECA, cbam.nn.EMA])
+def test_an_attention_by_itself_takes_the_gain_of_its_file(make):
+    x, kinds = torch.randn(2, 32, 4, 4), (make(32), make(32).identity_())
+    for source in kinds:
+        for other in kinds:
+            target = copy.deepcopy(other)
+            cbam.load_weights(target, source.state_dict())
+            assert torch.equal(target.eval()(x), source.eval()(x))
