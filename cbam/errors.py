@@ -6,6 +6,11 @@
 from collections.abc import Sequence
 
 
+def first_line(error: BaseException, longest: int = 120) -> str:
+    """The first line of what an error says, cut at `longest` characters; its class where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:longest]
+
+
 class CBAMError(Exception):
     """Base of every error raised on purpose by cbam."""
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from cbam.errors import ConfigError
+from cbam.errors import ConfigError, first_line
 from cbam.ops import cpu
 from cbam.ops.reference import FLOATS, transformed
 
@@ -123,6 +123,5 @@ def _missing(device: torch.device) -> str:
     except torch.OutOfMemoryError:
         raise  # it says nothing about the kernels
     except Exception as error:  # a compiler, a driver or a cache folder fails in any way it likes
-        reason = (str(error).strip().splitlines() or [""])[0][:200]
-        return f"the kernels do not run ({type(error).__name__}: {reason})"
+        return f"the kernels do not run ({type(error).__name__}: {first_line(error, 200)})"
     return ""
