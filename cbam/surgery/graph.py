@@ -5,12 +5,10 @@ nothing of the children. The trunk is walked from the output back; at every resi
 shortcut. What is found is a claim; `cbam.surgery.trial` checks it by running the block.
 """
 
-import contextlib
 import dis
 import inspect
 import operator
 import re
-from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -19,6 +17,8 @@ from torch import fx, nn
 from torch.fx import Node
 from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_leaves
+
+from cbam.surgery.effects import unchanged, undrawn
 
 _ADDS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 _MULTIPLIES = {operator.mul, operator.imul, torch.mul, "mul", "mul_"}
@@ -55,11 +55,17 @@ class _Shallow(fx.Tracer):
 def trace(block: nn.Module, *, training: bool = False) -> fx.Graph:
     """The graph of `block.forward` with default arguments, in eval (or training) mode; attention left out.
 
-    Raises whatever the forward raises when it meets values that are not there yet.
+    Nothing of it stays: neither what the forward keeps in `block` nor the random numbers that it draws. Raises
+    whatever the forward raises when it meets values that are not there yet.
     """
+    return trace_with_effects(block, training=training)[0]
+
+
+def trace_with_effects(block: nn.Module, *, training: bool) -> tuple[fx.Graph, list[str]]:
+    """`trace`, and what the forward does that no graph holds."""
     parameters = inspect.signature(type(block).forward).parameters.values()
     defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
-    with _put_back(block):
+    with unchanged(block) as changes, undrawn() as draws:
         block.training = training
         graph = _Shallow().trace(block, concrete_args=defaults)
         for value in tree_leaves([v for name, v in vars(block).items() if not name.startswith("_")]):
@@ -69,22 +75,7 @@ def trace(block: nn.Module, *, training: bool = False) -> fx.Graph:
         if node.op == "call_module" and node.target == "cbam":
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
-    return graph
-
-
-@contextlib.contextmanager
-def _put_back(block: nn.Module) -> Iterator[None]:
-    """Undo what a forward keeps in its module: a cache that a trace has filled would poison the next run."""
-    attributes = dict(vars(block))
-    contents = [(v, v.copy()) for v in attributes.values() if type(v) in (dict, OrderedDict, list, set)]
-    try:
-        yield
-    finally:
-        vars(block).clear()
-        vars(block).update(attributes)
-        for container, content in contents:
-            container.clear()
-            container.extend(content) if isinstance(container, list) else container.update(content)
+    return graph, changes + draws
 
 
 class Trunk:

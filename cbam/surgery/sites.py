@@ -10,8 +10,9 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
-from cbam.errors import AttachError, InputError
+from cbam.errors import AttachError, InputError, first_line
 from cbam.surgery import graph
+from cbam.surgery.effects import unchanged, undrawn
 from cbam.surgery.route import (
     SLOT,
     Route,
@@ -121,7 +122,7 @@ def _places(name: str, block: nn.Module) -> list[Site]:
     except Exception as error:  # a forward may refuse to be traced in any way it likes
         if not graph.adds_values(block):
             return []
-        return [Site(name, None, f"cannot be traced: {str(error).splitlines()[0][:120]}")]
+        return [Site(name, None, f"cannot be traced: {first_line(error)}")]
     trunk = graph.Trunk(block, traced)
     places: list[Site] = []
     for add in trunk.adds:
@@ -257,7 +258,7 @@ def _observed(model: nn.Module, names: list[str]) -> dict[str, Value]:
             inputs = [torch.zeros(1, first.in_channels, *(size,) * dim).to(first.weight) for size in sizes]
             runs = [_output_shapes(model, names, x) for x in inputs]
         except Exception as error:  # a model refuses what it cannot take in any way it likes
-            failure = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
+            failure = first_line(error)
             continue
         return {name: _fixed_channels(name, *(run[name] for run in runs)) for name in names}
     raise AttachError(f"the model could not be run to learn the channels of {names[0]}: {failure}")
@@ -277,16 +278,12 @@ def _output_shapes(model: nn.Module, names: list[str], x: Tensor) -> dict[str, l
     """The shape of every output of the named modules in one run, in eval mode, no hook of the user firing."""
     shapes: dict[str, list[tuple[int, ...]]] = {name: [] for name in names}
     modules = dict(model.named_modules())
-    modes = {m: m.training for m in modules.values()}
-    with without_hooks(model), torch.no_grad():
-        handles = [modules[name].register_forward_hook(_note_shape(shapes[name])) for name in names]
-        try:
-            model.eval()(x)
-        finally:
-            for m, mode in modes.items():
-                m.training = mode
-            for handle in handles:
-                handle.remove()
+    with without_hooks(model), torch.no_grad(), undrawn(), contextlib.ExitStack() as stack:
+        for m in model.modules():
+            stack.enter_context(unchanged(m))  # its mode and the hooks below among it
+        for name in names:
+            modules[name].register_forward_hook(_note_shape(shapes[name]))
+        model.eval()(x)
     return shapes
 
 

@@ -15,6 +15,8 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
+from cbam.errors import first_line
+from cbam.surgery.effects import undrawn
 from cbam.surgery.graph import Add
 from cbam.surgery.route import Route, refine, restore
 
@@ -61,7 +63,7 @@ class Bench:
         try:
             self.block = _detached_copy(block)
         except Exception as error:  # what a block holds may refuse a copy in any way it likes
-            raise MisfitError(f"cannot be copied: {str(error).splitlines()[0][:120]}") from error
+            raise MisfitError(f"cannot be copied: {first_line(error)}") from error
         self._graph = graph
         self._refusal = ""
         arguments = [
@@ -125,8 +127,7 @@ class Bench:
             restore(self.block)
 
     def _run(self, x: Tensor):
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+        with torch.no_grad(), undrawn(seed=0):
             return self.block(x)
 
     def _find_inputs(self) -> list[Tensor]:
@@ -142,9 +143,7 @@ class Bench:
         try:
             self._run(x)
         except Exception as error:  # a block refuses what it cannot take in any way it likes
-            self._refusal = (
-                self._refusal or (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
-            )
+            self._refusal = self._refusal or first_line(error)
             return False
         return True
 
@@ -239,11 +238,10 @@ def _noted_shapes(block: nn.Module, graph: fx.Graph, x: Tensor) -> dict[str, tor
     """
     interpreter = _ShapeNotes(block, graph)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), undrawn():
             interpreter.run(x)
     except Exception as error:  # a graph leaves out what its forward does beside computing values
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
-        raise MisfitError(f"its traced forward does not run: {reason}") from error
+        raise MisfitError(f"its traced forward does not run: {first_line(error)}") from error
     return interpreter.noted
 
 

@@ -1,15 +1,18 @@
 """Where attention belongs, by what a block's own forward computes."""
 
 import pickle
+import random
 import re
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import cbam
+from cbam.errors import AttachError
 from cbam.surgery import Site, attached
 
 
@@ -279,6 +282,16 @@ def test_what_is_left_out_is_listed_with_its_reason(kind, words):
     assert not attached(model)
 
 
+def test_an_error_that_says_nothing_is_told_by_its_class():
+    class Mute(Host):
+        def forward(self, x):
+            if not isinstance(x, torch.Tensor) or self.a(x).mean() > 0:
+                raise ValueError
+            return x + self.body(x)
+
+    assert str(*cbam.sites(Mute())) == "(the model): left out, cannot be traced: ValueError"
+
+
 def test_the_last_of_two_adds_is_taken_and_the_other_listed():
     block = TwoAdds()
     taken, other = sorted(cbam.sites(block), key=lambda s: not s.default)
@@ -476,6 +489,32 @@ def test_nothing_of_a_trace_stays_in_what_a_block_keeps():
         cbam.attach(block)
         assert torch.equal(block(x), expected)
     pickle.dumps(cbam.detach(block))
+
+
+class Counting(Host):
+    """Counts in a buffer, and draws what nobody uses."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("steps", torch.zeros(()))
+
+    def forward(self, x):
+        self.steps += 1
+        torch.rand(()), random.random(), np.random.rand()
+        return x + self.norm(self.b(self.act(self.a(x))))
+
+
+def test_looking_for_places_counts_and_draws_nothing():  # S16
+    net = nn.Sequential(conv(8), Counting())
+    buffer = net[1].steps
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[2]
+    assert [s.why for s in cbam.sites(net)] == ["after norm"]
+    with pytest.raises(AttachError, match="no \\(N, C, H, W\\) map"):
+        cbam.attach(net, "1.pool")  # which never runs
+    assert net[1].steps is buffer
+    assert buffer == 0
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert (random.getstate(), np.random.get_state()[2]) == states[1:]
 
 
 class Appending(nn.Module):

@@ -1,0 +1,98 @@
+"""What a forward does beside computing values: found, and undone.
+
+A user's forward runs here to be looked at. It may draw random numbers, count in a buffer or keep what it has
+computed; none of that may stay, and a forward generated from its graph would leave it out.
+"""
+
+import contextlib
+import random
+import sys
+from collections import OrderedDict
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@contextlib.contextmanager
+def undrawn(seed: int | None = None) -> Iterator[list[str]]:
+    """For a `with`: what draws random numbers leaves the generators of Python, NumPy and torch as they were.
+
+    Args:
+        seed: where given, what they begin with.
+
+    Returns:
+        a list that says, after the `with`, whether anything was drawn.
+    """
+    effects: list[str] = []
+    numpy: Any = sys.modules.get("numpy.random")  # where somebody has imported it
+    python, torchs, numpys = _states(numpy)
+    if seed is not None:
+        random.seed(seed)
+        torch.default_generator.manual_seed(seed)  # that of the CPU alone
+        if numpy:
+            numpy.seed(seed)
+    begin = _states(numpy)
+    try:
+        yield effects
+    finally:
+        if not _same_states(begin, _states(numpy)):
+            effects.append("draws random numbers")
+        random.setstate(python)
+        torch.set_rng_state(torchs)
+        if numpy:
+            numpy.set_state(numpys)
+
+
+def _states(numpy: Any) -> tuple[Any, Tensor, Any]:
+    return random.getstate(), torch.get_rng_state(), numpy.get_state() if numpy else None
+
+
+def _same_states(a: tuple[Any, Tensor, Any], b: tuple[Any, Tensor, Any]) -> bool:
+    # NumPy's is a tuple with an array in it, which compares as a list
+    numpys = [state and (state[1].tolist(), state[2:]) for state in (a[2], b[2])]
+    return a[0] == b[0] and torch.equal(a[1], b[1]) and numpys[0] == numpys[1]
+
+
+@contextlib.contextmanager
+def unchanged(module: nn.Module) -> Iterator[list[str]]:
+    """For a `with`: what a forward keeps in `module` itself is put back, the values of its buffers too.
+
+    A cache that a trace has filled would poison the next run.
+
+    Returns:
+        a list that says, after the `with`, what was changed.
+    """
+    effects: list[str] = []
+    attributes = dict(vars(module))
+    contents = [(n, v, v.copy()) for n, v in attributes.items() if type(v) in (dict, OrderedDict, list, set)]
+    buffers = [
+        (name, b, b._version, b.detach().clone())
+        for name, b in module._buffers.items()
+        if b is not None and not b.is_meta and not b.is_inference()
+    ]
+    try:
+        yield effects
+    finally:
+        now = vars(module)
+        names = [n for n in {**attributes, **now} if attributes.get(n, effects) is not now.get(n, effects)]
+        names += [n for n, container, content in contents if _items(container) != _items(content)]
+        names += [n for n, buffer, version, _ in buffers if buffer._version != version]
+        effects += [f"changes self.{name}" for name in names if name != "training"]
+        now.clear()
+        now.update(attributes)
+        for _, container, content in contents:
+            container.clear()
+            container.extend(content) if isinstance(container, list) else container.update(content)
+        with torch.no_grad():
+            for _, buffer, version, values in buffers:
+                if buffer._version != version:
+                    buffer.copy_(values)
+
+
+def _items(container: Any) -> list[tuple[Any, int]]:
+    """What a container holds, by identity: the values may be tensors, which do not compare."""
+    if isinstance(container, dict):
+        return [(key, id(value)) for key, value in container.items()]
+    return [(None, id(value)) for value in container]
