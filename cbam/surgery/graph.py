@@ -55,8 +55,8 @@ class _Shallow(fx.Tracer):
 def trace(block: nn.Module, *, training: bool = False) -> fx.Graph:
     """The graph of `block.forward` with default arguments, in eval (or training) mode; attention left out.
 
-    Nothing of it stays: neither what the forward keeps in `block` nor the random numbers that it draws. Raises
-    whatever the forward raises when it meets values that are not there yet.
+    Neither what the forward keeps in `block` stays nor what it draws from random generators. Raises whatever
+    the forward raises when it meets values that are not there yet.
     """
     return trace_with_effects(block, training=training)[0]
 

@@ -25,6 +25,7 @@ _SIZES = (
     *(((6, 10), (10, 4)), ((16, 24), (24, 8)), ((56, 112), (112, 56))),
     *(((side, side),) for side in (7, 14, 8, 16, 32)),
 )
+_DRAWS = 32  # steps of training in which stochastic depth must leave the branch in once
 
 
 class MisfitError(Exception):
@@ -66,6 +67,7 @@ class Bench:
             raise MisfitError(f"cannot be copied: {first_line(error)}") from error
         self._graph = graph
         self._refusal = ""
+        self._drew = False  # whether the last run drew random numbers
         arguments = [
             n for n in graph.nodes if n.op == "placeholder" and not n.args and "*" not in str(n.target)
         ]
@@ -102,7 +104,8 @@ class Bench:
         """Put a probe at `route` and compare with the plain block.
 
         Raises:
-            MisfitError: the probe is not called exactly once, not at `value`, or changes the output.
+            MisfitError: the probe is not called exactly once, also in training, not at `value`, or changes
+                the output; or the block does not run with it.
             UnroutableError: the code of the block does not allow the route.
         """
         plain = [self._run(x) for x in self.inputs]
@@ -110,8 +113,7 @@ class Bench:
         refine(self.block, route, probe)
         try:
             for x, expected in zip(self.inputs, plain, strict=True):
-                probe.shapes.clear()
-                out = self._run(x)
+                out = self._probed(route, probe, x)
                 if len(probe.shapes) != 1:
                     raise MisfitError(f"{route} runs {len(probe.shapes)} times in one forward")
                 if probe.shapes[0][1] != value.channels or len(probe.shapes[0]) != value.dims:
@@ -121,14 +123,39 @@ class Bench:
                 if not _same(out, expected):
                     raise MisfitError(f"{route} changes the function of the block")
             probe.factor = 2
-            if _same(self._run(self.inputs[0]), plain[0]):
+            if _same(self._probed(route, probe, self.inputs[0]), plain[0]):
                 raise MisfitError(f"{route} does not reach the output")
+            self._check_training(route, probe)
         finally:
             restore(self.block)
 
-    def _run(self, x: Tensor):
-        with torch.no_grad(), undrawn(seed=0):
-            return self.block(x)
+    def _check_training(self, route: Route, probe: _Probe) -> None:
+        """Refuse a block that trains by another path: the attention would act without having learned."""
+        self.block.training = True  # alone: its children compute what they do in evaluation
+        try:
+            for seed in range(_DRAWS):
+                self._probed(route, probe, self.inputs[0], seed)
+                if len(probe.shapes) == 1:
+                    return
+                if not self._drew:  # stochastic depth may end a forward early, now and then
+                    break
+        finally:
+            self.block.training = False
+        raise MisfitError(f"{route} runs {len(probe.shapes)} times in training")
+
+    def _probed(self, route: Route, probe: _Probe, x: Tensor, seed: int = 0):
+        """What the block puts out with the probe in it."""
+        probe.shapes.clear()
+        try:
+            return self._run(x, seed)
+        except Exception as error:  # a block may look at itself, or at what called it
+            raise MisfitError(f"{route} stops its forward: {first_line(error)}") from error
+
+    def _run(self, x: Tensor, seed: int = 0):
+        with torch.no_grad(), undrawn(seed) as draws:
+            out = self.block(x)
+        self._drew = bool(draws)
+        return out
 
     def _find_inputs(self) -> list[Tensor]:
         dims = next((len(m.kernel_size) for m in self.block.modules() if isinstance(m, _ConvNd)), 2)

@@ -191,6 +191,48 @@ def test_dropout_in_a_generated_forward_is_not_baked():
     assert "differs between training and evaluation" in site.why
 
 
+class SplitNorm(Host):
+    """Trains with a norm of its own, as AdvProp does for adversarial pictures."""
+
+    def __init__(self):
+        super().__init__()
+        self.aux = nn.BatchNorm2d(8)
+
+    def forward(self, x):
+        y = self.b(self.act(self.a(x)))
+        return x + (self.aux(y) if self.training else self.norm(y))
+
+
+class StochasticDepth(Host):
+    def forward(self, x):
+        if self.training and random.random() < 0.8:
+            return x
+        return x + self.norm(self.b(self.act(self.a(x))))
+
+
+def test_a_block_that_trains_by_another_path_is_refused():  # S20
+    (site,) = cbam.sites(SplitNorm())
+    assert not site.default
+    assert "after norm runs 0 times in training" in site.why
+
+
+def test_a_block_of_random_depth_may_end_early():
+    block, x = cbam.attach(StochasticDepth()), torch.randn(2, 8, 6, 7)
+    assert [s.why for s in cbam.sites(block)] == ["after norm"]
+    random.seed(0)
+    assert sum(torch.equal(block(x), x) for _ in range(40)) in range(20, 40)
+
+
+def test_a_block_that_looks_at_its_class_is_refused():
+    class Exact(Host):
+        def forward(self, x):
+            assert type(self) is Exact, "no Exact"
+            return x + self.norm(self.b(F.dropout(self.act(self.a(x)), 0.1, self.training)))
+
+    (site,) = cbam.sites(Exact())
+    assert "after norm stops its forward: no Exact" in site.why
+
+
 class Linear(Host):
     def forward(self, x):
         return F.relu(x + self.norm(self.a(x)))
