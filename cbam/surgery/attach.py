@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from cbam.errors import AttachError, InputError
 from cbam.nn import ATTENTION, CBAM
-from cbam.surgery.route import is_refined, paused, refine, restore
+from cbam.surgery.route import is_last_refined, is_refined, paused, refine, restore
 from cbam.surgery.sites import Site, blocked, check_module, output_sites, sites
 from cbam.surgery.trial import Value
 
@@ -74,11 +74,7 @@ def detach(model: nn.Module) -> nn.Module:
     Raises:
         AttachError: the model has none, or is wrapped.
     """
-    _refuse_wrapped(model)
-    blocks = [m for m in model.modules() if is_refined(m)]
-    if not blocks:
-        raise AttachError("nothing to detach: the model has no attached attention")
-    for block in blocks:
+    for block in _refined_blocks(model, "detach"):
         restore(block)
     return model
 
@@ -92,14 +88,25 @@ def bypassed(model: nn.Module) -> Iterator[nn.Module]:
     Raises:
         AttachError: the model has no attention, or is wrapped.
     """
-    _refuse_wrapped(model)
-    blocks = [m for m in model.modules() if is_refined(m)]
-    if not blocks:
-        raise AttachError("nothing to bypass: the model has no attached attention")
     with contextlib.ExitStack() as stack:
-        for block in blocks:
+        for block in _refined_blocks(model, "bypass"):
             stack.enter_context(paused(block))
         yield model
+
+
+def _refined_blocks(model: nn.Module, verb: str) -> list[nn.Module]:
+    """The blocks with attention, all of which can be made plain."""
+    _refuse_wrapped(model)
+    blocks = {name: m for name, m in model.named_modules() if is_refined(m)}
+    if not blocks:
+        raise AttachError(f"nothing to {verb}: the model has no attached attention")
+    for name, block in blocks.items():
+        if not is_last_refined(block):
+            raise AttachError(
+                f"cannot {verb}: the class of {name or 'the model'} was changed after attaching, to "
+                f"{type(block).__name__}; undo that first (fully_shard, a parametrisation, ...)"
+            )
+    return list(blocks.values())
 
 
 def _choose(model: nn.Module, where: str | Callable[[str, nn.Module], bool] | None) -> list[Site]:

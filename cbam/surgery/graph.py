@@ -48,6 +48,15 @@ class Add:
 class _Shallow(fx.Tracer):
     """Traces one module's own forward; children stay calls."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.modes: set[tuple[bool, bool, bool]] = set()
+
+    def create_node(self, *args, **kwargs) -> Node:
+        autocast = torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")
+        self.modes.add((torch.is_grad_enabled(), *autocast))
+        return super().create_node(*args, **kwargs)
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
 
@@ -67,7 +76,8 @@ def trace_with_effects(block: nn.Module, *, training: bool) -> tuple[fx.Graph, l
     defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
     with unchanged(block) as changes, undrawn() as draws:
         block.training = training
-        graph = _Shallow().trace(block, concrete_args=defaults)
+        tracer = _Shallow()
+        graph = tracer.trace(block, concrete_args=defaults)
         for value in tree_leaves([v for name, v in vars(block).items() if not name.startswith("_")]):
             if isinstance(value, fx.Proxy):
                 value.node.meta["kept"] = True  # by the block, which may read it after its forward
@@ -75,7 +85,8 @@ def trace_with_effects(block: nn.Module, *, training: bool) -> tuple[fx.Graph, l
         if node.op == "call_module" and node.target == "cbam":
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
-    return graph, changes + draws
+    switches = ["switches gradients or autocast"] if len(tracer.modes) > 1 else []
+    return graph, changes + draws + switches
 
 
 class Trunk:

@@ -7,6 +7,7 @@ the original. Children stay what they are: conversion to SyncBatchNorm, hooks an
 Where no child can be redirected, the forward is generated from the block's traced graph.
 """
 
+import abc
 import contextlib
 import dis
 import functools
@@ -20,11 +21,13 @@ from typing import Any
 from torch import nn
 
 from cbam.nn.tail import Pending, begin, watched
-from cbam.surgery.graph import trace
+from cbam.surgery.graph import trace_with_effects
 
 SLOT = "cbam"  # the attribute that holds the attention, as in the authors' released checkpoints
 _REDIRECTED = "_cbam_call"
-_ENTERS = {"BEFORE_WITH", "LOAD_SPECIAL"}  # a `with`, until and from Python 3.14
+_SETTINGS = (bool, int, float, complex, str, list, tuple, dict, set)
+_OWN = frozenset(vars(nn.Module()))  # `training` and the dicts of children
+_ENTERS = ("BEFORE_WITH", "LOAD_SPECIAL")  # a `with`, until Python 3.13 and from 3.14
 _NEW_OBJECT = object().__reduce_ex__(2)[0]  # what rebuilds an object that does not pickle itself
 
 
@@ -63,8 +66,9 @@ class UnroutableError(Exception):
 
 def refine(block: nn.Module, route: Route, attention: nn.Module) -> None:
     """Make `attention` part of `block`; `restore` is the exact inverse."""
+    refined = refined_class(plain_class(block), route)  # first: where it fails, the block is as it was
     block.add_module(SLOT, attention)
-    block.__class__ = refined_class(type(block), route)
+    block.__class__ = refined
 
 
 def restore(block: nn.Module) -> nn.Module:
@@ -96,12 +100,22 @@ def _skipping(base: type[nn.Module]) -> type[nn.Module]:
             x = x if name == SLOT else child(x)
         return x
 
-    return type(base.__name__, (base,), {"forward": forward})
+    return _subclass(base, {"forward": forward})
 
 
 def is_refined(block: nn.Module) -> bool:
-    """Whether `refine` was applied to `block`."""
+    """Whether `refine` was applied to `block`; a slice of a refined sequence is one without attention."""
+    return hasattr(type(block), "_cbam_route") and SLOT in block._modules
+
+
+def is_last_refined(block: nn.Module) -> bool:
+    """Whether nobody changed the class of a refined `block` after that, so that `restore` can undo it."""
     return "_cbam_route" in vars(type(block))
+
+
+def plain_class(block: nn.Module) -> type[nn.Module]:
+    """The class of `block` as it would be without attention."""
+    return vars(type(block)).get("_cbam_base", type(block))
 
 
 @functools.cache
@@ -111,37 +125,50 @@ def refined_class(base: type[nn.Module], route: Route) -> type[nn.Module]:
     Raises:
         UnroutableError: the code of `base` does not allow the route.
     """
+    behind: dict[type[nn.Module], dict[str, Any]] = {}
     if route.when == "graph":
         methods: dict[str, Any] = {"forward": _generated_forward(route)}
     elif route.when == "output":
         methods = {"forward": _output_forward(base)}
     else:
-        methods = _redirected_methods(base, route.child)
+        behind = _redirected_methods(base, route.child)
+        methods = behind.pop(base, {})
         methods[_REDIRECTED] = _redirected_call(route)
         if route.tail:
             methods["forward"] = _settled(methods.get("forward", base.forward))
-    return type(
-        base.__name__,
-        (base,),
-        methods
-        | {
-            "_cbam_base": base,
-            "_cbam_route": route,
-            "__reduce_ex__": _reduce_ex,
-            "__module__": base.__module__,
-            "__qualname__": base.__qualname__,
-            "__doc__": base.__doc__,
-        },
+    return _subclass(
+        base,
+        methods | {"_cbam_base": base, "_cbam_route": route, "__reduce_ex__": _reduce_ex},
+        # `super()` of a method of `base` meets each of these right before the class that it is made of
+        *(_subclass(c, behind[c]) for c in base.__mro__ if c in behind),
     )
+
+
+class _Silent(nn.Module):
+    """Keeps `__init_subclass__` of the bases after it from running: registries are to know `base` alone."""
+
+    def __init_subclass__(cls) -> None:
+        pass
+
+
+def _subclass(base: type, namespace: dict[str, Any], *others: type) -> type:
+    """A subclass of `base` and `others` by the name of `base`, of whose making nobody hears."""
+    kind = type(base)  # a metaclass may keep a registry, too
+    make = abc.ABCMeta if issubclass(kind, abc.ABCMeta) else type
+    named = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
+    made = make.__new__(kind, base.__name__, (_Silent, base, *others), namespace | named)
+    made.__bases__ = (base, *others)
+    return made
 
 
 def graph_route(block: nn.Module, value: str) -> Route:
     """A route by a forward generated from the graph of `block`, with attention on the value named `value`.
 
     Raises:
-        UnroutableError: the train and eval graphs differ (dropout would be baked), or the graph uses an
-            object that a pickle cannot name.
+        UnroutableError: the forward does what no graph holds, the train and eval graphs differ (dropout would
+            be baked), or the graph uses an object that a pickle cannot name.
     """
+    _refuse_lost(block)
     code = [_with_attention(block, value, training) for training in (False, True)]
     if code[0].src != code[1].src:
         raise UnroutableError("its forward differs between training and evaluation")
@@ -150,8 +177,20 @@ def graph_route(block: nn.Module, value: str) -> Route:
     return Route("graph", value, code[0].src, names)
 
 
+def _refuse_lost(block: nn.Module) -> None:
+    """Refuse a forward that a trace would strip of a `with`, or of reading a setting anew each time."""
+    for code in (c for function in _reached(type(block)).values() for c in _codes(function.__code__)):
+        if any(i.opname in _ENTERS for i in dis.get_instructions(code)):
+            raise UnroutableError("its forward enters a `with`, which a generated one would leave out")
+        for name in set(code.co_names) - _OWN:
+            if isinstance(vars(block).get(name), _SETTINGS):
+                raise UnroutableError(f"its forward reads self.{name}, which a generated one would freeze")
+
+
 def _with_attention(block: nn.Module, value: str, training: bool):
-    graph = trace(block, training=training)
+    graph, effects = trace_with_effects(block, training=training)
+    if effects:
+        raise UnroutableError(f"its forward {effects[0]}, which a generated one would leave out")
     node = next((n for n in graph.nodes if n.name == value), None)
     if node is None:
         raise UnroutableError("its forward differs between training and evaluation")
@@ -244,31 +283,37 @@ def _settled(forward: Callable) -> Callable:
     return settled
 
 
-def _redirected_methods(base: type[nn.Module], child: str) -> dict[str, Any]:
-    """Copies of the methods that `forward` reaches and that call `child`, with that call redirected."""
-    methods: dict[str, Any] = {}
-    for name, function in _reached(base).items():
+def _redirected_methods(base: type[nn.Module], child: str) -> dict[type[nn.Module], dict[str, Any]]:
+    """Copies of the methods that `forward` reaches and that call `child`, with that call redirected.
+
+    By class: those of `base`, and those that are found through `super()` in a class behind it.
+    """
+    methods: dict[type[nn.Module], dict[str, Any]] = {}
+    for (place, name), function in _reached(base).items():
         if any(child in code.co_names for code in _codes(function.__code__)):
             _check_code(function, child)
-            methods[name] = _renamed(function, child)
+            methods.setdefault(place, {})[name] = _renamed(function, child)
     if not methods:
         raise UnroutableError(f"no method of {base.__name__} names {child}")
     return methods
 
 
-def _reached(base: type[nn.Module]) -> dict[str, types.FunctionType]:
-    """The methods of `base` that `forward` uses, by name, itself included."""
-    reached: dict[str, types.FunctionType] = {}
-    pending = ["forward"]
+def _reached(base: type[nn.Module]) -> dict[tuple[type, str], types.FunctionType]:
+    """The methods that `forward` uses, itself included: those of `base`, and of classes behind `super()`."""
+    reached: dict[tuple[type, str], types.FunctionType] = {}
+    pending: list[tuple[type | None, int, str]] = [(base, 0, "forward")]
     while pending:
-        name = pending.pop()
-        function = getattr(base, name, None)
-        if name in reached or not isinstance(function, types.FunctionType):
+        place, start, name = pending.pop()
+        owner = next((c for c in base.__mro__[start:] if name in vars(c)), object)
+        function = vars(owner).get(name)  # as it is written: static and class methods are none
+        key = place or owner, name
+        if key in reached or owner is nn.Module or not isinstance(function, types.FunctionType):
             continue
-        if function is getattr(nn.Module, name, None):
-            continue
-        reached[name] = function
-        pending += [n for code in _codes(function.__code__) for n in code.co_names]
+        reached[key] = function
+        names = {n for code in _codes(function.__code__) for n in code.co_names}
+        pending += [(base, 0, n) for n in names]
+        if "super" in names:
+            pending += [(None, base.__mro__.index(owner) + 1, n) for n in names]
     return reached
 
 
@@ -329,6 +374,8 @@ def _renamed_code(code: types.CodeType, child: str) -> types.CodeType:
 def _reduce_ex(self, protocol):
     """Pickle and copy by the importable base and the route: the class itself has no importable name."""
     cls = type(self)
+    if not is_last_refined(self):
+        raise TypeError(f"{cls.__name__} was made of a class with attention; undo that before pickling")
     make, _, *state = super(cls, self).__reduce_ex__(max(int(protocol), 2))
     if make is not _NEW_OBJECT:
         raise TypeError(f"{cls.__name__} pickles itself in its own way; detach the attention first")

@@ -20,6 +20,7 @@ from cbam.surgery.route import (
     graph_route,
     is_refined,
     is_straight,
+    plain_class,
     refined_class,
     restore,
 )
@@ -76,11 +77,11 @@ def sites(model: nn.Module) -> list[Site]:
     for name, block in _blocks(model):
         places = _places(name, block)
         if any(s.default for s in places):
-            with_site.add(_plain_class(block))
+            with_site.add(plain_class(block))
         if not places:
             plain.append((name, block))
         found += places
-    found += [Site(n, None, "no skip connection") for n, b in plain if _plain_class(b) in with_site]
+    found += [Site(n, None, "no skip connection") for n, b in plain if plain_class(b) in with_site]
     order = {name: i for i, (name, _) in enumerate(model.named_modules())}
     return sorted(found, key=lambda site: order[site.name])
 
@@ -134,7 +135,7 @@ def _places(name: str, block: nn.Module) -> list[Site]:
 
 def _attached_places(name: str, block: nn.Module) -> list[Site]:
     """The places of a block with attention, looked for in a copy without."""
-    route: Route = vars(type(block))["_cbam_route"]
+    route: Route = type(block)._cbam_route  # pyright: ignore[reportAttributeAccessIssue]
     with contextlib.suppress(Exception):  # what a block holds may refuse a copy in any way it likes
         plain = copy.deepcopy(block)
         restore(plain)
@@ -289,7 +290,3 @@ def _output_shapes(model: nn.Module, names: list[str], x: Tensor) -> dict[str, l
 
 def _note_shape(shapes: list[tuple[int, ...]]):
     return lambda module, args, out: shapes.append(tuple(out.shape) if isinstance(out, Tensor) else ())
-
-
-def _plain_class(block: nn.Module) -> type:
-    return vars(type(block)).get("_cbam_base", type(block))

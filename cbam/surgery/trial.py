@@ -214,7 +214,7 @@ def without_hooks(module: nn.Module) -> Iterator[None]:
 
 
 def _detached_copy(block: nn.Module) -> nn.Module:
-    """`block` alone on CPU in float32 and eval mode, without attention or hooks, with no branch at zero."""
+    """`block` alone on CPU in float32 and eval mode, without hooks, with no branch at zero."""
     with without_hooks(block):
         clone = copy.deepcopy(block)
     for m in clone.modules():
@@ -223,8 +223,6 @@ def _detached_copy(block: nn.Module) -> nn.Module:
         m._forward_hooks_with_kwargs.clear()
         m._forward_pre_hooks_with_kwargs.clear()
         m._forward_hooks_always_called.clear()
-    if "_cbam_route" in vars(type(clone)):
-        restore(clone)
     if any(t.is_meta for t in (*clone.parameters(), *clone.buffers())):
         clone.to_empty(device="cpu")
         for b in clone.buffers():

@@ -1,8 +1,10 @@
 """Attention goes in and comes out again, and nothing else moves."""
 
+import abc
 import copy
 import hashlib
 import pickle
+from typing import ClassVar
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ import cbam
 from cbam.errors import AttachError, InputError
 from cbam.nn import squeeze_excitation
 from cbam.surgery import attached
+from tests.surgery.conftest import Block
 
 BLOCKS = ["one", "two", "repeated"]
 
@@ -437,6 +440,34 @@ def test_attention_that_makes_no_module_is_refused_and_nothing_changes(net, atte
 def test_attention_goes_by_the_name_of_the_command_line(net):
     cbam.attach(net, attention="eca")
     assert isinstance(net.one.cbam, cbam.nn.ECA)
+
+
+class _Registry(abc.ABCMeta):
+    known: ClassVar[dict] = {}
+
+    def __init__(cls, name, bases, namespace):
+        super().__init__(name, bases, namespace)
+        assert cls.__qualname__ not in cls.known
+        cls.known[cls.__qualname__] = cls
+
+
+class _Registered(Block, metaclass=_Registry):
+    __slots__ = ("note",)
+
+    def __init_subclass__(cls, *, key):
+        raise TypeError("a subclass needs a key")
+
+
+def test_a_registry_of_classes_hears_of_nothing():  # S16
+    net, x = nn.Sequential(nn.Conv2d(3, 8, 1), _Registered(8, 8)).eval(), torch.randn(1, 3, 7, 5)
+    known, expected = dict(_Registry.known), net(x)
+    cbam.attach(net)
+    assert _Registry.known == known
+    assert isinstance(net[1], _Registered)
+    assert torch.equal(pickle.loads(pickle.dumps(net))(x), expected)
+    with cbam.bypassed(net):
+        assert type(net[1]) is _Registered
+    assert type(cbam.detach(net)[1]) is _Registered
 
 
 def test_a_failure_at_the_last_block_rolls_back(net):  # S15

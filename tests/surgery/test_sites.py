@@ -191,6 +191,102 @@ def test_dropout_in_a_generated_forward_is_not_baked():
     assert "differs between training and evaluation" in site.why
 
 
+class CountsThenInherits(AfterTheLastChild):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("steps", torch.zeros(()))
+        self.factor = 1.0
+
+    def forward(self, x):
+        self.steps += 1
+        return super().forward(x) * self.factor
+
+
+class InheritsTwice(CountsThenInherits):
+    def forward(self, x):
+        return super(InheritsTwice, self).forward(x)  # noqa: UP008 - as older code writes it
+
+
+@pytest.mark.parametrize("kind", [CountsThenInherits, InheritsTwice])
+def test_an_inherited_forward_runs_whole_and_with_attention(kind):  # S14
+    block, x = kind().eval(), torch.randn(2, 8, 6, 7)
+    (site,) = cbam.sites(block)
+    assert (site.why, site.route.when) == ("after norm", "after")
+    with torch.no_grad():
+        expected = block(x)
+        cbam.attach(block)
+        assert torch.equal(block(x), expected)
+        assert block.steps == 2
+        block.factor = 0.0
+        assert torch.equal(pickle.loads(pickle.dumps(block))(x), torch.zeros_like(x))
+        block.factor = 1.0
+        block.cbam.channel.fc2.bias.fill_(-100.0)
+        assert torch.equal(block(x), x)
+    assert type(cbam.detach(block)) is kind
+
+
+class ReadsASetting(Host):
+    def __init__(self):
+        super().__init__()
+        self.scale = 1.0
+
+    def forward(self, x):
+        return x + F.relu(self.b(self.act(self.a(x)))) * self.scale
+
+
+class FreezesABranch(Host):
+    def forward(self, x):
+        with torch.no_grad():
+            y = self.a(x)
+        return x + F.relu(self.b(self.act(y)))
+
+
+def frozen(child, x):
+    with torch.no_grad():
+        return child(x)
+
+
+class FreezesElsewhere(Host):
+    def forward(self, x):
+        return x + F.relu(self.b(self.act(frozen(self.a, x))))
+
+
+class DropsItself(Host):
+    def forward(self, x):
+        if self.training and random.random() < 0.0:
+            return x
+        return x + F.relu(self.b(self.act(self.a(x))))
+
+
+class Keeps(Host):
+    def forward(self, x):
+        self.kept = self.b(self.act(self.a(x)))
+        return x + F.relu(self.kept)
+
+
+class Counts(CountsThenInherits):
+    def forward(self, x):
+        self.steps += 1
+        return x + F.relu(self.norm(self.b(self.act(self.a(x)))).sigmoid())
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        (ReadsASetting, "reads self.scale, which a generated one would freeze"),
+        (FreezesABranch, "enters a `with`, which a generated one would leave out"),
+        (FreezesElsewhere, "switches gradients or autocast"),
+        (DropsItself, "draws random numbers"),
+        (Keeps, "changes self.kept"),
+        (Counts, "changes self.steps"),
+    ],
+)
+def test_a_forward_that_a_generated_one_would_not_repeat_is_refused(kind, words):  # S14, S16
+    (site,) = cbam.sites(kind())
+    assert not site.default
+    assert words in site.why
+
+
 class SplitNorm(Host):
     """Trains with a norm of its own, as AdvProp does for adversarial pictures."""
 
@@ -231,6 +327,20 @@ def test_a_block_that_looks_at_its_class_is_refused():
 
     (site,) = cbam.sites(Exact())
     assert "after norm stops its forward: no Exact" in site.why
+
+
+class ByAStaticMethod(Host):
+    def forward(self, x):
+        return x + self.branch(self, x)
+
+    @staticmethod
+    def branch(block, x):
+        return block.norm(block.b(block.act(block.a(x))))
+
+
+def test_a_static_method_is_not_redirected():
+    (site,) = cbam.sites(ByAStaticMethod())
+    assert (site.why, site.default, site.route.when) == ("after norm", True, "graph")
 
 
 class Linear(Host):
@@ -510,7 +620,7 @@ class Remembering(Host):
             self.seen[key] = y.mean()
         self.means.append(self.seen[key])
         self.last = self.newest = y
-        return x + y * self.seen[key].sign().abs()
+        return x + self.drop(y * self.seen[key].sign().abs())
 
 
 def test_nothing_of_a_trace_stays_in_what_a_block_keeps():
