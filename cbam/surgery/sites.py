@@ -21,10 +21,11 @@ from cbam.surgery.route import (
     is_refined,
     is_straight,
     plain_class,
+    refine,
     refined_class,
     restore,
 )
-from cbam.surgery.trial import Bench, MisfitError, Value, static_channels, without_hooks
+from cbam.surgery.trial import Bench, MisfitError, Probe, Value, static_channels, without_hooks
 
 _OWN_SLOT = f"has an attribute {SLOT!r} of its own"
 # Sides of the inputs that a model is tried with, by its dimensions; a cube grows fast.
@@ -237,6 +238,8 @@ def output_sites(model: nn.Module, names: list[str]) -> list[Site]:
             raise AttachError(
                 f"{name} is a {type(module).__name__}, which has no forward; name a module inside it"
             )
+        if "forward" in vars(module):
+            raise AttachError(f"{name} has a forward put on the instance, which attention cannot follow")
         if hasattr(module, SLOT):
             raise AttachError(f"{name} has an attribute {SLOT!r} already; nothing was changed")
     values = {n: v for n in names if (v := static_channels(modules[n]))}
@@ -265,28 +268,33 @@ def _observed(model: nn.Module, names: list[str]) -> dict[str, Value]:
     raise AttachError(f"the model could not be run to learn the channels of {names[0]}: {failure}")
 
 
-def _fixed_channels(name: str, *runs: list[tuple[int, ...]]) -> Value:
-    (a, *more), (b, *_) = ((run or [()]) for run in runs)
+def _fixed_channels(name: str, *runs: list[torch.Size]) -> Value:
+    if not all(runs):
+        raise AttachError(f"{name} is not called in the forward of the model; nothing was changed")
+    (a, *more), (b, *_) = (map(tuple, run) for run in runs)
     if more:
-        raise AttachError(f"{name} is called {len(more) + 1} times in one forward; name the module around it")
+        raise AttachError(
+            f"attention after {name} is called {len(more) + 1} times in one forward; "
+            "name the module around it"
+        )
     pooled = set(a[2:]) == {1}
     if len(a) < 3 or a[1] != b[1] or (a[2:] == b[2:] and not pooled):
         raise AttachError(f"the output of {name} is no (N, C, H, W) map: {a}, {b} for inputs of two sizes")
     return Value(a[1], len(a))
 
 
-def _output_shapes(model: nn.Module, names: list[str], x: Tensor) -> dict[str, list[tuple[int, ...]]]:
-    """The shape of every output of the named modules in one run, in eval mode, no hook of the user firing."""
-    shapes: dict[str, list[tuple[int, ...]]] = {name: [] for name in names}
+def _output_shapes(model: nn.Module, names: list[str], x: Tensor) -> dict[str, list[torch.Size]]:
+    """What attention on the output of the named modules would be given in one run, in eval mode.
+
+    No hook of the user fires. What stands there notes shapes alone, and is gone afterwards.
+    """
+    probes = {name: Probe() for name in names}
     modules = dict(model.named_modules())
     with without_hooks(model), torch.no_grad(), undrawn(), contextlib.ExitStack() as stack:
-        for m in model.modules():
-            stack.enter_context(unchanged(m))  # its mode and the hooks below among it
-        for name in names:
-            modules[name].register_forward_hook(_note_shape(shapes[name]))
+        for m in modules.values():
+            stack.enter_context(unchanged(m))  # its mode among it
+        for name, probe in probes.items():
+            refine(modules[name], Route("output"), probe)
+            stack.callback(restore, modules[name])
         model.eval()(x)
-    return shapes
-
-
-def _note_shape(shapes: list[tuple[int, ...]]):
-    return lambda module, args, out: shapes.append(tuple(out.shape) if isinstance(out, Tensor) else ())
+    return {name: probe.shapes for name, probe in probes.items()}

@@ -40,7 +40,7 @@ class Value:
     dims: int
 
 
-class _Probe(nn.Module):
+class Probe(nn.Module):
     """Stands where attention would: counts calls, notes shapes, multiplies by `factor`."""
 
     def __init__(self) -> None:
@@ -49,8 +49,8 @@ class _Probe(nn.Module):
         self.factor = 1
 
     def forward(self, x: Tensor) -> Tensor:
-        self.shapes.append(x.shape)
-        return x * self.factor
+        self.shapes.append(x.shape if isinstance(x, Tensor) else torch.Size())
+        return x if self.factor == 1 else x * self.factor
 
 
 class Bench:
@@ -109,14 +109,14 @@ class Bench:
             UnroutableError: the code of the block does not allow the route.
         """
         plain = [self._run(x) for x in self.inputs]
-        probe = _Probe()
+        probe = Probe()
         refine(self.block, route, probe)
         try:
             for x, expected in zip(self.inputs, plain, strict=True):
                 out = self._probed(route, probe, x)
                 if len(probe.shapes) != 1:
                     raise MisfitError(f"{route} runs {len(probe.shapes)} times in one forward")
-                if probe.shapes[0][1] != value.channels or len(probe.shapes[0]) != value.dims:
+                if len(probe.shapes[0]) != value.dims or probe.shapes[0][1] != value.channels:
                     raise MisfitError(
                         f"{route} carries {tuple(probe.shapes[0])}, the branch {value.channels} channels"
                     )
@@ -129,7 +129,7 @@ class Bench:
         finally:
             restore(self.block)
 
-    def _check_training(self, route: Route, probe: _Probe) -> None:
+    def _check_training(self, route: Route, probe: Probe) -> None:
         """Refuse a block that trains by another path: the attention would act without having learned."""
         self.block.training = True  # alone: its children compute what they do in evaluation
         try:
@@ -143,7 +143,7 @@ class Bench:
             self.block.training = False
         raise MisfitError(f"{route} runs {len(probe.shapes)} times in training")
 
-    def _probed(self, route: Route, probe: _Probe, x: Tensor, seed: int = 0):
+    def _probed(self, route: Route, probe: Probe, x: Tensor, seed: int = 0):
         """What the block puts out with the probe in it."""
         probe.shapes.clear()
         try:
@@ -186,16 +186,22 @@ class Bench:
 
 
 def static_channels(child: nn.Module) -> Value | None:
-    """What a convolution or BatchNorm puts out, by its definition; None for other modules."""
+    """What a convolution or BatchNorm puts out, by its definition; None for all other modules."""
     layer = child
-    while isinstance(layer, nn.Sequential) and len(layer):
+    while type(layer).forward is nn.Sequential.forward and "forward" not in vars(layer) and len(layer):
         layer = layer[-1]
+    if "forward" in vars(layer) or not _is_of_torch(type(layer).forward):
+        return None
     if isinstance(layer, _ConvNd):
         return Value(layer.out_channels, 2 + len(layer.kernel_size))
     if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm):
         dims = {nn.BatchNorm1d: 3, nn.BatchNorm3d: 5}
         return Value(layer.num_features, next((d for t, d in dims.items() if isinstance(layer, t)), 4))
     return None
+
+
+def _is_of_torch(function: object) -> bool:
+    return getattr(function, "__module__", "").startswith("torch.nn.")
 
 
 @contextlib.contextmanager

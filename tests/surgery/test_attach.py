@@ -278,6 +278,47 @@ def test_attention_after_a_stage_is_the_last_step_of_its_sequential(images):
     assert torch.equal(cbam.detach(model)(images), expected)
 
 
+class _Concatenates(nn.Sequential):
+    def forward(self, x):
+        return torch.cat([x, super().forward(x)], 1)
+
+
+class _TwoTimes(nn.Conv2d):
+    def forward(self, x):
+        return torch.cat([x, super().forward(x)], 1)
+
+
+def test_outputs_of_modules_of_the_users_own_are_observed(images):  # S5
+    model = nn.Sequential(_TwoTimes(3, 5, 1), _Concatenates(nn.Conv2d(8, 4, 1)), nn.Conv2d(12, 2, 1)).eval()
+    model[1].register_forward_hook(lambda *_: pytest.fail("a hook of the user's fired"))
+    before = fingerprint(model)
+    with pytest.raises(AttachError, match="attention after 1 is called 2 times"):
+        cbam.attach(model, "1")
+    assert fingerprint(model) == before
+    model[1]._forward_hooks.clear()
+    expected = model(images)
+    assert cbam.attach(model, "0")[0].cbam.channel.channels == 8
+    assert torch.equal(model(images), expected)
+
+
+def test_a_forward_on_the_instance_is_refused(net):
+    net.stem.forward = lambda x: F.max_pool2d(x[:, :1].expand(-1, 8, -1, -1), 2)
+    with pytest.raises(AttachError, match="stem has a forward put on the instance"):
+        cbam.attach(net, "stem")
+
+
+def test_a_slice_of_a_sequence_with_attention_is_plain(images):  # S22
+    model = nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 1))).eval()
+    part = cbam.attach(model, "0")[0][:2]
+    assert (attached(part), cbam.sites(part)) == ({}, [])
+    expected = part(images)
+    assert torch.equal(cbam.attach(part, "0")(images), expected)
+    assert list(attached(part)) == ["0"]
+    whole = nn.Sequential(model[0][:2])
+    assert torch.equal(pickle.loads(pickle.dumps(cbam.attach(whole, "0")))(images), expected)
+    assert type(cbam.detach(whole)[0]) is nn.Sequential
+
+
 @pytest.mark.parametrize(
     ("where", "words"),
     [
