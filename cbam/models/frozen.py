@@ -15,7 +15,8 @@ def freeze_norm(model: M) -> M:
 
     Statistics and affine parameters become buffers under their old names, and no longer learn. Checkpoints go
     in as before, of either kind. Attached attention keeps its own BatchNorm, whose weights it has to learn.
-    timm's BatchNormAct2d, which has the activation in it, becomes timm's frozen kind and keeps that.
+    timm's BatchNormAct2d, which has the activation in it, becomes timm's frozen kind and keeps that. SyncBatchNorm
+    is taken to be that of images.
 
     Args:
         model: a network, before or after `cbam.attach`, or a detector.
@@ -28,7 +29,7 @@ def freeze_norm(model: M) -> M:
     frozen: dict[nn.Module | None, nn.Module] = {
         norm: _frozen(norm)  # one that stands in two places stays one
         for norm in model.modules()
-        if isinstance(norm, nn.BatchNorm2d) and norm not in learning
+        if isinstance(norm, nn.BatchNorm2d | nn.SyncBatchNorm) and norm not in learning
     }
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
@@ -37,7 +38,7 @@ def freeze_norm(model: M) -> M:
     return model
 
 
-def _frozen(norm: nn.BatchNorm2d) -> nn.Module:
+def _frozen(norm: nn.BatchNorm2d | nn.SyncBatchNorm) -> nn.Module:
     """Exactly what `norm` computes in eval mode; without statistics of its own there is nothing to freeze."""
     if norm.running_mean is None or norm.running_var is None:
         return norm
@@ -49,9 +50,9 @@ def _frozen(norm: nn.BatchNorm2d) -> nn.Module:
     return made
 
 
-def _like(norm: nn.BatchNorm2d) -> nn.Module:
+def _like(norm: nn.BatchNorm2d | nn.SyncBatchNorm) -> nn.Module:
     """A frozen norm of the same kind, width and epsilon."""
-    if type(norm) is nn.BatchNorm2d:
+    if type(norm) in (nn.BatchNorm2d, nn.SyncBatchNorm):
         try:
             from torchvision.ops import FrozenBatchNorm2d
         except ImportError as error:
@@ -65,4 +66,4 @@ def _like(norm: nn.BatchNorm2d) -> nn.Module:
         made.drop, made.act = activated.drop, activated.act
         return made
     kind = f"{type(norm).__module__}.{type(norm).__qualname__}"
-    raise InputError(f"{kind} cannot be frozen: it is a BatchNorm2d of a kind of its own")
+    raise InputError(f"{kind} cannot be frozen: it is a BatchNorm of a kind of its own")

@@ -45,7 +45,7 @@ def attach(
 
     Raises:
         AttachError: nothing matches, attention is there already, or it cannot be put in; nothing is changed.
-        InputError: an unknown `start` or name of an attention.
+        InputError: an unknown `start` or name of an attention, or a `where` that is none.
     """
     made = _attention(attention)
     if start not in ("identity", "paper"):
@@ -122,7 +122,8 @@ def _choose(model: nn.Module, where: str | Callable[[str, nn.Module], bool] | No
             )
             raise AttachError(f"no place for attention in {type(model).__name__} ({reasons}); say where=...")
     else:
-        names = [name for name, module in model.named_modules() if _matcher(where)(name, module)]
+        matches = _matcher(where)
+        names = [name for name, module in model.named_modules() if matches(name, module)]
         chosen = _chosen_by(names, found, model, where)
     if already := [s.name for s in chosen if s.attached]:
         raise AttachError(
@@ -148,13 +149,19 @@ def _chosen_by(names: list[str], found: list[Site], model: nn.Module, where) -> 
             if isinstance(where, str)
             else known[:3]
         )
+        meant = (
+            f"; did you mean attention={where!r}?" if isinstance(where, str) and where in ATTENTION else ""
+        )
         raise AttachError(
             f"where={where!r} matches no whole module name; nearest: {', '.join(near)}; see cbam.sites(model)"
+            f"{meant}"
         )
     return output_sites(model, names)
 
 
 def _matcher(where: str | Callable[[str, nn.Module], bool]) -> Callable[[str, nn.Module], bool]:
+    if isinstance(where, nn.Module) or (isinstance(where, type) and issubclass(where, nn.Module)):
+        raise InputError("a module was given as the second argument, which is where; give attention=...")
     if callable(where):
         return where
     try:

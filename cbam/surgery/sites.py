@@ -3,7 +3,7 @@
 import contextlib
 import copy
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, fx, nn
@@ -56,7 +56,7 @@ class Site:
     default: bool = False
     attached: bool = False
     dims: int = 4
-    route: Route | None = None
+    route: Route | None = field(default=None, repr=False)
 
     def __str__(self) -> str:
         state = "attached" if self.attached else "free" if self.default else "left out"

@@ -5,6 +5,7 @@ docs/dialects.md compares what each code computes, and measures what is claimed 
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,6 @@ from cbam.nn import CBAM
 from cbam.surgery.dialect import NAMES, MisfitError, Target, under
 from cbam.surgery.route import SLOT
 
-_EPS = 1e-5  # of the spatial BatchNorm
 _RESIDUAL = "adds its input to its output, x + CBAM(x), which no gate computes"
 
 
@@ -162,7 +162,10 @@ def _complete(tensors: dict[str, Tensor], slot: str, dialect: Dialect, target: T
 
 def _add_norm(tensors: dict[str, Tensor], norm: str, target: Target) -> None:
     """A BatchNorm that adds the convolution's bias and does nothing else, in eval mode."""
-    values = {"weight": 1, "bias": 0, "running_mean": 0, "running_var": 1 - _EPS}
+    if f"{norm}running_var" not in target.tensors:
+        return
+    eps: Any = target.model.get_submodule(norm.removesuffix(".")).eps
+    values = {"weight": 1, "bias": 0, "running_mean": 0, "running_var": 1 - eps}
     for name, value in values.items():
         if f"{norm}{name}" in target.tensors:
             tensors.setdefault(f"{norm}{name}", torch.full_like(target.tensors[f"{norm}{name}"], value))

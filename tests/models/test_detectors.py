@@ -199,6 +199,14 @@ def test_norms_with_an_activation_in_them_keep_it(name):
     load_weights(build(name, num_classes=3), detach(network).state_dict())
 
 
+def test_synchronised_norms_are_frozen_as_others():
+    plain = build("resnet18", num_classes=3)
+    synchronised = torch.nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(plain))
+    x = torch.rand(1, 3, 32, 32)
+    frozen = [freeze_norm(network).train()(x) for network in (plain, synchronised)]
+    assert torch.equal(*frozen)
+
+
 def test_a_batchnorm_of_an_unknown_kind_is_not_replaced_by_half_of_it():
     class Doubling(torch.nn.BatchNorm2d):
         def forward(self, x):

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, parametrize
 
 import cbam
 from cbam.errors import AttachError, InputError
@@ -226,6 +226,31 @@ def test_parametrised_children_keep_their_parametrisation(net, images):  # S12
     assert torch.equal(net(images), expected)
 
 
+class _Negated(nn.Module):
+    def forward(self, x):
+        return -x
+
+
+def test_a_block_whose_class_was_changed_later_keeps_its_attention(net, images):  # S12
+    net.two.weight = nn.Parameter(torch.ones(1))
+    plain = net(images)
+    open_gates(cbam.attach(net))
+    expected = net(images)
+    parametrize.register_parametrization(net.two, "weight", _Negated())
+    assert list(attached(net)) == BLOCKS
+    assert "two" in [s.name for s in cbam.sites(net) if s.attached]
+    with pytest.raises(TypeError, match="made of a class with attention"):
+        net.two.__reduce_ex__(2)
+    for out in (cbam.detach, lambda m: cbam.bypassed(m).__enter__()):
+        with pytest.raises(
+            AttachError, match="class of two was changed after attaching, to ParametrizedBlock"
+        ):
+            out(net)
+    assert torch.equal(net(images), expected)
+    parametrize.remove_parametrizations(net.two, "weight")
+    assert torch.equal(cbam.detach(net)(images), plain)
+
+
 def test_a_block_used_twice_has_one_attention(net):  # S1
     cbam.attach(net)
     assert list(attached(net)) == BLOCKS
@@ -341,6 +366,14 @@ def test_a_broken_pattern_and_an_unknown_start_are_refused(net):
         cbam.attach(net, "(")
     with pytest.raises(InputError, match='"identity" or "paper", got \'zero\''):
         cbam.attach(net, start="zero")
+
+
+def test_attention_in_the_place_of_where_is_told(net):
+    for attention in (cbam.CBAM, cbam.CBAM(8)):
+        with pytest.raises(InputError, match="the second argument, which is where; give attention="):
+            cbam.attach(net, attention)
+    with pytest.raises(AttachError, match="did you mean attention='eca'"):
+        cbam.attach(net, "eca")
 
 
 def test_networks_without_residual_blocks_say_so():  # S3, S22

@@ -122,6 +122,14 @@ def test_the_names_of_luuuyis_older_version_are_known():
     assert gap(ours, new, image()) < 1e-14
 
 
+def test_a_missing_norm_is_made_for_the_epsilon_that_is_there():
+    """K10"""
+    theirs, ours = drawn(DIALECTS["mmyolo"](256)), cbam.CBAM(256).double().eval()
+    ours.spatial.bn.eps = 1e-3
+    cbam.load_weights(ours, theirs.state_dict())
+    assert gap(ours, theirs, image()) < 1e-14
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_missing_norm_changes_nothing_in_any_dtype(dtype):
     theirs, ours = drawn(DIALECTS["mmyolo"](256)).to(dtype), cbam.CBAM(256).to(dtype).eval()

@@ -661,7 +661,7 @@ def test_looking_for_places_counts_and_draws_nothing():  # S16
     buffer = net[1].steps
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()[2]
     assert [s.why for s in cbam.sites(net)] == ["after norm"]
-    with pytest.raises(AttachError, match="1.pool is not called"):
+    with pytest.raises(AttachError, match="pool is not called"):
         cbam.attach(net, "1.pool")
     assert net[1].steps is buffer
     assert buffer == 0
