@@ -15,8 +15,8 @@ def freeze_norm(model: M) -> M:
 
     Statistics and affine parameters become buffers under their old names, and no longer learn. Checkpoints go
     in as before, of either kind. Attached attention keeps its own BatchNorm, whose weights it has to learn.
-    timm's BatchNormAct2d, which has the activation in it, becomes timm's frozen kind and keeps that. SyncBatchNorm
-    is taken to be that of images.
+    timm's BatchNormAct2d, which has the activation in it, becomes timm's frozen kind and keeps that.
+    SyncBatchNorm is taken to be that of images.
 
     Args:
         model: a network, before or after `cbam.attach`, or a detector.
