@@ -188,7 +188,9 @@ class Bench:
 def static_channels(child: nn.Module) -> Value | None:
     """What a convolution or BatchNorm puts out, by its definition; None for all other modules."""
     layer = child
-    while type(layer).forward is nn.Sequential.forward and "forward" not in vars(layer) and len(layer):
+    while isinstance(layer, nn.Sequential) and len(layer) and type(layer).forward is nn.Sequential.forward:
+        if "forward" in vars(layer):
+            return None
         layer = layer[-1]
     if "forward" in vars(layer) or not _is_of_torch(type(layer).forward):
         return None
