@@ -176,6 +176,11 @@ class BoxedImages(Dataset):
         """Every box as its annotation has it: float64 (N, 4), those of the first picture first."""
         return self._boxes
 
+    @property
+    def scored(self) -> int:
+        """How many objects detections are scored by: all but crowds and difficult ones."""
+        return int((~(self._crowd | self._difficult)).sum())
+
     def count(self, index: int) -> int:
         """How many objects picture `index` has."""
         return int(self._starts[index + 1] - self._starts[index])

@@ -14,7 +14,7 @@ from cbam.data.images import draws
 from cbam.errors import ConfigError, DataError, MissingExtraError
 from cbam.train.distributed import World, world
 from cbam.train.recipe import Recipe
-from cbam.train.task import Task
+from cbam.train.task import Task, percent
 
 if TYPE_CHECKING:
     from cbam.train.keeper import Keeper
@@ -53,7 +53,7 @@ class Detections:
 
     def __str__(self) -> str:
         known = ((name.removeprefix("val_"), value) for name, value in self.scores.items())
-        return ", ".join(f"{name} {'-' if value is None else f'{value:.2f} %'}" for name, value in known)
+        return ", ".join(f"{name} {percent(value)}" for name, value in known)
 
 
 def fit(

@@ -41,6 +41,8 @@ def _boxed(config: Config) -> tuple[BoxedImages, BoxedImages]:
     train, val = boxed_folder(config.data)
     if config.limit:
         train, val = train.subset(config.limit), val.subset(config.limit)
+    if not val.scored:
+        val.notes.append("no validation picture has an object that is scored, so AP stays unknown (-)")
     return train.augmented(config.augment or "none"), val
 
 

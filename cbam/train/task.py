@@ -60,7 +60,12 @@ def told(entry: Mapping[str, Any]) -> str:
     """The metrics of a validation for a reader."""
     if "val_top1" in entry:
         return f"validation loss {entry['val_loss']:.4f}, top-1 error {entry['val_top1']:.2f} %"
-    return f"AP50 {entry['val_ap50']:.2f} %, AP {entry['val_ap']:.2f} %"
+    return f"AP50 {percent(entry['val_ap50'])}, AP {percent(entry['val_ap'])}"
+
+
+def percent(value: float | None) -> str:
+    """A metric in % for a reader; "-" for None, where there was nothing to measure it on."""
+    return "-" if value is None else f"{value:.2f} %"
 
 
 def is_epoch(entry: Mapping[str, Any]) -> bool:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -13,13 +14,14 @@ import torch
 from torch import nn
 
 import cbam
-from cbam.data import loader
+from cbam.data import boxed_folder, loader
 from cbam.errors import CheckpointError, ConfigError, DataError, NonFiniteError
 from cbam.models import build
 from cbam.surgery import attached
 from cbam.train import Config, Recipe, checkpoint, evaluate_detector, fit, run, score
 from cbam.train.detector import begin_with, make_detector
-from cbam.train.material import network
+from cbam.train.keeper import Keeper
+from cbam.train.material import network, pictures
 from cbam.train.recipes import recipe
 
 RECIPE = Recipe(epochs=1, batch_size=4, lr=0.02)
@@ -159,6 +161,27 @@ def test_boxes_that_are_nan_are_not_scored(shapes, detector):
     # D27
     with pytest.raises(NonFiniteError, match="not finite"):
         evaluate_detector(Poisoned(detector()), shapes[1], device="cpu")
+
+
+@pytest.mark.parametrize("left", ["difficult ones", "nothing"])
+def test_validation_pictures_with_nothing_to_find_are_told_and_the_run_goes_on(
+    make_shapes, detector, tmp_path, left
+):
+    # D31
+    root, said = make_shapes(tmp_path / "voc", train=4, test=2), []
+    for path in (root / "Annotations").glob("b*.xml"):
+        text = path.read_text()
+        difficult = text.replace("<object>", "<object><difficult>1</difficult>")
+        path.write_text(difficult if left == "difficult ones" else re.sub("<object>.*</object>", "", text))
+    train, val = pictures(Config("detect/short", augment="flip", data=str(root)))
+    assert "no validation picture has an object that is scored, so AP stays unknown (-)" in val.notes
+    for epochs in (1, 2):
+        found = checkpoint.newest(tmp_path, print)
+        keeper = Keeper(tmp_path, {}, state=found and found[1], say=said.append)
+        how = dataclasses.replace(RECIPE, epochs=epochs)
+        fit(detector(), train, val, how, seed=0, device="cpu", keeper=keeper)
+    assert len(said) == 3  # the first epoch is scored again when the run goes on
+    assert all("AP50 -, AP -" in line for line in said)
 
 
 SMALL = {
@@ -339,8 +362,6 @@ def test_a_file_that_is_neither_is_refused(tmp_path):
 @pytest.mark.large
 def test_a_small_faster_rcnn_with_cbam_finds_shapes(make_shapes, detector, tmp_path):
     """Half a minute of one core; the test pictures are others than those it learns from."""
-    from cbam.data import boxed_folder
-
     train, val = boxed_folder(make_shapes(tmp_path / "voc", train=320, test=40))
     how = Recipe(epochs=16, batch_size=8, optimizer="adamw", lr=0.006, weight_decay=1e-3, warmup_epochs=1)
     history = fit(detector(16), train.augmented("flip"), val, how, seed=0, device="cpu")
