@@ -132,7 +132,7 @@ def _run_of(file: Path) -> dict[str, Any] | None:
     """What a checkpoint of `cbam train`, or the newest of a folder, holds; None for another file."""
     if not file.exists():
         raise CheckpointNotFoundError(f"{file}: no such file")
-    return ours(file) if file.is_dir() or checkpoint.step_of(file) >= 0 else None
+    return ours(file) if file.is_dir() or checkpoint.is_ours(file) else None
 
 
 def _load(

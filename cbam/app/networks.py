@@ -83,7 +83,7 @@ def _load(
     """What it is in words, the network, and how pictures come to it: the fields of a `Viewer`."""
     if not file.exists():
         raise CheckpointNotFoundError(f"{file}: no such file")
-    if file.is_dir() or checkpoint.step_of(file) >= 0:
+    if file.is_dir() or checkpoint.is_ours(file):
         found = source(str(file), None, None)
         if not (known := names or list(found.card.classes)):
             raise ConfigError(

@@ -76,7 +76,7 @@ def source(named: str, model: str | None, outputs: int | None) -> Source:
             raise ConfigError(f"{named}: no such file, and --model goes with one")
         net = build(named, num_classes=outputs or _OUTPUTS)
         return Source(net, f"{named}, untrained weights", named, hub.Card())
-    if path.is_dir() or checkpoint.step_of(path) >= 0:
+    if path.is_dir() or checkpoint.is_ours(path):
         if model is not None or outputs is not None:
             raise ConfigError(f"{named} says what network it is: leave --model and --num-classes out")
         return _published(path) if hub.is_published(path) else _run(path)

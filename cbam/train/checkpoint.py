@@ -149,6 +149,18 @@ def step_of(path: Path) -> int:
     return int(match[1]) if match else -1
 
 
+def is_ours(path: Path) -> bool:
+    """Whether a file is a checkpoint of a run, also under another name; a cut-off one is told by its name."""
+    if step_of(path) >= 0:
+        return True
+    try:
+        with path.open("rb") as file:
+            file.seek(-_COMMENT, os.SEEK_END)
+            return file.read(len(_MARK)) == _MARK
+    except OSError:  # shorter than that, or what reads it says why it cannot be read
+        return False
+
+
 def newest(folder: Path, say: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
     """The newest valid checkpoint of a folder and what it holds, or None where there are no checkpoints.
 

@@ -107,7 +107,7 @@ def weights_at(path: str) -> str | dict[str, Tensor]:
     where = Path(path)
     if hub.is_published(where):
         return str(where / WEIGHTS)
-    if where.is_dir() or checkpoint.step_of(where) >= 0:
+    if where.is_dir() or checkpoint.is_ours(where):
         return average_of(ours(where))
     return path
 
@@ -123,7 +123,7 @@ def network_at(path: str) -> str:
     where = Path(path)
     if hub.is_published(where):
         return read_config(where / CONFIG)[0].name
-    if where.is_dir() or checkpoint.step_of(where) >= 0:
+    if where.is_dir() or checkpoint.is_ours(where):
         return began_with(ours(where)).model
     return ""
 

@@ -62,7 +62,7 @@ def score(
     pick_device(device)
     if hub.is_published(path):
         net, val, told = _published(path, data, model, size, held_out)
-    elif path.is_dir() or checkpoint.step_of(path) >= 0:
+    elif path.is_dir() or checkpoint.is_ours(path):
         net, val, told = _trained(path, data, model, size, held_out)
     else:
         net, val, told = _weights(path, data, model, size, held_out)

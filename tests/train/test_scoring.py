@@ -10,10 +10,14 @@ from PIL import Image
 
 import cbam
 from cbam.app import cli
+from cbam.app.detecting import detectors
+from cbam.app.networks import viewer
+from cbam.app.source import source
 from cbam.data.decode import decode
 from cbam.data.pictures import centre
 from cbam.errors import ConfigError
-from cbam.train import material, run, score
+from cbam.train import checkpoint, material, run, score
+from cbam.train.average import average_of
 from cbam.train.recipes import Config
 from cbam.train.watch import Silent
 
@@ -144,3 +148,22 @@ def test_pictures_come_to_a_published_network_as_its_card_says(own, tmp_path):
         assert torch.allclose(found[0], wanted, atol=1e-6)
     _, val = material.pictures(Config("folder", data=str(own[1]), size=32))
     assert val.resized == 37
+
+
+def test_a_checkpoint_under_another_name_is_that_of_its_run(own, tmp_path):
+    """Of its average, on what was held out, wherever a checkpoint is taken."""
+    # K17
+    _, pictures = own
+    run("folder", {**SETTINGS, "data": str(pictures), "ema": 0.5}, tmp_path / "run", Silent())
+    made = checkpoint.checkpoints(tmp_path / "run")[0]
+    best = shutil.copy(made, tmp_path / "best.ckpt")
+    assert told(best) == told(made)
+    assert score(best, device="cpu")[0].loss == score(made, device="cpu")[0].loss
+    average = average_of(checkpoint.load(made))
+    weights = material.weights_at(str(best))
+    assert all(torch.equal(weights[name], tensor) for name, tensor in average.items())
+    assert material.network_at(str(best)) == "resnet_tiny"
+    assert source(str(best), None, None).card.classes == ("bright", "dark")
+    assert viewer(None, str(best), [], None, None).classes == ["bright", "dark"]
+    with pytest.raises(ConfigError, match="holds a classifier"):
+        detectors(None, str(best), [], None, None)
