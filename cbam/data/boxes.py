@@ -176,6 +176,10 @@ class BoxedImages(Dataset):
         """Every box as its annotation has it: float64 (N, 4), those of the first picture first."""
         return self._boxes
 
+    def inner_name(self, index: int) -> str:
+        """The file of a picture, wherever the set lies."""
+        return self.pictures[index].name
+
     @property
     def scored(self) -> int:
         """How many objects detections are scored by: all but crowds and difficult ones."""

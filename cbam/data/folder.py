@@ -83,6 +83,9 @@ class _Files:
         self.targets = [label for label, paths in enumerate(classes.values()) for _ in paths]
         self.notes: list[str] = []
         self._paths = _Paths([path for paths in classes.values() for path in paths])
+        # The folder of the classes, which are two or more, as the paths begin: commonpath would tidy it.
+        first = [paths[0] for paths in classes.values()]
+        self._root = os.path.commonprefix(first).rpartition(os.sep)[0]  # noqa: RUF071
         self._split = split
 
     def read(self, index: int) -> bytes:
@@ -90,6 +93,9 @@ class _Files:
 
     def name(self, index: int) -> str:
         return shown(self._paths[index])
+
+    def inner_name(self, index: int) -> str:
+        return self._paths[index][len(self._root) + 1 :]
 
     def faults(self) -> Iterator[tuple[int, str]]:
         """Those whose first bytes show that they are no pictures."""

@@ -89,6 +89,10 @@ class Images(Dataset):
         """The picture, uint8 (3, S, S), and its box."""
         raise NotImplementedError
 
+    def inner_name(self, index: int) -> str:
+        """The path of a sample's file inside the set, wherever that lies; "" where there are no files."""
+        return ""
+
     def whole(self, index: int) -> Tensor:
         """The middle square of a picture, brought to uint8 (3, S, S) without any random choice."""
         raise DataError(f"{self.name} makes its pictures anew in every epoch, so none can be kept")
@@ -138,6 +142,9 @@ class _Subset(Images):
 
     def sample(self, epoch: int, index: int) -> tuple[Tensor, Sequence[float]]:
         return self._images.sample(epoch, self._indices[index])
+
+    def inner_name(self, index: int) -> str:
+        return self._images.inner_name(self._indices[index])
 
     def whole(self, index: int) -> Tensor:
         return self._images.whole(self._indices[index])

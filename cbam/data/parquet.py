@@ -134,6 +134,9 @@ class _Rows:
     def name(self, index: int) -> str:
         return f"{self._where} row {index}"
 
+    def inner_name(self, index: int) -> str:
+        return ""  # rows have none
+
     def faults(self) -> Iterator[tuple[int, str]]:
         for index in range(0, len(self.targets), -(-len(self.targets) // PEEKS)):
             fault = not_an_image(self.read(index)[:16])

@@ -35,6 +35,10 @@ class Source(Protocol):
         """What to call it in messages, printable."""
         ...
 
+    def inner_name(self, index: int) -> str:
+        """As `Images.inner_name`."""
+        ...
+
     def faults(self) -> Iterator[tuple[int, str]]:
         """Index and reason of those that are seen at once to be no pictures."""
         ...
@@ -48,6 +52,9 @@ class _Pictures(Images):
             raise MissingExtraError.of("reading pictures", "vision") from error
         super().__init__(name, source.classes, source.targets, size=size, notes=notes)
         self._source, self._exif = source, exif
+
+    def inner_name(self, index: int) -> str:
+        return self._source.inner_name(index)
 
     def _where(self, index: int) -> str:
         return f"{self._source.name(index)} (class {self.classes[self.targets[index]]}, index {index})"

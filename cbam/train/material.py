@@ -1,5 +1,7 @@
 """What a run's settings name: its pictures, its network, its checkpoint."""
 
+import hashlib
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,19 @@ def pictures(config: Config) -> tuple[Images, Images] | tuple[BoxedImages, Boxed
         train, val = (images.subset(min(config.limit, len(images))) for images in sets)
         return train, val
     return sets
+
+
+def about(train: Images | BoxedImages, val: Images | BoxedImages) -> dict[str, Any]:
+    """What tells one data set from another, wherever it lies."""
+    digest = hashlib.sha256()
+    for images in (train, val):
+        digest.update(b"\n")
+        for index in range(len(images)):
+            digest.update(os.fsencode(images.inner_name(index)) + b"\0")
+    return {
+        "classes": train.classes, "training": len(train), "validation": len(val), "size": train.size,
+        "names": digest.hexdigest(),
+    }  # fmt: skip
 
 
 def _boxed(config: Config) -> tuple[BoxedImages, BoxedImages]:

@@ -10,7 +10,7 @@ import torch
 
 from cbam.data import BoxedImages, Images
 from cbam.errors import ConfigError
-from cbam.train import checkpoint
+from cbam.train import checkpoint, material
 from cbam.train.distributed import World, world
 from cbam.train.fitting import fit, lightning, pick_device
 from cbam.train.folder import write_config
@@ -71,11 +71,10 @@ def run(
         train, val = pictures(config)
         if not config.detects:
             config = dataclasses.replace(config, size=train.size if config.data else None)
-        about = {"config": dataclasses.asdict(config), "data": _about(train, val), "versions": versions()}
-        if state is not None and state.get("data") != about["data"]:
-            raise ConfigError(
-                f"the pictures are not those of the run: {_difference(state['data'], about['data'])}"
-            )
+        data = material.about(train, val)
+        about = {"config": dataclasses.asdict(config), "data": data, "versions": versions()}
+        if state is not None and (told := _difference(state["data"], data)):
+            raise ConfigError(f"the pictures are not those of the run: {told}")
         model = network(config, len(train.classes), loaded=state is not None, say=watch.say)
         with lightning():
             from cbam.train.keeper import Keeper
@@ -193,16 +192,13 @@ def _places(given: dict[str, Any]) -> dict[str, int]:
     return found
 
 
-def _about(train: _Set, val: _Set) -> dict[str, Any]:
-    """What tells one data set from another, wherever it lies."""
-    return {"classes": train.classes, "training": len(train), "validation": len(val), "size": train.size}
-
-
 def _difference(before: dict, now: dict) -> str:
+    """In words; older checkpoints do not know the names."""
+    other = [name for name in now if name in before and before[name] != now[name]]
+    if other == ["names"]:
+        return "as many, but some have other names"
     return "; ".join(
-        f"{name} {str(before[name])[:80]} -> {str(now[name])[:80]}"
-        for name in now
-        if before[name] != now[name]
+        f"{name} {str(before[name])[:80]} -> {str(now[name])[:80]}" for name in other if name != "names"
     )
 
 

@@ -17,7 +17,7 @@ from cbam.surgery import load_weights
 from cbam.train import checkpoint
 from cbam.train.average import average_of
 from cbam.train.fitting import Detections, Evaluation, evaluate, evaluate_detector, pick_device
-from cbam.train.material import began_with, network, ours, pictures
+from cbam.train.material import about, began_with, network, ours, pictures
 from cbam.train.recipes import Config
 
 _Set = Images | BoxedImages
@@ -170,8 +170,9 @@ def _is_of_run(config: Config, began: Config, data: dict[str, Any]) -> bool:
 
 def _same(data: dict[str, Any], train: _Set, val: _Set) -> bool:
     """Whether a data set is what a run began with, as far as its checkpoint says."""
-    found = {"classes": list(train.classes), "training": len(train), "validation": len(val)}
-    return all(data[name] == value for name, value in found.items())
+    found = about(train, val)
+    del found["size"]  # it may be scored in another one
+    return all(data[name] == value for name, value in found.items() if name in data)
 
 
 def _check_classes(val: _Set, classes, of: str) -> None:

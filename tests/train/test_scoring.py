@@ -112,6 +112,26 @@ def test_a_runs_own_folder_with_a_picture_more_or_less_is_refused(trained, tmp_p
     assert "on 4 of the 20" in told(tmp_path / "run")
 
 
+def test_a_runs_own_folder_with_a_picture_replaced_is_refused(trained, tmp_path):
+    # D19: as many pictures of the same classes, but another fifth is held out
+    shutil.copytree(trained / "mine", tmp_path / "mine")
+    run("folder", {**SETTINGS, "data": str(tmp_path / "mine")}, tmp_path / "run", Silent())
+    for name in ("bright", "dark"):
+        (tmp_path / "mine" / name / "00.png").rename(tmp_path / "mine" / name / "99.png")
+    with pytest.raises(ConfigError, match="which were held out is no longer known"):
+        told(tmp_path / "run")
+    with pytest.raises(ConfigError, match="not those of the run: as many, but some have other names"):
+        run("folder", {}, tmp_path / "run", Silent(), resume="auto")
+    moved = (tmp_path / "mine").rename(tmp_path / "moved")
+    assert "on all 20" in told(tmp_path / "run", data=str(moved))
+    found = checkpoint.checkpoints(tmp_path / "run")[0]
+    state = checkpoint.load(found)
+    del state["data"]["names"], state["schema"]  # of an earlier cbam, which counted alone
+    checkpoint.save(tmp_path / "run", state["step"], state)
+    assert "on 4 of the 20" in told(tmp_path / "run", data=str(moved))
+    run("folder", {"data": str(moved)}, tmp_path / "run", Silent(), resume="auto")
+
+
 def test_a_weights_file_does_not_know_and_is_told(own, tmp_path):
     torch.save(cbam.build("resnet_tiny", num_classes=2).state_dict(), tmp_path / "w.pth")
     how = {"model": "resnet_tiny", "data": str(own[1])}
