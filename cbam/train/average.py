@@ -38,10 +38,16 @@ class Average:
     @torch.no_grad()
     def swap(self) -> None:
         """Exchange the weights of the network and the average."""
-        for name, tensor in self._followed().items():
+        shared: dict[int, list[str]] = {}  # the names of each tensor: modules may share one
+        live = self._followed()
+        for name, tensor in live.items():
+            shared.setdefault(id(tensor), []).append(name)
+        for names in shared.values():
+            tensor = live[names[0]]
             kept = tensor.detach().clone()
-            tensor.copy_(self.tensors[name])
-            self.tensors[name].copy_(kept)
+            tensor.copy_(self.tensors[names[0]])
+            for name in names:
+                self.tensors[name].copy_(kept)
 
     def _followed(self) -> dict[str, Tensor]:
         """The network's tensors, once the average went to where they are."""
