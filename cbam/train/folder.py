@@ -2,6 +2,8 @@
 
 config.json    the settings as they came into effect
 metrics.jsonl  a line every few steps, and one per epoch
+epochs.csv     a row per epoch, see loggers.py
+nonfinite.json the pictures of a step whose loss is not finite
 step-*.ckpt    checkpoints, see checkpoint.py; last.json names the newest
 lock           who is running here, see lock.py
 """
@@ -13,17 +15,55 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from cbam.errors import ConfigError
 from cbam.files import sync_folder
-from cbam.train.checkpoint import write
+from cbam.train.checkpoint import LAST, checkpoints, write
 from cbam.train.fault import fault
+from cbam.train.recipes import RECIPES
 from cbam.train.task import is_epoch
 
-CONFIG, METRICS = "config.json", "metrics.jsonl"
+CONFIG, METRICS, TABLE, NONFINITE, LOCK = (
+    "config.json", "metrics.jsonl", "epochs.csv", "nonfinite.json", "lock"
+)  # fmt: skip
+WRITTEN = ("step-*.ckpt", LAST, CONFIG, METRICS, TABLE, NONFINITE, LOCK)
 
 
 def write_config(folder: Path, config: dict[str, Any]) -> None:
     """Write the settings in effect as JSON, which is YAML too: `--config` reads it."""
     write(folder / CONFIG, (json.dumps(config, indent=1) + "\n").encode())
+
+
+def check_free(folder: Path) -> None:
+    """Refuse to begin a run where the files of something else would be overwritten.
+
+    A run that died before its first checkpoint is no obstacle.
+
+    Raises:
+        ConfigError: there is something else.
+    """
+    if checkpoints(folder) or _is_of_run(folder / CONFIG):
+        return
+    if there := [name for name in (CONFIG, METRICS, TABLE) if (folder / name).exists()]:
+        raise ConfigError(
+            f"{folder} holds {', '.join(there)} of something else than a run, which a run would overwrite: "
+            "give another --out"
+        )
+
+
+def _is_of_run(config: Path) -> bool:
+    try:
+        settings = json.loads(config.read_text("utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(settings, dict) and settings.get("recipe") in [*RECIPES]
+
+
+def clean(folder: Path) -> None:
+    """Delete what a killed run had begun to write, and nothing of anybody else."""
+    for name in WRITTEN:
+        for part in folder.glob(f".{name}.part"):
+            if not part.is_dir():
+                part.unlink(missing_ok=True)
 
 
 def epochs(folder: Path) -> list[dict[str, Any]]:

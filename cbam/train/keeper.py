@@ -20,7 +20,7 @@ from cbam.errors import CheckpointError, DataError, OutputError, StoppedError
 from cbam.train import checkpoint
 from cbam.train.distributed import world
 from cbam.train.fault import fault
-from cbam.train.folder import Metrics
+from cbam.train.folder import NONFINITE, Metrics
 from cbam.train.guard import rng, set_rng
 from cbam.train.lock import check_lock
 from cbam.train.loggers import Loggers
@@ -29,7 +29,6 @@ from cbam.train.task import told
 
 PATIENCE = 3  # saves that may fail one after the other
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-NONFINITE = "nonfinite.json"  # the pictures of a step whose loss is not finite
 
 _Stop = tuple[str, int]  # what stops a run, and the exit code
 LIMIT: _Stop = ("the time limit", 75)

@@ -17,8 +17,8 @@ from typing import Any
 
 from cbam.errors import ConfigError, OutputError
 from cbam.train.checkpoint import write
+from cbam.train.folder import LOCK, clean
 
-LOCK = "lock"
 BEAT = 10.0  # seconds between two signs of life
 SILENCE = 60.0  # seconds without one after which a run of another machine is dead
 
@@ -36,8 +36,7 @@ def locked(folder: Path, say: Callable[[str], None] = lambda line: None) -> Iter
         with _alone(folder):
             _refuse_second(folder, say)
             write(folder / LOCK, json.dumps(me).encode())  # a full or read-only disk shows here
-        for part in folder.glob(".*.part"):
-            part.unlink(missing_ok=True)
+        clean(folder)
     except OSError as error:
         if isinstance(error, OutputError):
             raise

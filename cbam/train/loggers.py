@@ -12,10 +12,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from cbam.train.checkpoint import write
-from cbam.train.folder import epochs
+from cbam.train.folder import TABLE, epochs
 from cbam.train.task import is_epoch
-
-TABLE = "epochs.csv"
 
 
 class _Logger(Protocol):

@@ -13,7 +13,7 @@ from cbam.errors import ConfigError
 from cbam.train import checkpoint, material
 from cbam.train.distributed import World, world
 from cbam.train.fitting import fit, lightning, pick_device
-from cbam.train.folder import write_config
+from cbam.train.folder import check_free, write_config
 from cbam.train.lock import is_mine, locked
 from cbam.train.loggers import Line, Loggers
 from cbam.train.material import began_with, network, ours, pictures
@@ -104,6 +104,7 @@ def _begin(stack: contextlib.ExitStack, folder: Path, config: dict[str, Any], wa
         _lock(stack, folder, watch)
         if checkpoint.checkpoints(folder):
             raise ConfigError(f"{folder} holds a run that began meanwhile: give another --out")
+        check_free(folder)
     write_config(folder, config)
 
 
@@ -122,6 +123,7 @@ def _loggers(config: Config, folder: Path, watch: Watch) -> Loggers:
 
 def _state(folder: Path, resume: str | None, say: Callable[[str], None]) -> dict[str, Any] | None:
     """The checkpoint to go on from."""
+    check_free(folder)
     there = checkpoint.checkpoints(folder)
     if resume is None:
         if there:

@@ -125,3 +125,15 @@ def test_a_folder_that_cannot_be_written_is_told_before_any_work(folder, tmp_pat
     with pytest.raises(OutputError, match="cannot write to") as caught, locked(Path(folder)):
         pass
     assert caught.value.exit_code == 7
+
+
+def test_only_the_pieces_of_a_run_are_cleaned(tmp_path):
+    # K14: a killed export leaves a folder
+    (tmp_path / ".model.onnx.1a2b.part").mkdir()
+    (tmp_path / ".last.json.part").mkdir()
+    (tmp_path / ".big.iso.part").write_text("half of somebody's download")
+    (tmp_path / ".metrics.jsonl.part").write_text("half")
+    with locked(tmp_path):
+        assert not (tmp_path / ".metrics.jsonl.part").exists()
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {".model.onnx.1a2b.part", ".last.json.part", ".big.iso.part"}

@@ -116,6 +116,41 @@ def test_of_two_runs_that_begin_at_once_in_a_new_folder_one_is_refused(tmp_path,
     assert [path.name for path in folder.iterdir()] == [left]
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        (CONFIG, '{"model_type": "bert"}'),
+        (CONFIG, "["),
+        (METRICS, '{"loss": 1}\n'),
+        ("epochs.csv", "epoch\n"),
+    ],
+)
+def test_files_that_are_not_a_runs_are_not_overwritten(tmp_path, monkeypatch, name, text):
+    # C7, K18
+    (tmp_path / name).write_text(text)
+    for resume in (None, "auto"):
+        with pytest.raises(ConfigError, match=f"holds {name} of something else than a run.*another --out"):
+            digits(tmp_path, resume=resume, **(SMALL if resume else {}))
+    folder, read = tmp_path / "run", runs.pictures
+
+    def slow(config):
+        shutil.copytree(tmp_path, folder)
+        return read(config)
+
+    monkeypatch.setattr(runs, "pictures", slow)
+    with pytest.raises(ConfigError, match="something else than a run"):
+        digits(folder)
+    assert [(path.name, path.read_text()) for path in folder.iterdir()] == [(name, text)]
+
+
+def test_a_run_that_died_before_its_first_checkpoint_begins_anew(tmp_path):
+    # R1
+    for name, text in ((CONFIG, '{"recipe": "digits"}'), (METRICS, '{"epoch": 0, "step": 1, "loss": 2}\n')):
+        (tmp_path / name).write_text(text)
+    digits(tmp_path, epochs=1)
+    assert len((tmp_path / METRICS).read_text().splitlines()) == 4
+
+
 def test_resume_auto_begins_where_there_is_nothing_and_says_so(tmp_path):
     # K19
     watch = Watch()
