@@ -212,7 +212,9 @@ class Keeper(pl.Callback):
             if self._here.is_first:
                 self._name_pictures(exception)
             self._save_last(trainer)
-        elif isinstance(exception, DataError) and self._here.size == 1 and self._between and self._is_new():
+        elif isinstance(exception, DataError) and self._here.size == 1 and self._is_new():
+            if not self._between:  # it came for a later part of a step
+                self._steps.undo_parts()
             self._save_last(trainer)
 
     def _is_new(self) -> bool:

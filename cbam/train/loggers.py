@@ -70,8 +70,9 @@ class Line:
             return
         self._last = time.monotonic()
         rate, waited = metrics["images_per_second"], metrics["wait_share"]
+        loss = f"loss {metrics['loss']:.4f}" if "loss" in metrics else "skipped"
         self._now(
-            f"epoch {metrics['epoch']:.0f} of {self._epochs}, step {step}: loss {metrics['loss']:.4f}, "
+            f"epoch {metrics['epoch']:.0f} of {self._epochs}, step {step}: {loss}, "
             f"{rate:.0f} images/s, {100 * waited:.0f} % of the time waiting for them"
         )
 

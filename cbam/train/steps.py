@@ -133,9 +133,9 @@ class Steps(pl.LightningModule):
         return self.offset + step, part
 
     @property
-    def step_loss(self) -> float:
-        """The mean loss of the step that was taken last."""
-        return self._step_sums[0] / max(1, self._step_sums[2])
+    def step_loss(self) -> float | None:
+        """The mean loss of the last step; None where it was skipped."""
+        return None if self._skip else self._step_sums[0] / max(1, self._step_sums[2])
 
     def rates(self) -> dict[str, float]:
         """Pictures per second, of all processes, and the share of it waited for them, since last asked."""
@@ -156,7 +156,7 @@ class Steps(pl.LightningModule):
         now = time.perf_counter()
         self._waited += now - self._ended
         if self.place(batch_idx)[1] == 0:
-            self._step_began, self._step_sums = now, [0.0, 0.0, 0.0]
+            self._step_began, self._step_sums, self._skip = now, [0.0, 0.0, 0.0], False
             self._before.remember()
 
     def training_step(self, batch, batch_idx: int) -> Tensor:
@@ -183,8 +183,6 @@ class Steps(pl.LightningModule):
         self._step_sums = [a + b for a, b in zip(self._step_sums, agreed[:3], strict=True)]
         if agreed[3]:
             self._refuse(value, bad)
-        else:
-            self._sums += torch.tensor(agreed[:3], dtype=torch.float64)
         self._images += agreed[2]
         if world().size > 1:
             self._name_unused()
@@ -224,9 +222,15 @@ class Steps(pl.LightningModule):
 
     def optimizer_step(self, *arguments, **named) -> None:
         super().optimizer_step(*arguments, **named)
-        if self.average is not None and not self._skip:
+        if self._skip:
+            return
+        self._sums += torch.tensor(self._step_sums, dtype=torch.float64)
+        if self.average is not None:
             self.average.update()
-        self._skip = False
+
+    def undo_parts(self) -> None:
+        """Put back what the parts of an unfinished step changed; it is not counted before its end."""
+        self._before.restore()
 
     def on_train_batch_end(self, outputs, batch, batch_idx: int) -> None:
         self._ended = time.perf_counter()

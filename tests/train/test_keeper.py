@@ -13,12 +13,14 @@ import torch
 from torch import nn
 
 from cbam.data import Images
-from cbam.errors import CheckpointError, NonFiniteError, OutputError, StoppedError
+from cbam.errors import CheckpointError, DataError, NonFiniteError, OutputError, StoppedError
 from cbam.train import Recipe, checkpoint, fit
 from cbam.train.folder import METRICS
 from cbam.train.keeper import NONFINITE, Keeper
+from cbam.train.loggers import Line, Loggers
 
 RECIPE = Recipe(epochs=2, batch_size=4)  # 3 steps per epoch
+PARTS = dataclasses.replace(RECIPE, accumulate=2)
 
 
 class Colours(Images):
@@ -84,6 +86,14 @@ def calm(tmp_path_factory):
     """The folder of a run that nothing happened to."""
     folder = tmp_path_factory.mktemp("calm")
     train(folder)
+    return folder
+
+
+@pytest.fixture
+def calm_parts(tmp_path_factory):
+    """The same with each step in two parts."""
+    folder = tmp_path_factory.mktemp("calm_parts")
+    train(folder, recipe=PARTS)
     return folder
 
 
@@ -212,6 +222,37 @@ def test_a_step_whose_loss_is_not_finite_can_be_skipped_and_leaves_no_trace(tmp_
     found = checkpoint.newest(tmp_path, print)
     assert found is not None
     assert all(tensor.isfinite().all() for tensor in found[1]["model"].values())
+
+
+def test_a_step_that_is_skipped_has_no_loss_and_the_line_of_progress_says_so(tmp_path):
+    # R10
+    said: list[str] = []
+    loggers = Loggers((), tmp_path, {}, said.append)
+    loggers.put("progress", Line(said.append, 2, every=0.0))
+    train(tmp_path, nan_at(2), recipe=dataclasses.replace(RECIPE, nonfinite="skip"), loggers=loggers)
+    lines = [json.loads(line) for line in (tmp_path / METRICS).read_text().splitlines()]
+    assert [line["loss"] is None for line in lines if "loss" in line] == [False, True, *[False] * 4]
+    assert [": skipped, " in line for line in said] == [False, True, *[False] * 4]
+
+
+def test_a_bad_part_of_a_step_loses_no_step_and_counts_no_picture_twice(tmp_path, calm_parts):
+    # D15, R10
+    class Torn(Colours):
+        def sample(self, epoch, index):
+            if len(self.asked) == 10:  # in the second part of the third step
+                raise DataError("torn")
+            return super().sample(epoch, index)
+
+    for name, how in (("torn", {"images": Torn(12)}), ("nan", {"model": nan_at(6)})):
+        folder = tmp_path / name
+        folder.mkdir()
+        with pytest.raises((DataError, NonFiniteError), match=r"torn|loss is nan in epoch 0, step 2"):
+            train(folder, recipe=PARTS, save_every=None, **how)
+        found = checkpoint.newest(folder, print)
+        assert found is not None
+        assert (found[1]["step"], found[1]["seen"]["sums"][2]) == (2, 8)
+        train(folder, recipe=PARTS)
+        assert bits(folder) == bits(calm_parts)
 
 
 def test_more_than_ten_steps_in_a_row_are_not_skipped(tmp_path):
