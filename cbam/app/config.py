@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import re
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,7 @@ def _pairs(root, path: str) -> list:
     return root.value
 
 
+_EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")  # 2e-05, as JSON has it: to YAML 1.1 a text
 _TAGS = {"int": int, "float": float, "str": str, "bool": lambda text: text.lower() in ("true", "yes", "on")}
 
 
@@ -99,6 +101,8 @@ def _fitting(node, field: dataclasses.Field) -> tuple[Any, str]:
         return None, ""
     allowed = _allowed(field)
     if kind == "int" and "float" in allowed:
+        kind = "float"
+    if kind == "str" and node.style is None and "float" in allowed and _EXPONENT.fullmatch(node.value):
         kind = "float"
     if "str" in allowed and kind in ("int", "float", "bool", "timestamp"):
         kind = "str"  # a folder may be called 2024

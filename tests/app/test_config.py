@@ -1,10 +1,14 @@
 """Settings from YAML: what is taken, and what is refused (rows C2 to C4)."""
 
+import dataclasses
+
 import pytest
 
 from cbam.app.config import read_config
 from cbam.errors import ConfigError
 from cbam.studies.settings import Settings
+from cbam.train.folder import write_config
+from cbam.train.recipes import RECIPES, Config
 
 
 @pytest.fixture
@@ -41,6 +45,19 @@ def test_names_that_look_like_numbers_stay_names(read):
         "model": "1e3",
         "attention": ("se",),
     }
+
+
+def test_numbers_with_an_exponent_are_numbers(read):
+    found = read("lr: 1e-3\nseeds: 1\n")
+    assert found["lr"] == 0.001
+    with pytest.raises(ConfigError, match=r"lr must be a number, got '1e-3'"):
+        read("lr: '1e-3'")
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_settings_that_a_run_wrote_are_read_as_they_were(name, tmp_path):
+    write_config(tmp_path, dataclasses.asdict(RECIPES[name]()))
+    assert Config(**read_config(str(tmp_path / "config.json"), Config)) == RECIPES[name]()
 
 
 def test_a_misspelt_key_is_told_with_its_line_and_the_nearest(read):
