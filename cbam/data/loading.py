@@ -123,10 +123,6 @@ class Batches(Sampler[list[_Key]]):
         """Steps that an iteration has from here: fewer in an epoch that is resumed."""
         return -(-len(self.sampler) // self.size) - self._leaves_one
 
-    def samples(self, step: int) -> int:
-        """Samples in a step of a whole epoch, those of all processes."""
-        return min(self.size, self.sampler.length - step * self.size)
-
     def __len__(self) -> int:
         return self.steps() * (self.shard.accumulate if self.sampler.shuffle else 1)
 
