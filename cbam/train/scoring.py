@@ -11,7 +11,7 @@ from cbam.data import BoxedImages, Images
 from cbam.data.digits import NAME
 from cbam.data.parquet import unsplit_set
 from cbam.data.pictures import Validation
-from cbam.errors import CheckpointNotFoundError, ConfigError, OtherClassesError
+from cbam.errors import CheckpointNotFoundError, ConfigError, DataError, OtherClassesError
 from cbam.models.detectors import DETECTORS
 from cbam.surgery import load_weights
 from cbam.train import checkpoint
@@ -165,7 +165,10 @@ def _is_of_run(config: Config, began: Config, data: dict[str, Any]) -> bool:
     here, there = Path(config.data), Path(began.data)
     if there.exists():
         return here.exists() and here.samefile(there)
-    return _same(data, *pictures(config))
+    try:
+        return _same(data, *pictures(config))
+    except DataError:  # they cannot be trained on, with one picture in a class for example
+        return False
 
 
 def _same(data: dict[str, Any], train: _Set, val: _Set) -> bool:

@@ -67,6 +67,13 @@ def test_one_picture_of_a_class_is_enough_to_be_scored(own, tmp_path):
     assert "all 2 pictures" in told(own[0], data=str(classes_in(tmp_path / "val", 1)))
 
 
+def test_one_picture_of_a_class_is_enough_where_the_runs_own_are_gone(trained, tmp_path):
+    shutil.copytree(trained / "mine", tmp_path / "mine")
+    run("folder", {**SETTINGS, "data": str(tmp_path / "mine")}, tmp_path / "run", Silent())
+    shutil.rmtree(tmp_path / "mine")
+    assert "all 2 pictures" in told(tmp_path / "run", data=str(classes_in(tmp_path / "val", 1)))
+
+
 def test_of_the_runs_own_folder_what_was_held_out_is_scored(own, tmp_path, monkeypatch):
     folder, pictures = own
     line = f"resnet_tiny on 4 of the 20 pictures of {pictures}, held out when it is trained on"
