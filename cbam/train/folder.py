@@ -4,6 +4,7 @@ config.json    the settings as they came into effect
 metrics.jsonl  a line every few steps, and one per epoch
 epochs.csv     a row per epoch, see loggers.py
 nonfinite.json the pictures of a step whose loss is not finite
+wandb-id       what W&B knows the run by
 step-*.ckpt    checkpoints, see checkpoint.py; last.json names the newest
 lock           who is running here, see lock.py
 """
@@ -22,10 +23,10 @@ from cbam.train.fault import fault
 from cbam.train.recipes import RECIPES
 from cbam.train.task import is_epoch
 
-CONFIG, METRICS, TABLE, NONFINITE, LOCK = (
-    "config.json", "metrics.jsonl", "epochs.csv", "nonfinite.json", "lock"
+CONFIG, METRICS, TABLE, NONFINITE, LOCK, WANDB = (
+    "config.json", "metrics.jsonl", "epochs.csv", "nonfinite.json", "lock", "wandb-id"
 )  # fmt: skip
-WRITTEN = ("step-*.ckpt", LAST, CONFIG, METRICS, TABLE, NONFINITE, LOCK)
+WRITTEN = ("step-*.ckpt", LAST, CONFIG, METRICS, TABLE, NONFINITE, LOCK, WANDB)
 
 
 def write_config(folder: Path, config: dict[str, Any]) -> None:

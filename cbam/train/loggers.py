@@ -6,13 +6,14 @@ to the byte.
 
 import csv
 import io
+import secrets
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
 from cbam.train.checkpoint import write
-from cbam.train.folder import TABLE, epochs
+from cbam.train.folder import TABLE, WANDB, epochs
 from cbam.train.task import is_epoch
 
 
@@ -126,8 +127,11 @@ def _tensorboard(folder: Path, config: dict[str, Any]) -> _Logger | None:
 def _wandb(folder: Path, config: dict[str, Any]) -> _Logger:
     from pytorch_lightning.loggers import WandbLogger
 
-    name = "-".join(folder.absolute().parts[-2:])
-    return WandbLogger(project="cbam", name=name, id=name, save_dir=folder, resume="allow", config=config)
+    file = folder / WANDB
+    if not file.exists():
+        write(file, secrets.token_hex(8).encode())  # a name would be that of other runs too
+    name, own = "-".join(folder.absolute().parts[-2:]), file.read_text("utf-8")
+    return WandbLogger(project="cbam", name=name, id=own, save_dir=folder, resume="allow", config=config)
 
 
 def _mlflow(folder: Path, config: dict[str, Any]) -> _Logger:

@@ -13,7 +13,7 @@ from cbam.errors import ConfigError
 from cbam.train import checkpoint, material
 from cbam.train.distributed import World, world
 from cbam.train.fitting import fit, lightning, pick_device
-from cbam.train.folder import check_free, write_config
+from cbam.train.folder import WANDB, check_free, write_config
 from cbam.train.lock import is_mine, locked
 from cbam.train.loggers import Line, Loggers
 from cbam.train.material import began_with, network, ours, pictures
@@ -82,6 +82,8 @@ def run(
         for note in dict.fromkeys([*train.notes, *val.notes]):
             watch.say(note)
         watch.now(f"{config.model} on {_told(where, here)}, in {folder}")
+        if state is None and here.is_first:  # left by one that died before its first checkpoint
+            (folder / WANDB).unlink(missing_ok=True)
         loggers = _loggers(config, folder, watch) if here.is_first else None
         if loggers:
             stack.callback(loggers.close)

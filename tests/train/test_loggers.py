@@ -76,6 +76,31 @@ def test_a_logger_that_fails_is_told_once_and_the_run_goes_on(tmp_path, small, m
     assert (tmp_path / "run" / "epochs.csv").exists()
 
 
+def test_wandb_knows_a_run_by_a_name_of_its_own_that_stays(tmp_path, small, monkeypatch):
+    # R23
+    ids = []
+
+    class Fake:
+        def __init__(self, *, id, **_) -> None:
+            ids.append(id)
+
+        def log_metrics(self, metrics, step=None): ...
+
+        def finalize(self, status): ...
+
+    fake = types.SimpleNamespace(WandbLogger=Fake)
+    monkeypatch.setitem(sys.modules, "pytorch_lightning.loggers", fake)
+    settings = {**small, "loggers": ("wandb",), "epochs": 1}
+    one, other = (tmp_path / user / "runs" / "mine" for user in ("a", "b"))
+    for folder, resume in ((one, None), (other, None), (one, "auto")):
+        run("digits", {} if resume else settings, folder, Watch(), resume=resume)
+    assert ids[0] == ids[2] != ids[1]
+    for path in [*one.glob("step-*.ckpt")]:
+        path.unlink()
+    run("digits", settings, one, Watch())  # another run, in the folder of one that left no checkpoint
+    assert ids[3] not in ids[:3]
+
+
 def test_a_logger_that_is_not_installed_is_told_at_the_start(tmp_path):
     # R23
     said: list[str] = []
