@@ -50,7 +50,8 @@ class Keeper(pl.Callback):
         state: what `checkpoint.load` read, to go on from; None starts afresh.
         save_every, log_every: in steps; None saves at the ends of epochs alone.
         copies: how many checkpoints stay.
-        max_time: seconds from now; the stop comes earlier by a margin for saving.
+        max_time: seconds from `began`; the stop comes earlier by a margin for saving.
+        began: as `time.monotonic` has it; None is now.
         say: is told, in a line, what the user should know.
         overrides: whether the recipe's learning rate, schedule, weight decay and momentum count, not those of
             `state`.
@@ -67,6 +68,7 @@ class Keeper(pl.Callback):
         log_every: int = 50,
         copies: int = 3,
         max_time: float | None = None,
+        began: float | None = None,
         say: Callable[[str], None] = _log.info,
         overrides: bool = False,
         loggers: Loggers | None = None,
@@ -75,7 +77,7 @@ class Keeper(pl.Callback):
         self.save_every, self.log_every, self.copies = save_every, log_every, copies
         self.metrics = Metrics(folder, say)
         self._say, self.overrides, self._loggers = say, overrides, loggers
-        self._began, self._max_time = time.monotonic(), max_time
+        self._began, self._max_time = time.monotonic() if began is None else began, max_time
         self._save_seconds, self._failures, self._step, self._lr = 0.0, 0, 0, 0.0
         self._stop: _Stop | None = None
         self._saved: Path | None = None

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 
 from cbam.data import BoxedImages, Images
-from cbam.errors import ConfigError
+from cbam.errors import CheckpointNotFoundError, ConfigError
 from cbam.train import checkpoint, material
 from cbam.train.distributed import World, world
 from cbam.train.fitting import fit, lightning, pick_device
@@ -41,6 +42,7 @@ def run(
     resume: str | None = None,
     max_time: float | None = None,
     override: bool = False,
+    began: float | None = None,
 ) -> list[dict]:
     """Train by the recipe `name`, with `settings` in place of its own; metrics per epoch.
 
@@ -50,8 +52,9 @@ def run(
 
     Args:
         resume: None for a new run; "auto" for the newest valid checkpoint of `folder`, or a new run where
-            there is none; or the path of a checkpoint.
-        max_time: seconds after which to save and raise StoppedError.
+            there is none; or the path of a checkpoint, or of a run's folder, whose newest it is then.
+        max_time: seconds after which to save and raise StoppedError, counted from `began` as
+            `time.monotonic` has it; from now where it is None.
 
     Raises:
         ConfigError: bad settings, a run in the folder, changed settings. DataError: bad pictures.
@@ -59,6 +62,7 @@ def run(
         StoppedError: a signal or the time limit. OutputError: the folder cannot be written to.
         OutOfMemoryError. DistributedError: another process is gone.
     """
+    began = time.monotonic() if began is None else began
     recipe(name)
     here = world()
     if not here.is_first:
@@ -89,7 +93,8 @@ def run(
             stack.callback(loggers.close)
         keeper = Keeper(
             folder, about, state=state, save_every=config.save_every, log_every=config.log_every,
-            copies=config.keep, max_time=max_time, say=watch.say, overrides=override, loggers=loggers,
+            copies=config.keep, max_time=max_time, began=began, say=watch.say, overrides=override,
+            loggers=loggers,
         )  # fmt: skip
         return fit(
             model, train, val, config.training(), seed=config.seed, device=config.device,
@@ -131,17 +136,17 @@ def _state(folder: Path, resume: str | None, say: Callable[[str], None]) -> dict
         if there:
             raise ConfigError(f"{folder} holds a run: --resume auto goes on with it, or give another --out")
         return None
-    if resume == "auto":
-        found = checkpoint.newest(folder, say)
-        if found is None:
-            say(f"no checkpoint in {folder}: a new run")
-            return None
-        path, state = found
-    else:
-        path = Path(resume)
-        state = ours(path)
-        if there and path.absolute() != there[0].absolute():
-            raise ConfigError(f"{folder} holds the checkpoint {there[0].name}: give another --out")
+    source = folder if resume == "auto" else Path(resume)
+    found = checkpoint.newest(source, say) if source == folder or source.is_dir() else (source, ours(source))
+    if found is None and resume == "auto":
+        say(f"no checkpoint in {folder}: a new run")
+        return None
+    if found is None:
+        raise CheckpointNotFoundError(f"{source}: no checkpoint in this folder")
+    path, state = found
+    itself = source.absolute() == folder.absolute()
+    if there and not itself and path.absolute() != there[0].absolute():
+        raise ConfigError(f"{folder} holds the checkpoint {there[0].name}: give another --out")
     say(f"going on from {path}: epoch {state['epoch']}, {state['seen']['step']} steps of it done")
     return state
 
@@ -165,6 +170,7 @@ def _settings(
         config = dataclasses.replace(recipe(name), **given).settled()
         if config.data is None and config.recipe != "digits" and not config.detects:
             raise ConfigError(f"the recipe {name} needs DATA, an image folder")
+        _refuse_idle(recipe(name), config)
         if name == FINE_TUNING and not config.pretrained:
             raise ConfigError(f"the recipe {name} needs --pretrained FILE, the weights to begin with")
         return config
@@ -176,9 +182,27 @@ def _settings(
             f"the run began with other settings: {'; '.join(refused)}; leave them out to go on with it, "
             f"or give another --out for a new run{_hint(refused)}"
         )
+    begun = state["epoch"] + (state["seen"]["step"] > 0)
+    if config.epochs < begun:
+        raise ConfigError(f"epochs is {config.epochs}, but {begun} have begun already: give {begun} or more")
+    _refuse_idle(before, config)
     for line in allowed:
         say(f"changed: {line}")
     return config
+
+
+def _refuse_idle(before: Config, config: Config) -> None:
+    """Refuse settings that were given in place of those before, and have no effect beside the others."""
+    told = {}
+    if config.schedule != "step":
+        told |= dict.fromkeys(("step_epochs", "milestones"), f"is for --schedule step, not {config.schedule}")
+    if config.optimizer != "sgd":
+        told["momentum"] = f"is for --optimizer sgd, not {config.optimizer}"
+    if "+" not in config.model:
+        told["start"] = f"is for attention, and {config.model} has none that was added (NAME+cbam)"
+    idle = [name for name in told if getattr(config, name) != getattr(before, name)]
+    if idle:
+        raise ConfigError("; ".join(f"{name} {told[name]}" for name in idle))
 
 
 def _hint(refused: list[str]) -> str:

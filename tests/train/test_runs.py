@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -172,6 +173,61 @@ def test_a_run_goes_on_in_another_folder_from_a_path(finished, tmp_path):
     assert all(torch.equal(weights(tmp_path / "run")[n], t) for n, t in weights(finished).items())
     with pytest.raises(ConfigError, match="holds the checkpoint"):
         digits(tmp_path / "run", resume=str(oldest))
+
+
+def test_a_run_goes_on_from_the_newest_valid_checkpoint_of_a_folder_that_is_named(folder, finished, tmp_path):
+    # K19
+    newest, older, _ = checkpoint.checkpoints(folder)
+    newest.write_bytes(b"")
+    watch = Watch()
+    digits(tmp_path / "other", resume=str(folder), watch=watch)
+    assert any(line.startswith(f"going on from {older}: ") for line in watch.said)
+    digits(folder, resume=str(folder))
+    for run_folder in (folder, tmp_path / "other"):
+        assert all(torch.equal(weights(run_folder)[n], t) for n, t in weights(finished).items())
+    with pytest.raises(ConfigError, match="holds the checkpoint"):
+        digits(tmp_path / "other", resume=str(folder))
+    with pytest.raises(CheckpointNotFoundError, match="no checkpoint in this folder"):
+        digits(tmp_path / "new", resume=str(tmp_path))
+
+
+def test_fewer_epochs_than_have_begun_are_refused(folder):
+    # R13
+    with pytest.raises(ConfigError, match="epochs is 1, but 2 have begun already: give 2 or more"):
+        digits(folder, resume="auto", override=True, epochs=1)
+    assert len(digits(folder, resume="auto", override=True, epochs=2)) == 2
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (
+            {"step_epochs": 3, "milestones": [4]},
+            "step_epochs is for --schedule step, not cosine; milestones is",
+        ),
+        ({"optimizer": "adamw", "momentum": 0.8}, "momentum is for --optimizer sgd, not adamw"),
+        ({"model": "resnet_tiny", "start": "paper"}, "start is for attention, and resnet_tiny has none"),
+    ],
+)
+def test_a_setting_that_would_have_no_effect_is_refused(tmp_path, given, told):
+    # C3
+    with pytest.raises(ConfigError, match=told):
+        digits(tmp_path / "run", **given)
+    assert not (tmp_path / "run").exists()
+
+
+def test_settings_without_effect_are_taken_as_the_recipe_has_them(tmp_path, folder):
+    """As config.json of a run says all of them."""
+    whole = json.loads((folder / CONFIG).read_text())
+    given = {name: value for name, value in whole.items() if name not in ("recipe", "devices", "nodes")}
+    digits(tmp_path / "again", **given)
+    digits(tmp_path / "adamw", optimizer="adamw", epochs=1)
+
+
+def test_the_time_before_the_first_step_counts(tmp_path):
+    # R19
+    with pytest.raises(StoppedError, match="the time limit after 1 of 3 steps"):
+        run("digits", SMALL, tmp_path / "run", Watch(), max_time=3600, began=time.monotonic() - 3550)
 
 
 def test_damage_falls_back_to_an_older_checkpoint_and_never_to_a_fresh_start(folder, finished):

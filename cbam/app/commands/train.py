@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import time
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ def add(parser: Parser) -> None:
     parser.add_argument(
         "--resume",
         metavar="auto|PATH",
-        help="go on from the newest valid checkpoint of the folder, if it has one, or from this one",
+        help="go on from the newest valid checkpoint of the folder, if it has one; or from this file or run",
     )
     parser.add_argument(
         "--override",
@@ -46,6 +47,7 @@ def add(parser: Parser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Train, and print the last epoch."""
+    began = time.monotonic()  # what is imported, waited for and looked at counts
     settings = given(options, Config)
     settings.pop("recipe", None)
     recipe(options.recipe)
@@ -60,7 +62,7 @@ def run(options: argparse.Namespace) -> int:
     with terminable(), progress(quiet=quiet) as watch, joined(here, cuda=uses_cuda(settings)):
         history = run(
             options.recipe, settings, folder, watch, resume=options.resume, max_time=options.max_time,
-            override=options.override,
+            override=options.override, began=began,
         )  # fmt: skip
     last = history[-1]
     if not quiet:
