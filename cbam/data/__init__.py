@@ -19,7 +19,7 @@ from cbam.data.coco import coco
 from cbam.data.decode import decode
 from cbam.data.digits import cluttered_digits
 from cbam.data.folder import image_folder
-from cbam.data.images import Images
+from cbam.data.images import Images, digest_of_names
 from cbam.data.loading import ALONE, EpochSampler, Shard, loader
 from cbam.data.parquet import picture_set
 from cbam.data.resident import Resident
@@ -38,6 +38,7 @@ __all__ = [
     "cluttered_digits",
     "coco",
     "decode",
+    "digest_of_names",
     "image_folder",
     "loader",
     "picture_set",

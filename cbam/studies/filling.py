@@ -14,7 +14,7 @@ import torch
 from cbam import ops
 from cbam.errors import ConfigError, DataError, OutputError, StoppedError
 from cbam.studies import machine
-from cbam.studies.records import Records, counts
+from cbam.studies.records import Records, counts, same_pictures
 from cbam.studies.study import Arm, Protocol, Study, run_config, run_key, run_name
 from cbam.studies.training import Keep, Training, trunk
 from cbam.train.versions import versions
@@ -61,7 +61,9 @@ class Filling:
         for arm in self.arms.values():
             training.cost(run_config(protocol, arm, 0))
         for name, record in records.all().items():
-            if record["config"]["data"] == protocol.data and not _same_pictures(record["data"], about):
+            own = record["config"]
+            alike = own["data"] == protocol.data and own.get("limit") == protocol.limit
+            if alike and not same_pictures(record["data"], about):
                 raise DataError(
                     f"{records.path / name} is of other pictures of the same name: give another --out"
                 )
@@ -96,7 +98,7 @@ class Filling:
             part = share / len(todo)
             if self._has(run) or run.arm in self.failed:  # by now
                 self.watch.advance(part)
-            elif taken := self.records.take_over(run.name, run.config):
+            elif taken := self.records.take_over(run.name, run.config, self.training.pictures.about):
                 self._tell(run, f"taken over from {taken.parent.name}/{taken.name}")
                 self.watch.advance(part)
             elif end is not None and time.monotonic() + self._least(run) > end:
@@ -247,10 +249,3 @@ def _chosen(study: Study, protocol: Protocol, arms: Iterable[str] | None) -> dic
             f"study {study.name} has no row {', '.join(unknown)}; its rows: {', '.join(study.arms)}"
         )
     return {name: arm for name, arm in study.arms.items() if name in names}
-
-
-def _same_pictures(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Sizes and limits may differ, they are settings; what the classes hold may not, at equal counts."""
-    if (one["train"], one["val"]) != (other["train"], other["val"]):
-        return True
-    return one["sha256"] == other["sha256"]

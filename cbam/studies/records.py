@@ -62,11 +62,19 @@ class Records:
         with contextlib.suppress(OSError):  # there are others
             (self.path / UNFINISHED).rmdir()
 
-    def take_over(self, name: str, config: dict[str, Any]) -> Path | None:
-        """Copy the record of the same settings from another study beside this one, if there is one."""
+    def take_over(self, name: str, config: dict[str, Any], about: dict[str, Any]) -> Path | None:
+        """Copy the record of the same settings and pictures from another study beside this one, if any.
+
+        Args:
+            about: what tells the pictures from others, as records have it under "data".
+        """
         ending = f"-s{config['seed']}-{run_key(config)}.json"
         for path in sorted(self.root.glob(f"*/*{ending}")):
-            if path.parent != self.path and counts(read(path)) and said(read(path)["config"]) == said(config):
+            if path.parent == self.path:
+                continue
+            record = read(path)
+            same = said(record["config"]) == said(config) and same_pictures(record["data"], about)
+            if same and counts(record):
                 self._place(name, path.read_bytes())
                 return path
         return None
@@ -172,6 +180,12 @@ def read(path: Path) -> dict[str, Any]:
     if record["schema"] > SCHEMA:
         raise DataError(f"{path}: written by a newer cbam (format {record['schema']}); upgrade cbam")
     return record
+
+
+def same_pictures(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether the "data" of two records is of the same pictures; older ones do not tell their files."""
+    told = ("train", "val", "sha256", *(["files"] if "files" in one and "files" in other else []))
+    return all(one.get(key) == other.get(key) for key in told)
 
 
 def counts(record: dict[str, Any]) -> bool:

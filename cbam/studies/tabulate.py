@@ -10,7 +10,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from cbam.studies.records import counts
+from cbam.errors import DataError
+from cbam.studies.records import counts, same_pictures
 from cbam.studies.statistics import paired_difference, pairs_needed, resolution, spread
 from cbam.studies.study import (
     SEEDS,
@@ -84,7 +85,11 @@ class Table:
 
 
 def tables(study: Study, records: Iterable[dict[str, Any]]) -> list[Table]:
-    """The tables that these records fill, the one with most runs first."""
+    """The tables that these records fill, the one with most runs first.
+
+    Raises:
+        DataError: records of equal settings are of different pictures.
+    """
     found: dict[str, Table] = {}
     for record in records:
         arm = _row(study, record["config"])
@@ -92,6 +97,14 @@ def tables(study: Study, records: Iterable[dict[str, Any]]) -> list[Table]:
             continue
         shared = shared_part(study, record["config"])
         table = found.setdefault(run_key(shared), Table(study, shared, record["data"]))
+        if not same_pictures(table.about, record["data"]):
+            raise DataError(
+                f"study {study.name}: two data sets named {shared['data']} have records here, and {arm} seed "
+                f"{record['config']['seed']} is not of the pictures of those before it: give each data set a "
+                "folder of its own"
+            )
+        if "files" in record["data"]:
+            table.about = record["data"]  # tells the pictures better than an older record does
         if counts(record):
             table.runs.setdefault(arm, {})[record["config"]["seed"]] = record
         elif record["status"] != "complete" and not record["dirty"]:

@@ -7,14 +7,14 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from cbam.data import BoxedImages, Images, Resident, cluttered_digits, image_folder
+from cbam.data import BoxedImages, Images, Resident, cluttered_digits, digest_of_names, image_folder
 from cbam.errors import AttachError, ConfigError, NonFiniteError
 from cbam.models import MobileNetV1, build, profile
 from cbam.models.detectors import DETECTORS
@@ -53,12 +53,15 @@ class Pictures:
         self._found = train, val
         self._ready: tuple[Images, Images] | None = None
 
-    @property
+    @cached_property
     def about(self) -> dict[str, Any]:
-        """What tells these pictures from others, without their place on the disk."""
+        """What tells these pictures from others, without their place on the disk.
+
+        "sha256" is of classes and targets, "files" of the names of the files, where they have any.
+        """
         train, val = self._found
         told = repr((train.classes, train.targets, val.targets))
-        return {
+        about = {
             "name": train.name,
             "train": len(train),
             "val": len(val),
@@ -66,6 +69,9 @@ class Pictures:
             "classes": len(train.classes),
             "sha256": hashlib.sha256(told.encode()).hexdigest(),
         }
+        if train.inner_name(0):
+            about["files"] = digest_of_names(train, val)
+        return about
 
     def ready(self, protocol: Protocol, device: torch.device) -> tuple[Images, Images]:
         """Both sets; what fits lies on the device."""

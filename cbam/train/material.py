@@ -1,7 +1,5 @@
 """What a run's settings name: its pictures, its network, its checkpoint."""
 
-import hashlib
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from cbam import hub
-from cbam.data import BoxedImages, Images, boxed_folder, cluttered_digits, picture_set
+from cbam.data import BoxedImages, Images, boxed_folder, cluttered_digits, digest_of_names, picture_set
 from cbam.errors import CheckpointError, CheckpointNotFoundError, ConfigError
 from cbam.hub.card import read_config
 from cbam.hub.folder import CONFIG, WEIGHTS
@@ -39,14 +37,9 @@ def pictures(config: Config) -> tuple[Images, Images] | tuple[BoxedImages, Boxed
 
 def about(train: Images | BoxedImages, val: Images | BoxedImages) -> dict[str, Any]:
     """What tells one data set from another, wherever it lies."""
-    digest = hashlib.sha256()
-    for images in (train, val):
-        digest.update(b"\n")
-        for index in range(len(images)):
-            digest.update(os.fsencode(images.inner_name(index)) + b"\0")
     return {
         "classes": train.classes, "training": len(train), "validation": len(val), "size": train.size,
-        "names": digest.hexdigest(),
+        "names": digest_of_names(train, val),
     }  # fmt: skip
 
 

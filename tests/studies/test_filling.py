@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import cbam
 from cbam.errors import ConfigError, DataError
@@ -287,18 +288,60 @@ def test_two_processes_fill_one_folder_without_repeating_a_run(tmp_path):
     assert not list((tmp_path / "order").glob(".*"))
 
 
-def test_bfloat16_on_pictures_that_stay_on_the_device(tmp_path):
-    from PIL import Image
-
+def folder_of_pictures(path, train=8, name="{}.png"):
+    """Two classes of random pictures, `train` and half as many of each."""
     random = torch.Generator().manual_seed(0)
-    for split, count in (("train", 8), ("val", 4)):
+    for split, count in (("train", train), ("val", train // 2)):
         for label in range(2):
             for i in range(count):
-                path = tmp_path / "pictures" / split / str(label) / f"{i}.png"
-                path.parent.mkdir(parents=True, exist_ok=True)
+                file = path / split / str(label) / name.format(i)
+                file.parent.mkdir(parents=True, exist_ok=True)
                 pixels = torch.randint(0, 256, (32, 32, 3), generator=random, dtype=torch.uint8)
-                Image.fromarray(pixels.numpy()).save(path)
-    pictures = find_pictures(str(tmp_path / "pictures"), {})
+                Image.fromarray(pixels.numpy()).save(file)
+    return path
+
+
+def on_pictures(path, out, name="order", arms=("se",), **changes):
+    """A study of one epoch on such a folder."""
+    own = {"network": "resnet_tiny", "epochs": 1, "batch_size": 8, "precision": "fp32"} | changes
+    pictures = find_pictures(str(path), own)
+    return prepare(name, pictures, own, out=str(out), device="cpu", arms=list(arms))
+
+
+@pytest.fixture(scope="module")
+def flowers(tmp_path_factory):
+    """A folder named pictures, and a record of it."""
+    path = tmp_path_factory.mktemp("flowers")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(filling_file, "origin", lambda commit: dict(CLEAN))
+        filling = on_pictures(folder_of_pictures(path / "pictures"), path / "out", "channel", ["avg"])
+        assert conduct(filling, seeds=1) == 0
+    return path / "out"
+
+
+@pytest.mark.parametrize("other", [{"train": 6}, {"name": "cat{}.png"}], ids=["fewer", "as-many"])
+def test_records_of_other_pictures_under_the_same_name_are_refused_and_never_taken_over(
+    tmp_path, flowers, other
+):
+    shutil.copytree(flowers, tmp_path / "out")
+    cats = folder_of_pictures(tmp_path / "pictures", **other)
+    with pytest.raises(DataError, match="is of other pictures of the same name"):
+        on_pictures(cats, tmp_path / "out", "channel", ["avg"])
+    assert conduct(on_pictures(cats, tmp_path / "out"), seeds=1) == 0
+    (record,) = Records(tmp_path / "out", "order").all().values()
+    assert record["study"] == "order"
+    assert record["data"] != json.loads(next((flowers / "channel").glob("*.json")).read_text())["data"]
+
+
+def test_records_of_a_part_of_the_pictures_and_of_a_copy_elsewhere_stand_beside_each_other(tmp_path, flowers):
+    shutil.copytree(flowers, tmp_path / "out")
+    copy = folder_of_pictures(tmp_path / "pictures")
+    assert on_pictures(copy, tmp_path / "out", "channel", ["avg"]).missing(1) == []
+    assert len(on_pictures(copy, tmp_path / "out", "channel", ["avg"], limit=8).missing(1)) == 1
+
+
+def test_bfloat16_on_pictures_that_stay_on_the_device(tmp_path):
+    pictures = find_pictures(str(folder_of_pictures(tmp_path / "pictures")), {})
     wanted = prepare(
         "order", pictures, {"network": "resnet_tiny", "epochs": 1, "batch_size": 8},
         out=str(tmp_path / "out"), device="cpu", arms=["se"],
@@ -310,9 +353,6 @@ def test_bfloat16_on_pictures_that_stay_on_the_device(tmp_path):
     assert record["config"]["data"] == "pictures"
     assert str(tmp_path) not in json.dumps(record)
     assert record["epochs"][0]["val_top5"] is None
-    (tmp_path / "pictures" / "val" / "0" / "0.png").rename(tmp_path / "pictures" / "val" / "1" / "9.png")
-    with pytest.raises(DataError, match="other pictures of the same name"):
-        prepare("order", find_pictures(str(tmp_path / "pictures"), {}), {}, out=str(tmp_path / "out"))
 
 
 def test_no_warm_up_is_recorded_as_in_records_without_one(tmp_path):

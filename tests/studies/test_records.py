@@ -17,7 +17,7 @@ from cbam.studies.records import Records, counts, read
 ROOT = Path(cbam.__file__).parents[1]
 RECORD = {
     "schema": 1, "study": "channel", "arm": "plain", "status": "complete", "config": {"seed": 0, "lr": 0.1},
-    "data": {}, "epochs": [], "commit": "abc", "dirty": False,
+    "data": {"train": 8, "val": 4, "sha256": "x"}, "epochs": [], "commit": "abc", "dirty": False,
 }  # fmt: skip
 
 
@@ -49,10 +49,21 @@ def test_a_run_of_the_same_settings_is_taken_over_from_another_study_to_the_byte
     config = RECORD["config"]
     name = f"digits-avg-s0-{run_key(config)}"
     one.add(name, RECORD)
-    taken = other.take_over(name.replace("avg", "se"), config)
+    taken = other.take_over(name.replace("avg", "se"), config, RECORD["data"])
     assert taken == one.path / f"{name}.json"
     assert (other.path / f"{name.replace('avg', 'se')}.json").read_bytes() == taken.read_bytes()
-    assert other.take_over("x", {"seed": 1, "lr": 0.1}) is None
+    assert other.take_over("x", {"seed": 1, "lr": 0.1}, RECORD["data"]) is None
+
+
+@pytest.mark.parametrize("change", [{"train": 9}, {"val": 5}, {"sha256": "y"}, {"files": "b"}])
+def test_a_run_on_other_pictures_is_not_taken_over(tmp_path, change):
+    from cbam.studies.study import run_key
+
+    about = RECORD["data"] | {"files": "a"}
+    name = f"digits-avg-s0-{run_key(RECORD['config'])}"
+    Records(tmp_path, "channel").add(name, RECORD | {"data": about})
+    assert Records(tmp_path, "order").take_over("x", RECORD["config"], about | change) is None
+    assert Records(tmp_path, "order").take_over("x", RECORD["config"], RECORD["data"])  # of an older cbam
 
 
 @pytest.mark.parametrize("change", [{"dirty": True}, {"status": "NonFiniteError: nan"}, {"commit": None}])
@@ -62,7 +73,7 @@ def test_what_does_not_count_is_not_taken_over(tmp_path, change):
     record = RECORD | change
     assert not counts(record)
     Records(tmp_path, "channel").add(f"digits-avg-s0-{run_key(RECORD['config'])}", record)
-    assert Records(tmp_path, "order").take_over("x", RECORD["config"]) is None
+    assert Records(tmp_path, "order").take_over("x", RECORD["config"], RECORD["data"]) is None
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 from scipy import stats
 
+from cbam.errors import DataError
 from cbam.studies.drawing import figure
 from cbam.studies.printing import facts, markdown, outcome, status, text
 from cbam.studies.study import digits, run_config
@@ -101,6 +102,15 @@ def test_other_settings_make_another_table_with_another_name():
     assert first.name == "channel-digits"
     assert second.name.startswith("channel-digits-resnet_tiny-")
     assert second.values("plain", "val_top1") == {0: 10.0}
+
+
+@pytest.mark.parametrize("change", [{"train": 900}, {"sha256": "y"}, {"files": "b"}])
+def test_records_of_other_pictures_make_no_table(change):
+    older, named = rows("plain", PLAIN), rows("avg", BETTER, data=ABOUT | {"files": "a"})
+    (table,) = tables(STUDY, [*older, *named])
+    assert {name: len(runs) for name, runs in table.runs.items()} == {"plain": 5, "avg": 5}
+    with pytest.raises(DataError, match="two data sets named digits have records here, and max seed 0"):
+        tables(STUDY, [*older, *named, *rows("max", SAME, data=ABOUT | change)])
 
 
 def test_a_record_taken_over_from_another_study_is_known_by_its_settings():
