@@ -28,13 +28,11 @@ class ReportFolder:
         self.wrote = False
         self._stale = [RESULTS, REPORT, PAGE, PICTURE, DRAWING, f"*{WEIGHTS}"]
         try:
-            if self.path.exists() and not self.path.is_dir():
-                raise ConfigError(f"{self.path} is a file; the report needs a folder: give another --out")
             if not overwrite and self.path.is_dir() and any(self.path.iterdir()):
                 raise ConfigError(f"{self.path} is not empty: give another --out, or --overwrite")
-            self._probe()
         except OSError as error:
             raise OutputError.at(self.path, error) from error
+        check_folder(self.path)
 
     def write(self, name: str, content: str | bytes) -> Path:
         """Put `content` into the file `name`: temporary file, fsync, rename, fsync of the folder."""
@@ -59,9 +57,17 @@ class ReportFolder:
             path.unlink()
         self._stale = []
 
-    def _probe(self) -> None:
-        """Write and rename a small file in the folder, or in the nearest folder above that exists."""
-        place = self.path
+
+def check_folder(path: Path) -> None:
+    """Write and rename a small file in a folder, or in the nearest folder above that exists.
+
+    Raises:
+        ConfigError: it is a file. OutputError: it cannot be made or written to.
+    """
+    try:
+        if path.exists() and not path.is_dir():
+            raise ConfigError(f"{path} is a file, where a folder is needed: give another --out")
+        place = path
         while not place.exists() and place != place.parent:
             place = place.parent
         part, probe = place / f".cbam-{os.getpid()}.part", place / f".cbam-{os.getpid()}"
@@ -69,6 +75,8 @@ class ReportFolder:
             part.write_bytes(b"0" * 65536)
             part.replace(probe)
         finally:
-            for path in (part, probe):
+            for file in (part, probe):
                 with contextlib.suppress(OSError):
-                    path.unlink(missing_ok=True)
+                    file.unlink(missing_ok=True)
+    except OSError as error:
+        raise OutputError.at(path, error) from error

@@ -12,9 +12,10 @@ import torch
 
 import cbam
 from cbam.app.cli import main
-from cbam.errors import ConfigError
+from cbam.errors import ConfigError, OutputError
 from cbam.studies import timing
 from cbam.studies.bench import gate, rivals, run
+from cbam.studies.bench.rows import Rows
 from cbam.studies.bench.settings import Bench
 from cbam.studies.timing import in_turns
 
@@ -119,25 +120,108 @@ def test_kept_memory_is_refused_where_it_cannot_be_had(monkeypatch):
         run.benchmark(Bench(device="cpu", keep_memory=True), print)
 
 
-def test_rows_hold_what_a_reader_needs(tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "STAGES", ((4, 5),))
+@pytest.fixture
+def small(monkeypatch):
+    """One shape that takes no time, and no network."""
+    monkeypatch.setattr(run, "STAGES", ((4, 5),) * 3)
     monkeypatch.setattr(gate, "SHAPES", gate.SHAPES[:1])
     monkeypatch.setattr(run, "_can_compile", lambda device: False)
     monkeypatch.setattr(run._Measure, "network", lambda *args: ())
-    said = []
-    rows = run.benchmark(Bench(device="cpu", batch_size=2, rounds=1), said.append)
-    path = run.write(rows, tmp_path / "new")
-    with path.open() as file:
-        read = list(csv.DictReader(file))
-    assert {row["op"] for row in read} == {"attention", "end of a block"}
-    assert {row["mode"] for row in read} == {"training", "inference"}
-    assert {row["layout"] for row in read} == {"NCHW", "NHWC"}
-    first = read[0]
+
+
+def read(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_rows_hold_what_a_reader_needs(tmp_path, small):
+    said, kept = [], Rows(tmp_path / "new")
+    settings = Bench(device="cpu", networks=("resnet_tiny",), batch_size=2, rounds=1)
+    rows = run.benchmark(settings, said.append, kept.add)
+    assert list((tmp_path / "new").iterdir()) == [kept.path]
+    read_back = read(kept.path)
+    assert {row["op"] for row in read_back} == {"attention", "end of a block"}
+    assert {row["mode"] for row in read_back} == {"training", "inference"}
+    assert {row["layout"] for row in read_back} == {"NCHW", "NHWC"}
+    first = read_back[0]
     assert first["shape"] == "2x4x5x5"
     assert first["ratio"] == "1.0"
     assert all(first[name] for name in ("torch", "device", "dtype", "threads", "rounds", "ms"))
     assert said[0].endswith("results equal the equation")
     assert len(said) == 1 + len(rows)
+
+
+ROW = {
+    "op": "attention", "implementation": "cbam", "shape": "8x4x7x7", "dtype": "float32", "layout": "NCHW",
+    "mode": "inference", "ms": 1.0, "kernels": True, "threads": 2, "memory": "given back",
+    "device": "A device (AVX2)", "torch": "2.15.0+cpu", "commit": "old",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"op": "resnet18"}, {"shape": "8x9x7x7"}, {"dtype": "bfloat16"}, {"layout": "NHWC"},
+     {"mode": "training"}, {"kernels": False}, {"threads": 1}],
+)  # fmt: skip
+def test_rows_take_the_place_of_those_of_the_same_case_alone(tmp_path, other):
+    first = Rows(tmp_path)
+    for row in (ROW, ROW | {"implementation": "timm"}, ROW | other):
+        first.add(row)
+    again = Rows(tmp_path)
+    again.add(ROW | {"commit": "new", "note": "a column of a later version"})
+    found = read(tmp_path / "A-device-AVX2-torch2.15.0.csv")
+    assert [(row["commit"], row["note"]) for row in found] == [
+        ("old", ""), ("new", "a column of a later version")
+    ]  # fmt: skip
+    assert {name: str(value) for name, value in (ROW | other).items()}.items() <= found[0].items()
+
+
+def test_rows_of_a_quick_look_and_of_kept_memory_have_files_of_their_own(tmp_path):
+    for quick, memory in ((False, "given back"), (True, "given back"), (True, "kept")):
+        Rows(tmp_path, quick=quick).add(ROW | {"memory": memory})
+    name = "A-device-AVX2-torch2.15.0"
+    assert sorted(path.stem for path in tmp_path.iterdir()) == [
+        name, f"{name}-memory-kept-quick", f"{name}-quick"
+    ]  # fmt: skip
+
+
+def test_a_file_that_is_no_table_of_rows_is_left_alone(tmp_path):  # C7
+    path = tmp_path / "A-device-AVX2-torch2.15.0.csv"
+    path.write_text("something\nelse\n")
+    with pytest.raises(OutputError, match="is no table of `cbam bench`"):
+        Rows(tmp_path).add(ROW)
+    assert path.read_text() == "something\nelse\n"
+
+
+def test_what_was_measured_before_an_error_is_there(tmp_path, small, monkeypatch, capsys):
+    def network(*args):
+        raise RuntimeError("out of memory")
+        yield
+
+    monkeypatch.setattr(run._Measure, "network", network)
+    given = ["bench", "--device", "cpu", "--batch-size", "2", "--rounds", "1", "--layouts", "NCHW"]
+    main([*given, "--networks", "resnet_tiny", "--out", str(tmp_path / "out")])
+    (path,) = (tmp_path / "out").iterdir()
+    assert {row["op"] for row in read(path)} == {"attention", "end of a block"}
+    assert f"Rows: {path}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("given", "code", "told"),
+    [
+        (["--networks", "resnet18", "resnt50"], 2, "unknown network 'resnt50'"),
+        (["--networks", "vgg11"], 2, "vgg11: no place for attention"),
+        (["--out", "file"], 2, "file is a file, where a folder is needed"),
+        (["--out", "/proc/self/nowhere"], 7, "cannot write to /proc/self/nowhere"),
+    ],
+)
+def test_what_would_fail_late_is_refused_before_the_gate(tmp_path, monkeypatch, capsys, given, code, told):
+    # C1, C6, K16
+    (tmp_path / "file").write_text("")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(gate, "check", lambda *args: pytest.fail("it went on to the gate"))
+    assert main(["bench", "--device", "cpu", *given]) == code
+    assert told in capsys.readouterr().err
 
 
 def test_bad_settings_are_told_together():  # C3

@@ -24,10 +24,14 @@ def run(options: argparse.Namespace) -> int:
     """Measure, and print a line per case."""
     settings = Bench(**given(options, Bench))
     need("cbam bench", EXTRAS)
-    from cbam.studies.bench.run import benchmark, write
+    from cbam.studies.bench.rows import Rows
+    from cbam.studies.bench.run import benchmark
 
-    with terminable():
-        rows = benchmark(settings, show)
-    if options.out is not None:
-        show(f"Rows: {write(rows, Path(options.out))}")
+    rows = None if options.out is None else Rows(Path(options.out), quick=settings.quick)
+    try:
+        with terminable():
+            benchmark(settings, show, rows and rows.add)
+    finally:
+        if rows is not None and rows.path is not None:
+            show(f"Rows: {rows.path}")
     return 0

@@ -1,14 +1,12 @@
 """`cbam bench`: the gate, then blocks, ends of blocks and whole networks, a row for each."""
 
 import copy
-import csv
 import ctypes
+import itertools
 import platform
-import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cbam import ops
-from cbam.errors import ConfigError, OutputError
+from cbam.errors import AttachError, ConfigError
 from cbam.models import build
 from cbam.nn import CBAM
 from cbam.studies import machine
@@ -33,8 +31,10 @@ LINE = (
 )
 
 
-def benchmark(settings: Bench, say: Callable[[str], None]) -> list[dict[str, Any]]:
-    """Check, then measure; every row is said when it is there.
+def benchmark(
+    settings: Bench, say: Callable[[str], None], keep: Callable[[dict[str, Any]], None] | None = None
+) -> list[dict[str, Any]]:
+    """Check, then measure; every row is said, and given to `keep`, when it is there.
 
     A row has the median milliseconds of an implementation, and its ratio to the first one of its group with
     the least and the most of all rounds: below 1 is faster. `floor` is the traffic that the operation cannot
@@ -48,9 +48,12 @@ def benchmark(settings: Bench, say: Callable[[str], None]) -> list[dict[str, Any
     device = pick_device(settings.device)
     if settings.keep_memory:
         _keep_memory()
+    networks = ("resnet18",) if settings.quick else settings.networks
+    _check_networks(networks)
     dtype = getattr(torch, settings.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
     batch = settings.batch_size or (8 if device.type == "cpu" else 128)
     measure = _Measure(settings, device, dtype, batch, say)
+    layouts = settings.layouts[:1] if settings.quick else settings.layouts
     rows: list[dict[str, Any]] = []
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -58,33 +61,28 @@ def benchmark(settings: Bench, say: Callable[[str], None]) -> list[dict[str, Any
         kernels = "fused kernels" if _has_kernels(device, dtype) else "plain torch operations"
         say(f"{kernels} on {_name(device)}: {checked} results equal the equation")
         stages = STAGES[2:3] if settings.quick else STAGES
-        for layout in settings.layouts[:1] if settings.quick else settings.layouts:
-            for channels, side in stages:
-                rows += measure.blocks(channels, side, layout)
-        for name in ("resnet18",) if settings.quick else settings.networks:
-            for layout in settings.layouts[:1] if settings.quick else settings.layouts:
-                rows += measure.network(name, layout)
+        steps = [measure.blocks(*stage, layout) for layout in layouts for stage in stages]
+        steps += [measure.network(name, layout) for name in networks for layout in layouts]
+        for row in itertools.chain.from_iterable(steps):
+            rows.append(row)
+            if keep is not None:
+                keep(row)
     return rows
 
 
-def write(rows: list[dict[str, Any]], folder: Path) -> Path:
-    """Put the rows into `folder` as <device>-torch<version>[-memory-kept].csv, in place of the like.
+def _check_networks(names: Iterable[str]) -> None:
+    """Build every network, and attach to it, without its memory: a name that is wrong is told first.
 
     Raises:
-        OutputError: it cannot be written.
+        ConfigError: no such network, or none that attention can be attached to.
     """
-    name = "-".join(re.findall(r"[\w.]+", rows[0]["device"]))
-    kept = "-memory-kept" if rows[0]["memory"] == "kept" else ""
-    path = folder / f"{name}-torch{rows[0]['torch'].partition('+')[0]}{kept}.csv"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
-    return path
+    for name in names:
+        try:
+            with torch.device("meta"):
+                model = build(name)
+            attach(model, attention=CBAM, start="paper")
+        except AttachError as error:
+            raise ConfigError(f"{name}: {error}") from error
 
 
 def _name(device: torch.device) -> str:
