@@ -1,12 +1,15 @@
 """Put what `benchmarks/results/` holds into docs/kernels.md and README.md: `python -m docs.fill_kernels`.
 
-The files are those that `cbam bench --out benchmarks/results` writes. What stands between the two markers of
-each page is replaced: docs/kernels.md gets everything, the README one network on every machine.
+The files are those that `cbam bench --out benchmarks/results` and `benchmarks/gpu.sh` write, less quick looks
+and rows whose gate was not passed. What stands between the two markers of each page is replaced:
+docs/kernels.md gets everything, the README one network on every machine.
 """
 
 import csv
 import math
 from pathlib import Path
+
+from docs.commits import commits
 
 ROOT = Path(__file__).parents[1]
 PAGE, README = ROOT / "docs/kernels.md", ROOT / "README.md"
@@ -20,16 +23,18 @@ LINES = {  # (operation, mode) -> colour, mark; told apart with any colour visio
     ("end of a block", "inference"): ("#D55E00", "^"),
     ("end of a block", "training"): ("#E69F00", "D"),
 }
+MACHINE = ("device", "dtype", "torch", "threads", "kernels")
+BENCH = {"op", "implementation", "ratio", "bandwidth"}
 Row = dict[str, str]
 
 
 def fill(page: Path, results: Path) -> None:
     """Compute what the page shows of the results, and write it there."""
-    files = [path for path in sorted(results.glob("*.csv"), key=_name) if _is_bench(path)]
-    measured = {path: _read(path) for path in files}
-    parts = [_section(rows) for rows in measured.values()]
-    if parts:
-        draw(list(measured.values()), page.parent / PICTURE)
+    measured = machines(results)
+    parts = [_section(rows) for rows in measured]
+    drawn = [rows for rows in measured if any(row["bandwidth"] for row in rows)]
+    if drawn:
+        draw(drawn, page.parent / PICTURE)
         parts.append(
             f"![How fast the traffic that cannot be saved is moved, against a copy]({PICTURE})\n\n"
             "Each point is attention alone or the end of a block at one shape: the bytes of the table above "
@@ -41,15 +46,14 @@ def fill(page: Path, results: Path) -> None:
 
 def fill_readme(readme: Path, results: Path) -> None:
     """Write what one network costs on every machine, memory as it comes, into the README."""
-    files = [path for path in sorted(results.glob("*.csv"), key=_name) if _is_bench(path)]
     parts = []
-    for rows in map(_read, files):
+    for rows in machines(results):
         own = [row for row in rows if row["op"] == SHOWN]
         if own and rows[0].get("memory") != "kept":
             first = own[0]
             where = f"{first['device']}, {first['threads']} threads, {first['dtype']}, torch {first['torch']}"
             parts.append(
-                f"{_table(own)}\n\n{where}, {first['rounds']} rounds in turns; time as a ratio to the plain "
+                f"{_table(own)}\n\n{where}, {_rounds(own)} in turns; time as a ratio to the plain "
                 "network, in brackets the least and the most."
             )
     _put(readme, parts)
@@ -62,18 +66,38 @@ def _put(page: Path, parts: list[str]) -> None:
     page.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
 
 
-def _name(path: Path) -> str:
-    return path.stem  # memory as it comes before memory kept
+def machines(results: Path) -> list[list[Row]]:
+    """The rows of every machine, out of all its files; a case that two of them hold is the first one's."""
+    found: dict[tuple, list[Row]] = {}
+    taken: dict[tuple, Path] = {}
+    for path in sorted(results.glob("*.csv"), key=_order):
+        for row in _read(path):
+            machine = *(row[name] for name in MACHINE), row.get("memory") == "kept"
+            if taken.setdefault((machine, _case(row)), path) == path:
+                found.setdefault(machine, []).append(row)
+    return list(found.values())
 
 
-def _is_bench(path: Path) -> bool:
-    with path.open(newline="") as file:
-        return {"op", "implementation", "ratio", "bandwidth"} <= set(csv.DictReader(file).fieldnames or ())
+def _order(path: Path) -> tuple[bool, str]:
+    """Memory as it comes before memory kept; last what only repeats its eager cases, beside compiled ones."""
+    return path.stem.startswith("compiled-"), path.stem
 
 
 def _read(path: Path) -> list[Row]:
+    """The rows that may be shown; none of a file of another kind."""
     with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+        rows = list(csv.DictReader(file))
+    if path.stem.endswith("-quick") or not (rows and rows[0].keys() >= BENCH):
+        return []
+    return [row for row in rows if row.get("gate", "passed") == "passed"]
+
+
+def _case(row: Row) -> tuple[str, ...]:
+    return row["op"], row["shape"], row["layout"], row["mode"]
+
+
+def _rounds(rows: list[Row]) -> str:
+    return " or ".join(map(str, sorted({int(row["rounds"]) for row in rows}))) + " rounds"
 
 
 def _section(rows: list[Row]) -> str:
@@ -82,7 +106,7 @@ def _section(rows: list[Row]) -> str:
     kept = ", freed memory kept" if first.get("memory") == "kept" else ""
     title = (
         f"### {first['device']}, {first['dtype']}, torch {first['torch']}{kept}\n\n"
-        f"{first['threads']} threads, {kernels}, commit `{first['commit'][:12]}`, {first['rounds']} rounds "
+        f"{first['threads']} threads, {kernels}, commit {commits(rows)}, {_rounds(rows)} "
         "in turns. Times are ratios to the first column of their line: the median of all rounds, the least, "
         "the most."
     )
@@ -96,8 +120,8 @@ def _table(rows: list[Row]) -> str:
     if not rows:
         return ""
     arms = list(dict.fromkeys(r["implementation"] for r in rows))
-    cases = list(dict.fromkeys((r["op"], r["shape"], r["layout"], r["mode"]) for r in rows))
-    cells = {(r["op"], r["shape"], r["layout"], r["mode"], r["implementation"]): r for r in rows}
+    cases = list(dict.fromkeys(map(_case, rows)))
+    cells = {(*_case(r), r["implementation"]): r for r in rows}
     lines = [f"| {' | '.join(['what', *arms])} |", "|" + "---|" * (1 + len(arms))]
     for case in cases:
         shown = [_cell(cells.get((*case, arm)), arm == rows[0]["implementation"]) for arm in arms]

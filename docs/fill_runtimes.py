@@ -7,6 +7,8 @@ import csv
 from itertools import groupby
 from pathlib import Path
 
+from docs.commits import commits
+
 ROOT = Path(__file__).parents[1]
 PAGE, RESULTS = ROOT / "docs/export.md", ROOT / "benchmarks/results"
 BEGIN, END = "<!-- runtimes:begin -->", "<!-- runtimes:end -->"
@@ -46,11 +48,10 @@ def _told(rows: list[Row]) -> str:
     """Where and how it was measured."""
     said = {key: ", ".join(dict.fromkeys(row[key] for row in rows)) for key in rows[0]}
     versions = dict.fromkeys(f"{RUNTIMES[row['runtime']]} {row['version']}" for row in rows)
-    commits = ", ".join(dict.fromkeys(f"`{row['commit'][:12]}`" for row in rows))
     return (
         f"{said['device']}, threads {said['threads']}, batch {said['batch']}, float32, 224 px, "
-        f"{said['rounds']} rounds in turns, load {said['load']}; {', '.join(versions)}; commit {commits}. "
-        "Ratios to plain: the median of the rounds, and their quartiles."
+        f"{said['rounds']} rounds in turns, load {said['load']}; {', '.join(versions)}; commit "
+        f"{commits(rows)}. Ratios to plain: the median of the rounds, and their quartiles."
     )
 
 

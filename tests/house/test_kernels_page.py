@@ -61,6 +61,54 @@ def test_the_readme_shows_one_network_with_memory_as_it_comes(page):
     assert "attention" not in page.read_text()
 
 
+def networks(gate="passed", op="resnet50", **changes):
+    plain = ROW | {"op": op, "implementation": "plain", "shape": "8x3x224x224", "gate": gate, **changes}
+    return plain, plain | {"implementation": "cbam", "ratio": "1.50", "low": "1.4", "high": "1.6"}
+
+
+def test_rows_whose_gate_was_not_passed_are_not_shown(page):
+    results = page.parent / "results"
+    write(results / "networks-A-device.csv", *networks("unverified"))
+    write(results / "A-device-quick.csv", *networks())
+    for put in (fill, fill_readme):
+        put(page, results)
+        assert "No machine's results" in page.read_text()
+
+
+def test_the_files_of_one_machine_are_one_section_and_show_each_case_once(page):
+    results = page.parent / "results"
+    write(results / "blocks-A-device.csv", ROW | {"gate": "passed"})
+    again = [row | {"ms": "9.0", "ratio": "9.0"} for row in networks()]
+    write(results / "compiled-A-device.csv", *again, *networks(op="resnet50, compiled"))
+    write(results / "networks-A-device.csv", *networks())
+    fill(page, results)
+    assert page.read_text().count("### A device") == 1
+    assert page.read_text().count("| resnet50 8x3x224x224 NCHW inference | 2 ms | 1.50 [1.40, 1.60] |") == 1
+    assert page.read_text().count("| resnet50, compiled 8x3x224x224 NCHW inference |") == 1
+    assert "9.00" not in page.read_text()
+    fill_readme(page, results)
+    assert page.read_text().count("| resnet50 ") == 1
+
+
+def test_what_differs_between_the_rows_of_a_machine_is_told(page):
+    results, commit = page.parent / "results", "0123456789abcdef"
+    write(
+        results / "a.csv",
+        ROW | {"commit": commit, "gate": "passed"},
+        *networks(rounds="5", commit=f"{commit}+changes"),
+    )
+    fill(page, results)
+    assert "2 threads, fused kernels, commit `0123456789ab`, `0123456789ab+changes`, 5 or 11 rounds" in (
+        page.read_text()
+    )
+    fill_readme(page, results)
+    assert ", 5 rounds in turns" in page.read_text()
+    write(results / "a.csv", ROW, ROW | {"op": "end of a block", "threads": "1", "kernels": "False"})
+    fill(page, results)
+    assert "2 threads, fused kernels" in page.read_text()
+    assert "1 threads, no kernels" in page.read_text()
+
+
 def test_the_readme_holds_what_was_measured(tmp_path):
     copy = tmp_path / "README.md"
     copy.write_text(README.read_text("utf-8"), "utf-8")

@@ -31,5 +31,10 @@ def test_a_network_and_a_runtime_are_a_line_with_its_ratios_and_quartiles(tmp_pa
     assert "old" not in said
 
 
+def test_changed_code_is_not_told_as_its_commit():
+    changed = [row | {"commit": "0123456789abcdef+changes"} for row in (ROW, SE, CBAM)]
+    assert fill_runtimes.section(changed).count("commit `0123456789ab+changes`.") == 1
+
+
 def test_without_results_the_page_says_so(tmp_path):
     assert "Nothing is measured yet." in fill_runtimes.page(f"{BEGIN}{END}", tmp_path)
