@@ -4,6 +4,7 @@ One C++ compiler, and torch for its headers and its library; nothing of CUDA. Ea
 of its own: the library picks one when it is loaded, and no other code is compiled for it.
 """
 
+import hashlib
 import os
 import platform
 import shlex
@@ -99,6 +100,16 @@ def compile_to(library: Path, *, sanitize: bool = False) -> None:
         links = ["-L", str(torch / "lib"), "-ltorch_cpu", *(["-lc10"] if not sanitize else [])]
         run([*compiler, *extra, "-shared", "-o", str(made), *objects.values(), *links])
         shutil.move(made, library)
+    library.with_suffix(".sha256").write_text(sources())
+
+
+def sources() -> str:
+    """A digest of what a library is compiled from: this file and csrc/. `cbam` computes it for a checkout."""
+    whole = hashlib.sha256()
+    for path in sorted([HERE / "compile.py", *(HERE / "csrc").iterdir()], key=lambda path: path.name):
+        content = path.read_bytes()
+        whole.update(f"{path.name} {len(content)} ".encode() + content)
+    return whole.hexdigest()
 
 
 def find_compiler() -> list[str]:

@@ -15,7 +15,7 @@ from cbam import ops
 from cbam.errors import ConfigError, DataError, OutputError, StoppedError
 from cbam.studies import machine
 from cbam.studies.records import Records, counts, same_pictures
-from cbam.studies.study import Arm, Protocol, Study, run_config, run_key, run_name
+from cbam.studies.study import Arm, Protocol, Study, run_config, run_key, run_name, said
 from cbam.studies.training import Keep, Training, trunk
 from cbam.train.versions import versions
 from cbam.train.watch import Silent, Watch
@@ -182,15 +182,23 @@ class Filling:
         return f"{run.name}.dirty-{self.origin['source'][:8]}"
 
     def _expected(self, run: Run) -> float:
-        """Seconds of a run of this row so far on such a device; of any row where it has none.
+        """Seconds that a run of these settings took on such a device; 0 where nothing tells.
 
-        The median: the first run of a process also compiles kernels and looks for the fastest convolutions.
+        Where there is none, those of a pass of the same network over pictures of the same size, as often as
+        this run makes one. The median: the first run of a process also compiles kernels and looks for the
+        fastest convolutions.
         """
-        told = machine.describe(self.training.device)
-        here = [r for r in self.records.all().values() if r["device"] == told]
-        own = [record["seconds"] for record in here if record["arm"] == run.arm]
-        known = own or [record["seconds"] for record in here]
-        return statistics.median(known) if known else 0.0
+        about, device = self.training.pictures.about, machine.describe(self.training.device)
+        here = [r for r in self.records.all().values() if counts_or_dirty(r) and r["device"] == device]
+        own = [r["seconds"] for r in here if _but_seed(r["config"]) == _but_seed(run.config)]
+        if own:
+            return statistics.median(own)
+        passes = [
+            record["seconds"] / _passes(record["config"], record["data"])
+            for record in here
+            if (record["config"]["network"], record["data"]["size"]) == (run.config["network"], about["size"])
+        ]
+        return statistics.median(passes) * _passes(run.config, about) if passes else 0.0
 
     def _least(self, run: Run) -> float:
         """The seconds below which it is no use to begin: those of the whole run, where it cannot be kept."""
@@ -204,8 +212,9 @@ class Filling:
         if not todo:
             return told
         if not known:
-            return f"{told}; how long the others take is not known, no run was made on this device yet"
-        return f"{told}; the other {len(todo)} take about {sum(known) / 3600:.1f} hours one by one"
+            return f"{told}; how long the others take is not known, no such run was made on this device yet"
+        some = "" if len(known) == len(todo) else f"{len(known)} of "
+        return f"{told}; {some}the other {len(todo)} take about {sum(known) / 3600:.1f} hours one by one"
 
     def _tell(self, run: Run, what: str) -> None:
         self.watch.say(f"{self.study.name} {run.arm} seed {run.config['seed']}: {what}")
@@ -214,6 +223,15 @@ class Filling:
 def _claim(run: Run) -> str:
     """What a process takes for a run: for a fork all forks of that network, so that it is trained once."""
     return f"fork-{run_key(trunk(run.config))}" if run.config["forked"] else run.name
+
+
+def _but_seed(config: dict[str, Any]) -> dict[str, Any]:
+    return said(config) | {"seed": None}
+
+
+def _passes(config: dict[str, Any], about: dict[str, Any]) -> float:
+    """How often a run passes a picture through its network; a step of training counts as three."""
+    return (1 + config["forked"]) * config["epochs"] * (3 * about["train"] + about["val"])
 
 
 def counts_or_dirty(record: dict[str, Any]) -> bool:

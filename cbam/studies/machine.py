@@ -11,17 +11,30 @@ from pathlib import Path
 import torch
 
 import cbam
+from cbam.train.versions import native
 
 SOURCES = (".py", ".cpp", ".h", ".cu")
 
 
 def commit() -> str | None:
-    """The git commit of this package, with "+changes" if its files differ; None outside its checkout."""
+    """The git commit of this package, with "+changes" if its files differ; None outside its checkout.
+
+    The CPU kernels count too, where they are installed: those of the checkout, and what was compiled of them.
+    """
     home = Path(cbam.__file__).parent
     if _git(home, "ls-files", "--error-unmatch", "__init__.py") is None:
         return None  # installed, perhaps inside a checkout of something else
-    found, changes = _git(home, "rev-parse", "HEAD"), _git(home, "status", "--porcelain", "--", ".")
+    kernels, sources = native(), _kernels(home.parent / "native")
+    looked_at = [".", *(str(path) for path in sources if kernels)]
+    found, changes = _git(home, "rev-parse", "HEAD"), _git(home, "status", "--porcelain", "--", *looked_at)
+    if sources and kernels and kernels[1]:  # an older one does not say what it was compiled from
+        changes = changes or kernels[1] != digest({path.name: path.read_bytes() for path in sources})
     return f"{found}+changes" if found and changes else found
+
+
+def _kernels(home: Path) -> list[Path]:
+    """What the CPU kernels of a checkout are compiled from, as `native/compile.py` has it."""
+    return [home / "compile.py", *(home / "csrc").iterdir()] if (home / "csrc").is_dir() else []
 
 
 def source() -> str:

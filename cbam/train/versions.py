@@ -1,5 +1,6 @@
 """What a run was made with."""
 
+import importlib
 import importlib.metadata
 import platform
 
@@ -16,4 +17,22 @@ def versions() -> dict[str, str]:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
+    if kernels := native():
+        found["cbam-native"] = "+".join(part for part in (kernels[0], kernels[1][:12]) if part)
     return found
+
+
+def native() -> tuple[str, str] | None:
+    """Version of cbam-native and a digest of what it was compiled from; None where it is not there.
+
+    The digest is "" where an older version does not say it.
+    """
+    try:
+        module = importlib.import_module("cbam_native")
+        version = module.__version__
+    except (ImportError, AttributeError):
+        return None
+    try:
+        return version, module.sources()
+    except (AttributeError, OSError):
+        return version, ""

@@ -11,3 +11,8 @@ __version__ = "0.1.0"
 def library() -> str:
     """The path of the compiled library, for `torch.ops.load_library`."""
     return str(Path(__file__).parent / "kernels.so")
+
+
+def sources() -> str:
+    """The digest of the sources that the library was compiled from; `compile.py` says of what."""
+    return (Path(__file__).parent / "kernels.sha256").read_text()

@@ -73,3 +73,12 @@ def test_without_the_companion_the_equation_runs_and_that_is_said_once():
     assert done.returncode == 0, done.stderr
     remedy = "in a checkout: pip install hatchling; pip install --no-build-isolation ./native"
     assert done.stderr.count(f"cbam-native is not installed ({remedy})") == 1
+
+
+def test_a_library_is_built_with_a_digest_of_its_sources_beside_it(monkeypatch, tmp_path):
+    compiling = loaded(ROOT / "native" / "compile.py")
+    monkeypatch.setattr(compiling, "find_compiler", lambda: [sys.executable])
+    monkeypatch.setattr(compiling, "find_torch", lambda: tmp_path)
+    monkeypatch.setattr(compiling, "run", lambda command: Path(command[command.index("-o") + 1]).touch())
+    compiling.compile_to(tmp_path / "kernels.so")
+    assert (tmp_path / "kernels.sha256").read_text() == compiling.sources()

@@ -1,5 +1,6 @@
 """Studies fill up: what has a record is not repeated, what is broken off leaves none, tables follow."""
 
+import importlib.util
 import json
 import os
 import shutil
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ from cbam.studies.conduct import conduct, find_pictures, prepare
 from cbam.studies.records import Records
 from cbam.studies.tables import STUDIES
 from cbam.studies.tabulate import tables
+from cbam.train.versions import versions
 from cbam.train.watch import Silent
 
 ROOT = Path(cbam.__file__).parents[1]
@@ -368,6 +371,7 @@ def test_no_warm_up_is_recorded_as_in_records_without_one(tmp_path):
     [
         ("chanel", {}, {}, "unknown study 'chanel'; did you mean 'channel'"),
         ("order", {"network": "resnt18"}, {}, "unknown network 'resnt18'; nearest"),
+        ("order", {"network": "resnet_tiny+cbam"}, {}, "network must be the plain network, got 'resnet_tiny"),
         ("order", {"network": "vgg11"}, {}, "no place for attention"),
         ("order", {}, {"arms": ["cbam"]}, "study order has no row cbam; its rows: se"),
         ("order", {"lr": float("nan")}, {}, "lr must be a finite number"),
@@ -393,11 +397,62 @@ def test_the_plan_says_what_is_left_and_how_long_it_takes(filled):
     assert "not known" in study(out, "placement", arms=["plain"]).plan(1)
 
 
+def test_the_plan_goes_by_whole_runs_of_the_same_settings_or_of_as_much_work(tmp_path, filled):
+    shutil.copytree(filled[0] / "order", tmp_path / "order")
+    paths = sorted((tmp_path / "order").glob("digits-*.json"))
+
+    def change(path, **changes):
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    for path in paths:
+        change(path, seconds=3600.0 if "-se-" in path.name else 7200.0)
+    assert "the other 2 take about 3.0 hours" in study(tmp_path).plan(3)
+    assert "the other 2 take about 6.0 hours" in study(tmp_path, epochs=2).plan(1)
+    assert "the other 1 take about 1.5 hours" in study(tmp_path, arms=["spatial-channel"]).plan(1)
+    assert "is not known" in study(tmp_path, network="resnet18").plan(1)
+    for path in paths:
+        change(path, status="NonFiniteError: nan")
+    assert "is not known" in study(tmp_path).plan(3)
+
+
 def test_the_sources_of_a_commit_are_known_without_its_checkout():
     if machine.commit() is None:
         pytest.skip("no git checkout")
     commit = machine.commit()
     assert commit is not None
     found = machine.source_of(commit.removesuffix("+changes"), ROOT)
-    assert (found == machine.source()) == (not commit.endswith("+changes"))
+    assert found is not None
+    assert found == machine.source() or commit.endswith("+changes")
     assert machine.source_of("no-such-commit", ROOT) is None
+
+
+def test_kernels_of_other_sources_than_the_checkouts_are_changed_code(tmp_path, monkeypatch):
+    def git(*arguments):
+        subprocess.run(["git", "-C", str(tmp_path), *arguments], check=True, capture_output=True)
+
+    shutil.copytree(ROOT / "native" / "csrc", tmp_path / "native" / "csrc")
+    shutil.copy(ROOT / "native" / "compile.py", tmp_path / "native")
+    (tmp_path / "cbam").mkdir()
+    (tmp_path / "cbam" / "__init__.py").touch()
+    git("init")
+    git("add", ".")
+    git("-c", "user.name=a", "-c", "user.email=a@b", "commit", "-m", "a")
+    monkeypatch.setattr(cbam, "__file__", str(tmp_path / "cbam" / "__init__.py"))
+    spec = importlib.util.spec_from_file_location("compile_native", ROOT / "native" / "compile.py")
+    compiling = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(compiling)
+    own = compiling.sources()
+
+    def state(**installed):
+        """Whether code is changed beside such a cbam-native, and what is recorded of it."""
+        kernels = SimpleNamespace(__version__="0.1.0", **installed) if installed else None
+        monkeypatch.setitem(sys.modules, "cbam_native", kernels)
+        return machine.commit().endswith("+changes"), versions().get("cbam-native")
+
+    assert state(sources=lambda: own) == (False, f"0.1.0+{own[:12]}")
+    assert state(sources=lambda: "f" * 64) == (True, f"0.1.0+{'f' * 12}")
+    assert state(library=None) == (False, "0.1.0")  # of an older version, which does not say it
+    assert state() == (False, None)
+    (tmp_path / "native" / "csrc" / "pool.h").write_text("changed")
+    assert state(library=None)[0]
+    assert not state()[0]
