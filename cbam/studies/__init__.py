@@ -5,18 +5,24 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from cbam.studies.compare import compare
+    from cbam.studies.folder import ReportFolder
     from cbam.studies.settings import Settings
+    from cbam.train.watch import Watch
 
-__all__ = ["Settings", "compare"]
+__all__ = ["ReportFolder", "Settings", "Watch", "compare"]
+
+_HOME = {
+    "ReportFolder": "studies.folder",
+    "Settings": "studies.settings",
+    "Watch": "train.watch",
+    "compare": "studies.compare",
+}
 
 
 def __getattr__(name: str):
     # The command line reads Settings for its help, which must not wait for torch.
-    if name == "Settings":
-        return importlib.import_module("cbam.studies.settings").Settings
-    if name == "compare":
-        # The function takes the place of the submodule of the same name.
-        value = importlib.import_module("cbam.studies.compare").compare
-        globals()[name] = value
-        return value
-    raise AttributeError(f"module 'cbam.studies' has no attribute {name!r}")
+    if name not in _HOME:
+        raise AttributeError(f"module 'cbam.studies' has no attribute {name!r}")
+    # The function compare takes the place of the submodule of the same name.
+    value = globals()[name] = getattr(importlib.import_module(f"cbam.{_HOME[name]}"), name)
+    return value

@@ -9,6 +9,7 @@ augmented alike, in the same order. What is scored is the last epoch, never the 
 
 import copy
 import datetime
+import os
 import time
 from dataclasses import asdict
 
@@ -42,8 +43,13 @@ from cbam.train.watch import Silent, Watch
 SCHEMA = 1
 
 
-def compare(settings: Settings, folder: ReportFolder, *, watch: Watch | None = None) -> dict:
+def compare(
+    settings: Settings, folder: ReportFolder | str | os.PathLike, *, watch: Watch | None = None
+) -> dict:
     """Run a comparison and write its report; returns the content of results.json.
+
+    Args:
+        folder: where the report goes; a path must not hold anything yet, see `ReportFolder`.
 
     results.json is written after every finished training. When the run ends early, by Ctrl-C or by an
     error, what is finished is reported before the exception goes on.
@@ -51,6 +57,8 @@ def compare(settings: Settings, folder: ReportFolder, *, watch: Watch | None = N
     Raises:
         ConfigError, DataError, CheckpointError, OutputError, NonFiniteError, MissingExtraError.
     """
+    if not isinstance(folder, ReportFolder):
+        folder = ReportFolder(folder)
     return _Comparison(settings, folder, watch or Silent()).run()
 
 

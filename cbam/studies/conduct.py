@@ -82,6 +82,10 @@ def prepare(
     study, where = find_study(name), pick_device(device)
     if study.many_networks and changes.get("network"):
         raise ConfigError(f"study {name} names its networks itself: leave --network out, or choose --arms")
+    if "+" in (changes.get("network") or ""):
+        raise ConfigError(
+            f"network must be the plain network, got {changes['network']!r}; the rows attach what is compared"
+        )
     if changes.get("regions") and not study.boxed:
         raise ConfigError(f"regions belong to detectors, and the study is {name}")
     own = changes | {"size": pictures.size}

@@ -159,9 +159,11 @@ def notes(results: dict) -> list[str]:
 
 
 def _start_told(results: dict) -> str:
+    if results["config"]["from_scratch"]:
+        return "Every arm was trained from scratch, attention initialised as in the paper's released code."
     checks = [run["identity"] for run in results["runs"] if run["identity"]]
     if not checks:
-        return "Every arm was trained from scratch, attention initialised as in the paper's released code."
+        return "No arm with attention was finished; attention is attached at the identity start."
     equal = sum(check["bit_equal"] for check in checks)
     pictures = checks[0]["pictures"]
     return (

@@ -18,7 +18,7 @@ _RESULTS = {
     "schema": 1,
     "status": "complete",
     "created": "2026-01-01T00:00:00+00:00",
-    "config": {"model": "resnet_tiny", "attention": ["se", "cbam"], "seeds": 3},
+    "config": {"model": "resnet_tiny", "attention": ["se", "cbam"], "seeds": 3, "from_scratch": False},
     "protocol": "plain for 1 epochs, then forked",
     "recipes": {
         "arms": {"epochs": 1, "batch_size": 32, "optimizer": "sgd", "lr": 0.05, "schedule": "cosine",

@@ -238,3 +238,12 @@ def test_an_unknown_network_is_met_with_the_nearest_names(tmp_path):
     with pytest.raises(ConfigError, match="unknown network 'resnt18'; nearest: resnet18"):
         compare(Settings(**SMALL, model="resnt18"), ReportFolder(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+
+
+def test_the_folder_may_be_a_path_and_is_looked_at_before_any_work(tmp_path):
+    # C7
+    (tmp_path / "thesis.tex").write_text("old")
+    with pytest.raises(ConfigError, match="is not empty"):
+        compare(Settings(**SMALL), str(tmp_path))
+    compare(Settings(**SMALL, attention=("se",), seeds=1), tmp_path / "out")
+    assert (tmp_path / "out" / PAGE).exists()

@@ -118,6 +118,20 @@ def test_names_from_outside_cannot_write_into_the_report(results):
     assert "\\[a\\](javascript" in told
 
 
+def test_how_the_arms_began_is_told_of_what_was_broken_off_too(results):
+    told = {
+        False: "logits on 32 validation pictures bit-equal before and after in 6 of 6 cases",
+        True: "Every arm was trained from scratch",
+    }
+    for from_scratch, words in told.items():
+        results["config"]["from_scratch"] = from_scratch
+        assert words in markdown(results, None)
+    results["config"]["from_scratch"] = False
+    results["runs"] = results["runs"][:1]  # plain, of the first seed
+    assert "No arm with attention was finished" in markdown(results, None)
+    assert "from scratch" not in markdown(results, None)
+
+
 def test_the_markdown_table_has_equal_rows(results):
     rows = [line for line in markdown(results, "picture.png").splitlines() if line.startswith("|")]
     assert len({len(re.findall(r"(?<!\\)\|", row)) for row in rows}) == 1
