@@ -1,6 +1,5 @@
 """Studies fill up: what has a record is not repeated, what is broken off leaves none, tables follow."""
 
-import importlib.util
 import json
 import os
 import shutil
@@ -8,7 +7,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,12 +15,10 @@ from PIL import Image
 import cbam
 from cbam.errors import ConfigError, DataError
 from cbam.studies import filling as filling_file
-from cbam.studies import machine
 from cbam.studies.conduct import conduct, find_pictures, prepare
 from cbam.studies.records import Records
 from cbam.studies.tables import STUDIES
 from cbam.studies.tabulate import tables
-from cbam.train.versions import versions
 from cbam.train.watch import Silent
 
 ROOT = Path(cbam.__file__).parents[1]
@@ -413,46 +409,3 @@ def test_the_plan_goes_by_whole_runs_of_the_same_settings_or_of_as_much_work(tmp
     for path in paths:
         change(path, status="NonFiniteError: nan")
     assert "is not known" in study(tmp_path).plan(3)
-
-
-def test_the_sources_of_a_commit_are_known_without_its_checkout():
-    if machine.commit() is None:
-        pytest.skip("no git checkout")
-    commit = machine.commit()
-    assert commit is not None
-    found = machine.source_of(commit.removesuffix("+changes"), ROOT)
-    assert found is not None
-    assert found == machine.source() or commit.endswith("+changes")
-    assert machine.source_of("no-such-commit", ROOT) is None
-
-
-def test_kernels_of_other_sources_than_the_checkouts_are_changed_code(tmp_path, monkeypatch):
-    def git(*arguments):
-        subprocess.run(["git", "-C", str(tmp_path), *arguments], check=True, capture_output=True)
-
-    shutil.copytree(ROOT / "native" / "csrc", tmp_path / "native" / "csrc")
-    shutil.copy(ROOT / "native" / "compile.py", tmp_path / "native")
-    (tmp_path / "cbam").mkdir()
-    (tmp_path / "cbam" / "__init__.py").touch()
-    git("init")
-    git("add", ".")
-    git("-c", "user.name=a", "-c", "user.email=a@b", "commit", "-m", "a")
-    monkeypatch.setattr(cbam, "__file__", str(tmp_path / "cbam" / "__init__.py"))
-    spec = importlib.util.spec_from_file_location("compile_native", ROOT / "native" / "compile.py")
-    compiling = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(compiling)
-    own = compiling.sources()
-
-    def state(**installed):
-        """Whether code is changed beside such a cbam-native, and what is recorded of it."""
-        kernels = SimpleNamespace(__version__="0.1.0", **installed) if installed else None
-        monkeypatch.setitem(sys.modules, "cbam_native", kernels)
-        return machine.commit().endswith("+changes"), versions().get("cbam-native")
-
-    assert state(sources=lambda: own) == (False, f"0.1.0+{own[:12]}")
-    assert state(sources=lambda: "f" * 64) == (True, f"0.1.0+{'f' * 12}")
-    assert state(library=None) == (False, "0.1.0")  # of an older version, which does not say it
-    assert state() == (False, None)
-    (tmp_path / "native" / "csrc" / "pool.h").write_text("changed")
-    assert state(library=None)[0]
-    assert not state()[0]
