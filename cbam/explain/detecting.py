@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from cbam.errors import ConfigError, DataError, InputError, NonFiniteError
-from cbam.explain.maps import gradcam, last_map
+from cbam.explain.layers import Place, last_map
+from cbam.explain.maps import gradcam_at
 from cbam.explain.watching import eval_mode, is_detection
 
 SAME = 0.5  # overlap from which boxes of two detectors mean the same object
@@ -146,10 +147,10 @@ def gradcam_of_box(
     """
     images, score = image[None], _ScoreOfBox(model, box, label)
     if layer is None:
-        layer = _read_from(score, images) or last_map(model, images)
+        layer = _read_from(score, images) or last_map(model, images).name
     elif layer not in dict(model.named_modules()):
         raise ConfigError(f"the detector has no layer {layer!r}")
-    return gradcam(score, images, 0, f"detector.{layer}", method)[0]
+    return gradcam_at(score, images, 0, Place(f"detector.{layer}"), method)[0]
 
 
 class _ScoreOfBox(nn.Module):

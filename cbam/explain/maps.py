@@ -3,9 +3,9 @@
 Shapes: N samples of C channels, H x W pixels of the input, h x w pixels of the watched layer.
 """
 
-import difflib
 import logging
 import math
+import operator
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cbam.errors import ConfigError, InputError, MissingExtraError, NonFiniteError
+from cbam.explain.layers import Place, last_map, place_of
 from cbam.explain.watching import check_images, eval_mode, is_detection, logits_of, refuse_unwatchable
 
 METHODS = {  # name -> what it is called in words
@@ -24,11 +25,6 @@ METHODS = {  # name -> what it is called in words
 }
 
 _log = logging.getLogger("cbam")
-
-_TRUNKS = ("backbone.body.", "backbone.features.", "backbone.")  # of torchvision's detectors
-
-# They change the size of a map and not what it says, so they are no place to look at.
-_POOLS = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.AvgPool2d, nn.MaxPool2d)
 
 
 def gradcam(
@@ -50,53 +46,38 @@ def gradcam(
             class has the sum of the scores of its boxes.
         images: normalised, float (N, C, H, W).
         target: a class for all images, one per image, or None for the predicted one.
-        layer: a module or its name. By default the outermost module that finishes last with an output of more
-            than one pixel, pooling aside: `layer4` of a ResNet, so the last block's output after its add.
-            Of a detector it is the last of its `backbone.body`, `backbone.features` or `backbone`.
+        layer: a module or its name, whose output is a feature map, (N, C, h, w) or (N, h, w, C). By default
+            the outermost module that finishes last with one of more than one pixel, pooling aside: `layer4`
+            of a ResNet, so the last block's output after its add. Of a detector it is the last of its
+            `backbone.body`, `backbone.features` or `backbone`. The model is run at two larger sizes to tell
+            maps from what else has four dimensions; where it takes one size only, by the sides.
         method: "gradcam" (arXiv 1610.02391), "gradcam++" (1710.11063), "layercam" (IEEE TIP 2021) or
             "scorecam" (1910.01279: one forward pass per channel of the layer).
 
     Raises:
-        InputError: images, target or layer do not fit.
+        InputError: images, target or layer do not fit; or the network goes on with tokens after its last map,
+            as transformers do, and no layer is given.
         NonFiniteError: the model gives NaN or infinity.
         ConfigError: an unknown method or layer; a compiled or scripted model.
         MissingExtraError: torchcam is not installed.
     """
-    check_images(images, model)
     refuse_unwatchable(model)
+    check_images(images, model)
+    with torch.inference_mode(False):
+        one = images[:1].detach().clone()
+        place = last_map(model, one) if layer is None else place_of(model, one, layer)
+    return gradcam_at(model, images, target, place, method)
+
+
+def gradcam_at(model: nn.Module, images: Tensor, target, place: Place, method: str) -> Tensor:
+    """`gradcam` where the layer is known."""
+    check_images(images, model)
     extractor_type = _extractor_type(method)
     with torch.inference_mode(False), torch.enable_grad(), eval_mode(model):
         images = images.detach().clone()
-        name = last_map(model, images[:1]) if layer is None else _name_of(model, layer)
         with _framed(model) as frame:
-            maps = _raw_maps(model, images, target, name, extractor_type)
+            maps = _raw_maps(model, images, target, place, extractor_type)
     return _over(images.shape[-2:], maps, frame)
-
-
-def last_map(model: nn.Module, images: Tensor) -> str:
-    """The name of the module that `gradcam` looks at by default; runs the model once.
-
-    Raises:
-        InputError: no module's output has more than one pixel.
-    """
-    names: list[str] = []
-
-    def note(name: str, module: nn.Module, output: object) -> None:
-        is_map = isinstance(output, Tensor) and output.dim() == 4 and output.shape[-2:].numel() > 1
-        if is_map and not isinstance(module, _POOLS):
-            names.append(name)
-
-    with ExitStack() as undo, torch.no_grad(), eval_mode(model):
-        for name, module in model.named_modules():
-            if name:
-                hook = module.register_forward_hook(lambda m, _, out, name=name: note(name, m, out))
-                undo.callback(hook.remove)
-        output = model(images)
-    if is_detection(output):
-        names = next(filter(None, ([n for n in names if n.startswith(part)] for part in _TRUNKS)), [])
-    if not names:
-        raise InputError("no layer of the model has an output of more than one pixel; larger images may help")
-    return names[-1]
 
 
 def energy_inside(maps: Tensor, boxes: Tensor) -> Tensor:
@@ -133,13 +114,14 @@ def _cover(start: Tensor, end: Tensor, size: int) -> Tensor:
     return (torch.minimum(end[:, None], cell + 1) - torch.maximum(start[:, None], cell)).clamp(min=0)
 
 
-def _raw_maps(model, images: Tensor, target, name: str, extractor_type) -> Tensor:
-    """Unscaled maps (N, h, w) of the layer `name`."""
+def _raw_maps(model, images: Tensor, target, place: Place, extractor_type) -> Tensor:
+    """Unscaled maps (N, h, w) of the layer at `place`."""
+    name = place.name
     layer = model.get_submodule(name)
     with ExitStack() as undo:
-        undo.callback(layer.register_forward_hook(_start_graph(name), prepend=True).remove)
+        undo.callback(layer.register_forward_hook(_start_graph(place), prepend=True).remove)
         extractor = undo.enter_context(extractor_type(model, name))
-        undo.callback(layer.register_forward_hook(_hand_on).remove)
+        undo.callback(layer.register_forward_hook(_hand_on(place)).remove)
         output = model(images)
         if is_detection(output) and not _takes_detectors(extractor):
             raise ConfigError("scorecam asks a classifier for its scores; take another method for a detector")
@@ -168,28 +150,34 @@ def _takes_detectors(extractor) -> bool:
     return not isinstance(extractor, ScoreCAM)
 
 
-def _start_graph(name: str):
-    """A forward hook that starts the graph at the layer's output: nothing before it needs a gradient."""
+def _start_graph(place: Place):
+    """A forward hook that starts the graph at the layer's output, as (N, C, h, w): nothing before it needs a
+    gradient."""
 
     def start(_, args, output: object) -> Tensor:
         if not isinstance(output, Tensor) or output.dim() != 4:
             got = (
                 f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else f"a {type(output).__name__}"
             )
-            raise InputError(f"layer {name!r} must return a feature map (N, C, h, w), got {got}")
+            raise InputError(f"layer {place.name!r} must return a feature map (N, C, h, w), got {got}")
         with torch.inference_mode(False):
-            return output.detach().clone().requires_grad_()
+            output = output.detach().clone()
+            return (output.permute(0, 3, 1, 2) if place.channels_last else output).requires_grad_()
 
     return start
 
 
-def _hand_on(_, args, output: Tensor) -> Tensor:
+def _hand_on(place: Place):
     """A forward hook that gives a copy to what follows, which may write into it in place.
 
     The copy is in the graph even where the model runs this layer in a `no_grad` of its own.
     """
-    with torch.inference_mode(False), torch.enable_grad():
-        return output.clone()
+
+    def copy(_, args, output: Tensor) -> Tensor:
+        with torch.inference_mode(False), torch.enable_grad():
+            return (output.permute(0, 2, 3, 1) if place.channels_last else output).clone()
+
+    return copy
 
 
 @contextmanager
@@ -237,23 +225,23 @@ def _classes(target, scores: Tensor) -> list[int]:
     N, K = scores.shape
     if target is None:
         return scores.argmax(1).tolist()
-    classes = target.tolist() if isinstance(target, Tensor) else target
-    classes = [classes] * N if isinstance(classes, int) else list(classes)
-    if len(classes) != N or any(not isinstance(c, int) or not 0 <= c < K for c in classes):
+    try:
+        classes = [_index(target)] * N
+    except TypeError:  # not one number
+        try:
+            classes = [_index(one) for one in target]
+        except TypeError:
+            classes = []
+    if len(classes) != N or any(not 0 <= c < K for c in classes):
         raise InputError(f"target must be one class in 0..{K - 1} or {N} of them, got {target!r}")
     return classes
 
 
-def _name_of(model: nn.Module, layer: str | nn.Module) -> str:
-    names = {name: module for name, module in model.named_modules() if name}
-    for name, module in names.items():
-        if layer is module or layer == name:
-            return name
-    near = difflib.get_close_matches(str(layer), names) if isinstance(layer, str) else []
-    hint = f"; near it: {', '.join(near)}" if near else ""
-    raise ConfigError(
-        f"the model has no layer {layer if isinstance(layer, str) else type(layer).__name__!r}{hint}"
-    )
+def _index(number) -> int:
+    """A whole number of any library; a bool is none."""
+    if isinstance(number, bool) or getattr(number, "dtype", None) in (torch.bool, "bool"):
+        raise TypeError
+    return operator.index(number)
 
 
 def _refuse_nonfinite(*tensors: Tensor) -> None:

@@ -148,8 +148,8 @@ def test_the_evidence_is_looked_for_where_a_detector_reads_its_box(name, places,
     from cbam.models import detector
 
     asked = []
-    whole = module.gradcam
-    monkeypatch.setattr(module, "gradcam", lambda *a: (asked.append(a[3]), whole(*a))[1])
+    whole = module.gradcam_at
+    monkeypatch.setattr(module, "gradcam_at", lambda *a: (asked.append(a[3].name), whole(*a))[1])
     torch.manual_seed(0)
     model = detector(name, num_classes=3)
     if not model.transform.fixed_size:

@@ -1,0 +1,168 @@
+"""Which layer's feature map is looked at, and where in it the channels lie.
+
+Shapes: N samples of C channels, H x W pixels of the input, h x w pixels of the layer's map, T tokens.
+"""
+
+import difflib
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from cbam.errors import ConfigError, InputError
+from cbam.explain.watching import eval_mode, is_detection
+
+_TRUNKS = ("backbone.body.", "backbone.features.", "backbone.")  # of torchvision's detectors
+
+# They change the size of a map and not what it says, so they are no place to look at.
+_POOLS = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.AvgPool2d, nn.MaxPool2d)
+
+_Shapes = dict[str, tuple[int, ...]]  # of what modules give, by name, in the order in which they finish
+
+
+@dataclass(frozen=True)
+class Place:
+    """A layer that gives a feature map: (N, C, h, w), or (N, h, w, C) with `channels_last`."""
+
+    name: str
+    channels_last: bool = False
+
+
+def last_map(model: nn.Module, images: Tensor) -> Place:
+    """Where `gradcam` looks by default; runs the model three times, on the images and on larger ones.
+
+    Raises:
+        InputError: no module gives a feature map of more than one pixel, or what is made of the last one is
+            no map any more, as in a transformer.
+    """
+    seen = _Seen(model, images)
+    pools = {name for name, module in model.named_modules() if isinstance(module, _POOLS)}
+    names = [name for name, shape in seen.shapes.items() if len(shape) == 4 and name not in pools]
+    if seen.detects:
+        names = next(filter(None, ([n for n in names if n.startswith(part)] for part in _TRUNKS)), [])
+    for name in reversed(names):
+        channels_last = seen.channels_last(name)
+        pixels = seen.shapes[name][1:3] if channels_last else seen.shapes[name][2:]
+        if channels_last is None or torch.Size(pixels).numel() == 1:
+            continue
+        if not seen.detects and (tokens := seen.tokens_after(name)):
+            raise InputError(
+                f"the model goes on with tokens after its last feature map: {tokens!r} gives "
+                f"{seen.shapes[tokens]}, which is no map; name a layer that gives one, such as {name!r}"
+            )
+        return Place(name, channels_last)
+    four = next((f"; {n!r} gives {seen.shapes[n]}, which is none" for n in reversed(names)), "")
+    raise InputError(
+        f"no layer of the model has an output of more than one pixel; larger images may help{four}"
+    )
+
+
+def place_of(model: nn.Module, images: Tensor, layer: str | nn.Module) -> Place:
+    """The layer that a user names; what it gives is looked at as in `last_map`.
+
+    Raises:
+        ConfigError: the model has no such layer.
+        InputError: its output has four dimensions and is no feature map: heads, tokens, windows.
+    """
+    name = _name_of(model, layer)
+    seen = _Seen(model, images)
+    if len(seen.shapes.get(name, ())) != 4:
+        return Place(name)  # whoever runs it says what is wrong
+    channels_last = seen.channels_last(name)
+    if channels_last is None:
+        raise InputError(
+            f"layer {name!r} must return a feature map (N, C, h, w) or (N, h, w, C), got shape "
+            f"{seen.shapes[name]}, which does not grow with the picture as a map does; choose another"
+        )
+    return Place(name, channels_last)
+
+
+class _Seen:
+    """The shapes that modules give for the images, for images twice as wide, and for some twice as high."""
+
+    def __init__(self, model: nn.Module, images: Tensor) -> None:
+        self.size = tuple(images.shape[-2:])
+        with torch.no_grad(), eval_mode(model):
+            self.shapes, output = _run(model, images)
+            self.detects = is_detection(output)
+            self._larger: list[_Shapes] = []
+            if not self.detects:
+                try:
+                    self._larger = [_run(model, torch.cat([images, images], d))[0] for d in (3, 2)]
+                except Exception:  # a network that takes one size only raises what it likes
+                    self._larger = []
+
+    def channels_last(self, name: str) -> bool | None:
+        """Whether the channels of a map are its last dimension; None where the output is no map."""
+        own = self.shapes[name]
+        if self.detects:
+            return False  # pyramids and heads take (N, C, h, w) alone
+        by_stride = _by_sides(own, lambda h, w: _strided(h, w, *self.size))
+        if not self._larger:
+            return by_stride
+        others = [shapes.get(name, ()) for shapes in self._larger]
+        if own == others[0] == others[1]:  # the model brings pictures, or this map, to a size of its own
+            squares = _by_sides(own, int.__eq__)
+            return by_stride if squares is None else squares
+        grown = [[d for d, (a, b) in enumerate(zip(own, other, strict=False)) if a != b] for other in others]
+        return {((3,), (2,)): False, ((2,), (1,)): True}.get((*map(tuple, grown),))
+
+    def tokens_after(self, name: str) -> str | None:
+        """A module that gives tokens, (N, T, C), after `name`, in none that makes something else of them."""
+        later = list(self.shapes)[list(self.shapes).index(name) + 1 :]
+        for one in reversed(later):
+            shape = self.shapes[one]
+            around = [a for a in _around(one) if a in later and not name.startswith(f"{a}.")]
+            if len(shape) == 3 and shape[1] > 1 and all(len(self.shapes[a]) == 3 for a in around):
+                return one
+        return None
+
+
+def _run(model: nn.Module, images: Tensor) -> tuple[_Shapes, object]:
+    """The shapes of what the modules give, each as it last did, and what the model gives."""
+    shapes: _Shapes = {}
+
+    def note(name: str, output: object) -> None:
+        shapes.pop(name, None)  # a module that runs again finishes again
+        if isinstance(output, Tensor):
+            shapes[name] = tuple(output.shape)
+
+    with ExitStack() as undo:
+        for name, module in model.named_modules():
+            if name:
+                hook = module.register_forward_hook(lambda m, _, out, name=name: note(name, out))
+                undo.callback(hook.remove)
+        return shapes, model(images)
+
+
+def _by_sides(shape: tuple[int, ...], fits) -> bool | None:
+    """Where the pixels of a map are by its sides alone; None where no place fits, or both do."""
+    last, first = (bool(fits(h, w)) for h, w in pairwise(shape[1:]))
+    return None if last == first else last
+
+
+def _strided(h: int, w: int, H: int, W: int) -> bool:
+    """Whether both sides are those of the picture at one whole stride, rounded down or up."""
+    stride = max(1, round(H / h))
+    return all(n in (N // stride, -(-N // stride)) for n, N in ((h, H), (w, W)))
+
+
+def _around(name: str) -> Iterator[str]:
+    """The modules that one lies in, by name: of "a.b.c" "a.b" and "a"."""
+    while name := name.rpartition(".")[0]:
+        yield name
+
+
+def _name_of(model: nn.Module, layer: str | nn.Module) -> str:
+    names = {name: module for name, module in model.named_modules() if name}
+    for name, module in names.items():
+        if layer is module or layer == name:
+            return name
+    near = difflib.get_close_matches(str(layer), names) if isinstance(layer, str) else []
+    hint = f"; near it: {', '.join(near)}" if near else ""
+    raise ConfigError(
+        f"the model has no layer {layer if isinstance(layer, str) else type(layer).__name__!r}{hint}"
+    )
