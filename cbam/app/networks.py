@@ -1,12 +1,13 @@
 """Trained networks that a user names on the command line, as a `Viewer`."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from cbam.app.source import Source, source
+from cbam.app.source import Source, normalised, refuse_normalisation, source
 from cbam.data import cluttered_digits
 from cbam.data.digits import NAME
 from cbam.data.pictures import short_side
@@ -28,6 +29,8 @@ def viewer(
     size: int | None,
     *,
     digits: bool = False,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
 ) -> Viewer:
     """The networks to look with: the default pair, one network with its weights, or several to compare.
 
@@ -39,6 +42,7 @@ def viewer(
         classes: a file with a class name per line; by default those of the checkpoint, or ImageNet's.
         size: side of what the networks see; by default that of the checkpoint, or 224.
         digits: the pictures are the cluttered digits, and so are classes, size and normalisation by default.
+        mean, std: that weights files were trained with, per channel; by default ImageNet's.
 
     Raises:
         ConfigError: the names do not fit together. CheckpointError: a file does not fit.
@@ -48,12 +52,13 @@ def viewer(
     if weights is None and not compare:
         if model is not None:
             raise ConfigError("--model needs --weights FILE: an untrained network has nothing to show")
-        if classes or size:
-            raise ConfigError("--classes and --size go with --weights or --compare")
+        if classes or size or mean or std:
+            raise ConfigError("--classes, --size, --mean and --std go with --weights or --compare")
         return default_viewer()
     names = lines_of(classes) if classes else None
     parts = [named(text) for text in compare] if compare else [("network", weights or "")]
-    loaded = [_load(label, Path(file), model, names, size, bool(compare), digits) for label, file in parts]
+    how = bool(compare), digits, mean, std
+    loaded = [_load(label, Path(file), model, names, size, *how) for label, file in parts]
     if len({label for label, _ in parts}) < len(parts):
         raise ConfigError("--compare: each network needs a name of its own")
     if any(about != loaded[0][2] for *_, about in loaded):
@@ -79,18 +84,21 @@ def _load(
     size: int | None,
     arms: bool,
     digits: bool,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
 ) -> tuple[str, nn.Module, dict[str, Any]]:
     """What it is in words, the network, and how pictures come to it: the fields of a `Viewer`."""
     if not file.exists():
         raise CheckpointNotFoundError(f"{file}: no such file")
     if file.is_dir() or checkpoint.is_ours(file):
+        refuse_normalisation(file, mean, std)
         found = source(str(file), None, None)
         if not (known := names or list(found.card.classes)):
             raise ConfigError(
                 f"{file} does not say what its classes are: give --classes FILE, a name per line"
             )
     else:
-        found = _of_weights(label, file, model, names, arms, digits)
+        found = _of_weights(label, file, model, names, arms, digits, mean, std)
         known = list(found.card.classes)
     card, side = found.card, size or found.card.size
     how: dict[str, Any] = {"classes": known, "size": side, "mean": card.mean, "std": card.std}
@@ -102,7 +110,14 @@ def _load(
 
 
 def _of_weights(
-    label: str, file: Path, model: str | None, names: list[str] | None, arms: bool, digits: bool
+    label: str,
+    file: Path,
+    model: str | None,
+    names: list[str] | None,
+    arms: bool,
+    digits: bool,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
 ) -> Source:
     """A weights file knows the network and the classes of nothing but its tensors."""
     if model is None:
@@ -119,6 +134,7 @@ def _of_weights(
         load_weights(net, file)
     except OtherClassesError as error:
         raise error.advising("give --classes FILE with as many names, one per line") from None
+    card = normalised(card, mean, std, None if digits else net, name)
     return Source(net, f"{name}, weights of {file}", name, replace(card, classes=tuple(names)))
 
 

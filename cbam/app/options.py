@@ -121,6 +121,15 @@ def duration(text: str) -> float:
     return seconds
 
 
+def add_normalisation(parser: Parser) -> None:
+    """How pictures come to weights that do not say it."""
+    for flag, words in (("--mean", "mean"), ("--std", "standard deviation")):
+        parser.add_argument(
+            flag, nargs=3, type=float, metavar=("R", "G", "B"),
+            help=f"{words} that a weights file was trained with, of values from 0 to 1 (default: ImageNet's)",
+        )  # fmt: skip
+
+
 def need(what: str, extras: dict[str, tuple[str, ...]]) -> None:
     """Refuse before any work when a package of these extras is not installed."""
     missing = {

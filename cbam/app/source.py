@@ -1,6 +1,7 @@
 """A network as the command line names it: by name, or by the file or folder that holds its weights."""
 
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +39,14 @@ class Source:
         told: where it came from, in words.
         name: what `cbam.build` makes it from; empty for a network of its author's own.
         card: classes, size, normalisation, and of a run how it was trained and what came out.
+        normalised: whether mean and standard deviation are known; else the card has ImageNet's.
     """
 
     network: nn.Module
     told: str
     name: str
     card: hub.Card
+    normalised: bool = True
 
     def about(self, size: int) -> dict[str, Any]:
         """What the file of another runtime, for pictures of `size`, tells by name.
@@ -51,19 +54,28 @@ class Source:
         What is not known is left out: how pictures are brought to another size than the card's, too.
         """
         card = self.card
-        told = {"network": self.name, "mean": card.mean, "std": card.std, "classes": card.classes}
+        told: dict[str, Any] = {"network": self.name, "classes": card.classes}
+        if self.normalised:
+            told |= {"mean": card.mean, "std": card.std}
         if card.resize and size == card.size:
             told |= {"resize": card.resize, "crop": size}
         return {name: value for name, value in told.items() if value}
 
 
-def source(named: str, model: str | None, outputs: int | None) -> Source:
+def source(
+    named: str,
+    model: str | None,
+    outputs: int | None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> Source:
     """The network of a name of `cbam list`, a folder of `save_pretrained`, a run of `cbam train`, or weights.
 
     Args:
         named: of the network, or of what holds its weights.
         model: of a weights file, which does not say what network it is of.
         outputs: number of classes, of a name and of a weights file; 1000 by default.
+        mean, std: that a weights file was trained with, per channel; ImageNet's by default.
 
     Raises:
         ConfigError: the names do not fit together. CheckpointError: the file does not.
@@ -75,10 +87,12 @@ def source(named: str, model: str | None, outputs: int | None) -> Source:
         if model is not None:
             raise ConfigError(f"{named}: no such file, and --model goes with one")
         net = build(named, num_classes=outputs or _OUTPUTS)
-        return Source(net, f"{named}, untrained weights", named, hub.Card())
+        card = normalised(hub.Card(), mean, std)
+        return Source(net, f"{named}, untrained weights", named, card, mean is not None)
     if path.is_dir() or checkpoint.is_ours(path):
         if model is not None or outputs is not None:
             raise ConfigError(f"{named} says what network it is: leave --model and --num-classes out")
+        refuse_normalisation(path, mean, std)
         return _published(path) if hub.is_published(path) else _run(path)
     if model is None:
         raise ConfigError(f"{named} does not say what network it is: give --model NAME, see `cbam list`")
@@ -87,7 +101,49 @@ def source(named: str, model: str | None, outputs: int | None) -> Source:
         load_weights(net, path)
     except OtherClassesError as error:
         raise error.advising(f"give --num-classes {error.classes}") from None
-    return Source(net, f"{model}, weights of {path}", model, hub.Card())
+    card = normalised(hub.Card(), mean, std, net, model)
+    return Source(net, f"{model}, weights of {path}", model, card, mean is not None)
+
+
+def normalised(
+    card: hub.Card,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    network: nn.Module | None = None,
+    name: str = "",
+) -> hub.Card:
+    """The card with this mean and standard deviation, where they are given.
+
+    Args:
+        network, name: of weights, which do not say how they were trained.
+
+    Raises:
+        ConfigError: one is given without the other; or none, and timm's weights of this network have others
+            than the card: the file may be timm's, or of `cbam train`.
+    """
+    if (mean is None) != (std is None):
+        raise ConfigError("give --mean and --std together")
+    if mean is not None and std is not None:
+        return replace(card, mean=tuple(mean), std=tuple(std))
+    known = getattr(network, "pretrained_cfg", None) or {}
+    own, theirs = (card.mean, card.std), tuple(tuple(known.get(key, ())) for key in ("mean", "std"))
+    if all(theirs) and theirs != own:
+        ways = [f"--mean {_spaced(m)} --std {_spaced(s)}" for m, s in (theirs, own)]
+        raise ConfigError(
+            f"weights of {name} do not say how pictures are normalised: give {ways[0]} for timm's own, "
+            f"{ways[1]} for those of `cbam train`"
+        )
+    return card
+
+
+def refuse_normalisation(path: Path, mean: Sequence[float] | None, std: Sequence[float] | None) -> None:
+    """Runs and folders of save_pretrained know theirs."""
+    if mean is not None or std is not None:
+        raise ConfigError(f"{path} says how pictures are normalised: leave --mean and --std out")
+
+
+def _spaced(values: Sequence[float]) -> str:
+    return " ".join(f"{value:g}" for value in values)
 
 
 def _published(folder: Path) -> Source:

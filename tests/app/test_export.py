@@ -127,9 +127,21 @@ def test_a_weights_file_takes_the_name_of_its_network(capsys):
     assert cli.main([*line, "--model", "resnet_tiny+cbam", "--num-classes", "7"]) == 0
     assert computes("w.pt2", model, 32)
     assert told_in("w.pt2")["network"] == "resnet_tiny+cbam"
+    assert not {"mean", "std"} & told_in("w.pt2").keys()  # a weights file does not say them
     capsys.readouterr()
     assert cli.main([*line, "--model", "resnet_tiny+cbam", "--num-classes", "7"]) == 2
     assert "w.pt2 exists" in capsys.readouterr().err
+
+
+def test_the_normalisation_of_a_weights_file_is_told_where_it_is_given(capsys):
+    torch.save(cbam.build("timm:test_resnet", num_classes=7).state_dict(), "w.pth")
+    line = ["export", "w.pth", "--model", "timm:test_resnet", "--num-classes", "7", "--to", "torch"]
+    assert cli.main([*line, "--size", "32"]) == 2  # timm's own weights have another than ImageNet's
+    assert "give --mean 0.5 0.5 0.5 --std 0.5 0.5 0.5 for timm's own, --mean 0.485" in capsys.readouterr().err
+    given = ["--mean", "0.5", "0.4", "0.3", "--std", "0.2", "0.2", "0.1"]
+    assert cli.main([*line, "--size", "32", *given]) == 0
+    assert told_in("w.pt2")["mean"] == [0.5, 0.4, 0.3]
+    assert told_in("w.pt2")["std"] == [0.2, 0.2, 0.1]
 
 
 def test_a_folder_of_save_pretrained_knows_what_it_is():

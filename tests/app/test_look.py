@@ -8,7 +8,7 @@ import torch
 import cbam
 from cbam.app.cli import main
 from cbam.app.look import Wanted, look_at
-from cbam.errors import DataError, OutputError
+from cbam.errors import ConfigError, DataError, OutputError
 from cbam.explain import Viewer
 
 Image = pytest.importorskip("PIL.Image", reason="pictures are read by Pillow")
@@ -210,6 +210,30 @@ def test_weights_for_other_classes_are_refused_with_what_the_command_has(
     assert not (tmp_path / "cbam-look").exists()
     (tmp_path / "names.txt").write_text("ant\nbee\ncat\n")
     assert main([*line, "--classes", "names.txt"]) == 0
+
+
+def test_weights_of_timm_that_were_trained_with_another_normalisation_are_not_guessed_at(
+    tmp_path, monkeypatch, capsys
+):
+    timm = pytest.importorskip("timm")
+    from cbam.app.networks import viewer
+
+    monkeypatch.chdir(tmp_path)
+    torch.save(timm.create_model("test_resnet").state_dict(), "timm.pth")
+    with pytest.raises(ConfigError, match=r"--mean 0.5 0.5 0.5 --std 0.5 .*--mean 0.485 0.456 0.406 --std"):
+        viewer("timm:test_resnet", "timm.pth", [], None, None)
+    half = [0.5] * 3
+    eyes = viewer("timm:test_resnet", "timm.pth", [], None, None, mean=half, std=[0.25] * 3)
+    assert (eyes.mean, eyes.std) == ((0.5,) * 3, (0.25,) * 3)
+    torch.save(cbam.build("resnet_tiny").state_dict(), "ours.pth")
+    assert viewer("resnet_tiny", "ours.pth", [], None, None).mean == (0.485, 0.456, 0.406)
+    with pytest.raises(ConfigError, match="--mean and --std together"):
+        viewer("resnet_tiny", "ours.pth", [], None, None, mean=half)
+    assert main(["look", "--gates", "digits", "--mean", "0.5", "0.5", "0.5"]) == 2
+    assert "--mean and --std go with --weights" in capsys.readouterr().err
+    cbam.save_pretrained(cbam.build("resnet_tiny"), "folder", network="resnet_tiny")
+    with pytest.raises(ConfigError, match="folder says how pictures are normalised"):
+        viewer(None, "folder", [], None, None, mean=half, std=half)
 
 
 def test_figures_that_are_replaced_and_those_of_an_earlier_look_are_told(

@@ -5,7 +5,7 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cbam.app.options import Parser, count, need, terminable
+from cbam.app.options import Parser, add_normalisation, count, need, terminable
 from cbam.app.terminal import show
 from cbam.errors import ConfigError
 
@@ -27,8 +27,9 @@ def add(parser: Parser) -> None:
     parser.epilog = (
         "The file is run against PyTorch on three inputs before it is put in place: values agree to 1e-5 of "
         "the largest, classes are the same. It takes pictures as the network does, normalised; mean, "
-        "standard deviation and class names are told in the file. --to hub writes a folder for "
-        "cbam.from_pretrained and the Hugging Face Hub; of a run its model card tells recipe and results."
+        "standard deviation and class names are told in the file, where they are known. --to hub writes a "
+        "folder for cbam.from_pretrained and the Hugging Face Hub; of a run its model card tells recipe and "
+        "results."
     )
     parser.add_argument(
         "source",
@@ -43,6 +44,7 @@ def add(parser: Parser) -> None:
     parser.add_argument(
         "--size", type=count, metavar="PIXELS", help="side of the input (default: as trained, or 224)"
     )
+    add_normalisation(parser)
     parser.add_argument("--batch", type=count, metavar="N", help="pictures at once (default: 1)")
     parser.add_argument("--opset", type=count, metavar="N", help="of ONNX (default: the exporter's)")
     parser.add_argument("--licence", metavar="SPDX", help="of the weights, for the model card: mit")
@@ -64,7 +66,7 @@ def run(options: argparse.Namespace) -> int:
     from cbam.app.source import source
 
     with terminable():
-        found = source(options.source, options.model, options.num_classes)
+        found = source(options.source, options.model, options.num_classes, options.mean, options.std)
         show(found.told)
         show(_folder(found, out, options) if options.to == "hub" else _file(found, out, options))
     return 0

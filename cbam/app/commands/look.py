@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from cbam.app.options import Parser, count, need, share, terminable
+from cbam.app.options import Parser, add_normalisation, count, need, share, terminable
 from cbam.app.terminal import counted, progress, show
 from cbam.errors import ConfigError, DataError
 
@@ -78,6 +78,7 @@ def add_networks(parser: Parser) -> None:
     )  # fmt: skip
     parser.add_argument("--classes", metavar="FILE", help="class names, one per line (default: ImageNet's)")
     parser.add_argument("--size", type=count, metavar="PIXELS", help="side of what the networks see")
+    add_normalisation(parser)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -103,6 +104,8 @@ def _check(options: argparse.Namespace) -> None:
         raise ConfigError("--label goes with --score, --limit with --score and --gates")
     if options.detect and (measured or options.target is not None):
         raise ConfigError("--detect goes without --score, --gates and --target; choose an object by --box")
+    if options.detect and (options.mean or options.std):
+        raise ConfigError("--mean and --std are of classifiers: detectors normalise pictures themselves")
     if not options.detect and (options.box or options.threshold is not None):
         raise ConfigError("--box and --threshold go with --detect")
 
@@ -112,7 +115,7 @@ def _look_and_measure(options: argparse.Namespace) -> str:
 
     eyes = viewer(
         options.model, options.weights, options.compare, options.classes, options.size,
-        digits="digits" in (options.score, options.gates),
+        digits="digits" in (options.score, options.gates), mean=options.mean, std=options.std,
     )  # fmt: skip
     for line in eyes.about:
         show(line)
