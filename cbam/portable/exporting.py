@@ -1,6 +1,7 @@
 """A network into a file that another runtime computes the same from."""
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -8,11 +9,11 @@ from typing import Any
 
 from torch import nn
 
-from cbam.errors import ConfigError, InputError
+from cbam.errors import ConfigError, ExportError, InputError
 from cbam.files import placed
-from cbam.portable.check import Agreement, agreement
-from cbam.portable.formats import format_of
-from cbam.portable.program import inputs, plain, program, settled, unseen_shapes
+from cbam.portable.check import Agreement, Run, agreement
+from cbam.portable.formats import Format, format_of
+from cbam.portable.program import first_line, inputs, plain, program, settled, unseen_shapes
 
 SHAPE = (1, 3, 224, 224)
 
@@ -63,12 +64,13 @@ def export(
     Raises:
         ExportError: the network cannot be exported, or the file computes something else.
         DtypeError: the weights are not float32, or quantised. ConfigError: an unknown format, or a file that
-            exists. InputError: the model refuses the shape. NonFiniteError: the network computes NaN.
+            exists. InputError: the model refuses the shape, or `about` holds what JSON has not.
+        NonFiniteError: the network computes NaN.
         OutputError: no room or no permission. MissingExtraError: a package is missing.
     """
     path = Path(path)
     name, made = format_of(to, path)
-    _check(shape, opset, name)
+    _check(shape, opset, about, name)
     network = plain(model)
     targets = [path.with_suffix(suffix) for suffix in made.suffixes]
     targets[-1] = path
@@ -76,12 +78,23 @@ def export(
         graph = program(network, shape, dynamic=dynamic)
         made.write(graph, part / path.name, about or {}, opset)
         checked = inputs(unseen_shapes(shape, dynamic=dynamic))
-        found = agreement(network, made.read(part / path.name), checked, path.name)
+        found = agreement(network, _read_back(made, part / path.name, name), checked, path.name)
         size = sum((part / target.name).stat().st_size for target in targets)
     return Exported(path, name, size, found)
 
 
-def _check(shape: tuple[int, ...], opset: int | None, name: str) -> None:
+def _read_back(made: Format, path: Path, name: str) -> Run:
+    try:
+        return made.read(path)
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # of the runtime, which raises what it likes
+        raise ExportError(f"{name} cannot read the file that was written: {first_line(error)}") from error
+
+
+def _check(shape: tuple[int, ...], opset: int | None, about: Mapping[str, Any] | None, name: str) -> None:
+    if not isinstance(shape, Sequence):
+        raise InputError(f"shape must be three to five positive ints, as (N, C, H, W), got {shape!r}")
     whole = [isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in shape]
     if not 3 <= len(shape) <= 5 or not all(whole):
         raise InputError(f"shape must be three to five positive ints, as (N, C, H, W), got {shape!r}")
@@ -89,3 +102,9 @@ def _check(shape: tuple[int, ...], opset: int | None, name: str) -> None:
         raise ConfigError(f"opset must be a positive int, got {opset!r}")
     if opset is not None and name == "torch":
         raise ConfigError("opset is ONNX's; a file for torch has none")
+    if not all(isinstance(key, str) for key in about or {}):
+        raise InputError(f"about must have texts as its names, got {list(about or {})!r:.80}")
+    try:
+        json.dumps(dict(about or {}))
+    except (TypeError, ValueError) as error:
+        raise InputError(f"about must hold texts, or values that JSON has: {error}") from error

@@ -236,6 +236,17 @@ def test_an_exporter_that_does_not_fit_torch_is_to_be_upgraded(tiny, tmp_path, m
 
 
 # E5
+def test_a_runtime_that_cannot_read_its_file_is_one_error(tiny, tmp_path, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("[ONNXRuntimeError] : 10 : INVALID_GRAPH\nand more")
+
+    monkeypatch.setattr(torch.export, "load", fail)
+    with pytest.raises(ExportError, match=r"torch cannot read the file that was written: .*INVALID_GRAPH$"):
+        export(tiny, tmp_path / "a.pt2", shape=SMALL)
+    assert files(tmp_path) == {}
+
+
+# E5
 def test_an_operator_without_a_translation_is_named(tmp_path):
     need("a.onnx")
     library = torch.library.Library("cbam_test", "FRAGMENT")
@@ -312,6 +323,9 @@ def test_a_quantised_network_is_refused(tmp_path):
         ("a.pt2", {"shape": (1, 3, 0, 8)}, InputError, "three to five positive ints"),
         ("a.pt2", {"shape": (8, 8)}, InputError, "three to five positive ints"),
         ("a.pt2", {"shape": (1, 5, 32, 32)}, InputError, "refuses an input"),
+        ("a.pt2", {"shape": 32}, InputError, "three to five positive ints"),
+        ("a.pt2", {"about": {"a": object()}}, InputError, "values that JSON has"),
+        ("a.pt2", {"about": {1: "a"}}, InputError, "texts as its names"),
         ("no/a.pt2", {}, OutputError, "No such file"),
         ("there.pt2", {}, ConfigError, "exists"),
     ],
