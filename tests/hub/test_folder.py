@@ -1,5 +1,6 @@
 """Trained networks as folders: bit for bit there and back, and nothing of a strange folder is run."""
 
+import hashlib
 import json
 import pickle
 import runpy
@@ -128,7 +129,15 @@ def test_a_name_that_builds_another_function_of_the_same_tensors_is_refused(tmp_
 
 
 @pytest.mark.parametrize(
-    "field", [{"size": 0}, {"mean": ()}, {"std": (0.0,)}, {"results": {"a": float("nan")}}, {"classes": "ab"}]
+    "field",
+    [
+        {"size": 0},
+        {"mean": ()},
+        {"std": (0.0,)},
+        {"results": {"a": float("nan")}},
+        {"classes": "ab"},
+        {"resize": 223},
+    ],
 )
 def test_a_card_refuses_what_makes_no_sense(field):
     with pytest.raises(InputError, match=f"Card\\({next(iter(field))}"):
@@ -258,6 +267,19 @@ def test_a_strange_configuration_is_refused_before_memory_is_taken(fields, folde
     change(folder, **fields)
     monkeypatch.setattr("cbam.hub.folder.load_weights", lambda *_: pytest.fail("the weights were read"))
     with pytest.raises(CheckpointError):
+        cbam.from_pretrained(folder)
+
+
+# K5
+def test_a_network_whose_attention_is_larger_than_its_weights_is_not_built(folder, monkeypatch):
+    weights = folder / "model.safetensors"
+    header = weights.read_bytes()[:9]
+    with weights.open("r+b") as file:
+        file.write(header)
+        file.truncate(26_000_000)  # room for the parameters of ResNet-50, not for GAM's of 256 MB and more
+    change(folder, name="resnet50+gam", outputs=1000, sha256=hashlib.sha256(weights.read_bytes()).hexdigest())
+    monkeypatch.setattr("cbam.hub.folder.load_weights", lambda *_: pytest.fail("the weights were read"))
+    with pytest.raises(CheckpointError, match="parameters do not fit into 26000000 bytes"):
         cbam.from_pretrained(folder)
 
 
