@@ -3,21 +3,23 @@
 Shapes: N samples, C channels, H x W pixels of the block's feature map.
 """
 
+import copy
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from types import MethodType
 
 from torch import Tensor, nn
 
 from cbam.explain.watching import refuse_unwatchable
-from cbam.nn import CBAM, ECA, GAM, ChannelAttention, GlobalContext, SelectiveKernel, SpatialAttention
+from cbam.nn import CBAM, ECA, GAM, ChannelAttention, GlobalContext, SelectiveKernel, SpatialAttention, gam
 from cbam.nn.gate import Gate
 from cbam.ops import rescale
 from cbam.surgery import attached
 
 # Found by hand-written networks too; what is attached is found whatever it is.
 _OURS = (Gate, CBAM, GAM, GlobalContext, SelectiveKernel)
-_ONE_SIGMOID = (ChannelAttention, SpatialAttention, ECA)
+_ONE_SIGMOID = (ChannelAttention, SpatialAttention, ECA, gam._What, gam._Where)
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,7 +28,8 @@ class Step:
 
     Attributes:
         kind: "what" (a gate per channel), "where" (per pixel) or "both".
-        gate: (N, C, 1, 1), (N, 1, H, W) or (N, C, H, W): what the map is multiplied by.
+        gate: (N, C, 1, 1), (N, 1, H, W) or (N, C, H, W): what the map is multiplied by. GAM's what and where
+            are of the last form.
         after: (N, C, H, W).
         middle: the gate's value where it has nothing to say; for CBAM half the gain, so 1 after an identity
             start, where that changes nothing, and 1/2 in the paper's form, where it halves the map.
@@ -59,15 +62,14 @@ class Refinement:
 
     @property
     def channel_gate(self) -> Tensor | None:
-        """What: (N, C, 1, 1), None where there is no such gate."""
-        return None if (step := self.step("what")) is None else step.gate
+        """What: (N, C, 1, 1), the mean over pixels; None where there is no such gate."""
+        return None if (step := self.step("what")) is None else step.gate.mean((2, 3), keepdim=True)
 
     @property
     def spatial_gate(self) -> Tensor | None:
-        """Where: (N, 1, H, W), None where there is no such gate; the mean over channels of a gate of both."""
-        if step := self.step("where"):
-            return step.gate
-        return None if (step := self.step("both")) is None else step.gate.mean(1, keepdim=True)
+        """Where: (N, 1, H, W), the mean over channels; None where there is no such gate, nor one of both."""
+        step = self.step("where") or self.step("both")
+        return None if step is None else step.gate.mean(1, keepdim=True)
 
 
 @contextmanager
@@ -124,18 +126,24 @@ def _watch(name: str, attention: nn.Module, recording: dict[str, Refinement], un
     """Write a `Refinement` under `name` each time `attention` has run; `undo` takes all of it back."""
     seen: dict[Gate, Tensor] = {}  # in the order of the calls
     after: dict[Gate, Tensor] = {}
+
+    def keep_map(own: Gate, _, out: Tensor) -> None:
+        if own in seen:
+            after[own] = _copy(out)
+
     for gate in _gates(attention):
         _keep_gate(gate, seen, undo)
-        keep_map = gate.register_forward_hook(lambda own, _, out: after.update({own: _copy(out)}))
-        undo.callback(keep_map.remove)
+        undo.callback(gate.register_forward_hook(keep_map).remove)
 
-    def keep(_, args: tuple[Tensor, ...], out: Tensor) -> None:
+    def keep(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
+        if module is not attention:  # a copy of the model takes the hook along
+            return
         before, last = _batch(_copy(args[0])), _batch(_copy(out))
         steps, current = [], before
         for own, value in seen.items():
             value, known = _batch(value), after.get(own)
             current = rescale(current, value) if known is None else _batch(known)
-            steps.append(Step(_kind(value, before), value, current, _middle(own)))
+            steps.append(Step(_kind(own, value, before), value, current, _middle(own)))
         recording[name] = Refinement(before, tuple(steps), last)
         seen.clear()
         after.clear()
@@ -144,14 +152,12 @@ def _watch(name: str, attention: nn.Module, recording: dict[str, Refinement], un
 
 
 def _keep_gate(module: Gate, seen: dict[Gate, Tensor], undo: ExitStack) -> None:
-    """Copy what `module.gate` returns into `seen`; an instance attribute shadows the method until `undo`."""
+    """Copy what `module.gate` returns into `seen`; an instance attribute shadows the method until `undo`.
+
+    A copy of the model made meanwhile has its own gates, unrecorded.
+    """
     shadow = vars(module).get("gate")  # of an outer recording
     gate = module.gate
-
-    def kept(x: Tensor) -> Tensor:
-        value = gate(x)
-        seen[module] = _copy(value)
-        return value
 
     def restore() -> None:
         del vars(module)["gate"]
@@ -159,10 +165,28 @@ def _keep_gate(module: Gate, seen: dict[Gate, Tensor], undo: ExitStack) -> None:
             vars(module)["gate"] = shadow
 
     undo.callback(restore)
-    vars(module)["gate"] = kept
+    vars(module)["gate"] = _Kept(module, gate, seen)
 
 
-def _kind(gate: Tensor, x: Tensor) -> str:
+class _Kept:
+    """A gate's method that keeps a copy of what it returns."""
+
+    def __init__(self, module: Gate, gate, seen: dict[Gate, Tensor]) -> None:
+        self._module, self._gate, self._seen = module, gate, seen
+
+    def __call__(self, x: Tensor) -> Tensor:
+        value = self._gate(x)
+        self._seen[self._module] = _copy(value)
+        return value
+
+    def __deepcopy__(self, memo: dict):
+        """Of a copied model: the method of the copied module."""
+        return MethodType(type(self._module).gate, copy.deepcopy(self._module, memo))
+
+
+def _kind(own: Gate, gate: Tensor, x: Tensor) -> str:
+    if own.kind is not None:
+        return own.kind
     if gate.shape[1] == 1 < x.shape[1]:
         return "where"
     return "what" if gate.shape[-2:] == (1, 1) else "both"

@@ -60,6 +60,8 @@ class GAM(nn.Module):
 
 
 class _What(SigmoidGate):
+    kind = "what"
+
     def __init__(self, channels: int, hidden: int) -> None:
         super().__init__()
         self.channels = channels
@@ -72,6 +74,8 @@ class _What(SigmoidGate):
 
 
 class _Where(SigmoidGate):
+    kind = "where"
+
     def __init__(self, channels: int, hidden: int, kernel_size: int) -> None:
         super().__init__()
         self.channels = channels

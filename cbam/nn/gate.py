@@ -12,7 +12,13 @@ torch.fx.wrap("rescale")
 
 
 class Gate(nn.Module):
-    """`x` times a factor of shape (N, C, 1, 1), (N, 1, H, W) or (N, C, H, W), computed from `x`."""
+    """`x` times a factor of shape (N, C, 1, 1), (N, 1, H, W) or (N, C, H, W), computed from `x`.
+
+    Attributes:
+        kind: "what" (of the channels) or "where" (of the pixels), for a factor whose shape does not say it.
+    """
+
+    kind: str | None = None
 
     def gate(self, x: Tensor) -> Tensor:
         """The factor that `forward` multiplies `x` by."""

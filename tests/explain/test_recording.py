@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -238,3 +240,35 @@ def test_every_attention_of_ours_is_recorded_written_by_hand_or_attached(build, 
     pytest.importorskip("torchvision")
     model = cbam.build(f"resnet_tiny+{name}").eval()
     check_recorded(model, images, list(cbam.surgery.attached(model)), name)
+
+
+def test_the_two_steps_of_gam_are_what_and_where(build, images):
+    model = build(lambda channels: cbam.nn.GAM(channels).identity_())
+    with record(model) as recording:
+        model(images)
+    for step in recording.values():
+        assert [own.kind for own in step.steps] == ["what", "where"]
+        assert [own.middle for own in step.steps] == [1, 1]
+        N, C, h, w = step.before.shape
+        assert step.channel_gate.shape == (N, C, 1, 1)
+        assert torch.equal(step.spatial_gate, step.steps[1].gate.mean(1, keepdim=True))
+        assert step.spatial_gate.shape == (N, 1, h, w)
+
+
+def test_a_copy_made_while_recording_has_attention_of_its_own(build, images):
+    model = build()
+    with record(model) as recording:
+        model(images)
+        twin = copy.deepcopy(model)
+        before, seen = twin(images), dict(recording)
+        for name, parameter in model.named_parameters():
+            if ".cbam." in name:
+                parameter.data.add_(torch.randn_like(parameter))
+        assert torch.equal(twin(images), before)  # the original's weights are not the copy's
+        assert all(recording[name] is seen[name] for name in seen)  # nor is the copy recorded
+        for name, parameter in twin.named_parameters():
+            if ".cbam." in name:
+                parameter.data.add_(torch.randn_like(parameter))
+        assert not torch.equal(twin(images), before)
+    again = copy.deepcopy(twin)
+    assert torch.equal(again(images), twin(images))
