@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cbam.app.look import making
+from cbam.app.look import LISTED, file_stem, found_in, making
 from cbam.app.score import DIGITS, spaced
 from cbam.app.terminal import counted
 from cbam.data import cluttered_digits, decode
@@ -16,7 +16,6 @@ from cbam.explain.looking import Viewer
 from cbam.train.watch import Watch
 
 _BATCH = 32
-_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
 def gates(viewer: Viewer, data: str, out: Path, watch: Watch, *, limit: int | None = None) -> list[Path]:
@@ -27,7 +26,8 @@ def gates(viewer: Viewer, data: str, out: Path, watch: Watch, *, limit: int | No
         limit: take so many pictures, evenly spaced.
 
     Raises:
-        DataError: no pictures. ConfigError: no network has attention. OutputError: `out` cannot be written.
+        DataError: fewer than two pictures, or some beside folders of others. ConfigError: no network has
+            attention. OutputError: `out` cannot be written.
     """
     from cbam.explain.recording import record
 
@@ -35,7 +35,10 @@ def gates(viewer: Viewer, data: str, out: Path, watch: Watch, *, limit: int | No
     of = "" if found[0][1] is None else f" of {len({k for _, k in found})} classes"
     pictures = f"{counted(len(found), 'picture')}{of}"
     watch.say(pictures)
+    if len(found) < 2:
+        raise DataError(f"{data}: one picture cannot show what gates follow; two or more are needed")
     written: list[Path] = []
+    taken: set[str] = set()
     attended = {}
     for name, net in viewer.networks.items():
         probe = viewer.normalised(_load(viewer, found[0][0]))[None]
@@ -50,9 +53,9 @@ def gates(viewer: Viewer, data: str, out: Path, watch: Watch, *, limit: int | No
         for name, net in attended.items():
             watch.now(f"gates of {name}")
             blocks = gate_statistics(net, _batches(viewer, found, watch, len(attended)))
-            stem = "gates" if len(attended) == 1 else f"gates-{name}"
+            stem = "gates" if len(attended) == 1 else file_stem(f"gates-{name}", taken)
             written += [gate_figure(blocks, out / (stem + ending)) for ending in (".png", ".svg")]
-            pages += [f"{name}, {pictures} in {Path(data).name}:", "", gate_table(blocks), ""]
+            pages += [f"{name}, {pictures} in {Path(data).resolve().name}:", "", gate_table(blocks), ""]
             pages += [f"![]({stem}.png)", ""]
         (out / "gates.md").write_text("\n".join([*pages, *_NOTES, ""]), encoding="utf-8")
     return [out / "gates.md", *written]
@@ -62,7 +65,7 @@ _NOTES = (
     "- Change: the norm of what the attention adds to its map, as a share of the map's norm.",
     f"- Saturated: the share of gates in the first or last {100 * SATURATED:.0f} % of their range.",
     "- Fixed, class, picture: shares of the gates' variance that are the same in every picture, that the "
-    "class of the picture explains (corrected for chance), and that single pictures add.",
+    "class of the picture explains (both corrected for chance), and that single pictures add.",
     f"- In short, in this order: next to nothing, a change below {100 * IDLE:.0f} %; saturated, more than "
     f"{100 * MOSTLY:.0f} % of the channel gates; the same for every picture, more than "
     f"{100 * FIXED:.0f} % of their variance fixed; else what explains more of it, the class or the picture. "
@@ -79,21 +82,19 @@ def _pictures(viewer: Viewer, data: str, limit: int | None) -> list[tuple[Path |
     folder = Path(data)
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder")
-    classes = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-    found: list[tuple[Path | Tensor, int | None]]
-    if classes:
-        found = [(path, k) for k, own in enumerate(classes) for path in _files(own)]
-    else:
-        found = [(path, None) for path in _files(folder)]
+    loose = list(found_in([folder]))
+    inside = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    classes = {path.name: own for path in inside if (own := list(found_in([path])))}
+    if loose and classes:
+        raise DataError(
+            f"{folder}: pictures beside folders of pictures ({', '.join(list(classes)[:LISTED])}); name a "
+            "folder that holds the one or the other"
+        )
+    found: list[tuple[Path | Tensor, int | None]] = [(path, None) for path in loose]
+    found += [(path, k) for k, own in enumerate(classes.values()) for path in own]
     if not found:
         raise DataError(f"{folder}: no pictures in it, nor in folders of classes in it")
     return spaced(found, limit)
-
-
-def _files(folder: Path) -> list[Path]:
-    return [
-        p for p in sorted(folder.iterdir()) if p.suffix.lower() in _ENDINGS and not p.name.startswith(".")
-    ]
 
 
 def _batches(viewer: Viewer, found, watch: Watch, networks: int) -> Iterator[tuple[Tensor, Tensor | None]]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from cbam.data import decode
 from cbam.data.decode import shown
+from cbam.data.scan import EXTENSIONS
 from cbam.errors import CBAMError, DataError, OutputError
 from cbam.explain.looking import Look, Viewer, class_index, look
 from cbam.explain.sheet import look_figure
@@ -17,7 +18,6 @@ ROWS = 6  # more pictures than that become contact sheets
 SHEET = 16  # pictures on one, in two blocks
 FIGURES = r"(look|sheet-\d+|stages-.+)\.(png|svg)"
 LISTED = 6  # files that a line names
-_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
 @dataclass(frozen=True)
@@ -64,9 +64,8 @@ def look_at(viewer: Viewer, wanted: Wanted, say: Callable[[str], None]) -> Told:
     with making(wanted.out):
         for number, start in enumerate(range(0, len(files), size), 1):
             group = files[start : start + size]
-            looks = list(_looks(viewer, group, wanted, target, told, say))
-            if many:
-                looks = [replace(one, blocks={}) for one in looks]
+            found = _looks(viewer, group, wanted, target, told, say)
+            looks = [replace(one, blocks={}) if many else one for one in found]  # sheets show no gates
             if looks:
                 name = f"sheet-{number}" if many else "look"
                 _draw(looks, wanted.out, name, 2 if many else 1, told)
@@ -104,14 +103,20 @@ def _draw_stages(looks: list[Look], out: Path, told: Told) -> None:
     for one in looks:
         if not one.blocks:
             continue
-        stem = name = "stages-" + (re.sub(r"[^\w.-]", "_", Path(one.name).stem)[:80] or "picture")
-        number = 1
-        while name in taken:
-            number += 1
-            name = f"{stem}-{number}"
-        taken.add(name)
+        name = file_stem(f"stages-{Path(one.name).stem or 'picture'}", taken)
         for ending in (".png", ".svg"):
             told.figures.append(stages_figure(one, out / (name + ending)))
+
+
+def file_stem(text: str, taken: set[str]) -> str:
+    """`text` as the name of a file, another one than those `taken`, which it joins."""
+    stem = name = re.sub(r"[^\w.-]", "_", text)[:80]
+    number = 1
+    while name in taken:
+        number += 1
+        name = f"{stem}-{number}"
+    taken.add(name)
+    return name
 
 
 def picture_files(paths: Sequence[Path]) -> list[Path]:
@@ -120,10 +125,10 @@ def picture_files(paths: Sequence[Path]) -> list[Path]:
     Raises:
         DataError: there are none.
     """
-    files = list(_files(paths))
+    files = list(found_in(paths))
     if not files:
         where = ", ".join(shown(path) for path in paths)
-        raise DataError(f"no pictures in {where}: expected {', '.join(_ENDINGS)}{_inside(paths)}")
+        raise DataError(f"no pictures in {where}: expected {', '.join(EXTENSIONS)}{_inside(paths)}")
     return files
 
 
@@ -131,12 +136,17 @@ def _inside(paths: Sequence[Path]) -> str:
     """Where pictures are that were perhaps meant."""
     for path in paths:
         for folder in sorted(path.iterdir()):
-            if folder.is_dir() and next(_files([folder]), None):
+            if folder.is_dir() and next(found_in([folder]), None):
                 return f"; there are some in {shown(folder)}: name the folders that hold them"
     return ""
 
 
-def _files(paths: Sequence[Path]) -> Iterator[Path]:
+def found_in(paths: Sequence[Path]) -> Iterator[Path]:
+    """The files among the paths, and the pictures right in the folders among them.
+
+    Raises:
+        DataError: a folder cannot be read.
+    """
     for path in paths:
         if not path.is_dir():
             yield path
@@ -146,7 +156,7 @@ def _files(paths: Sequence[Path]) -> Iterator[Path]:
         except OSError as error:
             raise DataError(f"{shown(path)}: {error.strerror or error}") from error
         visible = [p for p in found if not p.name.startswith(".")]
-        yield from (p for p in visible if p.suffix.lower() in _ENDINGS and p.is_file())
+        yield from (p for p in visible if p.suffix.lower() in EXTENSIONS and p.is_file())
 
 
 @contextmanager

@@ -67,6 +67,7 @@ def score(
     watch: Watch,
     *,
     method: str = "gradcam",
+    layer: str | None = None,
     limit: int | None = None,
     label: str | None = None,
 ) -> dict[str, Any]:
@@ -76,11 +77,13 @@ def score(
 
     Args:
         data: a file or folder for `cbam.data.annotated`, or "digits".
+        method, layer: as in `gradcam`; of the untrained network too.
         limit: take so many pictures, evenly spaced.
         label: take the boxes of this label alone.
 
     Raises:
         DataError: no pictures, or none with its object in view.
+        ConfigError: a label that several classes have as their name.
     """
     found, notes = samples(viewer, data, limit, label)
     watch.say("; left out: ".join([f"{counted(len(found), 'picture')} with boxes", *notes]))
@@ -91,12 +94,14 @@ def score(
         image = viewer.normalised(sample.image)
         target, known = _target(viewer, first, image, sample.label)
         labelled += known
-        for name, heat in _maps(viewer, calm, image, target, method).items():
+        for name, heat in _maps(viewer, calm, image, target, method, layer).items():
             values.add(name, heat, sample.area, viewer.networks.get(name, first), image, target)
         watch.advance(1 / len(found))
+    of = f" of {layer}" if layer else ""
     thresholds, measured = values.at_the_best_thresholds()
     return {
-        "what": f"{METHODS[method]} on {Path(data).name}" + (f", boxes of {label}" if label else ""),
+        "what": f"{METHODS[method]}{of} on {Path(data).name}" + (f", boxes of {label}" if label else ""),
+        "layer": layer,
         "networks": list(viewer.about),
         "pictures": len(found),
         "left_out": [note.replace(f"{Path(data).parent}/", "") for note in notes],  # no place of this machine
@@ -113,10 +118,12 @@ def score(
     }
 
 
-def _maps(viewer: Viewer, calm: nn.Module, image: Tensor, target: int, method: str) -> dict[str, Tensor]:
+def _maps(
+    viewer: Viewer, calm: nn.Module, image: Tensor, target: int, method: str, layer: str | None
+) -> dict[str, Tensor]:
     """The map of every network, and the two that every honest score must beat; (H, W) each."""
     networks = {**viewer.networks, UNTRAINED: calm}
-    maps = {name: gradcam(net, image[None], target, method=method)[0] for name, net in networks.items()}
+    maps = {name: gradcam(net, image[None], target, layer, method)[0] for name, net in networks.items()}
     return {**maps, CENTRE: centre_prior(*image.shape[1:])}
 
 
@@ -271,8 +278,11 @@ def _each(measured: _Measured, what: Callable[[list[float]], Any]) -> dict[str, 
 
 def _target(viewer: Viewer, first: nn.Module, image: Tensor, label: str) -> tuple[int, bool]:
     """The class of the label, or what the first network says; and which of the two."""
-    if label in viewer.classes:
-        return list(viewer.classes).index(label), True
+    found = [index for index, name in enumerate(viewer.classes) if name == label]
+    if len(found) > 1:
+        raise ConfigError(f"the label {label!r} is the name of classes {', '.join(map(str, found))}")
+    if found:
+        return found[0], True
     with torch.no_grad(), eval_mode(first):
         return int(logits_of(first(image[None])).argmax()), False
 

@@ -38,7 +38,8 @@ class GateStatistics:
         quantiles: of the values, at QUANTILES.
         saturated: share of values in the first or last SATURATED of the range 0 to twice the middle; None
             for gates that have no such range.
-        fixed: share of the variance that is the same in every picture (by channel, or by place).
+        fixed: share of the variance that is the same in every picture (by channel, or by place), corrected
+            for chance.
         by_class: share of the variance that classes explain beyond that, corrected for chance; None without
             classes, and for spatial gates.
     """
@@ -97,7 +98,7 @@ def gate_statistics(
 
     Raises:
         ConfigError: the model has no attention, or is compiled.
-        InputError: no pictures.
+        InputError: fewer than two pictures.
     """
     found: dict[str, list[_Seen]] = {}
     classes: list[Tensor] = []
@@ -113,8 +114,8 @@ def gate_statistics(
                 raise InputError("gate_statistics: classes must be given for all batches or for none")
             if not recording:
                 raise ConfigError("gate_statistics: the model has no attention; cbam.attach puts it in")
-    if not found:
-        raise InputError("gate_statistics: no pictures")
+    if sum(len(one.change) for one in next(iter(found.values()), [])) < 2:
+        raise InputError("gate_statistics: at least two pictures show what gates follow")
     labels = torch.cat(classes) if classes else None
     return [_block(name, seen, labels) for name, seen in found.items()]
 
@@ -182,9 +183,20 @@ def _gate(values: Tensor, limit: float | None, labels: Tensor | None) -> GateSta
     total = float(values.var(correction=0))
     if total < 1e-12:
         return GateStatistics(mean, quantiles, saturated, 1.0, None if labels is None else 0.0)
-    fixed = float(values.mean(0).var(correction=0)) / total
+    fixed = _fixed(values) / total
     by_class = None if labels is None else _by_class(values, labels) / total
     return GateStatistics(mean, quantiles, saturated, fixed, by_class)
+
+
+def _fixed(values: Tensor) -> float:
+    """The variance of what is the same in every picture, by channel.
+
+    The mean of N pictures still holds 1/N of the variance that channels have among themselves in single ones.
+    """
+    N, C = values.shape
+    mean = values.mean(0)
+    rest = values - mean - values.mean(1, keepdim=True) + values.mean()
+    return max(0.0, float(mean.var(correction=0)) - float(rest.square().sum()) / (N * (N - 1) * C))
 
 
 def _by_class(values: Tensor, labels: Tensor) -> float:

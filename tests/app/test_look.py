@@ -120,12 +120,13 @@ def test_few_pictures_get_a_row_and_their_stages_each(viewer, photo, tmp_path):
 def test_a_folder_gives_contact_sheets(seen, photo, tmp_path):
     folder = tmp_path / "pictures"
     (folder / "deeper.png").mkdir(parents=True)
-    for i in range(18):
-        photo.rotate(10 * i).save(folder / f"{i:02}.png")
+    names = [*(f"{i:02}.png" for i in range(16)), "16.jfif", "17.jpe"]  # as training reads them
+    for i, name in enumerate(names):
+        photo.rotate(10 * i).save(folder / name, "PNG")
     (folder / "notes.txt").write_text("no picture")
     (folder / ".hidden.png").write_text("no picture")
     looks, _, told = seen(folder)
-    assert [one.name for one in looks] == [f"{i:02}.png" for i in range(18)]
+    assert [one.name for one in looks] == names
     assert [path.name for path in told.figures] == [
         "sheet-1.png",
         "sheet-1.svg",

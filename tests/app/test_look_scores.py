@@ -87,6 +87,27 @@ def test_the_means_are_those_of_the_values_that_are_kept(viewer, boxes):
     assert score(viewer, str(boxes), Lines())["values"] == results["values"]
 
 
+def test_a_layer_is_that_of_every_network_and_is_written_down(boxes, tmp_path, monkeypatch):
+    import cbam.app.score as module
+
+    asked = []
+    whole = module.gradcam
+    monkeypatch.setattr(module, "gradcam", lambda *a: (asked.append(a[3]), whole(*a))[1])
+    nets = {"plain": cbam.build("resnet_tiny", num_classes=2)}
+    viewer = Viewer(nets, ["square", "other"], size=32, resized=32)
+    found = score(viewer, str(boxes), Lines(), layer="layer1", limit=2)
+    assert asked == ["layer1"] * 4  # of two pictures, the network and the untrained one
+    assert (found["layer"], found["what"]) == ("layer1", "Grad-CAM of layer1 on boxes.csv")
+    with pytest.raises(ConfigError, match="no layer 'nowhere'"):
+        score(viewer, str(boxes), Lines(), layer="nowhere", limit=2)
+
+
+def test_a_label_that_is_the_name_of_two_classes_is_refused(viewer, boxes):
+    twice = Viewer(viewer.networks, ["square", "square"], size=40, resized=40)
+    with pytest.raises(ConfigError, match="the label 'square' is the name of classes 0, 1"):
+        score(twice, str(boxes), Lines(), limit=2)
+
+
 def test_the_page_says_what_the_results_say(viewer, boxes):
     results = score(viewer, str(boxes), Lines(), limit=4)
     page = markdown(results)
@@ -194,10 +215,41 @@ def test_gates_need_attention_and_pictures(viewer, tmp_path):
     with pytest.raises(DataError, match="no pictures in it"):
         gates(viewer, str(tmp_path), tmp_path / "out", Lines())
     Image.new("RGB", (20, 20)).save(tmp_path / "a.png")
+    with pytest.raises(DataError, match="one picture cannot show what gates follow"):
+        gates(viewer, str(tmp_path), tmp_path / "out", Lines())
+    Image.new("RGB", (20, 20)).save(tmp_path / "b.jfif", "JPEG")
     with pytest.raises(ConfigError, match="no gates: plain, CBAM without attention"):
         gates(viewer, str(tmp_path), tmp_path / "out", Lines())
     with pytest.raises(DataError, match="no such folder"):
         gates(viewer, str(tmp_path / "none"), tmp_path / "out", Lines())
+
+
+def test_folders_without_pictures_are_no_classes_and_a_mixture_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    nets = {"a/b": cbam.build("resnet_tiny+cbam"), "a_b": cbam.build("resnet_tiny+cbam")}
+    viewer = Viewer(nets, [str(i) for i in range(1000)], size=32)
+    for name in ("1.png", "2.jpe"):
+        Image.new("RGB", (40, 40)).save(tmp_path / name, "PNG")
+    (tmp_path / "notes").mkdir()
+    written = gates(viewer, ".", tmp_path / "out", Lines())
+    names = {"gates.md", "gates-a_b.png", "gates-a_b.svg", "gates-a_b-2.png", "gates-a_b-2.svg"}
+    assert {path.name for path in written} == names
+    assert f"a/b, 2 pictures in {tmp_path.name}:" in (tmp_path / "out" / "gates.md").read_text()
+    with pytest.raises(DataError, match=r"pictures beside folders of pictures \(out\)"):  # of the first time
+        gates(viewer, ".", tmp_path / "out", Lines())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--score", "digits", "--target", "3"], "--target goes with pictures"),
+        (["--gates", "digits", "--layer", "layer1"], "--gates alone draws none"),
+        (["--gates", "digits", "--method", "layercam"], "--gates alone draws none"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(arguments, told, capsys):
+    assert main(["look", *arguments]) == 2
+    assert told in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments", [["--label", "a"], ["--limit", "3"], ["--gates", "x", "--label", "a"]])

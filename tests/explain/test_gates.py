@@ -67,6 +67,20 @@ def test_chance_is_taken_off_what_classes_explain():
     assert sum(shares) / len(shares) < 0.15
 
 
+@pytest.mark.parametrize("count", [2, 3, 10])
+def test_chance_is_taken_off_what_is_fixed(count):
+    """The mean of N random pictures has 1/N of their variance, which is not the same in every picture."""
+    shares = []
+    for seed in range(200):
+        own = torch.rand(count, 4, generator=torch.Generator().manual_seed(seed))
+        shares.append(run(lambda first, own=own: own[first.long() - 1], 1 + torch.arange(count)).what.fixed)
+    assert sum(shares) / len(shares) < 0.6 / count  # 0.75 / count and more without the correction
+    mixed = run(lambda first: FOUR + 0.2 * torch.arange(len(first))[:, None], 1 + torch.arange(count))
+    assert mixed.what.fixed + mixed.what.by_picture == pytest.approx(1)
+    own_variance = 0.04 * torch.arange(float(count)).var(correction=0)
+    assert mixed.what.fixed == pytest.approx(float(0.05 / (0.05 + own_variance)), rel=1e-4)
+
+
 def test_the_parts_of_the_variance_are_a_whole():
     own = torch.rand(30, 4)
     block = run(lambda first: own[first.long() - 1], 1 + torch.arange(30), torch.arange(30) % 3)
@@ -136,7 +150,7 @@ def test_the_dashed_line_of_the_figure_changes_nothing_only_at_one(tmp_path, mid
 def test_what_has_no_gates_or_no_pictures_is_refused(plain, build, images):
     with pytest.raises(ConfigError, match="no attention"):
         gate_statistics(plain, [(images, None)])
-    with pytest.raises(InputError, match="no pictures"):
+    with pytest.raises(InputError, match="at least two pictures"):
         gate_statistics(build(), [])
     with pytest.raises(InputError, match="no blocks"):
         gate_figure([], "gates.png")

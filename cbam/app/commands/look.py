@@ -96,12 +96,16 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _check(options: argparse.Namespace) -> None:
+    if options.gates and not (options.images or options.score) and (options.layer or options.method):
+        raise ConfigError("--layer and --method are of maps, and --gates alone draws none: leave them out")
     options.method = options.method or ("layercam" if options.detect else "gradcam")
     measured = options.score or options.gates
     if not options.images and not measured:
         raise ConfigError("cbam look needs pictures: cbam look photo.jpg")
     if (options.label and not options.score) or (options.limit and not measured):
         raise ConfigError("--label goes with --score, --limit with --score and --gates")
+    if options.target is not None and not options.images:
+        raise ConfigError("--target goes with pictures; --score takes the class of each label")
     if options.detect and (measured or options.target is not None):
         raise ConfigError("--detect goes without --score, --gates and --target; choose an object by --box")
     if options.detect and (options.mean or options.std):
@@ -172,8 +176,9 @@ def _score(options: argparse.Namespace, eyes) -> None:
 
     with progress() as watch:
         results = score(
-            eyes, options.score, watch, method=options.method, limit=options.limit, label=options.label
-        )
+            eyes, options.score, watch, method=options.method, layer=options.layer, limit=options.limit,
+            label=options.label,
+        )  # fmt: skip
     show("")
     show(markdown(results))
     before = Before(Path(options.out))
