@@ -10,7 +10,7 @@ import logging
 import threading
 import uuid
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -122,7 +122,11 @@ class Explainer:
         if found is None:
             with self._models:
                 found = look_at_view(self.viewer, picture, name, target=shown.target, method=shown.method)
-            with self._store:
+            with self._store:  # what gates do on a picture is kept once, and of the stages that are shown
+                blocks = next((one.blocks for (own, *_), one in self._looks.items() if own == key), None)
+                if blocks is None:
+                    blocks = {network: stages(own) for network, own in found.blocks.items()}
+                found = replace(found, blocks=blocks)
                 _put(self._looks, what, found)
         return found
 
@@ -168,7 +172,7 @@ def _heat(seen: Look, glance: Glance, shown: Shown) -> str:
     mask = (glance.heat >= shown.threshold).numpy()[..., None]
     title = f"{METHODS[seen.method]}, {html.escape(glance.network)}"
     caption = f"p = {glance.probability:.3f}"
-    if glance.best != seen.target:
+    if glance.best_index != seen.index:
         caption += f"; says {html.escape(glance.best)} ({glance.best_probability:.3f})"
     return _figure(_png_of_floats(colours * mask + grey * ~mask), title, caption)
 
@@ -195,9 +199,10 @@ def _stage(seen: Look, network: str, blocks: dict[str, Refinement], shown: Shown
     small = [_figure(_map(s, top), title, f"mean {float(s.mean()):#.3g}") for title, s in strengths]
     head = f"{html.escape(network)}, {html.escape(name)}: {C} channels, {h} × {w}"
     rows = [("what it does to the map, mean over channels", small)]
-    upwards = paper.upwards([what.middle]) if what else ""
-    for word, channels in zip((upwards, "lowered"), top_channels(block, 4), strict=True):
-        rows.append((f"channels {word} most, as the block found them", [_channel(one) for one in channels]))
+    tops = top_channels(block, 4)
+    words = paper.of_channels(*([channel.gate for channel in top] for top in tops))
+    for word, channels in zip(words, tops, strict=True):
+        rows.append((f"channels {word}, as the block found them", [_channel(one) for one in channels]))
     return f'<h3 class="cbam-head">{head}</h3><div class="cbam-row">{"".join(cells)}</div>' + "".join(
         f'<h4 class="cbam-head">{title}</h4><div class="cbam-row cbam-small">{"".join(figures)}</div>'
         for title, figures in rows

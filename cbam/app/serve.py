@@ -103,13 +103,12 @@ def page(explainer: Explainer):
     """The Gradio blocks."""
     import gradio as gr  # pyright: ignore[reportMissingImports]
 
-    classes = [(name, index) for index, name in enumerate(explainer.viewer.classes)]
+    viewer = explainer.viewer
+    classes = [(viewer.called(index), index) for index in range(len(viewer.classes))]
     blocks = explainer.stage_names()
     with gr.Blocks(title="cbam look", analytics_enabled=False, delete_cache=(60, 60)) as demo:
         key, data = gr.State(""), gr.Textbox(visible=False)
-        gr.Markdown(
-            "# What and where a network attends\n" + "\n".join(f"- {line}" for line in explainer.viewer.about)
-        )
+        gr.Markdown("# What and where a network attends\n" + "\n".join(f"- {line}" for line in viewer.about))
         with gr.Row(elem_id="cbam-layout"):
             with gr.Column(elem_id="cbam-pick"):
                 file = gr.File(
@@ -188,8 +187,7 @@ class _Handlers:
             key = self._explainer.take(*read())
             shown = shown_of(None, method, stage, threshold, opacity)
             first = self._explainer.look(key, shown)
-            index = list(self._explainer.viewer.classes).index(first.target)
-            return key, index, self._explainer.page(key, shown)
+            return key, first.index, self._explainer.page(key, shown)
 
         return _guarded(work)
 

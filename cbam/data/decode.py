@@ -137,7 +137,11 @@ def header_of(path: str | os.PathLike | io.BytesIO) -> Header | None:
         raise MissingExtraError.of("reading pictures", "vision") from error
     try:
         with Image.open(path, formats=FORMATS) as image:
-            return Header(image.height, image.width, getattr(image, "is_animated", False))
+            several = getattr(image, "is_animated", False)
+            animated = (
+                several and image.format != "MPO"
+            )  # a phone's JPEG with a preview or a depth map beside it
+            return Header(image.height, image.width, animated)
     except Exception:  # the reader of the picture itself says what is wrong with it
         return None
 

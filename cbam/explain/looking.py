@@ -4,12 +4,14 @@ Shapes: H x W pixels of the picture as the networks see it, h x w of a block's f
 """
 
 import difflib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
+from cbam.data.pictures import short_side
 from cbam.errors import ConfigError, InputError
 from cbam.explain import pair
 from cbam.explain.maps import gradcam
@@ -27,19 +29,35 @@ class Viewer:
         networks: name -> network of K classes, all with the same ones.
         classes: K names.
         about: one line per network, which weights it has.
-        size, resized: the shorter side of a picture becomes `resized`, its middle `size` pixels are seen.
+        size, resized: the shorter side of a picture becomes `resized`, its middle `size` pixels are seen;
+            None for 256 at a size of 224, and as much more at any other.
         mean, std: per channel, of values in [0, 1].
         mode: how pictures are resized, "bicubic" or "bilinear".
+
+    Raises:
+        InputError: `resized` is less than `size`.
     """
 
     networks: dict[str, nn.Module]
     classes: Sequence[str]
     about: Sequence[str] = ()
     size: int = pair.SIZE
-    resized: int = pair.RESIZED
+    resized: int | None = None
     mean: Sequence[float] = pair.MEAN
     std: Sequence[float] = pair.STD
     mode: str = "bicubic"
+
+    def __post_init__(self) -> None:
+        pair.check_sides(self.size, self.side)
+
+    @property
+    def side(self) -> int:
+        """What the shorter side of a picture becomes."""
+        return short_side(self.size) if self.resized is None else self.resized
+
+    def called(self, index: int) -> str:
+        """The name of a class, with its number where several have that name."""
+        return called(self.classes, index)
 
     def normalised(self, seen: Tensor) -> Tensor:
         """uint8 (..., 3, H, W) -> float."""
@@ -48,12 +66,12 @@ class Viewer:
 
     def view(self, picture: Tensor) -> Tensor:
         """What the networks see of a picture, uint8 (3, size, size)."""
-        return pair.view(picture, self.size, self.resized, self.mode)
+        return pair.view(picture, self.size, self.side, self.mode)
 
     def boxes_in_view(self, boxes: Sequence[Sequence[float]], height: int, width: int) -> list[list[float]]:
         """Boxes of a picture of this height and width as they lie in its view; they may reach out of it."""
         side = min(height, width)
-        scale, margin = self.resized / side, (self.resized - self.size) // 2
+        scale, margin = self.side / side, (self.side - self.size) // 2
         left, top = (width - side) // 2, (height - side) // 2
         at = (left, top, left, top)
         return [[(v - o) * scale - margin for v, o in zip(box, at, strict=True)] for box in boxes]
@@ -66,8 +84,9 @@ class Glance:
     network: str
     heat: Tensor  # (H, W) in [0, 1]: where the evidence for the target lies
     probability: float  # of the target
-    best: str  # the class it finds most probable
+    best: str  # the class it finds most probable, as `Viewer.called` says it
     best_probability: float
+    best_index: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,15 +96,16 @@ class Look:
     Attributes:
         name: of the picture.
         image: uint8 (3, H, W), what the networks see.
-        target: the class whose evidence the maps show.
+        target, index: the class whose evidence the maps show, as `Viewer.called` says it, and its number.
         glances: one per network.
         method: what made the maps, a key of `maps.METHODS`.
-        blocks: network -> block -> what its attention did, one sample each; attended blocks only.
+        blocks: network -> block -> what its gates did, one sample each; blocks with gates only.
     """
 
     name: str
     image: Tensor
     target: str
+    index: int
     glances: tuple[Glance, ...]
     method: str = "gradcam"
     blocks: dict[str, dict[str, Refinement]] = field(default_factory=dict)
@@ -152,7 +172,7 @@ def look_at_view(
     for label, model in viewer.networks.items():
         with torch.no_grad(), eval_mode(model), record(model) as recording:
             scores[label] = logits_of(model(images))[0].float().softmax(0)
-        blocks[label] = recording
+        blocks[label] = {block: did for block, did in recording.items() if did.steps}
     for label, probabilities in scores.items():
         if len(probabilities) != len(viewer.classes):
             raise ConfigError(
@@ -164,10 +184,17 @@ def look_at_view(
         heat = gradcam(model, images, shown, layer, method)[0]
         best = int(scores[label].argmax())
         glances.append(
-            Glance(label, heat, float(scores[label][shown]), viewer.classes[best], float(scores[label][best]))
+            Glance(
+                label,
+                heat,
+                float(scores[label][shown]),
+                viewer.called(best),
+                float(scores[label][best]),
+                best,
+            )
         )
     attended = {label: found for label, found in blocks.items() if found}
-    return Look(name, seen, viewer.classes[shown], tuple(glances), method, attended)
+    return Look(name, seen, viewer.called(shown), shown, tuple(glances), method, attended)
 
 
 def stages(blocks: dict[str, Refinement]) -> dict[str, Refinement]:
@@ -178,17 +205,33 @@ def stages(blocks: dict[str, Refinement]) -> dict[str, Refinement]:
     return {name: blocks[name] for name in sorted(last.values(), key=list(blocks).index)}
 
 
+def called(classes: Sequence[str], index: int) -> str:
+    """The name of a class, with its number where several have that name: "crane (517)"."""
+    name = classes[index]
+    return name if list(classes).count(name) == 1 else f"{name} ({index})"
+
+
 def class_index(classes: Sequence[str], text: str) -> int:
-    """The class that a user names, by its number or by its name, whatever the case.
+    """The class that a user names: by its name, by its number, or by both, "crane (517)".
+
+    A name counts before the same one in another case.
 
     Raises:
-        ConfigError: no such class, with those near it.
+        ConfigError: no such class, with those near it; or several that this may be.
     """
+    for index in map(int, re.findall(r" \(([0-9]{1,9})\)$", text)):
+        if index < len(classes) and text == f"{classes[index]} ({index})":
+            return index
+    found = [index for index, name in enumerate(classes) if name == text]
     if text.isascii() and text.isdigit() and int(text) < len(classes):
-        return int(text)
+        found = list(dict.fromkeys([*found, int(text)]))
     lowered = [name.lower() for name in classes]
-    if text.lower() in lowered:
-        return lowered.index(text.lower())
+    found = found or [index for index, name in enumerate(lowered) if name == text.lower()]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        ways = " or ".join(repr(f"{classes[index]} ({index})") for index in found)
+        raise ConfigError(f"{text!r} may be several classes: give {ways}")
     near = difflib.get_close_matches(text.lower(), lowered, 3, 0.5)
     hint = f"near it: {', '.join(near)}" if near else f"give one by its name or by 0 to {len(classes) - 1}"
     raise ConfigError(f"no class {text!r}; {hint}")

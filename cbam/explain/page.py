@@ -185,9 +185,10 @@ def in_words(middles: Iterable[float]) -> str:
     return "changes nothing" if neutral else "middle of the range;\n1 changes nothing"
 
 
-def upwards(middles: Iterable[float]) -> str:
-    """What the largest gates do to their channels: those of the paper's form end at 1 and raise none."""
-    return "kept" if all(2 * middle <= 1 for middle in middles) else "raised"
+def of_channels(largest: Iterable[float], smallest: Iterable[float]) -> tuple[str, str]:
+    """What the largest gates that are shown do to their channels, and what the smallest do."""
+    upwards = "raised most" if any(gate > 1 for gate in largest) else "kept most"
+    return upwards, "lowered most" if any(gate < 1 for gate in smallest) else "raised least"
 
 
 def _replace(path: Path, content: bytes) -> None:

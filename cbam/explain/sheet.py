@@ -60,7 +60,7 @@ class _Sheet(Page):
             self._head(b, names, METHODS[looks[0].method])
         for i, look in enumerate(looks):
             self._row(i % across, _HEAD + i // across * self.pitch, look)
-        disagree = any(glance.best != look.target for look in looks for glance in look.glances)
+        disagree = any(glance.best_index != look.index for look in looks for glance in look.glances)
         self._foot(names, _HEAD + rows * self.pitch, disagree)
 
     def _left(self, block: int, column: int = 0) -> float:
@@ -91,7 +91,7 @@ class _Sheet(Page):
 
     def _said(self, look: Look, glance: Glance) -> list[str]:
         own = f"p = {glance.probability:.2f}"
-        if glance.best == look.target:
+        if glance.best_index == look.index:
             return [own]
         return [own, paper.cut(f"{glance.best_probability:.2f} {glance.best}", self.side)]
 

@@ -33,7 +33,7 @@ def stages_figure(look: Look, path: str | Path, *, network: str | None = None) -
         network: whose gates; by default of the last that has any.
 
     Raises:
-        InputError: the network has no attention that can be shown.
+        InputError: the network has no gates: no attention, or one that adds instead of multiplying.
         ConfigError, MissingExtraError: as in `look_figure`.
     """
     path = paper.check_format(path)
@@ -44,7 +44,7 @@ def draw(look: Look, network: str | None = None):
     """The figure of `stages_figure`, not yet written anywhere."""
     network = next(reversed(look.blocks), None) if network is None else network
     if network not in look.blocks:
-        raise InputError(f"{network or 'no network'} has attention to show on {look.name!r}")
+        raise InputError(f"{look.name!r}: no gates to show of {network or 'any network'}")
     shown = stages(look.blocks[network])
     return _Stages(look, network, shown).figure
 
@@ -96,10 +96,12 @@ class _Stages(Page):
         self.scale = where_scale(list(blocks.values()))
         whats = [step for block in blocks.values() if (step := block.step("what") or block.step("both"))]
         self.middles = [step.middle for step in whats]
-        upwards = paper.upwards(self.middles)
+        tops = [top_channels(block) for block in blocks.values()]
+        raised, lowered = ([channel.gate for top in tops for channel in top[side]] for side in (0, 1))
+        upwards, downwards = paper.of_channels(raised, lowered)
         columns = [("where:\nspatial gate", _CELL), ("what: channel gates,\nhow many have it", _HISTOGRAM)]
-        columns += [(f"{upwards} most" if i == 0 else "", _CELL) for i in range(TOP)]
-        columns += [("lowered most" if i == 0 else "", _CELL) for i in range(TOP)]
+        columns += [(upwards if i == 0 else "", _CELL) for i in range(TOP)]
+        columns += [(downwards if i == 0 else "", _CELL) for i in range(TOP)]
         self.lefts = [_LEFT]
         for _, wide in columns:
             extra = 0.2 if wide == _HISTOGRAM else _GAP
@@ -110,7 +112,7 @@ class _Stages(Page):
         about = f"{paper.cut(look.name, 0.56)}\n{paper.cut(network, 0.56)}"
         self.say(0.06, _HEAD - 0.06, about, ha="left", va="bottom", size=SMALL)
         for (title, wide), left in zip(columns, self.lefts, strict=False):
-            group = title.endswith("most")
+            group = title in (upwards, downwards)
             at = left + (3 * _CELL + 2 * _GAP) / 2 if group else left + wide / 2
             words = f"channels {title}, as the block found them" if group else title
             self.say(at, _HEAD - 0.06, words, va="bottom")

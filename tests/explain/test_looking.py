@@ -5,7 +5,7 @@ import torch
 
 import cbam
 from cbam.errors import ConfigError, InputError
-from cbam.explain import Viewer, gradcam, look, look_figure, record, stages_figure
+from cbam.explain import Viewer, gradcam, look, look_figure, page, record, stages_figure
 from cbam.explain.looking import class_index, stages
 from cbam.explain.pair import view
 from cbam.explain.stages import top_channels, where_scale
@@ -125,6 +125,40 @@ def test_a_class_is_named_by_number_or_by_name():
         class_index(CLASSES, "5")
 
 
+def test_a_class_that_may_be_several_is_asked_for_again():
+    assert class_index(["Cardigan", "x", "cardigan"], "cardigan") == 2
+    assert class_index(["1", "10", "2"], "10") == 1
+    with pytest.raises(ConfigError, match=r"'1' may be several classes: give '1 \(0\)' or '10 \(1\)'"):
+        class_index(["1", "10", "2"], "1")
+    assert class_index(["1", "10", "2"], "10 (1)") == 1
+    assert class_index(["0", "1"], "1") == 1
+    cranes = ["dog", "crane", "cat", "crane"]
+    with pytest.raises(
+        ConfigError, match=r"'crane' may be several classes: give 'crane \(1\)' or 'crane \(3\)'"
+    ):
+        class_index(cranes, "crane")
+    assert class_index(cranes, "crane (3)") == class_index(cranes, "3") == 3
+    with pytest.raises(ConfigError, match="may be several"):
+        class_index(["Ant", "ANT"], "ant")
+
+
+def test_classes_of_one_name_are_told_apart_by_number(viewer, picture):
+    twice = Viewer(viewer.networks, ["crane", "crane", "cat", "dog", "dog"], size=32, resized=36)
+    seen = look(twice, picture, target=1)
+    assert (seen.target, seen.index) == ("crane (1)", 1)
+    for glance in seen.glances:
+        assert glance.best == twice.called(glance.best_index)
+
+
+def test_a_view_of_any_size_is_as_large_as_it_says(viewer):
+    large = torch.zeros(3, 500, 600, dtype=torch.uint8)
+    for size, resized in ((384, 439), (32, 37), (224, 256)):
+        eyes = Viewer(viewer.networks, CLASSES, size=size)
+        assert (eyes.side, tuple(eyes.view(large).shape)) == (resized, (3, size, size))
+    with pytest.raises(InputError, match="the middle 64 pixels of a picture resized to 40"):
+        Viewer(viewer.networks, CLASSES, size=64, resized=40)
+
+
 @pytest.mark.parametrize("ending", [".png", ".svg", ".pdf"])
 def test_both_figures_are_written_in_the_form_that_their_name_asks_for(viewer, picture, tmp_path, ending):
     seen = look(viewer, picture, "photo")
@@ -158,7 +192,9 @@ def test_the_stages_say_every_gate_that_they_show(viewer, picture, tmp_path):
 
 
 def identity(channels: int) -> torch.nn.Module:
-    return cbam.CBAM(channels).identity_()
+    attention = cbam.CBAM(channels).identity_()
+    torch.nn.init.normal_(attention.channel.fc2.bias)  # so that there are gates above 1 and below
+    return attention
 
 
 @pytest.mark.parametrize(("attention", "neutral"), [(cbam.CBAM, False), (identity, True)])
@@ -203,9 +239,28 @@ def test_no_word_is_cut_off_or_printed_over_another(viewer, plain, picture, kind
             assert not box.overlaps(its), (word, other)
 
 
+def test_channels_are_said_to_be_raised_only_by_gates_above_1(build, picture, tmp_path):
+    net = Viewer({"SimAM": build(cbam.nn.SimAM)}, CLASSES, size=32, resized=36)
+    words = svg_text(stages_figure(look(net, picture), tmp_path / "stages.svg"))
+    assert "channels kept most" in words
+    assert "raised" not in words
+    assert page.of_channels([1.2, 0.9], [0.8]) == ("raised most", "lowered most")
+    assert page.of_channels([1.2], [1.1]) == ("raised most", "raised least")
+
+
+@pytest.mark.parametrize("name", ["gc", "sk"])
+def test_attention_without_gates_has_nothing_to_draw(build, picture, tmp_path, name):
+    net = Viewer({name: build(cbam.nn.ATTENTION[name])}, CLASSES, size=32, resized=36)
+    seen = look(net, picture)
+    assert seen.blocks == {}
+    for network in (None, name):
+        with pytest.raises(InputError, match=f"no gates to show of {network or 'any network'}"):
+            stages_figure(seen, tmp_path / "stages.svg", network=network)
+
+
 def test_what_cannot_be_drawn_is_refused(viewer, picture, plain, tmp_path):
     alone = look(Viewer({"plain": plain}, CLASSES, size=32, resized=36), picture)
-    with pytest.raises(InputError, match="no network has attention"):
+    with pytest.raises(InputError, match="no gates to show of any network"):
         stages_figure(alone, tmp_path / "stages.png")
     with pytest.raises(InputError, match="different networks"):
         look_figure([alone, look(viewer, picture)], tmp_path / "look.png")
