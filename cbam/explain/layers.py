@@ -108,7 +108,11 @@ class _Seen:
             squares = _by_sides(own, int.__eq__)
             return by_stride if squares is None else squares
         grown = [[d for d, (a, b) in enumerate(zip(own, other, strict=False)) if a != b] for other in others]
-        return {((3,), (2,)): False, ((2,), (1,)): True}.get((*map(tuple, grown),))
+        known = {
+            False: [[3], [2]],
+            True: [[2], [1]],
+        }  # of what is twice as wide, and of what is twice as high
+        return next((last for last, dims in known.items() if dims == grown), None)
 
     def tokens_after(self, name: str) -> str | None:
         """A module that gives tokens, (N, T, C), after `name`, in none that makes something else of them."""
