@@ -87,7 +87,7 @@ struct Setting {
   int64_t chunk, chunks;  // pixels of a chunk, chunks of a sample
 
   explicit Setting(const Block& b) : block(b), N(b.N), C(b.C), H(b.H), W(b.W), L(b.H * b.W) {
-    int64_t limit = b.rows ? most(64, least(256, 65536 / C)) : PLANE_CHUNK;
+    int64_t limit = b.rows ? most(64, least(128, 65536 / C)) : PLANE_CHUNK;
     chunk = up(up(L, up(L, limit)), 16) * 16;
     chunks = up(L, chunk);
   }
