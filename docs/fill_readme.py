@@ -1,6 +1,7 @@
 """Put a demo report into README.md, picture and table: `python docs/fill_readme.py demo-report`.
 
-What stands between the two markers of the README is replaced; the picture is copied to docs/img/demo.png.
+What stands between the two markers of the README is replaced: the verdicts and the picture, and, folded, the
+table and what was run. The picture is copied to docs/img/demo.png.
 """
 
 import json
@@ -19,12 +20,24 @@ def fill(report: Path, readme: Path, picture: Path) -> None:
     _, body = (report / "report.md").read_text("utf-8").split("\n", 1)  # the headline is the README's own
     body, facts = body.split("\n## What was run\n")
     body = body.replace("](picture.png)", f"]({picture.relative_to(readme.parent).as_posix()})")
-    shown = f"{body.strip()}\n\n<details><summary>What was run</summary>\n\n{facts.strip()}\n\n</details>"
+    verdicts, rest = body.split("\n|", 1)
+    table, seen = rest.split("\n![", 1)
+    parts = [
+        verdicts.strip(),
+        f"![{seen.strip()}",
+        _folded("The numbers", f"|{table.strip()}"),
+        _folded("What was run", facts.strip()),
+    ]
+    shown = "\n\n".join(parts)
     before, rest = readme.read_text("utf-8").split(BEGIN)
     _, after = rest.split(END)
     picture.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(report / "picture.png", picture)
     readme.write_text(f"{before}{BEGIN}\n{shown}\n{END}{after}", encoding="utf-8")
+
+
+def _folded(title: str, text: str) -> str:
+    return f"<details><summary>{title}</summary>\n\n{text}\n\n</details>"
 
 
 if __name__ == "__main__":
