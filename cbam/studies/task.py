@@ -96,7 +96,7 @@ def load(model: nn.Module, path: str) -> Loaded:
         raise
     except CheckpointError as misfit:
         try:
-            return load_weights(model, source, head="reset")
+            return load_weights(model, source, head="skip")
         except CheckpointError:
             raise misfit_of(path, misfit) from None
 

@@ -17,16 +17,15 @@ from torch import Tensor, nn
 
 from cbam.errors import CheckpointError, InputError, OtherClassesError
 from cbam.surgery.checkpoint import read
-from cbam.surgery.convert import convert_state_dict
 from cbam.surgery.dialect import MisfitError, Target, some, under
 from cbam.surgery.route import SLOT
 from cbam.surgery.translate import dialect_of, translated
 
-__all__ = ["Loaded", "convert_state_dict", "load_weights"]
+__all__ = ["Loaded", "load_weights"]
 
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "model_state", "net", "network", "params", "weights")
 _MAX_DEPTH = 4  # of dicts around a state dict; one that holds itself has no end
-_OWN_HEAD = 'cbam.load_weights(..., head="reset") keeps the model\'s own last layer. The model is unchanged'
+_OWN_HEAD = 'cbam.load_weights(..., head="skip") keeps the model\'s own last layer. The model is unchanged'
 _COUNTER = ".num_batches_tracked"  # absent in files older than torch 0.4.1, and no part of the function
 
 
@@ -46,7 +45,7 @@ class Loaded:
         format: "plain" (no attention in the file), "cbam" (ours), "released", "timm", "mmyolo" or "luuuyi".
         tensors: how many tensors of the model now hold the file's values.
         missing: attention tensors that the file does not have; they keep their values.
-        head_reset: whether the head kept its own values.
+        head_skipped: whether the last layer kept its own values.
         eval_only: whether the model computes what the file's code does in eval mode alone: the file's spatial
             gate has no BatchNorm, and the model's is set to add the bias and do nothing else.
     """
@@ -54,12 +53,12 @@ class Loaded:
     format: str
     tensors: int
     missing: tuple[str, ...]
-    head_reset: bool
+    head_skipped: bool
     eval_only: bool = False
 
 
 def load_weights(
-    model: nn.Module, source: str | PathLike[str] | Mapping[str, Any], *, head: str = "keep"
+    model: nn.Module, source: str | PathLike[str] | Mapping[str, Any], *, head: str = "load"
 ) -> Loaded:
     """Copy weights into `model`, all or nothing.
 
@@ -76,7 +75,7 @@ def load_weights(
     Args:
         model: plain, or with attention attached.
         source: a path, or a state dict.
-        head: "keep" loads the last linear layer too; "reset" leaves the model's own, for other classes.
+        head: "load" takes the file's last linear layer too; "skip" leaves the model's own, for other classes.
 
     Raises:
         CheckpointNotFoundError: no such file.
@@ -85,8 +84,8 @@ def load_weights(
         InputError: neither a path nor a state dict, or an unknown `head`.
         MissingExtraError: the file is safetensors, and the package to read it is absent.
     """
-    if head not in ("keep", "reset"):
-        raise InputError(f'head must be "keep" or "reset", got {head!r}')
+    if head not in ("load", "skip"):
+        raise InputError(f'head must be "load" or "skip", got {head!r}')
     if isinstance(source, Mapping):
         content, where = source, "the state dict"
     elif isinstance(source, str | PathLike):
@@ -99,7 +98,7 @@ def load_weights(
         file_format, tensors, eval_only = translated(tensors, target)
         tensors = _without_counters(tensors, target)
         gains = _take_gains(tensors, target)
-        kept = target.head() if head == "reset" else set()
+        kept = target.head() if head == "skip" else set()
         values = {name: value for name, value in tensors.items() if name not in kept}
         missing = _check_names(values, target, kept)
         _check_shapes(values, target)

@@ -61,8 +61,8 @@ def begin_with(model: nn.Module, name: str, source: str | Mapping[str, Tensor]) 
             if name.partition(":")[0] in DETECTORS:
                 network, loaded = _classifier(model, name, source)
                 put_body(model, network)
-                return replace(loaded, head_reset=False), True  # whose classes those are is of no account
-            return load_weights(model, source, head="reset"), False
+                return replace(loaded, head_skipped=False), True  # whose classes those are is of no account
+            return load_weights(model, source, head="skip"), False
         except CheckpointError as misfit:
             raise CheckpointError(f"{misfit}; nor does it fit whole: {error}") from None
 

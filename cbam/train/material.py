@@ -103,7 +103,7 @@ _STARTS = {
 
 def taken(path: str, loaded: Loaded) -> str:
     """What was taken from a file, a run or a folder, in words."""
-    head = "; its last layer is left out, as it is made for other classes" if loaded.head_reset else ""
+    head = "; its last layer is left out, as it is made for other classes" if loaded.head_skipped else ""
     return f"weights of {path}: {loaded.tensors} tensors taken{head}"
 
 

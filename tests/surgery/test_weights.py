@@ -318,7 +318,7 @@ def test_what_is_no_state_dict_is_refused(key):
 def test_arguments_of_another_type_are_refused():
     with pytest.raises(InputError, match="path or a state dict, got ResNetTiny"):
         load_weights(tiny(), tiny())
-    with pytest.raises(InputError, match='"keep" or "reset"'):
+    with pytest.raises(InputError, match='"load" or "skip"'):
         load_weights(tiny(), tiny().state_dict(), head="drop")
 
 
@@ -329,7 +329,7 @@ def test_no_name_in_common_is_an_error():
     """K9"""
     refused(tiny(), {"a.weight": torch.ones(1)}, r"0 of \d+ names fit ResNetTiny")
     head_only = {"fc.weight": tiny().fc.weight, "fc.bias": tiny().fc.bias}
-    refused(tiny(), head_only, "missing", head="reset")
+    refused(tiny(), head_only, "missing", head="skip")
 
 
 def test_missing_and_unexpected_names_are_grouped_and_counted():
@@ -377,13 +377,13 @@ def test_other_classes_need_a_fresh_head(tmp_path):
     """K12"""
     source, model = tiny(num_classes=7, seed=1), tiny("identity")
     torch.save(source.state_dict(), tmp_path / "seven.pt")
-    refused(model, tmp_path / "seven.pt", r"fc.weight is \(7, 64\), the model's \(10, 64\).*head=\"reset\"")
+    refused(model, tmp_path / "seven.pt", r"fc.weight is \(7, 64\), the model's \(10, 64\).*head=\"skip\"")
     with pytest.raises(OtherClassesError, match=r"for 7 classes: cbam\.load_weights\(") as caught:
         load_weights(model, tmp_path / "seven.pt")
     assert caught.value.classes == 7
     head = copy.deepcopy(model.fc)
-    loaded = load_weights(model, tmp_path / "seven.pt", head="reset")
-    assert loaded.head_reset
+    loaded = load_weights(model, tmp_path / "seven.pt", head="skip")
+    assert loaded.head_skipped
     assert loaded.tensors == len(source.state_dict()) - 2
     assert torch.equal(model.fc.weight, head.weight)
     assert torch.equal(model.fc.bias, head.bias)
@@ -401,8 +401,8 @@ def test_a_head_of_other_width_for_the_same_classes_is_not_said_to_have_others()
 def test_the_head_is_the_last_layer_of_any_network(network):
     """K12"""
     source, model = build(network, num_classes=5), build(network, num_classes=3)
-    refused(model, source.state_dict(), 'head="reset"')
-    assert load_weights(model, source.state_dict(), head="reset").tensors == len(source.state_dict()) - 2
+    refused(model, source.state_dict(), 'head="skip"')
+    assert load_weights(model, source.state_dict(), head="skip").tensors == len(source.state_dict()) - 2
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
