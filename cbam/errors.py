@@ -3,12 +3,17 @@
 `exit_code` is what the command line returns for it (see `cbam --help`).
 """
 
+import re
 from collections.abc import Sequence
 
 
 def first_line(error: BaseException, longest: int = 120) -> str:
-    """The first line of what an error says, cut at `longest` characters; its class where it says nothing."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:longest]
+    """The first line of what an error says, without colours and cut at `longest` characters.
+
+    Its class where it says nothing.
+    """
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip()
+    return (text.splitlines() or [type(error).__name__])[0].strip()[:longest]
 
 
 class CBAMError(Exception):

@@ -33,8 +33,9 @@ from cbam.explain.localisation import (
 )
 from cbam.explain.looking import Viewer
 from cbam.explain.maps import METHODS
-from cbam.explain.watching import eval_mode, logits_of
+from cbam.explain.watching import logits_of
 from cbam.studies.statistics import paired_difference
+from cbam.surgery.effects import eval_mode
 from cbam.train.versions import versions
 from cbam.train.watch import Watch
 

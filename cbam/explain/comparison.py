@@ -10,7 +10,8 @@ from cbam.errors import ConfigError, InputError
 from cbam.explain.figure import Row
 from cbam.explain.maps import gradcam
 from cbam.explain.recording import Refinement, record
-from cbam.explain.watching import check_images, eval_mode, logits_of
+from cbam.explain.watching import check_images, logits_of
+from cbam.surgery.effects import eval_mode
 
 
 def compare_rows(

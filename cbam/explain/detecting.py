@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from cbam.errors import ConfigError, DataError, InputError, NonFiniteError
 from cbam.explain.layers import Place, last_map
 from cbam.explain.maps import gradcam_at
-from cbam.explain.watching import eval_mode, is_detection
+from cbam.explain.watching import is_detection
+from cbam.surgery.effects import eval_mode
 
 SAME = 0.5  # overlap from which boxes of two detectors mean the same object
 SEEN = 16  # pixels of the shorter side, as the detector sees it, below which there is nothing to see

@@ -19,7 +19,7 @@ from cbam.errors import ConfigError, InputError
 from cbam.explain import page as paper
 from cbam.explain.page import SMALL, Page
 from cbam.explain.recording import Refinement, record
-from cbam.explain.watching import eval_mode
+from cbam.surgery.effects import eval_mode
 
 SATURATED = 0.02  # a gate in the first or last 2 % of its range no longer moves
 IDLE = 0.01  # a block that changes its map by less than 1 % does next to nothing

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from cbam.errors import ConfigError, InputError
-from cbam.explain.watching import eval_mode, is_detection
+from cbam.explain.watching import is_detection
+from cbam.surgery.effects import eval_mode
 
 _TRUNKS = ("backbone.body.", "backbone.features.", "backbone.")  # of torchvision's detectors
 

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cbam.errors import InputError, NonFiniteError
-from cbam.explain.watching import eval_mode, logits_of
+from cbam.explain.watching import logits_of
+from cbam.surgery.effects import eval_mode
 
 THRESHOLDS = torch.arange(1, 100) / 100  # of a map's largest value
 STEPS = 10  # of deletion and insertion

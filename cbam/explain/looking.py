@@ -16,7 +16,8 @@ from cbam.errors import ConfigError, InputError
 from cbam.explain import pair
 from cbam.explain.maps import gradcam
 from cbam.explain.recording import Refinement, record
-from cbam.explain.watching import eval_mode, logits_of
+from cbam.explain.watching import logits_of
+from cbam.surgery.effects import eval_mode
 
 CBAM_NAME = "CBAM"
 

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from cbam.errors import ConfigError, InputError, MissingExtraError, NonFiniteError
 from cbam.explain.layers import Place, last_map, place_of
-from cbam.explain.watching import check_images, eval_mode, is_detection, logits_of, refuse_unwatchable
+from cbam.explain.watching import check_images, is_detection, logits_of, refuse_unwatchable
+from cbam.surgery.effects import eval_mode
 
 METHODS = {  # name -> what it is called in words
     "gradcam": "Grad-CAM",

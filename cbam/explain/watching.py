@@ -1,7 +1,5 @@
 """Watching a model without changing it: what is switched or hooked on is taken back, come what may."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TypeGuard
 
 import torch
@@ -22,18 +20,6 @@ def refuse_unwatchable(model: nn.Module) -> None:
         raise ConfigError(
             "the model is compiled, which ignores hooks; pass the model from before torch.compile"
         )
-
-
-@contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """`model.eval()` inside the block; every module's own mode again after it."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def logits_of(output: object) -> Tensor:

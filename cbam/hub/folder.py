@@ -20,12 +20,13 @@ from cbam.errors import (
     InputError,
     MissingExtraError,
     OutputError,
+    first_line,
 )
 from cbam.files import placed
 from cbam.hub.card import Card, Network, config, page, read_config
 from cbam.hub.remote import downloaded
 from cbam.models import build, profile
-from cbam.portable.program import first_line, settled
+from cbam.portable.program import settled
 from cbam.surgery import load_weights
 from cbam.surgery.dialect import Target
 
@@ -221,7 +222,9 @@ def _refuse_other_network(model: nn.Module, network: str, outputs: int, size: in
         try:
             found, wanted = built(x), model(x)
         except Exception as error:  # of the network, whatever it is
-            raise InputError(f"{network} does not take pictures of {size} px: {first_line(error)}") from error
+            raise InputError(
+                f"{network} does not take pictures of {size} px: {first_line(error, 300)}"
+            ) from error
     apart = (found - wanted).abs().max() / wanted.abs().max()
     if apart > 0.01:  # reduced precision stays below; NaN, as of a diverged network, says nothing
         raise ConfigError(

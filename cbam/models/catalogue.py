@@ -39,7 +39,8 @@ def build(name: str, *, num_classes: int = 1000, start: str = "paper", stride_in
             one is ours, else torchvision's, else timm's. `names()` lists the networks, `attentions()` the
             attentions.
         num_classes: outputs of the network.
-        start: how attention begins, "paper" or "identity" (see `cbam.attach`).
+        start: how attention begins: "paper", as in the paper's networks, which train from scratch; or
+            "identity", which is what `cbam.attach` begins with in networks that may be trained already.
         stride_in: where bottleneck blocks stride: "3x3" leaves them as the library has them, "1x1" moves
             the stride into the convolution before, as the paper's column of multiply-accumulates counts.
 

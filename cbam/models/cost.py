@@ -7,6 +7,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from cbam.errors import InputError
+from cbam.surgery.effects import eval_mode
 
 
 class Cost(NamedTuple):
@@ -37,14 +38,8 @@ def profile(model: nn.Module, size: int | tuple[int, int] = 224) -> Cost:
     like = next(model.parameters(), None)
     if like is None:
         raise InputError(f"{type(model).__name__} has no parameters, so there is nothing to count")
-    modes = {module: module.training for module in model.modules()}
     counter = FlopCounterMode(display=False)
-    try:
-        model.eval()
-        with torch.no_grad(), counter:
-            model(torch.zeros(1, 3, height, width, dtype=like.dtype, device=like.device))
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    with eval_mode(model), torch.no_grad(), counter:
+        model(torch.zeros(1, 3, height, width, dtype=like.dtype, device=like.device))
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return Cost(parameters, counter.get_total_flops() / 2 / 1e9)

@@ -154,7 +154,8 @@ class ChannelAttention(_FusableGate):
         return Channel(one.weight, one.bias, two.weight, two.bias, self.pools, self.gain_value()), None
 
     def extra_repr(self) -> str:
-        return f"{self.channels}, reduction={self.reduction}, pools={self.pools}{_said(self.dim)}"
+        sizes = f"{self.channels}, reduction={self.reduction}, pools={self.pools}"
+        return sizes + _said(self.dim) + self._shown_gain()
 
 
 class SpatialAttention(_FusableGate):
@@ -228,7 +229,7 @@ class SpatialAttention(_FusableGate):
         return None, Spatial(self.conv.weight, normalising(self.bn), self.gain_value())
 
     def extra_repr(self) -> str:
-        return f"kernel_size={self.kernel_size}{_said(self.dim)}"
+        return f"kernel_size={self.kernel_size}{_said(self.dim)}{self._shown_gain()}"
 
 
 def _said(dim: int) -> str:

@@ -80,6 +80,10 @@ class SigmoidGate(Gate):
         super().reset_parameters()
         self.set_gain(1)
 
+    def _shown_gain(self) -> str:
+        """What `extra_repr` says of the gain; nothing of 1."""
+        return "" if self.gain is None or self.gain.is_meta else f", gain={self.gain_value():g}"
+
     def _open(self, logits: Tensor) -> Tensor:
         return self._amplify(torch.sigmoid(logits))
 

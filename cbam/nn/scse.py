@@ -61,4 +61,4 @@ class SCSE(SigmoidGate):
         return self._amplify(torch.where(x >= 0, torch.maximum(what, where), torch.minimum(what, where)))
 
     def extra_repr(self) -> str:
-        return f"{self.channels}, reduction={self.reduction}, combine={self.combine!r}"
+        return f"{self.channels}, reduction={self.reduction}, combine={self.combine!r}{self._shown_gain()}"

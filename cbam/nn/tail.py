@@ -60,13 +60,13 @@ def refined(attention: Fusable, x: Tensor) -> Tensor | None:
 
 
 def begin(norm: nn.Module, attention: nn.Module, x: Tensor, block: nn.Module | None = None) -> Tensor:
-    """`attention(norm(x))`, waiting for the add behind it where one operation can do both; else at once.
+    """`attention(norm(x))`: a `Pending` where the add and the ReLU behind it can join, else computed at once.
 
-    For a value that is used once: each use of one that waits would count a batch in the running statistics.
+    The value may be used once only, since computing it counts a batch in the running statistics.
 
     Args:
-        block: where given, the block that ends so, of which nothing else reads that value or the sum: the
-            result may take the memory of `x` where nobody else holds it.
+        block: where given, the block that ends so; nothing else in it reads that value or the sum. The
+            result may then take the memory of `x` where nobody else holds it.
     """
     if (
         getattr(type(attention), "known_forward", None) is not type(attention).forward
@@ -88,7 +88,7 @@ def begin(norm: nn.Module, attention: nn.Module, x: Tensor, block: nn.Module | N
 
 
 def unseen(block: nn.Module) -> bool:
-    """Whether only the code of `block` meets the values between its children, and no backward follows."""
+    """Whether no backward follows and no hook, tracer or mode can see the values between the children."""
     return not (
         torch.is_grad_enabled()
         or torch.compiler.is_compiling()
@@ -228,7 +228,7 @@ def _norm_obstacle(norm: nn.Module, x: Tensor) -> bool:
         type(norm) is not nn.BatchNorm2d
         or norm.weight is None
         or norm.num_features != x.shape[1]
-        or (by_batch(norm) and x.numel() == x.shape[1])  # its own forward says what is wrong then
+        or (by_batch(norm) and x.numel() == x.shape[1])  # one value per channel: its own forward refuses
         or not plain(norm.weight, norm.bias, norm.running_mean, norm.running_var)
         or watched(norm)
     )

@@ -23,7 +23,29 @@ _CHANNEL = (
     "Tensor? w1, Tensor? b1, Tensor? w2, Tensor? b2, bool avg_pool, bool max_pool, float channel_gain, "
 )
 _SPATIAL = "Tensor? kernel, Tensor? s_gamma, Tensor? s_beta, {statistics}float s_eps, float spatial_gain, "
-_SAVED = "Tensor m, Tensor e, Tensor k, Tensor mu, Tensor v, Tensor gate, Tensor s, Tensor s_mu, Tensor s_v"
+
+
+class _Saved(NamedTuple):
+    """What the forward keeps for the backward, in order; empty tensors where there is nothing.
+
+    Attributes:
+        m: mean of every plane of x, (N, C). e, k: the x that makes y largest in it, and its pixel, (N, C).
+        mu, v: mean and biased variance of the norm, (C,). gate: channel gate, (N, C).
+        s: input of the spatial norm, (N, 1, H, W). s_mu, s_v: its mean and biased variance, (1,).
+    """
+
+    m: Tensor
+    e: Tensor
+    k: Tensor
+    mu: Tensor
+    v: Tensor
+    gate: Tensor
+    s: Tensor
+    s_mu: Tensor
+    s_v: Tensor
+
+
+_SAVED = ", ".join(f"Tensor {name}" for name in _Saved._fields)
 
 
 def _parts(statistics: str, spatial_statistics: str) -> str:
@@ -53,7 +75,7 @@ _BACKWARD = (
 _TRACK = "track_(Tensor(a!)[] running, Tensor[] new, float[] momenta, int count) -> ()"
 
 _library = torch.library.Library("cbam", "DEF")
-# A compiler that lays a network's maps out anew need not turn them back for us.
+# flexible_layout: torch.compile may hand over maps in the layout that it chose for the network.
 _library.define(_FORWARD, tags=torch.Tag.flexible_layout)
 _library.define(_IN_PLACE, tags=torch.Tag.flexible_layout)
 _library.define(_BACKWARD, tags=torch.Tag.flexible_layout)
@@ -102,14 +124,15 @@ def tail(
     wanted = _wants_gradient(args)
     compiling = torch.compiler.is_compiling()
     if (overwrite or compiling) and x.is_cpu and not (wanted or bn.batch or where.norm.batch):
-        # A compiler knows whether somebody reads x afterwards, and drops this copy where nobody does.
+        # torch.compile drops this copy where nothing reads x afterwards.
         out = x.clone() if compiling else x
         _overwrite(out, *(value for place, value in enumerate(args) if place and place not in _BATCH))
         return out
-    results = _run(*args, wanted)
-    batches = (bn, results[4], results[5]), (where.norm, results[8], results[9])
+    out, *rest = _run(*args, wanted)
+    saved = _Saved(*rest)
+    batches = (bn, saved.mu, saved.v), (where.norm, saved.s_mu, saved.s_v)
     _follow(batches, x.shape[0] * x.shape[2] * x.shape[3])
-    return results[0]
+    return out
 
 
 def _follow(batches: tuple[tuple[Norm, Tensor, Tensor], ...], count: int) -> None:
@@ -179,7 +202,7 @@ class _Args(NamedTuple):
 _DIFFERENTIABLE = ("x", "shortcut", "gamma", "beta", "w1", "b1", "w2", "b2", "kernel", "s_gamma", "s_beta")
 _GRADIENTS = tuple(_Args._fields.index(name) for name in _DIFFERENTIABLE)
 _BATCH = (_Args._fields.index("bn_batch"), _Args._fields.index("s_batch"))
-_KEPT = tuple(place for place in _GRADIENTS if place != 1)  # the backward needs no shortcut
+_KEPT = tuple(_Args._fields.index(name) for name in _DIFFERENTIABLE if name != "shortcut")
 
 
 class _Tail(torch.autograd.Function):
@@ -190,8 +213,8 @@ class _Tail(torch.autograd.Function):
         ctx.mark_non_differentiable(*results[1:])
         ctx.set_materialize_grads(False)
         ctx.plain = tuple(None if isinstance(a, Tensor) else a for a in args)
-        relu = args[-2]
-        ctx.save_for_backward(*(args[place] for place in _KEPT), results[0] if relu else None, *results[1:])
+        out = results[0] if _Args(*args).relu else None  # tells what the ReLU let through
+        ctx.save_for_backward(*(args[place] for place in _KEPT), out, *results[1:])
         return results
 
     @staticmethod
@@ -199,68 +222,70 @@ class _Tail(torch.autograd.Function):
         if grad is None:
             return (None,) * len(_Args._fields)
         args, out, saved = _restored(ctx)
-        needs = [ctx.needs_input_grad[place] for place in _GRADIENTS]
-        if torch.is_grad_enabled():  # a gradient of this gradient is wanted
-            found = _differentiable_gradients(grad, args, out, saved, needs)
-        else:
-            found = _gradients(grad, args, out, saved, needs)
-        grads: list[Tensor | None] = [None] * len(args)
-        for place, needed, value in zip(_GRADIENTS, needs, found, strict=True):
-            if needed and value is not None:
-                like = args[place] if place > 1 else value
-                grads[place] = value.to(like.dtype)
-        return tuple(grads)
+        needs = {n for n, i in zip(_DIFFERENTIABLE, _GRADIENTS, strict=True) if ctx.needs_input_grad[i]}
+        # With gradients enabled, a gradient of this gradient is wanted.
+        how = _differentiable_gradients if torch.is_grad_enabled() else _gradients
+        found = how(grad, args, out, saved, needs)
+        # Those of the two maps have their type already.
+        likes = args._replace(x=grad, shortcut=grad)._asdict()
+        return tuple(found[name].to(like.dtype) if name in needs else None for name, like in likes.items())
 
 
-def _restored(ctx: Any) -> tuple[_Args, Tensor | None, tuple[Tensor, ...]]:
+def _restored(ctx: Any) -> tuple[_Args, Tensor | None, _Saved]:
     """The arguments of the forward but for the shortcut and running statistics, and what it returned."""
     tensors = ctx.saved_tensors
     args = list(ctx.plain)
     for place, value in zip(_KEPT, tensors, strict=False):
         args[place] = value
-    return _Args(*args), tensors[len(_KEPT)], tensors[len(_KEPT) + 1 :]
+    out, *saved = tensors[len(_KEPT) :]
+    return _Args(*args), out, _Saved(*saved)
 
 
-def _gradients(grad: Tensor, a: _Args, out: Tensor | None, saved: tuple[Tensor, ...], needs: list[bool]):
-    """The gradients by the kernels, in the order of `_DIFFERENTIABLE`."""
+def _gradients(
+    grad: Tensor, a: _Args, out: Tensor | None, saved: _Saved, needs: set[str]
+) -> dict[str, Tensor]:
+    """The gradients by the kernels, by the name of the argument."""
     layout = _dense(a.x)[1]
-    found = _backward(
+    values = _backward(
         grad.contiguous(memory_format=layout), a.x, out,
         a.gamma, a.beta, a.bn_batch, a.bn_eps,
         a.w1, a.b1, a.w2, a.b2, a.avg_pool, a.max_pool, a.channel_gain,
         a.kernel, a.s_gamma, a.s_beta, a.s_batch, a.s_eps, a.spatial_gain,
-        a.relu, *saved, needs[0], needs[1] and a.relu,
+        a.relu, *saved, "x" in needs, "shortcut" in needs and a.relu,
     )  # fmt: skip
-    return found if a.relu else (found[0], grad, *found[2:])
+    found: dict[str, Tensor] = dict(zip(_DIFFERENTIABLE, values, strict=True))
+    if not a.relu:
+        found["shortcut"] = grad
+    return found
 
 
 def _differentiable_gradients(
-    grad: Tensor, a: _Args, out: Tensor | None, saved: tuple[Tensor, ...], needs: list[bool]
-):
+    grad: Tensor, a: _Args, out: Tensor | None, saved: _Saved, needs: set[str]
+) -> dict[str, Tensor]:
     """The gradients as functions of all that they depend on: by the equation, in the kernels' inner type."""
     masked = grad if out is None else torch.where(out <= 0, torch.zeros_like(grad), grad)
     wide = torch.float64 if a.x.dtype == torch.float64 else torch.float32
-    leaves = [a[place] for place in _GRADIENTS]
-    named = zip(_DIFFERENTIABLE, leaves, strict=True)
-    a = a._replace(**{name: t.to(wide) for name, t in named if t is not None and name != "shortcut"})
-    _, _, _, mu, var, _, _, s_mu, s_var = saved
+    leaves = {
+        name: t for name in _DIFFERENTIABLE if name != "shortcut" and (t := getattr(a, name)) is not None
+    }
+    a = a._replace(**{name: t.to(wide) for name, t in leaves.items()})
     norm = channel = spatial = None
     if a.gamma is not None:
-        norm = _norm(a.gamma, a.beta, mu, var, a.bn_batch, a.bn_eps)
+        norm = _norm(a.gamma, a.beta, saved.mu, saved.v, a.bn_batch, a.bn_eps)
     if a.w1 is not None:
         pools = tuple(pool for pool, taken in (("avg", a.avg_pool), ("max", a.max_pool)) if taken)
         channel = Channel(a.w1, a.b1, a.w2, a.b2, pools, a.channel_gain)
     if a.kernel is not None:
-        where = _norm(a.s_gamma, a.s_beta, s_mu, s_var, a.s_batch, a.s_eps)
+        where = _norm(a.s_gamma, a.s_beta, saved.s_mu, saved.s_v, a.s_batch, a.s_eps)
         spatial = Spatial(a.kernel, where, a.spatial_gain)
     with torch.autocast(a.x.device.type, enabled=False):
         branch = reference.tail(a.x, norm=norm, channel=channel, spatial=spatial)
-    wanted = [i for i, needed in enumerate(needs) if needed and i != 1]
-    found = {1: masked}
+    found, wanted = {"shortcut": masked}, [name for name in leaves if name in needs]
     if wanted:
-        values = torch.autograd.grad(branch, [leaves[i] for i in wanted], masked.to(wide), create_graph=True)
+        inputs = [leaves[name] for name in wanted]
+        values = torch.autograd.grad(branch, inputs, masked.to(wide), create_graph=True)
         found |= dict(zip(wanted, values, strict=True))
-    return [found.get(i) for i in range(len(leaves))]
+    return found
 
 
 def _norm(weight: Tensor, bias: Tensor | None, mean: Tensor, var: Tensor, batch: bool, eps: float) -> Norm:
@@ -270,14 +295,14 @@ def _norm(weight: Tensor, bias: Tensor | None, mean: Tensor, var: Tensor, batch:
 
 
 def _run(*args: Any) -> tuple[Tensor, ...]:
-    """The operator. A compiler meets it whole; else its way through the dispatcher would only take time."""
+    """The operator: as one node while a graph is traced, else called past the dispatcher, which is faster."""
     if torch.compiler.is_compiling():
         return _forward(*args)
     return _autograd(*args)
 
 
 def _overwrite(*args: Any) -> None:
-    """The operator that writes over its map, met as by `_run`."""
+    """The operator that writes over its map, called as by `_run`."""
     if torch.compiler.is_compiling():
         _in_place(*args)
         return

@@ -14,7 +14,7 @@ kernel.
 import triton
 import triton.language as tl
 
-BATCH = ("N", "COUNT")  # what a batch of another size changes is no part of a kernel: none is compiled for it
+BATCH = ("N", "COUNT")  # not specialised on: a batch of another size compiles no new kernel
 
 
 @triton.jit

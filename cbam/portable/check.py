@@ -7,8 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
-from cbam.errors import ExportError, NonFiniteError
-from cbam.portable.program import first_line
+from cbam.errors import ExportError, NonFiniteError, first_line
 
 TOLERANCE = 1e-5  # of the largest value of an output, in float32
 Run = Callable[[Tensor], list[Tensor]]
@@ -42,7 +41,9 @@ def agreement(model: nn.Module, run: Run, inputs: Sequence[Tensor], where: str) 
         try:
             found = run(x)
         except Exception as error:  # every runtime has errors of its own
-            raise ExportError(f"{where} does not run at {tuple(x.shape)}: {first_line(error)}") from error
+            raise ExportError(
+                f"{where} does not run at {tuple(x.shape)}: {first_line(error, 300)}"
+            ) from error
         worst = max(worst, _difference(wanted, found, f"{where} at {tuple(x.shape)}"))
     return Agreement(tuple(tuple(x.shape) for x in inputs), worst)
 

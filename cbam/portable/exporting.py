@@ -9,11 +9,11 @@ from typing import Any
 
 from torch import nn
 
-from cbam.errors import ConfigError, ExportError, InputError
+from cbam.errors import ConfigError, ExportError, InputError, first_line
 from cbam.files import placed
 from cbam.portable.check import Agreement, Run, agreement
 from cbam.portable.formats import Format, format_of
-from cbam.portable.program import first_line, inputs, plain, program, settled, unseen_shapes
+from cbam.portable.program import inputs, plain, program, settled, unseen_shapes
 
 SHAPE = (1, 3, 224, 224)
 
@@ -89,7 +89,9 @@ def _read_back(made: Format, path: Path, name: str) -> Run:
     except (OSError, MemoryError):
         raise
     except Exception as error:  # of the runtime, which raises what it likes
-        raise ExportError(f"{name} cannot read the file that was written: {first_line(error)}") from error
+        raise ExportError(
+            f"{name} cannot read the file that was written: {first_line(error, 300)}"
+        ) from error
 
 
 def _check(shape: tuple[int, ...], opset: int | None, about: Mapping[str, Any] | None, name: str) -> None:

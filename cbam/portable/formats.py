@@ -14,9 +14,9 @@ import torch
 from torch.export import ExportedProgram
 from torch.utils._pytree import tree_flatten
 
-from cbam.errors import ConfigError, ExportError, MissingExtraError, OutputError
+from cbam.errors import ConfigError, ExportError, MissingExtraError, OutputError, first_line
 from cbam.portable.check import Run
-from cbam.portable.program import first_line, quiet
+from cbam.portable.program import quiet
 
 INPUT = "x"
 SIDES = ("depth", "height", "width")
@@ -136,7 +136,7 @@ def _cause(error: BaseException) -> str:
     for text in reversed(texts):
         if found := re.search(r"No ONNX function found for [^\n]*|Error when translating node [^\n]*", text):
             return found[0][:300]
-    return first_line(error)
+    return first_line(error, 300)
 
 
 def _read_onnx(path: Path) -> Run:
@@ -162,11 +162,11 @@ def _write_openvino(made: ExportedProgram, path: Path, about: Mapping[str, Any],
         for key, value in about.items():
             model.set_rt_info(value if isinstance(value, str) else json.dumps(value), ["cbam", key])
     except RuntimeError as error:
-        raise ExportError(f"OpenVINO cannot read this network: {first_line(error)}") from error
+        raise ExportError(f"OpenVINO cannot read this network: {first_line(error, 300)}") from error
     try:
         openvino.save_model(model, path, compress_to_fp16=False)  # or it would halve the weights' precision
     except RuntimeError as error:
-        raise OutputError(f"{path.name} cannot be written: {first_line(error)}") from error
+        raise OutputError(f"{path.name} cannot be written: {first_line(error, 300)}") from error
     del model  # it holds the file that it was read from
     onnx.unlink()
 

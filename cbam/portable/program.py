@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import logging
-import re
 import warnings
 from collections.abc import Iterator, Sequence
 
@@ -11,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from cbam.errors import CBAMError, DtypeError, ExportError, InputError
+from cbam.errors import CBAMError, DtypeError, ExportError, InputError, first_line
 from cbam.surgery.dialect import bare
+from cbam.surgery.effects import eval_mode
 
 OURS = "cbam"  # the namespace of our operators, which no other runtime has
 _TALKATIVE = ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")
@@ -57,17 +57,15 @@ def _refuse_dtypes(model: nn.Module) -> None:
 @contextlib.contextmanager
 def settled(model: nn.Module) -> Iterator[None]:
     """`model` in eval mode, and not compiled in place, inside the block; as it was after it."""
-    modules = list(model.modules())
-    before = [(module, module.training, module._compiled_call_impl) for module in modules]
+    before = [(module, module._compiled_call_impl) for module in model.modules()]
     try:
-        model.eval()
-        for module in modules:
+        for module, _ in before:
             module._compiled_call_impl = None
-        with torch.no_grad():
+        with torch.no_grad(), eval_mode(model):
             yield
     finally:
-        for module, training, compiled in before:
-            module.training, module._compiled_call_impl = training, compiled
+        for module, compiled in before:
+            module._compiled_call_impl = compiled
 
 
 def inputs(shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
@@ -109,7 +107,7 @@ def program(model: nn.Module, shape: tuple[int, ...], *, dynamic: bool) -> Expor
     except CBAMError:
         raise
     except Exception as error:
-        told = first_line(error)
+        told = first_line(error, 300)
         raise InputError(f"{type(model).__name__} refuses an input {tuple(x.shape)}: {told}") from error
     free = {place: Dim.DYNAMIC for place in range(len(shape)) if place != 1} if dynamic else {}
     try:
@@ -118,7 +116,7 @@ def program(model: nn.Module, shape: tuple[int, ...], *, dynamic: bool) -> Expor
     except Exception as error:  # torch raises errors of its own, and every builtin
         advice = "; leave dynamic out to fix batch and size" if dynamic else ""
         raise ExportError(
-            f"torch.export cannot take {type(model).__name__}: {first_line(error)}{advice}"
+            f"torch.export cannot take {type(model).__name__}: {first_line(error, 300)}{advice}"
         ) from error
     ours = {str(n.target) for n in _nodes(made) if getattr(n.target, "namespace", "") == OURS}
     if ours:
@@ -134,7 +132,7 @@ def _nodes(made: ExportedProgram) -> Iterator[torch.fx.Node]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without what the exporters warn of: their own future, and their own inner workings."""
+    """Silences the exporters' logs and warnings, which are about their own code and not the user's."""
     loggers = [logging.getLogger(name) for name in _TALKATIVE]
     levels = [logger.level for logger in loggers]
     try:
@@ -146,10 +144,3 @@ def quiet() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, in one line without colours; its class where it says nothing."""
-    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[0][:300] if lines else type(error).__name__

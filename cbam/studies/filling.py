@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from cbam import ops
-from cbam.errors import ConfigError, DataError, OutputError, StoppedError
+from cbam.errors import ConfigError, DataError, OutputError, StoppedError, first_line
 from cbam.studies import machine
 from cbam.studies.records import Records, counts, same_pictures
 from cbam.studies.study import Arm, Protocol, Study, run_config, run_key, run_name, said
@@ -116,8 +116,8 @@ class Filling:
                     raise
                 except Exception as error:  # a kernel that does not compile, memory that is too small, ...
                     self.failed[run.arm] = error
-                    reason = (str(error).strip().splitlines() or [""])[0][:200]
-                    self._tell(run, f"failed, and its row is left out: {type(error).__name__}: {reason}")
+                    reason = f"{type(error).__name__}: {first_line(error, 200)}"
+                    self._tell(run, f"failed, and its row is left out: {reason}")
         return len(self.missing(seeds))
 
     def _train(self, run: Run, end: float | None, share: float) -> None:

@@ -137,7 +137,6 @@ def levels(table: Table) -> list[dict[str, Any]]:
         runs = list(table.runs.get(name, {}).values())
         row["n"] = len(runs)
         row["parameters"], row["gmac"] = (runs[0][key] if runs else None for key in ("parameters", "gmac"))
-        row["seconds"] = statistics.median(run["seconds"] for run in runs) if runs else None
         found.append(row)
     return found
 

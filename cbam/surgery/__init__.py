@@ -1,8 +1,9 @@
 """Attention into a model and out again: `attach`, `detach`, `sites`, and weights of every dialect."""
 
 from cbam.surgery.attach import attach, bypassed, detach
+from cbam.surgery.convert import convert_state_dict
 from cbam.surgery.sites import Site, attached, sites
-from cbam.surgery.weights import convert_state_dict, load_weights
+from cbam.surgery.weights import load_weights
 
 __all__ = [
     "Site",

@@ -13,8 +13,9 @@ from torch.nn.parameter import is_lazy
 
 from cbam.errors import AttachError, InputError
 from cbam.nn import ATTENTION, CBAM
+from cbam.surgery.effects import eval_mode
 from cbam.surgery.route import is_last_refined, is_refined, paused, refine, restore
-from cbam.surgery.sites import Site, blocked, check_module, output_sites, sites
+from cbam.surgery.sites import Site, check_module, output_sites, sites
 from cbam.surgery.trial import Value
 
 _log = logging.getLogger("cbam")
@@ -41,7 +42,8 @@ def attach(
             modules it matches get attention on their output.
         attention: `channels -> module` of the same input and output shape, or its name on the command line,
             such as "eca". One that takes `dim` is told it where the map has one spatial dimension or three.
-        start: "identity", which needs `identity_()` on the attention; or "paper", its own initialisation.
+        start: "identity", which needs `identity_()` on the attention; or "paper", its own initialisation, as
+            `cbam.build` begins.
 
     Raises:
         AttachError: nothing matches, attention is there already, or it cannot be put in; nothing is changed.
@@ -112,8 +114,9 @@ def _refined_blocks(model: nn.Module, verb: str) -> list[nn.Module]:
 def _choose(model: nn.Module, where: str | Callable[[str, nn.Module], bool] | None) -> list[Site]:
     found = sites(model)
     if where is None:
-        for site in filter(blocked, found):
-            raise AttachError(f"{site.name} {site.why}; nothing was changed")
+        for site in found:
+            if site.name_taken:
+                raise AttachError(f"{site.name} {site.why}; nothing was changed")
         chosen = [s for s in found if s.default]
         if not chosen:
             reasons = (
@@ -242,17 +245,13 @@ def _check_part(part: nn.Module, name: str, value: Value, start: str) -> None:
         return
     x = torch.linspace(-2, 2, 15 * value.channels)
     x = x.reshape(1, value.channels, *((15,), (5, 3), (5, 3, 1))[value.dims - 3])
-    modes = {m: m.training for m in part.modules()}
     try:
-        with torch.no_grad():
-            out = part.eval()(x if weight is None else x.to(weight))
+        with torch.no_grad(), eval_mode(part):
+            out = part(x if weight is None else x.to(weight))
     except Exception as error:
         raise AttachError(
             f"{type(part).__name__} refuses the {value.dims}-D map of {name}: {error}; nothing was changed"
         ) from error
-    finally:
-        for m, mode in modes.items():
-            m.training = mode
     if not isinstance(out, Tensor) or out.shape != x.shape:
         raise AttachError(
             f"{type(part).__name__} turns {tuple(x.shape)} into {getattr(out, 'shape', type(out))}"

@@ -91,6 +91,25 @@ def unchanged(module: nn.Module) -> Iterator[list[str]]:
                     buffer.copy_(values)
 
 
+@contextlib.contextmanager
+def modes_restored(model: nn.Module) -> Iterator[None]:
+    """For a `with`: every module trains, or evaluates, afterwards as it did before."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextlib.contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """`model.eval()` for a `with`; every module's own mode again after it."""
+    with modes_restored(model):
+        model.eval()
+        yield
+
+
 def _items(container: Any) -> list[tuple[Any, int]]:
     """What a container holds, by identity: the values may be tensors, which do not compare."""
     if isinstance(container, dict):

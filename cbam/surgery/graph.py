@@ -37,12 +37,20 @@ MAX_SHORTCUT_CONVS = 2
 
 @dataclass(frozen=True)
 class Add:
-    """An add on a block's trunk, and why attention does not belong before it ("" if it does)."""
+    """An add on a block's trunk, and why attention does not belong before it.
+
+    Attributes:
+        reason: "" where it does.
+        ends_trunk: whether neither side is a shortcut, to follow to the add before.
+        on_request: whether attention goes there all the same where the user names the block.
+    """
 
     node: Node
     branch: Node
     shortcut: Node
     reason: str = ""
+    ends_trunk: bool = False
+    on_request: bool = False
 
 
 class _Shallow(fx.Tracer):
@@ -116,7 +124,7 @@ class Trunk:
             if node.target in _ADDS and len(inputs) == 2:
                 add = self._classify(node, *inputs)
                 self.adds.append(add)
-                node = add.shortcut if "parallel" not in add.reason else None
+                node = None if add.ends_trunk else add.shortcut
             elif len(inputs) == 1:
                 node = inputs[0]
             else:
@@ -130,20 +138,20 @@ class Trunk:
         else:
             common = self._ancestors[a] & self._ancestors[b]
             if not common:
-                return Add(node, b, a, "parallel sum: its two sides share no input")
+                return Add(node, b, a, "parallel sum: its two sides share no input", ends_trunk=True)
             fork = max(common, key=self._order.__getitem__)
             depths = {n: self._convs(self._between(fork, n)) for n in (a, b)}
             shortcut, branch = sorted((a, b), key=depths.__getitem__)
             if depths[shortcut] == depths[branch] or depths[shortcut] > MAX_SHORTCUT_CONVS:
-                return Add(node, branch, shortcut, "parallel sum: neither side is a shortcut")
-        return Add(node, branch, shortcut, self._unfit(self._between(fork, branch)))
-
-    def _unfit(self, branch: set[Node]) -> str:
-        if any(_name(n) in _MATMULS for n in branch):
-            return "an attention module: its branch multiplies matrices"
-        if not self._convs(branch) or not any(self._is_nonlinear(n) for n in branch):
-            return "linear branch: it holds no convolution and nonlinearity"
-        return ""
+                reason = "parallel sum: neither side is a shortcut"
+                return Add(node, branch, shortcut, reason, ends_trunk=True)
+        inner = self._between(fork, branch)
+        if any(_name(n) in _MATMULS for n in inner):
+            return Add(node, branch, shortcut, "an attention module: its branch multiplies matrices")
+        if not self._convs(inner) or not any(self._is_nonlinear(n) for n in inner):
+            reason = "linear branch: it holds no convolution and nonlinearity"
+            return Add(node, branch, shortcut, reason, on_request=True)
+        return Add(node, branch, shortcut)
 
     def _partial(self, node: Node) -> str:
         """Why the walk ends at a node of several inputs."""

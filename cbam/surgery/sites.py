@@ -27,7 +27,6 @@ from cbam.surgery.route import (
 )
 from cbam.surgery.trial import Bench, MisfitError, Probe, Value, static_channels, without_hooks
 
-_OWN_SLOT = f"has an attribute {SLOT!r} of its own"
 # Sides of the inputs that a model is tried with, by its dimensions; a cube grows fast.
 _INPUT_SIZES = {
     1: ((64, 96), (1024, 1536)),
@@ -48,6 +47,7 @@ class Site:
         attached: whether it has attention now.
         dims: dimensions of the feature map (4 for images).
         route: how the block's forward reaches the attention; None where it cannot.
+        name_taken: whether it is an attribute of the user's, of the attention's name, that keeps it away.
     """
 
     name: str
@@ -57,6 +57,7 @@ class Site:
     attached: bool = False
     dims: int = 4
     route: Route | None = field(default=None, repr=False)
+    name_taken: bool = field(default=False, repr=False)
 
     def __str__(self) -> str:
         state = "attached" if self.attached else "free" if self.default else "left out"
@@ -93,11 +94,6 @@ def check_module(model: nn.Module) -> None:
         raise InputError(
             f"expected an nn.Module, got {type(model).__name__}; build one with cbam.build(name)"
         )
-
-
-def blocked(site: Site) -> bool:
-    """Whether attention belongs at `site` but for an attribute of the user's that has its name."""
-    return site.why.startswith(_OWN_SLOT)
 
 
 def attached(model: nn.Module) -> dict[str, nn.Module]:
@@ -153,7 +149,7 @@ def _place(
 ) -> Site:
     if taken:
         return Site(name, None, "a second add in one block")
-    if add.reason and "linear" not in add.reason:
+    if add.reason and not add.on_request:
         return Site(name, None, add.reason)
     try:
         bench = Bench(block, traced)
@@ -164,7 +160,8 @@ def _place(
     except MisfitError as misfit:
         return Site(name, None, str(misfit))
     if hasattr(block, SLOT):
-        return Site(name, value.channels, f"{_OWN_SLOT}; rename it")
+        why = f"has an attribute {SLOT!r} of its own; rename it"
+        return Site(name, value.channels, why, name_taken=not add.reason)
     refusals = []
     for route in _routes(block, traced, trunk, add):
         try:

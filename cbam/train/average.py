@@ -50,13 +50,15 @@ class Average:
                 self.tensors[name].copy_(kept)
 
     def _followed(self) -> dict[str, Tensor]:
-        """The network's tensors, once the average went to where they are."""
+        """The network's tensors; the average is brought to their device, dtype and layout first."""
         live = self._live()
         for name, tensor in live.items():
             own = self.tensors[name]
             if (own.device, own.dtype, own.stride()) != (tensor.device, tensor.dtype, tensor.stride()):
-                with torch.inference_mode(False):  # a resumed run may begin in a validation, and then trains
-                    self.tensors[name] = torch.empty_like(tensor).copy_(own)  # laid out alike: one kernel
+                # No inference tensors, where a resumed run begins in a validation; strides alike, so that the
+                # foreach kernel takes all tensors at once.
+                with torch.inference_mode(False):
+                    self.tensors[name] = torch.empty_like(tensor).copy_(own)
         return live
 
     def state_dict(self) -> dict[str, Any]:

@@ -137,7 +137,7 @@ def _devices(device: torch.device, recipe: Recipe) -> dict[str, Any]:
     if here.size > 1:
         how |= {"devices": here.local_size, "num_nodes": here.size // here.local_size}
         how["sync_batchnorm"] = recipe.sync_bn
-        # What BatchNorm has counted is spread once, before it is evaluated with: see Classification.
+        # Steps.on_validation_epoch_start spreads what BatchNorm has counted, once, before it evaluates.
         known = inspect.signature(DistributedDataParallel.__init__).parameters
         name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
         how["strategy"] = _Shared(**{name: False})  # pyright: ignore[reportArgumentType]

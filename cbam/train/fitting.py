@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from cbam.data import BoxedImages, Images, Shard, loader
 from cbam.data.images import draws
 from cbam.errors import ConfigError, DataError, MissingExtraError
+from cbam.surgery.effects import modes_restored
 from cbam.train.distributed import World, world
 from cbam.train.recipe import Recipe
 from cbam.train.task import Task, percent
@@ -114,7 +115,7 @@ def fit(
         on_epoch=keeper.log_epoch if keeper else None,
     )
     checks = _checks(val, 2 * recipe.batch_size // shard.parts, workers, here)  # no gradients are kept
-    with _seeded(_own(seed, here), where), _modes_restored(model), _listening(keeper):
+    with _seeded(_own(seed, here), where), modes_restored(model), _listening(keeper):
         model.to(memory_format=torch.channels_last)  # what convolutions are fastest in
         try:
             _train(steps, batches, checks, where, keeper)
@@ -225,7 +226,7 @@ def _validated(
     where = pick_device(device)
     steps = Steps(_task(model, images), on_step=on_step)
     batches = _checks(images, batch_size, workers, here)
-    with trainer(where, 1) as loop, _seeded(0, where), _modes_restored(model):
+    with trainer(where, 1) as loop, _seeded(0, where), modes_restored(model):
         try:
             loop.validate(steps, batches, verbose=False)
         finally:
@@ -288,13 +289,3 @@ def _seeded(seed: int, where: torch.device) -> Iterator[None]:
     with torch.random.fork_rng([torch.cuda.current_device()] if where.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
-
-
-@contextlib.contextmanager
-def _modes_restored(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

@@ -92,7 +92,7 @@ class Keeper(pl.Callback):
         """
         state, self._steps, self._common = self.state, steps, common
         self._began_at = state["step"] if state else 0
-        steps.wishes = self._wishes
+        steps.flags = self._flags
         if state is None:
             self._cut(0, -1)
             return False
@@ -178,7 +178,7 @@ class Keeper(pl.Callback):
         if self._here.is_first and self._step % self.log_every == 0:
             self._log_step(steps)
         self._check_time()
-        stop = self._agreed(steps.wished)
+        stop = self._agreed(steps.summed_flags)
         due = self.save_every and self._step % self.save_every == 0
         if due or stop or done == steps.steps_per_epoch:
             self._save(trainer, done)
@@ -201,8 +201,8 @@ class Keeper(pl.Callback):
         fault("eval")
         self._check_time()
         if self._here.size > 1:  # a process may have a batch less than another
-            wished = self._here.sum(*self._wishes()) if batch_idx < self._common else []
-            stop = self._agreed(wished)
+            flags = self._here.sum(*self._flags()) if batch_idx < self._common else []
+            stop = self._agreed(flags)
         else:
             stop = self._stop
         if stop:  # the epoch was saved before its validation
@@ -343,15 +343,15 @@ class Keeper(pl.Callback):
         if time.monotonic() - self._began > self._max_time - margin:
             self._stop = LIMIT
 
-    def _wishes(self) -> list[float]:
+    def _flags(self) -> list[float]:
         """What this process has heard, for all to agree on when to stop."""
         return [float(self._stop == stop) for stop in _STOPS]
 
-    def _agreed(self, wished: Sequence[float]) -> _Stop | None:
+    def _agreed(self, flags: Sequence[float]) -> _Stop | None:
         """What all processes stop for after this step: several have to be told by each other."""
         if self._here.size == 1:
             return self._stop
-        return next((stop for stop, wish in zip(_STOPS, wished, strict=False) if wish), None)
+        return next((stop for stop, flag in zip(_STOPS, flags, strict=False) if flag), None)
 
     def _raise(self, stop: _Stop, where: str) -> None:
         name, code = stop

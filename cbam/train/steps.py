@@ -67,8 +67,8 @@ class Steps(pl.LightningModule):
         self.steps_per_epoch, self.first_epoch = steps_per_epoch, first_epoch
         self.on_step, self.on_epoch = on_step, on_epoch
         self.average = Average(task.model, self.recipe.ema) if self.recipe.ema else None
-        self.wishes: Callable[[], Sequence[float]] = tuple  # what this process wants all to know of a step
-        self.wished: list[float] = []  # and what all of them did, summed
+        self.flags: Callable[[], Sequence[float]] = tuple  # of this process, summed over all in every step
+        self.summed_flags: list[float] = []
         self.history: list[dict] = []
         self.outputs: list = []
         self.collected: Any = None  # of the last validation
@@ -178,8 +178,8 @@ class Steps(pl.LightningModule):
         value, tally = pending.numbers()
         total = value * (count if self._shard.parts == 1 else samples / self._shard.parts)
         bad = value != value or value in (float("inf"), float("-inf"))
-        agreed = world().sum(0.0 if bad else total, tally, count, bad, *self.wishes())
-        self.wished = agreed[4:]
+        agreed = world().sum(0.0 if bad else total, tally, count, bad, *self.flags())
+        self.summed_flags = agreed[4:]
         self._step_sums = [a + b for a, b in zip(self._step_sums, agreed[:3], strict=True)]
         if agreed[3]:
             self._refuse(value, bad)

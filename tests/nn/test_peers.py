@@ -239,6 +239,15 @@ def test_a_gain_multiplies_the_gate(name):
     torch.testing.assert_close(module(x), 3 * plain, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("make", [cbam.ChannelAttention, ECA, SCSE, lambda _: cbam.SpatialAttention()])
+def test_a_gain_that_is_not_one_is_printed(make):
+    module = make(32)
+    assert "gain" not in repr(module)
+    module.set_gain(2)
+    assert ", gain=2)" in repr(module).replace("\n", " ") or ", gain=2\n" in repr(module)
+    assert "gain" not in repr(module.to("meta"))
+
+
 def test_the_gain_of_bam_divides_the_shortcut_beside_its_mask():
     module = active(BAM(8))
     x = torch.randn(2, 8, 5, 6, dtype=torch.float64)
