@@ -10,6 +10,7 @@ import copy
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -74,6 +75,7 @@ class Bench:
         ]
         if len(arguments) != 1:
             raise MisfitError(f"its forward needs {len(arguments)} inputs")
+        self._plain: list[Any] = []  # what the plain block makes of each of the inputs
         self.inputs = self._find_inputs()
         if not self.inputs:
             raise MisfitError(self._why_not())
@@ -109,11 +111,10 @@ class Bench:
                 the output; or the block does not run with it.
             UnroutableError: the code of the block does not allow the route.
         """
-        plain = [self._run(x) for x in self.inputs]
         probe = Probe()
         refine(self.block, route, probe)
         try:
-            for x, expected in zip(self.inputs, plain, strict=True):
+            for x, expected in zip(self.inputs, self._plain, strict=True):
                 out = self._probed(route, probe, x)
                 if len(probe.shapes) != 1:
                     raise MisfitError(f"{route} runs {len(probe.shapes)} times in one forward")
@@ -124,7 +125,7 @@ class Bench:
                 if not _same(out, expected):
                     raise MisfitError(f"{route} changes the function of the block")
             probe.factor = 2
-            if _same(self._probed(route, probe, self.inputs[0]), plain[0]):
+            if _same(self._probed(route, probe, self.inputs[0]), self._plain[0]):
                 raise MisfitError(f"{route} does not reach the output")
             self._check_training(route, probe)
         finally:
@@ -155,7 +156,7 @@ class Bench:
     def _run(self, x: Tensor, seed: int = 0):
         with torch.no_grad(), warnings.catch_warnings(), undrawn(seed) as draws:
             warnings.simplefilter("ignore")  # of no interest: nobody asked for this forward
-            out = self.block(x)
+            out = self.block(x.clone())  # which it may write to
         self._drew = bool(draws)
         return out
 
@@ -164,13 +165,14 @@ class Bench:
         for sizes in _SIZES:
             for channels in _entry_channels(self.block, self._graph):
                 inputs = [_ramp(1, channels, *_fit(size, dims)) for size in sizes]
+                self._plain = []
                 if all(self._runs(x) for x in inputs):
                     return inputs
         return []
 
     def _runs(self, x: Tensor) -> bool:
         try:
-            self._run(x)
+            self._plain.append(self._run(x))
         except Exception as error:  # a block refuses what it cannot take in any way it likes
             self._refusal = self._refusal or first_line(error)
             return False
@@ -274,7 +276,7 @@ def _noted_shapes(block: nn.Module, graph: fx.Graph, x: Tensor) -> dict[str, tor
     interpreter = _ShapeNotes(block, graph)
     try:
         with torch.no_grad(), undrawn():
-            interpreter.run(x)
+            interpreter.run(x.clone())
     except Exception as error:  # a graph leaves out what its forward does beside computing values
         raise MisfitError(f"its traced forward does not run: {first_line(error)}") from error
     return interpreter.noted

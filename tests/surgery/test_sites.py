@@ -181,6 +181,21 @@ def test_attention_runs_once_at_the_end_of_the_branch(kind, why, train):
     assert type(cbam.detach(block)) is kind
 
 
+def test_a_block_that_writes_over_its_input_is_tried_on_the_same_input_each_time():
+    class OverItsInput(Host):
+        def forward(self, x):
+            x *= 1.5
+            x += self.norm(self.b(self.act(self.a(x))))
+            return x
+
+    block = OverItsInput().eval()
+    x = torch.randn(2, 8, 6, 7)
+    with torch.no_grad():
+        expected = block(x.clone())
+        assert cbam.sites(block)[0].why == "after norm"
+        assert torch.equal(cbam.attach(block)(x), expected)
+
+
 def test_dropout_in_a_generated_forward_is_not_baked():
     class Functional(Host):
         def forward(self, x):

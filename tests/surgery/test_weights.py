@@ -32,7 +32,7 @@ from cbam.errors import (
     OtherClassesError,
 )
 from cbam.models import build
-from cbam.surgery.weights import convert_state_dict, load_weights
+from cbam.surgery import convert_state_dict, load_weights
 
 HALVES = (torch.float32, torch.bfloat16, torch.float16)
 
