@@ -18,22 +18,18 @@ two reductions follow from R0 and R1 without another read. Names and layouts are
 import triton
 import triton.language as tl
 
+from cbam.ops.triton_gate import norm_terms
 from cbam.ops.triton_tiles import BATCH, extents, gated, keep, normalised_map, origin, sigmoid, take, within
 
 
 @triton.jit
 def forward_terms(GAMMA, BETA, MU, VAR, GATE, n, c, inside, C, EPS: tl.constexpr, ACC: tl.constexpr):
     """mu, scale and shift [BC] of z = scale (x - mu) + shift, from what the forward saved."""
-    mu = tl.zeros(c.shape, ACC)
-    scale = tl.full(c.shape, 1.0, ACC)
-    shift = tl.zeros(c.shape, ACC)
+    mu, _, scale, shift = norm_terms(GAMMA, BETA, MU, VAR, c, inside, EPS, ACC)
     if GATE is not None:
-        scale = tl.load(GATE + tl.cast(n, tl.int64) * C + c, mask=inside, other=0.0)
-    if GAMMA is not None:
-        mu = tl.load(MU + c, mask=inside, other=0.0)
-        shift = scale * tl.load(BETA + c, mask=inside, other=0.0).to(ACC)
-        r = tl.rsqrt(tl.load(VAR + c, mask=inside, other=0.0) + EPS)
-        scale = scale * (tl.load(GAMMA + c, mask=inside, other=0.0).to(ACC) * r)
+        gate = tl.load(GATE + tl.cast(n, tl.int64) * C + c, mask=inside, other=0.0)
+        scale = gate * scale
+        shift = gate * shift
     return mu, scale, shift
 
 
