@@ -190,6 +190,8 @@ def _about(state: dict[str, Any], config: Config) -> str:
         f"Trained by `cbam train {config.recipe}`, {done:.4g} of {config.epochs} epochs, on "
         f"{data['training']} pictures; {data['validation']} validated it."
     ]
+    if not config.exif:
+        lines.append("Its pictures were taken as they are stored, not turned as their EXIF says.")
     if versions := state.get("versions"):
         lines.append(f"Made with {', '.join(f'{name} {version}' for name, version in versions.items())}.")
     return " ".join(lines)

@@ -69,6 +69,7 @@ def test_a_run_becomes_a_folder_whose_card_tells_how_it_was_trained_and_what_cam
     assert told.items() <= dict(card.recipe).items()
     assert "1 of 1 epochs, on 40 pictures" in card.about
     assert f"torch {version('torch')}" in card.about
+    assert "EXIF" not in card.about
     assert cli.main(["export", "mine", "--to", "hub"]) == 2
     assert "mine exists" in capsys.readouterr().err
 
@@ -80,8 +81,9 @@ def test_card_and_file_say_how_pictures_come_to_a_network_trained_on_a_folder(tm
         pixels = random.integers(0, 255, (40, 48, 3)).astype(np.uint8)
         Image.fromarray(pixels).save(tmp_path / "pictures" / place / "0.png")
     line = ["train", "folder", "pictures", "--model", "resnet_tiny", "--epochs", "1", "--size", "56"]
-    assert cli.main([*line, "--batch-size", "2", "--out", "mine"]) == 0
+    assert cli.main([*line, "--batch-size", "2", "--no-exif", "--out", "mine"]) == 0
     assert cli.main(["export", "mine", "--to", "hub", "--out", "shared"]) == 0
+    assert "as they are stored, not turned as their EXIF says" in cbam.hub.card_of("shared").about
     assert (cbam.hub.card_of("shared").size, cbam.hub.card_of("shared").resize) == (56, 64)
     page = Path("shared/README.md").read_text()
     assert "brought to 64 px on the shorter side, their middle 56 x 56 px taken" in page
