@@ -83,8 +83,7 @@ def restore(block: nn.Module) -> nn.Module:
 def paused(block: nn.Module) -> Iterator[None]:
     """For a `with`: `block` runs the code of its base; the attention stays its child."""
     refined = type(block)
-    base = vars(refined)["_cbam_base"]
-    block.__class__ = _skipping(base) if base.forward is nn.Sequential.forward else base
+    block.__class__ = _without(vars(refined)["_cbam_base"], vars(refined)["_cbam_route"])
     try:
         yield
     finally:
@@ -92,15 +91,19 @@ def paused(block: nn.Module) -> Iterator[None]:
 
 
 @functools.cache
-def _skipping(base: type[nn.Module]) -> type[nn.Module]:
-    """A sequence that runs all children but the attention."""
+def _without(base: type[nn.Module], route: Route) -> type[nn.Module]:
+    """`base`, or where its forward may run all of its children in turn, one that leaves the attention out."""
+    if route.when == "graph":
+        return _subclass(base, {"forward": _generated_forward(route), SLOT: staticmethod(lambda x: x)})
+    if base.forward is nn.Sequential.forward:
+        return _subclass(base, {"forward": _skipping})
+    return base
 
-    def forward(self, x):
-        for name, child in self._modules.items():
-            x = x if name == SLOT else child(x)
-        return x
 
-    return _subclass(base, {"forward": forward})
+def _skipping(self, x):
+    for name, child in self._modules.items():
+        x = x if name == SLOT else child(x)
+    return x
 
 
 def is_refined(block: nn.Module) -> bool:

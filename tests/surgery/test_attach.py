@@ -95,6 +95,24 @@ def test_attention_is_bypassed_wherever_it_is(net, images, where):  # S17
     assert not torch.equal(model(x), expected)
 
 
+class _Residual(nn.Sequential):
+    """Runs all of its children in turn, whatever they are."""
+
+    def forward(self, x):
+        return x + super().forward(x)
+
+
+def test_a_block_that_runs_its_children_in_turn_is_bypassed_too():  # S17
+    body = nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 1)
+    block, x = _Residual(*body).eval(), torch.randn(2, 8, 9, 9)
+    expected = block(x)
+    attended = open_gates(cbam.attach(block))(x)
+    with cbam.bypassed(block):
+        assert torch.equal(block(x), expected)
+    assert torch.equal(block(x), attended)
+    assert not torch.equal(attended, expected)
+
+
 def test_detach_restores_outputs_keys_order_hooks_and_classes(net, images):  # S12, S16
     calls = []
     net.one.norm2.register_forward_hook(lambda *a: calls.append("hook"))
