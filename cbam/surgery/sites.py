@@ -33,6 +33,7 @@ _INPUT_SIZES = {
     2: ((64, 96), (224, 256), (299, 331)),
     3: ((32, 48), (64, 96)),
 }
+_ON_INSTANCE = "a forward put on the instance, which attention cannot follow"
 
 
 @dataclass(frozen=True)
@@ -178,15 +179,18 @@ def _place(
 
 def _unrun(name: str, block: nn.Module, trunk: graph.Trunk, add: graph.Add, misfit: MisfitError) -> Site:
     """A block that does not run alone: taken where its last layer fixes the channel axis by definition."""
+    if "forward" in vars(block):
+        return Site(name, None, f"has {_ON_INSTANCE}")
     for child, when in trunk.steps_back(add.branch):
         value = static_channels(block.get_submodule(child)) if when == "after" else None
         if value and "." not in child and not add.reason and not hasattr(block, SLOT):
             try:
-                refined_class(type(block), Route(when, child))
+                route = child_route(block, when, child)
+                refined_class(type(block), route)
             except UnroutableError:
                 continue
             why = f"{when} {child} (not run: {misfit})"
-            return Site(name, value.channels, why, default=True, dims=value.dims, route=Route(when, child))
+            return Site(name, value.channels, why, default=True, dims=value.dims, route=route)
     return Site(name, None, str(misfit))
 
 
@@ -236,7 +240,7 @@ def output_sites(model: nn.Module, names: list[str]) -> list[Site]:
                 f"{name} is a {type(module).__name__}, which has no forward; name a module inside it"
             )
         if "forward" in vars(module):
-            raise AttachError(f"{name} has a forward put on the instance, which attention cannot follow")
+            raise AttachError(f"{name} has {_ON_INSTANCE}")
         if hasattr(module, SLOT):
             raise AttachError(f"{name} has an attribute {SLOT!r} already; nothing was changed")
     values = {n: v for n in names if (v := static_channels(modules[n]))}

@@ -154,7 +154,7 @@ class Bench:
             raise MisfitError(f"{route} stops its forward: {first_line(error)}") from error
 
     def _run(self, x: Tensor, seed: int = 0):
-        with torch.no_grad(), warnings.catch_warnings(), undrawn(seed) as draws:
+        with torch.no_grad(), warnings.catch_warnings(), _new_as_the_copy(), undrawn(seed) as draws:
             warnings.simplefilter("ignore")  # of no interest: nobody asked for this forward
             out = self.block(x.clone())  # which it may write to
         self._drew = bool(draws)
@@ -225,11 +225,26 @@ def without_hooks(module: nn.Module) -> Iterator[None]:
             vars(m)[name].update(hooks)
 
 
+@contextlib.contextmanager
+def _new_as_the_copy() -> Iterator[None]:
+    """For a `with`: a tensor that a forward makes is by default as the copy is, float32 on the CPU."""
+    dtype, device = torch.get_default_dtype(), torch.get_default_device()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with contextlib.nullcontext() if device.type == "cpu" else torch.device("cpu"):
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
+
+
 def _detached_copy(block: nn.Module) -> nn.Module:
     """`block` alone on CPU in float32 and eval mode, without hooks, with no branch at zero."""
+    # Pruning, and weight norms of the old kind, keep computed weights, which torch does not copy.
+    attributes = [v for m in block.modules() for v in vars(m).values() if isinstance(v, Tensor)]
     with without_hooks(block):
-        clone = copy.deepcopy(block)
+        clone = copy.deepcopy(block, {id(v): v.detach().clone() for v in attributes if not v.is_leaf})
     for m in clone.modules():
+        vars(m).update({name: v.cpu().float() for name, v in vars(m).items() if _is_floating(v)})
         m._backward_hooks.clear()
         m._backward_pre_hooks.clear()
         m._forward_hooks_with_kwargs.clear()
@@ -267,6 +282,10 @@ class _ShapeNotes(fx.Interpreter):
         return out
 
 
+def _is_floating(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point() and not value.is_meta
+
+
 def _noted_shapes(block: nn.Module, graph: fx.Graph, x: Tensor) -> dict[str, torch.Size]:
     """The shape of every tensor of the graph.
 
@@ -275,7 +294,7 @@ def _noted_shapes(block: nn.Module, graph: fx.Graph, x: Tensor) -> dict[str, tor
     """
     interpreter = _ShapeNotes(block, graph)
     try:
-        with torch.no_grad(), undrawn():
+        with torch.no_grad(), _new_as_the_copy(), undrawn():
             interpreter.run(x.clone())
     except Exception as error:  # a graph leaves out what its forward does beside computing values
         raise MisfitError(f"its traced forward does not run: {first_line(error)}") from error
@@ -308,7 +327,8 @@ def _fit(size: tuple[int, ...], dims: int) -> tuple[int, ...]:
 
 def _ramp(*shape: int) -> Tensor:
     """A tensor of no two equal neighbours, the same every time."""
-    return torch.linspace(-2, 2, torch.Size(shape).numel()).sin().mul(3).reshape(shape)
+    steps = torch.linspace(-2, 2, torch.Size(shape).numel(), dtype=torch.float32, device="cpu")
+    return steps.sin().mul(3).reshape(shape)
 
 
 def _same(a, b) -> bool:

@@ -3,13 +3,17 @@
 import pickle
 import random
 import re
+import threading
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import prune
+from torch.utils.checkpoint import checkpoint
 
 import cbam
 from cbam.errors import AttachError
@@ -588,6 +592,55 @@ def test_a_block_of_two_inputs_is_taken_by_its_last_layer():
     assert torch.equal(block(x, e), x)
 
 
+def test_a_block_of_two_inputs_with_a_forward_on_the_instance_is_refused():
+    class Conditional(Host):
+        def forward(self, x, embedding):
+            return x + self.norm(self.b(self.act(self.a(x) + embedding[:, :, None, None])))
+
+    block = Conditional()
+    block.forward = partial(Conditional.forward, block)
+    (site,) = cbam.sites(block)
+    assert site.why == "has a forward put on the instance, which attention cannot follow"
+    assert not site.default
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_default_dtype_and_device_are_the_users_affair(dtype):
+    class AddsOne(nn.Module):
+        def forward(self, x):
+            return x + torch.ones(8, 1, 1)
+
+    block, before = AfterTheLastChild().eval(), torch.get_default_dtype()
+    block.act = AddsOne()
+    block.norm = nn.GELU()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"):
+            (site,) = cbam.sites(block)
+        assert torch.get_default_dtype() == dtype
+    finally:
+        torch.set_default_dtype(before)
+    assert str(site) == "(the model): free, 8 channels, after norm"
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated:FutureWarning")
+@pytest.mark.parametrize(
+    "how", [nn.utils.weight_norm, partial(prune.l1_unstructured, name="weight", amount=0.5)]
+)
+def test_pruned_layers_and_those_of_old_weight_norms_are_tried_as_others(how):  # S12
+    class EndsInANorm(Host):
+        def forward(self, x):
+            return x + self.group(self.b(self.act(self.a(x))))
+
+    block, x = EndsInANorm(), torch.randn(2, 8, 6, 7)
+    block.group = nn.GroupNorm(2, 8)
+    how(block.a)
+    expected = block(x)
+    assert str(*cbam.sites(block)) == "(the model): free, 8 channels, after group"
+    assert torch.equal(cbam.attach(block)(x), expected)
+    assert str(*cbam.sites(block)) == "(the model): attached, 8 channels, after group"
+
+
 def test_an_attached_site_says_so():
     block = AfterTheLastChild()
     cbam.attach(block)
@@ -610,7 +663,7 @@ def test_old_style_hooks_of_a_block_do_not_stop_the_trial():
 
 def test_a_block_that_cannot_be_copied_is_taken_by_its_last_layer():
     block = AfterTheLastChild().eval()
-    block.cache = block.alpha * 2  # no leaf: deepcopy refuses it
+    block.lock = threading.Lock()
     (site,) = cbam.sites(block)
     assert site.default
     assert site.why.startswith("after norm (not run: cannot be copied")
