@@ -12,20 +12,20 @@ import contextlib
 import dis
 import functools
 import importlib
+import inspect
 import re
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from cbam.nn.tail import Pending, begin, watched
 from cbam.surgery.graph import trace_with_effects
 
 SLOT = "cbam"  # the attribute that holds the attention, as in the authors' released checkpoints
 _REDIRECTED = "_cbam_call"
-_SETTINGS = (bool, int, float, complex, str, list, tuple, dict, set)
 _OWN = frozenset(vars(nn.Module()))  # `training` and the dicts of children
 _ENTERS = ("BEFORE_WITH", "LOAD_SPECIAL")  # a `with`, until Python 3.13 and from 3.14
 _NEW_OBJECT = object().__reduce_ex__(2)[0]  # what rebuilds an object that does not pickle itself
@@ -43,6 +43,7 @@ class Route:
         tail: whether `child` is the norm of the block's end, `relu(attention(norm(x)) + shortcut)`, which may
             run as one operation.
         relu: for a tail, the direct child that is its ReLU; empty where the code calls a function.
+        alias: the property by which the code calls `child`; empty where it calls it by its name.
     """
 
     when: str
@@ -51,6 +52,7 @@ class Route:
     names: tuple[tuple[str, str, str], ...] = ()
     tail: bool = False
     relu: str = ""
+    alias: str = ""
 
     def __str__(self) -> str:
         return (
@@ -134,7 +136,7 @@ def refined_class(base: type[nn.Module], route: Route) -> type[nn.Module]:
     elif route.when == "output":
         methods = {"forward": _output_forward(base)}
     else:
-        behind = _redirected_methods(base, route.child)
+        behind = _redirected_methods(base, route.alias or route.child)
         methods = behind.pop(base, {})
         methods[_REDIRECTED] = _redirected_call(route)
         if route.tail:
@@ -164,6 +166,18 @@ def _subclass(base: type, namespace: dict[str, Any], *others: type) -> type:
     return made
 
 
+def child_route(block: nn.Module, when: str, child: str) -> Route:
+    """The route before or after the call of a direct child, by whatever name the code calls it."""
+    names = {n for f in _reached(type(block)).values() for c in _codes(f.__code__) for n in c.co_names}
+    if child not in names:
+        for name in sorted(names):
+            with contextlib.suppress(Exception):  # a property raises what it likes
+                known = isinstance(inspect.getattr_static(block, name), property)
+                if known and getattr(block, name) is block._modules[child]:
+                    return Route(when, child, alias=name)
+    return Route(when, child)
+
+
 def graph_route(block: nn.Module, value: str) -> Route:
     """A route by a forward generated from the graph of `block`, with attention on the value named `value`.
 
@@ -185,9 +199,16 @@ def _refuse_lost(block: nn.Module) -> None:
     for code in (c for function in _reached(type(block)).values() for c in _codes(function.__code__)):
         if any(i.opname in _ENTERS for i in dis.get_instructions(code)):
             raise UnroutableError("its forward enters a `with`, which a generated one would leave out")
-        for name in set(code.co_names) - _OWN:
-            if isinstance(vars(block).get(name), _SETTINGS):
+        texts = {c for c in code.co_consts if isinstance(c, str)} if "getattr" in code.co_names else set()
+        for name in sorted({*code.co_names, *texts} - _OWN):
+            if _is_setting(inspect.getattr_static(block, name, None)):
                 raise UnroutableError(f"its forward reads self.{name}, which a generated one would freeze")
+
+
+def _is_setting(value: Any) -> bool:
+    """Whether a trace takes down what `value` says, and not that it is read."""
+    code = isinstance(value, property | staticmethod | classmethod) or callable(value)
+    return not (value is None or code or isinstance(value, Tensor | nn.Module))
 
 
 def _with_attention(block: nn.Module, value: str, training: bool):
@@ -293,6 +314,8 @@ def _redirected_methods(base: type[nn.Module], child: str) -> dict[type[nn.Modul
     """
     methods: dict[type[nn.Module], dict[str, Any]] = {}
     for (place, name), function in _reached(base).items():
+        if isinstance(inspect.getattr_static(place, name), property):
+            continue
         if any(child in code.co_names for code in _codes(function.__code__)):
             _check_code(function, child)
             methods.setdefault(place, {})[name] = _renamed(function, child)
@@ -302,13 +325,14 @@ def _redirected_methods(base: type[nn.Module], child: str) -> dict[type[nn.Modul
 
 
 def _reached(base: type[nn.Module]) -> dict[tuple[type, str], types.FunctionType]:
-    """The methods that `forward` uses, itself included: those of `base`, and of classes behind `super()`."""
+    """The methods and properties that `forward` uses, itself included: of `base` and behind `super()`."""
     reached: dict[tuple[type, str], types.FunctionType] = {}
     pending: list[tuple[type | None, int, str]] = [(base, 0, "forward")]
     while pending:
         place, start, name = pending.pop()
         owner = next((c for c in base.__mro__[start:] if name in vars(c)), object)
         function = vars(owner).get(name)  # as it is written: static and class methods are none
+        function = function.fget if isinstance(function, property) else function
         key = place or owner, name
         if key in reached or owner is nn.Module or not isinstance(function, types.FunctionType):
             continue

@@ -17,6 +17,7 @@ from cbam.surgery.route import (
     SLOT,
     Route,
     UnroutableError,
+    child_route,
     graph_route,
     is_refined,
     is_straight,
@@ -204,7 +205,7 @@ def _routes(
         elif calls.count(child) != 1:
             yield UnroutableError(f"{child} is called {calls.count(child)} times")
         else:
-            yield _with_tail(Route(when, child), block, trunk, add)
+            yield _with_tail(child_route(block, when, child), block, trunk, add)
     try:
         yield graph_route(block, add.branch.name)
     except UnroutableError as refusal:

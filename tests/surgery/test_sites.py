@@ -106,6 +106,28 @@ class InAClosure(Host):
         return x + branch(x)
 
 
+class NormByAProperty(Host):
+    """As the blocks of OpenMMLab are written."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm_name, self.recompute = "norm", False
+
+    @property
+    def last_norm(self):
+        return getattr(self, self.norm_name)
+
+    def forward(self, x):
+        def inner(x):
+            y = self.last_norm(self.b(self.act(self.a(x))))
+            y += x
+            return y
+
+        if self.recompute and x.requires_grad:
+            return checkpoint(inner, x, use_reentrant=False)
+        return inner(x)
+
+
 class FunctionalEnd(Host):
     def forward(self, x):
         return x + F.relu(self.b(self.act(self.a(x))))
@@ -147,6 +169,7 @@ ATTACHABLE = [
     (Inherited, "after norm"),
     (ThroughSuper, "after norm"),
     (InAClosure, "after norm"),
+    (NormByAProperty, "after norm"),
     (FunctionalEnd, "after relu"),
     (ListOfLayers, "after layers_1"),
     (NameUsedElsewhere, "after norm"),
@@ -253,6 +276,35 @@ class ReadsASetting(Host):
         return x + F.relu(self.b(self.act(self.a(x)))) * self.scale
 
 
+class ReadsASettingOfItsClass(ReadsASetting):
+    scale = 1.0
+
+    def __init__(self):
+        Host.__init__(self)
+
+
+class ReadsASettingByAProperty(ReadsASetting):
+    scale = property(lambda self: self.kept_scale)
+
+    def __init__(self):
+        Host.__init__(self)
+        self.kept_scale = 1.0
+
+
+class ReadsASettingByItsName(ReadsASetting):
+    def forward(self, x):
+        return x + F.relu(self.b(self.act(self.a(x)))) * getattr(self, "scale")  # noqa: B009
+
+
+class ReadsAConfiguration(Host):
+    def __init__(self):
+        super().__init__()
+        self.config = SimpleNamespace(scale=1.0)
+
+    def forward(self, x):
+        return x + F.relu(self.b(self.act(self.a(x)))) * self.config.scale
+
+
 class FreezesABranch(Host):
     def forward(self, x):
         with torch.no_grad():
@@ -293,6 +345,10 @@ class Counts(CountsThenInherits):
     ("kind", "words"),
     [
         (ReadsASetting, "reads self.scale, which a generated one would freeze"),
+        (ReadsASettingOfItsClass, "reads self.scale"),
+        (ReadsASettingByAProperty, "reads self.kept_scale"),
+        (ReadsASettingByItsName, "reads self.scale"),
+        (ReadsAConfiguration, "reads self.config"),
         (FreezesABranch, "enters a `with`, which a generated one would leave out"),
         (FreezesElsewhere, "switches gradients or autocast"),
         (DropsItself, "draws random numbers"),
