@@ -55,7 +55,7 @@ def attach(
     _refuse_wrapped(model)
     chosen = _choose(model, where)
     modules = dict(model.named_modules())
-    parts = [(modules[s.name], s, _build(modules[s.name], s, made, start)) for s in chosen]
+    parts = [(modules[s.name], s, _build(modules[s.name], model, s, made, start)) for s in chosen]
     done: list[nn.Module] = []
     try:
         for block, site, part in parts:
@@ -98,7 +98,7 @@ def bypassed(model: nn.Module) -> Iterator[nn.Module]:
 
 def _refined_blocks(model: nn.Module, verb: str) -> list[nn.Module]:
     """The blocks with attention, all of which can be made plain."""
-    _refuse_wrapped(model)
+    _refuse_wrapped(model, verb)
     blocks = {name: m for name, m in model.named_modules() if is_refined(m)}
     if not blocks:
         raise AttachError(f"nothing to {verb}: the model has no attached attention")
@@ -120,7 +120,7 @@ def _choose(model: nn.Module, where: str | Callable[[str, nn.Module], bool] | No
         chosen = [s for s in found if s.default]
         if not chosen:
             reasons = (
-                "; ".join(f"{s.name}: {s.why}" for s in found[:3])
+                "; ".join(f"{s.name or 'the model'}: {s.why}" for s in found[:3])
                 or "it has no residual block with a convolution"
             )
             raise AttachError(f"no place for attention in {type(model).__name__} ({reasons}); say where=...")
@@ -167,6 +167,11 @@ def _matcher(where: str | Callable[[str, nn.Module], bool]) -> Callable[[str, nn
         raise InputError("a module was given as the second argument, which is where; give attention=...")
     if callable(where):
         return where
+    if not isinstance(where.pattern if isinstance(where, re.Pattern) else where, str):
+        raise InputError(
+            f"where must be a regular expression or (name, module) -> bool, got {where!r:.80}; "
+            'several names are one expression, "layer1|layer2"'
+        )
     try:
         pattern = re.compile(where)
     except re.error as error:
@@ -188,8 +193,10 @@ def _attention(attention: str | Callable[[int], nn.Module]) -> Callable[[int], n
     return attention
 
 
-def _build(block: nn.Module, site: Site, attention: Callable[[int], nn.Module], start: str) -> nn.Module:
-    """The attention of one site: made, started, run once, and fitted to its host."""
+def _build(
+    block: nn.Module, model: nn.Module, site: Site, attention: Callable[[int], nn.Module], start: str
+) -> nn.Module:
+    """The attention of one site: made, started, run once, and fitted to its host, or else to the model."""
     channels = site.channels
     assert channels is not None
     try:
@@ -203,7 +210,8 @@ def _build(block: nn.Module, site: Site, attention: Callable[[int], nn.Module], 
     if start == "identity":
         _start_at_identity(part)
     _check_part(part, site.name, Value(channels, site.dims), start)
-    host = next((p for p in block.parameters() if p.dtype.is_floating_point), None)
+    around = (p for m in (block, model) for p in m.parameters())
+    host = next((p for p in around if p.dtype.is_floating_point), None)
     if host is not None:
         part = part.to(device=host.device, dtype=host.dtype)
         if (
@@ -260,18 +268,18 @@ def _check_part(part: nn.Module, name: str, value: Value, start: str) -> None:
         raise AttachError(f"{type(part).__name__}.identity_() does not make it compute exactly its input")
 
 
-def _refuse_wrapped(model: nn.Module) -> None:
+def _refuse_wrapped(model: nn.Module, verb: str = "attach") -> None:
     check_module(model)
     for name, module in model.named_modules():
         kind = type(module).__name__
         where = f"at {name!r}" if name else "as the model"
         if isinstance(module, torch.jit.ScriptModule):
-            raise AttachError(f"found a scripted or traced module {where}: attach before torch.jit")
+            raise AttachError(f"found a scripted or traced module {where}: {verb} before torch.jit")
         if kind == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None:
-            raise AttachError(f"found a compiled module {where}: attach first, then torch.compile")
+            raise AttachError(f"found a compiled module {where}: {verb} first, then torch.compile")
         if kind in _WRAPPERS or kind.startswith("FSDP"):
-            raise AttachError(f"found {kind} {where}: attach before wrapping for distribution")
+            raise AttachError(f"found {kind} {where}: {verb} before wrapping for distribution")
         if callable(vars(type(module)).get("weight")):
-            raise AttachError(f"found a quantised {kind} {where}: attach, then quantise")
+            raise AttachError(f"found a quantised {kind} {where}: {verb}, then quantise")
         if any(is_lazy(p) for p in module.parameters(recurse=False)):
-            raise AttachError(f"found an uninitialised {kind} {where}: run the model once, then attach")
+            raise AttachError(f"found an uninitialised {kind} {where}: run the model once, then {verb}")

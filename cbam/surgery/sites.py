@@ -117,6 +117,8 @@ def _places(name: str, block: nn.Module) -> list[Site]:
     """The residual adds of one block, from its output back."""
     if is_refined(block):
         return _attached_places(name, block)
+    if isinstance(block, fx.GraphModule):
+        return [Site(name, None, "a graph of torch.fx, which writes its forward anew: attach, then trace")]
     try:
         traced = graph.trace(block)
     except Exception as error:  # a forward may refuse to be traced in any way it likes

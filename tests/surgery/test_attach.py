@@ -4,6 +4,8 @@ import abc
 import copy
 import hashlib
 import pickle
+import re
+from collections import OrderedDict
 from typing import ClassVar
 
 import pytest
@@ -386,6 +388,23 @@ def test_a_broken_pattern_and_an_unknown_start_are_refused(net):
         cbam.attach(net, start="zero")
 
 
+@pytest.mark.parametrize("where", [["one"], ("one",), {"one"}, 1, re.compile(b"one")])
+def test_a_where_of_another_type_is_refused(net, where):
+    with pytest.raises(InputError, match=r"where must be a regular expression or .*, got .*; several names"):
+        cbam.attach(net, where)
+
+
+def test_a_compiled_pattern_is_a_where(net):
+    assert list(attached(cbam.attach(net, re.compile("on[ae]")))) == ["one"]
+
+
+def test_attention_on_a_module_without_weights_follows_the_model(images):  # S11
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.MaxPool2d(2), nn.Conv2d(8, 2, 1)).to(torch.bfloat16)
+    expected = model(images.bfloat16())
+    cbam.attach(model, "1")
+    assert torch.equal(model(images.bfloat16()), expected)
+
+
 def test_attention_in_the_place_of_where_is_told(net):
     for attention in (cbam.CBAM, cbam.CBAM(8)):
         with pytest.raises(InputError, match="the second argument, which is where; give attention="):
@@ -431,6 +450,25 @@ def test_an_uninitialised_network_is_refused():  # S22
 def test_wrapped_models_are_refused(net, wrap, words):
     with pytest.raises(AttachError, match=words):
         cbam.attach(wrap(net))
+
+
+def test_a_wrapped_model_is_told_what_was_asked_of_it(net):
+    wrapped = nn.DataParallel(cbam.attach(net))
+    with pytest.raises(AttachError, match="DataParallel as the model: detach before wrapping"):
+        cbam.detach(wrapped)
+    with pytest.raises(AttachError, match="bypass before wrapping"), cbam.bypassed(wrapped):
+        pass
+
+
+def test_a_traced_graph_is_left_alone_and_says_so(net, images):
+    traced = torch.fx.symbolic_trace(net)
+    expected = traced(images)
+    with pytest.raises(AttachError, match=r"the model: a graph of torch.fx.*: attach, then trace"):
+        cbam.attach(traced)
+    with pytest.raises(AttachError, match=r"cannot go into body: a graph of torch.fx"):
+        cbam.attach(nn.Sequential(OrderedDict(body=traced)), "body")
+    traced.recompile()
+    assert torch.equal(traced(images), expected)
 
 
 def test_a_wrapper_for_many_devices_is_refused_and_unchanged(net, tmp_path):  # S8
