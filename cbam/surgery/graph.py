@@ -203,7 +203,11 @@ class Trunk:
             yield child, "before"
 
     def tail(self, add: Add) -> Node | None:
-        """The ReLU of a block that ends in relu(norm + shortcut), where nothing else reads either value."""
+        """The ReLU of a block that ends in relu(norm + shortcut), where nothing else reads either value.
+
+        Norm and add wait for the ReLU, so nothing may write to what they read until then: the norm's input
+        has no other reader, and the ReLU follows the add at once.
+        """
         after = list(add.node.users)
         relu = after[0] if len(after) == 1 else None
         found = (
@@ -212,6 +216,8 @@ class Trunk:
             and [user.op for user in relu.users] == ["output"]
             and self._is_a(add.branch, nn.BatchNorm2d, None)
             and len(add.branch.users) == 1
+            and [len(n.users) for n in self.inputs(add.branch)] == [1]
+            and self._order[relu] == self._order[add.node] + 1
             and not any("kept" in node.meta for node in (add.branch, add.node))
         )
         return relu if found else None

@@ -183,6 +183,23 @@ class Penalised(Plain):
         return y
 
 
+class ClearsTheShortcut(Plain):
+    def forward(self, x):
+        shortcut = 2 * x
+        out = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x))))) + shortcut
+        shortcut.zero_()
+        return self.relu(out)
+
+
+class ClearsTheMap(Plain):
+    def forward(self, x):
+        inner = self.conv2(self.relu(self.bn1(self.conv1(x))))
+        out = self.bn2(inner) + x
+        if not self.training:  # in training the norm's backward reads it
+            inner.zero_()
+        return self.relu(out)
+
+
 class ByKeyword(Plain):
     def forward(self, x):
         return torch.relu(input=self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x))))) + x)
@@ -239,6 +256,8 @@ WAYS = {
     "frozen by a call": (FrozenByACall, None),
     "kept": (Keeps, None),
     "read again in training": (Penalised, None),
+    "shortcut written over": (ClearsTheShortcut, None),
+    "the norm's input written over": (ClearsTheMap, None),
     "by keyword": (ByKeyword, None),
     "compared": (Asks, lambda model: setattr(model[1], "asks", True)),
     "guided backpropagation": (torchvision.models.resnet.BasicBlock, guided),
