@@ -14,7 +14,8 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 CELLS = ROOT / "tests" / "triton" / "cells.py"
-PYTEST = (sys.executable, "-m", "pytest", "-p", "no:cacheprovider")
+# What a library of that machine warns of, in its import or later, says nothing of the kernels.
+PYTEST = (sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-W", "default")
 
 
 def agree(seconds: float, dry: bool) -> bool:

@@ -165,6 +165,12 @@ def test_only_cells_that_all_pass_agree(cells, capsys):
     assert not cells("def test_other(): pass")  # none is no proof
 
 
+def test_a_warning_of_a_library_is_no_disagreement(cells, tmp_path):
+    (tmp_path / "pyproject.toml").write_text('[tool.pytest.ini_options]\nfilterwarnings = ["error"]\n')
+    old = "warnings.warn('an old package is installed', FutureWarning)"
+    assert cells(f"import warnings\n{old}\ndef test_gains(): {old}")
+
+
 def test_a_cell_that_hangs_is_named_and_ends_with_its_children(cells, tmp_path, capsys):
     for seconds in (4, 12, 36):  # a loaded machine may take long to come to the cell
         assert not cells(
