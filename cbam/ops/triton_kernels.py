@@ -34,6 +34,7 @@ def tail(
     """`cbam::tail`: out, m, e, k, mu, v, gate, s, s_mu, s_v; what does not exist is of shape (0,)."""
     with on(x.device):
         a = Map.of(x)
+        beta, s_beta = _bias(gamma, beta), _bias(s_gamma, s_beta)
         batch, s_batch = gamma is not None and bn_batch, kernel is not None and s_batch
         m = e = k = gate = q = s = scale = None
         shift = beta
@@ -73,6 +74,11 @@ def tail(
         mu, v = _kept(a, norm, a.acc, fresh=batch, save=save)
         s_mu, s_v = _kept(a, spatial, torch.float64, fresh=s_batch, save=save)
         return out, m, e, k, mu, v, gate, s, s_mu, s_v
+
+
+def _bias(weight: Tensor | None, bias: Tensor | None) -> Tensor | None:
+    """The bias of a norm; zeros where it has a weight alone."""
+    return torch.zeros_like(weight) if weight is not None and bias is None else bias
 
 
 def track(running: list[Tensor], new: list[Tensor], momenta: list[float], count: int) -> None:
@@ -219,8 +225,8 @@ def tail_backward(
     """`cbam::tail_backward`: dx, g, the nine parameters' gradients; what does not exist is of shape (0,)."""
     with on(x.device):
         a, absent = Map.of(x), Norm(None, None, None, None)
-        norm = absent if gamma is None else Norm(gamma, beta, mu, v)
-        spatial = absent if kernel is None else Norm(s_gamma, s_beta, s_mu, s_v)
+        norm = absent if gamma is None else Norm(gamma, _bias(gamma, beta), mu, v)
+        spatial = absent if kernel is None else Norm(s_gamma, _bias(s_gamma, s_beta), s_mu, s_v)
         pools = (w1 is not None and avg_pool, w1 is not None and max_pool)
         mc, conv = None if w1 is None else gate, None if kernel is None else s
         found = Found(a, w1, gamma, kernel)
@@ -246,6 +252,10 @@ def tail_backward(
                 conv, *spatial, found.d, found.j, k, found.scale, found.level, found.peak, found.slope,
                 S_EPS=s_eps, GAIN=spatial_gain, CS=a.plan.write.parts,
             )  # fmt: skip
+        if beta is None:
+            found.dbeta = None
+        if s_beta is None:
+            found.ds[1] = a.absent()
         return found.returned(x.dtype, need_shortcut)
 
 

@@ -75,6 +75,8 @@ SIZES = [
 FORMS = {
     "tail": {},
     "frozen": {"norm": "running", "spatial": "running"},
+    "norms without biases": {"biases": False},
+    "frozen, without biases": {"norm": "running", "spatial": "running", "pools": "", "biases": False},
     "block": {"norm": "", "shortcut": False, "relu": False},
     "block, running": {"norm": "", "spatial": "running", "shortcut": False, "relu": False},
     "channels": {"spatial": ""},

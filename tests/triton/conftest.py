@@ -30,6 +30,7 @@ class Cell:
     hidden: int = 2
     gains: tuple[float, float] = (1.0, 1.0)
     data: str = "random"  # or "ties", "constant", "zero gamma", "far mean", "nan", "inf"
+    biases: bool = True  # of both norms
     parameters: torch.dtype | None = None  # of the parameters, where it is not the map's
     offset: int = 0  # of the maps in their storage, in values
     seed: int = 0
@@ -82,6 +83,7 @@ def draw(cell: Cell, device: str) -> Case:
     absent = [] if cell.norm else ["gamma", "beta", "mean", "var"]
     absent += [] if cell.pools else ["w1", "b1", "w2", "b2"]
     absent += [] if cell.spatial else ["kernel", "s_gamma", "s_beta", "s_mean", "s_var"]
+    absent += [] if cell.biases else ["beta", "s_beta"]
     absent += ["mean", "var"] if cell.norm == "batch" else []
     absent += ["s_mean", "s_var"] if cell.spatial == "batch" else []
 
@@ -162,7 +164,7 @@ def equation(
     if c.norm:
         running = (p["mean"], p["var"]) if c.norm == "running" else (None, None)
         running = tuple(None if t is None else t.detach() for t in running)
-        y = F.batch_norm(x, *running, p["gamma"], p["beta"], training=c.norm == "batch", eps=1e-5)
+        y = F.batch_norm(x, *running, p["gamma"], p.get("beta"), training=c.norm == "batch", eps=1e-5)
     z = y
     if c.pools:
         flat = y.reshape(N, C, -1)
@@ -178,10 +180,10 @@ def equation(
         if c.spatial == "batch" and s.numel() < 16:  # of so few values they may lie close to each other
             terms["steepness"] = (s.detach().var(correction=0) + 1e-5).rsqrt()
         s = F.batch_norm(s, *running, training=c.spatial == "batch", eps=1e-5)
-        for name in ("s_gamma", "s_beta"):
+        for name in {"s_gamma", "s_beta"} & set(p):
             terms[name] = p[name].expand(s.shape).clone()
             terms[name].retain_grad()
-        v = z * (c.gains[1] * torch.sigmoid(terms["s_gamma"] * s + terms["s_beta"]))
+        v = z * (c.gains[1] * torch.sigmoid(terms["s_gamma"] * s + terms.get("s_beta", 0)))
     if shortcut is not None:
         v = v + shortcut
     return F.relu(v) if c.relu else v
