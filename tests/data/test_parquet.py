@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from cbam.data import loader, picture_set
+from cbam.data.parquet import TRAIN, VALIDATION, _files
 from cbam.errors import DataError, MissingExtraError
 
 
@@ -111,6 +112,17 @@ def test_a_split_that_is_absent_is_named(tmp_path):
     (tmp_path / "train-0.parquet").write_bytes(b"")
     with pytest.raises(DataError, match=r"no validation-\*\.parquet"):
         picture_set(tmp_path)
+
+
+def test_the_pictures_for_the_test_are_not_validated_beside_those_for_validation(tmp_path):
+    files = [f"data/{split}-00000-of-00001.parquet" for split in ("train", "validation", "test")]
+    (tmp_path / "data").mkdir()
+    for file in files:
+        (tmp_path / file).touch()
+    read = {split: _files(tmp_path, names) for split, names in (("train", TRAIN), ("val", VALIDATION))}
+    assert read == {"train": [str(tmp_path / files[0])], "val": [str(tmp_path / files[1])]}
+    (tmp_path / files[1]).unlink()
+    assert _files(tmp_path, VALIDATION) == [str(tmp_path / files[2])]
 
 
 def test_without_the_package_its_pip_line_is_told(tmp_path, monkeypatch):  # C5
