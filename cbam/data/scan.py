@@ -50,6 +50,16 @@ def find_unsplit(path: str | os.PathLike) -> tuple[Classes, list[str]] | None:
     return None if splits else (_scan(root, notes), notes)
 
 
+def class_roots(path: str | os.PathLike) -> list[Path]:
+    """The folders under `path` whose folders are read as classes.
+
+    Raises:
+        DataError: as `find_pictures`.
+    """
+    root, splits = _layout(_folder(path), [])
+    return [*(splits or [root])]
+
+
 def _folder(path: str | os.PathLike) -> Path:
     if not isinstance(path, (str, os.PathLike)):
         raise InputError(f"image_folder takes the path of a folder, got {type(path).__name__}")
@@ -76,9 +86,28 @@ def _layout(root: Path, notes: list[str]) -> tuple[Path, tuple[Path, Path] | Non
         if inner or others[0].name.lower() == "train":
             notes.append(f"read: {shown(others[0].name)}")
             return others[0], inner
-    if splits and others:
+    if splits is None:
+        _refuse_half(others, root)
+    elif others:
         notes.append(f"not read: {_some([shown(folder.name) for folder in others])}")
     return root, splits
+
+
+def _refuse_half(folders: Sequence[Path], root: Path) -> None:
+    """Refuse to take `train` and a second part of another name for two classes.
+
+    They hold folders and no pictures; a class that is called so, of trains or of tests, holds pictures.
+    """
+    for folder in folders:
+        if folder.name.lower() not in ("train", "training", *VAL_NAMES):
+            continue
+        inside = [entry for entry in _entries(folder) if not entry.name.startswith(".")]
+        if inside and all(map(_is_folder, inside)):
+            raise DataError(
+                f"{shown(root)}: {shown(folder.name)} holds folders alone, as a part of a data set does, and "
+                f"the other part is not known beside it ({_some([shown(f.name) for f in folders])}); "
+                f"name the two train and {', '.join(VAL_NAMES[:-1])} or {VAL_NAMES[-1]}"
+            )
 
 
 def _split_folders(root: Path) -> tuple[tuple[Path, Path] | None, list[Path]]:

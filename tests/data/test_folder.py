@@ -92,6 +92,20 @@ def test_a_test_folder_beside_val_is_not_read_and_said(split_folder, make_folder
     assert "not read: test" in train.notes
 
 
+@pytest.mark.parametrize("names", [("train", "dev"), ("training", "validation"), ("Val", "all")])
+def test_parts_of_other_names_are_not_taken_for_classes(make_folder, names):
+    for name in names:
+        root = make_folder({"cat": 4, "dog": 4}, inside=name)
+    with pytest.raises(DataError, match=f"{names[0]} holds folders alone.*; name the two train and val, "):
+        image_folder(root)
+
+
+def test_a_class_may_be_called_as_a_part_is(make_folder):
+    make_folder({"old": 3}, inside="car")
+    train, val = image_folder(make_folder({"train": 5, "bus": 5}))
+    assert (train.classes, len(val)) == (["bus", "car", "train"], 3)
+
+
 def test_one_folder_of_classes_is_split_by_the_stated_rule(make_folder):
     """By name: 0, 1, 10, 2, 3, 4, 5, ..."""
     root = make_folder({"a": 11, "b": 2})
