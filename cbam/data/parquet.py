@@ -13,6 +13,7 @@ from cbam.data.decode import not_an_image, shown
 from cbam.data.folder import image_folder, unsplit_folder
 from cbam.data.images import Images, check_int
 from cbam.data.pictures import Training, Validation
+from cbam.data.scan import class_roots
 from cbam.errors import DataError, MissingExtraError
 
 TRAIN, VALIDATION = ("train",), ("validation", "val", "valid", "test")
@@ -43,6 +44,20 @@ def unsplit_set(path: str | os.PathLike, *, size: int | None = None, exif: bool 
     if isinstance(path, (str, os.PathLike)) and _files(Path(path), TRAIN):
         return None
     return unsplit_folder(path, size=size, exif=exif)
+
+
+def lies_among(path: str | os.PathLike, folder: Path) -> bool:
+    """Whether `folder` would be read as a class of the pictures under `path`, or as a part of one.
+
+    Args and errors: as those of `image_folder`.
+    """
+    if _files(Path(path), TRAIN):
+        return False
+    for root in class_roots(path):
+        if folder.resolve().is_relative_to(root.resolve()):
+            inside = folder.resolve().relative_to(root.resolve())
+            return not any(part.startswith(".") for part in inside.parts)
+    return False
 
 
 def parquet_images(

@@ -408,6 +408,19 @@ def test_a_folder_is_trained_on_moved_and_evaluated(pictures, tmp_path):
         score(out, data=str(moved), device="cpu")
 
 
+@pytest.mark.parametrize(("data", "out"), [("train", "train/runs/mine"), (".", "val"), ("train", "train")])
+def test_a_run_that_would_be_read_as_a_class_of_its_pictures_is_refused(pictures, data, out):
+    settings = {"model": "resnet_tiny", "epochs": 1, "batch_size": 4, "device": "cpu", "loggers": ()}
+    settings["data"] = str(pictures / data)
+    before = sorted(pictures.rglob("*"))
+    with pytest.raises(ConfigError, match=r"among the classes of .*: give another --out"):
+        run("folder", settings, pictures / out, Watch())
+    assert sorted(pictures.rglob("*")) == before
+    for beside in ("runs", f"{data}/.runs"):
+        run("folder", settings, pictures / beside, Watch())
+        run("folder", {}, pictures / beside, Watch(), resume="auto")
+
+
 def test_a_run_takes_pictures_as_they_are_stored_where_that_is_asked_for(pictures):
     # D6
     config, exif = Config("folder", data=str(pictures), exif=False), Image.Exif()
