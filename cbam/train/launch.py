@@ -90,13 +90,13 @@ def launch(arguments: Sequence[str], processes: int) -> int:
         store = f"file:{Path(folder) / 'store'}"
         ranks = [_start(arguments, Place(r, processes, r, processes, store)) for r in range(processes)]
         try:
-            with _handing_on(ranks):
+            with _handing_on(ranks) as asked:
                 ended = _wait(ranks)
         finally:
             for rank in ranks:
                 rank.kill()
                 rank.wait()
-    return _exit_code(ended, processes)
+    return _exit_code(ended, processes, asked)
 
 
 def _start(arguments: Sequence[str], where: Place) -> subprocess.Popen:
@@ -111,14 +111,18 @@ def _start(arguments: Sequence[str], where: Place) -> subprocess.Popen:
 
 
 @contextlib.contextmanager
-def _handing_on(ranks: Sequence[subprocess.Popen]) -> Iterator[None]:
+def _handing_on(ranks: Sequence[subprocess.Popen]) -> Iterator[list[int]]:
+    """The signals that were handed on, as they come."""
+    asked: list[int] = []
+
     def hand_on(number: int, frame) -> None:
+        asked.append(number)
         for rank in ranks:
             rank.send_signal(number)
 
     before = {number: signal.signal(number, hand_on) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield
+        yield asked
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -138,12 +142,17 @@ def _wait(ranks: Sequence[subprocess.Popen]) -> list[tuple[int, int]]:
     return ended
 
 
-def _exit_code(ended: Sequence[tuple[int, int]], processes: int) -> int:
-    """Of the first that failed by itself: not of one that was left alone by another, nor of one killed."""
+def _exit_code(ended: Sequence[tuple[int, int]], processes: int, asked: Sequence[int] = ()) -> int:
+    """Of the first that failed by itself: not of one that was left alone by another, nor of one killed.
+
+    Those that were `asked` to end, by a signal, before they could listen to it have no code of their own.
+    """
     failed = [(rank, code) for rank, code in ended if code]
     own = [code for _, code in failed if code > 0 and code != DistributedError.exit_code]
     if own or not failed:
         return own[0] if own else 0
+    if asked:
+        return 128 + asked[0]
     if all(code < 0 for _, code in failed) and len(failed) == processes:  # nobody could say it
         rank, code = failed[0]
         raise DistributedError(f"process {rank} was ended by {signal.Signals(-code).name}")

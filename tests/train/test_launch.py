@@ -1,6 +1,11 @@
 """Where a process stands among several, and what a launch ends with (rows R6, R9, R25)."""
 
 import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -70,6 +75,27 @@ def test_a_launch_ends_with_the_first_failure_that_was_nobody_elses():
     assert _exit_code([(1, -9), (0, 9)], 2) == 9
     with pytest.raises(DistributedError, match="process 1 was ended by SIGKILL"):
         _exit_code([(1, -9), (0, -15)], 2)
+    assert _exit_code([(1, -15), (0, -15)], 2, [15]) == 143  # they had not begun to listen
+    assert _exit_code([(1, -15), (0, 9)], 2, [15]) == 143
+    assert _exit_code([(0, 75), (1, 75)], 2, [15]) == 75
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="it looks into /proc")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_launch_that_is_ended_while_it_begins_says_so(number):
+    # R17, R18
+    code = "import sys; from cbam.train.launch import launch; sys.exit(launch(['train', 'digits'], 2))"
+    launched = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while len(_children(launched.pid)) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.2)
+    launched.send_signal(number)
+    assert launched.wait(60) == 128 + number
+
+
+def _children(pid: int) -> list[str]:
+    return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
 
 
 def test_a_number_of_devices_that_was_not_started_is_refused():
