@@ -210,6 +210,7 @@ class Keeper(pl.Callback):
 
     def on_exception(self, trainer, pl_module, exception: BaseException) -> None:
         """Save what was reached: before a step whose loss is not finite, or when a picture ends the run."""
+        self._steps.end_validation()
         if isinstance(exception, NonFiniteLossError):
             if self._here.is_first:
                 self._name_pictures(exception)

@@ -77,7 +77,7 @@ class Steps(pl.LightningModule):
         self._before = Before(task.model)
         self._seen: dict = {}
         self.validated: dict = {}
-        self._skip, self._skipped = False, 0
+        self._skip, self._skipped, self._averaged = False, 0, False
         self._step_sums = [0.0, 0.0, 0.0]
         self._indices = torch.empty(0)
 
@@ -270,6 +270,7 @@ class Steps(pl.LightningModule):
         if self.average is not None:
             world().spread(list(self.average.tensors.values()))
             self.average.swap()
+            self._averaged = True
         self.outputs, self.collected = [], None
 
     def validation_step(self, batch, batch_idx: int) -> None:
@@ -277,10 +278,15 @@ class Steps(pl.LightningModule):
         self._tell(len(batch["index"]))
 
     def on_validation_epoch_end(self) -> None:
-        if self.average is not None:
-            self.average.swap()
+        self.end_validation()
         self.collected = self.task.collected(self.outputs)
         self.outputs, self.validated = [], self.task.scores(self.collected)
+
+    def end_validation(self) -> None:
+        """Put the weights back in the place of their average; also when a validation ends by an error."""
+        if self._averaged and self.average is not None:
+            self.average.swap()
+        self._averaged = False
 
     def _tell(self, images: int) -> None:
         if self.on_step is not None:

@@ -306,6 +306,30 @@ def test_a_full_disk_keeps_the_old_checkpoint_and_the_run_goes_on_when_there_is_
 
 
 @pytest.mark.usefixtures("_room_again")
+def test_what_a_bad_picture_in_a_validation_leaves_to_be_saved_are_the_weights_and_not_their_average(
+    tmp_path,
+):
+    # K13, D1
+    class Broken(Colours):
+        def sample(self, epoch, index):
+            if index == 16:  # of the third batch, which is read ahead while the second is scored
+                raise DataError("broken")
+            return super().sample(epoch, index)
+
+    recipe = dataclasses.replace(RECIPE, ema=0.9)
+    (tmp_path / "calm").mkdir()
+    train(tmp_path / "calm", recipe=recipe, save_every=None)
+    model, keeper = Watched(full_from(3, until=4)), Keeper(tmp_path, {}, say=lambda _: None)
+    with pytest.raises(DataError, match="broken"):
+        fit(model, Colours(12), Broken(24), recipe, seed=0, device="cpu", keeper=keeper)
+    found, calm = (checkpoint.load(at / "step-00000003.ckpt") for at in (tmp_path, tmp_path / "calm"))
+    for name, value in calm["model"].items():
+        assert torch.equal(found["model"][name], value), name
+        assert torch.equal(found["average"]["tensors"][name], calm["average"]["tensors"][name]), name
+        assert torch.equal(model.state_dict()[name], value), name
+
+
+@pytest.mark.usefixtures("_room_again")
 def test_the_third_save_in_a_row_that_fails_ends_the_run(tmp_path, calm):
     # K13
     with pytest.raises(OutputError, match="after step 6 cannot be written") as caught:
