@@ -70,8 +70,13 @@ class Released(nn.Module):
 
 def tiny(start="paper", *, attention=True, num_classes=10, seed=0):
     """resnet_tiny in eval mode with every parameter and buffer drawn, so that no gate is constant."""
-    model = build("resnet_tiny+cbam" if attention else "resnet_tiny", num_classes=num_classes, start=start)
-    return drawn(model, seed)
+    return drawn(copy.deepcopy(built(start, attention, num_classes)), seed)
+
+
+@functools.cache
+def built(start, attention, num_classes):
+    """To be copied: attaching takes most of the time of these tests."""
+    return build("resnet_tiny+cbam" if attention else "resnet_tiny", num_classes=num_classes, start=start)
 
 
 def drawn(model, seed=0):
@@ -92,8 +97,12 @@ def drawn(model, seed=0):
 
 def released_tiny(seed=0):
     """resnet_tiny with the restated attention: its state dict is what the released code would save."""
-    model = cbam.attach(build("resnet_tiny", num_classes=10), None, Released, start="paper")
-    return drawn(model, seed)
+    return drawn(copy.deepcopy(built_released()), seed)
+
+
+@functools.cache
+def built_released():
+    return cbam.attach(build("resnet_tiny", num_classes=10), None, Released, start="paper")
 
 
 def digest(model):
