@@ -12,6 +12,7 @@ import torchvision
 from torch import nn
 from torch._inductor.utils import run_and_get_code
 from torch.utils.checkpoint import checkpoint
+from torchvision.models import resnet
 
 import cbam
 from cbam import ops
@@ -20,23 +21,30 @@ from cbam.surgery import attached
 pytestmark = pytest.mark.usefixtures("kernels")
 TAILS = {
     "torchvision/resnet18": 8,
-    "torchvision/resnet50": 16,
-    "torchvision/resnext50_32x4d": 16,
+    "torchvision/resnet50": 5,
+    "torchvision/resnext50_32x4d": 5,
     "timm/resnet18": 8,
-    "timm/resnet26d": 8,
+    "timm/resnet26d": 5,
     "timm/seresnet18": 0,  # its own SE stands between the norm and the add
     "timm/resnetv2_50": 0,  # pre-activation
     "torchvision/mobilenet_v2": 0,  # no ReLU after the add
     "timm/resnet50_gn": 0,  # no BatchNorm
     "timm/convnext_atto": 0,
 }
+SHORT = [2, 1, 1, 1]  # blocks of each stage: the others repeat the second
+WIDTHS = {"resnet50": {}, "resnext50_32x4d": {"groups": 32, "width_per_group": 4}}
 
 
 def network(name):
+    """A network of a library; of those with bottlenecks a short one."""
     library, _, model = name.partition("/")
-    make = torchvision.models.get_model if library == "torchvision" else timm.create_model
     torch.manual_seed(0)
-    return make(model, num_classes=5)
+    if library == "timm":
+        short = {"layers": SHORT} if model in ("resnet26d", "resnetv2_50", "resnet50_gn") else {}
+        return timm.create_model(model, num_classes=5, **short)
+    if model in WIDTHS:
+        return resnet.ResNet(resnet.Bottleneck, SHORT, num_classes=5, **WIDTHS[model])
+    return torchvision.models.get_model(model, num_classes=5)
 
 
 @pytest.fixture
@@ -93,7 +101,7 @@ def test_pickles_copies_and_detaches_as_ever():
     cbam.detach(model)
     assert torch.equal(model(x), plain)
     assert list(model.state_dict()) == keys
-    assert type(model.layer1[0]) is torchvision.models.resnet.BasicBlock
+    assert type(model.layer1[0]) is resnet.BasicBlock
 
 
 @pytest.mark.parametrize(
@@ -108,8 +116,8 @@ def test_pickles_copies_and_detaches_as_ever():
     ids=["silu", "no activation", "group norm", "no norm", "hook"],
 )
 def test_a_block_changed_after_attaching_computes_what_it_then_says(change):
-    model = cbam.attach(network("torchvision/resnet18"), start="paper").eval()
-    block, x = model.layer1[0], torch.randn(1, 64, 8, 8)
+    (block,) = cbam.attach(nn.Sequential(resnet.BasicBlock(64, 64)), start="paper").eval()
+    x = torch.randn(1, 64, 8, 8)
     change(block)
     with ops.using("reference"):
         expected = block(x)
@@ -260,8 +268,8 @@ WAYS = {
     "the norm's input written over": (ClearsTheMap, None),
     "by keyword": (ByKeyword, None),
     "compared": (Asks, lambda model: setattr(model[1], "asks", True)),
-    "guided backpropagation": (torchvision.models.resnet.BasicBlock, guided),
-    "a kept input of the ReLU": (torchvision.models.resnet.BasicBlock, kept_inputs),
+    "guided backpropagation": (resnet.BasicBlock, guided),
+    "a kept input of the ReLU": (resnet.BasicBlock, kept_inputs),
     "another activation": (Asks, quantised),
 }
 
@@ -270,7 +278,7 @@ WAYS = {
 def test_a_block_that_leads_elsewhere_before_its_last_relu_trains_as_the_equation_does(way):  # S12 T25
     make, change = WAYS[way]
     torch.manual_seed(0)
-    block = make(8, 8) if make is torchvision.models.resnet.BasicBlock else make()
+    block = make(8, 8) if make is resnet.BasicBlock else make()
     model = cbam.attach(nn.Sequential(nn.Conv2d(3, 8, 3), block).double(), start="paper").train()
     if change:
         change(model)
