@@ -151,6 +151,7 @@ def cells(tmp_path, monkeypatch):
         (tmp_path / "cells.py").write_text(text)
         return gpu_cells.agree(seconds, dry=True)
 
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # these cells need none
     monkeypatch.setattr(gpu_cells, "ROOT", tmp_path)
     monkeypatch.setattr(gpu_cells, "CELLS", tmp_path / "cells.py")
     return agree
@@ -171,24 +172,41 @@ def test_a_warning_of_a_library_is_no_disagreement(cells, tmp_path):
     assert cells(f"import warnings\n{old}\ndef test_gains(): {old}")
 
 
-def test_a_cell_that_hangs_is_named_and_ends_with_its_children(cells, tmp_path, capsys):
-    for seconds in (4, 12, 36):  # a loaded machine may take long to come to the cell
-        assert not cells(
-            f"""
-import subprocess, sys, time
+HANGS = """
+import subprocess, time
 def test_gains():
-    write = "import time; time.sleep({seconds + 2}); open('late', 'w')"
-    subprocess.Popen([sys.executable, "-c", write])
+    with open("pipe", "w") as pipe:
+        subprocess.Popen(["sh", "-c", "echo here; sleep 600"], stdout=pipe)
     time.sleep(600)
-""",
-            seconds=seconds,
-        )
+"""
+
+
+def test_a_cell_that_hangs_is_named_and_ends_with_its_children(cells, tmp_path, capsys):
+    os.mkfifo(tmp_path / "pipe")
+    pipe = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    for seconds in (4, 12, 36):  # a loaded machine may take long to come to the cell
+        assert not cells(HANGS, seconds=seconds)
         told = capsys.readouterr().out
         if "cells.py" in told:
             break
     assert "did not end: cells.py::test_gains" in told
-    time.sleep(4)
-    assert not (tmp_path / "late").exists()
+    assert until_nobody_holds(pipe) == b"here\n"
+
+
+def until_nobody_holds(pipe: int, seconds: float = 4) -> bytes:
+    """What was written into a pipe, once the last process that could write has ended."""
+    said, deadline = b"", time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        try:
+            part = os.read(pipe, 100)
+        except BlockingIOError:
+            time.sleep(0.05)
+            continue
+        if not part:
+            os.close(pipe)
+            return said
+        said += part
+    raise TimeoutError("a child is left")
 
 
 NCU = """#!/bin/sh

@@ -8,13 +8,15 @@ from pathlib import Path
 import pytest
 
 CELLS = Path(__file__).with_name("cells.py")
+# Hypothesis, which no cell needs, would be imported at the end.
+PYTEST = "-m pytest -q -p no:cacheprovider -p no:hypothesispytest".split()
 
 
 def run(*arguments: str) -> str:
     """The output of pytest on the cells; fails with it where a cell fails."""
     pytest.importorskip("triton")
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(CELLS), *arguments],
+        [sys.executable, *PYTEST, str(CELLS), *arguments],
         env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
