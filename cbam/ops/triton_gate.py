@@ -124,32 +124,9 @@ def hidden(
     n = tl.program_id(0) // blocks * BN + tl.arange(0, BN)
     h = tl.program_id(0) % blocks * BH + tl.arange(0, BH)
     of_avg, of_top = hidden_units(
-        MEAN,
-        TOP,
-        AT,
-        M,
-        E,
-        K,
-        GAMMA,
-        BETA,
-        MU,
-        VAR,
-        W1,
-        B1,
-        n,
-        h,
-        N,
-        C,
-        L,
-        H,
-        STEPS,
-        EPS,
-        S,
-        AVG,
-        ACC,
-        BC,
-        BP,
-    )
+        MEAN, TOP, AT, M, E, K, GAMMA, BETA, MU, VAR, W1, B1, n, h, N, C, L, H, STEPS,
+        EPS, S, AVG, ACC, BC, BP,
+    )  # fmt: skip
     inside = (n < N)[:, None] & (h < H)[None, :]
     tl.store(ACT + n[:, None] * H + h[None, :], activation(of_avg, of_top, AVG, TOP is not None), mask=inside)
 
@@ -286,6 +263,16 @@ def kernel_gradient(DW, DKERNEL, t, TAPS, COUNT, BR: tl.constexpr, BT: tl.conste
     tl.store(DKERNEL + t, tl.sum(total, 0).to(DKERNEL.dtype.element_ty), mask=t < TAPS)
 
 
+@triton.jit
+def lower(LEVEL, by, c, row, samples, N, C, BN: tl.constexpr):
+    """Take `by` [BC] off LEVEL of every sample."""
+    for start in range(0, samples, BN):
+        n = start + tl.arange(0, BN)
+        inside = (n < N)[:, None] & row[None, :]
+        spot = n.to(tl.int64)[:, None] * C + c[None, :]
+        tl.store(LEVEL + spot, tl.load(LEVEL + spot, mask=inside, other=0.0) - by[None, :], mask=inside)
+
+
 @triton.jit(do_not_specialize=BATCH)
 def parameter_gradients(
     R, M, E, GATE, GAMMA, BETA, MU, VAR, W1, DL, ACT, DA, DM, DW,
@@ -385,9 +372,4 @@ def parameter_gradients(
                 count = tl.cast(N, ACC) * L
                 tl.store(SLOPE + c, a * r * of_gamma / count, mask=row)
                 tl.debug_barrier()  # what other threads of this program have stored
-                for start in range(0, samples, BN):
-                    n = start + tl.arange(0, BN)
-                    inside = (n < N)[:, None] & row[None, :]
-                    spot = n.to(tl.int64)[:, None] * C + c[None, :]
-                    level = tl.load(LEVEL + spot, mask=inside, other=0.0) - (a * of_beta / count)[None, :]
-                    tl.store(LEVEL + spot, level, mask=inside)
+                lower(LEVEL, a * of_beta / count, c, row, samples, N, C, BN)
