@@ -92,14 +92,14 @@ def save(figure, path: Path) -> Path:
     return path
 
 
-def rendered(figure, kind: str, dpi: int = 200) -> bytes:
+def rendered(figure, kind: str) -> bytes:
     """A figure as a file of this kind: "png", "svg" or "pdf"."""
     import matplotlib
 
     buffer = io.BytesIO()
     dated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind)
     with matplotlib.rc_context({"svg.hashsalt": "cbam"}):
-        figure.savefig(buffer, format=kind, dpi=dpi, metadata=dated)
+        figure.savefig(buffer, format=kind, dpi=200, metadata=dated)
     return buffer.getvalue()
 
 

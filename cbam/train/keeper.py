@@ -110,7 +110,7 @@ class Keeper(pl.Callback):
         steps.take_up(epoch, seen, state["history"])
         sampler: Any = batches.batch_sampler
         sampler.sampler.resume(epoch, seen["step"] * sampler.size)
-        self._take_up_rng(state, steps)
+        self._take_up_rng(state)
         waits = seen["step"] == steps.steps_per_epoch
         if waits:
             steps._seen = {}
@@ -120,7 +120,7 @@ class Keeper(pl.Callback):
         if self._here.is_first:
             self.metrics.cut(epoch, step)
 
-    def _take_up_rng(self, state: dict[str, Any], steps: Steps) -> None:
+    def _take_up_rng(self, state: dict[str, Any]) -> None:
         """Its own state, where there were as many processes; else one made from the place in the run."""
         states = [state["rng"], *state.get("more_rng", [])]
         if len(states) == self._here.size:
