@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 
@@ -15,14 +17,20 @@ CARD = Card(
 )
 
 
-@pytest.fixture
-def model():
+@pytest.fixture(scope="session")
+def built():
+    """Attaching takes most of the time of most of these tests."""
     torch.manual_seed(2)
     made = cbam.attach(cbam.build("resnet_tiny", num_classes=5))  # identity start: its gains are not 1
     for block in cbam.surgery.attached(made).values():
         torch.nn.init.normal_(block.spatial.bn.weight)
         block.spatial.bn.num_batches_tracked += 3
     return made
+
+
+@pytest.fixture
+def model(built):
+    return copy.deepcopy(built)
 
 
 @pytest.fixture

@@ -48,7 +48,7 @@ def is_older(version: str, than: str) -> bool:
 @pytest.mark.parametrize("name", WAYS)
 def test_attach_train_save_load_and_detach(name, tmp_path):  # S14, S16, S18, S20
     model, x = build(name), torch.randn(2, 3, 64, 64)
-    keys, classes = list(model.state_dict()), [type(m) for m in model.modules()]
+    twin, keys, classes = copy.deepcopy(model), list(model.state_dict()), [type(m) for m in model.modules()]
     with torch.no_grad():
         plain = model(x)
     if is_older(timm.__version__, LISTS["since"].get(name, "0")):
@@ -70,7 +70,7 @@ def test_attach_train_save_load_and_detach(name, tmp_path):  # S14, S16, S18, S2
     torch.optim.SGD(model.parameters(), lr=1e-3).step()
 
     torch.save(model.state_dict(), tmp_path / "w.pt")
-    twin = cbam.attach(build(name))
+    cbam.attach(twin)
     twin.load_state_dict(torch.load(tmp_path / "w.pt", weights_only=True))
     with torch.no_grad():
         assert torch.equal(twin.eval()(x), model.eval()(x))
