@@ -108,8 +108,10 @@ import cbam
 cbam.CBAM, cbam.ChannelAttention, cbam.SpatialAttention, cbam.attach
 print(time.perf_counter() - start)
 """
-    best = min(float(run(program)) for _ in range(3))
-    assert best < 0.3, f"{best:.2f} s"
+    seconds: list[float] = []
+    while min(seconds, default=1.0) >= 0.3 and len(seconds) < 3:  # the best of three on a busy machine
+        seconds.append(float(run(program)))
+    assert min(seconds) < 0.3, seconds
 
 
 def test_without_torch_the_error_says_what_to_install():
