@@ -378,7 +378,13 @@ def test_a_time_is_read_as_people_write_it(text, seconds):
     assert options.duration(text) == seconds
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [
+        (signal.SIGTERM, 143),
+        pytest.param(signal.SIGINT, 130, marks=pytest.mark.large),
+    ],  # see test_processes.py
+)
 def test_a_signal_from_outside_saves_and_another_run_is_kept_out(number, code, tmp_path):
     # R17, R18, R21
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

@@ -103,8 +103,10 @@ def test_there_are_as_many_processes_as_workers_and_none_outlives_a_kill(tmp_pat
         _, err = process.communicate(timeout=60)
         assert process.returncode == 130
         assert err.endswith("--resume auto goes on\n")
+        assert err.count("cbam: ") == 1
         assert "Traceback" not in err
         assert gone(workers)
+    assert not (tmp_path / "run" / "lock").exists()
 
 
 @LINUX
