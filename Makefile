@@ -6,8 +6,9 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 NATIVE := $(VENV)/.native
 
-# One thread for each of the two test processes.
-PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+# One thread for each of the two test processes, each of which begins with half of the tests: what tests of a file
+# share is seldom made twice. The byte code is kept, for the many processes that tests start.
+PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 # From the whole checkout, so that links lead where they do in the repository; a warning is an error.
 SITE := $(BIN)/python -m sphinx -q -W --keep-going -c docs -d build/doctrees . build/site
@@ -79,7 +80,7 @@ define tested-with
 .venv-$(1)/bin/python -m pip install --quiet uv
 .venv-$(1)/bin/uv pip install --python .venv-$(1)/bin/python --upgrade --resolution $(2) --editable ".[dev]"
 .venv-$(1)/bin/python tools/environment.py .venv-$(1) native
-OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 .venv-$(1)/bin/python -m pytest -n 2 -m "not large"
+OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 .venv-$(1)/bin/python -m pytest -n 2 --dist worksteal -m "not large"
 endef
 
 dist: $(READY) ## build the sdists and wheels of cbam and cbam-native into dist/, and use the wheels

@@ -13,6 +13,11 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest test, all cells of the interpreter, comes first: last, it would keep one process alone."""
+    items.sort(key=lambda item: item.path.name != "test_interpreter.py")
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     """The same random numbers in each test, whatever ran before it."""
