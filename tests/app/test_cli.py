@@ -339,6 +339,29 @@ sys.exit(cli.main([]))
     assert (done.returncode, done.stderr) == (130, "cbam: interrupted\n")
 
 
+def test_ctrl_c_in_the_first_moments_is_told_as_later(tmp_path):
+    # C10: while the command line itself is still being imported
+    trial = """
+import sys
+
+class Interrupts:
+    def find_spec(name, path=None, target=None):
+        if name == "cbam.app.cli":
+            exec("raise KeyboardInterrupt")
+
+sys.meta_path.insert(0, Interrupts)
+"""
+    (tmp_path / "sitecustomize.py").write_text(trial, "utf-8")
+    done = subprocess.run(
+        [sys.executable, "-m", "cbam", "list"],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (130, "cbam: interrupted\n")
+
+
 def test_train_is_stopped_resumed_and_evaluated(tmp_path, capsys):
     # R19
     small = ["--limit", "24", "--epochs", "2", "--batch-size", "8", "--device", "cpu"]
