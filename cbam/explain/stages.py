@@ -24,8 +24,8 @@ def stages_figure(look: Look, path: str | Path, *, network: str | None = None) -
     """Draw the gates of `network`, a row for the last attended block of each size, and write it to `path`.
 
     Columns: where, the spatial gate over the picture, on one scale for all rows; what, the histogram of the
-    channel gates; the channels that the block raises most and lowers most, as it found them; and the feature
-    map before and after, on one scale per row.
+    channel gates; the channels that the block raises most and lowers most, as it found them. Those of gates
+    that no block has are left out.
 
     Args:
         look: from `look`.
@@ -96,29 +96,37 @@ class _Stages(Page):
         self.scale = where_scale(list(blocks.values()))
         whats = [step for block in blocks.values() if (step := block.step("what") or block.step("both"))]
         self.middles = [step.middle for step in whats]
-        tops = [top_channels(block) for block in blocks.values()]
-        raised, lowered = ([channel.gate for top in tops for channel in top[side]] for side in (0, 1))
-        upwards, downwards = paper.of_channels(raised, lowered)
-        columns = [("where:\nspatial gate", _CELL), ("what: channel gates,\nhow many have it", _HISTOGRAM)]
-        columns += [(upwards if i == 0 else "", _CELL) for i in range(TOP)]
-        columns += [(downwards if i == 0 else "", _CELL) for i in range(TOP)]
-        self.lefts = [_LEFT]
-        for _, wide in columns:
-            extra = 0.2 if wide == _HISTOGRAM else _GAP
-            self.lefts.append(self.lefts[-1] + wide + extra)
-        self.lefts[1] += 0.09
-        width = self.lefts[-1] - _GAP + 0.06
-        super().__init__(width, _HEAD + len(blocks) * _PITCH + _FOOT)
-        about = f"{paper.cut(look.name, 0.56)}\n{paper.cut(network, 0.56)}"
-        self.say(0.06, _HEAD - 0.06, about, ha="left", va="bottom", size=SMALL)
-        for (title, wide), left in zip(columns, self.lefts, strict=False):
-            group = title in (upwards, downwards)
-            at = left + (3 * _CELL + 2 * _GAP) / 2 if group else left + wide / 2
-            words = f"channels {title}, as the block found them" if group else title
-            self.say(at, _HEAD - 0.06, words, va="bottom")
+        self.where = self.what = self.channels = None  # where the columns begin, of gates that there are
+        right = _LEFT
+        if any(block.spatial_gate is not None for block in blocks.values()):
+            self.where, right = right, right + _CELL + _GAP
+        if whats:
+            self.what, self.channels = right + 0.09, right + _HISTOGRAM + 0.2
+            right = self.channels + 2 * TOP * (_CELL + _GAP)
+        super().__init__(right - _GAP + 0.06, _HEAD + len(blocks) * _PITCH + _FOOT)
+        self._head(f"{paper.cut(look.name, 0.56)}\n{paper.cut(network, 0.56)}")
         for r, (name, block) in enumerate(blocks.items()):
             self._row(name, block, _HEAD + r * _PITCH)
         self._foot(_HEAD + len(blocks) * _PITCH)
+
+    def _head(self, about: str) -> None:
+        top = _HEAD - 0.06
+        self.say(0.06, top, about, ha="left", va="bottom", size=SMALL)
+        if self.where is not None:
+            self.say(self.where + _CELL / 2, top, "where:\nspatial gate", va="bottom")
+        if self.what is None:
+            return
+        title = "what: channel gates,\nhow many have it"
+        self.say(self.what + _HISTOGRAM / 2, top, title, va="bottom")
+        tops = [top_channels(block) for block in self.blocks.values()]
+        raised, lowered = ([channel.gate for own in tops for channel in own[side]] for side in (0, 1))
+        for side, words in enumerate(paper.of_channels(raised, lowered)):
+            middle = self._column(side * TOP) + (TOP * (_CELL + _GAP) - _GAP) / 2
+            self.say(middle, top, f"channels {words}, as the block found them", va="bottom")
+
+    def _column(self, c: int) -> float:
+        """Where the column of the c-th channel begins."""
+        return (self.channels or 0) + c * (_CELL + _GAP)
 
     def _row(self, name: str, block: Refinement, top: float) -> None:
         C, h, w = block.before.shape[1:]
@@ -129,24 +137,24 @@ class _Stages(Page):
         raised, lowered = top_channels(block)
         for c, channel in enumerate([*raised, *[None] * (TOP - len(raised)), *lowered]):
             if channel is not None:
-                self._channel(channel, self.lefts[2 + c], top)
+                self._channel(channel, self._column(c), top)
 
     def _where(self, block: Refinement, top: float) -> None:
         gate = block.spatial_gate
-        if gate is None:
+        if gate is None or self.where is None:
             return
-        ax = self.axes(self.lefts[0], top, _CELL, _CELL)
+        ax = self.axes(self.where, top, _CELL, _CELL)
         ax.imshow(over_picture(self.look.image, gate[0, 0], self.scale), interpolation="nearest")
         paper.bare(ax)
         paper.under(ax, f"{float(gate.min()):.2f} to {float(gate.max()):.2f}")
 
     def _what(self, block: Refinement, top: float) -> None:
         step = block.step("what") or block.step("both")
-        if step is None:
+        if step is None or self.what is None:
             return
         gates = step.gate[0].float().mean((1, 2))
         reach = max(float((gates - step.middle).abs().max()), 0.01)
-        ax = self.axes(self.lefts[1], top, _HISTOGRAM, _CELL)
+        ax = self.axes(self.what, top, _HISTOGRAM, _CELL)
         ax.hist(gates.numpy(), bins=25, range=(step.middle - reach, step.middle + reach), color="0.45")
         ax.axvline(step.middle, color="black", linewidth=0.6, linestyle=(0, (2, 2)))
         ax.set_xlim(step.middle - reach, step.middle + reach)
@@ -168,14 +176,15 @@ class _Stages(Page):
         paper.under(ax, f"no. {channel.index}: × {channel.gate:.2f}")
 
     def _foot(self, top: float) -> None:
-        middle, reach = self.scale
-        ticks = {value: f"{value:.2f}" for value in (middle - reach, middle, middle + reach)}
-        self.bar(self.axes(self.lefts[0], top, _CELL, 0.06), paper.GATE, ticks, "factor")
-        wide = self.lefts[8] - self.lefts[2] - _GAP
-        self.bar(
-            self.axes(self.lefts[2], top, wide, 0.06), paper.STRENGTH,
-            {0: "0", 1: "largest of the map"}, "|activation|",
-        )  # fmt: skip
-        if self.middles:
+        if self.where is not None:
+            middle, reach = self.scale
+            ticks = {value: f"{value:.2f}" for value in (middle - reach, middle, middle + reach)}
+            self.bar(self.axes(self.where, top, _CELL, 0.06), paper.GATE, ticks, "factor")
+        if self.what is not None:
+            wide = 2 * TOP * (_CELL + _GAP) - _GAP
+            self.bar(
+                self.axes(self._column(0), top, wide, 0.06), paper.STRENGTH,
+                {0: "0", 1: "largest of the map"}, "|activation|",
+            )  # fmt: skip
             words = f"dashed: {paper.in_words(self.middles)}"
-            self.say(self.lefts[1] + _HISTOGRAM / 2, top + 0.1, words, size=SMALL)
+            self.say(self.what + _HISTOGRAM / 2, top + 0.1, words, size=SMALL)
