@@ -182,7 +182,7 @@ def _scales(page: _Grid, columns: list[_Column], scale: tuple[float, float]) -> 
     middle, reach = scale
     gates = (middle - reach, middle, middle + reach)
     bars = {
-        "heat": (paper.HEAT, {0: "0", 1: "largest of the map"}, "evidence for the true class"),
+        "heat": (paper.HEAT, paper.EVIDENCE, "evidence for the true class"),
         "strength": (paper.STRENGTH, {0: "0", 1: "largest of the row"}, "mean over channels of |activation|"),
         "gate": (paper.GATE, {value: f"{value:.2f}" for value in gates}, "factor"),
     }

@@ -68,7 +68,7 @@ class _Rows(Page):
                 ax = self.axes(self._left(len(names) + c), top, _WIDE, high)
                 self._evidence(ax, detection, finds)
         ax = self.axes(self._left(len(names)), tops[-1] + 0.04, len(names) * (_WIDE + _GAP) - _GAP, 0.06)
-        self.bar(ax, paper.HEAT, {0: "0", 1: "largest of the map"}, "evidence for the box")
+        self.bar(ax, paper.HEAT, paper.EVIDENCE, "evidence for the box")
         note = ("number, class, score;", "the thick box is the chosen one")
         for line, words in enumerate(note if len(names) == 1 else (" ".join(note),)):  # one column is narrow
             self.say(self._left(0), tops[-1] + 0.1 + 0.14 * line, words, size=SMALL, ha="left")

@@ -7,6 +7,7 @@ import io
 import os
 import tempfile
 import textwrap
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -18,6 +19,10 @@ from cbam.errors import ConfigError, MissingExtraError
 FORMATS = (".png", ".svg", ".pdf")
 TEXT, SMALL = 7.0, 6.0  # points
 HEAT, STRENGTH, GATE = "inferno", "viridis", "PuOr_r"  # told apart with any colour vision, and in grey
+EVIDENCE: dict[float, str] = {
+    0: "least",
+    1: "most of the map",
+}  # maps come scaled to their own minimum and maximum
 CHARACTER = 0.055  # inches, of a word of TEXT points on average
 
 
@@ -98,7 +103,9 @@ def rendered(figure, kind: str) -> bytes:
 
     buffer = io.BytesIO()
     dated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind)
-    with matplotlib.rc_context({"svg.hashsalt": "cbam"}):
+    with matplotlib.rc_context({"svg.hashsalt": "cbam"}), warnings.catch_warnings():
+        # A name may have letters that the font lacks: they are drawn as boxes.
+        warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
         figure.savefig(buffer, format=kind, dpi=200, metadata=dated)
     return buffer.getvalue()
 

@@ -10,7 +10,7 @@ from cbam.explain.looking import Glance, Look
 from cbam.explain.maps import METHODS
 from cbam.explain.page import SMALL, Page
 
-# Inches. One block of columns is as wide as a column of a page, two as the page.
+# Inches. One block of two networks is as wide as a column of a page, two blocks as the page.
 _BLOCK, _LEFT, _GAP, _BETWEEN = 3.45, 0.22, 0.05, 0.1
 _HEAD, _LINE, _FOOT = 0.36, 0.14, 0.40
 
@@ -49,7 +49,7 @@ class _Sheet(Page):
     def __init__(self, looks: Sequence[Look], names: list[str], across: int) -> None:
         across = min(across, len(looks))
         columns = 1 + len(names)
-        self.side = (_BLOCK - _LEFT - (columns - 1) * _GAP) / max(columns, 3)
+        self.side = (_BLOCK - _LEFT - 2 * _GAP) / 3  # as words need; more networks make the block wider
         self.block = _LEFT + columns * self.side + (columns - 1) * _GAP
         rows = math.ceil(len(looks) / across)
         lines = max(len(words) for look in looks for words in self._captions(look))
@@ -99,6 +99,6 @@ class _Sheet(Page):
         wide = len(names) * (self.side + _GAP) - _GAP
         ax = self.axes(self._left(0, 1), top + 0.04, wide, 0.06)
         of = "the class on the left" if len(names) > 1 else "the class"  # one cell is as wide as this
-        self.bar(ax, paper.HEAT, {0: "0", 1: "largest of the map"}, f"evidence for {of}")
+        self.bar(ax, paper.HEAT, paper.EVIDENCE, f"evidence for {of}")
         note = "p: of that class" + ("\nbelow: the class it says" if disagree else "")
         self.say(self._left(0) + self.side / 2, top + 0.14, note, size=SMALL - 0.5)

@@ -211,7 +211,7 @@ def test_the_middle_of_the_scale_changes_nothing_only_where_it_is_one(
     assert ("\n0.50\n" in words) == (not neutral)
 
 
-@pytest.mark.parametrize("kind", ["rows", "sheet", "stages", "disagreeing", "alone"])
+@pytest.mark.parametrize("kind", ["rows", "sheet", "stages", "disagreeing", "alone", "six"])
 def test_no_word_is_cut_off_or_printed_over_another(viewer, plain, picture, kind):
     from cbam.explain import sheet
     from cbam.explain import stages as gates
@@ -219,7 +219,11 @@ def test_no_word_is_cut_off_or_printed_over_another(viewer, plain, picture, kind
     long = "a file with a name that is too long for any margin.jpeg"
     if kind == "alone":
         viewer = Viewer({"plain": plain}, CLASSES, size=32, resized=36)
-    looks = [look(viewer, picture, long, target=i if kind == "disagreeing" else None) for i in range(5)]
+    if kind == "six":
+        viewer = Viewer({f"network {i}": plain for i in range(6)}, CLASSES, size=32, resized=36)
+    apart = kind in ("disagreeing", "six")
+    method = "gradcam++" if kind == "six" else "gradcam"
+    looks = [look(viewer, picture, long, target=i if apart else None, method=method) for i in range(5)]
     if kind == "stages":
         figure = gates.draw(looks[0])
     else:
@@ -237,6 +241,28 @@ def test_no_word_is_cut_off_or_printed_over_another(viewer, plain, picture, kind
     for i, (word, box) in enumerate(boxes):
         for other, its in boxes[i + 1 :]:
             assert not box.overlaps(its), (word, other)
+
+
+def test_the_stages_have_no_columns_for_gates_that_no_block_has(build, picture, tmp_path):
+    for attention, there, absent in (
+        (lambda _: cbam.nn.SpatialAttention(), {"where:\nspatial gate", "factor"}, {"|activation|"}),
+        (cbam.nn.ChannelAttention, {"|activation|"}, {"where:\nspatial gate", "factor"}),
+    ):
+        net = Viewer({"net": build(attention)}, CLASSES, size=32, resized=36)
+        words = svg_text(stages_figure(look(net, picture), tmp_path / "stages.svg"))
+        assert all(word in words for word in there)
+        assert not any(word in words for word in absent)
+        assert ("channels " in words) == ("|activation|" in there)
+
+
+def test_maps_begin_at_the_least_of_each_whatever_that_is(viewer, picture, tmp_path):
+    words = svg_text(look_figure([look(viewer, picture)], tmp_path / "look.svg")).split("\n")
+    assert "least" in words
+    assert "0" not in words
+
+
+def test_a_name_in_letters_that_the_font_lacks_is_no_reason_for_a_warning(viewer, picture, tmp_path):
+    assert look_figure([look(viewer, picture, "\u732b.jpg")], tmp_path / "look.png").is_file()
 
 
 def test_channels_are_said_to_be_raised_only_by_gates_above_1(build, picture, tmp_path):
