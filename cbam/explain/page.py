@@ -19,10 +19,8 @@ from cbam.errors import ConfigError, MissingExtraError
 FORMATS = (".png", ".svg", ".pdf")
 TEXT, SMALL = 7.0, 6.0  # points
 HEAT, STRENGTH, GATE = "inferno", "viridis", "PuOr_r"  # told apart with any colour vision, and in grey
-EVIDENCE: dict[float, str] = {
-    0: "least",
-    1: "most of the map",
-}  # maps come scaled to their own minimum and maximum
+# Maps come scaled to their own minimum and maximum.
+EVIDENCE: dict[float, str] = {0: "least", 1: "most of the map"}
 CHARACTER = 0.055  # inches, of a word of TEXT points on average
 
 
