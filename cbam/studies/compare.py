@@ -68,6 +68,7 @@ class _Comparison:
         self.device = pick_device(settings.device)
         self.task = Task.of(settings)
         self.names = ["plain", *settings.attention]
+        self.start = "paper" if settings.from_scratch else "identity"  # of attention
         self.results = _new_record(settings, self.task, self.device)
         self.kept: dict[str, nn.Module] = {}  # the models that the picture shows
         self.rows: list[Row] = []
@@ -111,10 +112,9 @@ class _Comparison:
 
     def _attach(self, model: nn.Module, name: str, seed: int, start: nn.Module) -> dict | None:
         """Attach in place; at the identity start, check that the logits have not changed by a bit."""
+        refine(model, name, seed, self.start)
         if self.settings.from_scratch:
-            refine(model, name, seed, "paper")
             return None
-        refine(model, name, seed, "identity")
         images, _ = first_batch(self.task.val, self.task.recipe.batch_size)
         before, after = (logits_of(each, images, self.device) for each in (start, model))
         equal = torch.equal(before, after)
@@ -191,7 +191,7 @@ class _Comparison:
         train, arms = self.task.train, {name: self.task.plain(0) for name in self.names}
         for name, model in arms.items():
             if name != "plain":
-                refine(model, name, 0, "identity")
+                refine(model, name, 0, self.start)
             cost, places = profile(model, train.size), len(attached(model))
             self.results["arms"].append(
                 {"name": name, "parameters": cost.parameters, "gmac": cost.gmac, "sites": places}

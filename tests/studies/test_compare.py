@@ -15,6 +15,7 @@ from cbam.studies.compare import Silent
 from cbam.studies.folder import DRAWING, PAGE, PICTURE, REPORT, RESULTS, ReportFolder
 from cbam.studies.page import page
 from cbam.studies.report import markdown, summary
+from cbam.studies.settings import NO_IDENTITY
 from cbam.train import evaluate
 
 SMALL = {"epochs": 1, "limit": 20, "batch_size": 16, "device": "cpu"}
@@ -188,6 +189,12 @@ def test_from_scratch_trains_every_arm_from_the_same_seed_by_the_papers_start(tm
     assert [run["history"][0]["epoch"] for run in results["runs"]] == [0, 0]
     assert [run["identity"] for run in results["runs"]] == [None, None]
     assert "trained from scratch" in (tmp_path / REPORT).read_text()
+
+
+def test_what_has_no_identity_start_is_compared_from_scratch(tmp_path):
+    results = compare(Settings(**SMALL, seeds=1, attention=NO_IDENTITY, from_scratch=True), tmp_path / "out")
+    assert results["status"] == "complete"
+    assert [arm["name"] for arm in results["arms"]] == ["plain", *NO_IDENTITY]
 
 
 def folder_of_pictures(root, classes=3):
