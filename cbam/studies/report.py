@@ -260,6 +260,6 @@ def markdown(results: dict, picture: str | None) -> str:
 
 def as_markdown(cell: str) -> str:
     """One line of text that Markdown and HTML take as it is written."""
-    for mark in "\\`*_|<>[]":
+    for mark in "\\`*_|<>[]&~":
         cell = cell.replace(mark, f"\\{mark}")
     return " ".join(cell.split())

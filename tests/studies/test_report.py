@@ -5,7 +5,7 @@ from html.parser import HTMLParser
 import pytest
 
 from cbam.studies.page import page
-from cbam.studies.report import markdown, summary, table, text, verdict
+from cbam.studies.report import as_markdown, markdown, summary, table, text, verdict
 
 
 def cells(results, name):
@@ -116,6 +116,7 @@ def test_names_from_outside_cannot_write_into_the_report(results):
     told = markdown(results, None)
     assert "\\<script\\>" in told
     assert "\\[a\\](javascript" in told
+    assert as_markdown("R&amp;D ~~old~~") == r"R\&amp;D \~\~old\~\~"
 
 
 def test_how_the_arms_began_is_told_of_what_was_broken_off_too(results):
