@@ -106,7 +106,7 @@ def page(results: Path = RESULTS) -> str:
     """The whole page."""
     found = _found(results)
     every = [table for own in found.values() for table in own]
-    usual = [table for table in every if _is_usual(table)]
+    usual = [table for table in every if table.usual]
     reduced = [table for table in every if table not in usual and table.shared["data"] != DIGITS]
     judged = [table for table in usual + reduced if not table.partial]
     parts = [OPENING, _count(every), _listing(usual), _digits_note(usual), _reduced(reduced)]
@@ -141,14 +141,9 @@ def _found(results: Path) -> dict[str, list[Table]]:
     return {name: tables(study, Records(results, name).all().values()) for name, study in STUDIES.items()}
 
 
-def _is_usual(table: Table) -> bool:
-    """Whether it was trained as the data set's protocol has it."""
-    return table.name == f"{table.study.name}-{table.shared['data']}"
-
-
 def _closeness(table: Table) -> tuple[bool, bool]:
     """How near a table is to the protocol: what is nearest is cited first."""
-    return _is_usual(table), bool(table.shared.get("warmup_epochs"))
+    return table.usual, bool(table.shared.get("warmup_epochs"))
 
 
 def _runs(table: Table) -> list[dict[str, Any]]:
@@ -208,7 +203,7 @@ def _rate(shared: dict[str, Any]) -> str:
 def _where(table: Table) -> str:
     """The study and the data, and how it was trained where that is not the usual way."""
     name = f"{table.study.name}, {table.shared['data']}"
-    return name if _is_usual(table) else f"{name} ({_settings(table)})"
+    return name if table.usual else f"{name} ({_settings(table)})"
 
 
 def _shown(judged: list[Table]) -> str:

@@ -258,5 +258,9 @@ def shared_part(study: Study, config: dict[str, Any]) -> dict[str, Any]:
 
 def run_name(protocol: Protocol, arm: str, config: dict[str, Any]) -> str:
     """The name of a run's record, without its ending."""
-    data = re.sub(r"[^A-Za-z0-9_.]+", "_", protocol.data)
-    return f"{data}-{arm}-s{config['seed']}-{run_key(config)}"
+    return f"{in_files(protocol.data)}-{arm}-s{config['seed']}-{run_key(config)}"
+
+
+def in_files(data: str) -> str:
+    """The name of a data set as files have it: a folder may be called what no link of a page can hold."""
+    return re.sub(r"[^A-Za-z0-9_.]+", "_", data)

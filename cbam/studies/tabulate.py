@@ -18,6 +18,7 @@ from cbam.studies.study import (
     Arm,
     Measure,
     Study,
+    in_files,
     run_config,
     run_key,
     said,
@@ -66,14 +67,19 @@ class Table:
         return 2 * len(self.filled) < len(self.study.chosen(small=self.small))
 
     @property
-    def name(self) -> str:
-        """What its files are called; with a digest where the settings are not the usual ones."""
-        name = f"{self.study.name}-{self.shared['data']}"
-        network = self.shared.get("network")
+    def usual(self) -> bool:
+        """Whether its runs were trained as the data set's protocol has it."""
         protocol = self.study.usual(self.shared["data"], self.about["train"], self.about["size"])
         plain = Arm("", network=None if self.study.many_networks else protocol.network)
         common = shared_part(self.study, run_config(protocol, plain, 0)) | {"size": self.shared["size"]}
-        if said(common) == said(self.shared):
+        return said(common) == said(self.shared)
+
+    @property
+    def name(self) -> str:
+        """What its files are called; with a digest where the settings or the data set's name are others."""
+        data, network = in_files(self.shared["data"]), self.shared.get("network")
+        name = f"{self.study.name}-{data}"
+        if self.usual and data == self.shared["data"]:
             return name
         told = run_key(self.shared)[:6]
         return f"{name}-{told}" if network is None else f"{name}-{network}-{told}"

@@ -104,6 +104,15 @@ def test_other_settings_make_another_table_with_another_name():
     assert second.values("plain", "val_top1") == {0: 10.0}
 
 
+def test_a_folder_of_any_name_has_files_that_a_page_can_link_to():
+    names, digits_config = [], run_config(digits(), STUDY.arms["plain"], 0)
+    for data in ("my pics (2) | <b>", "my_pics_2_b_", "../a"):
+        (table,) = tables(STUDY, [record("plain", 0, 10.0, config=digits_config | {"data": data})])
+        assert re.fullmatch(r"channel-[A-Za-z0-9_.]+-resnet_tiny-[0-9a-f]{6}", table.name)
+        names.append(table.name)
+    assert len(set(names)) == 3
+
+
 @pytest.mark.parametrize("change", [{"train": 900}, {"sha256": "y"}, {"files": "b"}])
 def test_records_of_other_pictures_make_no_table(change):
     older, named = rows("plain", PLAIN), rows("avg", BETTER, data=ABOUT | {"files": "a"})
