@@ -13,7 +13,7 @@ from cbam.studies.conduct import write_tables
 from cbam.studies.printing import level_rows, outcome, status, title
 from cbam.studies.records import Records
 from cbam.studies.report import as_markdown
-from cbam.studies.statistics import MOST_PAIRS
+from cbam.studies.statistics import CONFIDENCE, MOST_PAIRS
 from cbam.studies.study import DIGITS, SEEDS, digits, imagenette
 from cbam.studies.tables import STUDIES
 from cbam.studies.tabulate import Table, differences, tables
@@ -35,7 +35,7 @@ DIGITS_ARE_NOT = """\
 **The digits are not the evidence.** They are handwriting of 8x8 pixels, enlarged, and a network of
 {parameters:,} parameters, trained for {steps} steps. They show that the studies run, and what an attention
 costs such a network at the start of its training; they say nothing about photographs, ImageNet or a network
-that has converged. The README cites tables on photographs alone.
+that has converged. Of these tables the README cites those on photographs alone.
 """
 
 REDUCED = """\
@@ -89,9 +89,13 @@ CHOICES = """\
   attention among them. The records of the first plan are kept, as a table of their own.
 - On the digits, ten rows of peers were run first; they were picked by the time that they take, before any of
   them had a result. The start study was run there because the harm in the other tables was seen.
-- No other setting was changed after a result. The last epoch of every run counts, not the best.
+- Beyond what this list says, no setting was changed after a result. The last epoch of every run
+  counts, not the best.
 - {photographs}
 """
+COLD = """\
+The others are without a warm-up. At a rate of 0.1 the plain network needs one; without it, it falls behind by
+the luck of the seed, while the paper's start damps every block at first. They show:"""
 NO_PHOTOGRAPHS = "Imagenette and ImageNet: none, no run has been made there."
 PHOTOGRAPHS = """\
 Imagenette: the size of the pictures and the number of epochs, by the time that a run takes on one core, and
@@ -116,25 +120,68 @@ def page(results: Path = RESULTS) -> str:
 
 def readme(text: str, results: Path = RESULTS) -> str:
     """The README, with what the tables on photographs show."""
-    every = [table for own in _found(results).values() for table in own]
-    told = [
-        _cited(table)
-        for table in sorted(every, key=_closeness, reverse=True)
-        if table.shared["data"] != DIGITS and not table.partial
-    ]
+    told = []
+    for own in _found(results).values():
+        judged = [t for t in own if t.shared["data"] != DIGITS and not t.partial]
+        for data in dict.fromkeys(title(table) for table in judged):
+            alike = [table for table in judged if title(table) == data]
+            told.append(_cited(sorted(alike, key=_closeness, reverse=True)))
     before, rest = text.split(BEGIN)
     _, after = rest.split(END)
     said = "\n\n".join(told) or "No table on photographs is there yet."
     return f"{before}{BEGIN}\n{said}\n{END}{after}"
 
 
-def _cited(table: Table) -> str:
-    """A table in short: its rows by the first measure, and what they show."""
-    link = f"**[{as_markdown(title(table))}](results/{table.study.name}/{table.name}.md)**"
-    (_, _, _, seeds, first, *_), *rows = level_rows(table)
-    lines = [f"{link}: {_settings(table)}.", "", f"| | {first} | {seeds} |", "|---|---|---|"]
-    lines += [f"| {label} | {level} | {n} |" for label, _, _, n, level, *_ in rows if n != "0"]
-    return "\n".join([*lines, "", *(f"- {sentence}" for sentence in outcome(table))])
+def _cited(alike: list[Table]) -> str:
+    """Tables of one study in short: a column for each, what the first shows, and what the others do."""
+    first, *others = alike
+    common = [part for part in _parts(first) if all(part in _parts(table) for table in others)]
+    links = [
+        f"[{', '.join(p for p in _parts(table) if p not in common) or first.first.title}]"
+        f"(results/{table.study.name}/{table.name}.md)"
+        for table in alike
+    ]
+    seeds, rows = _columns(alike)
+    lines = [f"**{as_markdown(title(first))}**: {', '.join(common)}; {first.first.title} in %, {seeds}.", ""]
+    lines += [f"| | {' | '.join(links)} |", "|---|" + "---|" * len(alike), *rows, ""]
+    lines += ["The first column is the comparison to go by:" if others else "It shows:", ""]
+    lines += [f"- {as_markdown(told)}" for told in outcome(first)]
+    if others:
+        warmed = [bool(table.shared.get("warmup_epochs")) for table in alike]
+        lines += ["", COLD if warmed[0] and not any(warmed[1:]) else "The others show:", ""]
+        lines += [f"- {links[i]}: {as_markdown(_difference(t))}" for i, t in enumerate(others, 1)]
+    return "\n".join([*lines, "", _chance(alike)])
+
+
+def _columns(alike: list[Table]) -> tuple[str, list[str]]:
+    """The rows of tables side by side, by the first measure; and in words how many seeds they have."""
+    levels = [{row[0]: (row[4], row[3]) for row in level_rows(table)[1:]} for table in alike]
+    every = {n for column in levels for _, n in column.values() if n != "0"}
+    rows = []
+    for label in levels[0]:
+        cells = [column.get(label, ("-", "0")) for column in levels]
+        if any(n != "0" for _, n in cells):
+            shown = [level if len(every) == 1 or n == "0" else f"{level} ({n})" for level, n in cells]
+            rows.append(f"| {as_markdown(label)} | {' | '.join(shown)} |")
+    return f"{min(every)} seeds" if len(every) == 1 else "in brackets the seeds", rows
+
+
+def _difference(table: Table) -> str:
+    """What is shown by a table that is not the one to go by; the rest stands on its page."""
+    every = outcome(table)
+    told = [sentence for sentence in every if sentence.startswith(("Better", "Worse"))]
+    rest = ["No difference is shown in the rest."] if told else ["No difference is shown."]
+    return " ".join(told + (rest if len(told) < len(every) else []))
+
+
+def _chance(judged: list[Table]) -> str:
+    """How many of the intervals leave out zero though nothing is there."""
+    count = sum("word" in row for table in judged for row in differences(table, table.first.key))
+    chance = f"{count * (1 - CONFIDENCE):.2f}"
+    return (
+        f"{count} differences are looked at here. Where there is none at all, {chance} intervals of so many "
+        "leave out\nzero by chance."
+    )
 
 
 def _found(results: Path) -> dict[str, list[Table]]:
@@ -189,15 +236,21 @@ def _reduced(tables: list[Table]) -> str:
 
 
 def _settings(table: Table) -> str:
-    shared = table.shared
+    return ", ".join(_parts(table))
+
+
+def _parts(table: Table) -> list[str]:
+    """How a table was trained, part by part."""
+    shared, warmed = table.shared, table.shared.get("warmup_epochs")
     size = shared["size"] or table.about["size"]
-    pictures = f"{table.about['train']} pictures" + (f" of {size} px" if size else "")
-    return f"{pictures}, {shared['epochs']} epochs, batch {shared['batch_size']}, {_rate(shared)}"
-
-
-def _rate(shared: dict[str, Any]) -> str:
-    warmed = shared.get("warmup_epochs")
-    return f"rate {shared['lr']:g}, " + (f"warm-up of {warmed:g} epochs" if warmed else "no warm-up")
+    return [
+        f"{table.about['train']} pictures" + (f" of {size} px" if size else ""),
+        f"{shared['epochs']} epochs",
+        f"batch {shared['batch_size']}",
+        shared["precision"],
+        f"rate {shared['lr']:g}",
+        f"warm-up of {warmed:g} epochs" if warmed else "no warm-up",
+    ]
 
 
 def _where(table: Table) -> str:
@@ -208,10 +261,10 @@ def _where(table: Table) -> str:
 
 def _shown(judged: list[Table]) -> str:
     """Differences whose interval leaves out zero, both ways."""
-    lines = ["## What is shown", ""]
+    lines = ["## What is shown", "", _chance(judged), ""]
     for word, told in (
         ("better", "Lower top-1 error, or higher average precision:"),
-        ("worse", "Higher error, or lower precision: attention does harm"),
+        ("worse", "Higher error, or lower precision: attention, or what was changed of it, does harm"),
     ):
         rows = [line for table in judged for line in _rows(table, word)]
         lines += [told, "", *(rows or ["- nothing"]), ""]

@@ -1,5 +1,6 @@
 """What results/ holds: records of clean commits; tables, figures and a page that are computed from them."""
 
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -75,6 +76,21 @@ def test_the_readme_says_what_the_tables_on_photographs_show(tmp_path):
     text = fill_evidence.README.read_text("utf-8")
     assert text == fill_evidence.readme(text), "make evidence"
     assert "No table on photographs is there yet." in fill_evidence.readme(text, tmp_path)
+
+
+def test_the_readme_has_a_column_for_each_training_and_says_how_many_differences_are_looked_at(tmp_path):
+    text = fill_evidence.README.read_text("utf-8")
+    warmed = [
+        path for path in RECORDS if "start/imagenette" in str(path) and read(path)["config"]["warmup_epochs"]
+    ]
+    (tmp_path / "start").mkdir()
+    for path in warmed:
+        shutil.copy(path, tmp_path / "start")
+    for results, columns in ((RESULTS, 3), (tmp_path, 1)):
+        block = fill_evidence.readme(text, results).split(fill_evidence.BEGIN)[1].split(fill_evidence.END)[0]
+        rows = [line for line in block.splitlines() if line.startswith("| from scratch")]
+        assert [line.count(" ± ") for line in rows] == [columns] * 3
+        assert f"{3 * columns} differences are looked at here" in block
 
 
 def test_the_page_says_that_the_digits_are_not_the_evidence():
