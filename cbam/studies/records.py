@@ -80,12 +80,20 @@ class Records:
         return None
 
     def _place(self, name: str, data: bytes) -> bool:
-        """A name that appears with all its bytes, and is never taken from another: link, not rename."""
-        with self._written(f"{name}.json", data) as part:
+        """A name that appears with all its bytes, and is never taken from another: link, not rename.
+
+        Where there are no links, as on a mounted drive, what keeps others away is the claim alone.
+        """
+        target = self.path / f"{name}.json"
+        with self._written(target.name, data) as part:
             try:
-                os.link(part, self.path / f"{name}.json")
+                os.link(part, target)
             except FileExistsError:
                 return False
+            except OSError:
+                if target.exists():
+                    return False
+                part.rename(target)
         return True
 
     def compute(self, make: Callable[[list[dict[str, Any]]], dict[str, str]]) -> list[Path]:

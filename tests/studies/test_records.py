@@ -1,5 +1,6 @@
 """Records: written once, whole, found by their settings; claims that end with their process."""
 
+import errno
 import json
 import os
 import signal
@@ -27,6 +28,14 @@ def test_a_record_is_never_written_over(tmp_path):
     assert not records.add("a", RECORD | {"commit": "def"})
     assert records.all() == {"a.json": RECORD}
     assert sorted(path.name for path in records.path.iterdir()) == ["a.json"]
+
+
+def test_a_record_is_written_where_the_drive_has_no_links(tmp_path, monkeypatch):
+    def link(*names):
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    monkeypatch.setattr(os, "link", link)
+    test_a_record_is_never_written_over(tmp_path)
 
 
 def test_a_record_that_cannot_be_json_leaves_nothing(tmp_path):
