@@ -4,7 +4,7 @@ import statistics
 import textwrap
 from typing import Any
 
-from cbam.studies.statistics import median_ratio, paired_difference, spread
+from cbam.studies.statistics import CONFIDENCE, median_ratio, paired_difference, spread
 
 LABELS = {
     "plain": "plain",
@@ -145,6 +145,7 @@ def notes(results: dict) -> list[str]:
         "the same weights and see the same pictures in the same order.",
         'The interval is Student\'s t over the seeds\' differences; "better" and "worse" are said where it '
         "leaves out zero.",
+        *_chance(results),
         "Times are relative to plain, measured in turns on the machine below: median of the ratios round by "
         "round, in brackets their quartiles.",
     ]
@@ -156,6 +157,17 @@ def notes(results: dict) -> list[str]:
     found.append(_start_told(results))
     found += results["data"]["notes"]
     return found
+
+
+def _chance(results: dict) -> list[str]:
+    """How many of the intervals leave out zero though nothing is there."""
+    found = summary(results).values()
+    count = sum(f"{key}_difference" in numbers for numbers in found for key, *_ in MEASURES)
+    if count < 2:
+        return []
+    chance = f"{count * (1 - CONFIDENCE):.2f}"
+    told = f"{count} differences are looked at. Where there is none at all, {chance} intervals of so many "
+    return [told + "leave out zero by chance."]
 
 
 def _start_told(results: dict) -> str:

@@ -133,6 +133,14 @@ def test_how_the_arms_began_is_told_of_what_was_broken_off_too(results):
     assert "from scratch" not in markdown(results, None)
 
 
+def test_the_report_says_how_many_differences_are_looked_at(results):
+    told = "6 differences are looked at. Where there is none at all, 0.30 intervals of so many leave out zero"
+    assert told in markdown(results, None)
+    assert told in page(results, None)
+    results["runs"] = results["runs"][:1]
+    assert "are looked at" not in markdown(results, None)
+
+
 def test_the_markdown_table_has_equal_rows(results):
     rows = [line for line in markdown(results, "picture.png").splitlines() if line.startswith("|")]
     assert len({len(re.findall(r"(?<!\\)\|", row)) for row in rows}) == 1
