@@ -23,6 +23,7 @@ def _somewhere_else(tmp_path, monkeypatch):
         (["channel", "--precision", "fp8"], 2, "precision must be one of fp32, bf16"),
         (["channel", "--dataset", "nowhere"], 3, "nowhere: no such folder"),
         (["order", "start", "--arms", "se"], 2, "study start has no row se"),
+        (["order", "--plan", "--tables"], 2, "--tables: not allowed with argument --plan"),
     ],
 )
 def test_bad_input_is_one_line_and_its_exit_code(tmp_path, capsys, arguments, code, told):
@@ -44,6 +45,13 @@ def test_without_a_name_it_lists_the_studies_and_their_rows(capsys):
 def test_a_plan_writes_nothing(tmp_path, capsys):
     assert cli.main(["study", "channel", "--plan", *TINY, "--arms", "plain"]) == 0
     assert "0 of 1 runs have a record" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_tables_of_a_place_without_records_are_told_of(tmp_path, capsys):
+    assert cli.main(["study", "channel", "order", "--tables", "--out", "nowhere"]) == 0
+    told = capsys.readouterr().out
+    assert all(f"No record of {name} in nowhere/{name}" in told for name in ("channel", "order"))
     assert list(tmp_path.iterdir()) == []
 
 

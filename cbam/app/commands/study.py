@@ -34,8 +34,9 @@ def add(parser: Parser) -> None:
     parser.add_argument(
         "--out", default=OUT, metavar="DIR", help=f"where the folder of the study is (default: {OUT})"
     )
-    parser.add_argument("--plan", action="store_true", help="say what there is to do, and do nothing")
-    parser.add_argument("--tables", action="store_true", help="compute the tables anew, and train nothing")
+    alone = parser.add_mutually_exclusive_group()
+    alone.add_argument("--plan", action="store_true", help="say what there is to do, and do nothing")
+    alone.add_argument("--tables", action="store_true", help="compute the tables anew, and train nothing")
     parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu or cuda (default: auto)")
     parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes that load pictures")
     parser.add_argument(
@@ -85,6 +86,8 @@ def run(options: argparse.Namespace) -> int:
             show("")
             show(table)
             show(f"Records, tables and figures: {records.path}")
+        else:
+            show(f"No record of {study.name} in {records.path}")
     if left:
         raise StoppedError(
             f"{counted(left, 'run')} still without a record; the same command goes on from here"
