@@ -14,7 +14,7 @@ import torch
 from cbam import ops
 from cbam.errors import ConfigError, DataError, OutputError, StoppedError, first_line
 from cbam.studies import machine
-from cbam.studies.records import Records, counts, same_pictures
+from cbam.studies.records import Records, counts, read, same_pictures
 from cbam.studies.study import Arm, Protocol, Study, run_config, run_key, run_name, said
 from cbam.studies.training import Keep, Training, trunk
 from cbam.train.versions import versions
@@ -93,13 +93,10 @@ class Filling:
         """
         began = time.monotonic()
         end = None if budget is None else began + budget
-        todo = self.missing(seeds)
+        todo = [run for run in self.missing(seeds) if not self._taken_over(run)]
         for run in todo:
             part = share / len(todo)
-            if self._has(run) or run.arm in self.failed:  # by now
-                self.watch.advance(part)
-            elif taken := self.records.take_over(run.name, run.config, self.training.pictures.about):
-                self._tell(run, f"taken over from {taken.parent.name}/{taken.name}")
+            if self._has(run) or run.arm in self.failed or self._taken_over(run):  # by now
                 self.watch.advance(part)
             elif end is not None and time.monotonic() + self._least(run) > end:
                 self.watch.say("the time is over before another run would be")
@@ -119,6 +116,13 @@ class Filling:
                     reason = f"{type(error).__name__}: {first_line(error, 200)}"
                     self._tell(run, f"failed, and its row is left out: {reason}")
         return len(self.missing(seeds))
+
+    def _taken_over(self, run: Run) -> bool:
+        """Whether another study had the record, of which there is a copy here now."""
+        taken = self.records.take_over(run.name, run.config, self.training.pictures.about)
+        if taken is not None:
+            self._tell(run, f"taken over from {taken.parent.name}/{taken.name}")
+        return taken is not None
 
     def _train(self, run: Run, end: float | None, share: float) -> None:
         with self.records.claimed(_claim(run)) as mine:
@@ -181,15 +185,15 @@ class Filling:
             return run.name
         return f"{run.name}.dirty-{self.origin['source'][:8]}"
 
-    def _expected(self, run: Run) -> float:
-        """Seconds that a run of these settings took on such a device; 0 where nothing tells.
+    def _expected(self, run: Run, known: Iterable[dict[str, Any]]) -> float:
+        """Seconds that a run of these settings took on such a device, by these records; 0 where none tells.
 
         Where there is none, those of a pass of the same network over pictures of the same size, as often as
         this run makes one. The median: the first run of a process also compiles kernels and looks for the
         fastest convolutions.
         """
         about, device = self.training.pictures.about, machine.describe(self.training.device)
-        here = [r for r in self.records.all().values() if counts_or_dirty(r) and r["device"] == device]
+        here = [r for r in known if counts_or_dirty(r) and r["device"] == device]
         own = [r["seconds"] for r in here if _but_seed(r["config"]) == _but_seed(run.config)]
         if own:
             return statistics.median(own)
@@ -202,19 +206,39 @@ class Filling:
 
     def _least(self, run: Run) -> float:
         """The seconds below which it is no use to begin: those of the whole run, where it cannot be kept."""
-        return self._expected(run) if self.protocol.small else 0.0
+        return self._expected(run, self.records.all().values()) if self.protocol.small else 0.0
 
-    def plan(self, seeds: int) -> str:
-        """How much there is to do, and how long that takes by the records made on such a device."""
-        todo, whole = self.missing(seeds), len(list(self.runs(seeds)))
-        known = [seconds for run in todo if (seconds := self._expected(run))]
-        told = f"{self.study.name} on {self.protocol.data}: {whole - len(todo)} of {whole} runs have a record"
+    def plan(self, seeds: int, earlier: Iterable["Filling"] = ()) -> str:
+        """How much there is to do, and how long that takes by the records made on such a device.
+
+        Args:
+            earlier: what is filled before, in the same call: this takes over its runs too.
+        """
+        missing, whole = self.missing(seeds), len(list(self.runs(seeds)))
+        about, known = self.training.pictures.about, list(self.records.all().values())
+        soon, todo = set(), []
+        if self.origin["dirty"] is False:  # no other run is taken over
+            soon = {run_key(run.config) for filling in earlier for run in filling.missing(seeds)}
+        for run in missing:
+            if path := self.records.elsewhere(run.config, about):
+                known.append(read(path))
+            elif run_key(run.config) not in soon:
+                todo.append(run)
+        told = (
+            f"{self.study.name} on {self.protocol.data}: {whole - len(missing)} of {whole} runs have a record"
+        )
+        if taken := len(missing) - len(todo):
+            told += f", {taken} {'is' if taken == 1 else 'are'} taken over from other studies"
+        return told + self._duration(todo, known)
+
+    def _duration(self, todo: list[Run], known: list[dict[str, Any]]) -> str:
         if not todo:
-            return told
-        if not known:
-            return f"{told}; how long the others take is not known, no such run was made on this device yet"
-        some = "" if len(known) == len(todo) else f"{len(known)} of "
-        return f"{told}; {some}the other {len(todo)} take about {sum(known) / 3600:.1f} hours one by one"
+            return ""
+        expected = [seconds for run in todo if (seconds := self._expected(run, known))]
+        if not expected:
+            return "; how long the others take is not known, no such run was made on this device yet"
+        some = "" if len(expected) == len(todo) else f"{len(expected)} of "
+        return f"; {some}the other {len(todo)} take about {sum(expected) / 3600:.1f} hours one by one"
 
     def _tell(self, run: Run, what: str) -> None:
         self.watch.say(f"{self.study.name} {run.arm} seed {run.config['seed']}: {what}")

@@ -62,8 +62,8 @@ class Records:
         with contextlib.suppress(OSError):  # there are others
             (self.path / UNFINISHED).rmdir()
 
-    def take_over(self, name: str, config: dict[str, Any], about: dict[str, Any]) -> Path | None:
-        """Copy the record of the same settings and pictures from another study beside this one, if any.
+    def elsewhere(self, config: dict[str, Any], about: dict[str, Any]) -> Path | None:
+        """The record of the same settings and pictures in another study beside this one, if any.
 
         Args:
             about: what tells the pictures from others, as records have it under "data".
@@ -75,9 +75,15 @@ class Records:
             record = read(path)
             same = said(record["config"]) == said(config) and same_pictures(record["data"], about)
             if same and counts(record):
-                self._place(name, path.read_bytes())
                 return path
         return None
+
+    def take_over(self, name: str, config: dict[str, Any], about: dict[str, Any]) -> Path | None:
+        """Copy the record that there is `elsewhere`; where it came from."""
+        path = self.elsewhere(config, about)
+        if path is not None:
+            self._place(name, path.read_bytes())
+        return path
 
     def _place(self, name: str, data: bytes) -> bool:
         """A name that appears with all its bytes, and is never taken from another: link, not rename.

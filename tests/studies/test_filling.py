@@ -149,6 +149,35 @@ def test_runs_of_equal_settings_are_taken_over_by_another_study(filled, tmp_path
     assert {name: len(runs) for name, runs in table.runs.items()} == {"se": 2, "cbam": 2}
 
 
+def test_the_plan_counts_what_is_taken_over_and_no_budget_is_too_small_for_that(filled, tmp_path):
+    out, _ = filled
+    shutil.copytree(out / "order", tmp_path / "order")
+    peers = study(tmp_path, "peers", watch := Listener(), ("plain", "se", "cbam"))
+    told = "peers on digits: 0 of 9 runs have a record, 4 are taken over from other studies; the other 5 take"
+    assert peers.plan(3).startswith(told)
+    assert (
+        study(tmp_path, "peers", arms=["se"])
+        .plan(2)
+        .endswith("have a record, 2 are taken over from other studies")
+    )
+    assert conduct(peers, seeds=3, budget=0.0) == 5
+    assert len(Records(tmp_path, "peers").all()) == 4
+    assert watch.phases == []
+
+
+@pytest.mark.parametrize(
+    ("dirty", "told"), [(False, "1 is taken over from other studies; how long"), (True, "; how")]
+)
+def test_the_plan_of_several_studies_counts_a_run_once_unless_it_is_of_changed_code(
+    tmp_path, monkeypatch, dirty, told
+):
+    monkeypatch.setattr(filling_file, "origin", lambda commit: CLEAN | {"dirty": dirty})
+    first, second = study(tmp_path), study(tmp_path, "channel", arms=["avg", "max"])
+    assert "0 of 2 runs have a record; how long" in first.plan(1)
+    assert told in second.plan(1, [first])
+    assert ("taken over" in second.plan(1, [first])) != dirty
+
+
 def test_ctrl_c_leaves_no_half_record_and_a_table_of_what_is_there(tmp_path):
     # C10, R18
     label = STUDIES["order"].arms["channel-spatial"].label

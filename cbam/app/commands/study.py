@@ -110,8 +110,8 @@ def _fill(options: argparse.Namespace) -> int:
             )
             for name in options.name
         ]  # fmt: skip
-        for filling in fillings:
-            watch.say(filling.plan(options.seeds))
+        for i, filling in enumerate(fillings):
+            watch.say(filling.plan(options.seeds, fillings[:i]))
         if options.plan:
             return 0
         if fillings[0].origin["dirty"] is not False:
