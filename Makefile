@@ -18,8 +18,8 @@ SITE := $(BIN)/python -m sphinx -q -W --keep-going -c docs -d build/doctrees . b
 	test-lowest test-newest dist check format clean again
 
 help: ## this list
-	@echo "make TARGET [PYTHON=python3.12]; the first one sets up .venv, which needs Python 3.11 or newer and pip"
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' Makefile | awk -F'|' '{ printf "%-12s %s\n", $$1, $$2 }'
+	@echo "make TARGET [PYTHON=python3.12]; the first use sets up .venv, which needs Python 3.11 or newer and pip"
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' Makefile | awk -F'|' '{ printf "%-14s %s\n", $$1, $$2 }'
 
 demo: $(NATIVE) ## train a small network with and without attention, and show what that brought (demo-report/)
 	$(BIN)/cbam compare --out demo-report --overwrite
