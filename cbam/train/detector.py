@@ -11,7 +11,8 @@ from cbam.errors import CheckpointError, CheckpointNotFoundError, ConfigError
 from cbam.models import build, detector
 from cbam.models.detectors import DETECTORS, TimmMaps
 from cbam.nn.gate import SigmoidGate
-from cbam.surgery import load_weights
+from cbam.surgery import attached, load_weights
+from cbam.surgery.route import SLOT
 from cbam.surgery.weights import Loaded
 
 _VGG_CONV5 = 23  # the place of the fourth pooling in torchvision's VGG16: what follows is `extra.0` of an SSD
@@ -47,7 +48,8 @@ def begin_with(model: nn.Module, name: str, source: str | Mapping[str, Tensor]) 
 
     The last layer of a classifier stays as it is where the file's was made for other classes. A detector also
     takes those of a classifier, for the network inside it: the pyramid and the heads then stay as they are,
-    and so do the layers that SSD adds, the former fully connected ones of VGG16 among them.
+    and so do the layers that SSD adds, the former fully connected ones of VGG16 among them. Attention that is
+    not in the file stays as it is.
 
     Raises:
         CheckpointNotFoundError, CheckpointError: no such file, or one that fits neither.
@@ -60,7 +62,7 @@ def begin_with(model: nn.Module, name: str, source: str | Mapping[str, Tensor]) 
         try:
             if name.partition(":")[0] in DETECTORS:
                 network, loaded = _classifier(model, name, source)
-                put_body(model, network)
+                put_body(model, network, attention=loaded.format != "plain")
                 return replace(loaded, head_skipped=False), True  # whose classes those are is of no account
             return load_weights(model, source, head="skip"), False
         except CheckpointError as misfit:
@@ -78,36 +80,37 @@ def _classifier(model: nn.Module, name: str, source: str | Mapping[str, Tensor])
     return network, loaded
 
 
-def put_body(model: nn.Module, network: nn.Module) -> None:
-    """Copy the weights of a classifier into the network inside a detector over it.
+def put_body(model: nn.Module, network: nn.Module, *, attention: bool) -> None:
+    """Copy the weights of a classifier into the network inside a detector over it; its `attention` if asked.
 
     Raises:
         CheckpointError: they are different networks.
     """
     parts: Any = model
     if _is_single_shot(model):
-        body, extra = getattr(parts.backbone, "maps", parts.backbone), "extra."
+        body, own = getattr(parts.backbone, "maps", parts.backbone), ("extra.", "scale_weight")
     else:
-        body, extra = parts.backbone.body, ""
+        body, own = parts.backbone.body, ()
     if isinstance(body, TimmMaps):
         body = body.network
-    _copy(network, body, extra)
+    _copy(network, body, attention, own)
     head: nn.Module | None = getattr(getattr(parts, "roi_heads", None), "box_head", None)
     if head is not None and hasattr(head, "layer4"):  # fasterrcnn_c4 has the last stage there
-        _copy(network, head, "")
+        _copy(network, head, attention)
 
 
-def _copy(network: nn.Module, body: nn.Module, extra: str) -> None:
-    """Copy all of `body` from modules of the same names, but for what begins with `extra`."""
+def _copy(network: nn.Module, body: nn.Module, attention: bool, own: tuple[str, ...] = ()) -> None:
+    """Copy all of `body` from modules of the same names, but for what begins with `own` and is not there."""
+    kept = () if attention else tuple(f"{block}.{SLOT}." for block in attached(body))
     theirs = network.state_dict()
-    values = {key: theirs[name] for key in body.state_dict() if (name := _name(key)) in theirs}
-    stay = (extra, "scale_weight") if extra else ()
-    left = [key for key in body.state_dict().keys() - values.keys() if not key.startswith(stay)]
+    wanted = [key for key in body.state_dict() if not key.startswith(kept)]
+    values = {key: theirs[name] for key in wanted if (name := _name(key)) in theirs}
+    left = [key for key in wanted if key not in values and not key.startswith(own)]
     left = [key for key in left if not key.endswith(".gain")]
     if left:
         raise CheckpointError(f"{type(network).__name__} lacks {left[0]} of the detector's network")
     for key, gate in body.named_modules():
-        if isinstance(gate, SigmoidGate):
+        if isinstance(gate, SigmoidGate) and not f"{key}.".startswith(kept):
             like: Any = network.get_submodule(key)
             gate.set_gain(like.gain_value())
     body.load_state_dict(values, strict=False)

@@ -352,6 +352,27 @@ def test_a_classifier_goes_into_the_network_of_a_detector(name, tmp_path):
     assert all(torch.equal(value, other.state_dict()[key]) for key, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize("start", ["paper", "identity"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "fasterrcnn:timm:test_resnet+cbam",
+        pytest.param("fasterrcnn_c4:resnet18+se", marks=pytest.mark.large),
+    ],
+)
+def test_attention_that_a_classifier_lacks_begins_as_was_said(name, start):
+    plain = build(name.partition(":")[2].partition("+")[0], num_classes=7).state_dict()
+    model = make_detector(name, 3, start=start, size=None, regions=None)
+    before = {key: value.clone() for key, value in model.state_dict().items() if ".cbam." in key}
+    assert any(key.endswith(".gain") for key in before) == (start == "identity")
+    assert begin_with(model, name, plain)[1]
+    after = model.state_dict()
+    assert {key for key in after if ".cbam." in key} == before.keys()
+    assert all(torch.equal(after[key], value) for key, value in before.items())
+    first = next(iter(plain))
+    assert any(torch.equal(value, plain[first]) for key, value in after.items() if key.endswith(f".{first}"))
+
+
 def test_a_file_that_is_neither_is_refused(tmp_path):
     torch.save({"weight": torch.ones(3)}, tmp_path / "odd.pt")
     model = make_detector("ssd300:mobilenet_v1", 3, start="paper", size=None, regions=None)
