@@ -18,6 +18,7 @@ from cbam.errors import DataError
 LISTS = ("images", "annotations", "categories")
 FILLED_AREA = "an annotation has no area: taken is width times height"
 FILLED_CROWD = "an annotation has no iscrowd: taken is 0"
+TWICE = "a picture is there again, under another id, with boxes of its own: both are kept"
 ID_ZERO = "an annotation has the id 0, which COCO's evaluation takes for no match: numbered anew"
 
 
@@ -81,6 +82,7 @@ class CocoReader:
 
     def _read_images(self) -> None:
         files = picture_files(self._folder)
+        names: set[str] = set()
         for id, element in self._identified("images", "image"):
             name = element.value.get("file_name")
             if not isinstance(name, str) or not name or "\0" in name:
@@ -88,7 +90,7 @@ class CocoReader:
                 continue
             path = self._folder / name
             # A name that leads into a folder is looked up, others are in the listing.
-            there = path.is_file() if "/" in name or "\\" in name else name in files
+            there = _is_file(path) if "/" in name or "\\" in name else name in files
             if not there and self._missing:
                 self._count(element, self._missing, f" ({shown(path)})")
                 self._left_out.add(id)
@@ -101,6 +103,9 @@ class CocoReader:
                 continue
             if not there:
                 self._refuse(element, f"image {id}: {shown(path)} is not there")
+            if name in names:
+                self._count(element, TWICE, f" ({shown(path)})")
+            names.add(name)
             self._indices[id] = len(self.pictures)
             self.pictures.append(Picture(id, name, str(path), height, width))
 
@@ -207,7 +212,15 @@ def pictures_of(document: LocatedJSON, root: Path) -> Path:
     values = [element.value for element in (listed or [])[:100]]
     found = [value.get("file_name") for value in values if isinstance(value, dict)]
     known = [name for name in found if isinstance(name, str) and name and "\0" not in name]
-    return next((folder for folder in there if any((folder / name).is_file() for name in known)), there[0])
+    having = (folder for folder in there if any(_is_file(folder / name) for name in known))
+    return next(having, there[0])
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that is too long
+        return False
 
 
 def _annotation_fault(annotation: dict) -> str:

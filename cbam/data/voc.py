@@ -52,12 +52,10 @@ def voc(
     readers = [VocReader(folder, split) for folder in folders]
     findings = [finding for reader in readers for finding in reader.findings]
     found = sorted({name for reader in readers for name in reader.classes})
-    labels = {name: label for label, name in enumerate(found if classes is None else classes, 1)}
+    labels = {shown(name): label for label, name in enumerate(found if classes is None else classes, 1)}
     for reader in readers:
         unknown = [name for name in reader.classes if name not in labels]
-        findings += [
-            reader.classes[name].of(f"class {shown(name)!r} is not one of the classes") for name in unknown
-        ]
+        findings += [reader.classes[name].of(f"class {name!r} is not one of the classes") for name in unknown]
     notes = accept(findings, shown(folders[0]))
     pictures: list[Picture] = []
     things: list[Thing] = []
@@ -65,9 +63,7 @@ def voc(
         first = len(pictures)
         pictures += [p._replace(id=first + p.id) for p in reader.pictures]
         things += [t._replace(image=first + t.image, label=labels[name]) for name, t in reader.objects]
-    return BoxedImages(
-        f"{shown(Path(folders[0]).name)} {split}", [shown(n) for n in labels], pictures, things, notes
-    )
+    return BoxedImages(f"{shown(Path(folders[0]).name)} {split}", list(labels), pictures, things, notes)
 
 
 class Node:
@@ -170,7 +166,7 @@ class VocReader:
                 self._add(node, index, height, width)
 
     def _add(self, node: Node, image: int, height: int, width: int) -> None:
-        name = _said(node, "name")
+        name = shown(_said(node, "name"))
         if not name:
             self.findings.append(node.of("an object without a name"))
             return
@@ -179,7 +175,7 @@ class VocReader:
         sides = [_number(box, side) for side in SIDES] if box else []
         if box is None or not all(map(math.isfinite, sides)):
             what = "has no bndbox" if box is None else "has a box that is not four finite numbers"
-            self.findings.append((box or node).of(f"{shown(name)} {what}"))
+            self.findings.append((box or node).of(f"{name} {what}"))
             return
         difficult = _said(node, "difficult") or "0"
         if difficult not in ("0", "1"):
@@ -197,7 +193,7 @@ class VocReader:
         box, done = (None, DEGENERATE) if flat else tidied((x0, y0, right, bottom), *size)
         if done:
             given = " ".join(f"{side:g}" for side in sides)
-            self.findings.append(node.of(f"{done} ({shown(name)}: {given})", done))
+            self.findings.append(node.of(f"{done} ({name}: {given})", done))
         if box:
             area = (box[2] - box[0]) * (box[3] - box[1])
             self.objects.append((name, Thing(image, box, 0, area, difficult=difficult)))

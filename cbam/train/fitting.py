@@ -200,7 +200,7 @@ def evaluate_detector(
     """Scores and detections of `model` on `images`: see `evaluate`.
 
     Raises:
-        NonFiniteError: a box or a score is NaN. MissingExtraError: what scores by COCO's rules is not there.
+        NonFiniteError: a box or a score is NaN. DataError: a bad picture. ConfigError: no such device.
     """
     steps = _validated(model, images, batch_size, device, workers, on_step)
     found, truth = steps.collected

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from cbam.data import coco
+from cbam.data.coco import TWICE
 from cbam.data.segmentation import mask_fault
 from cbam.errors import DataError
 
@@ -252,6 +253,22 @@ def test_a_missing_or_broken_picture_is_named(write, folder):
     images = coco(*arguments)
     with pytest.raises(DataError, match=r"b\.png \(image 9\): not an image \(starts with '<html'\)"):
         images[1]
+
+
+def test_a_name_that_no_file_can_have_is_named(write, folder):
+    (folder / "inner").mkdir()
+    name = f"inner/{'x' * 400}.jpg"
+    image = {"id": 7, "file_name": name, "height": 48, "width": 64}
+    assert refusal(write([annotation(1)], images=[image])).endswith(f"{name} is not there")
+
+
+def test_a_picture_under_two_ids_is_kept_twice_and_counted(write):
+    images = [{"id": id, "file_name": "a.jpg", "height": 48, "width": 64} for id in (7, 9)]
+    arguments = write([annotation(1), annotation(2, image=9)], images=images)
+    found = coco(*arguments)
+    assert [len(found[i]["labels"]) for i in range(2)] == [1, 1]
+    (note,) = found.notes
+    assert note.startswith(f"1 times: {TWICE}; the first: {arguments[0]} line ")
 
 
 def test_a_picture_of_another_size_than_stated_is_refused(write, folder, encoded, pixels):

@@ -69,6 +69,15 @@ def test_a_test_set_takes_the_classes_of_its_training_set(folder):
     assert told == f"{root}/Annotations/a.xml line 7: class 'ant' is not one of the classes"
 
 
+def test_a_class_with_a_sign_that_cannot_be_seen_is_the_same_in_both_sets(folder):
+    root = folder({"a": xml(thing("cat\u200b"))})
+    folder({"b": xml(thing("cat\u200b"))}, "val")
+    train = voc(root, "train")
+    assert train.classes == ["cat\\u200b"]
+    for classes in (train.classes, ["cat\u200b"]):
+        assert voc(root, "val", classes=classes)[0]["labels"].tolist() == [1]
+
+
 def test_several_folders_are_one_set(folder):
     roots = [folder({"a": xml(thing("dog"))}, inside="one"), folder({"a": xml(thing("cat"))}, inside="two")]
     images = voc(roots, "train")
