@@ -1,6 +1,7 @@
 """A folder of COCO or Pascal VOC -> a training and a validation set of pictures with boxes."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from cbam.data.boxes import BoxedImages
@@ -13,6 +14,9 @@ LAYOUTS = (
     "VOC2007 (and VOC2012), JPEGImages with Annotations and ImageSets, annotations/instances_*.json beside "
     "their folders of pictures, or train/_annotations.coco.json"
 )
+
+
+PARTS = (("trainval", "test"), ("train", "val"))  # of one folder like VOC's, the first that are there
 
 
 def boxed_folder(path: str | os.PathLike) -> tuple[BoxedImages, BoxedImages]:
@@ -42,15 +46,24 @@ def boxed_folder(path: str | os.PathLike) -> tuple[BoxedImages, BoxedImages]:
     return train, val
 
 
+def voc_years(root: Path) -> list[Path]:
+    """The folders of VOC's years in `root`; one of them alone is a folder in VOC's form itself."""
+    return [root / year for year in ("VOC2007", "VOC2012") if (root / year).is_dir()]
+
+
+def is_voc(root: Path) -> bool:
+    """Whether `root` is itself in VOC's form."""
+    return (root / "Annotations").is_dir() and (root / "ImageSets" / "Main").is_dir()
+
+
 def _voc(root: Path) -> tuple[BoxedImages, BoxedImages] | None:
-    years = [root / year for year in ("VOC2007", "VOC2012") if (root / year).is_dir()]
+    years = voc_years(root)
     if years:
         train = voc(years, "trainval")
         val = voc(years[0], "test", classes=train.classes or None)
-    elif (root / "Annotations").is_dir() and (root / "ImageSets" / "Main").is_dir():
+    elif is_voc(root):
         splits = {path.stem for path in (root / "ImageSets" / "Main").glob("*.txt")}
-        pairs = (("trainval", "test"), ("train", "val"))
-        pair = next((pair for pair in pairs if splits.issuperset(pair)), None)
+        pair = next((pair for pair in PARTS if splits.issuperset(pair)), None)
         if pair is None:
             raise DataError(
                 f"{shown(root / 'ImageSets' / 'Main')}: trainval.txt and test.txt, or train.txt and val.txt, "
@@ -91,11 +104,17 @@ def _roboflow(root: Path) -> tuple[BoxedImages, BoxedImages] | None:
 
 
 def _same_classes(train: BoxedImages, val: BoxedImages) -> tuple[BoxedImages, BoxedImages]:
-    if train.classes != val.classes:
-        only = sorted(set(train.classes) ^ set(val.classes))[:5]
-        told = f"only one has {', '.join(only)}" if only else "their order differs"
-        raise DataError(f"{train.name} and {val.name} do not have the same categories: {told}")
+    if differ := differing(train.classes, val.classes):
+        raise DataError(f"{train.name} and {val.name} do not have the same categories: {differ}")
     return train, val
+
+
+def differing(train: Sequence[str], val: Sequence[str]) -> str:
+    """How the categories of two COCO files differ; "" if they do not."""
+    if list(train) == list(val):
+        return ""
+    only = sorted(set(train) ^ set(val))[:5]
+    return f"only one has {', '.join(only)}" if only else "their order differs"
 
 
 def _none(root: Path) -> tuple[BoxedImages, BoxedImages]:

@@ -278,17 +278,22 @@ def _upright(picture: Picture, boxes: np.ndarray, where: str) -> tuple[Tensor, n
     except OSError as error:
         raise DataError(f"{where}: {error.strerror or error}") from error
     image, turn = decode_bytes(data, where), orientation(data)
-    upright = tuple(image.shape[1:])
-    stored = upright[::-1] if turn >= 5 else upright
+    height, width = image.shape[1:]
+    stored = (width, height) if turn >= 5 else (height, width)
+    if fault := size_fault(picture, stored, turn):
+        raise DataError(f"{where}: {fault}")
+    on_stored = (picture.height, picture.width) == stored
+    return image, turned(boxes, turn, *stored) if on_stored else boxes
+
+
+def size_fault(picture: Picture, stored: tuple[int, int], turn: int) -> str:
+    """What is wrong with the size that the annotation of a picture `stored` so states; "" if nothing."""
     said = (picture.height, picture.width)
-    if said == (0, 0):
-        return image, boxes
-    if said == stored:
-        return image, turned(boxes, turn, *stored)
-    if said == upright:
-        return image, boxes
-    raise DataError(
-        f"{where}: {stored[1]}x{stored[0]} pixels, its annotation says {said[1]}x{said[0]}; "
+    upright = stored[::-1] if turn >= 5 else stored
+    if said in ((0, 0), stored, upright):
+        return ""
+    return (
+        f"{stored[1]}x{stored[0]} pixels, its annotation says {said[1]}x{said[0]}; "
         "boxes on another size mean nothing"
     )
 

@@ -3,13 +3,14 @@
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 
-from cbam.data.boxes import Finding
+from cbam.data.boxed_folder import PARTS, differing, is_voc, voc_years
+from cbam.data.boxes import Finding, Picture, size_fault
 from cbam.data.coco import LISTS, CocoReader, pictures_of
-from cbam.data.decode import decode_bytes, header_of, not_an_image, read, shown
+from cbam.data.decode import decode_bytes, header_of, not_an_image, orientation, read, shown
 from cbam.data.located import LocatedJSON
 from cbam.data.scan import EXTENSIONS, Classes, find_pictures
 from cbam.data.voc import VocReader
@@ -22,8 +23,9 @@ _START_OF_SCAN, _END_OF_IMAGE = b"\xff\xda", b"\xff\xd9"
 def check(path: str | os.PathLike, *, deep: bool = False) -> tuple[str, Iterator[Finding]]:
     """What the folder at `path` is, and its faults, one by one as they are found.
 
-    A folder with `Annotations` and `ImageSets/Main` is VOC's; every split is read. One with JSON files of
-    COCO's lists, or whose folders hold some, is COCO's. Any other is taken for class folders of pictures.
+    A folder with `Annotations` and `ImageSets/Main`, or with `VOC2007` or `VOC2012`, is VOC's; every split is
+    read. One with JSON files of COCO's lists, or whose folders hold some, is COCO's. Any other is taken for
+    class folders of pictures.
 
     Args:
         deep: decode every picture, look for the end marker of every JPEG, and for files in both parts or in
@@ -35,10 +37,10 @@ def check(path: str | os.PathLike, *, deep: bool = False) -> tuple[str, Iterator
     root = Path(path)
     if not root.is_dir():
         raise DataError(f"{shown(path)}: {'a file; give its folder' if root.exists() else 'no such folder'}")
-    if (root / "Annotations").is_dir() and (root / "ImageSets" / "Main").is_dir():
-        return "VOC", _voc(root, deep)
+    if years := voc_years(root) or ([root] if is_voc(root) else []):
+        return "VOC", _voc(years, deep)
     if files := _coco_files(root):
-        return "COCO", chain.from_iterable(_coco(root, file, deep) for file in files)
+        return "COCO", _coco(root, files, deep)
     return "class folders of pictures", _classes(root, deep)
 
 
@@ -109,23 +111,55 @@ def _twins(splits: dict[str, Classes]) -> Iterator[Finding]:
             yield Finding(shown(path), f"the same file is in class {shown(other_name)}: {shown(other)}")
 
 
-def _voc(root: Path, deep: bool) -> Iterator[Finding]:
+def _boxed(pictures: Iterable[Picture], deep: bool) -> Iterator[Finding]:
+    """Faults of the picture files, and of the sizes that their annotations state."""
+    for picture in pictures:
+        if fault := picture_fault(picture.path, deep=deep):
+            yield fault
+        if told := _stated_fault(picture):
+            yield Finding(shown(picture.path), told)
+
+
+def _stated_fault(picture: Picture) -> str:
+    """What is wrong with the size that its annotation states; nothing where the file's own cannot be read."""
+    header = header_of(picture.path)
+    stored = (header.height, header.width) if header else (0, 0)
+    if not header or not size_fault(picture, stored, 1):
+        return ""
+    return size_fault(picture, stored, orientation(read(picture.path)))  # a turn may make it the upright one
+
+
+def _voc(roots: list[Path], deep: bool) -> Iterator[Finding]:
     """Every split once; what two splits share is told once. Lists of single classes repeat the whole ones."""
-    splits = sorted(path.stem for path in (root / "ImageSets" / "Main").glob("*.txt") if "_" not in path.stem)
-    if not splits:
-        yield Finding(shown(root / "ImageSets" / "Main"), "no list of pictures (train.txt, val.txt, ...)")
     told: set[Finding] = set()
-    paths: dict[str, None] = {}
-    for split in splits:
-        try:
-            reader = VocReader(root, split)
-        except DataError as error:
-            yield Finding("", str(error))
-            continue
-        yield from (finding for finding in reader.findings if finding not in told)
-        told |= set(reader.findings)
-        paths |= {picture.path: None for picture in reader.pictures}
-    yield from _pictures(iter(paths), deep)
+    pictures: dict[str, Picture] = {}
+    parts: dict[str, dict[str, Finding]] = {}  # of a split: its classes, and what to say of each
+    paths: dict[str, list[str]] = {}
+    for root in roots:
+        lists = root / "ImageSets" / "Main"
+        splits = sorted(path.stem for path in lists.glob("*.txt") if "_" not in path.stem)
+        if not splits:
+            yield Finding(shown(lists), "no list of pictures (train.txt, val.txt, ...)")
+        for split in splits:
+            try:
+                reader = VocReader(root, split)
+            except DataError as error:
+                yield Finding("", str(error))
+                continue
+            yield from (finding for finding in reader.findings if finding not in told)
+            told |= set(reader.findings)
+            own = parts.setdefault(split, {})
+            for name, node in reader.classes.items():
+                own.setdefault(
+                    name, node.of(f"class {name!r} is in {split} and not in the training pictures")
+                )
+            pictures |= {picture.path: picture for picture in reader.pictures}
+            paths.setdefault(split, []).extend(picture.path for picture in reader.pictures)
+    train, val = next((pair for pair in PARTS if paths.keys() >= set(pair)), ("", ""))
+    yield from (fault for name, fault in parts.get(val, {}).items() if name not in parts[train])
+    yield from _boxed(pictures.values(), deep)
+    if deep and train:
+        yield from _twins({"train": {"": paths[train]}, "validate": {"": paths[val]}})
 
 
 def _coco_files(root: Path) -> list[Path]:
@@ -146,13 +180,29 @@ def _is_coco(file: Path) -> bool:
     return any(b'"%s"' % key.encode() in head for key in (*LISTS, "info"))
 
 
-def _coco(root: Path, file: Path, deep: bool) -> Iterator[Finding]:
-    try:
-        document = LocatedJSON(file)
-        reader = CocoReader(document, pictures_of(document, root))
-    except DataError as error:
-        yield Finding("", str(error))
-        return
-    yield from reader.findings
-    there = (p.path for p in reader.pictures if Path(p.path).is_file())  # the reader told of the others
-    yield from _pictures(there, deep)
+def _coco(root: Path, files: list[Path], deep: bool) -> Iterator[Finding]:
+    parts: dict[str, tuple[list[str], list[str]]] = {}  # of a purpose: classes, and paths of pictures
+    for file in files:
+        try:
+            document = LocatedJSON(file)
+            reader = CocoReader(document, pictures_of(document, root))
+        except DataError as error:
+            yield Finding("", str(error))
+            continue
+        yield from reader.findings
+        # the reader told of the others
+        there = [picture for picture in reader.pictures if Path(picture.path).is_file()]
+        yield from _boxed(there, deep)
+        purpose = _purpose(file)
+        parts.setdefault(purpose, (reader.classes, [picture.path for picture in there]))
+        trained = parts["train"][0] if purpose and "train" in parts else reader.classes
+        if differ := differing(trained, reader.classes):
+            yield Finding(shown(file), f"its categories are not those of the training file: {differ}")
+    if deep and parts.keys() >= {"train", "validate"}:
+        yield from _twins({purpose: {"": parts[purpose][1]} for purpose in ("train", "validate")})
+
+
+def _purpose(file: Path) -> str:
+    """What training takes a COCO file for: "train", "validate", or "" for nothing."""
+    name = file.stem.removeprefix("instances_") if file.stem.startswith("instances_") else file.parent.name
+    return "train" if name.startswith("train") else "validate" if name.startswith("val") else ""

@@ -100,7 +100,7 @@ def coco_folder(tmp_path, encoded, pixels):
     (root / "annotations").mkdir(parents=True)
     for split in ("train2017", "val2017"):
         (root / split).mkdir()
-        (root / split / "1.jpg").write_bytes(encoded(pixels(20, 30), "JPEG"))
+        (root / split / "1.jpg").write_bytes(encoded(pixels(20, 30), "JPEG", comment=split.encode()))
         lists = {
             "images": [{"id": 1, "file_name": "1.jpg", "height": 20, "width": 30}],
             "annotations": [
@@ -168,3 +168,53 @@ def test_voc_folders_are_told_with_their_lines_and_each_fault_once(tmp_path, enc
     assert told(tmp_path, deep=True) == ("VOC", [degenerate, f"{tmp_path}/JPEGImages/a.jpg: {NO_END}"])
     (tmp_path / "ImageSets/Main/val.txt").write_text("b\n")
     assert f"{tmp_path}/ImageSets/Main/val.txt line 1: there is no picture b" in told(tmp_path)[1][-1]
+
+
+def test_a_picture_of_another_size_than_stated_is_told(coco_folder, encoded, pixels):  # D6
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    upright = encoded(pixels(30, 20), "JPEG", exif=turned.tobytes())  # 20 x 30 as it is seen
+    (coco_folder / "train2017/1.jpg").write_bytes(upright)
+    (coco_folder / "val2017/1.jpg").write_bytes(encoded(pixels(30, 20), "JPEG"))
+    wrong = "20x30 pixels, its annotation says 30x20; boxes on another size mean nothing"
+    assert told(coco_folder) == ("COCO", [f"{coco_folder}/val2017/1.jpg: {wrong}"])
+    assert told(coco_folder, deep=True) == ("COCO", [f"{coco_folder}/val2017/1.jpg: {wrong}"])
+
+
+def test_parts_of_a_coco_folder_that_do_not_go_together_are_told(coco_folder, encoded, pixels):  # D14, D19
+    (coco_folder / "val2017/1.jpg").write_bytes((coco_folder / "train2017/1.jpg").read_bytes())
+    file = coco_folder / "annotations/instances_val2017.json"
+    file.write_text(file.read_text().replace('"x"', '"y"'))
+    categories = f"{file}: its categories are not those of the training file: only one has x, y"
+    twin = f"{coco_folder}/val2017/1.jpg: the same file is there to train: {coco_folder}/train2017/1.jpg"
+    assert told(coco_folder) == ("COCO", [categories])
+    assert told(coco_folder, deep=True) == ("COCO", [categories, twin])
+
+
+@pytest.fixture
+def voc_years(tmp_path, encoded, pixels):
+    """VOC2007 with a picture to train on and one to test on, of one class."""
+    root = tmp_path / "VOCdevkit/VOC2007"
+    for part in ("Annotations", "JPEGImages", "ImageSets/Main"):
+        (root / part).mkdir(parents=True)
+    box = "<bndbox><xmin>3</xmin><ymin>3</ymin><xmax>6</xmax><ymax>5</ymax></bndbox>"
+    for name, split in (("a", "trainval"), ("b", "test")):
+        (root / f"JPEGImages/{name}.jpg").write_bytes(encoded(pixels(9, 9), "JPEG"))
+        text = f"<annotation><object><name>x</name>{box}</object></annotation>"
+        (root / f"Annotations/{name}.xml").write_text(text)
+        (root / f"ImageSets/Main/{split}.txt").write_text(f"{name}\n")
+    return root
+
+
+def test_the_years_of_voc_are_read_as_training_reads_them(voc_years, pixels, encoded):  # D14, D19
+    (voc_years / "JPEGImages/b.jpg").write_bytes(encoded(pixels(9, 8), "JPEG"))
+    assert told(voc_years.parent, deep=True) == ("VOC", [])
+    (voc_years / "JPEGImages/b.jpg").write_bytes((voc_years / "JPEGImages/a.jpg").read_bytes())
+    file = voc_years / "Annotations/b.xml"
+    file.write_text(file.read_text().replace("<name>x", "<name>y"))
+    _, faults = told(voc_years.parent, deep=True)
+    assert faults == [
+        f"{file} line 1: class 'y' is in test and not in the training pictures",
+        f"{voc_years}/JPEGImages/b.jpg: the same file is there to train: {voc_years}/JPEGImages/a.jpg",
+    ]
+    assert told(voc_years) == ("VOC", faults[:1])
