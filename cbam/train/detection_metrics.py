@@ -49,7 +49,10 @@ def coco_numbers(found: Found, truth: Truth, classes: Sequence[str]) -> dict[str
 
 
 class VocScore(NamedTuple):
-    """Average precision of every class in percent, and their mean over the classes that have an object."""
+    """Average precision of every class in percent, and their mean over the classes that have an object.
+
+    Of two classes of one name `classes` has the last; the mean has both.
+    """
 
     mean: float
     classes: dict[str, float]
@@ -86,12 +89,13 @@ def voc_ap(
         detections.key[falling] % (len(classes) + 1),
         objects.key[~objects.difficult] % (len(classes) + 1),
     )
-    values = {}
-    for k, name in enumerate(classes, 1):
+    values = []
+    for k in range(1, len(classes) + 1):
         count = int((wanted == k).sum())
-        values[name] = 100 * score(right[falling][label == k] == 1, count) if count else float("nan")
-    known = [value for value in values.values() if value == value]
-    return VocScore(sum(known) / len(known) if known else float("nan"), values)
+        values.append(100 * score(right[falling][label == k] == 1, count) if count else float("nan"))
+    known = [value for value in values if value == value]
+    mean = sum(known) / len(known) if known else float("nan")
+    return VocScore(mean, dict(zip(classes, values, strict=True)))
 
 
 def check_detections(found: Found, truth: Truth, classes: int) -> None:

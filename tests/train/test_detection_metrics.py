@@ -314,3 +314,10 @@ def test_pairs_are_matched_alike_in_pieces(monkeypatch):
     whole = coco_numbers(detections, truth, ["a", "b", "c"])
     monkeypatch.setattr(coco_protocol, "_CHUNK", 100)
     assert coco_numbers(detections, truth, ["a", "b", "c"]) == pytest.approx(whole, nan_ok=True, abs=0)
+
+
+def test_two_classes_of_one_name_are_two_in_the_mean():
+    boxes = torch.tensor([[0.0, 0, 5, 5], [10.0, 10, 20, 20]])
+    there = {0: {"boxes": boxes, "labels": torch.tensor([1, 2]), "difficult": torch.zeros(2)}}
+    found = {0: {"boxes": boxes[:1], "labels": torch.tensor([1]), "scores": torch.tensor([0.9])}}
+    assert voc_ap(found, there, ["cat", "cat"]).mean == voc_ap(found, there, ["cat", "dog"]).mean == 50
