@@ -141,8 +141,11 @@ class Pending:
         return ops.tail(x, self._shortcut, **parts, overwrite=overwrite)
 
     def _owns(self) -> bool:
-        """Whether nobody else holds x or its memory: neither Python, nor torch, nor a view, nor a library."""
-        return self._holders() == _ALONE and self._x.untyped_storage().resizable()
+        """Whether nobody else holds x or its memory: Python, torch, a view, a library or another process."""
+        if self._holders() != _ALONE:
+            return False
+        memory = self._x.untyped_storage()
+        return memory.resizable() and not memory.is_shared()
 
     def _holders(self) -> tuple[int, ...]:
         x, memory = self._x, self._x.untyped_storage()

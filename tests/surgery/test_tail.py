@@ -551,6 +551,18 @@ def test_memory_of_another_library_is_left_alone(overwrites):  # T25
     assert overwrites[-1] is False
 
 
+def test_memory_that_other_processes_see_is_left_alone(overwrites):  # T25
+    class Shared(nn.Module):
+        def forward(self, x):
+            return x.clone().share_memory_()
+
+    model = attended()
+    model.conv2 = Shared()
+    with torch.no_grad():
+        model(torch.randn(2, 8, 5, 5))
+    assert overwrites[-1] is False
+
+
 def test_inside_a_mode_that_sees_every_call_nothing_is_written_over(overwrites):
     class Watching(torch.overrides.TorchFunctionMode):
         def __torch_function__(self, func, types, args=(), kwargs=None):
