@@ -10,13 +10,14 @@ from typing import Any
 
 from benchmarks import imagenet_hours
 from cbam.studies.conduct import write_tables
-from cbam.studies.printing import level_rows, outcome, status, title
+from cbam.studies.printing import status, title
 from cbam.studies.records import Records
 from cbam.studies.report import as_markdown
-from cbam.studies.statistics import CONFIDENCE, MOST_PAIRS
+from cbam.studies.statistics import MOST_PAIRS
 from cbam.studies.study import DIGITS, SEEDS, digits, imagenette
 from cbam.studies.tables import STUDIES
 from cbam.studies.tabulate import Table, differences, tables
+from docs.citing import chance, cited, parts
 
 ROOT = Path(__file__).parents[1]
 RESULTS, MEASURED = ROOT / "results", ROOT / "benchmarks" / "results"
@@ -93,9 +94,6 @@ CHOICES = """\
   counts, not the best.
 - {photographs}
 """
-COLD = """\
-The others are without a warm-up. At a rate of 0.1 the plain network needs one; without it, it falls behind by
-the luck of the seed, while the paper's start damps every block at first. They show:"""
 NO_PHOTOGRAPHS = "Imagenette and ImageNet: none, no run has been made there."
 PHOTOGRAPHS = """\
 Imagenette: the size of the pictures and the number of epochs, by the time that a run takes on one core, and
@@ -120,77 +118,16 @@ def page(results: Path = RESULTS) -> str:
 
 def readme(text: str, results: Path = RESULTS) -> str:
     """The README, with what the tables on photographs show."""
-    told = []
-    for own in _found(results).values():
-        judged = [t for t in own if t.shared["data"] != DIGITS and not t.partial]
-        for data in dict.fromkeys(title(table) for table in judged):
-            alike = [table for table in judged if title(table) == data]
-            told.append(_cited(sorted(alike, key=_closeness, reverse=True)))
+    every = [table for own in _found(results).values() for table in own]
+    judged = [table for table in every if table.shared["data"] != DIGITS and not table.partial]
     before, rest = text.split(BEGIN)
     _, after = rest.split(END)
-    said = "\n\n".join(told) or "No table on photographs is there yet."
+    said = cited(judged) or "No table on photographs is there yet."
     return f"{before}{BEGIN}\n{said}\n{END}{after}"
-
-
-def _cited(alike: list[Table]) -> str:
-    """Tables of one study in short: a column for each, what the first shows, and what the others do."""
-    first, *others = alike
-    common = [part for part in _parts(first) if all(part in _parts(table) for table in others)]
-    links = [
-        f"[{', '.join(p for p in _parts(table) if p not in common) or first.first.title}]"
-        f"(results/{table.study.name}/{table.name}.md)"
-        for table in alike
-    ]
-    seeds, rows = _columns(alike)
-    lines = [f"**{as_markdown(title(first))}**: {', '.join(common)}; {first.first.title} in %, {seeds}.", ""]
-    lines += [f"| | {' | '.join(links)} |", "|---|" + "---|" * len(alike), *rows, ""]
-    lines += ["The first column is the comparison to go by:" if others else "It shows:", ""]
-    lines += [f"- {as_markdown(told)}" for told in outcome(first)]
-    if others:
-        warmed = [bool(table.shared.get("warmup_epochs")) for table in alike]
-        lines += ["", COLD if warmed[0] and not any(warmed[1:]) else "The others show:", ""]
-        lines += [f"- {links[i]}: {as_markdown(_difference(t))}" for i, t in enumerate(others, 1)]
-    return "\n".join([*lines, "", _chance(alike)])
-
-
-def _columns(alike: list[Table]) -> tuple[str, list[str]]:
-    """The rows of tables side by side, by the first measure; and in words how many seeds they have."""
-    levels = [{row[0]: (row[4], row[3]) for row in level_rows(table)[1:]} for table in alike]
-    every = {n for column in levels for _, n in column.values() if n != "0"}
-    rows = []
-    for label in levels[0]:
-        cells = [column.get(label, ("-", "0")) for column in levels]
-        if any(n != "0" for _, n in cells):
-            shown = [level if len(every) == 1 or n == "0" else f"{level} ({n})" for level, n in cells]
-            rows.append(f"| {as_markdown(label)} | {' | '.join(shown)} |")
-    return f"{min(every)} seeds" if len(every) == 1 else "in brackets the seeds", rows
-
-
-def _difference(table: Table) -> str:
-    """What is shown by a table that is not the one to go by; the rest stands on its page."""
-    every = outcome(table)
-    told = [sentence for sentence in every if sentence.startswith(("Better", "Worse"))]
-    rest = ["No difference is shown in the rest."] if told else ["No difference is shown."]
-    return " ".join(told + (rest if len(told) < len(every) else []))
-
-
-def _chance(judged: list[Table]) -> str:
-    """How many of the intervals leave out zero though nothing is there."""
-    count = sum("word" in row for table in judged for row in differences(table, table.first.key))
-    chance = f"{count * (1 - CONFIDENCE):.2f}"
-    return (
-        f"{count} differences are looked at here. Where there is none at all, {chance} intervals of so many "
-        "leave out\nzero by chance."
-    )
 
 
 def _found(results: Path) -> dict[str, list[Table]]:
     return {name: tables(study, Records(results, name).all().values()) for name, study in STUDIES.items()}
-
-
-def _closeness(table: Table) -> tuple[bool, bool]:
-    """How near a table is to the protocol: what is nearest is cited first."""
-    return table.usual, bool(table.shared.get("warmup_epochs"))
 
 
 def _runs(table: Table) -> list[dict[str, Any]]:
@@ -236,21 +173,7 @@ def _reduced(tables: list[Table]) -> str:
 
 
 def _settings(table: Table) -> str:
-    return ", ".join(_parts(table))
-
-
-def _parts(table: Table) -> list[str]:
-    """How a table was trained, part by part."""
-    shared, warmed = table.shared, table.shared.get("warmup_epochs")
-    size = shared["size"] or table.about["size"]
-    return [
-        f"{table.about['train']} pictures" + (f" of {size} px" if size else ""),
-        f"{shared['epochs']} epochs",
-        f"batch {shared['batch_size']}",
-        shared["precision"],
-        f"rate {shared['lr']:g}",
-        f"warm-up of {warmed:g} epochs" if warmed else "no warm-up",
-    ]
+    return ", ".join(parts(table))
 
 
 def _where(table: Table) -> str:
@@ -261,7 +184,8 @@ def _where(table: Table) -> str:
 
 def _shown(judged: list[Table]) -> str:
     """Differences whose interval leaves out zero, both ways."""
-    lines = ["## What is shown", "", _chance(judged), ""]
+    count = sum("word" in row for table in judged for row in differences(table, table.first.key))
+    lines = ["## What is shown", "", chance(count), ""]
     for word, told in (
         ("better", "Lower top-1 error, or higher average precision:"),
         ("worse", "Higher error, or lower precision: attention, or what was changed of it, does harm"),

@@ -1,6 +1,7 @@
 """The table of a study for a reader: Markdown, and the same cells for a terminal."""
 
 import statistics
+from collections.abc import Iterable
 from typing import Any
 
 from cbam.studies.report import as_markdown
@@ -20,14 +21,19 @@ def status(table: Table) -> str:
 
 def outcome(table: Table) -> list[str]:
     """What the table shows by its first measure: a sentence per word that was computed."""
+    rows = [row for row in differences(table, table.first.key) if "word" in row]
+    told = [f"{_label(table, row['arm'])} against {_label(table, row['against'])}" for row in rows]
+    return by_word(table.first.title, zip(told, rows, strict=True))
+
+
+def by_word(measure: str, compared: Iterable[tuple[str, dict[str, Any]]]) -> list[str]:
+    """Comparisons in words, and the differences that were computed: a sentence per word."""
     found: dict[str, list[str]] = {}
-    for row in differences(table, table.first.key):
-        if "word" in row:
-            told = f"{_label(table, row['arm'])} against {_label(table, row['against'])}"
-            found.setdefault(row["word"], []).append(f"{told} ({_interval_told(row)})")
+    for told, row in compared:
+        found.setdefault(row["word"], []).append(f"{told} ({_interval_told(row)})")
     order = ("better", "worse", "no difference shown", "not known")
     return [
-        f"{word[0].upper()}{word[1:]} in {table.first.title}: {'; '.join(found[word])}."
+        f"{word[0].upper()}{word[1:]} in {measure}: {'; '.join(found[word])}."
         for word in order
         if word in found
     ]

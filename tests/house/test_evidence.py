@@ -78,19 +78,31 @@ def test_the_readme_says_what_the_tables_on_photographs_show(tmp_path):
     assert "No table on photographs is there yet." in fill_evidence.readme(text, tmp_path)
 
 
-def test_the_readme_has_a_column_for_each_training_and_says_how_many_differences_are_looked_at(tmp_path):
-    text = fill_evidence.README.read_text("utf-8")
-    warmed = [
-        path for path in RECORDS if "start/imagenette" in str(path) and read(path)["config"]["warmup_epochs"]
-    ]
-    (tmp_path / "start").mkdir()
-    for path in warmed:
-        shutil.copy(path, tmp_path / "start")
-    for results, columns in ((RESULTS, 3), (tmp_path, 1)):
-        block = fill_evidence.readme(text, results).split(fill_evidence.BEGIN)[1].split(fill_evidence.END)[0]
-        rows = [line for line in block.splitlines() if line.startswith("| from scratch")]
-        assert [line.count(" ± ") for line in rows] == [columns] * 3
-        assert f"{3 * columns} differences are looked at here" in block
+def test_the_readme_has_a_column_for_each_training_and_a_row_for_each_kind_of_run_once(tmp_path):
+    everything = cited()
+    rows = [line for line in everything.splitlines() if line.startswith(("| plain |", "| CBAM, "))]
+    assert [line.count(" ± ") for line in rows] == [3, 3, 3]
+    for path in RECORDS:
+        config = read(path)["config"]
+        if config["data"] == "imagenette96" and config["warmup_epochs"] and path.parent.name != "networks":
+            (tmp_path / path.parent.name).mkdir(exist_ok=True)
+            shutil.copy(path, tmp_path / path.parent.name)
+    warmed = cited(tmp_path)
+    rows = [line.split(" | ")[0] for line in warmed.splitlines() if " ± " in line]
+    assert rows == ["| plain", "| SE", "| CBAM, paper's start", "| CBAM, identity start"]
+    told = [line for line in warmed.splitlines() if line.startswith("- ")]
+    assert "\n".join(told).count(" against ") == 5
+    assert "5 differences are looked at here" in warmed
+    assert warmed.count(" against plain (") == 3
+    shutil.rmtree(tmp_path / "order")
+    shutil.rmtree(tmp_path / "start")
+    assert "1 difference is looked at here" in cited(tmp_path)
+
+
+def cited(results=RESULTS):
+    """What the README says of these records."""
+    text = fill_evidence.readme(fill_evidence.README.read_text("utf-8"), results)
+    return text.split(fill_evidence.BEGIN)[1].split(fill_evidence.END)[0]
 
 
 def test_the_page_says_that_the_digits_are_not_the_evidence():
