@@ -116,11 +116,11 @@ class VocReader:
         for file in files:
             try:
                 root = parse(file)
+                named = _named(root)
+                picture = named if (self._folder / named).is_file() else self._picture(root, file.stem)
             except DataError as error:
                 self.findings.append(Finding("", str(error)))
                 continue
-            named = Path(_said(root, "filename")).name
-            picture = named if named and (self._folder / named).is_file() else self._files.get(file.stem)
             if picture is None:
                 self.findings.append(root.of(f"{MISSING} ({shown(named or file.stem)})", MISSING))
             else:
@@ -130,15 +130,20 @@ class VocReader:
         """Place and name of every picture of the split."""
         seen: set[str] = set()
         for number, line in enumerate(_text(path).splitlines(), 1):
-            words = line.split()  # the lists of one class have a second column
+            name = self._name(line.strip())
             where = f"{shown(path)} line {number}"
-            if words and words[0] in seen:
-                self.findings.append(Finding(where, f"{shown(words[0])} is there a second time"))
-            elif words:
-                seen.add(words[0])
-                yield where, words[0]
+            if name in seen:
+                self.findings.append(Finding(where, f"{shown(name)} is there a second time"))
+            elif name:
+                seen.add(name)
+                yield where, name
         if not seen:
             raise DataError(f"{shown(path)}: names no picture")
+
+    def _name(self, line: str) -> str:
+        """The picture of a line. The lists of one class have a second column, and a name may have spaces."""
+        before, first = line.rsplit(maxsplit=1)[:1], line.split()[:1]
+        return next((name for name in (line, *before, *first) if name in self._files), line)
 
     def _read(self, where: str, name: str) -> None:
         if name not in self._files:
@@ -147,10 +152,22 @@ class VocReader:
             return
         try:
             root = parse(self._notes / f"{name}.xml")
+            picture = self._picture(root, name)
         except DataError as error:
             self.findings.append(Finding("", str(error)))
             return
-        self._take(root, name, self._folder / self._files[name])
+        assert picture is not None
+        self._take(root, name, self._folder / picture)
+
+    def _picture(self, root: Node, stem: str) -> str | None:
+        """The file of that name without its ending, if there is one; of several the one that is named."""
+        files = self._files.get(stem, [])
+        if len(files) < 2:
+            return next(iter(files), None)
+        if (named := _named(root)) not in files:
+            told = f"its picture may be {' or '.join(map(shown, files))}, and no filename says which"
+            raise DataError(str(root.of(told)))
+        return named
 
     def _take(self, root: Node, name: str, path: Path) -> None:
         """Keep the picture at `path` and the objects that its annotation has."""
@@ -255,6 +272,11 @@ def _size(root: Node, picture: Path) -> tuple[int, int]:
     return header.height, header.width
 
 
+def _named(root: Node) -> str:
+    """The picture file that an annotation names, without its folders; "" if none."""
+    return Path(_said(root, "filename")).name
+
+
 def _said(node: Node | None, tag: str) -> str:
     found = node.child(tag) if node else None
     return found.text.strip() if found else ""
@@ -267,9 +289,13 @@ def _number(node: Node | None, tag: str) -> float:
         return math.nan
 
 
-def _by_stem(names: set[str]) -> dict[str, str]:
+def _by_stem(names: set[str]) -> dict[str, list[str]]:
     """The picture files of a folder by their names without the ending."""
-    return {Path(name).stem: name for name in sorted(names) if name.lower().endswith(EXTENSIONS)}
+    found: dict[str, list[str]] = {}
+    for name in sorted(names):
+        if name.lower().endswith(EXTENSIONS):
+            found.setdefault(Path(name).stem, []).append(name)
+    return found
 
 
 def _text(path: Path) -> str:

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from cbam.data import voc
+from cbam.data import annotated, voc
 from cbam.data.voc import parse
 from cbam.errors import DataError, InputError
 
@@ -184,6 +184,28 @@ def test_a_list_of_one_class_may_have_a_second_column_and_no_name_twice(folder):
     assert refusal(root, "train").endswith("train.txt line 3: a is there a second time")
     (root / "ImageSets/Main/train.txt").write_text("\n")
     assert refusal(root, "train").endswith("names no picture")
+
+
+def test_a_name_with_a_space_is_a_name(folder):
+    root = folder({"my pic": xml(thing()), "my": xml(), "my pic 1": xml(thing("dog"))})
+    assert [picture.name for picture in voc(root, "train").pictures] == ["my pic", "my", "my pic 1"]
+    (root / "ImageSets/Main/cat_train.txt").write_text("my pic  1\nmy -1\nmy pic 1 -1\n")
+    assert [picture.name for picture in voc(root, "cat_train").pictures] == ["my pic", "my", "my pic 1"]
+    (root / "ImageSets/Main/train.txt").write_text("your pic\n")
+    assert "there is no picture your pic in" in refusal(root, "train")
+
+
+def test_of_two_pictures_of_one_name_the_annotation_says_which(folder, encoded, pixels):
+    root = folder({"a": xml("<filename>a.jpg</filename>", thing())})
+    (root / "JPEGImages/a.png").write_bytes(encoded(pixels(48, 64), "PNG"))
+    assert voc(root, "train").pictures[0].path.endswith("a.jpg")
+    for text in (xml("<filename>b.jpg</filename>", thing()), xml(thing())):
+        (root / "Annotations/a.xml").write_text(text)
+        assert refusal(root, "train") == (
+            f"{root}/Annotations/a.xml line 1: its picture may be a.jpg or a.png, and no filename says which"
+        )
+        with pytest.raises(DataError, match=r"its picture may be a\.jpg or a\.png"):
+            annotated(root)
 
 
 def test_no_folder_at_all_is_refused():
