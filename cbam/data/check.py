@@ -176,7 +176,7 @@ def _is_coco(file: Path) -> bool:
     if file.name.startswith(("captions_", "person_keypoints_", "image_info_", "panoptic_", "stuff_")):
         return False
     with file.open("rb") as opened:
-        head = opened.read(1 << 16)
+        head = opened.read(1 << 16).replace(b"\0", b"")  # UTF-16, which is told when it is read
     return any(b'"%s"' % key.encode() in head for key in (*LISTS, "info"))
 
 

@@ -124,7 +124,7 @@ class CocoReader:
             elif place:
                 self._add(id, element, *place)
                 for kind, key in ((FILLED_AREA, "area"), (FILLED_CROWD, "iscrowd")):
-                    if key not in element.value:
+                    if element.value.get(key) is None:
                         unfilled[kind].append(element)
         self._tell_unknown(unknown)
         for kind, elements in unfilled.items():
@@ -161,8 +161,9 @@ class CocoReader:
         if done:
             self._count(element, done, f" (annotation {id}: {x:g} {y:g} {w:g} {h:g})")
         if box:
-            area = float(element.value.get("area", w * h))
-            self.things.append(Thing(image, box, label, area, bool(element.value.get("iscrowd", 0))))
+            area = element.value.get("area")
+            crowd = bool(element.value.get("iscrowd"))
+            self.things.append(Thing(image, box, label, float(w * h if area is None else area), crowd))
 
     def _identified(self, key: str, noun: str) -> Iterable[tuple[int, Element]]:
         """The elements of a list that have an id of their own."""
@@ -224,13 +225,14 @@ def _is_file(path: Path) -> bool:
 
 
 def _annotation_fault(annotation: dict) -> str:
-    box, area = annotation.get("bbox"), annotation.get("area", 0)
+    """What is wrong with its numbers. Other tools write null where they know none, and true and false."""
+    box, area, crowd = (annotation.get(key) for key in ("bbox", "area", "iscrowd"))
     if not isinstance(box, list) or len(box) != 4 or not all(map(_finite, box)):
         return f"bbox is {_short(box)}, expected four finite numbers"
-    if not _finite(area) or area < 0:
+    if area is not None and (not _finite(area) or area < 0):
         return f"area is {_short(area)}, expected a finite number from 0"
-    crowd = annotation.get("iscrowd", 0)
-    return "" if _whole(crowd) and crowd in (0, 1) else f"iscrowd is {_short(crowd)}, expected 0 or 1"
+    known = crowd is None or (type(crowd) in (int, bool) and crowd in (0, 1))
+    return "" if known else f"iscrowd is {_short(crowd)}, expected 0 or 1"
 
 
 def _finite(value: Any) -> bool:

@@ -29,6 +29,8 @@ def mask_fault(mask: Any, height: int, width: int) -> str:
 
 def _polygons_fault(polygons: list) -> str:
     for polygon in polygons:
+        if polygon == []:  # other tools write [[]] where there is no mask
+            continue
         if not isinstance(polygon, list) or len(polygon) < 6 or len(polygon) % 2:
             return "segmentation: a polygon is a list of x and y in turn, of three points at least"
         try:

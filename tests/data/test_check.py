@@ -143,6 +143,15 @@ def test_a_coco_file_that_is_cut_off_is_told(coco_folder):  # D21
     assert faults == [f"{file} line 2 column {column}: the file is cut off"]
 
 
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be"])
+def test_a_coco_file_in_another_encoding_is_told(coco_folder, encoding):
+    for file in (coco_folder / "annotations").glob("instances_*.json"):
+        file.write_text(file.read_text(), encoding=encoding)
+    kind, faults = told(coco_folder)
+    assert kind == "COCO"
+    assert len(faults) == 2
+
+
 def test_pictures_and_their_file_may_share_a_folder(coco_folder):
     inner = coco_folder / "val2017"
     (coco_folder / "annotations/instances_val2017.json").rename(inner / "_annotations.coco.json")

@@ -156,6 +156,17 @@ def test_missing_area_and_crowd_are_filled_and_counted(write):  # D22
     assert second.startswith("1 times: an annotation has no iscrowd: taken is 0; the first: ")
 
 
+def test_null_is_absent_and_true_is_one(write):  # D22
+    odd = [annotation(1, iscrowd=True), annotation(2, iscrowd=False), annotation(3, iscrowd=None, area=None)]
+    images = coco(*write([*odd, annotation(4, segmentation=[[]])]))
+    assert images[0]["crowd"].tolist() == [True, False, False, False]
+    assert images[0]["area"].tolist() == [99.5, 99.5, 200, 99.5]
+    assert [note[:34] for note in images.notes] == [
+        "1 times: an annotation has no area",
+        "1 times: an annotation has no iscr",
+    ]
+
+
 @pytest.mark.parametrize("key", ["images", "annotations", "categories"])
 def test_an_id_that_is_there_twice_is_refused(write, key):  # D23
     path, _ = write([annotation(1)])
@@ -204,6 +215,7 @@ def test_no_box_without_a_size_or_outside_gets_through(write, box, kept, note):
         ({"iscrowd": 2}, "iscrowd is 2, expected 0 or 1"),
         ({"iscrowd": "no"}, "iscrowd is 'no'"),
         ({"segmentation": [[1, 2, 3]]}, "a polygon is a list"),  # D30
+        ({"segmentation": [[], [1, 2]]}, "a polygon is a list"),  # D30
         ({"segmentation": "x"}, "segmentation is a str"),  # D30
         ({"segmentation": {"size": [64, 48], "counts": [3072]}}, "height and width [64, 48]"),  # D30
         ({"segmentation": {"size": [48, 64], "counts": [3071]}}, "runs of 3071 pixels"),  # D30
