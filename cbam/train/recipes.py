@@ -66,7 +66,8 @@ class Config:
     augment: str | None = option(None, f"for detectors: {', '.join(AUGMENTATIONS)}", "NAME")
     regions: int | None = option(
         None,
-        "with fasterrcnn: learn from N regions of a picture, and look at 2 N of them (512 and 1000)",
+        "with fasterrcnn: learn from N regions of a picture, and look at 2 N of them (512 and 1000; "
+        "fasterrcnn_c4: 128 and 300)",
         "N",
     )
     limit: int | None = option(None, "use only about N training and N validation pictures", "N")

@@ -307,6 +307,16 @@ def test_5000_images_of_coco_are_scored_in_two_seconds():
     assert time.process_time() - began < 2
 
 
+@pytest.mark.parametrize("first", [1, 2])
+def test_an_area_that_is_not_stated_is_that_of_the_box(first):
+    truth = {image: there([[0, 0, 40, 40]]) for image in (first, 3 - first)}
+    stated = coco_numbers({1: found([[0, 0, 40, 40]], [0.9])}, truth, ["x"])
+    del truth[2]["area"]
+    assert coco_numbers({1: found([[0, 0, 40, 40]], [0.9])}, truth, ["x"]) == pytest.approx(
+        stated, nan_ok=True
+    )
+
+
 def test_pairs_are_matched_alike_in_pieces(monkeypatch):
     from cbam.train import coco_protocol
 
