@@ -108,7 +108,7 @@ def reading(table: Table) -> list[str]:
         'cases. "Pairs to settle": how many would show one of the size found, if that is the true one.',
         *table.study.notes,
     ]
-    found += uncounted(table)
+    found += uncounted(table) + mixed(table)
     starts = [run["start"]["sha256"] for runs in table.runs.values() for run in runs.values() if run["start"]]
     if starts:
         seeds = {s for name, runs in table.runs.items() if table.study.arms[name].forked for s in runs}
@@ -127,6 +127,22 @@ def uncounted(table: Table) -> list[str]:
     if table.changed:
         found.append(f"{table.changed} runs of changed code do not count, and are left out.")
     return found
+
+
+def mixed(table: Table) -> list[str]:
+    """Which rows have runs of networks that are not the same, as the code of two commits may make them."""
+    rows = [
+        _label(table, name) for name, runs in table.runs.items() if len(set(map(_cost, runs.values()))) > 1
+    ]
+    return [
+        f"The runs of {row} are not all of one network: parameters, GMAC or places of attention differ from "
+        "commit to commit. Its mean is over all of them, parameters and GMAC are those of one."
+        for row in rows
+    ]
+
+
+def _cost(run: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(run.get(key) for key in ("parameters", "gmac", "sites"))
 
 
 def facts(table: Table) -> list[tuple[str, str]]:
@@ -216,7 +232,7 @@ def _block(rows: list[list[str]]) -> list[str]:
 
 def text(table: Table) -> str:
     """The tables for a terminal."""
-    lines = [title(table), status(table), *uncounted(table), ""]
+    lines = [title(table), status(table), *uncounted(table), *mixed(table), ""]
     for rows in (level_rows(table), difference_rows(table, table.first.key)):
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         told = [

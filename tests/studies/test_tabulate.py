@@ -130,6 +130,16 @@ def test_a_record_taken_over_from_another_study_is_known_by_its_settings():
     assert tables(STUDIES["mobile"], rows("avg", BETTER)) == []
 
 
+@pytest.mark.parametrize("change", [{"parameters": 1001}, {"gmac": 0.6}, {"sites": 4}])
+def test_runs_of_a_row_that_are_not_of_one_network_are_told(table, change):
+    told = "The runs of + average (= SE) are not all of one network"
+    assert told not in markdown(table, None) + text(table)
+    (mixed,) = tables(
+        STUDY, [*rows("plain", PLAIN), *rows("avg", BETTER[:4]), record("avg", 4, 16.0, **change)]
+    )
+    assert markdown(mixed, None).count(told) == text(mixed).count(told) == 1
+
+
 def test_the_page_says_what_was_computed(table):
     page = markdown(table, "channel-digits.svg")
     assert "| + average (= SE) | plain | -1.42 | -2.80 | -3.14 to -2.46 | better | 5 |" in page
