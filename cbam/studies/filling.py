@@ -15,7 +15,7 @@ from cbam import ops
 from cbam.errors import ConfigError, DataError, OutputError, StoppedError, first_line
 from cbam.studies import machine
 from cbam.studies.records import Records, counts, read, same_pictures
-from cbam.studies.study import Arm, Protocol, Study, run_config, run_key, run_name, said
+from cbam.studies.study import Arm, Study, run_config, run_key, run_name, said
 from cbam.studies.training import Keep, Training, trunk
 from cbam.train.versions import versions
 from cbam.train.watch import Silent, Watch
@@ -33,7 +33,7 @@ class Filling:
     """The runs of a study by one protocol, on one device.
 
     Args:
-        arms: names of rows; None for all that the protocol's scale asks for.
+        arms: names of rows; None for all that so many pictures ask for.
         commit: of what this code is a copy, where git cannot say.
 
     Raises:
@@ -54,7 +54,7 @@ class Filling:
         self.study, self.records, self.training = study, records, training
         self.protocol = protocol = training.protocol
         self.watch = watch or Silent()
-        self.arms = _chosen(study, protocol, arms)
+        self.arms = _chosen(study, training.pictures.about, arms)
         self.origin = origin(commit)
         self.failed: dict[str, Exception] = {}  # rows, and why
         about = training.pictures.about
@@ -281,9 +281,10 @@ def origin(commit: str | None) -> dict[str, Any]:
     return {"commit": own, "dirty": found != own, "source": source}
 
 
-def _chosen(study: Study, protocol: Protocol, arms: Iterable[str] | None) -> dict[str, Arm]:
+def _chosen(study: Study, about: dict[str, Any], arms: Iterable[str] | None) -> dict[str, Arm]:
+    """The rows of that name, or those of the whole table, which a few pictures of a large set make small."""
     if arms is None:
-        return study.chosen(small=protocol.small)
+        return study.chosen(small=study.is_small(about["train"]))
     names = list(arms)
     unknown = [name for name in names if name not in study.arms]
     if unknown or not names:

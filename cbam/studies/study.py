@@ -93,6 +93,10 @@ class Study:
     boxed: bool = False
     paper_data: str = "ImageNet"
 
+    def is_small(self, train: int) -> bool:
+        """Whether so many training pictures are fewer than the paper's data set has."""
+        return train < self.whole
+
     def chosen(self, *, small: bool) -> dict[str, Arm]:
         """The rows that count as the whole table."""
         names = (self.small if small else self.large) or tuple(self.arms)

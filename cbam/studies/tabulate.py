@@ -42,7 +42,7 @@ class Table:
     @property
     def small(self) -> bool:
         """Whether the data set is smaller than the paper's."""
-        return self.about["train"] < self.study.whole
+        return self.study.is_small(self.about["train"])
 
     @property
     def first(self) -> Measure:
