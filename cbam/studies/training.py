@@ -136,6 +136,7 @@ class Training:
     ) -> None:
         self.protocol, self.pictures, self.device, self.workers = protocol, pictures, device, workers
         self._forked: tuple[dict[str, Any], nn.Module, list[dict]] | None = None
+        self._diverged: tuple[dict[str, Any], str] | None = None
         self._costs: dict[str, dict[str, Any]] = {}
 
     def run(
@@ -200,13 +201,23 @@ class Training:
     def _fork(
         self, config: dict[str, Any], tell: Callable[[int], None], keep: Keep | None
     ) -> tuple[nn.Module, list[dict]]:
-        """The plain network after its training; that of the last call is kept, for the next row."""
+        """The plain network after its training; that of the last call is kept, for the next row.
+
+        Raises:
+            NonFiniteError: it diverges, now or in the last call.
+        """
         train, _ = self._pictures()
         own = trunk(config)
+        if self._diverged is not None and self._diverged[0] == own:
+            raise NonFiniteError(self._diverged[1])
         if self._forked is None or self._forked[0] != own:
             model = plain(own, len(train.classes))
             keeper = keep and keep.keeper("trunk")
-            self._forked = own, model, self._fit(model, own | {"forked": False}, tell, keeper)
+            try:
+                self._forked = own, model, self._fit(model, own | {"forked": False}, tell, keeper)
+            except NonFiniteError as error:
+                self._diverged = own, str(error)
+                raise
         else:
             tell(own["epochs"] * (3 * len(train) + len(self._pictures()[1])))
         _, model, history = self._forked

@@ -27,3 +27,17 @@ def test_a_few_pictures_of_a_large_set_fill_the_rows_that_their_table_counts(tmp
     assert conduct(few, seeds=1) == 0
     (table,) = tables(large, Records(tmp_path, "channel").all().values())
     assert list(table.arms) == list(few.arms) == ["plain"]
+
+
+def test_a_network_that_diverges_is_trained_once_for_all_that_go_on_from_it(tmp_path, monkeypatch):
+    filling = prepare(
+        "start", find_pictures("digits", {"limit": 20}), TINY | {"limit": 20, "lr": 1e30, "epochs": 2},
+        out=str(tmp_path), device="cpu", arms=["forked-plain", "forked-identity"],
+    )  # fmt: skip
+    trained, fit = [], filling.training._fit
+    monkeypatch.setattr(filling.training, "_fit", lambda *given: trained.append(given[1]) or fit(*given))
+    assert conduct(filling, seeds=2) == 0
+    assert [config["seed"] for config in trained] == [0, 1]
+    told = [record["status"] for record in Records(tmp_path, "start").all().values()]
+    assert len(told) == 4
+    assert all(status.startswith("NonFiniteError: ") for status in told)
