@@ -5,7 +5,8 @@
 #   STUDIES="coco voc" benchmarks/gpu_studies.sh BOXES [MINUTES] [OUT]
 #
 # DATA     imagenette96 with train/ and val/, or the .zip that holds it
-# BOXES    pictures with boxes: a folder of COCO or Pascal VOC, such as BCCD, or the .zip that holds it
+# BOXES    pictures with boxes: a folder of Pascal VOC, such as BCCD, or for the study coco alone one of COCO; or
+#          the .zip that holds it
 # MINUTES  the time there is (default: 25); no run is begun that would not end in it
 # OUT      where the records go (default: results); what has a record there is not repeated. A place for plain
 #          names alone takes them packed, `tar czf`: names such as resnet18+cbam have a "+"

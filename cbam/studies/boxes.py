@@ -22,7 +22,7 @@ class BoxedPictures:
 
     def __init__(self, folder: str, *, size: int | None = None, limit: int | None = None) -> None:
         train, val = boxed_folder(folder)
-        self.all, self.size = len(train), size
+        self.all, self.size, self.rules = len(train), size, val.rules
         self.name = shown(Path(folder).resolve().name) or "pictures"
         if limit:
             train, val = train.subset(limit), val.subset(limit)

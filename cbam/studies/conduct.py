@@ -50,7 +50,12 @@ def find_pictures(
     if boxed:
         if dataset == DIGITS:
             raise ConfigError(f"study {boxed[0]} needs --dataset, a folder of COCO or Pascal VOC")
-        return BoxedPictures(dataset, size=changes.get("size"), limit=changes.get("limit"))
+        pictures = BoxedPictures(dataset, size=changes.get("size"), limit=changes.get("limit"))
+        if other := [name for name in boxed if find_study(name).rules not in (None, pictures.rules)]:
+            raise ConfigError(
+                f"study {other[0]} is measured by Pascal VOC's rules, and {pictures.name} is of COCO's form"
+            )
+        return pictures
     if dataset != DIGITS:
         return Pictures(dataset, size=changes.get("size"), limit=changes.get("limit"))
     if changes.get("size"):

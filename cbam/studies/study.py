@@ -78,6 +78,7 @@ class Study:
         whole: training pictures from which a data set is taken for the paper's.
         usual: the protocol for a data set, of its name, its number of training pictures and their size.
         boxed: whether it is of detectors, on pictures with boxes.
+        rules: those that its measures are by, "voc" or "coco"; None where both have them.
         paper_data: what the paper's numbers were measured on.
     """
 
@@ -91,6 +92,7 @@ class Study:
     whole: int = LARGE
     usual: "Callable[[str, int, int | None], Protocol]" = lambda *about: usual(*about)
     boxed: bool = False
+    rules: str | None = None
     paper_data: str = "ImageNet"
 
     def is_small(self, train: int) -> bool:

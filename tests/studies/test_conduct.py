@@ -1,7 +1,11 @@
 """What a study is filled with: rows, the networks that they go on from, pictures that it can score."""
 
 import dataclasses
+import json
 
+import pytest
+
+from cbam.errors import ConfigError
 from cbam.studies.conduct import conduct, find_pictures, prepare
 from cbam.studies.records import Records
 from cbam.studies.study import digits
@@ -41,3 +45,19 @@ def test_a_network_that_diverges_is_trained_once_for_all_that_go_on_from_it(tmp_
     told = [record["status"] for record in Records(tmp_path, "start").all().values()]
     assert len(told) == 4
     assert all(status.startswith("NonFiniteError: ") for status in told)
+
+
+def test_a_study_by_the_rules_of_voc_is_not_filled_on_cocos_form(tmp_path):
+    image = {"id": 1, "file_name": "a.jpg", "height": 9, "width": 9}
+    box = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [1, 1, 4, 4], "area": 16, "iscrowd": 0}
+    whole = {"images": [image], "annotations": [box], "categories": [{"id": 1, "name": "x"}]}
+    (tmp_path / "annotations").mkdir()
+    for part in ("train", "val"):
+        (tmp_path / part).mkdir()
+        (tmp_path / part / "a.jpg").touch()
+        (tmp_path / "annotations" / f"instances_{part}.json").write_text(json.dumps(whole))
+    assert find_pictures(str(tmp_path), {}, ["coco"]).name == tmp_path.name
+    with pytest.raises(
+        ConfigError, match=r"study voc is measured by Pascal VOC's rules, and .* is of COCO's"
+    ):
+        find_pictures(str(tmp_path), {}, ["coco", "voc"])

@@ -22,7 +22,8 @@ def add(parser: Parser) -> None:
         "--dataset",
         default="digits",
         metavar="D",
-        help="digits, or an image folder (default: digits); with coco and voc a folder of COCO or Pascal VOC",
+        help="digits, or an image folder (default: digits); with coco a folder of COCO or Pascal VOC, "
+        "with voc one of Pascal VOC",
     )
     parser.add_argument(
         "--seeds", type=count, default=SEEDS, metavar="N", help=f"repetitions of every row (default: {SEEDS})"

@@ -40,5 +40,6 @@ STUDY = Study(
     whole=LARGE_VOC,
     usual=single_shot,
     boxed=True,
+    rules="voc",
     paper_data="VOC2007",
 )
