@@ -68,3 +68,10 @@ def test_a_study_ends_with_its_tables_and_with_75_where_the_time_was_over(tmp_pa
     page.unlink()
     assert cli.main(["study", "channel", "--tables"]) == 0
     assert page.exists()
+
+
+def test_a_study_that_is_named_twice_is_filled_once(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    command = ["study", "channel", "channel", *TINY, "--arms", "plain"]
+    assert cli.main([*command, "--budget", "0s"]) == 75
+    assert "1 run still without a record" in capsys.readouterr().err

@@ -70,6 +70,7 @@ def run(options: argparse.Namespace) -> int:
     if not options.name:
         return _list()
     need("cbam study", EXTRAS)
+    options.name = list(dict.fromkeys(options.name))  # one that is named twice is filled once
     from cbam.studies.conduct import find_study, told, write_tables
     from cbam.studies.records import Records
 
