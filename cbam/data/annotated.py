@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from cbam.data.boxes import BoxedImages, Finding, Picture, Thing, accept, tidied
+from cbam.data.boxes import BoxedImages, Finding, Picture, Thing, accept, is_file, tidied
 from cbam.data.coco import CocoReader, pictures_of
 from cbam.data.decode import read_text, shown
 from cbam.data.located import LocatedJSON
@@ -70,12 +70,15 @@ class _Table:
     def __init__(self, file: Path) -> None:
         self.findings: list[Finding] = []
         self.pictures: list[Picture] = []
-        rows = list(self._rows(file))
+        try:
+            rows = list(self._rows(file))
+        except csv.Error as error:  # a field of 128 KB
+            raise DataError(f"{shown(file)}: {error}") from error
         self.classes = sorted({label for *_, label in rows})
         indices: dict[Path, int] = {}
         self.things: list[Thing] = []
         for where, path, box, label in rows:
-            if not path.is_file():
+            if not is_file(path):
                 self.findings.append(Finding(where, f"{MISSING} ({shown(path)})", MISSING))
                 continue
             inside, done = tidied(box, 1 << 30, 1 << 30)  # how large the picture is shows when it is read
@@ -90,7 +93,7 @@ class _Table:
             self.things.append(Thing(index, inside, self.classes.index(label) + 1, area))
 
     def _rows(self, file: Path) -> Iterator[tuple[str, Path, tuple[float, float, float, float], str]]:
-        for number, row in enumerate(csv.DictReader(read_text(file).splitlines()), 2):
+        for number, row in enumerate(csv.DictReader(read_text(file).splitlines(), skipinitialspace=True), 2):
             where = f"{shown(file)} line {number}"
             if absent := [name for name in COLUMNS if not row.get(name)]:
                 told = f"no {', '.join(absent)}; the columns are {', '.join(COLUMNS)} and label"
@@ -109,4 +112,4 @@ class _Table:
 
 def _beside(file: Path, name: str) -> Path:
     path = file.parent / name
-    return path if path.is_file() else file.parent / "images" / name
+    return path if is_file(path) else file.parent / "images" / name

@@ -304,3 +304,11 @@ def picture_files(folder: str | Path) -> set[str]:
         return {entry.name for entry in Path(folder).iterdir()}
     except OSError as error:
         raise DataError(f"{shown(folder)}: {error.strerror or error}") from error
+
+
+def is_file(path: Path) -> bool:
+    """Whether there is a file; no file has a name that no file can have."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # too long, or with a zero byte
+        return False

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from cbam.data.boxes import BoxedImages, Finding, Picture, Thing, accept, picture_files, tidied
+from cbam.data.boxes import BoxedImages, Finding, Picture, Thing, accept, is_file, picture_files, tidied
 from cbam.data.decode import header_of, shown
 from cbam.data.located import Element, LocatedJSON
 from cbam.data.segmentation import mask_fault
@@ -90,7 +90,7 @@ class CocoReader:
                 continue
             path = self._folder / name
             # A name that leads into a folder is looked up, others are in the listing.
-            there = _is_file(path) if "/" in name or "\\" in name else name in files
+            there = is_file(path) if "/" in name or "\\" in name else name in files
             if not there and self._missing:
                 self._count(element, self._missing, f" ({shown(path)})")
                 self._left_out.add(id)
@@ -213,15 +213,8 @@ def pictures_of(document: LocatedJSON, root: Path) -> Path:
     values = [element.value for element in (listed or [])[:100]]
     found = [value.get("file_name") for value in values if isinstance(value, dict)]
     known = [name for name in found if isinstance(name, str) and name and "\0" not in name]
-    having = (folder for folder in there if any(_is_file(folder / name) for name in known))
+    having = (folder for folder in there if any(is_file(folder / name) for name in known))
     return next(having, there[0])
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except OSError:  # a name that is too long
-        return False
 
 
 def _annotation_fault(annotation: dict) -> str:

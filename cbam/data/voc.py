@@ -14,7 +14,17 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from xml.parsers import expat
 
-from cbam.data.boxes import DEGENERATE, BoxedImages, Finding, Picture, Thing, accept, picture_files, tidied
+from cbam.data.boxes import (
+    DEGENERATE,
+    BoxedImages,
+    Finding,
+    Picture,
+    Thing,
+    accept,
+    is_file,
+    picture_files,
+    tidied,
+)
 from cbam.data.decode import header_of, read, shown
 from cbam.data.scan import EXTENSIONS
 from cbam.errors import DataError, InputError
@@ -117,7 +127,7 @@ class VocReader:
             try:
                 root = parse(file)
                 named = _named(root)
-                picture = named if (self._folder / named).is_file() else self._picture(root, file.stem)
+                picture = named if is_file(self._folder / named) else self._picture(root, file.stem)
             except DataError as error:
                 self.findings.append(Finding("", str(error)))
                 continue

@@ -115,6 +115,23 @@ def test_boxes_without_area_and_pictures_that_are_not_there_are_counted(pictures
     assert len(notes) == 3
 
 
+@pytest.mark.parametrize("form", ["xml", "json", "csv"])
+def test_a_name_that_no_file_can_have_is_a_picture_that_is_not_there(pictures, form):
+    long = f"{'x' * 400}.jpg"
+    table = "file, x0, y0, x1, y1\na.jpg, 1, 2, 3, 4\n"
+    if form == "xml":
+        voc(pictures, "a", ("cat", (1, 1, 10, 20)))
+        (pictures / "b.xml").write_text(VOC.format(name=long, objects=""))
+        (pictures / "b.jpg").unlink()
+    elif form == "json":
+        coco(pictures, images=[{"id": 1, "file_name": f"in/{long}"}, {"id": 7, "file_name": "b.jpg"}])
+    else:
+        (pictures / "boxes.csv").write_text(f"{table}{long}, 1, 2, 3, 4\n")
+    images = annotated(pictures if form == "xml" else pictures / f"boxes.{form}")
+    assert len(images) == 1
+    assert "a picture is not there: left out" in images.notes[0]
+
+
 def test_crowds_are_no_object_of_a_class(pictures):
     notes = [
         {"id": i, "image_id": 7, "category_id": 3, "bbox": [1 + i, 2, 3, 4], "iscrowd": i} for i in (0, 1)
@@ -156,6 +173,7 @@ def test_a_document_type_is_refused_before_any_entity_grows(pictures):  # D32
         ("a.csv", "file,x0,y0,x1,y1\na.jpg,1,2,3\n", "line 2: no y1"),
         ("a.csv", "file,x0,y0,x1,y1\na.jpg,1,2,3,many\n", "line 2: could not convert"),
         ("a.csv", "file,x0,y0,x1,y1\na.jpg,1,2,nan,4\n", "line 2: a box is not finite"),
+        ("a.csv", f"file,x0,y0,x1,y1\n{'a' * 200_000},1,2,3,4\n", r"a\.csv: field larger than"),
         ("a.csv", "", "no picture with a box"),
         ("a.csv", "file,x0,y0,x1,y1\nnone.jpg,1,2,3,4\n", "a picture is not there"),
         ("a.txt", "", "expected a folder of VOC XML, a COCO"),
