@@ -22,7 +22,7 @@ PARTS = (("trainval", "test"), ("train", "val"))  # of one folder like VOC's, th
 def boxed_folder(path: str | os.PathLike) -> tuple[BoxedImages, BoxedImages]:
     """The training and the validation set of a folder. Its form is found out:
 
-        VOC2007/, VOC2012/   trainval of both (or of the first alone), and the test of VOC2007
+        VOC2007/, VOC2012/   trainval of both, and the test of VOC2007; one alone is the next
         JPEGImages/, ...     one folder like VOC's: trainval and test, or train and val
         annotations/         instances_train*.json and instances_val*.json; pictures in train*/ and val*/
         train/, valid/       pictures and their _annotations.coco.json, as Roboflow exports them
@@ -58,7 +58,9 @@ def is_voc(root: Path) -> bool:
 
 def _voc(root: Path) -> tuple[BoxedImages, BoxedImages] | None:
     years = voc_years(root)
-    if years:
+    if len(years) == 1:
+        (root,) = years
+    if len(years) > 1:
         train = voc(years, "trainval")
         val = voc(years[0], "test", classes=train.classes or None)
     elif is_voc(root):
@@ -73,7 +75,7 @@ def _voc(root: Path) -> tuple[BoxedImages, BoxedImages] | None:
         val = voc(root, pair[1], classes=train.classes or None)  # without a class nothing is trained below
     else:
         return None
-    train.name, val.name = "trainval" if years else pair[0], "test" if years else pair[1]
+    train.name, val.name = ("trainval", "test") if len(years) > 1 else pair
     return train, val
 
 

@@ -83,6 +83,16 @@ def test_the_years_of_voc_are_joined_and_tested_on_2007(make_voc, tmp_path):
     assert val[0]["labels"].tolist() == [2]
 
 
+def test_a_year_of_voc_alone_is_one_folder(make_voc, tmp_path):
+    parts = {"train": ["a"], "val": ["a", "a"], "trainval": ["a"]}  # what VOC2012 is published with
+    make_voc(tmp_path / "kit" / "VOC2012", parts)
+    train, val = boxed_folder(tmp_path / "kit")
+    assert (train.name, val.name, len(train), len(val)) == ("kit train", "kit val", 1, 2)
+    make_voc(tmp_path / "old" / "VOC2007", parts | {"test": ["a"]})
+    train, val = boxed_folder(tmp_path / "old")
+    assert (train.name, val.name) == ("old trainval", "old test")
+
+
 def test_coco_and_its_export_of_other_tools_are_found(make_coco, tmp_path):
     root = tmp_path / "coco"
     make_coco(root / "annotations" / "instances_train2017.json", root / "train2017", [0, 1, 0])
