@@ -26,8 +26,12 @@ class Agreement:
     difference: float
 
 
-def agreement(model: nn.Module, run: Run, inputs: Sequence[Tensor], where: str) -> Agreement:
+def agreement(
+    model: nn.Module, run: Run, inputs: Sequence[Tensor], where: str, advice: str = ""
+) -> Agreement:
     """Compare every output of the settled `model` with those of `run`, in value and in the class they name.
+
+    `advice` is what to do where the file does not run at all.
 
     Raises:
         ExportError: they differ by more than TOLERANCE, in the largest class, or in shape.
@@ -42,7 +46,7 @@ def agreement(model: nn.Module, run: Run, inputs: Sequence[Tensor], where: str) 
             found = run(x)
         except Exception as error:  # every runtime has errors of its own
             raise ExportError(
-                f"{where} does not run at {tuple(x.shape)}: {first_line(error, 300)}"
+                f"{where} does not run at {tuple(x.shape)}: {first_line(error, 300)}{advice}"
             ) from error
         worst = max(worst, _difference(wanted, found, f"{where} at {tuple(x.shape)}"))
     return Agreement(tuple(tuple(x.shape) for x in inputs), worst)

@@ -16,6 +16,8 @@ from cbam.portable.formats import Format, format_of
 from cbam.portable.program import inputs, plain, program, settled, unseen_shapes
 
 SHAPE = (1, 3, 224, 224)
+# A graph is made for an axis of length one or for longer ones, never for both.
+SMALL_MAP = "; with dynamic no map may be one pixel high or wide: give a larger size, or leave dynamic out"
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,8 @@ def export(
         graph = program(network, shape, dynamic=dynamic)
         made.write(graph, part / path.name, about or {}, opset)
         checked = inputs(unseen_shapes(shape, dynamic=dynamic))
-        found = agreement(network, _read_back(made, part / path.name, name), checked, path.name)
+        read = _read_back(made, part / path.name, name)
+        found = agreement(network, read, checked, path.name, SMALL_MAP if dynamic else "")
         size = sum((part / target.name).stat().st_size for target in targets)
     return Exported(path, name, size, found)
 

@@ -144,7 +144,7 @@ def _read_onnx(path: Path) -> Run:
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # what fails is raised as well
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     return lambda x: [torch.from_numpy(value) for value in session.run(None, {INPUT: x.numpy()})]
 

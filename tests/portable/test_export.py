@@ -133,6 +133,20 @@ def test_a_network_of_one_size_is_refused_when_it_shall_take_any(tmp_path):
 
 
 # E2
+@pytest.mark.parametrize("file", ["a.pt2", "a.onnx"])
+def test_a_size_that_leaves_a_map_of_one_pixel_is_told_to_be_too_small_for_any_size(file, tmp_path, capfd):
+    need(file)
+    strided = nn.Conv2d(3, 2, 3, stride=32, padding=1)
+    net = nn.Sequential(strided, cbam.CBAM(2, reduction=1), nn.Flatten(2), nn.AdaptiveAvgPool1d(1))
+    with pytest.raises(ExportError, match="give a larger size, or leave dynamic out"):
+        export(net, tmp_path / file, shape=SMALL, dynamic=True)
+    assert files(tmp_path) == {}
+    assert capfd.readouterr().err == ""  # the runtime's own log is no part of the message
+    assert export(net, tmp_path / file, shape=SMALL).path.is_file()
+    export(net, tmp_path / file, shape=(1, 3, 64, 64), dynamic=True, overwrite=True)
+
+
+# E2
 @pytest.mark.parametrize("dim", [1, 3])
 def test_a_signal_and_a_volume_export_too(dim, tmp_path):
     conv = {1: nn.Conv1d, 3: nn.Conv3d}[dim]
