@@ -17,8 +17,8 @@ import tomllib
 import venv
 from pathlib import Path
 
-# To download and on disk: the sum of all packages for torch 2.15, which on Linux brings the CUDA libraries.
-LINUX_GB, OTHER_GB = (3.2, 6.0), (0.3, 1.5)
+# At most, to download and on disk: all packages, of any torch that is allowed; on Linux with CUDA libraries.
+LINUX_GB, OTHER_GB = (4, 8), (1, 2)
 
 PROBE = """
 import json, sys, torch, torchvision
@@ -81,8 +81,8 @@ def say_size(found: dict | None) -> None:
         print(f"Using torch {found['torch']} and torchvision {found['torchvision']} of {sys.executable}")
         return
     download, disk = LINUX_GB if platform.system() == "Linux" else OTHER_GB
-    print(f"No torch and torchvision to use in {sys.executable}: downloading about {download} GB,")
-    print(f"{disk} GB on disk. To use your own, say make PYTHON=/path/to/python-with-torch", flush=True)
+    print(f"No torch and torchvision to use in {sys.executable}: downloading up to {download} GB,")
+    print(f"up to {disk} GB on disk. To use your own, say make PYTHON=/path/to/python-with-torch", flush=True)
     free = shutil.disk_usage(".").free / 1e9
     if free < disk:
         sys.exit(f"only {free:.1f} GB are free here")
