@@ -59,13 +59,16 @@ def begin_with(model: nn.Module, name: str, source: str | Mapping[str, Tensor]) 
     except CheckpointNotFoundError:
         raise
     except CheckpointError as error:
+        inside = name.partition(":")[0] in DETECTORS
         try:
-            if name.partition(":")[0] in DETECTORS:
+            if inside:
                 network, loaded = _classifier(model, name, source)
                 put_body(model, network, attention=loaded.format != "plain")
                 return replace(loaded, head_skipped=False), True  # whose classes those are is of no account
             return load_weights(model, source, head="skip"), False
         except CheckpointError as misfit:
+            if not inside or str(misfit) == str(error):  # it says all: of the same network, or of the file
+                raise misfit from None
             raise CheckpointError(f"{misfit}; nor does it fit whole: {error}") from None
 
 

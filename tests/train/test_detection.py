@@ -380,6 +380,22 @@ def test_a_file_that_is_neither_is_refused(tmp_path):
         begin_with(model, "ssd300:mobilenet_v1", str(tmp_path / "odd.pt"))
 
 
+def test_what_is_wrong_with_a_file_is_said_once(tmp_path):
+    bad, odd = tmp_path / "bad.pt", tmp_path / "odd.pt"
+    bad.write_bytes(b"hello")
+    torch.save({"weight": torch.ones(3)}, odd)
+    single = make_detector("ssd300:mobilenet_v1", 3, start="paper", size=None, regions=None)
+    for model, name, path, parts in (
+        (single, "ssd300:mobilenet_v1", bad, 1),
+        (single, "ssd300:mobilenet_v1", odd, 2),  # the classifier inside it, and the detector
+        (build("resnet_tiny"), "resnet_tiny", bad, 1),
+        (build("resnet_tiny"), "resnet_tiny", odd, 1),
+    ):
+        with pytest.raises(CheckpointError) as error:
+            begin_with(model, name, str(path))
+        assert str(error.value).count(str(path)) == parts
+
+
 @pytest.mark.large
 def test_a_small_faster_rcnn_with_cbam_finds_shapes(make_shapes, detector, tmp_path):
     """Half a minute of one core; the test pictures are others than those it learns from."""
