@@ -6,7 +6,7 @@ A column is one training. What stands in several studies stands here once.
 import json
 from typing import Any
 
-from cbam.studies.printing import by_word, level_rows
+from cbam.studies.printing import by_word, level_rows, warm_up
 from cbam.studies.report import LABELS, as_markdown
 from cbam.studies.statistics import CONFIDENCE
 from cbam.studies.tabulate import Table, differences
@@ -28,7 +28,7 @@ def cited(judged: list[Table]) -> str:
 
 def parts(table: Table) -> list[str]:
     """How a table was trained, part by part."""
-    shared, warmed = table.shared, table.shared.get("warmup_epochs")
+    shared = table.shared
     size = shared["size"] or table.about["size"]
     return [
         f"{table.about['train']} pictures" + (f" of {size} px" if size else ""),
@@ -36,7 +36,7 @@ def parts(table: Table) -> list[str]:
         f"batch {shared['batch_size']}",
         shared["precision"],
         f"rate {shared['lr']:g}",
-        f"warm-up of {warmed:g} epochs" if warmed else "no warm-up",
+        warm_up(shared) or "no warm-up",
     ]
 
 

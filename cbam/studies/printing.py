@@ -194,12 +194,19 @@ def _besides(shared: dict[str, Any]) -> str:
     """What not every training has."""
     told = (
         ("resident", ", pictures cropped and flipped on the device"),
-        ("warmup_epochs", ", warm-up of {} epochs"),
         ("milestones", ", divided by 10 after epochs {}"),
         ("augment", ", augmentation {}"),
         ("regions", ", {} regions of a picture"),
     )
-    return "".join(text.format(shared[name]) for name, text in told if shared.get(name))
+    warm = warm_up(shared)
+    every = [f", {warm}"] if warm else []
+    return "".join([*every, *(text.format(shared[name]) for name, text in told if shared.get(name))])
+
+
+def warm_up(shared: dict[str, Any]) -> str:
+    """How long the rate rises, in words; "" where it does not."""
+    epochs = shared.get("warmup_epochs")
+    return f"warm-up of {epochs:g} epoch{'' if epochs == 1 else 's'}" if epochs else ""
 
 
 def title(table: Table) -> str:

@@ -84,7 +84,8 @@ class Settings:
             near = difflib.get_close_matches(str(name), ATTENTION, 3, 0.1) or list(ATTENTION)
             yield (
                 self.from_scratch or name not in NO_IDENTITY,
-                f"{name} has no identity start to go on from a trained network with; say from_scratch",
+                f"{name} has no identity start to go on from a trained network with: leave it out, or say "
+                "from_scratch (and no pretrained)",
             )
             told = f"nearest: {', '.join(near)}"
             if self.data is None and Path(str(name)).exists():
