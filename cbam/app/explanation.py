@@ -23,7 +23,7 @@ from cbam.explain.looking import Glance, Look, Viewer, look_at_view, stages
 from cbam.explain.maps import METHODS
 from cbam.explain.recording import Refinement
 from cbam.explain.sheet import draw
-from cbam.explain.stages import Channel, over_picture, top_channels, where_scale
+from cbam.explain.stages import Channel, channel_gates, over_picture, top_channels, where_scale
 
 MAX_BYTES = 10_000_000
 MAX_PIXELS = 25_000_000
@@ -187,12 +187,11 @@ def _stage(seen: Look, network: str, blocks: dict[str, Refinement], shown: Shown
     if (gate := block.spatial_gate) is not None:
         scale = where_scale(list(blocks.values()))
         picture = over_picture(seen.image, gate[0, 0], scale, max(shown.opacity, 0.2))
-        low, high = scale[0] - scale[1], scale[0] + scale[1]
-        caption = f"{float(gate.min()):.2f} to {float(gate.max()):.2f} {_ramp(low, scale[0], high)}"
+        low, high = (paper.factor(float(end), scale[1]) for end in gate.aminmax())
+        caption = f"{low} to {high} {_ramp(*scale)}"
         cells.append(_figure(_png_of_floats(picture), "where: spatial gate", caption))
-    if (what := block.step("what") or block.step("both")) is not None:
-        gates = what.gate[0].float().mean((1, 2))
-        cells.append(_histogram(gates, what.middle))
+    if (what := channel_gates(block)) is not None:
+        cells.append(_histogram(*what))
     maps = [("before", block.before), *((f"after {step.kind}", step.after) for step in block.steps)]
     strengths = [(title, features[0].float().abs().mean(0)) for title, features in maps]
     top = max(float(strength.max()) for _, strength in strengths) or 1.0
@@ -212,7 +211,7 @@ def _stage(seen: Look, network: str, blocks: dict[str, Refinement], shown: Shown
 
 def _channel(channel: Channel) -> str:
     picture = _map(channel.map, float(channel.map.max()) or 1.0)
-    return _figure(picture, f"no. {channel.index}", f"× {channel.gate:.2f}")
+    return _figure(picture, f"no. {channel.index}", f"× {paper.factor(channel.gate, channel.reach)}")
 
 
 def _figure(source: str, title: str, caption: str) -> str:
@@ -226,36 +225,37 @@ def _plain(caption: str) -> str:
     return caption.partition("<")[0].strip()
 
 
-def _ramp(low: float, middle: float, high: float) -> str:
+def _ramp(middle: float, reach: float) -> str:
     """The scale of the spatial gates, in words and colour."""
     from matplotlib import colormaps
 
     colours = [colormaps[paper.GATE](x / 8)[:3] for x in range(9)]
+    ends = (paper.factor(value, reach) for value in (middle - reach, middle, middle + reach))
     stops = ", ".join("rgb({:.0f} {:.0f} {:.0f})".format(*(255 * v for v in rgb)) for rgb in colours)
     return (
         f'<span class="cbam-ramp" style="background: linear-gradient(to right, {stops})"></span>'
-        f'<span class="cbam-ends"><span>{low:.2f}</span><span>{middle:.2f}</span>'
-        f"<span>{high:.2f}</span></span>"
+        f'<span class="cbam-ends">{"".join(f"<span>{end}</span>" for end in ends)}</span>'
     )
 
 
-def _histogram(gates: Tensor, middle: float) -> str:
+def _histogram(gates: Tensor, middle: float, reach: float) -> str:
     """The channel gates, how many there are of each, as an SVG, the middle of their range dashed."""
-    reach = max(float((gates - middle).abs().max()), 0.01)
     counts = torch.histc(gates, 24, middle - reach, middle + reach)
     bars = "".join(
         f'<rect x="{8 * i + 4}" y="{168 - 150 * n:.1f}" width="8" height="{150 * n:.1f}"/>'
         for i, n in enumerate((counts / counts.max().clamp(min=1)).tolist())
     )
     words = [(4, "start", middle - reach), (100, "middle", middle), (196, "end", middle + reach)]
-    ticks = "".join(f'<text x="{x}" y="188" text-anchor="{at}">{v:.2f}</text>' for x, at, v in words)
+    ticks = "".join(
+        f'<text x="{x}" y="188" text-anchor="{at}">{paper.factor(v, reach)}</text>' for x, at, v in words
+    )
     title = f"what: gates of {len(gates)} channels"
-    low, high = float(gates.min()), float(gates.max())
+    low, high = (paper.factor(float(end), reach) for end in gates.aminmax())
     return (
         f'<figure class="cbam-cell"><figcaption>{title}</figcaption>'
-        f'<svg viewBox="0 0 200 200" role="img" aria-label="{title}, {low:.2f} to {high:.2f}">'
+        f'<svg viewBox="0 0 200 200" role="img" aria-label="{title}, {low} to {high}">'
         f'{bars}<line x1="100" x2="100" y1="10" y2="172"/>{ticks}</svg><figcaption class="cbam-note">'
-        f"{low:.2f} to {high:.2f}; dashed: {paper.in_words([middle])}</figcaption></figure>"
+        f"{low} to {high}; dashed: {paper.in_words([middle])}</figcaption></figure>"
     )
 
 

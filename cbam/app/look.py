@@ -101,11 +101,11 @@ def _draw(looks: list[Look], out: Path, name: str, across: int, told: Told) -> N
 def _draw_stages(looks: list[Look], out: Path, told: Told) -> None:
     taken: set[str] = set()
     for one in looks:
-        if not one.blocks:
-            continue
-        name = file_stem(f"stages-{Path(one.name).stem or 'picture'}", taken)
-        for ending in (".png", ".svg"):
-            told.figures.append(stages_figure(one, out / (name + ending)))
+        stem = f"stages-{Path(one.name).stem or 'picture'}"
+        for network in one.blocks:
+            name = file_stem(f"{stem}-{network}" if len(one.blocks) > 1 else stem, taken)
+            for ending in (".png", ".svg"):
+                told.figures.append(stages_figure(one, out / (name + ending), network=network))
 
 
 def file_stem(text: str, taken: set[str]) -> str:
@@ -136,8 +136,9 @@ def _inside(paths: Sequence[Path]) -> str:
     """Where pictures are that were perhaps meant."""
     for path in paths:
         for folder in sorted(path.iterdir()):
-            if folder.is_dir() and next(found_in([folder]), None):
-                return f"; there are some in {shown(folder)}: name the folders that hold them"
+            with suppress(DataError):  # what cannot be read is not what was meant
+                if folder.is_dir() and next(found_in([folder]), None):
+                    return f"; there are some in {shown(folder)}: name the folders that hold them"
     return ""
 
 

@@ -164,7 +164,8 @@ def _paint_gate(ax, row: Row, scale: tuple[float, float]) -> None:
     gate = row.spatial_gate.float()
     middle, reach = scale
     paper.cells(ax, _size(row), gate, paper.GATE, middle - reach, middle + reach)
-    paper.under(ax, f"{float(gate.min()):.2f} to {float(gate.max()):.2f}")
+    low, high = (paper.factor(float(end), reach) for end in gate.aminmax())
+    paper.under(ax, f"{low} to {high}")
 
 
 def _size(row: Row) -> tuple[int, int]:
@@ -184,7 +185,7 @@ def _scales(page: _Grid, columns: list[_Column], scale: tuple[float, float]) -> 
     bars = {
         "heat": (paper.HEAT, paper.EVIDENCE, "evidence for the true class"),
         "strength": (paper.STRENGTH, {0: "0", 1: "largest of the row"}, "mean over channels of |activation|"),
-        "gate": (paper.GATE, {value: f"{value:.2f}" for value in gates}, "factor"),
+        "gate": (paper.GATE, {value: paper.factor(value, reach) for value in gates}, "factor"),
     }
     top = page.tops[-1] + 0.08
     for kind, group in groupby(enumerate(columns), lambda numbered: numbered[1].scale):

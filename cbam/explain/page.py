@@ -21,6 +21,7 @@ TEXT, SMALL = 7.0, 6.0  # points
 HEAT, STRENGTH, GATE = "inferno", "viridis", "PuOr_r"  # told apart with any colour vision, and in grey
 # Maps come scaled to their own minimum and maximum.
 EVIDENCE: dict[float, str] = {0: "least", 1: "most of the map"}
+FINE = 0.03  # gates this near to their middle are alike in two digits
 CHARACTER = 0.055  # inches, of a word of TEXT points on average
 
 
@@ -154,9 +155,9 @@ def bare(ax) -> None:
         spine.set_visible(bool(ax.images))
 
 
-def under(ax, text: str) -> None:
+def under(ax, text: str, size: float = TEXT) -> None:
     """Words under a cell."""
-    ax.set_xlabel(text, fontsize=TEXT, labelpad=2.5, linespacing=1.1, parse_math=False)
+    ax.set_xlabel(text, fontsize=size, labelpad=2.5, linespacing=1.1, parse_math=False)
 
 
 def cut(text: str, inches: float) -> str:
@@ -182,6 +183,11 @@ def gate_scale(gates: list[Tensor], middle: float) -> tuple[float, float]:
     """The middle of the gates' colour scale and how far it reaches to either side, one for all of them."""
     reach = max((float((gate - middle).abs().max()) for gate in gates), default=0.0)
     return middle, max(reach, 0.01)  # so that rounding is not blown up to a pattern
+
+
+def factor(value: float, reach: float) -> str:
+    """A gate for a reader, of gates that lie up to `reach` from their middle."""
+    return f"{value:.{2 if reach > FINE else 3}f}"
 
 
 def in_words(middles: Iterable[float]) -> str:

@@ -13,6 +13,7 @@ from cbam.explain.looking import Look, stages
 from cbam.explain.page import SMALL, TEXT, Page
 from cbam.explain.recording import Refinement
 
+FITS = 16  # characters under a channel
 TOP = 3  # channels that are shown, of those raised most and of those lowered most
 
 # Inches.
@@ -64,22 +65,36 @@ def over_picture(image: Tensor, gate: Tensor, scale: tuple[float, float], opacit
 
 @dataclass(frozen=True)
 class Channel:
-    """One channel of a block: its number, its gate, and its map (h, w) before the block's attention."""
+    """One channel of a block.
+
+    Attributes:
+        map: (h, w), before the block's attention.
+        reach: how far from their middle the gates of the block lie.
+    """
 
     index: int
     gate: float
     map: Tensor
+    reach: float
+
+
+def channel_gates(block: Refinement) -> tuple[Tensor, float, float] | None:
+    """The gates of a block's channels, (C,), their middle, and how far their scale reaches to either side."""
+    step = block.step("what") or block.step("both")
+    if step is None:
+        return None
+    gates = step.gate[0].float().mean((1, 2))
+    return gates, *paper.gate_scale([gates], step.middle)
 
 
 def top_channels(block: Refinement, count: int = TOP) -> tuple[list[Channel], list[Channel]]:
     """The channels with the largest gates, and those with the smallest, each from the extreme inwards."""
-    step = block.step("what") or block.step("both")
-    if step is None:
+    if (found := channel_gates(block)) is None:
         return [], []
-    gates = step.gate[0].float().mean((1, 2))
+    gates, _, reach = found
     order = gates.argsort().tolist()
     count = min(count, len(order) // 2)
-    named = [Channel(i, float(gates[i]), block.before[0, i].float().abs()) for i in order]
+    named = [Channel(i, float(gates[i]), block.before[0, i].float().abs(), reach) for i in order]
     return named[::-1][:count], named[:count]
 
 
@@ -146,20 +161,19 @@ class _Stages(Page):
         ax = self.axes(self.where, top, _CELL, _CELL)
         ax.imshow(over_picture(self.look.image, gate[0, 0], self.scale), interpolation="nearest")
         paper.bare(ax)
-        paper.under(ax, f"{float(gate.min()):.2f} to {float(gate.max()):.2f}")
+        low, high = (paper.factor(float(end), self.scale[1]) for end in gate.aminmax())
+        paper.under(ax, f"{low} to {high}")
 
     def _what(self, block: Refinement, top: float) -> None:
-        step = block.step("what") or block.step("both")
-        if step is None or self.what is None:
+        if (found := channel_gates(block)) is None or self.what is None:
             return
-        gates = step.gate[0].float().mean((1, 2))
-        reach = max(float((gates - step.middle).abs().max()), 0.01)
+        gates, middle, reach = found
         ax = self.axes(self.what, top, _HISTOGRAM, _CELL)
-        ax.hist(gates.numpy(), bins=25, range=(step.middle - reach, step.middle + reach), color="0.45")
-        ax.axvline(step.middle, color="black", linewidth=0.6, linestyle=(0, (2, 2)))
-        ax.set_xlim(step.middle - reach, step.middle + reach)
-        ticks = (step.middle - reach, step.middle, step.middle + reach)
-        ax.set_xticks(ticks, labels=[f"{tick:.2f}" for tick in ticks])
+        ax.hist(gates.numpy(), bins=25, range=(middle - reach, middle + reach), color="0.45")
+        ax.axvline(middle, color="black", linewidth=0.6, linestyle=(0, (2, 2)))
+        ax.set_xlim(middle - reach, middle + reach)
+        ticks = (middle - reach, middle, middle + reach)
+        ax.set_xticks(ticks, labels=[paper.factor(tick, reach) for tick in ticks])
         for label, side in zip(ax.get_xticklabels(), ("left", "center", "right"), strict=True):
             label.set_horizontalalignment(side)
         ax.set_yticks([])
@@ -173,12 +187,13 @@ class _Stages(Page):
         size = self.look.image.shape[-2], self.look.image.shape[-1]
         paper.cells(ax, size, channel.map, paper.STRENGTH, 0, float(channel.map.max()) or 1)
         paper.bare(ax)
-        paper.under(ax, f"no. {channel.index}: × {channel.gate:.2f}")
+        words = f"no. {channel.index}: × {paper.factor(channel.gate, channel.reach)}"
+        paper.under(ax, words, paper.SMALL if len(words) > FITS else paper.TEXT)
 
     def _foot(self, top: float) -> None:
         if self.where is not None:
             middle, reach = self.scale
-            ticks = {value: f"{value:.2f}" for value in (middle - reach, middle, middle + reach)}
+            ticks = {value: paper.factor(value, reach) for value in (middle - reach, middle, middle + reach)}
             self.bar(self.axes(self.where, top, _CELL, 0.06), paper.GATE, ticks, "factor")
         if self.what is not None:
             wide = 2 * TOP * (_CELL + _GAP) - _GAP

@@ -1,6 +1,8 @@
 """`cbam look`: from picture files of every kind to figures on the disk."""
 
 import io
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -48,7 +50,7 @@ def seen(viewer, tmp_path, monkeypatch):
 
     monkeypatch.setattr(module, "look", keep)
     monkeypatch.setattr(module, "look_figure", lambda looks, path, across: path)
-    monkeypatch.setattr(module, "stages_figure", lambda look, path: path)
+    monkeypatch.setattr(module, "stages_figure", lambda look, path, network: path)
     return lambda path: (looks, lines, look_at(viewer, Wanted([path], tmp_path / "out"), lines.append))
 
 
@@ -115,6 +117,37 @@ def test_few_pictures_get_a_row_and_their_stages_each(viewer, photo, tmp_path):
         f"{stem}{ending}" for stem in ("look", "stages-a_b", "stages-a_b-2") for ending in (".png", ".svg")
     }
     assert {path.name for path in (tmp_path / "out").iterdir()} == names
+
+
+def test_every_network_with_gates_has_its_stages(viewer, photo, tmp_path):
+    two = {"a": viewer.networks["CBAM"], "plain": viewer.networks["plain"], "b": viewer.networks["CBAM"]}
+    photo.save(tmp_path / "cat.png")
+    eyes = Viewer(two, viewer.classes, size=32, resized=36)
+    told = look_at(eyes, Wanted([tmp_path / "cat.png"], tmp_path), lambda _: None)
+    stages = [path.name for path in told.figures if path.name.startswith("stages") and path.suffix == ".svg"]
+    assert stages == ["stages-cat-a.svg", "stages-cat-b.svg"]
+    for name in ("a", "b"):
+        assert re.search(
+            rf"<!-- cat\.png -->.*<!-- {name} -->", (tmp_path / f"stages-cat-{name}.svg").read_text(), re.S
+        )
+
+
+def test_a_folder_in_it_that_cannot_be_read_does_not_hide_that_there_are_no_pictures(
+    viewer, tmp_path, monkeypatch
+):
+    for name in ("closed", "open"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "open" / "a.png").touch()
+    listed = Path.iterdir
+
+    def iterdir(path):
+        if path.name == "closed":
+            raise PermissionError(13, "Permission denied", str(path))
+        return listed(path)
+
+    monkeypatch.setattr(Path, "iterdir", iterdir)
+    with pytest.raises(DataError, match=r"no pictures in .*; there are some in .*open: name the folders"):
+        look_at(viewer, Wanted([tmp_path], tmp_path / "out"), lambda _: None)
 
 
 def test_a_folder_gives_contact_sheets(seen, photo, tmp_path):

@@ -188,7 +188,23 @@ def test_the_stages_say_every_gate_that_they_show(viewer, picture, tmp_path):
         assert name in words
         assert f"{block.spatial_gate.min():.2f} to {block.spatial_gate.max():.2f}" in words
         for channel in [c for side in top_channels(block) for c in side]:
-            assert f"no. {channel.index}: × {channel.gate:.2f}" in words
+            gate = page.factor(channel.gate, channel.reach)
+            assert f"no. {channel.index}: × {gate}" in words
+
+
+def test_gates_near_their_middle_are_told_by_a_third_digit(viewer, picture, tmp_path):
+    for module in viewer.networks["CBAM"].modules():
+        if isinstance(module, cbam.SpatialAttention):
+            torch.nn.init.constant_(module.bn.weight, 0.002)
+        if isinstance(module, cbam.nn.ChannelAttention):
+            torch.nn.init.normal_(module.fc2.weight, std=0.001)
+    seen = look(viewer, picture, "photo.jpg")
+    words = svg_text(stages_figure(seen, tmp_path / "stages.svg"))
+    block = stages(seen.blocks["CBAM"])["stage2.1"]
+    assert f"{block.spatial_gate.min():.3f} to {block.spatial_gate.max():.3f}" in words
+    assert f"× {top_channels(block)[0][0].gate:.3f}" in words
+    for end in ("0.490", "0.510"):
+        assert end in words
 
 
 def identity(channels: int) -> torch.nn.Module:
@@ -208,7 +224,7 @@ def test_the_middle_of_the_scale_changes_nothing_only_where_it_is_one(
     assert ("channels raised most" in words) == neutral
     assert ("channels kept most" in words) == (not neutral)
     assert ("\n1.00\n" in words) == neutral
-    assert ("\n0.50\n" in words) == (not neutral)
+    assert ("\n0.500\n" in words) == (not neutral)  # gates that are near it
 
 
 @pytest.mark.parametrize("kind", ["rows", "sheet", "stages", "disagreeing", "alone", "six"])
