@@ -31,7 +31,7 @@ def gates(viewer: Viewer, data: str, out: Path, watch: Watch, *, limit: int | No
     """
     from cbam.explain.recording import record
 
-    found = _pictures(viewer, data, limit)
+    found = _pictures(viewer, data, out, limit)
     of = "" if found[0][1] is None else f" of {len({k for _, k in found})} classes"
     pictures = f"{counted(len(found), 'picture')}{of}"
     watch.say(pictures)
@@ -73,7 +73,9 @@ _NOTES = (
 )
 
 
-def _pictures(viewer: Viewer, data: str, limit: int | None) -> list[tuple[Path | Tensor, int | None]]:
+def _pictures(
+    viewer: Viewer, data: str, out: Path, limit: int | None
+) -> list[tuple[Path | Tensor, int | None]]:
     if data == DIGITS:
         _, val = cluttered_digits()
         if viewer.size != val.size:
@@ -84,6 +86,9 @@ def _pictures(viewer: Viewer, data: str, limit: int | None) -> list[tuple[Path |
         raise DataError(f"{folder}: no such folder")
     loose = list(found_in([folder]))
     inside = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    inside = [
+        path for path in inside if path.resolve() != out.resolve()
+    ]  # it holds figures, of an earlier look
     classes = {path.name: own for path in inside if (own := list(found_in([path])))}
     if loose and classes:
         raise DataError(

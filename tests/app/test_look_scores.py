@@ -1,6 +1,7 @@
 """`cbam look --score` and `--gates`: from files with boxes and folders to tables."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -236,7 +237,20 @@ def test_folders_without_pictures_are_no_classes_and_a_mixture_is_refused(tmp_pa
     assert {path.name for path in written} == names
     assert f"a/b, 2 pictures in {tmp_path.name}:" in (tmp_path / "out" / "gates.md").read_text()
     with pytest.raises(DataError, match=r"pictures beside folders of pictures \(out\)"):  # of the first time
-        gates(viewer, ".", tmp_path / "out", Lines())
+        gates(viewer, ".", tmp_path / "other", Lines())
+    assert gates(viewer, ".", tmp_path / "out", Lines()) == written  # its figures are none of the pictures
+
+
+def test_the_figures_of_an_earlier_look_are_no_class(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    viewer = Viewer({"cbam": cbam.build("resnet_tiny+cbam")}, [str(i) for i in range(1000)], size=32)
+    for name in ("ants", "bees"):
+        (tmp_path / name).mkdir()
+        for i in range(2):
+            Image.new("RGB", (40, 40)).save(tmp_path / name / f"{i}.png")
+    for _ in range(2):
+        page, *_ = gates(viewer, ".", Path("cbam-look"), Lines())
+        assert "4 pictures of 2 classes" in page.read_text()
 
 
 @pytest.mark.parametrize(
