@@ -8,7 +8,7 @@ import importlib.util
 import re
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from cbam.app.config import read_config, wanted
@@ -16,7 +16,7 @@ from cbam.errors import ConfigError, MissingExtraError
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with one-line errors and the nearest option for a misspelt one."""
+    """argparse with one-line errors, and for a misspelt option or choice the nearest."""
 
     def error(self, message: str):
         raise ConfigError(f"{message} (see `{self.prog} --help`)")
@@ -43,9 +43,20 @@ class Parser(argparse.ArgumentParser):
                 left = left[1:]
         return left
 
+    def _check_value(self, action, value) -> None:
+        try:
+            super()._check_value(action, value)
+        except argparse.ArgumentError as error:
+            error.message += _nearest(str(value), map(str, action.choices or ()))
+            raise
+
     def _hint(self, argument: str) -> str:
-        near = difflib.get_close_matches(argument.partition("=")[0], self._option_string_actions, 1, 0.5)
-        return f"; did you mean {near[0]}?" if near else ""
+        return _nearest(argument.partition("=")[0], self._option_string_actions)
+
+
+def _nearest(text: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(text, list(known), 1, 0.5)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def add_setting(parser: Parser, field: dataclasses.Field, *, of_recipe: bool = False) -> None:
@@ -110,6 +121,14 @@ def share(text: str) -> float:
     raise argparse.ArgumentTypeError(f"must be a number from 0 to 1, got {text!r}")
 
 
+def deviation(text: str) -> float:
+    """A standard deviation of values from 0 to 1."""
+    with contextlib.suppress(ValueError):
+        if 0 < (value := float(text)) <= 1:
+            return value
+    raise argparse.ArgumentTypeError(f"must be a number above 0, and 1 at most, got {text!r}")
+
+
 def duration(text: str) -> float:
     """Seconds: "90s", "90m", "11.5h" or "H:MM:SS"."""
     if match := re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", text):
@@ -123,9 +142,9 @@ def duration(text: str) -> float:
 
 def add_normalisation(parser: Parser) -> None:
     """How pictures come to weights that do not say it."""
-    for flag, words in (("--mean", "mean"), ("--std", "standard deviation")):
+    for flag, kind, words in (("--mean", share, "mean"), ("--std", deviation, "standard deviation")):
         parser.add_argument(
-            flag, nargs=3, type=float, metavar=("R", "G", "B"),
+            flag, nargs=3, type=kind, metavar=("R", "G", "B"),
             help=f"{words} that a weights file was trained with, of values from 0 to 1 (default: ImageNet's)",
         )  # fmt: skip
 
