@@ -14,7 +14,7 @@ from cbam.data.folder import image_folder, unsplit_folder
 from cbam.data.images import Images, check_int
 from cbam.data.pictures import Training, Validation
 from cbam.data.scan import class_roots
-from cbam.errors import DataError, MissingExtraError
+from cbam.errors import ConfigError, DataError, MissingExtraError
 
 TRAIN, VALIDATION = ("train",), ("validation", "val", "valid", "test")
 PEEKS = 1000  # pictures whose first bytes are looked at, evenly spaced
@@ -31,7 +31,7 @@ def picture_set(
     Raises:
         DataError: see `image_folder` and `parquet_images`.
     """
-    if isinstance(path, (str, os.PathLike)) and _files(Path(path), TRAIN):
+    if isinstance(path, (str, os.PathLike)) and has_parquet(path):
         return parquet_images(path, size=size, exif=exif)
     return image_folder(path, size=size, exif=exif)
 
@@ -41,23 +41,24 @@ def unsplit_set(path: str | os.PathLike, *, size: int | None = None, exif: bool 
 
     Args and errors: as those of `image_folder`.
     """
-    if isinstance(path, (str, os.PathLike)) and _files(Path(path), TRAIN):
+    if isinstance(path, (str, os.PathLike)) and has_parquet(path):
         return None
     return unsplit_folder(path, size=size, exif=exif)
 
 
-def lies_among(path: str | os.PathLike, folder: Path) -> bool:
-    """Whether `folder` would be read as a class of the pictures under `path`, or as a part of one.
+def refuse_among(path: str | os.PathLike, folder: Path) -> None:
+    """Refuse to write to a `folder` that would be read as a class of the pictures under `path`, or in one.
 
-    Args and errors: as those of `image_folder`.
+    Raises:
+        ConfigError: it would. DataError: as `image_folder`.
     """
-    if _files(Path(path), TRAIN):
-        return False
+    if has_parquet(path):
+        return
     for root in class_roots(path):
         if folder.resolve().is_relative_to(root.resolve()):
             inside = folder.resolve().relative_to(root.resolve())
-            return not any(part.startswith(".") for part in inside.parts)
-    return False
+            if not any(part.startswith(".") for part in inside.parts):
+                raise ConfigError(f"{folder} would lie among the classes of {path}: give another --out")
 
 
 def parquet_images(
@@ -74,16 +75,26 @@ def parquet_images(
     """
     size = 224 if size is None else check_int("size", size, 8, 4096)
     root = Path(path)
-    files = {"train": _files(root, TRAIN), "validation": _files(root, VALIDATION)}
-    absent = [split for split, found in files.items() if not found]
-    if absent:
-        raise DataError(f"{shown(root)}: no {' and no '.join(absent)}-*.parquet, nor in its folder data")
-    table = _load(root, files)
-    train, val = (_Rows(table[split], f"{shown(root)}, {split}") for split in files)
+    train, val = parquet_rows(root)
     if train.classes != val.classes:
         raise DataError(f"{shown(root)}: training and validation name different classes")
     name = shown(root.resolve().name) or "parquet"
     return Training(name, train, size, [], exif=exif), Validation(name, val, size, exif=exif)
+
+
+def has_parquet(path: str | os.PathLike) -> bool:
+    """Whether the pictures of this folder are taken from parquet files."""
+    return bool(_files(Path(path), TRAIN))
+
+
+def parquet_rows(root: Path) -> "tuple[_Rows, _Rows]":
+    """The rows of the training and the validation set; errors as those of `parquet_images`."""
+    files = {"train": _files(root, TRAIN), "validation": _files(root, VALIDATION)}
+    absent = [split for split, found in files.items() if not found]
+    if absent:
+        raise DataError(f"{shown(root)}: no {' and no '.join(absent)}-*.parquet, nor in its folder data")
+    train, val = (_Rows(rows, f"{shown(root)}, {split}") for split, rows in _load(root, files).items())
+    return train, val
 
 
 def _files(root: Path, names: tuple[str, ...]) -> list[str]:

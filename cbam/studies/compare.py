@@ -16,6 +16,7 @@ from dataclasses import asdict
 import torch
 from torch import nn
 
+from cbam.data.parquet import refuse_among
 from cbam.errors import CBAMError
 from cbam.explain import Row, comparison_figure
 from cbam.models import profile
@@ -66,6 +67,8 @@ class _Comparison:
     def __init__(self, settings: Settings, folder: ReportFolder, watch: Watch) -> None:
         self.settings, self.folder, self.watch = settings, folder, watch
         self.device = pick_device(settings.device)
+        if settings.data:
+            refuse_among(settings.data, folder.path)
         self.task = Task.of(settings)
         self.names = ["plain", *settings.attention]
         self.start = "paper" if settings.from_scratch else "identity"  # of attention

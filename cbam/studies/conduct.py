@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from cbam.data.parquet import refuse_among
 from cbam.errors import ConfigError
 from cbam.studies.boxes import BoxedPictures
 from cbam.studies.drawing import figure
@@ -93,6 +94,8 @@ def prepare(
         )
     if changes.get("regions") and not study.boxed:
         raise ConfigError(f"regions belong to detectors, and the study is {name}")
+    if isinstance(pictures, Pictures) and pictures.folder:
+        refuse_among(pictures.folder, Path(out))
     own = changes | {"size": pictures.size}
     if own.get("warmup_epochs") == 0:
         own["warmup_epochs"] = None  # as records without a warm-up have it

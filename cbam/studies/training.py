@@ -44,7 +44,7 @@ class Pictures:
         self, folder: str | None = None, *, size: int | None = None, limit: int | None = None
     ) -> None:
         train, val = image_folder(folder, size=size) if folder else cluttered_digits()
-        self.all, self.name = len(train), DIGITS
+        self.folder, self.all, self.name = folder, len(train), DIGITS
         if folder:
             self.name = train.name if train.name != DIGITS else f"{train.name}_folder"
         if limit:

@@ -86,6 +86,18 @@ class Recipe:
             good = self.batch_size % self.accumulate == 0
             yield good, f"batch_size {self.batch_size} must be a multiple of accumulate {self.accumulate}"
 
+    def unreached(self) -> str:
+        """What of the schedule the epochs do not come to, in words; it is no error, as of a short trial."""
+        marks = self.milestones or (self.step_epochs,)
+        late = [mark for mark in marks if mark >= self.epochs]
+        told = []
+        if self.warmup_epochs >= self.epochs:
+            told.append(f"warmup_epochs is {self.warmup_epochs:g}, so the learning rate rises to the end")
+        if self.schedule == "step" and late:
+            name = "milestones" if self.milestones else "step_epochs"
+            told.append(f"the learning rate is not lowered at {name} {' '.join(map(str, late))}")
+        return f"epochs is {self.epochs}: {'; '.join(told)}" if told else ""
+
     def lr_factor(self, step: int, steps_per_epoch: int) -> float:
         """The learning rate of a step (counted from 0 over the whole run) as a share of `lr`."""
         warm = self.warmup_epochs * steps_per_epoch

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from cbam.data import BoxedImages, Images
-from cbam.data.parquet import lies_among
+from cbam.data.parquet import refuse_among
 from cbam.errors import CheckpointNotFoundError, ConfigError
 from cbam.train import checkpoint, material
 from cbam.train.distributed import World, world
@@ -72,6 +72,8 @@ def run(
         here.from_first(lambda: _lock(stack, folder, watch) if folder.is_dir() else None)
         state = here.from_first(lambda: _state(folder, resume, watch.say))
         config = _settings(name, settings, state, folder, watch.say, override=override)
+        if told := config.training().unreached():
+            watch.say(told)
         where = pick_device(config.device)
         train, val = pictures(config)
         if not config.detects:
@@ -173,7 +175,8 @@ def _settings(
         if config.data is None and config.recipe != "digits" and not config.detects:
             raise ConfigError(f"the recipe {name} needs DATA, an image folder")
         _refuse_idle(recipe(name), config)
-        _refuse_among(config, folder)
+        if config.data and not config.detects:
+            refuse_among(config.data, folder)
         if name == FINE_TUNING and not config.pretrained:
             raise ConfigError(f"the recipe {name} needs --pretrained FILE, the weights to begin with")
         return config
@@ -192,12 +195,6 @@ def _settings(
     for line in allowed:
         say(f"changed: {line}")
     return config
-
-
-def _refuse_among(config: Config, folder: Path) -> None:
-    """Refuse a run that would be read as a class without pictures when it is resumed."""
-    if config.data and not config.detects and lies_among(config.data, folder):
-        raise ConfigError(f"{folder} would lie among the classes of {config.data}: give another --out")
 
 
 def _refuse_idle(before: Config, config: Config) -> None:

@@ -12,6 +12,7 @@ from cbam.data import cluttered_digits
 from cbam.errors import CheckpointError, ConfigError, DataError
 from cbam.studies import Settings, compare
 from cbam.studies.compare import Silent
+from cbam.studies.conduct import find_pictures, prepare
 from cbam.studies.folder import DRAWING, PAGE, PICTURE, REPORT, RESULTS, ReportFolder
 from cbam.studies.page import page
 from cbam.studies.report import markdown, summary
@@ -254,3 +255,16 @@ def test_the_folder_may_be_a_path_and_is_looked_at_before_any_work(tmp_path):
         compare(Settings(**SMALL), str(tmp_path))
     compare(Settings(**SMALL, attention=("se",), seeds=1), tmp_path / "out")
     assert (tmp_path / "out" / PAGE).exists()
+
+
+def test_a_report_among_the_classes_is_refused_before_any_work(tmp_path):
+    for name in ("ant", "bee"):
+        (tmp_path / name).mkdir()
+        for i in range(4):
+            Image.new("RGB", (8, 8), (40 * i, 9, 9)).save(tmp_path / name / f"{i}.png")
+    settings = Settings(**SMALL, data=str(tmp_path))
+    with pytest.raises(ConfigError, match=r"would lie among the classes of .*: give another --out"):
+        compare(settings, tmp_path / "report")
+    with pytest.raises(ConfigError, match=r"would lie among the classes of .*: give another --out"):
+        prepare("channel", find_pictures(str(tmp_path), {}), {}, out=str(tmp_path / "results"))
+    assert {path.name for path in tmp_path.iterdir()} == {"ant", "bee"}

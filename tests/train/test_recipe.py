@@ -40,3 +40,29 @@ def test_all_problems_of_a_recipe_are_told_together():
 def test_a_learning_rate_that_is_no_finite_number_is_refused(value):
     with pytest.raises(ConfigError, match="lr must be a finite number"):
         Recipe(lr=value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        (
+            {"epochs": 3, "warmup_epochs": 5},
+            "epochs is 3: warmup_epochs is 5, so the learning rate rises to the end",
+        ),
+        (
+            {"epochs": 10, "schedule": "step"},
+            "epochs is 10: the learning rate is not lowered at step_epochs 30",
+        ),
+        (
+            {"epochs": 8, "schedule": "step", "milestones": (4, 8, 9)},
+            "epochs is 8: the learning rate is not lowered at milestones 8 9",
+        ),
+        ({"epochs": 31, "schedule": "step", "warmup_epochs": 30.5}, ""),
+        ({"epochs": 3}, ""),
+    ],
+)
+def test_what_the_epochs_do_not_come_to_is_said_and_is_no_error(settings, told):
+    recipe = Recipe(**settings)
+    assert recipe.unreached() == told
+    factors = [recipe.lr_factor(step, 10) for step in range(10 * recipe.epochs)]
+    assert (factors == sorted(factors) or (4 in recipe.milestones)) == bool(told)
