@@ -12,6 +12,7 @@ from cbam.data.boxes import Finding, Picture, size_fault
 from cbam.data.coco import LISTS, CocoReader, pictures_of
 from cbam.data.decode import decode_bytes, header_of, not_an_image, orientation, read, shown
 from cbam.data.located import LocatedJSON
+from cbam.data.parquet import has_parquet, parquet_rows
 from cbam.data.scan import EXTENSIONS, Classes, find_pictures
 from cbam.data.voc import VocReader
 from cbam.errors import DataError
@@ -24,21 +25,23 @@ def check(path: str | os.PathLike, *, deep: bool = False) -> tuple[str, Iterator
     """What the folder at `path` is, and its faults, one by one as they are found.
 
     A folder with `Annotations` and `ImageSets/Main`, or with `VOC2007` or `VOC2012`, is VOC's; every split is
-    read. One with JSON files of COCO's lists, or whose folders hold some, is COCO's. Any other is taken for
-    class folders of pictures.
+    read. One with parquet files is read as `picture_set` reads it. One with JSON files of COCO's lists, or
+    whose folders hold some, is COCO's. Any other is taken for class folders of pictures.
 
     Args:
         deep: decode every picture, look for the end marker of every JPEG, and for files in both parts or in
             two classes.
 
     Raises:
-        DataError: no such folder.
+        DataError: no such folder. MissingExtraError: of parquet files, as faults are asked for.
     """
     root = Path(path)
     if not root.is_dir():
         raise DataError(f"{shown(path)}: {'a file; give its folder' if root.exists() else 'no such folder'}")
     if years := voc_years(root) or ([root] if is_voc(root) else []):
         return "VOC", _voc(years, deep)
+    if has_parquet(root):
+        return "pictures in parquet files", _parquet(root, deep)
     if files := _coco_files(root):
         return "COCO", _coco(root, files, deep)
     return "class folders of pictures", _classes(root, deep)
@@ -48,9 +51,7 @@ def picture_fault(path: str | os.PathLike, *, deep: bool) -> Finding | None:
     """What is wrong with one picture file."""
     try:
         if deep:
-            data = read(path)
-            decode_bytes(data, shown(path))
-            return Finding(shown(path), NO_END) if _lacks_end(data) else None
+            return _decoded_fault(read(path), shown(path))
         with Path(path).open("rb", buffering=0) as file:
             fault = not_an_image(file.read(16))
         if not fault and header_of(path) is None:
@@ -60,6 +61,14 @@ def picture_fault(path: str | os.PathLike, *, deep: bool) -> Finding | None:
         return Finding(shown(path), error.strerror or str(error))
     except DataError as error:
         return Finding("", str(error))
+
+
+def _decoded_fault(data: bytes, name: str) -> Finding | None:
+    try:
+        decode_bytes(data, name)
+    except DataError as error:
+        return Finding("", str(error))
+    return Finding(name, NO_END) if _lacks_end(data) else None
 
 
 def _lacks_end(data: bytes) -> bool:
@@ -85,6 +94,22 @@ def _classes(root: Path, deep: bool) -> Iterator[Finding]:
     yield from _pictures(chain(*train.values(), *val.values()), deep)
     if deep:
         yield from _twins({"train": train, "validate": val})
+
+
+def _parquet(root: Path, deep: bool) -> Iterator[Finding]:
+    try:
+        train, val = parquet_rows(root)
+    except DataError as error:
+        yield Finding("", str(error))
+        return
+    if train.classes != val.classes:
+        yield Finding(shown(root), "training and validation name different classes")
+    for rows in (train, val):
+        if deep:
+            decoded = (_decoded_fault(rows.read(i), rows.name(i)) for i in range(len(rows.targets)))
+            yield from filter(None, decoded)
+        else:
+            yield from (Finding(rows.name(index), fault) for index, fault in rows.faults())
 
 
 def _twins(splits: dict[str, Classes]) -> Iterator[Finding]:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -227,3 +228,35 @@ def test_the_years_of_voc_are_read_as_training_reads_them(voc_years, pixels, enc
         f"{voc_years}/JPEGImages/b.jpg: the same file is there to train: {voc_years}/JPEGImages/a.jpg",
     ]
     assert told(voc_years) == ("VOC", faults[:1])
+
+
+def test_parquet_files_are_read_as_they_are_trained_on(tmp_path, monkeypatch, encoded, pixels):  # D1 D3
+    class Rows:
+        classes = ("ant", "bee")
+        targets = (0, 1, 1)
+
+        def __init__(self, name):
+            self._name = name
+
+        def read(self, index):
+            sound = encoded(pixels(20, 20, 0), "PNG")
+            return (sound, sound[:60], b"<html>")[index]
+
+        def name(self, index):
+            return f"{self._name} row {index}"
+
+        def faults(self):
+            yield 2, "not an image"
+
+    (tmp_path / "train-0.parquet").touch()
+    kind, (fault,) = told(tmp_path)
+    assert kind == "pictures in parquet files"
+    assert "no validation-*.parquet" in fault
+    module = sys.modules["cbam.data.check"]
+    monkeypatch.setattr(module, "parquet_rows", lambda root: (Rows("train"), Rows("validation")))
+    assert told(tmp_path)[1] == ["train row 2: not an image", "validation row 2: not an image"]
+    deep = told(tmp_path, deep=True)[1]
+    assert [fault.partition(":")[0] for fault in deep] == [
+        *("train row 1", "train row 2"),
+        *("validation row 1", "validation row 2"),
+    ]

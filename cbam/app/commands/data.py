@@ -11,7 +11,9 @@ HELP = "say everything that is wrong with a data set"
 def add(parser: Parser) -> None:
     """The options."""
     parser.add_argument("action", choices=("check",), metavar="check", help="check: print every fault")
-    parser.add_argument("data", metavar="DIR", help="class folders of pictures, a COCO or a VOC folder")
+    parser.add_argument(
+        "data", metavar="DIR", help="class folders of pictures, parquet files, a COCO or a VOC folder"
+    )
     parser.add_argument(
         "--deep",
         action="store_true",
