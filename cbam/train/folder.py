@@ -12,7 +12,7 @@ lock           who is running here, see lock.py
 import contextlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,19 +77,26 @@ def epochs(folder: Path) -> list[dict[str, Any]]:
     return [entry for entry in found if isinstance(entry, dict) and is_epoch(entry)]
 
 
+def _written(entry: dict[str, Any]) -> bytes:
+    return (json.dumps(entry) + "\n").encode()
+
+
 class Metrics:
     """The lines of metrics.jsonl. A disk that takes no more ends the writing with one line, not the run."""
 
     def __init__(self, folder: Path, say: Callable[[str], None]) -> None:
         self._path, self._say, self._broken = folder / METRICS, say, False
 
-    def cut(self, epoch: int, step: int) -> None:
+    def cut(self, epoch: int, step: int, before: Sequence[dict[str, Any]] = ()) -> None:
         """Forget what came after `step` steps of the whole run, in which `epoch` was not over.
 
-        A line that was torn when the process died is dropped with it.
+        A line that was torn when the process died is dropped with it. Of the epochs `before`, which the
+        checkpoint holds, those without a line get it back: a run may go on in another folder.
         """
         kept = [line for line in self._lines() if self._is_before(line, epoch, step)]
-        write(self._path, b"".join(kept))
+        there = {entry["epoch"] for entry in map(json.loads, kept) if is_epoch(entry)}
+        lost = [_written(entry) for entry in before if entry["epoch"] not in there]
+        write(self._path, b"".join([*lost, *kept]))
 
     def _lines(self) -> list[bytes]:
         try:
@@ -110,7 +117,7 @@ class Metrics:
         """Append a line."""
         if self._broken:
             return
-        line = (json.dumps(entry) + "\n").encode()
+        line = _written(entry)
         try:
             with self._path.open("ab") as file:
                 file.write(line[: len(line) // 2])

@@ -37,6 +37,11 @@ _STOPS: list[_Stop] = [*((number.name, 128 + number) for number in SIGNALS), LIM
 _log = logging.getLogger("cbam")
 
 
+def _line(entry: dict[str, Any], step: int) -> dict[str, Any]:
+    """The line of an epoch; what the clock says of it is no part of the run and stays out."""
+    return {**{name: value for name, value in entry.items() if name not in CLOCK}, "step": step}
+
+
 class Keeper(pl.Callback):
     """Saves every `save_every` steps and at the end of every epoch, before it is validated.
 
@@ -94,7 +99,7 @@ class Keeper(pl.Callback):
         self._began_at = state["step"] if state else 0
         steps.flags = self._flags
         if state is None:
-            self._cut(0, -1)
+            self._cut(0, -1, [])
             return False
         epoch, seen = state["epoch"], state["seen"]
         if state["steps_per_epoch"] != steps.steps_per_epoch:
@@ -103,7 +108,11 @@ class Keeper(pl.Callback):
                 f"this run {steps.steps_per_epoch}"
             )
         self._step = state["step"]
-        self._cut(epoch, self._step)
+        before = [
+            _line(entry, (entry["epoch"] + 1 - steps.first_epoch) * steps.steps_per_epoch)
+            for entry in state["history"]
+        ]
+        self._cut(epoch, self._step, before)
         steps.model.load_state_dict(state["model"])
         if steps.average is not None:
             steps.average.load_state_dict(state["average"])
@@ -116,9 +125,9 @@ class Keeper(pl.Callback):
             steps._seen = {}
         return waits
 
-    def _cut(self, epoch: int, step: int) -> None:
+    def _cut(self, epoch: int, step: int, before: list[dict[str, Any]]) -> None:
         if self._here.is_first:
-            self.metrics.cut(epoch, step)
+            self.metrics.cut(epoch, step, before)
 
     def _take_up_rng(self, state: dict[str, Any]) -> None:
         """Its own state, where there were as many processes; else one made from the place in the run."""
@@ -238,18 +247,18 @@ class Keeper(pl.Callback):
             self._say(f"nothing new was saved: {error}")
 
     def log_epoch(self, entry: dict[str, Any]) -> None:
-        """Write the line of an epoch; what the clock says of it is no part of the run and stays out."""
+        """Write the line of an epoch, and say it."""
         if not self._here.is_first:
             return
-        timeless = {name: value for name, value in entry.items() if name not in CLOCK}
-        self.metrics.add({**timeless, "step": self._step})
+        self.metrics.add(_line(entry, self._step))
         self.metrics.sync()
         self._log(entry)
         clock = ""
         if (seconds := entry["seconds"]) == seconds:
             clock = f", {seconds:.1f} s, {entry['images_per_second']:.0f} images/s"
             clock += f", {100 * entry['wait_seconds'] / seconds:.0f} % of it waiting for them"
-        self._say(f"epoch {entry['epoch']}: loss {entry['train_loss']:.4f}, {told(entry)}{clock}")
+        loss = "skipped" if entry["train_loss"] is None else f"loss {entry['train_loss']:.4f}"
+        self._say(f"epoch {entry['epoch']}: {loss}, {told(entry)}{clock}")
 
     # --- saving ---
 

@@ -246,11 +246,11 @@ class Steps(pl.LightningModule):
     def finish_epoch(self, epoch: int) -> None:
         """Add the epoch to `history`, once it has been trained and validated."""
         loss, tally, count = self._sums.tolist()
+        trained = {"train_loss": loss / max(1, count), **self.task.trained(tally / max(1, count))}
         entry = {
             "epoch": epoch,
             "lr": self._lr,
-            "train_loss": loss / max(1, count),
-            **self.task.trained(tally / max(1, count)),
+            **(trained if count else dict.fromkeys(trained)),  # every step of it was skipped
             **self.validated,
             "seconds": self._seconds,
             "step_seconds": statistics.median(self._steps or [float("nan")]),

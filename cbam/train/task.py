@@ -40,7 +40,10 @@ class Task(Protocol):
         ...
 
     def trained(self, tally: float) -> dict[str, float]:
-        """Metrics of an epoch of training, from the mean of that number over its pictures."""
+        """Metrics of an epoch of training, from the mean of that number over its pictures.
+
+        Of an epoch of which no step was taken they are None.
+        """
         ...
 
     def output(self, batch: dict) -> Any:
@@ -69,5 +72,5 @@ def percent(value: float | None) -> str:
 
 
 def is_epoch(entry: Mapping[str, Any]) -> bool:
-    """Whether metrics are those of an epoch, not of a step."""
-    return "train_loss" in entry
+    """Whether metrics are those of an epoch, not of a step; loggers are not given what is None."""
+    return "train_loss" in entry or "wait_seconds" in entry

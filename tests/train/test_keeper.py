@@ -1,5 +1,6 @@
 """A run that is told to stop, or meets a full disk or a loss that is not finite; and how it goes on."""
 
+import csv
 import dataclasses
 import json
 import os
@@ -15,7 +16,7 @@ from torch import nn
 from cbam.data import Images
 from cbam.errors import CheckpointError, DataError, NonFiniteError, OutputError, StoppedError
 from cbam.train import Recipe, checkpoint, fit
-from cbam.train.folder import METRICS
+from cbam.train.folder import METRICS, epochs
 from cbam.train.keeper import NONFINITE, Keeper
 from cbam.train.loggers import Line, Loggers
 
@@ -357,3 +358,29 @@ def test_metrics_have_a_line_per_step_and_per_epoch(calm):
 def test_a_checkpoint_of_another_number_of_steps_is_refused(calm):
     with pytest.raises(CheckpointError, match="counts 3 steps per epoch, this run 2"):
         train(calm, images=Colours(8))
+
+
+def test_an_epoch_without_a_step_has_no_loss_and_no_error_of_training(tmp_path):
+    # R10
+    said: list[str] = []
+    loggers = Loggers(("csv",), tmp_path, {}, said.append)
+    loggers.put("progress", Line(said.append, 2, every=0.0))
+    recipe = dataclasses.replace(RECIPE, nonfinite="skip")
+    history = train(tmp_path, nan_at(1, 2, 3), recipe=recipe, loggers=loggers, say=said.append)
+    lines = [json.loads(line) for line in (tmp_path / METRICS).read_text().splitlines()]
+    assert len(epochs(tmp_path)) == 2
+    for first, second in (history, [line for line in lines if "train_loss" in line]):
+        assert (first["train_loss"], first["train_top1"]) == (None, None)
+        assert 0 < second["train_loss"] < 3
+    rows = list(csv.DictReader((tmp_path / "epochs.csv").read_text().splitlines()))
+    assert [(row["epoch"], row["train_loss"] == "") for row in rows] == [("0", True), ("1", False)]
+    assert not any("without" in line for line in said)
+    assert sum(line.startswith("epoch 0: skipped, validation loss ") for line in said) == 1
+
+
+def test_a_run_that_goes_on_in_another_folder_has_the_metrics_of_the_epochs_before(calm, tmp_path):
+    # R22
+    state = checkpoint.load(calm / "step-00000004.ckpt")
+    keeper = Keeper(tmp_path, {}, state=state, save_every=2, log_every=1, say=lambda _: None)
+    fit(Watched(), Colours(12), Colours(6), RECIPE, seed=0, device="cpu", keeper=keeper)
+    assert epochs(tmp_path) == epochs(calm)
