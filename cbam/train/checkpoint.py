@@ -43,7 +43,11 @@ def save(folder: Path, step: int, state: dict[str, Any]) -> Path:
     data = b"".join((data[:-2], _COMMENT.to_bytes(2, "little"), _MARK, digest.encode()))
     path = folder / f"step-{step:08d}.ckpt"
     write(path, data, fault)
-    write(folder / LAST, _record(path, digest, len(data), state))
+    try:
+        write(folder / LAST, _record(path, digest, len(data), state))
+    except OSError:  # the checkpoint is there, and is found without; of another one it must not speak
+        with contextlib.suppress(OSError):
+            (folder / LAST).unlink(missing_ok=True)
     return path
 
 

@@ -197,3 +197,18 @@ def test_a_record_that_is_damaged_is_no_obstacle(saved):
         state, said = newest(saved)
         assert state is not None
         assert (state["step"], said) == (9, [])
+
+
+def test_a_checkpoint_that_is_written_is_none_that_failed_where_its_record_has_no_room(saved, monkeypatch):
+    # K13
+    whole = checkpoint.write
+
+    def write(path, *arguments):
+        if path.name == checkpoint.LAST:
+            raise OSError(28, "No space left on device")
+        whole(path, *arguments)
+
+    monkeypatch.setattr(checkpoint, "write", write)
+    path = checkpoint.save(saved, 12, {"step": 12})
+    assert checkpoint.load(path)["step"] == 12
+    assert not (saved / checkpoint.LAST).exists()  # it would speak of another
