@@ -20,6 +20,7 @@ from cbam.train.checkpoint import write
 from cbam.train.folder import LOCK, clean
 
 BEAT = 10.0  # seconds between two signs of life
+_MARK = b'{"pid": '  # what a lock begins with
 SILENCE = 60.0  # seconds without one after which a run of another machine is dead
 
 
@@ -28,12 +29,14 @@ def locked(folder: Path, say: Callable[[str], None] = lambda line: None) -> Iter
     """Make the folder if need be and keep every other run out of it; what a killed run left is cleaned.
 
     Raises:
-        ConfigError: another run is in it. OutputError: it cannot be made or written to.
+        ConfigError: another run is in it, or a file of that name that is no lock. OutputError: it cannot be
+            made or written to.
     """
     me = _me()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with _alone(folder):
+            _refuse_other_file(folder / LOCK)
             _refuse_second(folder, say)
             write(folder / LOCK, json.dumps(me).encode())  # a full or read-only disk shows here
         clean(folder)
@@ -109,6 +112,15 @@ def _alone(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
+
+
+def _refuse_other_file(lock: Path) -> None:
+    """One of ours may be cut off where the machine went down."""
+    with contextlib.suppress(FileNotFoundError):
+        with lock.open("rb") as file:
+            begins = file.read(len(_MARK))
+        if not _MARK.startswith(begins):
+            raise ConfigError(f"{lock} is of something else than a run: give another --out")
 
 
 def _refuse_second(folder: Path, say: Callable[[str], None]) -> None:

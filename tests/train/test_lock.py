@@ -137,3 +137,12 @@ def test_only_the_pieces_of_a_run_are_cleaned(tmp_path):
         assert not (tmp_path / ".metrics.jsonl.part").exists()
     left = {path.name for path in tmp_path.iterdir()}
     assert left == {".model.onnx.1a2b.part", ".last.json.part", ".big.iso.part"}
+
+
+@pytest.mark.parametrize("content", [b"yarn lockfile v1", b'{"packages": []}', b"\xff\x00", b"[1]"])
+def test_a_file_of_that_name_that_is_no_lock_is_left_alone(tmp_path, content):
+    (tmp_path / LOCK).write_bytes(content)
+    refused = pytest.raises(ConfigError, match="lock is of something else than a run: give another --out")
+    with refused, locked(tmp_path):
+        pass
+    assert (tmp_path / LOCK).read_bytes() == content
