@@ -226,16 +226,19 @@ def gate_table(blocks: Sequence[BlockStatistics]) -> str:
     ]
     for block in blocks:
         cells = [block.name, str(block.channels), f"{100 * block.change:.1f}"]
-        cells += _cells(block.what, True) + _cells(block.where, False) + [block.word]
+        cells += [*_cells(block.what, block.middle, True), *_cells(block.where, block.middle, False)]
+        cells.append(block.word)
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _cells(gate: GateStatistics | None, classes: bool) -> list[str]:
+def _cells(gate: GateStatistics | None, middle: float, classes: bool) -> list[str]:
     if gate is None:
         return ["-"] * (5 if classes else 3)
+    ends = gate.quantiles[0], gate.quantiles[-1]
+    low, high = (paper.factor(end, max(abs(one - middle) for one in ends)) for end in ends)
     saturated = "-" if gate.saturated is None else f"{100 * gate.saturated:.1f}"
-    cells = [f"{gate.quantiles[0]:.2f} to {gate.quantiles[-1]:.2f}", saturated, f"{100 * gate.fixed:.0f}"]
+    cells = [f"{low} to {high}", saturated, f"{100 * gate.fixed:.0f}"]
     if classes:
         by_class = "-" if gate.by_class is None else f"{100 * gate.by_class:.0f}"
         cells += [by_class, f"{100 * gate.by_picture:.0f}"]
@@ -287,6 +290,11 @@ def draw(blocks: Sequence[BlockStatistics]):
                 _span(span, r, gate, block.middle)
                 _shares(share, r, gate)
     panels[0].set_xlim(left=0)
+    for ax in panels[1], panels[3]:
+        low, high = ax.get_xlim()
+        least = max(0.0, 2 * paper.LEAST - (high - low)) / 2
+        ax.set_xlim(low - least, high + least)
+        ax.locator_params(axis="x", nbins=3)
     for ax in panels[2], panels[4]:
         ax.set_xlim(0, 100)
         ax.set_xticks((0, 50, 100))

@@ -21,6 +21,7 @@ TEXT, SMALL = 7.0, 6.0  # points
 HEAT, STRENGTH, GATE = "inferno", "viridis", "PuOr_r"  # told apart with any colour vision, and in grey
 # Maps come scaled to their own minimum and maximum.
 EVIDENCE: dict[float, str] = {0: "least", 1: "most of the map"}
+LEAST = 0.01  # reach of a scale of gates: rounding is not blown up to a pattern
 FINE = 0.03  # gates this near to their middle are alike in two digits
 CHARACTER = 0.055  # inches, of a word of TEXT points on average
 
@@ -182,7 +183,7 @@ def pixels(image: Tensor):
 def gate_scale(gates: list[Tensor], middle: float) -> tuple[float, float]:
     """The middle of the gates' colour scale and how far it reaches to either side, one for all of them."""
     reach = max((float((gate - middle).abs().max()) for gate in gates), default=0.0)
-    return middle, max(reach, 0.01)  # so that rounding is not blown up to a pattern
+    return middle, max(reach, LEAST)
 
 
 def factor(value: float, reach: float) -> str:

@@ -1,3 +1,4 @@
+import itertools
 import re
 
 import pytest
@@ -6,7 +7,7 @@ from torch import nn
 
 import cbam
 from cbam.errors import ConfigError, InputError
-from cbam.explain.gates import BlockStatistics, GateStatistics, gate_figure, gate_statistics, gate_table
+from cbam.explain.gates import BlockStatistics, GateStatistics, draw, gate_figure, gate_statistics, gate_table
 
 
 class Scripted(cbam.ChannelAttention):
@@ -164,3 +165,19 @@ def test_the_table_says_what_the_statistics_say():
         last
         == "| layer4.1 | 512 | 12.3 | 0.10 to 0.90 | 25.0 | 50 | 30 | 20 | - | - | - | follows the class |"
     )
+
+
+def test_gates_that_hardly_differ_are_told_by_a_third_digit_and_drawn_on_no_finer_scale():
+    gate = GateStatistics(0.4999, (0.4972, 0.4998, 0.4999, 0.5, 0.5001), 0.0, 0.5)
+    block = BlockStatistics("layer4.1", 512, 0.5, 0.5, gate, gate)
+    assert gate_table([block]).count("| 0.497 to 0.500 |") == 2
+    figure = draw([block])
+    figure.canvas.draw()
+    panels = [figure.axes[i] for i in (1, 3)]
+    for panel in panels:
+        low, high = panel.get_xlim()
+        assert high - low == pytest.approx(0.02)
+        boxes = [label.get_window_extent() for label in panel.get_xticklabels() if label.get_visible()]
+        shown = [box for box in boxes if panel.bbox.x0 <= (box.x0 + box.x1) / 2 <= panel.bbox.x1]
+        assert len(shown) > 1
+        assert all(one.x1 < two.x0 for one, two in itertools.pairwise(shown))
