@@ -290,16 +290,18 @@ def draw(blocks: Sequence[BlockStatistics]):
                 _span(span, r, gate, block.middle)
                 _shares(share, r, gate)
     panels[0].set_xlim(left=0)
+    middles = [block.middle for block in blocks]
     for ax in panels[1], panels[3]:
-        low, high = ax.get_xlim()
-        least = max(0.0, 2 * paper.LEAST - (high - low)) / 2
-        ax.set_xlim(low - least, high + least)
+        left, right = ax.get_xlim()
+        ax.set_xlim(
+            min(left, *(m - paper.LEAST for m in middles)), max(right, *(m + paper.LEAST for m in middles))
+        )
         ax.locator_params(axis="x", nbins=3)
     for ax in panels[2], panels[4]:
         ax.set_xlim(0, 100)
         ax.set_xticks((0, 50, 100))
         ax.get_xticklabels()[-1].set_horizontalalignment("right")
-    _legend(page, _HEAD + high + 0.3, [block.middle for block in blocks])
+    _legend(page, _HEAD + high + 0.3, middles)
     return page.figure
 
 
