@@ -15,11 +15,10 @@ from cbam.errors import CheckpointNotFoundError, ConfigError, DataError
 from cbam.explain.detecting import Detection, Detectors, Finds, detect
 from cbam.explain.outlines import detection_figure
 from cbam.models.detectors import DETECTORS
-from cbam.surgery import load_weights
 from cbam.train import checkpoint
 from cbam.train.average import average_of
 from cbam.train.detector import make_detector
-from cbam.train.material import ours
+from cbam.train.material import load_trained, ours
 
 LISTED = 5  # boxes that a line tells
 FIGURES = r"detect(-\d+)?\.(png|svg)"
@@ -162,5 +161,5 @@ def _load(
             config["regions"],
         )
     net = make_detector(name, len(known), start="paper", size=size, regions=regions)
-    load_weights(net, weights)
+    load_trained(net, weights, name, file)
     return f"{name}, weights of {file}", net.eval(), known

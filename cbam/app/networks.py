@@ -17,8 +17,8 @@ from cbam.explain.pair import class_names
 from cbam.hub import Card
 from cbam.models import build
 from cbam.models.detectors import DETECTORS
-from cbam.surgery import load_weights
 from cbam.train import checkpoint
+from cbam.train.material import load_trained
 
 
 def viewer(
@@ -131,7 +131,7 @@ def _of_weights(
     name, names = f"{model}+{label}" if arms and label != "plain" else model, names or class_names()
     net = build(name, num_classes=len(names))
     try:
-        load_weights(net, file)
+        load_trained(net, file, name, file)
     except OtherClassesError as error:
         raise error.advising("give --classes FILE with as many names, one per line") from None
     card = normalised(card, mean, std, None if digits else net, name)

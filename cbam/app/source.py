@@ -19,7 +19,7 @@ from cbam.surgery import load_weights
 from cbam.train import checkpoint
 from cbam.train.average import average_of
 from cbam.train.folder import epochs
-from cbam.train.material import began_with, ours
+from cbam.train.material import began_with, load_trained, ours
 from cbam.train.recipes import Config
 
 _OUTPUTS = 1000
@@ -98,7 +98,7 @@ def source(
         raise ConfigError(f"{named} does not say what network it is: give --model NAME, see `cbam list`")
     net = build(model, num_classes=outputs or _OUTPUTS)
     try:
-        load_weights(net, path)
+        load_trained(net, path, model, path)
     except OtherClassesError as error:
         raise error.advising(f"give --num-classes {error.classes}") from None
     card = normalised(hub.Card(), mean, std, net, model)

@@ -13,7 +13,7 @@ from cbam.errors import CheckpointError, CheckpointNotFoundError, ConfigError
 from cbam.hub.card import read_config
 from cbam.hub.folder import CONFIG, WEIGHTS
 from cbam.models import build, freeze_norm
-from cbam.surgery import attached
+from cbam.surgery import attached, load_weights
 from cbam.surgery.weights import Loaded
 from cbam.train import checkpoint
 from cbam.train.average import average_of
@@ -118,6 +118,19 @@ def weights_at(path: str) -> str | dict[str, Tensor]:
     if where.is_dir() or checkpoint.is_ours(where):
         return average_of(ours(where))
     return path
+
+
+def load_trained(model: nn.Module, source: Path | dict[str, Tensor], name: str, where: Path) -> None:
+    """Put weights into the network `name` that is used as it is then; `where` they are from.
+
+    Raises:
+        CheckpointError: they do not fit, or lack the attention, which would be untrained.
+    """
+    if load_weights(model, source).missing:
+        raise CheckpointError(
+            f"{where} has no weights of attention, so that of {name} would be untrained: "
+            f"give --model {name.partition('+')[0]}, or the weights of {name}"
+        )
 
 
 def misfit_of(path: str, misfit: CheckpointError) -> CheckpointError:

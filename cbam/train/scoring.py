@@ -13,11 +13,10 @@ from cbam.data.parquet import unsplit_set
 from cbam.data.pictures import Validation
 from cbam.errors import CheckpointNotFoundError, ConfigError, DataError, OtherClassesError
 from cbam.models.detectors import DETECTORS
-from cbam.surgery import load_weights
 from cbam.train import checkpoint
 from cbam.train.average import average_of
 from cbam.train.fitting import Detections, Evaluation, evaluate, evaluate_detector, pick_device
-from cbam.train.material import about, began_with, network, ours, pictures
+from cbam.train.material import about, began_with, load_trained, network, ours, pictures
 from cbam.train.recipes import Config
 
 _Set = Images | BoxedImages
@@ -109,7 +108,7 @@ def _trained(path: Path, data: str | None, model: str | None, size: int | None, 
     val, which = _pictures(config, held_out=held_out or own, began_with=state["data"] if own else None)
     _check_classes(val, state["data"]["classes"], "the run")
     net = network(config, len(val.classes), loaded=True)
-    load_weights(net, average_of(state))
+    load_trained(net, average_of(state), config.model, path)
     return net, val, f"{config.model} on {which}"
 
 
@@ -124,7 +123,7 @@ def _weights(path: Path, data: str | None, model: str | None, size: int | None, 
     val, which = _pictures(config, held_out=held_out)
     net = network(config, len(val.classes))
     try:
-        load_weights(net, path)
+        load_trained(net, path, model, path)
     except OtherClassesError as error:
         here = f"there are {len(val.classes)} in {val.name}"
         raise error.advising(f"give DATA, pictures in a folder for each of them; {here}") from None

@@ -383,3 +383,34 @@ def test_what_is_wrong_is_one_line_and_an_exit_code(
     told = capsys.readouterr().err
     assert message in told
     assert told.count("\n") == 1
+
+
+def test_weights_without_attention_are_not_taken_for_a_network_that_has_some(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    torch.save(cbam.build("resnet_tiny", num_classes=10).state_dict(), "plain.pt")
+    torch.save(cbam.models.detector("retinanet:resnet18", num_classes=2).state_dict(), "boxes.pt")
+    (tmp_path / "two.txt").write_text("ant\nbee\n")
+    (tmp_path / "ten.txt").write_text("\n".join("abcdefghij"))
+    Image.new("RGB", (64, 64)).save("a.png")
+    tiny = ["--model", "resnet_tiny+cbam"]
+    boxed = [
+        "--detect",
+        "--model",
+        "retinanet:resnet18+cbam",
+        "--weights",
+        "boxes.pt",
+        "--classes",
+        "two.txt",
+    ]
+    for command in (
+        ["look", "a.png", *tiny, "--weights", "plain.pt", "--classes", "ten.txt", "--size", "64"],
+        ["look", "a.png", "--model", "resnet_tiny", "--compare", "cbam=plain.pt", "--classes", "ten.txt"],
+        ["look", "a.png", *boxed],
+        ["export", "plain.pt", *tiny, "--num-classes", "10", "--to", "torch"],
+        ["eval", "plain.pt", *tiny, "--device", "cpu"],
+    ):
+        assert main(command) == 4
+        told = capsys.readouterr().err
+        assert ".pt has no weights of attention, so that of " in told
+        assert "would be untrained: give --model re" in told
+    assert not (tmp_path / "plain.pt2").exists()
