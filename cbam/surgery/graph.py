@@ -84,8 +84,10 @@ def trace_with_effects(block: nn.Module, *, training: bool) -> tuple[fx.Graph, l
     defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
     with unchanged(block) as changes, undrawn() as draws:
         block.training = training
+        own = {*vars(block)}
         tracer = _Shallow()
         graph = tracer.trace(block, concrete_args=defaults)
+        foreign = _take_back(block, graph, own)
         for value in tree_leaves([v for name, v in vars(block).items() if not name.startswith("_")]):
             if isinstance(value, fx.Proxy):
                 value.node.meta["kept"] = True  # by the block, which may read it after its forward
@@ -94,7 +96,17 @@ def trace_with_effects(block: nn.Module, *, training: bool) -> tuple[fx.Graph, l
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
     switches = ["switches gradients or autocast"] if len(tracer.modes) > 1 else []
-    return graph, changes + draws + switches
+    return graph, changes + draws + switches + foreign
+
+
+def _take_back(block: nn.Module, graph: fx.Graph, own: set[str]) -> list[str]:
+    """Move the constants of a forward, which fx has put on `block`, to their nodes; says if there are any."""
+    nodes = [n for n in graph.nodes if n.op == "get_attr" and str(n.target) in {*vars(block)} - own]
+    for node in nodes:
+        node.meta["constant"] = getattr(block, str(node.target))
+    for name in {str(node.target) for node in nodes}:
+        delattr(block, name)
+    return ["uses a tensor that the block does not hold"] if nodes else []
 
 
 class Trunk:
@@ -233,6 +245,8 @@ class Trunk:
         if len(factors) != 1:
             return False
         factor = factors[0]
+        if isinstance(factor, Node) and "constant" in factor.meta:
+            return factor.meta["constant"].numel() == 1
         if isinstance(factor, Node) and factor.op == "get_attr":
             *owner, leaf = str(factor.target).split(".")
             return getattr(self._children[".".join(owner)], leaf).numel() == 1

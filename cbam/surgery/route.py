@@ -195,7 +195,12 @@ def graph_route(block: nn.Module, value: str) -> Route:
 
 
 def _refuse_lost(block: nn.Module) -> None:
-    """Refuse a forward that a trace would strip of a `with`, or of reading a setting anew each time."""
+    """Refuse a forward that a trace would strip of a `with`, an argument, or reading a setting each time."""
+    for parameter in inspect.signature(type(block).forward).parameters.values():
+        if parameter.default is not parameter.empty:
+            raise UnroutableError(
+                f"its forward has a default for {parameter.name}, which a generated one would freeze"
+            )
     for code in (c for function in _reached(type(block)).values() for c in _codes(function.__code__)):
         if any(i.opname in _ENTERS for i in dis.get_instructions(code)):
             raise UnroutableError("its forward enters a `with`, which a generated one would leave out")

@@ -269,11 +269,19 @@ class _ShapeNotes(fx.Interpreter):
     def __init__(self, block: nn.Module, graph: fx.Graph) -> None:
         super().__init__(block, graph=graph)
         self.noted: dict[str, torch.Size] = {}
+        self._constants = {n.target: n.meta["constant"] for n in graph.nodes if "constant" in n.meta}
 
     def call_module(self, target, args, kwargs):
         # a child may append to a list that it is given, and those of a graph refuse that
         args = tuple(list(a) if isinstance(a, list) else a for a in args)
         return super().call_module(target, args, kwargs)
+
+    def fetch_attr(self, target):
+        value = self._constants[target] if target in self._constants else super().fetch_attr(target)
+        if not isinstance(value, Tensor):
+            return value
+        value = torch.zeros_like(value, device="cpu") if value.is_meta else value.cpu()
+        return value.float() if value.is_floating_point() else value
 
     def run_node(self, n: fx.Node):
         out = super().run_node(n)

@@ -335,6 +335,16 @@ class Keeps(Host):
         return x + F.relu(self.kept)
 
 
+class TakesASetting(Host):
+    def forward(self, x, scale=1.0):
+        return x + F.relu(self.b(self.act(self.a(x)))) * scale
+
+
+class UsesATensorOfItsOwn(Host):
+    def forward(self, x):
+        return x + F.relu(self.b(self.act(self.a(x))) + torch.ones(8, 1, 1))
+
+
 class Counts(CountsThenInherits):
     def forward(self, x):
         self.steps += 1
@@ -349,6 +359,8 @@ class Counts(CountsThenInherits):
         (ReadsASettingByAProperty, "reads self.kept_scale"),
         (ReadsASettingByItsName, "reads self.scale"),
         (ReadsAConfiguration, "reads self.config"),
+        (TakesASetting, "has a default for scale, which a generated one would freeze"),
+        (UsesATensorOfItsOwn, "uses a tensor that the block does not hold"),
         (FreezesABranch, "enters a `with`, which a generated one would leave out"),
         (FreezesElsewhere, "switches gradients or autocast"),
         (DropsItself, "draws random numbers"),
@@ -360,6 +372,27 @@ def test_a_forward_that_a_generated_one_would_not_repeat_is_refused(kind, words)
     (site,) = cbam.sites(kind())
     assert not site.default
     assert words in site.why
+
+
+HALF = torch.tensor(0.5, dtype=torch.float64)
+
+
+class AddsATensorOfItsOwn(Host):
+    def forward(self, x):
+        return x + self.norm(self.b(self.act(self.a(x) + torch.ones(8, 1, 1)))) * HALF
+
+
+def test_a_tensor_that_a_forward_makes_does_not_keep_attention_out():  # S14, S16
+    block, x = AddsATensorOfItsOwn().eval(), torch.randn(2, 8, 6, 7)
+    before = [*vars(block)]
+    with torch.no_grad():
+        expected = block(x)
+        (site,) = cbam.sites(block)
+        assert (site.why, site.default) == ("after norm", True)
+        assert torch.equal(cbam.attach(block)(x), expected)
+    assert [*vars(cbam.detach(block))] == before
+    with torch.device("meta"):
+        assert [s.why for s in cbam.sites(AddsATensorOfItsOwn())] == ["after norm"]
 
 
 class SplitNorm(Host):
