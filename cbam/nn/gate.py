@@ -72,7 +72,8 @@ class SigmoidGate(Gate):
         if not 0 < gain < math.inf:
             raise InputError(f"a gain must be a positive number, got {gain}")
         like = next(self.parameters())
-        self.gain = None if gain == 1 else torch.full((), gain, dtype=like.dtype, device=like.device)
+        with torch.inference_mode(False):  # weights may be loaded there, and trained later
+            self.gain = None if gain == 1 else torch.full((), gain, dtype=like.dtype, device=like.device)
         self._read = None if self.gain is None else (self.gain, _version(self.gain), float(gain))
 
     def reset_parameters(self) -> None:

@@ -15,11 +15,15 @@ from cbam.errors import AttachError, InputError
 from cbam.nn import ATTENTION, CBAM
 from cbam.surgery.effects import eval_mode
 from cbam.surgery.route import is_last_refined, is_refined, paused, refine, restore
-from cbam.surgery.sites import Site, check_module, output_sites, sites
+from cbam.surgery.sites import Site, called, check_module, output_sites, sites
 from cbam.surgery.trial import Value
 
 _log = logging.getLogger("cbam")
 _WRAPPERS = {"DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "OptimizedModule"}
+_EXPORTED = {
+    "_StatefulGraphModule",
+    "UnflattenedModule",
+}  # of `program.module()`, and of torch.export.unflatten
 
 
 def attach(
@@ -55,7 +59,9 @@ def attach(
     _refuse_wrapped(model)
     chosen = _choose(model, where)
     modules = dict(model.named_modules())
-    parts = [(modules[s.name], s, _build(modules[s.name], model, s, made, start)) for s in chosen]
+    with torch.inference_mode(False) if torch.is_inference_mode_enabled() else contextlib.nullcontext():
+        # of tensors that can be trained later
+        parts = [(modules[s.name], s, _build(modules[s.name], model, s, made, start)) for s in chosen]
     done: list[nn.Module] = []
     try:
         for block, site, part in parts:
@@ -66,7 +72,7 @@ def attach(
         for block in done:
             restore(block)
         raise
-    _log.info("attention attached at %d places: %s", len(chosen), ", ".join(s.name for s in chosen))
+    _log.info("attention attached at %d places: %s", len(chosen), ", ".join(called(s.name) for s in chosen))
     return model
 
 
@@ -105,7 +111,7 @@ def _refined_blocks(model: nn.Module, verb: str) -> list[nn.Module]:
     for name, block in blocks.items():
         if not is_last_refined(block):
             raise AttachError(
-                f"cannot {verb}: the class of {name or 'the model'} was changed after attaching, to "
+                f"cannot {verb}: the class of {called(name)} was changed after attaching, to "
                 f"{type(block).__name__}; undo that first (fully_shard, a parametrisation, ...)"
             )
     return list(blocks.values())
@@ -116,11 +122,11 @@ def _choose(model: nn.Module, where: str | Callable[[str, nn.Module], bool] | No
     if where is None:
         for site in found:
             if site.name_taken:
-                raise AttachError(f"{site.name} {site.why}; nothing was changed")
+                raise AttachError(f"{called(site.name)} {site.why}; nothing was changed")
         chosen = [s for s in found if s.default]
         if not chosen:
             reasons = (
-                "; ".join(f"{s.name or 'the model'}: {s.why}" for s in found[:3])
+                "; ".join(f"{called(s.name)}: {s.why}" for s in found[:3])
                 or "it has no residual block with a convolution"
             )
             raise AttachError(f"no place for attention in {type(model).__name__} ({reasons}); say where=...")
@@ -128,7 +134,7 @@ def _choose(model: nn.Module, where: str | Callable[[str, nn.Module], bool] | No
         matches = _matcher(where)
         names = [name for name, module in model.named_modules() if matches(name, module)]
         chosen = _chosen_by(names, found, model, where)
-    if already := [s.name for s in chosen if s.attached]:
+    if already := [called(s.name) for s in chosen if s.attached]:
         raise AttachError(
             f"attention is attached already at {', '.join(already[:4])}"
             f"{' and elsewhere' if len(already) > 4 else ''}; cbam.detach(model) first"
@@ -143,7 +149,7 @@ def _chosen_by(names: list[str], found: list[Site], model: nn.Module, where) -> 
     hopeless = [s for s in found if s.name in names and s.why != "no skip connection"]
     if hopeless:
         raise AttachError(
-            f"attention cannot go into {hopeless[0].name}: {hopeless[0].why}; nothing was changed"
+            f"attention cannot go into {called(hopeless[0].name)}: {hopeless[0].why}; nothing was changed"
         )
     if not names:
         known = [name for name, _ in model.named_modules() if name]
@@ -203,13 +209,13 @@ def _build(
         part = attention(channels) if site.dims == 4 else _of_dim(attention, channels, site.dims - 2)
     except Exception as error:
         raise AttachError(
-            f"attention({channels}) for {site.name} failed: {error}; nothing was changed"
+            f"attention({channels}) for {called(site.name)} failed: {error}; nothing was changed"
         ) from error
     if not isinstance(part, nn.Module):
         raise AttachError(f"attention({channels}) gave a {type(part).__name__}, expected an nn.Module")
     if start == "identity":
         _start_at_identity(part)
-    _check_part(part, site.name, Value(channels, site.dims), start)
+    _check_part(part, called(site.name), Value(channels, site.dims), start)
     around = (p for m in (block, model) for p in m.parameters())
     host = next((p for p in around if p.dtype.is_floating_point), None)
     if host is not None:
@@ -277,6 +283,8 @@ def _refuse_wrapped(model: nn.Module, verb: str = "attach") -> None:
             raise AttachError(f"found a scripted or traced module {where}: {verb} before torch.jit")
         if kind == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None:
             raise AttachError(f"found a compiled module {where}: {verb} first, then torch.compile")
+        if _EXPORTED & {c.__name__ for c in type(module).__mro__}:
+            raise AttachError(f"found an exported program {where}: {verb} first, then torch.export")
         if kind in _WRAPPERS or kind.startswith("FSDP"):
             raise AttachError(f"found {kind} {where}: {verb} before wrapping for distribution")
         if callable(vars(type(module)).get("weight")):

@@ -68,6 +68,11 @@ class Site:
         return f"{self.name or '(the model)'}: {state}, {width}{self.why}{tail}"
 
 
+def called(name: str) -> str:
+    """A module in a sentence: the model's own name is empty."""
+    return name or "the model"
+
+
 def sites(model: nn.Module) -> list[Site]:
     """Every residual block of `model`: where attention goes, or why it does not; changes nothing.
 
@@ -235,17 +240,17 @@ def output_sites(model: nn.Module, names: list[str]) -> list[Site]:
         module = modules[name]
         if isinstance(module, _NormBase):
             raise AttachError(
-                f"{name} is a {type(module).__name__}: converting it to SyncBatchNorm would drop attention; "
-                "name the module around it, or the activation after it"
+                f"{called(name)} is a {type(module).__name__}: converting it to SyncBatchNorm would drop "
+                "attention; name the module around it, or the activation after it"
             )
         if type(module).forward is nn.Module.forward:
             raise AttachError(
-                f"{name} is a {type(module).__name__}, which has no forward; name a module inside it"
+                f"{called(name)} is a {type(module).__name__}, which has no forward; name a module inside it"
             )
         if "forward" in vars(module):
-            raise AttachError(f"{name} has {_ON_INSTANCE}")
+            raise AttachError(f"{called(name)} has {_ON_INSTANCE}")
         if hasattr(module, SLOT):
-            raise AttachError(f"{name} has an attribute {SLOT!r} already; nothing was changed")
+            raise AttachError(f"{called(name)} has an attribute {SLOT!r} already; nothing was changed")
     values = {n: v for n in names if (v := static_channels(modules[n]))}
     if len(values) < len(names):
         values |= _observed(model, [n for n in names if n not in values])
@@ -269,21 +274,23 @@ def _observed(model: nn.Module, names: list[str]) -> dict[str, Value]:
             failure = first_line(error)
             continue
         return {name: _fixed_channels(name, *(run[name] for run in runs)) for name in names}
-    raise AttachError(f"the model could not be run to learn the channels of {names[0]}: {failure}")
+    raise AttachError(f"the model could not be run to learn the channels of {called(names[0])}: {failure}")
 
 
 def _fixed_channels(name: str, *runs: list[torch.Size]) -> Value:
     if not all(runs):
-        raise AttachError(f"{name} is not called in the forward of the model; nothing was changed")
+        raise AttachError(f"{called(name)} is not called in the forward of the model; nothing was changed")
     (a, *more), (b, *_) = (map(tuple, run) for run in runs)
     if more:
         raise AttachError(
-            f"attention after {name} is called {len(more) + 1} times in one forward; "
+            f"attention after {called(name)} is called {len(more) + 1} times in one forward; "
             "name the module around it"
         )
     pooled = set(a[2:]) == {1}
     if len(a) < 3 or a[1] != b[1] or (a[2:] == b[2:] and not pooled):
-        raise AttachError(f"the output of {name} is no (N, C, H, W) map: {a}, {b} for inputs of two sizes")
+        raise AttachError(
+            f"the output of {called(name)} is no (N, C, H, W) map: {a}, {b} for inputs of two sizes"
+        )
     return Value(a[1], len(a))
 
 

@@ -21,6 +21,7 @@ from cbam.surgery import attached
 from tests.surgery.conftest import Block
 
 BLOCKS = ["one", "two", "repeated"]
+TRACED = torch.zeros(1, 3, 16, 16)
 
 
 def fingerprint(model):
@@ -184,6 +185,17 @@ def test_every_parameter_gets_a_gradient_and_learns_after_a_few_steps(net, image
         optimizer.step()
     assert all(p.grad.any() for part in attached(net).values() for p in part.channel.parameters())
     assert all(part.spatial.conv.weight.grad.any() for part in attached(net).values())
+
+
+@pytest.mark.parametrize("start", ["identity", "paper"])
+def test_what_is_attached_and_loaded_in_inference_mode_can_be_trained(net, images, start):  # S20
+    weights = cbam.attach(copy.deepcopy(net)).state_dict()
+    with torch.inference_mode():
+        cbam.attach(net, start=start)
+        cbam.load_weights(net, weights)
+    with cbam.ops.using("reference"):
+        net.train()(images).sum().backward()
+    assert all(p.grad is not None for p in net.parameters())
 
 
 def test_survives_conversion_to_synchronised_batchnorm(net, images):
@@ -370,6 +382,7 @@ def test_a_slice_of_a_sequence_with_attention_is_plain(images):  # S22
         (r"layer9\..*", r"where='layer9\\\\\.\.\*' matches no whole module name; nearest: "),  # S3
         ("on", "nearest: one"),
         ("one.norm1", "SyncBatchNorm would drop attention"),
+        ("", r"output of the model is no \(N, C, H, W\) map"),  # S5
         ("head", r"output of head is no \(N, C, H, W\) map"),  # S5
         (lambda name, module: False, "no whole module name"),
     ],
@@ -444,7 +457,8 @@ def test_an_uninitialised_network_is_refused():  # S22
         (lambda m: nn.Sequential(nn.DataParallel(m)), "DataParallel at '0'"),
         (lambda m: torch.compile(m, backend="eager"), "attach first, then torch.compile"),  # S7
         (lambda m: m.compile(backend="eager") or m, "attach first, then torch.compile"),
-        (lambda m: torch.jit.trace(m, torch.randn(1, 3, 16, 16)), "attach before torch.jit"),  # S6
+        (lambda m: torch.export.export(m.eval(), (TRACED,)).module(), "attach first, then torch.export"),
+        (lambda m: torch.jit.trace(m, TRACED), "attach before torch.jit"),  # S6
     ],
 )
 def test_wrapped_models_are_refused(net, wrap, words):
