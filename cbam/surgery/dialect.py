@@ -1,6 +1,8 @@
 """What weights are called in each format, and which tensors, attached blocks and gates a model has."""
 
+import itertools
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -53,13 +55,19 @@ class Target:
         self.slots = {*attached, *(under(n, "") for n, m in modules if isinstance(m, CBAM))}
 
     def head(self) -> set[str]:
-        """The tensors of the last linear layer or convolution that is no attention's: the classifier."""
-        last = [
+        """The tensors of the classifier: the last linear layer or convolution that is no attention's.
+
+        Of a network of timm with two classifiers, as distilled ones have, the last of each.
+        """
+        modules = list(self.model.named_modules())
+        layers = [
             name
-            for name, module in self.model.named_modules()
+            for name, module in modules
             if isinstance(module, nn.Linear | nn.Conv2d) and under(name, "weight") not in self.attention
         ]
-        return {name for name in self.tensors if last and name.startswith(f"{last[-1]}.")}
+        places = [name for name, module in modules if module in _told_heads(self.model)] or [""]
+        last = [[f"{n}." for n in layers if f"{n}.".startswith(under(place, ""))][-1:] for place in places]
+        return {name for name in self.tensors if name.startswith(tuple(itertools.chain(*last)))}
 
     def copy(self, values: Mapping[str, Tensor], gains: Mapping[str, float]) -> None:
         """Copy checked values; put everything back if that fails none the less."""
@@ -77,6 +85,11 @@ class Target:
             for name, value in before.items():
                 self.tensors[name].copy_(value)
             raise
+
+
+def _told_heads(model: Any) -> tuple[nn.Module, ...]:
+    told = model.get_classifier() if type(model).__module__.startswith("timm.") else ()
+    return told if isinstance(told, tuple) else ()
 
 
 def bare(model: nn.Module) -> nn.Module:

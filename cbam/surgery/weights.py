@@ -75,7 +75,8 @@ def load_weights(
     Args:
         model: plain, or with attention attached.
         source: a path, or a state dict.
-        head: "load" takes the file's last linear layer too; "skip" leaves the model's own, for other classes.
+        head: "load" takes the file's last linear layer too (both of a distilled network); "skip" leaves the
+            model's own, for other classes.
 
     Raises:
         CheckpointNotFoundError: no such file.
@@ -200,7 +201,10 @@ def _check_names(values: Collection[str], target: Target, kept: set[str]) -> lis
 def _hint(missing: list[str], unexpected: list[str], target: Target) -> str:
     """What would have worked, as far as the names tell."""
     if not target.slots and (dialect_of(unexpected) or any(f".{SLOT}." in f".{name}" for name in unexpected)):
-        return ". The file has attention: call cbam.attach(model) first"
+        return (
+            ". The file has attention: call cbam.attach(model) first, or name the network with it, as in "
+            "resnet50+cbam"
+        )
     if prefix := _prefix(unexpected, missing):
         return (
             f". The file's names begin with {prefix!r}: load "

@@ -363,7 +363,7 @@ def test_a_foreign_prefix_is_named_with_the_way_to_take_it_off():
 
 def test_attention_for_a_plain_network_is_refused_with_the_call_that_helps():
     for state in (tiny().state_dict(), released_tiny().state_dict(), drawn(timm_network(True)).state_dict()):
-        refused(tiny(attention=False), state, r"call cbam.attach\(model\) first")
+        refused(tiny(attention=False), state, r"call cbam.attach\(model\) first, or name.* resnet50\+cbam")
 
 
 def test_attention_in_some_blocks_only_is_refused():
@@ -412,6 +412,15 @@ def test_the_head_is_the_last_layer_of_any_network(network):
     source, model = build(network, num_classes=5), build(network, num_classes=3)
     refused(model, source.state_dict(), 'head="skip"')
     assert load_weights(model, source.state_dict(), head="skip").tensors == len(source.state_dict()) - 2
+
+
+@pytest.mark.parametrize("network", ["deit_tiny_distilled_patch16_224", "levit_128s"])
+def test_a_distilled_network_has_two_heads(network):
+    """K12"""
+    source, model = (build(f"timm:{network}", num_classes=n) for n in (5, 3))
+    refused(model, source.state_dict(), 'head_dist.* for 5 classes.*head="skip"')
+    for same in (source, build(f"timm:{network}", num_classes=3)):
+        assert load_weights(model, same.state_dict(), head="skip").tensors == len(same.state_dict()) - 4
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
