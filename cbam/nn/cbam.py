@@ -126,7 +126,7 @@ class ChannelAttention(_FusableGate):
 
     def gate(self, x: Tensor) -> Tensor:
         """Mc: (N, C, H, W) -> (N, C, 1, 1)."""
-        door.check_fits(x, self.channels, self.fc1.weight, self.dim)
+        door.check_fits(x, self.channels, self.fc2.weight, self.dim)
         logits = self.fc2(F.relu(self.fc1(channel_descriptor(x, self.pools, dim=self.dim)))).sum(1)
         return over_pixels(self._open(logits), self.dim)
 
@@ -146,7 +146,7 @@ class ChannelAttention(_FusableGate):
 
     def check(self, x: Tensor) -> None:
         """Refuse an `x` (N, C, H, W) that does not fit, before any work."""
-        door.check_fits(x, self.channels, self.fc1.weight, self.dim)
+        door.check_fits(x, self.channels, self.fc2.weight, self.dim)
 
     def operands(self, x: Tensor) -> tuple[Channel | None, Spatial | None]:
         """What kernels are given."""

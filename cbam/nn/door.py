@@ -65,7 +65,11 @@ def feature_map(x: Tensor, channels: int, weight: Tensor | None) -> Tensor:
 
 
 def check_fits(x: Tensor, channels: int | None, weight: Tensor | None, dim: int = 2) -> None:
-    """Refuse an input of other channels, device or dtype than the module's, before any work."""
+    """Refuse an input of other channels, device or dtype than the module's, before any work.
+
+    `weight` is that of a layer that no ReLU follows. With a ReLU, a layer of a traced graph may be fused into
+    another, as quantising does, and the graph would miss it here.
+    """
     if torch.jit.is_tracing():
         return
     if channels is not None and x.dim() in (dim + 1, dim + 2) and x.shape[-dim - 1] != channels:

@@ -330,6 +330,16 @@ def test_traces_symbolically_and_by_example(name, started):  # S19
 
 
 @every
+@pytest.mark.filterwarnings("ignore")  # torch is about to drop its old quantisation
+def test_layers_of_a_trace_can_be_fused_for_quantising(name):  # S19
+    from torch.ao.quantization.quantize_fx import fuse_fx
+
+    module, x = active(MAKE[name](8)).eval(), torch.randn(2, 8, 6, 7)
+    fused = fuse_fx(nn.Sequential(copy.deepcopy(module)))
+    torch.testing.assert_close(fused(x), module(x))
+
+
+@every
 @pytest.mark.parametrize("started", [False, True])
 def test_copies_pickles_and_loads(name, started):  # T37
     module = active(MAKE[name](8))
