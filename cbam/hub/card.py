@@ -48,6 +48,10 @@ class Card:
         for name, fits in _FITS.items():
             if not fits(getattr(self, name)):
                 raise InputError(f"Card({name}=...): got {getattr(self, name)!r:.80}")
+        if len(self.mean) != len(self.std):
+            raise InputError(
+                f"Card(mean=..., std=...): {len(self.mean)} means for {len(self.std)} deviations"
+            )
         if self.resize is not None and self.resize < self.size:
             raise InputError(f"Card(resize=...): {self.resize} is less than the size, {self.size}")
 

@@ -133,6 +133,7 @@ def test_a_name_that_builds_another_function_of_the_same_tensors_is_refused(tmp_
     [
         {"size": 0},
         {"mean": ()},
+        {"mean": (0.5,)},
         {"std": (0.0,)},
         {"results": {"a": float("nan")}},
         {"classes": "ab"},
