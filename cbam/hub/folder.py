@@ -28,6 +28,7 @@ from cbam.hub.remote import downloaded
 from cbam.models import build, profile
 from cbam.portable.program import settled
 from cbam.surgery import load_weights
+from cbam.surgery.weights import Loaded, check_weights
 from cbam.surgery.dialect import Target
 
 CONFIG, WEIGHTS, README = "config.json", "model.safetensors", "README.md"
@@ -93,7 +94,8 @@ def from_pretrained(
     Weights arrive bit for bit, in the dtype that they have there.
 
     Args:
-        model: a network to load the weights into, where the folder is that of a network of one's own.
+        model: a network to load the weights into, where the folder is that of a network of one's own. What
+            does not fit leaves it as it is.
         revision: branch, tag or commit of a repository; a commit can not change under you.
 
     Raises:
@@ -109,11 +111,18 @@ def from_pretrained(
         raise CheckpointError(f"{folder / CONFIG}: unknown dtype {network.dtype!r:.40}")
     if model is None:
         model = _built(network, weights)
+        name = network.name
+    else:
+        name = "the given network"
+        _refuse_lacking(check_weights(model, weights), weights, name)  # before it changes
     model.to(_DTYPES[network.dtype])
-    loaded = load_weights(model, weights)
-    if loaded.missing:
-        raise CheckpointError(f"{weights}: lacks the attention of {network.name or 'the given network'}")
+    _refuse_lacking(load_weights(model, weights), weights, name)
     return model.eval()
+
+
+def _refuse_lacking(loaded: Loaded, weights: Path, name: str) -> None:
+    if loaded.missing:
+        raise CheckpointError(f"{weights}: lacks the attention of {name}")
 
 
 def is_published(path: str | PathLike[str]) -> bool:

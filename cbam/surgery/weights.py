@@ -21,7 +21,7 @@ from cbam.surgery.dialect import MisfitError, Target, some, under
 from cbam.surgery.route import SLOT
 from cbam.surgery.translate import dialect_of, translated
 
-__all__ = ["Loaded", "load_weights"]
+__all__ = ["Loaded", "check_weights", "load_weights"]
 
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "model_state", "net", "network", "params", "weights")
 _MAX_DEPTH = 4  # of dicts around a state dict; one that holds itself has no end
@@ -85,6 +85,20 @@ def load_weights(
         InputError: neither a path nor a state dict, or an unknown `head`.
         MissingExtraError: the file is safetensors, and the package to read it is absent.
     """
+    target, values, gains, loaded = _fitted(model, source, head)
+    target.copy(values, gains)
+    return loaded
+
+
+def check_weights(model: nn.Module, source: str | PathLike[str] | Mapping[str, Any]) -> Loaded:
+    """What `load_weights` would do, which is not done; it raises the same."""
+    return _fitted(model, source, "load")[-1]
+
+
+def _fitted(
+    model: nn.Module, source: str | PathLike[str] | Mapping[str, Any], head: str
+) -> tuple[Target, dict[str, Tensor], dict[str, float], Loaded]:
+    """What is to be copied where, once all of it is checked."""
     if head not in ("load", "skip"):
         raise InputError(f'head must be "load" or "skip", got {head!r}')
     if isinstance(source, Mapping):
@@ -108,8 +122,8 @@ def load_weights(
         raise OtherClassesError(f"{where}: {misfit}", misfit.classes, _OWN_HEAD) from None
     except MisfitError as misfit:
         raise CheckpointError(f"{where}: {misfit}. The model is unchanged") from None
-    target.copy(values, gains)
-    return Loaded(file_format, len(values), tuple(missing), bool(kept), eval_only)
+    loaded = Loaded(file_format, len(values), tuple(missing), bool(kept), eval_only)
+    return target, values, gains, loaded
 
 
 def _tensors(content: Any, target: Target) -> dict[str, Tensor]:

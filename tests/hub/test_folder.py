@@ -1,5 +1,6 @@
 """Trained networks as folders: bit for bit there and back, and nothing of a strange folder is run."""
 
+import copy
 import hashlib
 import json
 import pickle
@@ -307,6 +308,19 @@ def test_weights_without_the_attention_that_the_configuration_names_are_refused(
     change(plain, name=NETWORK)
     with pytest.raises(CheckpointError, match="lacks the attention"):
         cbam.from_pretrained(plain)
+
+
+@pytest.mark.parametrize("lacking", [False, True], ids=["of another shape", "without its attention"])
+def test_a_network_of_ones_own_is_as_it_was_where_a_folder_does_not_fit(lacking, model, tmp_path):
+    source = cbam.detach(model) if lacking else cbam.attach(cbam.build("resnet_tiny", num_classes=7))
+    folder = cbam.save_pretrained(source.half(), tmp_path / "mine")
+    given = cbam.attach(cbam.build("resnet_tiny", num_classes=5)).train()
+    before = copy.deepcopy(given.state_dict())
+    with pytest.raises(CheckpointError):
+        cbam.from_pretrained(folder, model=given)
+    after = given.state_dict()
+    assert all(v.dtype == before[k].dtype and torch.equal(v, before[k]) for k, v in after.items())
+    assert given.training
 
 
 # --- the Hub, which no test reaches ---
