@@ -28,8 +28,8 @@ from cbam.hub.remote import downloaded
 from cbam.models import build, profile
 from cbam.portable.program import settled
 from cbam.surgery import load_weights
-from cbam.surgery.weights import Loaded, check_weights
 from cbam.surgery.dialect import Target
+from cbam.surgery.weights import Loaded, check_weights
 
 CONFIG, WEIGHTS, README = "config.json", "model.safetensors", "README.md"
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (
