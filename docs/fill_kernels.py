@@ -145,19 +145,23 @@ def draw(machines: list[list[Row]], path: Path) -> None:
     matplotlib.rcParams["svg.hashsalt"] = "cbam"
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(
-        1, len(machines), figsize=(0.9 + 3.9 * len(machines), 3.5), squeeze=False, sharey=True
-    )
-    for axis, rows in zip(axes[0], machines, strict=True):
+    across = min(2, len(machines))  # so that the words are large enough on a page
+    down = math.ceil(len(machines) / across)
+    size = 0.9 + 3.9 * across, 0.5 + 3 * down
+    figure, axes = plt.subplots(down, across, figsize=size, squeeze=False, sharey=True)
+    for axis in axes.flat[len(machines) :]:
+        axis.remove()
+    for axis, rows in zip(axes.flat, machines, strict=False):
         _panel(axis, [row for row in rows if row["bandwidth"]])
         kept = ", memory kept" if rows[0].get("memory") == "kept" else ""
         axis.set_title(f"{rows[0]['device']}, {rows[0]['dtype']}{kept}", fontsize=10)
     shares = [100 * float(row["bandwidth"]) for rows in machines for row in rows if row["bandwidth"]]
     axes[0][0].set_ylim(0, 1.05 * max(105, *shares))
-    axes[0][0].set_ylabel("traffic, % of a copy's speed")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("traffic, % of a copy's speed")
     lines, words = axes[0][0].get_legend_handles_labels()
     figure.legend(lines, words, loc="lower center", ncol=2, fontsize=8, frameon=False)
-    figure.tight_layout(rect=(0, 0.13, 1, 1))
+    figure.tight_layout(rect=(0, 0.45 / size[1], 1, 1))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)
