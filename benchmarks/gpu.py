@@ -277,7 +277,7 @@ def networks(job: Job) -> Rows:
 
 def compiled(job: Job) -> Rows:
     """ResNet50 again, eager and compiled."""
-    if job.has_time("resnet50, compiled", needs=240):
+    if job.has_time("resnet50, compiled", needs=360):
         yield from bench(job, compiled=not job.dry).network("resnet_tiny" if job.dry else "resnet50", "NHWC")
 
 
