@@ -25,7 +25,7 @@ def fill(report: Path, readme: Path, picture: Path) -> None:
     parts = [
         verdicts.strip(),
         f"![{seen.strip()}",
-        _folded("The numbers", f"|{table.strip()}"),
+        _folded("The numbers", f"|{table.rstrip()}"),
         _folded("What was run", facts.strip()),
     ]
     shown = "\n\n".join(parts)
