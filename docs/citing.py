@@ -7,8 +7,7 @@ import json
 from typing import Any
 
 from cbam.studies.printing import by_word, level_rows, warm_up
-from cbam.studies.report import LABELS, as_markdown
-from cbam.studies.statistics import CONFIDENCE
+from cbam.studies.report import LABELS, as_markdown, by_chance
 from cbam.studies.tabulate import Table, differences
 
 COLD = """\
@@ -40,16 +39,6 @@ def parts(table: Table) -> list[str]:
     ]
 
 
-def chance(count: int) -> str:
-    """How many of so many intervals leave out zero though nothing is there."""
-    looked = "1 difference is" if count == 1 else f"{count} differences are"
-    expected = f"{count * (1 - CONFIDENCE):.2f}"
-    return (
-        f"{looked} looked at here. Where there is none at all, {expected} intervals of so many leave out\n"
-        "zero by chance."
-    )
-
-
 def _closeness(table: Table) -> tuple[bool, bool]:
     """How near a table is to the protocol: what is nearest is the comparison to go by."""
     return table.usual, bool(table.shared.get("warmup_epochs"))
@@ -77,7 +66,7 @@ def _together(tables: list[Table]) -> str:
         lines += ["", COLD if warm[0] and not any(warm[1:]) else "The other columns show:", ""]
         for head, rest in zip(heads[1:], told[1:], strict=True):
             lines.append(f"- {head}: {as_markdown(_shown(by_word(first.first.title, rest)))}")
-    return "\n".join([*lines, "", chance(sum(map(len, told))), "", _links(tables)])
+    return "\n".join([*lines, "", by_chance(sum(map(len, told)), " here"), "", _links(tables)])
 
 
 def _labels(tables: list[Table]) -> dict[str, str]:

@@ -12,12 +12,12 @@ from benchmarks import imagenet_hours
 from cbam.studies.conduct import write_tables
 from cbam.studies.printing import status, title
 from cbam.studies.records import Records
-from cbam.studies.report import as_markdown
+from cbam.studies.report import as_markdown, by_chance
 from cbam.studies.statistics import MOST_PAIRS
 from cbam.studies.study import DIGITS, SEEDS, digits, imagenette
 from cbam.studies.tables import STUDIES
 from cbam.studies.tabulate import Table, differences, tables
-from docs.citing import chance, cited, parts
+from docs.citing import cited, parts
 
 ROOT = Path(__file__).parents[1]
 RESULTS, MEASURED = ROOT / "results", ROOT / "benchmarks" / "results"
@@ -185,7 +185,7 @@ def _where(table: Table) -> str:
 def _shown(judged: list[Table]) -> str:
     """Differences whose interval leaves out zero, both ways."""
     count = sum("word" in row for table in judged for row in differences(table, table.first.key))
-    lines = ["## What is shown", "", chance(count), ""]
+    lines = ["## What is shown", "", by_chance(count, " here"), ""]
     for word, told in (
         ("better", "Lower top-1 error, or higher average precision:"),
         ("worse", "Higher error, or lower precision: attention, or what was changed of it, does harm"),

@@ -85,10 +85,9 @@ def _pictures(
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder")
     loose = list(found_in([folder]))
-    inside = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-    inside = [
-        path for path in inside if path.resolve() != out.resolve()
-    ]  # it holds figures, of an earlier look
+    earlier = out.resolve()  # it holds figures, of an earlier look
+    folders = (path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    inside = sorted(path for path in folders if path.resolve() != earlier)
     classes = {path.name: own for path in inside if (own := list(found_in([path])))}
     if loose and classes:
         raise DataError(

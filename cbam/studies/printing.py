@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Iterable
 from typing import Any
 
-from cbam.studies.report import as_markdown
+from cbam.studies.report import as_markdown, by_chance
 from cbam.studies.statistics import CONFIDENCE, MOST_PAIRS, POWER
 from cbam.studies.study import SEEDS
 from cbam.studies.tabulate import Table, commits, differences, levels, printed
@@ -102,8 +102,7 @@ def reading(table: Table) -> list[str]:
         "± is the standard deviation over seeds. Of every run the last epoch counts, never the best.",
         "Differences are in points, paired by seed: runs of a seed start from the same weights, as far as "
         "they have them in common, and see the same pictures in the same order. The interval is Student's t.",
-        f"{count} differences are looked at. Where there is none at all, {count * (1 - CONFIDENCE):.2f} "
-        "intervals of so many leave out zero by chance.",
+        by_chance(count),
         f'"Would show": the smallest true difference that so many pairs show in {100 * POWER:.0f} % of all '
         'cases. "Pairs to settle": how many would show one of the size found, if that is the true one.',
         *table.study.notes,

@@ -163,11 +163,16 @@ def _chance(results: dict) -> list[str]:
     """How many of the intervals leave out zero though nothing is there."""
     found = summary(results).values()
     count = sum(f"{key}_difference" in numbers for numbers in found for key, *_ in MEASURES)
-    if count < 2:
-        return []
-    chance = f"{count * (1 - CONFIDENCE):.2f}"
-    told = f"{count} differences are looked at. Where there is none at all, {chance} intervals of so many "
-    return [told + "leave out zero by chance."]
+    return [by_chance(count)] if count > 1 else []
+
+
+def by_chance(count: int, where: str = "") -> str:
+    """How many of so many intervals leave out zero though nothing is there, in words."""
+    looked = "1 difference is" if count == 1 else f"{count} differences are"
+    return (
+        f"{looked} looked at{where}. Where there is none at all, {count * (1 - CONFIDENCE):.2f} intervals of "
+        "so many leave out zero by chance."
+    )
 
 
 def _start_told(results: dict) -> str:

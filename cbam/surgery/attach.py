@@ -20,10 +20,8 @@ from cbam.surgery.trial import Value
 
 _log = logging.getLogger("cbam")
 _WRAPPERS = {"DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "OptimizedModule"}
-_EXPORTED = {
-    "_StatefulGraphModule",
-    "UnflattenedModule",
-}  # of `program.module()`, and of torch.export.unflatten
+# What `program.module()` and torch.export.unflatten make.
+_EXPORTED = {"_StatefulGraphModule", "UnflattenedModule"}
 
 
 def attach(
