@@ -85,9 +85,16 @@ struct ForwardPass {
     SpatialNorm<A> s_norm(call.spatial, *s_mean, *s_var);
     if (spatial) keep_spatial(*s_mean, *s_var);
     // The gate of a sample at a time reads its weights each time: only where they are few against the map.
-    bool at_once = 2 * call.channel.hidden * 2 >= set.L;
-    if (m && at_once) pool.all();
-    if (channel && at_once) gates.all(norm, m, e, gate);
+    bool at_once = channel && 2 * call.channel.hidden * 2 >= set.L;
+    if (at_once) {
+      set.parallel(set.N, [&](int64_t n, int64_t end) {
+        for (; n < end; n++) {
+          pool.sample(n);
+          gates.describe(n, norm, m, e);
+        }
+      });
+      gates.described(gate);
+    }
     set.parallel(set.N, [&](int64_t n, int64_t end) {
       for (; n < end; n++) {
         if (m && !at_once) pool.sample(n);
@@ -99,7 +106,7 @@ struct ForwardPass {
           open_map(n, s_norm);
         }
         int64_t units = set.block.rows ? set.chunks : set.C;
-        for (int64_t i = 0; i < units; i++) write(n * units + i, norm);
+        write(n * units, (n + 1) * units, norm);
       }
     });
   }
@@ -117,7 +124,7 @@ struct ForwardPass {
       set.parallel(set.N, [&](int64_t n, int64_t end) { for (; n < end; n++) open_map(n, s_norm); });
     }
     set.parallel(set.N * (set.block.rows ? set.chunks : set.C),
-                 [&](int64_t u, int64_t end) { for (; u < end; u++) write(u, norm); });
+                 [&](int64_t from, int64_t end) { write(from, end, norm); });
   }
 
   // mu and biased var of each channel, merged over the samples in order.
@@ -147,11 +154,11 @@ struct ForwardPass {
 
   void scale(int64_t n, const Affine<A>& norm) {
     int64_t at = n * set.C;
-    for (int64_t c = 0; c < set.C; c++) {
-      A open = channel ? gate[at + c] : A(1);
-      za[at + c] = open * norm.a[c];
-      zb[at + c] = open * norm.b[c];
-    }
+    walk<A>(set.C, [&](int64_t c, auto part) {
+      V open = channel ? load(gate + at + c, part) : splat(A(1));
+      store(za + at + c, open * load(norm.a.get() + c, part), part);
+      store(zb + at + c, open * load(norm.b.get() + c, part), part);
+    });
   }
 
   Scale<A> scaled(const Affine<A>& norm) const { return {za.get(), zb.get(), norm.shift.get()}; }
@@ -202,11 +209,11 @@ struct ForwardPass {
     walk<A>(set.L, [&](int64_t p, auto part) { store(to + p, norm.open(load(from + p, part)), part); });
   }
 
-  void write(int64_t unit, const Affine<A>& norm) {
+  void write(int64_t from, int64_t end, const Affine<A>& norm) {
     const T* x = (const T*)call.x;
     Output<T> to{(const T*)call.shortcut, (T*)call.out, spatial ? open.get() : nullptr, call.relu};
-    if (set.block.rows) Rows<T>{set, x, scaled(norm)}.write(unit, to);
-    else Planes<T>{set, x, scaled(norm)}.write(unit, to);
+    if (set.block.rows) Rows<T>{set, x, scaled(norm)}.write(from, end, to);
+    else Planes<T>{set, x, scaled(norm)}.write(from, end, to);
   }
 };
 

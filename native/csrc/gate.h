@@ -71,6 +71,11 @@ struct Gate {
 
   void all(const Affine<A>& norm, const A* m, const T* e, A* gate) {
     set.parallel(N, [&](int64_t n, int64_t end) { for (; n < end; n++) describe(n, norm, m, e); });
+    described(gate);
+  }
+
+  // The gates of the batch, once every sample has been described.
+  void described(A* gate) {
     set.parallel(hidden_units(), [&](int64_t u, int64_t end) { for (; u < end; u++) hide(u, 0, N); });
     set.parallel(open_units(), [&](int64_t u, int64_t end) { for (; u < end; u++) open(u, 0, N, gate); });
   }
@@ -128,18 +133,18 @@ struct Gate {
     V sums[G][LANES<A>];
     ROLLED for (int r = 0; r < LANES<A>; r += TILE) {
       const A* row[TILE];
-      for (int t = 0; t < TILE; t++) row[t] = w + least(r + t, count - 1) * length;
-      V acc[TILE][G] = {};
-      walk<A>(length, [&](int64_t i, auto lanes) {
+      V acc[TILE * G];
+      unroll<TILE>([&](auto t) FLAT { row[t] = w + least(r + t, count - 1) * length; });
+      unroll<TILE * G>([&](auto k) FLAT { acc[k] = V{}; });
+      walk<A>(length, [&](int64_t i, auto lanes) FLAT {
         V in[G];
-        for (int g = 0; g < G; g++) in[g] = load(v + g * length + i, lanes);
-        for (int t = 0; t < TILE; t++) {
+        unroll<G>([&](auto g) FLAT { in[g] = load(v + g * length + i, lanes); });
+        unroll<TILE>([&](auto t) FLAT {
           V a = load(row[t] + i, lanes);
-          for (int g = 0; g < G; g++) acc[t][g] += a * in[g];
-        }
+          unroll<G>([&](auto g) FLAT { acc[t * G + g] += a * in[g]; });
+        });
       });
-      for (int g = 0; g < G; g++)
-        for (int t = 0; t < TILE; t++) sums[g][r + t] = acc[t][g];
+      unroll<TILE * G>([&](auto k) FLAT { sums[k % G][r + k / G] = acc[k]; });
     }
     for (int g = 0; g < G; g++) out[g] = fold_sum<A>(sums[g]);
   }

@@ -23,7 +23,14 @@ struct Planes {
 
   void describe(int64_t unit, A* q0, A* q1) const {
     int64_t n = unit / set.chunks, at = unit % set.chunks * set.chunk, count = set.pixels(unit % set.chunks);
-    A *top = q0 + n * set.L + at, *mean = q1 + n * set.L + at, sum[LIMIT] = {};
+    A *top = q0 + n * set.L + at, *mean = q1 + n * set.L + at;
+    switch (count < LANES<A> ? 0 : up(count, LANES<A>)) {
+      case 1: return describe_few<1>(n, at, count, top, mean);
+      case 2: return describe_few<2>(n, at, count, top, mean);
+      case 3: return describe_few<3>(n, at, count, top, mean);
+      case 4: return describe_few<4>(n, at, count, top, mean);
+    }
+    A sum[LIMIT] = {};
     for (int64_t p = 0; p < count; p++) top[p] = -INFINITY, mean[p] = 0;
     for (int64_t c = 0, end; c < set.C; c = end) {
       end = least(set.C, c + BLOCK);
@@ -34,11 +41,13 @@ struct Planes {
     for (int64_t p = 0; p < count; p++) mean[p] /= A(set.C);
   }
 
-  // --- pass C: a plane ---
+  // --- pass C: planes [from, end) ---
 
-  void write(int64_t nc, const Output<T>& to) const {
-    choose([&](auto relu, auto spatial, auto added) { plane<relu, spatial, added>(nc, to); }, to.relu, to.open,
-           to.shortcut);
+  void write(int64_t from, int64_t end, const Output<T>& to) const {
+    auto planes = [&](auto relu, auto spatial, auto added) {
+      for (int64_t nc = from; nc < end; nc++) plane<relu, spatial, added>(nc, to);
+    };
+    choose(planes, to.relu, to.open, to.shortcut);
   }
 
   // --- pass 1: a chunk ---
@@ -76,6 +85,41 @@ struct Planes {
     for (int64_t p = 0; p < count; p++) total[p] += part[p], part[p] = 0;
   }
 
+  // `describe` where the pixels are K vectors, of which the last two may share some: no sum leaves the registers.
+  template <int K>
+  void describe_few(int64_t n, int64_t at, int64_t count, A* top, A* mean) const {
+    constexpr int U = 4;
+    V best[K], all[K], sum[K];
+    int64_t place[K];
+    unroll<K>([&](auto k) FLAT {
+      place[k] = least(k * LANES<A>, count - LANES<A>);
+      best[k] = splat(A(-INFINITY)), all[k] = V{};
+    });
+    auto add = [&](int64_t c, auto many) FLAT {
+      A za[U], zb[U], shift[U];
+      unroll<many>([&](auto u) FLAT { za[u] = z.za[n * set.C + c + u], zb[u] = z.zb[n * set.C + c + u], shift[u] = z.shift[c + u]; });
+      unroll<K>([&](auto k) FLAT {
+        V t[U] = {};
+        unroll<many>([&](auto u) FLAT {
+          t[u] = za[u] * (load(x + (n * set.C + c + u) * set.L + at + place[k]) - shift[u]) + zb[u];
+          best[k] = larger(best[k], t[u]);
+        });
+        sum[k] += many == 1 ? t[0] : (t[0] + t[1]) + (t[2] + t[3]);
+      });
+    };
+    for (int64_t c = 0, end; c < set.C; c = end) {
+      end = least(set.C, c + BLOCK);
+      unroll<K>([&](auto k) FLAT { sum[k] = V{}; });
+      for (; c + U <= end; c += U) add(c, std::integral_constant<int, U>{});
+      for (; c < end; c++) add(c, std::integral_constant<int, 1>{});
+      unroll<K>([&](auto k) FLAT { all[k] += sum[k]; });
+    }
+    unroll<K>([&](auto k) FLAT {
+      store(top + place[k], best[k]);
+      store(mean + place[k], all[k] / A(set.C));
+    });
+  }
+
   template <int U>
   INLINE void channels(int64_t n, int64_t c, int64_t at, int64_t count, A* top, A* sum) const {
     const T* p = x + (n * set.C + c) * set.L + at;
@@ -100,13 +144,24 @@ struct Planes {
     int64_t c = nc % set.C, base = nc * set.L;
     A za = z.za[nc], zb = z.zb[nc], shift = z.shift[c];
     const A* open = SPATIAL ? to.open + nc / set.C * set.L : nullptr;
-    walk<A>(set.L, [&](int64_t i, auto part) {
+    auto value = [&](int64_t i, auto part) FLAT {
       V v = za * (load(x + base + i, part) - shift) + zb;
       if constexpr (SPATIAL) v *= load(open + i, part);
       if constexpr (ADDED) v += load(to.shortcut + base + i, part);
       if constexpr (RELU) v = rectify<A>(v);
-      store(to.out + base + i, v, part);
-    });
+      return v;
+    };
+    auto put = [&](int64_t i, V v, auto part) FLAT { store(to.out + base + i, v, part); };
+    if (set.L < LANES<A> || set.L % LANES<A> == 0) {
+      walk<A>(set.L, [&](int64_t i, auto part) FLAT { put(i, value(i, part), part); });
+      return;
+    }
+    // A store of a part costs more than a whole one that shares pixels with the last but one. What it holds is read
+    // first, since out may be x.
+    int64_t end = set.L - LANES<A>;
+    V last = value(end, Whole{});
+    for (int64_t i = 0; i < end; i += LANES<A>) put(i, value(i, Whole{}), Whole{});
+    put(end, last, Whole{});
   }
 
   template <bool RELU, bool SPATIAL>
@@ -186,7 +241,7 @@ struct Planes {
     int64_t c = nc % set.C, base = nc * set.L, map = nc / set.C * set.L;
     A scale = to.scale[nc], constant = to.constant[nc], slope = BATCH ? to.slope[c] : A(0), mu = z.shift[c];
     Int<A> here = splat_index<A>(c);
-    auto value = [&](int64_t i, auto part) __attribute__((always_inline)) {
+    auto value = [&](int64_t i, auto part) FLAT {
       V v = load(to.g + base + i, part);
       if constexpr (SPATIAL) {
         V w = load(to.d1 + map + i, part);

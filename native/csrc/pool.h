@@ -19,7 +19,7 @@ struct Pool {
   T* e;           // (N, C)
   int32_t* k;     // (N, C), null where not wanted
   // (N, chunks, C), only where a pixel's channels are adjacent: sums of v - pivot and of its square, and the
-  // best of sign v with its pixel.
+  // best of sign v with its pixel. Without moments the pivot is 0.
   Buffer<A> pivots, sums, squares, bests;
   Buffer<Index<A>> firsts;
 
@@ -27,8 +27,8 @@ struct Pool {
       : set(s), x(x), sign(sign), m(m), m2(m2), e(e), k(k) {
     if (!s.block.rows) return;
     int64_t count = s.N * s.chunks * s.C;
-    for (Buffer<A>* part : {&pivots, &sums, &bests}) part->resize(count);
-    squares.resize(m2 ? count : 0);
+    for (Buffer<A>* part : {&sums, &bests}) part->resize(count);
+    for (Buffer<A>* part : {&pivots, &squares}) part->resize(m2 ? count : 0);
     firsts.resize(k ? count : 0);
   }
 
@@ -221,40 +221,42 @@ struct Pool {
   void rows(int64_t unit) {
     int64_t n = unit / set.chunks, i = unit % set.chunks, count = set.pixels(i), at = i * set.chunk, C = set.C;
     const T* p = x + (n * set.L + at) * C;
-    int64_t some = least(GROUP, count);
-    walk<A>(C, [&](int64_t c, auto part) {
-      V v{};
-      for (int64_t g = 0; g < some; g++) v += load(p + g * C + c, part);
-      c += unit * C;
-      store(pivots + c, v / A(some), part);
-      store(sums + c, V{}, part);
-      if constexpr (MOMENTS) store(squares + c, V{}, part);
-      store(bests + c, splat(A(-INFINITY)), part);
-      if constexpr (INDEX) store_index<A>(firsts + c, Int<A>{}, part);
-    });
-    int64_t q = 0;
-    for (; q + GROUP <= count; q += GROUP) group<GROUP, MOMENTS, INDEX>(unit, p + q * C, at + q);
-    for (; q < count; q++) group<1, MOMENTS, INDEX>(unit, p + q * C, at + q);
+    int64_t q = count < GROUP ? 1 : GROUP;
+    q == 1 ? group<1, MOMENTS, INDEX, true>(unit, p, at) : group<GROUP, MOMENTS, INDEX, true>(unit, p, at);
+    for (; q + GROUP <= count; q += GROUP) group<GROUP, MOMENTS, INDEX, false>(unit, p + q * C, at + q);
+    for (; q < count; q++) group<1, MOMENTS, INDEX, false>(unit, p + q * C, at + q);
   }
 
-  template <int G, bool MOMENTS, bool INDEX>
+  // G pixels. The mean of the first ones is the pivot, which only moments need.
+  template <int G, bool MOMENTS, bool INDEX, bool FIRST>
   INLINE void group(int64_t unit, const T* p, int64_t pixel) {
     int64_t C = set.C, at = unit * C;
-    walk<A>(C, [&](int64_t c, auto part) {
-      V pivot = load(pivots + at + c, part), flip = load(sign + c, part), best = load(bests + at + c, part);
-      V sum{}, square{};
-      Int<A> first{};
-      if constexpr (INDEX) first = load_index<A>(firsts + at + c, part);
+    walk<A>(C, [&](int64_t c, auto part) FLAT {
+      V pivot{}, sum{}, square{}, before{}, squares_before{}, flip = load(sign + c, part), best = splat(A(-INFINITY));
+      Int<A> first = splat_index<A>(pixel);
+      if constexpr (FIRST) {
+        if constexpr (MOMENTS) {
+          for (int g = 0; g < G; g++) pivot += load(p + g * C + c, part);
+          pivot /= A(G);
+          store(pivots + at + c, pivot, part);
+        }
+      } else {
+        before = load(sums + at + c, part), best = load(bests + at + c, part);
+        if constexpr (MOMENTS) pivot = load(pivots + at + c, part), squares_before = load(squares + at + c, part);
+        if constexpr (INDEX) first = load_index<A>(firsts + at + c, part);
+      }
       for (int g = 0; g < G; g++) {
-        __builtin_prefetch(p + (g + G) * C + c);  // of several rows at once, none is fetched ahead by itself
-        V v = load(p + g * C + c, part), d = v - pivot, candidate = v * flip;
-        sum += d;
-        if constexpr (MOMENTS) square += d * d;
+        // Of several rows at once none is fetched ahead by itself. Into L2: in L1 rows a power of two apart evict
+        // each other.
+        __builtin_prefetch(p + (g + G) * C + c, 0, 2);
+        V v = load(p + g * C + c, part), candidate = v * flip;
         if constexpr (INDEX) first = candidate > best ? splat_index<A>(pixel + g) : first;
         best = larger(best, candidate);
+        if constexpr (MOMENTS) v -= pivot, square += v * v;
+        sum += v;
       }
-      store(sums + at + c, load(sums + at + c, part) + sum, part);
-      if constexpr (MOMENTS) store(squares + at + c, load(squares + at + c, part) + square, part);
+      store(sums + at + c, before + sum, part);
+      if constexpr (MOMENTS) store(squares + at + c, squares_before + square, part);
       store(bests + at + c, best, part);
       if constexpr (INDEX) store_index<A>(firsts + at + c, first, part);
     });
@@ -275,7 +277,8 @@ struct Pool {
     for (int64_t i = 0; i < set.chunks; i++) {
       int64_t at = (n * set.chunks + i) * set.C + c;
       double count = double(set.pixels(i)), before = all;
-      D rest = widened(sums + at, part), pivot = widened(pivots + at, part), centre = pivot + rest / count;
+      D rest = widened(sums + at, part), centre = rest / count;
+      if (m2) centre += widened(pivots + at, part);
       sum += centre * count;
       if (!m2) continue;
       D delta = centre - mean;
@@ -283,14 +286,12 @@ struct Pool {
       square += widened(squares + at, part) - rest * rest / count + delta * delta * (before * count / all);
       mean += delta * (count / all);
     }
-    square = square < 0.0 ? D{} : square;
-    int lanes = LANES<double>;
-    if constexpr (std::is_same_v<P, Part>) lanes = part.lanes;
-    for (int l = 0; l < lanes; l++) {
-      int64_t nc = n * set.C + c + l;
-      m[nc] = std::isfinite(sum[l]) ? A(A(sum[l]) / A(size)) : plain_mean(n, c + l);
-      if (m2) m2[nc] = A(square[l]);
-    }
+    int64_t nc = n * set.C + c;
+    store_few(m + nc, narrowed<A>(sum) / A(size), part);
+    if (m2) store_few(m2 + nc, narrowed<A>(square < 0.0 ? D{} : square), part);
+    if (!any<double>(sum - sum != D{})) return;
+    for (int l = 0; l < LANES<double> && c + l < set.C; l++)
+      if (!std::isfinite(sum[l])) m[nc + l] = plain_mean(n, c + l);
   }
 
   // About a pivot, Inf gives NaN where the plain sum is Inf.

@@ -38,11 +38,13 @@ struct Rows {
     }
   }
 
-  // --- pass C ---
+  // --- pass C: units [from, end) ---
 
-  void write(int64_t unit, const Output<T>& to) const {
-    choose([&](auto relu, auto spatial, auto added) { write_chunk<relu, spatial, added>(unit, to); }, to.relu, to.open,
-           to.shortcut);
+  void write(int64_t from, int64_t end, const Output<T>& to) const {
+    auto chunks = [&](auto relu, auto spatial, auto added) {
+      for (int64_t unit = from; unit < end; unit++) write_chunk<relu, spatial, added>(unit, to);
+    };
+    choose(chunks, to.relu, to.open, to.shortcut);
   }
 
   // --- pass 1 ---
@@ -100,20 +102,22 @@ struct Rows {
     int64_t n = unit / set.chunks, begin = n * set.L + unit % set.chunks * set.chunk;
     int64_t end = begin + set.pixels(unit % set.chunks);
     // One at a time in any case: where rows are a power of two apart, a store to one delays loads of the next.
-    for (int64_t p = begin; p < end; p++) write_pixel<RELU, SPATIAL, ADDED>(n, p, to);
+    int64_t band = wide() ? 4096 / int64_t(sizeof(A)) : set.C;  // of channels, for which the same holds as above
+    for (int64_t c = 0; c < set.C; c += band)
+      for (int64_t p = begin; p < end; p++) write_pixel<RELU, SPATIAL, ADDED>(n, p, c, least(band, set.C - c), to);
   }
 
   template <bool RELU, bool SPATIAL, bool ADDED>
-  INLINE void write_pixel(int64_t n, int64_t p, const Output<T>& to) const {
-    int64_t C = set.C;
-    const A *za = z.za + n * C, *zb = z.zb + n * C;
+  INLINE void write_pixel(int64_t n, int64_t p, int64_t from, int64_t count, const Output<T>& to) const {
+    const A *za = z.za + n * set.C + from, *zb = z.zb + n * set.C + from, *shift = z.shift + from;
+    int64_t at = p * set.C + from;
     A open = SPATIAL ? to.open[p] : A(1);
-    walk<A>(C, [&](int64_t c, auto part) {
-      V v = load(za + c, part) * (load(x + p * C + c, part) - load(z.shift + c, part)) + load(zb + c, part);
+    walk<A>(count, [&](int64_t c, auto part) {
+      V v = load(za + c, part) * (load(x + at + c, part) - load(shift + c, part)) + load(zb + c, part);
       if constexpr (SPATIAL) v *= open;
-      if constexpr (ADDED) v += load(to.shortcut + p * C + c, part);
+      if constexpr (ADDED) v += load(to.shortcut + at + c, part);
       if constexpr (RELU) v = rectify<A>(v);
-      store(to.out + p * C + c, v, part);
+      store(to.out + at + c, v, part);
     });
   }
 
@@ -227,7 +231,10 @@ struct Rows {
   INLINE void weigh_pixels(int64_t p, const A* w, A* H) const {
     walk<A>(set.C, [&](int64_t c, auto part) {
       V sum{}, mu = load(z.shift + c, part);
-      for (int u = 0; u < U; u++) sum += w[p + u] * (load(x + (p + u) * set.C + c, part) - mu);
+      for (int u = 0; u < U; u++) {
+        __builtin_prefetch(x + (p + U + u) * set.C + c, 0, 2);  // as in pass A
+        sum += w[p + u] * (load(x + (p + u) * set.C + c, part) - mu);
+      }
       store(H + c, load(H + c, part) + sum, part);
     });
   }

@@ -14,6 +14,7 @@
 #endif
 
 #define INLINE inline __attribute__((always_inline))
+#define FLAT __attribute__((always_inline))  // after the arguments of a lambda
 
 // Before a loop of few rounds whose body is large: leave it one.
 #if defined(__clang__)
@@ -40,6 +41,7 @@ struct Of {
   typedef Index index __attribute__((vector_size(BYTES)));
   typedef uint16_t narrow __attribute__((vector_size(BYTES / 2)));
   typedef uint32_t wide __attribute__((vector_size(BYTES)));
+  typedef A few __attribute__((vector_size(BYTES / 8 * sizeof(A))));
 };
 template <class A>
 using Vec = typename Of<A>::vector;
@@ -90,6 +92,17 @@ INLINE void walk(int64_t n, F f) {
   int64_t i = 0;
   for (; i + LANES<A> <= n; i += LANES<A>) f(i, Whole{});
   if (i < n) f(i, Part{int(n - i)});
+}
+
+// f(0), ..., f(N - 1) with constants, so that an array they index is registers from the start: of a loop gcc keeps
+// it in memory, and writes it there before and after.
+template <class F, int... I>
+INLINE void unroll(F f, std::integer_sequence<int, I...>) {
+  (f(std::integral_constant<int, I>{}), ...);
+}
+template <int N, class F>
+INLINE void unroll(F f) {
+  unroll(f, std::make_integer_sequence<int, N>{});
 }
 
 // --- conversions of one value ---
@@ -266,16 +279,29 @@ INLINE void store_saved(int32_t* p, Int<A> v, P part) {
   }
 }
 
-// As many values as doubles fit into a vector, as doubles.
-INLINE Vec<double> widened(const double* p, Whole) { return load(p); }
-INLINE Vec<double> widened(const double* p, Part part) { return load(p, part); }
-INLINE Vec<double> widened(const float* p, Part part) {
-  typedef float Half __attribute__((vector_size(BYTES / 2)));
-  Half values{};
-  std::memcpy(&values, p, part.lanes * sizeof(float));
+// As many values as doubles fit into a vector: to doubles, from them, and to memory.
+template <class A>
+using Few = typename Of<A>::few;
+
+template <class P>
+INLINE int few_lanes(P part) {
+  if constexpr (std::is_same_v<P, Part>) return part.lanes;
+  return LANES<double>;
+}
+template <class A, class P>
+INLINE Vec<double> widened(const A* p, P part) {
+  Few<A> values{};
+  std::memcpy(&values, p, few_lanes(part) * sizeof(A));
   return __builtin_convertvector(values, Vec<double>);
 }
-INLINE Vec<double> widened(const float* p, Whole) { return widened(p, Part{LANES<double>}); }
+template <class A>
+INLINE Few<A> narrowed(Vec<double> v) {
+  return __builtin_convertvector(v, Few<A>);
+}
+template <class A, class P>
+INLINE void store_few(A* p, Few<A> v, P part) {
+  std::memcpy(p, &v, few_lanes(part) * sizeof(A));
+}
 
 // --- arithmetic ---
 
