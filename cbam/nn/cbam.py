@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from cbam.errors import InputError
 from cbam.nn import door
 from cbam.nn.gate import SigmoidGate
-from cbam.nn.tail import by_batch, normalising, plain, refined, unseen, watched
+from cbam.nn.tail import by_batch, normalising, part, plain, refined, unseen, watched
 from cbam.ops import Channel, Spatial, channel_descriptor, rescale, spatial_descriptor
 from cbam.ops.reference import ALL_POOLS, POOLS, over_pixels
 
@@ -133,25 +133,26 @@ class ChannelAttention(_FusableGate):
     known_gate = gate
 
     def _layer_obstacle(self) -> str:
-        one, two = self.fc1, self.fc2
+        one, two = part(self, "fc1"), part(self, "fc2")
         if type(one) is not nn.Linear or type(two) is not nn.Linear:
             return "its layers are no plain nn.Linear"
-        if one.bias is None or two.bias is None:
+        weights = _weights(one), _weights(two)
+        if weights[0][1] is None or weights[1][1] is None:
             return "its layers have no bias"
         if self.pools != POOLS and not set(POOLS).issuperset(self.pools):
             return f"no kernel has all of the pools {self.pools}"
-        if not plain(one.weight, one.bias, two.weight, two.bias):
+        if not plain(*weights[0], *weights[1]):
             return "its weights are no plain tensors"
         return "somebody has hooks on its layers" if watched(one, two) else ""
 
     def check(self, x: Tensor) -> None:
         """Refuse an `x` (N, C, H, W) that does not fit, before any work."""
-        door.check_fits(x, self.channels, self.fc2.weight, self.dim)
+        door.check_fits(x, self.channels, part(part(self, "fc2"), "weight"), self.dim)
 
     def operands(self, x: Tensor) -> tuple[Channel | None, Spatial | None]:
         """What kernels are given."""
-        one, two = self.fc1, self.fc2
-        return Channel(one.weight, one.bias, two.weight, two.bias, self.pools, self.gain_value()), None
+        weights = *_weights(part(self, "fc1")), *_weights(part(self, "fc2"))
+        return Channel(*weights, self.pools, self.gain_value()), None
 
     def extra_repr(self) -> str:
         sizes = f"{self.channels}, reduction={self.reduction}, pools={self.pools}"
@@ -205,31 +206,37 @@ class SpatialAttention(_FusableGate):
     known_gate = gate
 
     def _layer_obstacle(self) -> str:
-        conv, norm = self.conv, self.bn
-        if type(conv) is not nn.Conv2d or type(norm) is not nn.BatchNorm2d or norm.weight is None:
+        conv, norm = part(self, "conv"), part(self, "bn")
+        if type(conv) is not nn.Conv2d or type(norm) is not nn.BatchNorm2d or part(norm, "weight") is None:
             return "its layers are no plain nn.Conv2d and nn.BatchNorm2d"
         side = conv.kernel_size[0]
         around = (side, side), (side // 2, side // 2), (1, 1), (1, 1), "zeros"
         if (conv.kernel_size, conv.padding, conv.stride, conv.dilation, conv.padding_mode) != around:
             return "its convolution is dilated, strided or padded in another way"
-        if side % 2 == 0 or conv.bias is not None:
+        kernel, bias = _weights(conv)
+        if side % 2 == 0 or bias is not None:
             return "its convolution has a bias or an even side"
-        if not plain(conv.weight, norm.weight, norm.bias, norm.running_mean, norm.running_var):
+        if not plain(kernel, *_weights(norm), part(norm, "running_mean"), part(norm, "running_var")):
             return "its weights are no plain tensors"
         return "somebody has hooks on its layers" if watched(conv, norm) else ""
 
     def check(self, x: Tensor) -> None:
         """Refuse an `x` (N, C, H, W) that does not fit, before any work."""
-        door.check_fits(x, None, self.conv.weight, self.dim)
-        if by_batch(self.bn):
+        door.check_fits(x, None, part(part(self, "conv"), "weight"), self.dim)
+        if by_batch(part(self, "bn")):
             door.check_statistics(x[:, :1])
 
     def operands(self, x: Tensor) -> tuple[Channel | None, Spatial | None]:
         """What kernels are given; counts a batch where statistics are tracked."""
-        return None, Spatial(self.conv.weight, normalising(self.bn), self.gain_value())
+        kernel = part(part(self, "conv"), "weight")
+        return None, Spatial(kernel, normalising(part(self, "bn")), self.gain_value())
 
     def extra_repr(self) -> str:
         return f"kernel_size={self.kernel_size}{_said(self.dim)}{self._shown_gain()}"
+
+
+def _weights(layer: nn.Module) -> tuple[Tensor, Tensor]:
+    return part(layer, "weight"), part(layer, "bias")
 
 
 def _said(dim: int) -> str:
@@ -294,7 +301,7 @@ class CBAM(nn.Module):
 
     def obstacle(self) -> str:
         """What of this module no kernel knows, or nothing."""
-        what, where = self.channel, self.spatial
+        what, where = part(self, "channel"), part(self, "spatial")
         if type(what) is not ChannelAttention or type(where) is not SpatialAttention:
             return "its parts are of other classes"
         if watched(what, where):
@@ -303,12 +310,12 @@ class CBAM(nn.Module):
 
     def check(self, x: Tensor) -> None:
         """Refuse an `x` (N, C, H, W) that does not fit, before any work."""
-        self.channel.check(x)
-        self.spatial.check(x)
+        part(self, "channel").check(x)
+        part(self, "spatial").check(x)
 
     def operands(self, x: Tensor) -> tuple[Channel | None, Spatial | None]:
         """What kernels are given; counts a batch where statistics are tracked."""
-        return self.channel.operands(x)[0], self.spatial.operands(x)[1]
+        return part(self, "channel").operands(x)[0], part(self, "spatial").operands(x)[1]
 
 
 def squeeze_excitation(channels: int, *, reduction: int = 16, dim: int = 2) -> ChannelAttention:
