@@ -212,7 +212,8 @@ def _tensor(value: Any) -> Any:
 def normalising(norm: nn.BatchNorm2d) -> Norm:
     """What kernels are given of `norm`; counts a batch where statistics are tracked, as its forward does."""
     momentum = norm.momentum
-    if norm.training and norm.track_running_stats and (counted := part(norm, "num_batches_tracked")) is not None:
+    counted = part(norm, "num_batches_tracked")
+    if norm.training and norm.track_running_stats and counted is not None:
         counted.add_(1)
         momentum = 1 / float(counted) if momentum is None else momentum
     kept = norm.track_running_stats or not norm.training
@@ -238,7 +239,7 @@ def _norm_obstacle(norm: nn.Module, x: Tensor) -> bool:
 
 
 def part(module: nn.Module, name: str) -> Any:
-    """`module.name`, a parameter, buffer or child; a module's own lookup of those takes four times as long."""
+    """`module.name`, a parameter, buffer or child; a module's own lookup takes four times as long."""
     own = module.__dict__
     for kind in ("_parameters", "_buffers", "_modules"):
         if name in own[kind]:

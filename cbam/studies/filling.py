@@ -115,6 +115,7 @@ class Filling:
                     self.failed[run.arm] = error
                     reason = f"{type(error).__name__}: {first_line(error, 200)}"
                     self._tell(run, f"failed, and its row is left out: {reason}")
+        self._forget_trunks(seeds)
         return len(self.missing(seeds))
 
     def _taken_over(self, run: Run) -> bool:
@@ -156,8 +157,25 @@ class Filling:
         """A run on ImageNet takes longer than one would train anew; others do not."""
         if self.protocol.small:
             return None
-        about = {"config": run.config, "data": self.training.pictures.about, "source": self.origin["source"]}
-        return Keep(self.records.unfinished(run.name), about, end, self.watch.say)
+
+        def of(name: str, config: dict[str, Any], trunk: Keep | None = None) -> Keep:
+            about = {"config": config, "data": self.training.pictures.about, "source": self.origin["source"]}
+            return Keep(self.records.unfinished(name), run.name, about, end, self.watch.say, trunk)
+
+        own = of(_claim(run), trunk(run.config)) if run.config["forked"] else None
+        return of(run.name, run.config, own)
+
+    def _forget_trunks(self, seeds: int) -> None:
+        """Remove what forks begin with, where none of this call's rows needs it any more."""
+        needed: dict[str, bool] = {}
+        for run in self.runs(seeds):
+            if run.config["forked"]:
+                needed[_claim(run)] = needed.get(_claim(run), False) or not self._has(run)
+        for claim in (name for name, wanted in needed.items() if not wanted):
+            if self.records.unfinished(claim).exists():
+                with self.records.claimed(claim) as mine:
+                    if mine:
+                        self.records.forget(claim)
 
     def _head(self, run: Run) -> dict[str, Any]:
         """The part of a record that is known before the run."""

@@ -4,6 +4,7 @@ results/<study>/<data>-<row>-s<seed>-<settings>.json   a run of a clean commit
 results/<study>/<...>.dirty-<source>.json               a run of changed code; never counted
 results/<study>/.claims/                                who is at which run; not there when nobody is
 results/<study>/.unfinished/<run>/                      checkpoints of a run of many hours, till its record
+results/<study>/.unfinished/fork-<settings>/            those of a network that forks begin with, till theirs
 """
 
 import contextlib

@@ -87,39 +87,42 @@ class Pictures:
 
 @dataclass
 class Keep:
-    """Where a run of many hours is kept while it is not finished, so that it goes on and is not begun anew.
+    """Where a training of many hours is kept till its record, so that it goes on and is not begun anew.
 
     Args:
-        folder: of this run alone.
+        folder: of this training alone.
+        run: the run that it is for, whose time is counted.
         about: what must be the same for it to go on: settings, pictures and code.
         end: when it must stop, by the monotonic clock; None for never.
         say: is told, in a line, how it goes.
+        trunk: the same for the network that a forked run begins with; all forks of it share the folder.
     """
 
     folder: Path
+    run: str
     about: dict[str, Any]
     end: float | None
     say: Callable[[str], None]
-    seconds: float = 0.0  # what earlier processes spent
+    trunk: "Keep | None" = None
+    seconds: float = 0.0  # what earlier processes spent for the run
 
-    def keeper(self, part: str):
-        """What saves and stops one of the trainings of the run, and knows how far it came."""
+    def keeper(self):
+        """What saves and stops the training, and knows how far it came."""
         from cbam.train.keeper import Keeper
 
-        folder = self.folder / part
-        folder.mkdir(parents=True, exist_ok=True)
-        found = checkpoint.newest(folder, self.say)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        found = checkpoint.newest(self.folder, self.say)
         state = found[1] if found and found[1].get("about") == self.about else None
         if found and state is None:
             self.say("what was kept of this run is of other settings or other code: it begins anew")
-            shutil.rmtree(folder)
-            folder.mkdir()
-        if state is not None:
+            shutil.rmtree(self.folder)
+            self.folder.mkdir()
+        if state is not None and state["run"] == self.run:
             self.seconds += sum(entry["seconds"] for entry in _measured(state["history"]))
         left = None if self.end is None else max(0.0, self.end - time.monotonic())
-        about = {"about": self.about}
+        about = {"run": self.run, "about": self.about}
         return Keeper(
-            folder, about, state=state, save_every=SAVE_EVERY, copies=2, max_time=left, say=self.say
+            self.folder, about, state=state, save_every=SAVE_EVERY, copies=2, max_time=left, say=self.say
         )
 
 
@@ -171,16 +174,17 @@ class Training:
                 else:
                     model = plain(config, len(train.classes))
                 refine(model, config)
-                history = self._fit(model, config, tell, keep and keep.keeper("run"))
+                history = self._fit(model, config, tell, keep and keep.keeper())
             except NonFiniteError as error:
                 found["status"] = f"NonFiniteError: {error}"
         timed = _measured(history)
         spent = sum(entry["seconds"] for entry in timed)
+        before = sum(part.seconds for part in (keep, keep and keep.trunk) if part)
         return found | {
             **self.cost(config),
             "epochs": _without_nan(history),
             "images_per_second": len(train) * len(timed) / spent if spent else None,
-            "seconds": time.monotonic() - began + (keep.seconds if keep else 0.0),
+            "seconds": time.monotonic() - began + before,
             "processor_seconds": time.process_time() - worked,
             "memory_gib": machine.largest_memory(),
             "device_memory_gib": _device_memory(self.device),
@@ -212,7 +216,7 @@ class Training:
             raise NonFiniteError(self._diverged[1])
         if self._forked is None or self._forked[0] != own:
             model = plain(own, len(train.classes))
-            keeper = keep and keep.keeper("trunk")
+            keeper = keep and keep.trunk and keep.trunk.keeper()
             try:
                 self._forked = own, model, self._fit(model, own | {"forked": False}, tell, keeper)
             except NonFiniteError as error:

@@ -15,6 +15,7 @@ from PIL import Image
 import cbam
 from cbam.errors import ConfigError, DataError
 from cbam.studies import filling as filling_file
+from cbam.studies import training as training_file
 from cbam.studies.conduct import conduct, find_pictures, prepare
 from cbam.studies.records import Records
 from cbam.studies.tables import STUDIES
@@ -243,6 +244,37 @@ def test_a_run_of_many_hours_is_kept_when_the_time_is_over_and_goes_on_to_the_sa
         losses = [[(e["epoch"], e["val_loss"], e["train_loss"]) for e in r["epochs"]] for r in (one, other)]
         assert losses[0] == losses[1]
     assert not (tmp_path / "parts" / name / ".unfinished").exists()
+
+
+def test_the_trunk_of_a_fork_is_trained_once_however_often_the_study_is_stopped(tmp_path, monkeypatch):
+    passes = []
+    fit = training_file.fit
+
+    def counting(*args, on_step, first_epoch, **rest):
+        passes.append([first_epoch, 0])
+
+        def counted(images):
+            passes[-1][1] += images
+            on_step(images)
+
+        return fit(*args, on_step=counted, first_epoch=first_epoch, **rest)
+
+    monkeypatch.setattr(training_file, "fit", counting)
+    arms = ["forked-plain", "forked-identity"]
+    stopped = Listener(f"start: {STUDIES['start'].arms['forked-identity'].label}, seed 0")
+    with pytest.raises(KeyboardInterrupt):
+        conduct(study(tmp_path, "start", stopped, arms=arms, small=False), seeds=1)
+    assert len(Records(tmp_path, "start").all()) == 1
+    assert any(p.name.startswith("fork-") for p in (tmp_path / "start" / ".unfinished").iterdir())
+    assert conduct(study(tmp_path, "start", arms=arms, small=False), seeds=1) == 0
+    (_, trunk), (_, first), (_, again), (_, second) = passes
+    assert [start for start, _ in passes] == [0, 1, 0, 1]
+    assert trunk == first == second == 4 * TINY["limit"]
+    assert again == TINY["limit"]  # what was kept is of before the last validation
+    plain, identity = sorted(Records(tmp_path, "start").all().values(), key=lambda r: r["arm"], reverse=True)
+    assert plain["start"]["sha256"] == identity["start"]["sha256"]
+    assert plain["seconds"] > plain["start"]["epochs"][0]["seconds"]
+    assert not (tmp_path / "start" / ".unfinished").exists()
 
 
 def test_what_was_kept_of_other_code_is_not_gone_on_with(tmp_path, monkeypatch):
