@@ -90,18 +90,25 @@ struct Gate {
   // `before` and `sum` are those of the forward.
   void backward(const A* dl, A* d_descriptor, A* dw1, A* db1, A* dw2, A* db2) {
     Buffer<A> dh(N * pools * hidden);
-    set.parallel(hidden_units(), [&](int64_t u, int64_t end) { for (; u < end; u++) to_hidden(u, dl, dh); });
-    set.parallel(open_units(), [&](int64_t u, int64_t end) {
+    set.parallel(up(hidden, WIDE), [&](int64_t u, int64_t end) { for (; u < end; u++) to_hidden(u * WIDE, dl, dh); });
+    set.parallel(up(C, WIDE), [&](int64_t u, int64_t end) {
       for (; u < end; u++) {
-        to_descriptor(u, dh, d_descriptor);
-        second_layer(u, dl, dw2, db2);
+        to_descriptor(u * WIDE, dh, d_descriptor);
+        second_layer(u * WIDE, dl, dw2, db2);
       }
     });
-    set.parallel(hidden, [&](int64_t h, int64_t end) { for (; h < end; h++) first_layer(h, dh, dw1, db1); });
+    set.parallel(up(hidden, GROUP), [&](int64_t u, int64_t end) {
+      for (int64_t h = u * GROUP; h < least(hidden, end * GROUP);) {
+        bool whole = h + GROUP <= hidden;
+        whole ? first_layer<GROUP>(h, dh, dw1, db1) : first_layer<1>(h, dh, dw1, db1);
+        h += whole ? GROUP : 1;
+      }
+    });
   }
 
  private:
-  static constexpr int GROUP = 8;  // vectors that share one look at a weight
+  static constexpr int GROUP = 8;              // vectors that share one look at a weight
+  static constexpr int64_t WIDE = 2 * LANES<A>;  // columns that are taken together
 
   static INLINE V load_some(const A* p, int64_t count) {
     return count == LANES<A> ? load(p) : load(p, Part{int(count)});
@@ -149,45 +156,56 @@ struct Gate {
     for (int g = 0; g < G; g++) out[g] = fold_sum<A>(sums[g]);
   }
 
-  // dh[n, pool, h] = (before > 0) sum_c dl[n, c] W2[c, h], for LANES hidden units.
-  void to_hidden(int64_t unit, const A* dl, A* dh) {
-    int64_t at = unit * LANES<A>, count = least(LANES<A>, hidden - at);
-    columns(w2 + at, hidden, count, dl, C, N, [&](int64_t n, V sum) {
+  // dh[n, pool, h] = (before > 0) sum_c dl[n, c] W2[c, h], for WIDE hidden units.
+  void to_hidden(int64_t at, const A* dl, A* dh) {
+    columns(w2 + at, hidden, least(WIDE, hidden - at), dl, C, N, [&](int64_t n, int64_t j, V sum, int64_t count) {
       for (int64_t q = 0; q < pools; q++) {
-        int64_t i = (n * pools + q) * hidden + at;
+        int64_t i = (n * pools + q) * hidden + at + j;
         store_some(dh + i, load_some(before + i, count) <= V{} ? V{} : sum, count);
       }
     });
   }
 
-  // d_descriptor[n, pool, c] = sum_h dh[n, pool, h] W1[h, c], for LANES channels.
-  void to_descriptor(int64_t unit, const A* dh, A* d_descriptor) {
-    int64_t at = unit * LANES<A>, count = least(LANES<A>, C - at);
-    columns(w1 + at, C, count, dh, hidden, N * pools,
-            [&](int64_t i, V sum) { store_some(d_descriptor + i * C + at, sum, count); });
+  // d_descriptor[n, pool, c] = sum_h dh[n, pool, h] W1[h, c], for WIDE channels.
+  void to_descriptor(int64_t at, const A* dh, A* d_descriptor) {
+    columns(w1 + at, C, least(WIDE, C - at), dh, hidden, N * pools, [&](int64_t i, int64_t j, V sum, int64_t count) {
+      store_some(d_descriptor + i * C + at + j, sum, count);
+    });
   }
 
-  // f(i, V) for each of `many` vectors of `rows` elements in v: `count` columns of w, a row every `step`, times it.
+  // `count` columns of w, a row every `step`, times each of `many` vectors of `rows` elements in v: f(i, j, V, lanes)
+  // for vector i and the columns from j on.
   template <class F>
   static INLINE void columns(const A* w, int64_t step, int64_t count, const A* v, int64_t rows, int64_t many, F f) {
+    if (count == WIDE) return some_columns<2>(w, step, LANES<A>, v, rows, many, 0, f);
+    for (int64_t j = 0; j < count; j += LANES<A>)
+      some_columns<1>(w + j, step, least(LANES<A>, count - j), v, rows, many, j, f);
+  }
+
+  template <int W, class F>
+  static INLINE void some_columns(const A* w, int64_t step, int64_t count, const A* v, int64_t rows, int64_t many,
+                                  int64_t j, F f) {
     int64_t i = 0;
-    for (; i + GROUP <= many; i += GROUP) column<GROUP>(w, step, count, v + i * rows, rows, i, f);
-    for (; i < many; i++) column<1>(w, step, count, v + i * rows, rows, i, f);
+    for (; i + GROUP <= many; i += GROUP) column<W, GROUP>(w, step, count, v + i * rows, rows, i, j, f);
+    for (; i < many; i++) column<W, 1>(w, step, count, v + i * rows, rows, i, j, f);
   }
 
-  template <int G, class F>
-  static INLINE void column(const A* w, int64_t step, int64_t count, const A* v, int64_t rows, int64_t i, F f) {
-    V acc[G] = {};
+  template <int W, int G, class F>
+  static INLINE void column(const A* w, int64_t step, int64_t count, const A* v, int64_t rows, int64_t i, int64_t j,
+                            F f) {
+    V acc[W * G];
+    unroll<W * G>([&](auto k) FLAT { acc[k] = V{}; });
     for (int64_t r = 0; r < rows; r++) {
-      V a = load_some(w + r * step, count);
-      for (int g = 0; g < G; g++) acc[g] += a * v[g * rows + r];
+      V a[W];
+      unroll<W>([&](auto b) FLAT { a[b] = load_some(w + r * step + b * LANES<A>, count); });
+      unroll<W * G>([&](auto k) FLAT { acc[k] += a[k % W] * v[k / W * rows + r]; });
     }
-    for (int g = 0; g < G; g++) f(i + g, acc[g]);
+    unroll<W * G>([&](auto k) FLAT { f(i + k / W, j + k % W * LANES<A>, acc[k], count); });
   }
 
-  // dW2[c, :] = sum_n dl[n, c] h[n, :] and db2[c] = pools sum_n dl[n, c], for LANES channels.
-  void second_layer(int64_t unit, const A* dl, A* dw2, A* db2) {
-    for (int64_t c = unit * LANES<A>; c < least(C, (unit + 1) * LANES<A>); c++) {
+  // dW2[c, :] = sum_n dl[n, c] h[n, :] and db2[c] = pools sum_n dl[n, c], for WIDE channels.
+  void second_layer(int64_t at, const A* dl, A* dw2, A* db2) {
+    for (int64_t c = at; c < least(C, at + WIDE); c++) {
       A bias = 0;
       for (int64_t n = 0; n < N; n++) bias += dl[n * C + c];
       if (db2) db2[c] = bias * A(pools);
@@ -199,15 +217,22 @@ struct Gate {
     }
   }
 
-  // dW1[h, :] = sum_{n, pool} dh[n, pool, h] d[n, pool, :] and db1[h] = sum_{n, pool} dh[n, pool, h].
-  void first_layer(int64_t h, const A* dh, A* dw1, A* db1) {
-    A bias = 0;
-    for (int64_t n = 0; n < N * pools; n++) bias += dh[n * hidden + h];
-    if (db1) db1[h] = bias;
-    walk<A>(C, [&](int64_t c, auto lanes) {
-      V acc{};
-      for (int64_t n = 0; n < N * pools; n++) acc += load(descriptor + n * C + c, lanes) * dh[n * hidden + h];
-      store(dw1 + h * C + c, acc, lanes);
+  // dW1[h, :] = sum_{n, pool} dh[n, pool, h] d[n, pool, :] and db1[h] = sum_{n, pool} dh[n, pool, h], for H rows.
+  template <int H>
+  void first_layer(int64_t at, const A* dh, A* dw1, A* db1) {
+    for (int64_t h = at; h < at + H; h++) {
+      A bias = 0;
+      for (int64_t n = 0; n < N * pools; n++) bias += dh[n * hidden + h];
+      if (db1) db1[h] = bias;
+    }
+    walk<A>(C, [&](int64_t c, auto lanes) FLAT {
+      V acc[H];
+      unroll<H>([&](auto h) FLAT { acc[h] = V{}; });
+      for (int64_t n = 0; n < N * pools; n++) {
+        V d = load(descriptor + n * C + c, lanes);
+        unroll<H>([&](auto h) FLAT { acc[h] += d * dh[n * hidden + at + h]; });
+      }
+      unroll<H>([&](auto h) FLAT { store(dw1 + (at + h) * C + c, acc[h], lanes); });
     });
   }
 };

@@ -151,17 +151,21 @@ struct Planes {
       if constexpr (RELU) v = rectify<A>(v);
       return v;
     };
-    auto put = [&](int64_t i, V v, auto part) FLAT { store(to.out + base + i, v, part); };
+    whole_vectors(to.out + base, value);
+  }
+
+  // Writes value(i, part) to the pixels of a plane. A store of a part costs more than a whole one that shares pixels
+  // with the last but one. What it holds is made first, since the plane may be one that is read.
+  template <class F>
+  INLINE void whole_vectors(T* to, F value) const {
     if (set.L < LANES<A> || set.L % LANES<A> == 0) {
-      walk<A>(set.L, [&](int64_t i, auto part) FLAT { put(i, value(i, part), part); });
+      walk<A>(set.L, [&](int64_t i, auto part) FLAT { store(to + i, value(i, part), part); });
       return;
     }
-    // A store of a part costs more than a whole one that shares pixels with the last but one. What it holds is read
-    // first, since out may be x.
     int64_t end = set.L - LANES<A>;
     V last = value(end, Whole{});
-    for (int64_t i = 0; i < end; i += LANES<A>) put(i, value(i, Whole{}), Whole{});
-    put(end, last, Whole{});
+    for (int64_t i = 0; i < end; i += LANES<A>) store(to + i, value(i, Whole{}));
+    store(to + end, last);
   }
 
   template <bool RELU, bool SPATIAL>
@@ -176,9 +180,17 @@ struct Planes {
       }
     for (int64_t c = 0, end; c < set.C; c = end) {
       end = least(set.C, c + BLOCK);
-      for (; c + TOGETHER <= end; c += TOGETHER)
-        receive_channels<TOGETHER, RELU, SPATIAL>(unit, n, c, at, count, d_open, sum, to);
-      for (; c < end; c++) receive_channels<1, RELU, SPATIAL>(unit, n, c, at, count, d_open, sum, to);
+      A *P = to.P + unit * set.C, *Q = to.Q + unit * set.C;
+      for (V p[LANES<A>], q[LANES<A>]; c + LANES<A> <= end; c += LANES<A>) {
+        ROLLED for (int r = 0; r < LANES<A>; r += TOGETHER)
+          receive_channels<TOGETHER, RELU, SPATIAL>(n, c + r, at, count, d_open, sum, p + r, q + r, to);
+        store(P + c, fold_sum<A>(p));
+        store(Q + c, fold_sum<A>(q));
+      }
+      for (V p, q; c < end; c++) {
+        receive_channels<1, RELU, SPATIAL>(n, c, at, count, d_open, sum, &p, &q, to);
+        P[c] = total<A>(p), Q[c] = total<A>(q);
+      }
       if (!SPATIAL) continue;
       flush(d_open, to.d_open + map, count);
       flush(sum, to.q1 + map, count);
@@ -187,15 +199,19 @@ struct Planes {
       for (int64_t p = map; p < map + count; p++) to.q1[p] /= A(set.C);
   }
 
+  // Channels from c on; P and Q, whose lanes are still to be summed, are written.
   template <int U, bool RELU, bool SPATIAL>
-  INLINE void receive_channels(int64_t unit, int64_t n, int64_t c, int64_t at, int64_t count, A* d_opens, A* sums,
+  INLINE void receive_channels(int64_t n, int64_t c, int64_t at, int64_t count, A* d_opens, A* sums, V* P, V* Q,
                                const Incoming<T>& to) const {
     int64_t base = (n * set.C + c) * set.L + at, map = n * set.L + at;
     A za[U], zb[U], shift[U];
-    V P[U] = {}, Q[U] = {};
-    for (int u = 0; u < U; u++) za[u] = z.za[n * set.C + c + u], zb[u] = z.zb[n * set.C + c + u], shift[u] = z.shift[c + u];
+    V own_P[U], own_Q[U];
+    unroll<U>([&](auto u) FLAT {
+      za[u] = z.za[n * set.C + c + u], zb[u] = z.zb[n * set.C + c + u], shift[u] = z.shift[c + u];
+      own_P[u] = own_Q[u] = V{};
+    });
     bool keeps = to.g;
-    walk<A>(count, [&](int64_t i, auto part) {
+    walk<A>(count, [&](int64_t i, auto part) FLAT {
       V open{}, d_open{}, best{}, sum{};
       Int<A> first{};
       if constexpr (SPATIAL) {
@@ -203,7 +219,7 @@ struct Planes {
         best = load(to.q0 + map + i, part);
         first = load_index<A>(to.first + map + i, part);
       }
-      for (int u = 0; u < U; u++) {
+      unroll<U>([&](auto u) FLAT {
         int64_t o = base + u * set.L + i;
         V g = loaded(load(to.grad + o, part));
         if constexpr (RELU) {
@@ -220,9 +236,9 @@ struct Planes {
           first = better ? splat_index<A>(c + u) : first;
           sum += t;
         }
-        P[u] += g;
-        Q[u] += g * d;
-      }
+        own_P[u] += g;
+        own_Q[u] += g * d;
+      });
       if constexpr (SPATIAL) {
         store(d_opens + i, load(d_opens + i, part) + d_open, part);
         store(to.q0 + map + i, best, part);
@@ -230,10 +246,7 @@ struct Planes {
         store_index<A>(to.first + map + i, first, part);
       }
     });
-    for (int u = 0; u < U; u++) {
-      to.P[unit * set.C + c + u] = total<A>(P[u]);
-      to.Q[unit * set.C + c + u] = total<A>(Q[u]);
-    }
+    unroll<U>([&](auto u) FLAT { P[u] = own_P[u], Q[u] = own_Q[u]; });
   }
 
   template <bool SPATIAL, bool BATCH>
@@ -252,7 +265,7 @@ struct Planes {
       if constexpr (BATCH) v += slope * (load(x + base + i, part) - mu);
       return v;
     };
-    walk<A>(set.L, [&](int64_t i, auto part) { store(to.dx + base + i, value(i, part), part); });
+    whole_vectors(to.dx + base, value);
     if (to.peak) from_float(value(to.k[nc], Part{1})[0] + to.peak[nc], to.dx + base + to.k[nc]);
   }
 };

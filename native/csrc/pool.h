@@ -103,10 +103,25 @@ struct Pool {
       store(m + nc, exact - exact == V{} ? exact : mean);
     }
     V flip = load(s);
-    bool plain = !k && !any<A>((mean != mean) | (top != top) | (flip == V{}));
-    if (plain) store(e + nc, top * flip);
-    else
+    if (any<A>((mean != mean) | (top != top) | (flip == V{}))) {
       for (int r = 0; r < LANES<A>; r++) finish(nc + r, best[r]);
+      return;
+    }
+    store(e + nc, top * flip);
+    if (!k) return;
+    Int<A> where[LANES<A>];
+    ROLLED for (int r = 0; r < LANES<A>; r++) {
+      Int<A> last = splat_index<A>(set.L), at = last;
+      V wanted = splat(best[r] * s[r]);
+      walk<A>(set.L, [&](int64_t i, auto part) FLAT {
+        Int<A> here = iota<A>() + splat_index<A>(i);
+        here = load(p + r * set.L + i, part) == wanted ? here : last;
+        at = here < at ? here : at;
+      });
+      where[r] = at;
+    }
+    Int<A> found = fold<A>(where, [](Int<A> a, Int<A> b) { return b < a ? b : a; });
+    store_saved<A>(k + nc, found == splat_index<A>(set.L) ? Int<A>{} : found, Whole{});
   }
 
   void plane(int64_t nc) {
