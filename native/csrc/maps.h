@@ -24,6 +24,12 @@ template <class A>
 struct Scale {
   const A *za, *zb;  // (N, C)
   const A* shift;    // (C)
+
+  // Those of U channels from c on, of which the first one's plane is nc.
+  template <int U>
+  INLINE void take(int64_t nc, int64_t c, A* a, A* b, A* mu) const {
+    unroll<U>([&](auto u) FLAT { a[u] = za[nc + u], b[u] = zb[nc + u], mu[u] = shift[c + u]; });
+  }
 };
 
 // Pass C.

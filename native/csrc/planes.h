@@ -97,7 +97,7 @@ struct Planes {
     });
     auto add = [&](int64_t c, auto many) FLAT {
       A za[U], zb[U], shift[U];
-      unroll<many>([&](auto u) FLAT { za[u] = z.za[n * set.C + c + u], zb[u] = z.zb[n * set.C + c + u], shift[u] = z.shift[c + u]; });
+      z.template take<many>(n * set.C + c, c, za, zb, shift);
       unroll<K>([&](auto k) FLAT {
         V t[U] = {};
         unroll<many>([&](auto u) FLAT {
@@ -124,7 +124,7 @@ struct Planes {
   INLINE void channels(int64_t n, int64_t c, int64_t at, int64_t count, A* top, A* sum) const {
     const T* p = x + (n * set.C + c) * set.L + at;
     A za[U], zb[U], shift[U];
-    for (int u = 0; u < U; u++) za[u] = z.za[n * set.C + c + u], zb[u] = z.zb[n * set.C + c + u], shift[u] = z.shift[c + u];
+    z.template take<U>(n * set.C + c, c, za, zb, shift);
     walk<A>(count, [&](int64_t i, auto part) {
       V t[U];
       V best = load(top + i, part);
@@ -206,10 +206,8 @@ struct Planes {
     int64_t base = (n * set.C + c) * set.L + at, map = n * set.L + at;
     A za[U], zb[U], shift[U];
     V own_P[U], own_Q[U];
-    unroll<U>([&](auto u) FLAT {
-      za[u] = z.za[n * set.C + c + u], zb[u] = z.zb[n * set.C + c + u], shift[u] = z.shift[c + u];
-      own_P[u] = own_Q[u] = V{};
-    });
+    z.template take<U>(n * set.C + c, c, za, zb, shift);
+    unroll<U>([&](auto u) FLAT { own_P[u] = own_Q[u] = V{}; });
     bool keeps = to.g;
     walk<A>(count, [&](int64_t i, auto part) FLAT {
       V open{}, d_open{}, best{}, sum{};
