@@ -165,7 +165,7 @@ def test_arguments_are_checked_at_the_door():
         build(18)
     with pytest.raises(ConfigError, match='"paper" or "identity", got \'zero\''):
         build("resnet_tiny", start="zero")
-    with pytest.raises(AttachError):
+    with pytest.raises(AttachError, match=r'say where=... to cbam.attach\(cbam.build\("vgg11_bn"\), ...\)$'):
         build("vgg11_bn+cbam")
 
 
