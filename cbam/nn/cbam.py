@@ -223,7 +223,7 @@ class SpatialAttention(_FusableGate):
     def check(self, x: Tensor) -> None:
         """Refuse an `x` (N, C, H, W) that does not fit, before any work."""
         door.check_fits(x, None, part(part(self, "conv"), "weight"), self.dim)
-        if by_batch(part(self, "bn")):
+        if by_batch(part(self, "bn")) and x.numel() == x.shape[1]:
             door.check_statistics(x[:, :1])
 
     def operands(self, x: Tensor) -> tuple[Channel | None, Spatial | None]:

@@ -150,8 +150,8 @@ def _follow(batches: tuple[tuple[Norm, Tensor, Tensor], ...], count: int) -> Non
         return
     pairs = zip(running[::2], running[1::2], new[::2], new[1::2], momenta, strict=True)
     for mean, var, batch_mean, batch_var, momentum in pairs:
-        mean.lerp_(batch_mean.to(mean.dtype), momentum)
-        var.lerp_((batch_var * (count / (count - 1))).to(var.dtype), momentum)
+        mean.lerp_(_as(mean, batch_mean), momentum)
+        var.lerp_(_as(var, batch_var * (count / (count - 1))), momentum)
 
 
 _NO_NORM = Norm(None, None, None, None, False, 0.0, 0.0)
@@ -228,7 +228,12 @@ class _Tail(torch.autograd.Function):
         found = how(grad, args, out, saved, needs)
         # Those of the two maps have their type already.
         likes = args._replace(x=grad, shortcut=grad)._asdict()
-        return tuple(found[name].to(like.dtype) if name in needs else None for name, like in likes.items())
+        return tuple(_as(like, found[name]) if name in needs else None for name, like in likes.items())
+
+
+def _as(like: Tensor, t: Tensor) -> Tensor:
+    """`t` in the type of `like`; a conversion that has nothing to do takes its time too."""
+    return t if t.dtype == like.dtype else t.to(like.dtype)
 
 
 def _restored(ctx: Any) -> tuple[_Args, Tensor | None, _Saved]:
