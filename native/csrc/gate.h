@@ -107,7 +107,7 @@ struct Gate {
   }
 
  private:
-  static constexpr int GROUP = 8;              // vectors that share one look at a weight
+  static constexpr int GROUP = 8;                // vectors that share one look at a weight
   static constexpr int64_t WIDE = 2 * LANES<A>;  // columns that are taken together
 
   static INLINE V load_some(const A* p, int64_t count) {
@@ -136,7 +136,7 @@ struct Gate {
   // A tile of rows times G vectors at a time, so that each load serves several products.
   template <int G>
   static void dots(const A* w, int64_t count, const A* v, int64_t length, V* out) {
-    constexpr int TILE = LANES<A> < 4 ? LANES<A> : 4;
+    constexpr int TILE = BYTES == 64 ? 4 : 2;  // TILE x 4 sums have to fit into the registers
     V sums[G][LANES<A>];
     ROLLED for (int r = 0; r < LANES<A>; r += TILE) {
       const A* row[TILE];
