@@ -89,10 +89,11 @@ def test_the_readme_has_a_column_for_each_training_and_a_row_for_each_kind_of_ru
             shutil.copy(path, tmp_path / path.parent.name)
     warmed = cited(tmp_path)
     rows = [line.split(" | ")[0] for line in warmed.splitlines() if " ± " in line]
-    assert rows == ["| plain", "| SE", "| CBAM, paper's start", "| CBAM, identity start"]
+    arranged = ["| spatial, then channel", "| channel and spatial in parallel"]
+    assert rows == ["| plain", "| SE", "| CBAM, paper's start", *arranged, "| CBAM, identity start"]
     told = [line for line in warmed.splitlines() if line.startswith("- ")]
-    assert "\n".join(told).count(" against ") == 5
-    assert "5 differences are looked at here" in warmed
+    assert "\n".join(told).count(" against ") == 9
+    assert "9 differences are looked at here" in warmed
     assert warmed.count(" against plain (") == 3
     shutil.rmtree(tmp_path / "order")
     shutil.rmtree(tmp_path / "start")
