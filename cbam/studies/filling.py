@@ -167,11 +167,9 @@ class Filling:
 
     def _forget_trunks(self, seeds: int) -> None:
         """Remove what forks begin with, where none of this call's rows needs it any more."""
-        needed: dict[str, bool] = {}
-        for run in self.runs(seeds):
-            if run.config["forked"]:
-                needed[_claim(run)] = needed.get(_claim(run), False) or not self._has(run)
-        for claim in (name for name, wanted in needed.items() if not wanted):
+        forks = [run for run in self.runs(seeds) if run.config["forked"]]
+        needed = {_claim(run) for run in forks if not self._has(run)}
+        for claim in {_claim(run) for run in forks} - needed:
             if self.records.unfinished(claim).exists():
                 with self.records.claimed(claim) as mine:
                     if mine:

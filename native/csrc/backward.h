@@ -86,10 +86,8 @@ struct BackwardPass {
 
   // Ms, za and zb of a sample.
   void prepare(int64_t n) {
-    for (int64_t c = 0; c < set.C; c++) {
-      za[n * set.C + c] = opened(n * set.C + c) * norm.a[c];
-      zb[n * set.C + c] = opened(n * set.C + c) * norm.b[c];
-    }
+    int64_t at = n * set.C;
+    norm.scale(channel ? gate + at : nullptr, set.C, za + at, zb + at);
     if (!spatial) return;
     SpatialNorm<A> s_norm = spatial_norm();
     walk<A>(set.L, [&](int64_t p, auto part) {

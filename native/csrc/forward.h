@@ -154,11 +154,7 @@ struct ForwardPass {
 
   void scale(int64_t n, const Affine<A>& norm) {
     int64_t at = n * set.C;
-    walk<A>(set.C, [&](int64_t c, auto part) {
-      V open = channel ? load(gate + at + c, part) : splat(A(1));
-      store(za + at + c, open * load(norm.a.get() + c, part), part);
-      store(zb + at + c, open * load(norm.b.get() + c, part), part);
-    });
+    norm.scale(channel ? gate + at : nullptr, set.C, za + at, zb + at);
   }
 
   Scale<A> scaled(const Affine<A>& norm) const { return {za.get(), zb.get(), norm.shift.get()}; }

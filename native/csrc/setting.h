@@ -131,6 +131,15 @@ struct Affine {
       b[c] = given && !centred ? beta[c] - mu[c] * a[c] : beta[c];
     }
   }
+
+  // za and zb of a sample, whose channel gate is `open`; null where there is none.
+  void scale(const A* open, int64_t C, A* za, A* zb) const {
+    walk<A>(C, [&](int64_t c, auto part) {
+      Vec<A> gate = open ? load(open + c, part) : splat(A(1));
+      store(za + c, gate * load(a.get() + c, part), part);
+      store(zb + c, gate * load(b.get() + c, part), part);
+    });
+  }
 };
 
 }  // namespace
