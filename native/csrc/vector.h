@@ -78,6 +78,15 @@ struct Part {
 };
 
 template <class A>
+INLINE int lanes_of(Whole) {
+  return LANES<A>;
+}
+template <class A>
+INLINE int lanes_of(Part part) {
+  return part.lanes;
+}
+
+template <class A>
 INLINE Vec<A> keep(Vec<A> v, Whole, A) {
   return v;
 }
@@ -261,9 +270,7 @@ INLINE Int<A> load_saved(const int32_t* p, P part) {
     return (Int<A>)load((const float*)p, part);
   } else {
     Int<A> v{};
-    int lanes = LANES<A>;
-    if constexpr (std::is_same_v<P, Part>) lanes = part.lanes;
-    for (int i = 0; i < lanes; i++) v[i] = p[i];
+    for (int i = 0; i < lanes_of<A>(part); i++) v[i] = p[i];
     return v;
   }
 }
@@ -273,9 +280,7 @@ INLINE void store_saved(int32_t* p, Int<A> v, P part) {
   if constexpr (sizeof(A) == 4) {
     store((float*)p, (Vec<float>)v, part);
   } else {
-    int lanes = LANES<A>;
-    if constexpr (std::is_same_v<P, Part>) lanes = part.lanes;
-    for (int i = 0; i < lanes; i++) p[i] = int32_t(v[i]);
+    for (int i = 0; i < lanes_of<A>(part); i++) p[i] = int32_t(v[i]);
   }
 }
 
@@ -283,15 +288,10 @@ INLINE void store_saved(int32_t* p, Int<A> v, P part) {
 template <class A>
 using Few = typename Of<A>::few;
 
-template <class P>
-INLINE int few_lanes(P part) {
-  if constexpr (std::is_same_v<P, Part>) return part.lanes;
-  return LANES<double>;
-}
 template <class A, class P>
 INLINE Vec<double> widened(const A* p, P part) {
   Few<A> values{};
-  std::memcpy(&values, p, few_lanes(part) * sizeof(A));
+  std::memcpy(&values, p, lanes_of<double>(part) * sizeof(A));
   return __builtin_convertvector(values, Vec<double>);
 }
 template <class A>
@@ -300,7 +300,7 @@ INLINE Few<A> narrowed(Vec<double> v) {
 }
 template <class A, class P>
 INLINE void store_few(A* p, Few<A> v, P part) {
-  std::memcpy(p, &v, few_lanes(part) * sizeof(A));
+  std::memcpy(p, &v, lanes_of<double>(part) * sizeof(A));
 }
 
 // --- arithmetic ---
