@@ -102,6 +102,7 @@ class Form:
     pools: str = "avg max"
     spatial: str = "batch"
     shortcut: bool = True
+    shortcut_norm: bool = False
     save: bool = True
     side: int = 7
 
@@ -115,6 +116,7 @@ FORMS = (
     Form("channels", pools="max", spatial=""),
     Form("squeeze and excitation", norm="", pools="avg", spatial="", shortcut=False),
     Form("pixels", norm="", pools="", side=5),
+    Form("norm of the shortcut", norm="running", spatial="running", shortcut_norm=True, save=False),
 )
 SHAPES = (
     (128, 256, 56, 56),
@@ -160,6 +162,11 @@ def launches(
         bn, where = (form.norm == "batch", 1e-5), (form.spatial == "batch", 1e-5, 1.0)
         shortcut = map() if form.shortcut else None
         arguments: list[Any] = [x, shortcut, *norm, *bn, *middle, *spatial, *where, relu, form.save]
+        if form.shortcut_norm:
+            added = [*(vector(C) for _ in range(4)), 1e-5]
+            where = (*spatial, 1e-5, 1.0)
+            triton_kernels.tail_inference(x, shortcut, *added, *norm, 1e-5, *middle, *where, relu)
+            return found
         out, *saved = triton_kernels.tail(*arguments)
         if form == FORMS[0]:
             running = [*norm[2:], *spatial[3:]]

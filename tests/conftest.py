@@ -65,7 +65,7 @@ def kernels(monkeypatch):
 @functools.cache
 def _stand_in() -> torch.library.Library:
     """`cbam::tail` and its backward for the CPU by `reference.tail` and autograd."""
-    from cbam.ops.reference import Channel, Norm, Spatial, tail
+    from cbam.ops.reference import Channel, Norm, Spatial, normalised, tail
 
     def parts(args, mean, var, s_mean, s_var):
         (
@@ -146,12 +146,19 @@ def _stand_in() -> torch.library.Library:
             *grads,
         )
 
-    def in_place(x, shortcut, *args):
+    def inference(x, shortcut, gamma, beta, mean, var, eps, *args):
+        if gamma is not None:
+            gamma, beta, mean, var = to_x(x, (gamma, beta, mean, var))
+            shortcut = normalised(shortcut, Norm(gamma, beta, mean, var, False, 0.0, eps))
         of_tail = (*args[:4], False, *args[4:17], False, *args[17:], False)
-        x.copy_(forward(x, shortcut, *of_tail)[0])
+        return forward(x, shortcut, *of_tail)[0]
+
+    def in_place(x, *args):
+        x.copy_(inference(x, *args))
 
     library = torch.library.Library("cbam", "IMPL")
     library.impl("tail", forward, "CPU")
+    library.impl("tail_inference", inference, "CPU")
     library.impl("tail_", in_place, "CPU")
     library.impl("tail_backward", backward, "CPU")
     return library

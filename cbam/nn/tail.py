@@ -2,7 +2,8 @@
 
 The end of a residual block, `relu(attention(norm(x)) + shortcut)`, is four operations that read the same map
 again and again. Here the norm and the attention wait as a `Pending` until the add and the ReLU have told what
-they are; then all of it runs as one. Whatever else meets a `Pending` gets the tensor it stands for.
+they are; then all of it runs as one. In inference a norm that the shortcut ends in waits and joins them, too.
+Whatever else meets a `Pending` gets the tensor it stands for.
 """
 
 import sys
@@ -87,6 +88,23 @@ def begin(norm: nn.Module, attention: nn.Module, x: Tensor, block: nn.Module | N
     return attention(norm(x))
 
 
+def begin_shortcut(layers: nn.Module, x: Tensor) -> Tensor:
+    """`layers(x)`; in inference, where they end in a convolution and its norm, a `Pending` for the add."""
+    if torch.is_grad_enabled() or type(layers) is not nn.Sequential or type(x) is not Tensor:
+        return layers(x)
+    *before, norm = layers._modules.values() or [None]
+    # What a convolution gives is new: nobody writes to it while the norm waits.
+    if not before or not isinstance(before[-1], nn.Conv2d) or watched(layers):
+        return layers(x)
+    if type(norm) is not nn.BatchNorm2d or by_batch(norm):
+        return layers(x)
+    for layer in before:
+        x = layer(x)  # pyright: ignore[reportOptionalCall]
+    if type(x) is not Tensor or x.dim() != 4 or not ops.fused(x) or _norm_obstacle(norm, x):
+        return norm(x)
+    return Pending(norm, None, x)  # pyright: ignore[reportReturnType]
+
+
 def unseen(block: nn.Module) -> bool:
     """Whether no backward follows and no hook, tracer or mode can see the values between the children."""
     return not (
@@ -101,7 +119,7 @@ def unseen(block: nn.Module) -> bool:
 
 
 class Pending:
-    """`attention(norm(x))`, and then plus a shortcut, not computed yet.
+    """`attention(norm(x))`, and then plus a shortcut, not computed yet; or of a shortcut, `norm(x)`.
 
     A ReLU computes all of it in one operation; every other use computes what is there so far and goes on with
     the tensor. That one is the same for all uses. Gradients are recorded only if they were where it was made.
@@ -110,8 +128,9 @@ class Pending:
     __slots__ = ("_attention", "_grad", "_norm", "_shortcut", "_unseen", "_value", "_x")
 
     def __init__(
-        self, norm: Any, attention: Any, x: Tensor, shortcut: Tensor | None = None, *, unseen: bool = False
-    ) -> None:
+        self, norm: Any, attention: Any, x: Tensor, shortcut: "Tensor | Pending | None" = None,
+        *, unseen: bool = False,
+    ) -> None:  # fmt: skip
         self._norm, self._attention, self._shortcut = norm, attention, shortcut
         self._x: Any = x  # None once the ReLU has been computed from it
         self._value: Tensor | None = None
@@ -126,6 +145,8 @@ class Pending:
         return self._value
 
     def _run(self, relu: bool) -> Tensor:
+        if self._attention is None:
+            return self._norm(self._x)
         if self._x is None:  # its memory may hold the result, and its batch is counted
             raise RuntimeError(
                 "a value before the last ReLU of a residual block was read after that ReLU, which runs as "
@@ -138,7 +159,10 @@ class Pending:
         self._attention.check(x)
         channel, spatial = self._attention.operands(x)
         parts = {"norm": normalising(self._norm), "channel": channel, "spatial": spatial, "relu": relu}
-        return ops.tail(x, self._shortcut, **parts, overwrite=overwrite)
+        shortcut = self._shortcut
+        if isinstance(shortcut, Pending):
+            parts["shortcut_norm"], shortcut = normalising(shortcut._norm), shortcut._x
+        return ops.tail(x, shortcut, **parts, overwrite=overwrite)
 
     def _owns(self) -> bool:
         """Whether nobody else holds x or its memory: Python, torch, a view, a library or another process."""
@@ -154,23 +178,29 @@ class Pending:
 
     def relu(self) -> Tensor:
         """The ReLU of what this stands for."""
-        if self._value is None and torch.is_grad_enabled() == self._grad:
+        if self._waits() and self._attention is not None:
             return self._run(relu=True)
         return torch.relu(self.tensor())
 
     def plus(self, other: Any) -> "Pending | Tensor":
         """This and a shortcut, still waiting where it can."""
-        x = self._x
+        if self._attention is None and isinstance(other, Pending) and other._attention is not None:
+            return other.plus(self)
+        joins = isinstance(other, Pending) and other._attention is None and other._waits()
+        x, added = self._x, other._x if joins else _tensor(other)
         if (
-            x is not None
-            and self._value is None
+            self._attention is not None
+            and x is not None
+            and self._waits()
             and self._shortcut is None
-            and torch.is_grad_enabled() == self._grad
-            and type(other) is Tensor
-            and (other.shape, other.dtype, other.device) == (x.shape, x.dtype, x.device)
+            and type(added) is Tensor
+            and (added.shape, added.dtype, added.device) == (x.shape, x.dtype, x.device)
         ):
-            return Pending(self._norm, self._attention, x, other, unseen=self._unseen)
-        return self.tensor() + other
+            return Pending(self._norm, self._attention, x, other if joins else added, unseen=self._unseen)
+        return self.tensor() + _tensor(other)
+
+    def _waits(self) -> bool:
+        return self._value is None and torch.is_grad_enabled() == self._grad
 
     __add__ = __radd__ = __iadd__ = plus
 
@@ -240,6 +270,8 @@ def _norm_obstacle(norm: nn.Module, x: Tensor) -> bool:
 
 def part(module: nn.Module, name: str) -> Any:
     """`module.name`, a parameter, buffer or child; a module's own lookup takes four times as long."""
+    if torch.compiler.is_compiling():
+        return getattr(module, name)  # of which a compiler knows what to check before each call
     own = module.__dict__
     for kind in ("_parameters", "_buffers", "_modules"):
         if name in own[kind]:
@@ -267,3 +299,8 @@ def watched(*modules: nn.Module | None) -> bool:
         if own["_backward_hooks"] or own["_backward_pre_hooks"]:
             return True
     return False
+
+
+# Asked once for a graph, as torch asks for hooks: what torch.compiler.assume_constant_result sets, which
+# imports the compiler.
+watched._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]

@@ -20,6 +20,6 @@ def missing() -> str:
         torch.ops.load_library(path)
     except OSError as error:
         return f"{path} does not load: {error}"
-    if not torch._C._dispatch_has_kernel_for_dispatch_key("cbam::tail_", "CPU"):
+    if not torch._C._dispatch_has_kernel_for_dispatch_key("cbam::tail_inference", "CPU"):
         return f"{path} is of an older version than cbam: install cbam-native anew ({_INSTALL})"
     return ""

@@ -57,10 +57,13 @@ _FORWARD = (
     + _parts("Tensor? mean, Tensor? var, bool bn_batch, ", "Tensor? s_mean, Tensor? s_var, bool s_batch, ")
     + f"bool relu, bool save) -> (Tensor out, {_SAVED})"
 )
-_IN_PLACE = (
-    "tail_(Tensor(a!) x, Tensor? shortcut, "
+# What a forward takes that no backward follows, with statistics that are there already: such a one may have a
+# norm of the shortcut too.
+_INFERENCE = (
+    "Tensor? shortcut, Tensor? shortcut_gamma, Tensor? shortcut_beta, Tensor? shortcut_mean, "
+    "Tensor? shortcut_var, float shortcut_eps, "
     + _parts("Tensor? mean, Tensor? var, ", "Tensor? s_mean, Tensor? s_var, ")
-    + "bool relu) -> ()"
+    + "bool relu"
 )
 _BACKWARD = (
     "tail_backward(Tensor grad, Tensor x, Tensor? out, "
@@ -77,10 +80,12 @@ _TRACK = "track_(Tensor(a!)[] running, Tensor[] new, float[] momenta, int count)
 _library = torch.library.Library("cbam", "DEF")
 # flexible_layout: torch.compile may hand over maps in the layout that it chose for the network.
 _library.define(_FORWARD, tags=torch.Tag.flexible_layout)
-_library.define(_IN_PLACE, tags=torch.Tag.flexible_layout)
+_library.define(f"tail_inference(Tensor x, {_INFERENCE}) -> Tensor out", tags=torch.Tag.flexible_layout)
+_library.define(f"tail_(Tensor(a!) x, {_INFERENCE}) -> ()", tags=torch.Tag.flexible_layout)
 _library.define(_BACKWARD, tags=torch.Tag.flexible_layout)
 _library.define(_TRACK)
 _forward = torch.ops.cbam.tail.default
+_inference = torch.ops.cbam.tail_inference.default
 _in_place = torch.ops.cbam.tail_.default
 _backward = torch.ops.cbam.tail_backward.default
 _track = torch.ops.cbam.track_.default
@@ -90,6 +95,7 @@ def tail(
     x: Tensor,
     shortcut: Tensor | None = None,
     *,
+    shortcut_norm: Norm | None = None,
     norm: Norm | None = None,
     channel: Channel | None = None,
     spatial: Spatial | None = None,
@@ -101,6 +107,7 @@ def tail(
     Args:
         x: (N, C, H, W), N at least 1. Whichever of NCHW and channels_last it has, the result has.
         shortcut: of the shape and dtype of `x`.
+        shortcut_norm: what the shortcut still has to pass; a step of its own where a backward follows.
         overwrite: nobody reads `x` afterwards, nor any memory that it shares: the result may take its place
             where no backward and no statistics of a batch are wanted. Memory that is new costs the CPU more
             than the kernels do.
@@ -109,26 +116,30 @@ def tail(
         NotImplementedError: no kernel is there for the device of `x`; see `switch.fused`.
     """
     x, layout = _dense(x)
-    if shortcut is not None:
-        shortcut = shortcut.contiguous(memory_format=layout)
+    added = shortcut_norm or _NO_NORM
     bn = norm or _NO_NORM
     mlp = channel or _NO_CHANNEL
     where = spatial or _NO_SPATIAL
-    args = (
-        x, shortcut,
-        *bn[:5], bn.eps,
-        mlp.w1, mlp.b1, mlp.w2, mlp.b2, "avg" in mlp.pools, "max" in mlp.pools, mlp.gain,
-        where.kernel, *where.norm[:5], where.norm.eps, where.gain,
-        relu,
+    weights = mlp.w1, mlp.b1, mlp.w2, mlp.b2, "avg" in mlp.pools, "max" in mlp.pools, mlp.gain
+    wanted = _wants_gradient(
+        x, shortcut, *added[:2], *bn[:2], *weights[:4], where.kernel, *where.norm[:2]
     )  # fmt: skip
-    wanted = _wants_gradient(args)
-    compiling = torch.compiler.is_compiling()
-    if (overwrite or compiling) and x.is_cpu and not (wanted or bn.batch or where.norm.batch):
-        # torch.compile drops this copy where nothing reads x afterwards.
-        out = x.clone() if compiling else x
-        _overwrite(out, *(value for place, value in enumerate(args) if place and place not in _BATCH))
-        return out
-    out, *rest = _run(*args, wanted)
+    inference = not (wanted or bn.batch or where.norm.batch or added.batch)
+    if shortcut is not None and shortcut_norm is not None and not inference:
+        shortcut, added = reference.normalised(shortcut, shortcut_norm), _NO_NORM
+    if shortcut is not None:
+        shortcut = shortcut.contiguous(memory_format=layout)
+    if inference:
+        return _infer(
+            x, shortcut, *added[:4], added.eps, *bn[:4], bn.eps, *weights,
+            where.kernel, *where.norm[:4], where.norm.eps, where.gain, relu, overwrite=overwrite,
+        )  # fmt: skip
+    args = (
+        x, shortcut, *bn[:5], bn.eps, *weights, where.kernel, *where.norm[:5], where.norm.eps, where.gain,
+        relu, wanted,
+    )  # fmt: skip
+    # A graph that is traced holds it as one node; else it is called past the dispatcher, which is faster.
+    out, *rest = (_forward if torch.compiler.is_compiling() else _autograd)(*args)
     saved = _Saved(*rest)
     batches = (bn, saved.mu, saved.v), (where.norm, saved.s_mu, saved.s_v)
     _follow(batches, x.shape[0] * x.shape[2] * x.shape[3])
@@ -201,7 +212,6 @@ class _Args(NamedTuple):
 # What has a gradient, in the order of what `cbam::tail_backward` returns.
 _DIFFERENTIABLE = ("x", "shortcut", "gamma", "beta", "w1", "b1", "w2", "b2", "kernel", "s_gamma", "s_beta")
 _GRADIENTS = tuple(_Args._fields.index(name) for name in _DIFFERENTIABLE)
-_BATCH = (_Args._fields.index("bn_batch"), _Args._fields.index("s_batch"))
 _KEPT = tuple(_Args._fields.index(name) for name in _DIFFERENTIABLE if name != "shortcut")
 
 
@@ -299,34 +309,31 @@ def _norm(weight: Tensor, bias: Tensor | None, mean: Tensor, var: Tensor, batch:
     return Norm(weight, bias, *known, batch, 0.0, eps)
 
 
-def _run(*args: Any) -> tuple[Tensor, ...]:
-    """The operator: as one node while a graph is traced, else called past the dispatcher, which is faster."""
+def _infer(x: Tensor, *args: Any, overwrite: bool) -> Tensor:
+    """The operators of inference: in the memory of `x` where that may be."""
     if torch.compiler.is_compiling():
-        return _forward(*args)
-    return _autograd(*args)
-
-
-def _overwrite(*args: Any) -> None:
-    """The operator that writes over its map, called as by `_run`."""
-    if torch.compiler.is_compiling():
-        _in_place(*args)
-        return
+        if not x.is_cpu:
+            return _inference(x, *args)
+        out = x.clone()  # a copy that the compiler drops where nothing reads x afterwards
+        _in_place(out, *args)
+        return out
     with torch._C._AutoDispatchBelowAutograd():
-        _in_place(*args)
+        if not (overwrite and x.is_cpu):
+            return _inference(x, *args)
+        _in_place(x, *args)
+        return x
 
 
 def _autograd(*args: Any) -> tuple[Tensor, ...]:
     """The operator with gradients, where one is asked for."""
-    if _wants_gradient(args):
+    if _wants_gradient(*(args[place] for place in _GRADIENTS)):
         return _Tail.apply(*args)  # pyright: ignore[reportReturnType]
     with torch._C._AutoDispatchBelowAutograd():
         return _forward(*args)
 
 
-def _wants_gradient(args: tuple) -> bool:
-    if not torch.is_grad_enabled():
-        return False
-    return any(args[place] is not None and args[place].requires_grad for place in _GRADIENTS)
+def _wants_gradient(*values: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in values)
 
 
 def _fake_forward(x, shortcut, gamma, beta, mean, var, bn_batch, bn_eps, w1, b1, w2, b2, avg_pool, max_pool,
@@ -377,6 +384,13 @@ def _on_cuda(x: Tensor, shortcut: Tensor | None, *args: Any):
     return triton_kernels.tail(x, _laid_out(shortcut, layout), *map(_contiguous, args))
 
 
+def _inference_on_cuda(x: Tensor, shortcut: Tensor | None, *args: Any) -> Tensor:
+    from cbam.ops import triton_kernels  # pyright: ignore[reportAttributeAccessIssue]
+
+    x, layout = _dense(x)
+    return triton_kernels.tail_inference(x, _laid_out(shortcut, layout), *map(_contiguous, args))
+
+
 def _backward_on_cuda(grad: Tensor, x: Tensor, out: Tensor | None, *args: Any):
     from cbam.ops import triton_kernels  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -401,9 +415,11 @@ def _contiguous(value: Any) -> Any:
 
 _library.impl("tail", _autograd, "Autograd")
 _library.impl("tail", _on_cuda, "CUDA")
+_library.impl("tail_inference", _inference_on_cuda, "CUDA")
 _library.impl("tail_backward", _backward_on_cuda, "CUDA")
 _library.impl("track_", _track_on_cuda, "CUDA")
 # Meta kernels serve fake tensors too; register_fake would import half of torch's compiler.
 _library.impl("tail", _fake_forward, "Meta")
+_library.impl("tail_inference", lambda x, *_: torch.empty_like(_dense(x)[0]), "Meta")
 _library.impl("tail_backward", _fake_backward, "Meta")
 _library.impl("track_", lambda *_: None, "Meta")

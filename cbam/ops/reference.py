@@ -60,6 +60,7 @@ def tail(
     x: Tensor,
     shortcut: Tensor | None = None,
     *,
+    shortcut_norm: Norm | None = None,
     norm: Norm | None = None,
     channel: Channel | None = None,
     spatial: Spatial | None = None,
@@ -69,10 +70,13 @@ def tail(
 
         y = BN(x)   z = Mc(y) y   v = Ms(z) z + shortcut   out = relu(v)
 
-    Mc and Ms are those of `cbam.CBAM` (paper section 3, equations 2 and 3), times their gains.
+    Mc and Ms are those of `cbam.CBAM` (paper section 3, equations 2 and 3), times their gains. With a
+    `shortcut_norm`, the shortcut is that BN of what is given.
     """
     if norm is not None:
-        x = _normalised(x, norm)
+        x = normalised(x, norm)
+    if shortcut is not None and shortcut_norm is not None:
+        shortcut = normalised(shortcut, shortcut_norm)
     if channel is not None:
         x = x * what(x, channel)
     if spatial is not None:
@@ -97,7 +101,7 @@ def where(x: Tensor, spatial: Spatial) -> Tensor:
     assert spatial.kernel is not None
     dim = x.dim() - 2
     logits = _CONV[dim](spatial_descriptor(x, dim=dim), spatial.kernel, padding=spatial.kernel.shape[-1] // 2)
-    return spatial.gain * torch.sigmoid(_normalised(logits, spatial.norm))
+    return spatial.gain * torch.sigmoid(normalised(logits, spatial.norm))
 
 
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -108,7 +112,8 @@ def over_pixels(gate: Tensor, dim: int) -> Tensor:
     return gate.reshape(*gate.shape, *(1,) * dim)
 
 
-def _normalised(x: Tensor, norm: Norm) -> Tensor:
+def normalised(x: Tensor, norm: Norm) -> Tensor:
+    """BatchNorm."""
     return F.batch_norm(
         x, norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.batch, norm.momentum, norm.eps
     )

@@ -322,12 +322,16 @@ def convolve(
 
 @triton.jit(do_not_specialize=BATCH)
 def refine(
-    X, SHORTCUT, MU, SCALE, SHIFT, Q, KERNEL, S, S_GAMMA, S_BETA, S_MU, S_VAR, OUT, W, N, C, L, STEPS,
-    GATED: tl.constexpr, S_EPS: tl.constexpr, GAIN: tl.constexpr, RELU: tl.constexpr, KS: tl.constexpr,
-    QS: tl.constexpr, CS: tl.constexpr, ACC: tl.constexpr, NHWC: tl.constexpr, UNIT: tl.constexpr,
-    BC: tl.constexpr, BP: tl.constexpr, WIDE: tl.constexpr, EVEN: tl.constexpr,
+    X, SHORTCUT, ADD_GAMMA, ADD_BETA, ADD_MU, ADD_VAR, MU, SCALE, SHIFT, Q, KERNEL, S, S_GAMMA, S_BETA,
+    S_MU, S_VAR, OUT, W, N, C, L, STEPS,
+    GATED: tl.constexpr, ADD_EPS: tl.constexpr, S_EPS: tl.constexpr, GAIN: tl.constexpr, RELU: tl.constexpr,
+    KS: tl.constexpr, QS: tl.constexpr, CS: tl.constexpr, ACC: tl.constexpr, NHWC: tl.constexpr,
+    UNIT: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr, WIDE: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """Pass C: out. Where Q is there, the convolution is done here, and s written if S is there too."""
+    """Pass C: out. Where Q is there, the convolution is done here, and s written if S is there too.
+
+    ADD_GAMMA and the next three (C,), where they are there, are a norm that the shortcut still has to pass.
+    """
     C, L = extents(C, L, NHWC, UNIT)
     tiles = tl.cdiv(L, BP)
     pid = tl.program_id(0)
@@ -357,7 +361,14 @@ def refine(
         if S_MU is not None:
             v = v * ms
         if SHORTCUT is not None:
-            v += shortcut.to(ACC)
+            added = shortcut.to(ACC)
+            if ADD_GAMMA is not None:
+                a = tl.load(ADD_GAMMA + c, mask=row, other=0.0).to(ACC)
+                a = a * inverse_std(tl.load(ADD_VAR + c, mask=row, other=1.0).to(ACC), ADD_EPS)
+                mean = tl.load(ADD_MU + c, mask=row, other=0.0).to(ACC)
+                beta = tl.load(ADD_BETA + c, mask=row, other=0.0).to(ACC)
+                added = gated(added, mean, a, beta, ADD_MU, None)
+            v += added
         if RELU:
             v = relu(v)
         if EVEN:

@@ -32,6 +32,42 @@ def tail(
     relu: bool, save: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """`cbam::tail`: out, m, e, k, mu, v, gate, s, s_mu, s_v; what does not exist is of shape (0,)."""
+    return _forward(
+        x, shortcut, Norm(None, None, None, None), 0.0, gamma, beta, mean, var, bn_batch, bn_eps,
+        w1, b1, w2, b2, avg_pool, max_pool, channel_gain,
+        kernel, s_gamma, s_beta, s_mean, s_var, s_batch, s_eps, spatial_gain, relu, save,
+    )  # fmt: skip
+
+
+def tail_inference(
+    x: Tensor, shortcut: Tensor | None,
+    shortcut_gamma: Tensor | None, shortcut_beta: Tensor | None,
+    shortcut_mean: Tensor | None, shortcut_var: Tensor | None, shortcut_eps: float,
+    gamma: Tensor | None, beta: Tensor | None, mean: Tensor | None, var: Tensor | None, bn_eps: float,
+    w1: Tensor | None, b1: Tensor | None, w2: Tensor | None, b2: Tensor | None,
+    avg_pool: bool, max_pool: bool, channel_gain: float,
+    kernel: Tensor | None, s_gamma: Tensor | None, s_beta: Tensor | None,
+    s_mean: Tensor | None, s_var: Tensor | None, s_eps: float, spatial_gain: float, relu: bool,
+) -> Tensor:  # fmt: skip
+    """`cbam::tail_inference`: out."""
+    added = Norm(shortcut_gamma, _bias(shortcut_gamma, shortcut_beta), shortcut_mean, shortcut_var)
+    return _forward(
+        x, shortcut, added, shortcut_eps, gamma, beta, mean, var, False, bn_eps,
+        w1, b1, w2, b2, avg_pool, max_pool, channel_gain,
+        kernel, s_gamma, s_beta, s_mean, s_var, False, s_eps, spatial_gain, relu, False,
+    )[0]  # fmt: skip
+
+
+def _forward(
+    x: Tensor, shortcut: Tensor | None, added: Norm, added_eps: float,
+    gamma: Tensor | None, beta: Tensor | None, mean: Tensor | None, var: Tensor | None,
+    bn_batch: bool, bn_eps: float,
+    w1: Tensor | None, b1: Tensor | None, w2: Tensor | None, b2: Tensor | None,
+    avg_pool: bool, max_pool: bool, channel_gain: float,
+    kernel: Tensor | None, s_gamma: Tensor | None, s_beta: Tensor | None,
+    s_mean: Tensor | None, s_var: Tensor | None, s_batch: bool, s_eps: float, spatial_gain: float,
+    relu: bool, save: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
     with on(x.device):
         a = Map.of(x)
         beta, s_beta = _bias(gamma, beta), _bias(s_gamma, s_beta)
@@ -62,9 +98,9 @@ def tail(
         spatial = Norm(s_gamma, s_beta, s_mean, s_var)
         out = a.alike()
         a.sweep(
-            forward.refine, a.plan.refine, x, shortcut, *terms, q, kernel, s, *spatial, out, a.W,
-            GATED=w1 is not None, S_EPS=s_eps, GAIN=spatial_gain, RELU=relu, KS=_side(kernel),
-            QS=a.plan.squeeze.parts, CS=a.plan.refine.parts,
+            forward.refine, a.plan.refine, x, shortcut, *added, *terms, q, kernel, s, *spatial, out, a.W,
+            GATED=w1 is not None, ADD_EPS=added_eps, S_EPS=s_eps, GAIN=spatial_gain, RELU=relu,
+            KS=_side(kernel), QS=a.plan.squeeze.parts, CS=a.plan.refine.parts,
         )  # fmt: skip
         if save and w1 is None and gamma is not None and not (batch and a.plan.pool.parts == 1):
             # The schema wants m, which no gradient does.

@@ -234,6 +234,12 @@ class Trunk:
         )
         return relu if found else None
 
+    def shortcut(self, add: Add) -> str:
+        """The direct child, a sequence, that makes the shortcut; empty where another reads that as well."""
+        node = add.shortcut
+        ours = self._is_a(node, nn.Sequential, None) and "." not in str(node.target)
+        return str(node.target) if ours and len(node.users) == 1 and "kept" not in node.meta else ""
+
     def _is_a(self, node: Node, kind: type[nn.Module], name: str | None) -> bool:
         if node.op == "call_module":
             return type(self._children[str(node.target)]) is kind

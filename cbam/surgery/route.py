@@ -9,7 +9,6 @@ Where no child can be redirected, the forward is generated from the block's trac
 
 import abc
 import contextlib
-import dis
 import functools
 import importlib
 import inspect
@@ -21,13 +20,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from cbam.nn.tail import Pending, begin, watched
+from cbam.nn.tail import Pending, begin, begin_shortcut, watched
+from cbam.surgery import bytecode
+from cbam.surgery.bytecode import UnroutableError
 from cbam.surgery.graph import trace_with_effects
 
 SLOT = "cbam"  # the attribute that holds the attention, as in the authors' released checkpoints
 _REDIRECTED = "_cbam_call"
+_SHORTCUT = "_cbam_shortcut"
 _OWN = frozenset(vars(nn.Module()))  # `training` and the dicts of children
-_ENTERS = ("BEFORE_WITH", "LOAD_SPECIAL")  # a `with`, until Python 3.13 and from 3.14
 _NEW_OBJECT = object().__reduce_ex__(2)[0]  # what rebuilds an object that does not pickle itself
 
 
@@ -43,6 +44,7 @@ class Route:
         tail: whether `child` is the norm of the block's end, `relu(attention(norm(x)) + shortcut)`, which may
             run as one operation.
         relu: for a tail, the direct child that is its ReLU; empty where the code calls a function.
+        shortcut: for a tail, the direct child, a sequence, that makes the shortcut: its norm may join.
         alias: the property by which the code calls `child`; empty where it calls it by its name.
     """
 
@@ -52,6 +54,7 @@ class Route:
     names: tuple[tuple[str, str, str], ...] = ()
     tail: bool = False
     relu: str = ""
+    shortcut: str = ""
     alias: str = ""
 
     def __str__(self) -> str:
@@ -60,10 +63,6 @@ class Route:
             if self.when == "output"
             else f"{self.when} {self.child}".replace("graph", "after")
         )
-
-
-class UnroutableError(Exception):
-    """The code of a block does not allow a route; the text says why."""
 
 
 def refine(block: nn.Module, route: Route, attention: nn.Module) -> None:
@@ -136,9 +135,14 @@ def refined_class(base: type[nn.Module], route: Route) -> type[nn.Module]:
     elif route.when == "output":
         methods = {"forward": _output_forward(base)}
     else:
-        behind = _redirected_methods(base, route.alias or route.child)
+        redirected = {route.alias or route.child: _REDIRECTED}
+        if route.shortcut:
+            redirected[route.shortcut] = _SHORTCUT
+        behind = bytecode.redirected(base, redirected)
         methods = behind.pop(base, {})
         methods[_REDIRECTED] = _redirected_call(route)
+        if route.shortcut:
+            methods[_SHORTCUT] = _redirected_shortcut(route.shortcut)
         if route.tail:
             methods["forward"] = _settled(methods.get("forward", base.forward))
     return _subclass(
@@ -168,7 +172,7 @@ def _subclass(base: type, namespace: dict[str, Any], *others: type) -> type:
 
 def child_route(block: nn.Module, when: str, child: str) -> Route:
     """The route before or after the call of a direct child, by whatever name the code calls it."""
-    names = {n for f in _reached(type(block)).values() for c in _codes(f.__code__) for n in c.co_names}
+    names = bytecode.names(type(block))
     if child not in names:
         for name in sorted(names):
             with contextlib.suppress(Exception):  # a property raises what it likes
@@ -201,8 +205,8 @@ def _refuse_lost(block: nn.Module) -> None:
             raise UnroutableError(
                 f"its forward has a default for {parameter.name}, which a generated one would freeze"
             )
-    for code in (c for function in _reached(type(block)).values() for c in _codes(function.__code__)):
-        if any(i.opname in _ENTERS for i in dis.get_instructions(code)):
+    for code in bytecode.codes(type(block)):
+        if bytecode.enters_context(code):
             raise UnroutableError("its forward enters a `with`, which a generated one would leave out")
         texts = {c for c in code.co_consts if isinstance(c, str)} if "getattr" in code.co_names else set()
         for name in sorted({*code.co_names, *texts} - _OWN):
@@ -288,16 +292,14 @@ def _redirected_call(route: Route) -> Callable:
     return call_on_attended
 
 
-def is_straight(base: type[nn.Module], child: str) -> bool:
-    """Whether `forward` itself calls `child`, and enters no context.
+def _redirected_shortcut(child: str) -> property:
+    """What the code finds in place of `child`, which it calls or compares with None."""
 
-    What waits for the end of a block must meet it where it was made: inside a `with`, or a function that is
-    handed to `checkpoint`, it would be computed by other rules.
-    """
-    code = getattr(base.forward, "__code__", None)
-    if code is None or child not in code.co_names:
-        return False
-    return not any(i.opname in _ENTERS for i in dis.get_instructions(code))
+    def shortcut(self):
+        layers = getattr(self, child)
+        return None if layers is None else functools.partial(begin_shortcut, layers)
+
+    return property(shortcut)
 
 
 def _settled(forward: Callable) -> Callable:
@@ -310,97 +312,6 @@ def _settled(forward: Callable) -> Callable:
     code = settled.__code__.replace(co_filename=f"<cbam: {forward.__name__} with a tail of one operation>")
     settled.__code__ = code  # scripting must find no source
     return settled
-
-
-def _redirected_methods(base: type[nn.Module], child: str) -> dict[type[nn.Module], dict[str, Any]]:
-    """Copies of the methods that `forward` reaches and that call `child`, with that call redirected.
-
-    By class: those of `base`, and those that are found through `super()` in a class behind it.
-    """
-    methods: dict[type[nn.Module], dict[str, Any]] = {}
-    for (place, name), function in _reached(base).items():
-        if isinstance(inspect.getattr_static(place, name), property):
-            continue
-        if any(child in code.co_names for code in _codes(function.__code__)):
-            _check_code(function, child)
-            methods.setdefault(place, {})[name] = _renamed(function, child)
-    if not methods:
-        raise UnroutableError(f"no method of {base.__name__} names {child}")
-    return methods
-
-
-def _reached(base: type[nn.Module]) -> dict[tuple[type, str], types.FunctionType]:
-    """The methods and properties that `forward` uses, itself included: of `base` and behind `super()`."""
-    reached: dict[tuple[type, str], types.FunctionType] = {}
-    pending: list[tuple[type | None, int, str]] = [(base, 0, "forward")]
-    while pending:
-        place, start, name = pending.pop()
-        owner = next((c for c in base.__mro__[start:] if name in vars(c)), object)
-        function = vars(owner).get(name)  # as it is written: static and class methods are none
-        function = function.fget if isinstance(function, property) else function
-        key = place or owner, name
-        if key in reached or owner is nn.Module or not isinstance(function, types.FunctionType):
-            continue
-        reached[key] = function
-        names = {n for code in _codes(function.__code__) for n in code.co_names}
-        pending += [(base, 0, n) for n in names]
-        if "super" in names:
-            pending += [(None, base.__mro__.index(owner) + 1, n) for n in names]
-    return reached
-
-
-def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
-    yield code
-    for const in code.co_consts:
-        if isinstance(const, types.CodeType):
-            yield from _codes(const)
-
-
-def _check_code(function: types.FunctionType, child: str) -> None:
-    """Every use of the name must be an attribute read from `self`: renaming reaches all uses alike."""
-    receiver = function.__code__.co_varnames[0]
-    for code in _codes(function.__code__):
-        before = None
-        for instruction in dis.get_instructions(code):
-            if instruction.argval == child and instruction.opcode in dis.hasname:
-                read = instruction.opname in ("LOAD_ATTR", "LOAD_METHOD")
-                if not (read and before is not None and _loads(before, receiver)):
-                    raise UnroutableError(
-                        f"{function.__qualname__} uses the name {child} for something else too"
-                    )
-            before = instruction
-
-
-def _loads(instruction: dis.Instruction, variable: str) -> bool:
-    last = instruction.argval[-1] if isinstance(instruction.argval, tuple) else instruction.argval
-    return instruction.opname.startswith(("LOAD_FAST", "LOAD_DEREF")) and last == variable
-
-
-def _renamed(function: types.FunctionType, child: str) -> types.FunctionType:
-    """`function` reading `self._cbam_call` where it read `self.<child>`."""
-    copy = types.FunctionType(
-        _renamed_code(function.__code__, child),
-        function.__globals__,
-        function.__name__,
-        function.__defaults__,
-        function.__closure__,
-    )
-    functools.update_wrapper(copy, function)
-    del copy.__wrapped__
-    copy.__kwdefaults__ = function.__kwdefaults__
-    return copy
-
-
-def _renamed_code(code: types.CodeType, child: str) -> types.CodeType:
-    return code.replace(
-        co_names=tuple(_REDIRECTED if name == child else name for name in code.co_names),
-        co_consts=tuple(
-            _renamed_code(c, child) if isinstance(c, types.CodeType) else c for c in code.co_consts
-        ),
-        # Scripting reads a function's source through its file name: it must find none rather than the
-        # original's, which has no attention in it.
-        co_filename=f"<cbam: {code.co_name} with attention at {child}>",
-    )
 
 
 def _reduce_ex(self, protocol):

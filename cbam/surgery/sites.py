@@ -12,15 +12,14 @@ from torch.nn.modules.conv import _ConvNd
 
 from cbam.errors import AttachError, InputError, first_line
 from cbam.surgery import graph
+from cbam.surgery.bytecode import UnroutableError, is_only_called, is_straight
 from cbam.surgery.effects import unchanged, undrawn
 from cbam.surgery.route import (
     SLOT,
     Route,
-    UnroutableError,
     child_route,
     graph_route,
     is_refined,
-    is_straight,
     plain_class,
     refine,
     refined_class,
@@ -229,8 +228,12 @@ def _with_tail(route: Route, block: nn.Module, trunk: graph.Trunk, add: graph.Ad
         trained = graph.Trunk(block, graph.trace(block, training=True))
     except Exception:  # a forward may refuse to be traced in any way it likes
         return route
-    same = any(a.branch.target == route.child and trained.tail(a) is not None for a in trained.adds)
-    return replace(route, tail=True, relu=name) if same and "." not in name else route
+    same = [a for a in trained.adds if a.branch.target == route.child and trained.tail(a) is not None]
+    if not same or "." in name:
+        return route
+    shortcut = trunk.shortcut(add)
+    joins = {trained.shortcut(a) for a in same} == {shortcut} and is_only_called(type(block), shortcut)
+    return replace(route, tail=True, relu=name, shortcut=shortcut if joins else "")
 
 
 def output_sites(model: nn.Module, names: list[str]) -> list[Site]:

@@ -54,6 +54,7 @@ struct Block {
 // Results that nobody keeps are null. m, gate: (N, C) A; e: (N, C) T; k: (N, C); mu, v: (C) A; s: (N, H, W) A.
 struct Forward : Block {
   const void *x, *shortcut;
+  Norm shortcut_norm;  // never of the batch
   void *out, *m, *e;
   int32_t* k;
   void *mu, *v, *gate, *s;

@@ -35,11 +35,23 @@ struct Scale {
 // Pass C.
 template <class T>
 struct Output {
-  const T* shortcut;    // null where there is none
+  const T* shortcut;     // null where there is none
+  const Acc<T> *sa, *sb; // (C): sa shortcut + sb is added; null where the shortcut is, as it stands
   T* out;
-  const Acc<T>* open;   // Ms (N, L), null where there is no spatial gate
+  const Acc<T>* open;    // Ms (N, L), null where there is no spatial gate
   bool relu;
 };
+
+enum class Added { nothing, plain, normed };
+
+// f with what pass C does as types: the rectifier, the spatial gate, and what is added.
+template <class F, class T>
+INLINE void choose_added(const F& f, const Output<T>& to) {
+  auto with = [&](auto added) { choose([&](auto... rest) { f(rest..., added); }, to.relu, to.open); };
+  if (to.sa) with(std::integral_constant<Added, Added::normed>{});
+  else if (to.shortcut) with(std::integral_constant<Added, Added::plain>{});
+  else with(std::integral_constant<Added, Added::nothing>{});
+}
 
 // Pass 1. q0, q1 and first are the spatial descriptor and its arg-max, made again.
 template <class T>

@@ -1,4 +1,4 @@
-// cbam::tail and cbam::tail_backward for the CPU, on libtorch's stable ABI: checks what the kernels rely on,
+// The operators for the CPU, on libtorch's stable ABI: checks what the kernels rely on,
 // allocates the results, and calls the kernels of the best instruction set that the machine has. The schemas
 // are the main package's (cbam/ops/library.py), and so is everything that a caller can get wrong.
 #include <torch/csrc/stable/library.h>
@@ -7,6 +7,7 @@
 
 #include <array>
 #include <atomic>
+#include <cstring>
 #include <optional>
 #include <tuple>
 
@@ -117,11 +118,28 @@ Tensor like(const Tensor& t, const Tensor& x, const char* name) {
   return torch::stable::contiguous(t, wanted ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
 }
 
+// A spatial kernel in order, as it is not in a network that is channels_last. A hand's work is a fraction of what
+// torch's operators take for so few elements.
+Tensor in_order(const Tensor& t) {
+  Tensor out = torch::stable::new_empty(t, t.sizes());
+  int64_t size = type_of(t) == Type::f64 ? 8 : type_of(t) == Type::f32 ? 4 : 2;
+  const char* from = (const char*)t.const_data_ptr();
+  char* to = (char*)out.mutable_data_ptr();
+  for (int64_t i = 0; i < t.size(0); i++)
+    for (int64_t j = 0; j < t.size(1); j++)
+      for (int64_t k = 0; k < t.size(2); k++)
+        for (int64_t l = 0; l < t.size(3); l++, to += size) {
+          int64_t place = i * t.stride(0) + j * t.stride(1) + k * t.stride(2) + l * t.stride(3);
+          std::memcpy(to, from + place * size, size);
+        }
+  return out;
+}
+
 // The same for parameters, whose elements are taken one after the other.
 template <class... Parts>
 void make_contiguous(Parts&... parts) {
   auto one = [](Maybe& t) {
-    if (t && !t->is_contiguous()) t = torch::stable::contiguous(*t);
+    if (t && !t->is_contiguous()) t = t->is_cpu() && t->dim() == 4 ? in_order(*t) : torch::stable::contiguous(*t);
   };
   (one(parts), ...);
 }
@@ -247,19 +265,42 @@ Forwarded tail(Tensor x, Maybe shortcut, Maybe gamma, Maybe beta, Maybe mean, Ma
   return {out, m, e, k, mu, v, gate, s, s_mu, s_v};
 }
 
-// The last pass reads each element of x just before it writes the one in its place, and no pass follows it.
-void tail_(Tensor x, Maybe shortcut, Maybe gamma, Maybe beta, Maybe mean, Maybe var, double bn_eps, Maybe w1, Maybe b1,
-           Maybe w2, Maybe b2, bool avg_pool, bool max_pool, double channel_gain, Maybe kernel, Maybe s_gamma,
-           Maybe s_beta, Maybe s_mean, Maybe s_var, double s_eps, double spatial_gain, bool relu) {
-  Tensor map = dense(x);
-  if (shortcut) shortcut = like(*shortcut, map, "the shortcut");
-  make_contiguous(gamma, beta, mean, var, w1, b1, w2, b2, kernel, s_gamma, s_beta, s_mean, s_var);
-  Forward f = told(map, shortcut, gamma, beta, mean, var, false, bn_eps, w1, b1, w2, b2, avg_pool, max_pool,
+// --- cbam::tail_inference, and in the place of x ---
+
+void infer(const Tensor& x, void* out, Maybe shortcut, Maybe shortcut_gamma, Maybe shortcut_beta, Maybe shortcut_mean,
+           Maybe shortcut_var, double shortcut_eps, Maybe gamma, Maybe beta, Maybe mean, Maybe var, double bn_eps,
+           Maybe w1, Maybe b1, Maybe w2, Maybe b2, bool avg_pool, bool max_pool, double channel_gain, Maybe kernel,
+           Maybe s_gamma, Maybe s_beta, Maybe s_mean, Maybe s_var, double s_eps, double spatial_gain, bool relu) {
+  if (shortcut) shortcut = like(*shortcut, x, "the shortcut");
+  make_contiguous(shortcut_gamma, shortcut_beta, shortcut_mean, shortcut_var, gamma, beta, mean, var, w1, b1, w2, b2,
+                  kernel, s_gamma, s_beta, s_mean, s_var);
+  Forward f = told(x, shortcut, gamma, beta, mean, var, false, bn_eps, w1, b1, w2, b2, avg_pool, max_pool,
                    channel_gain, kernel, s_gamma, s_beta, s_mean, s_var, false, s_eps, spatial_gain, relu);
-  f.out = map.mutable_data_ptr();
-  compute(f, map);
-  if (map.data_ptr() != x.data_ptr()) torch::stable::copy_(x, map);
+  if (shortcut) f.shortcut_norm = norm(shortcut_gamma, shortcut_beta, f.C, false, shortcut_eps);
+  running(f.shortcut_norm, shortcut_mean, shortcut_var, f.C);
+  f.out = out;
+  compute(f, x);
 }
+
+// The two operators, which take what `infer` does.
+template <class>
+struct Inference;
+template <class... Rest>
+struct Inference<void(const Tensor&, void*, Rest...)> {
+  static Tensor tail_inference(Tensor x, Rest... rest) {
+    x = dense(x);
+    Tensor out = torch::stable::empty_like(x);
+    infer(x, out.mutable_data_ptr(), rest...);
+    return out;
+  }
+
+  // The last pass reads each element of x just before it writes the one in its place, and no pass follows it.
+  static void tail_(Tensor x, Rest... rest) {
+    Tensor map = dense(x);
+    infer(map, map.mutable_data_ptr(), rest...);
+    if (map.data_ptr() != x.data_ptr()) torch::stable::copy_(x, map);
+  }
+};
 
 // --- cbam::tail_backward ---
 
@@ -335,6 +376,7 @@ extern "C" __attribute__((visibility("default"))) int cbam_native_level(int want
 
 STABLE_TORCH_LIBRARY_IMPL(cbam, CPU, library) {
   library.impl("tail", TORCH_BOX(&tail));
-  library.impl("tail_", TORCH_BOX(&tail_));
+  library.impl("tail_inference", TORCH_BOX(&Inference<decltype(infer)>::tail_inference));
+  library.impl("tail_", TORCH_BOX(&Inference<decltype(infer)>::tail_));
   library.impl("tail_backward", TORCH_BOX(&tail_backward));
 }

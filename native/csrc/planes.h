@@ -47,7 +47,7 @@ struct Planes {
     auto planes = [&](auto relu, auto spatial, auto added) {
       for (int64_t nc = from; nc < end; nc++) plane<relu, spatial, added>(nc, to);
     };
-    choose(planes, to.relu, to.open, to.shortcut);
+    choose_added(planes, to);
   }
 
   // --- pass 1: a chunk ---
@@ -139,15 +139,17 @@ struct Planes {
     });
   }
 
-  template <bool RELU, bool SPATIAL, bool ADDED>
+  template <bool RELU, bool SPATIAL, Added ADDED>
   INLINE void plane(int64_t nc, const Output<T>& to) const {
     int64_t c = nc % set.C, base = nc * set.L;
     A za = z.za[nc], zb = z.zb[nc], shift = z.shift[c];
+    A sa = ADDED == Added::normed ? to.sa[c] : A(1), sb = ADDED == Added::normed ? to.sb[c] : A(0);
     const A* open = SPATIAL ? to.open + nc / set.C * set.L : nullptr;
     auto value = [&](int64_t i, auto part) FLAT {
       V v = za * (load(x + base + i, part) - shift) + zb;
       if constexpr (SPATIAL) v *= load(open + i, part);
-      if constexpr (ADDED) v += load(to.shortcut + base + i, part);
+      if constexpr (ADDED == Added::plain) v += load(to.shortcut + base + i, part);
+      if constexpr (ADDED == Added::normed) v += sa * load(to.shortcut + base + i, part) + sb;
       if constexpr (RELU) v = rectify<A>(v);
       return v;
     };

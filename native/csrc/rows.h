@@ -44,7 +44,7 @@ struct Rows {
     auto chunks = [&](auto relu, auto spatial, auto added) {
       for (int64_t unit = from; unit < end; unit++) write_chunk<relu, spatial, added>(unit, to);
     };
-    choose(chunks, to.relu, to.open, to.shortcut);
+    choose_added(chunks, to);
   }
 
   // --- pass 1 ---
@@ -97,7 +97,7 @@ struct Rows {
     for (int u = 0; u < U; u++) top[u] = best[u], sum[u] = all[u];
   }
 
-  template <bool RELU, bool SPATIAL, bool ADDED>
+  template <bool RELU, bool SPATIAL, Added ADDED>
   void write_chunk(int64_t unit, const Output<T>& to) const {
     int64_t n = unit / set.chunks, begin = n * set.L + unit % set.chunks * set.chunk;
     int64_t end = begin + set.pixels(unit % set.chunks);
@@ -107,15 +107,19 @@ struct Rows {
       for (int64_t p = begin; p < end; p++) write_pixel<RELU, SPATIAL, ADDED>(n, p, c, least(band, set.C - c), to);
   }
 
-  template <bool RELU, bool SPATIAL, bool ADDED>
+  template <bool RELU, bool SPATIAL, Added ADDED>
   INLINE void write_pixel(int64_t n, int64_t p, int64_t from, int64_t count, const Output<T>& to) const {
     const A *za = z.za + n * set.C + from, *zb = z.zb + n * set.C + from, *shift = z.shift + from;
+    const A *sa = nullptr, *sb = nullptr;
+    if constexpr (ADDED == Added::normed) sa = to.sa + from, sb = to.sb + from;
     int64_t at = p * set.C + from;
     A open = SPATIAL ? to.open[p] : A(1);
     walk<A>(count, [&](int64_t c, auto part) {
       V v = load(za + c, part) * (load(x + at + c, part) - load(shift + c, part)) + load(zb + c, part);
       if constexpr (SPATIAL) v *= open;
-      if constexpr (ADDED) v += load(to.shortcut + at + c, part);
+      if constexpr (ADDED == Added::plain) v += load(to.shortcut + at + c, part);
+      if constexpr (ADDED == Added::normed)
+        v += load(sa + c, part) * load(to.shortcut + at + c, part) + load(sb + c, part);
       if constexpr (RELU) v = rectify<A>(v);
       store(to.out + at + c, v, part);
     });

@@ -16,6 +16,7 @@ LAYOUTS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
 LEVELS = ("portable", "AVX2", "AVX-512")
 PARAMETERS = ("gamma", "beta", "w1", "b1", "w2", "b2", "kernel", "s_gamma", "s_beta")
 EPS = 1e-5
+NO_NORM = (None,) * 4  # weight, bias, mean and variance
 
 
 @dataclass(frozen=True)
@@ -204,17 +205,24 @@ class Kernels:
             case.gain, case.relu, save,
         )  # fmt: skip
 
-    def in_place(self, case: Case, i: Inputs, x: Tensor | None = None) -> Tensor:
-        """The forward of running statistics, in the memory of `x`, or of a copy."""
-        v = i.values
+    def inference(self, case: Case, i: Inputs, norm=NO_NORM) -> Tensor:
+        """The forward of running statistics; `norm` is one that the shortcut has to pass."""
+        return torch.ops.cbam.tail_inference(i.x, *self._inference(case, i, norm))
+
+    def in_place(self, case: Case, i: Inputs, x: Tensor | None = None, norm=NO_NORM) -> Tensor:
+        """The same in the memory of `x`, or of a copy."""
         x = i.x.clone(memory_format=torch.preserve_format) if x is None else x
-        torch.ops.cbam.tail_(
-            x, i.shortcut,
+        torch.ops.cbam.tail_(x, *self._inference(case, i, norm))
+        return x
+
+    def _inference(self, case: Case, i: Inputs, norm) -> tuple:
+        v = i.values
+        return (
+            i.shortcut, *norm, EPS,
             v["gamma"], v["beta"], v["mean"], v["var"], EPS,
             v["w1"], v["b1"], v["w2"], v["b2"], "avg" in case.pools, "max" in case.pools, case.gain,
             v["kernel"], v["s_gamma"], v["s_beta"], v["s_mean"], v["s_var"], EPS, case.gain, case.relu,
         )  # fmt: skip
-        return x
 
     def backward(self, case: Case, i: Inputs, saved, need_x: bool = True, need_shortcut: bool = True):
         v = i.values

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -40,14 +41,20 @@ def test_open_gates_repeat_torchs_own_batchnorm_to_the_bit(kernels, level, shape
     inputs = kernels.draw(case)
     for name in ("w2", "b2", "s_gamma", "s_beta"):
         inputs.values[name] = torch.zeros_like(inputs.values[name])
-    bn = nn.BatchNorm2d(shape[1]).eval()
+    bn, other = nn.BatchNorm2d(shape[1]).eval(), nn.BatchNorm2d(shape[1]).eval()
     with torch.no_grad():
         for parameter, name in ((bn.weight, "gamma"), (bn.bias, "beta"), (bn.running_mean, "mean")):
             parameter.copy_(inputs.values[name])
         bn.running_var.copy_(inputs.values["var"])
+        norm = [other.weight, other.bias, other.running_mean, other.running_var]
+        for value in norm:
+            value.copy_(torch.rand(shape[1], generator=torch.Generator().manual_seed(1)))
         expected = torch.relu(bn(inputs.x) + inputs.shortcut)
+        with_norm = torch.relu(bn(inputs.x) + other(inputs.shortcut))
         out = kernels.forward(case, inputs, False)[0]
     assert torch.equal(bits(out), bits(expected))
+    assert torch.equal(bits(kernels.inference(case, inputs)), bits(expected))
+    assert torch.equal(bits(kernels.inference(case, inputs, norm)), bits(with_norm))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -211,6 +218,9 @@ def test_maps_of_any_layout_are_written_over(kernels, layout):  # T13 T33
     gaps[..., :7] = inputs.x
     turned = inputs.x.permute(0, 1, 3, 2).contiguous().permute(0, 1, 3, 2)
     for x in (gaps[..., :7], turned):
+        given = kernels.inference(case, replace(inputs, x=x))
+        assert given.is_contiguous() or given.is_contiguous(memory_format=torch.channels_last)
+        torch.testing.assert_close(given, expected)
         kernels.in_place(case, inputs, x)
         torch.testing.assert_close(x, expected)
     assert gaps[..., 7:].isnan().all()

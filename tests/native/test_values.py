@@ -4,8 +4,11 @@ The reference sees the numbers that the kernels see, already rounded to their ty
 that type, `floor` what one rounding of the exact result costs, S the largest value. (T1, T8, T10, T21, T24)
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 RELATIVE = {torch.bfloat16: 3e-3, torch.float16: 5e-4}  # of the weights' gradients in the L2 norm
@@ -57,6 +60,7 @@ def test_the_tail_and_its_gradients_are_the_formula(kernels, cell):  # T1 T8 T10
     check_map("out", got.out, exact.out, eager.out, 1e-7)
     assert got.out.stride() == inputs.x.stride()
     if "batch" not in (case.norm, case.spatial):
+        assert kernels.inference(case, inputs).equal(got.out)
         assert kernels.in_place(case, inputs).equal(got.out)
     assert got.grads.keys() == exact.grads.keys()
     for name, value in got.grads.items():
@@ -90,6 +94,30 @@ def test_in_place_of_the_input_the_output_has_the_same_bits(kernels, level, shap
         case = kernels.Case(shape, dtype, layout, norm="running", spatial="running")
         inputs = kernels.draw(case)
         assert kernels.in_place(case, inputs).equal(kernels.forward(case, inputs, False)[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("relu", [True, False])
+@pytest.mark.parametrize("spatial", ["running", ""])
+@pytest.mark.parametrize(
+    "shape", [(2, 2048, 7, 7), (4, 64, 28, 28), (1, 17, 13, 17), (3, 40, 7, 7), (2, 3, 1, 1)]
+)
+def test_a_norm_of_the_shortcut_joins_the_last_pass(kernels, level, shape, spatial, relu, dtype):  # T1 T8 T25
+    for layout, biased in (("NCHW", True), ("NHWC", True), ("NHWC", False)):
+        case = kernels.Case(shape, dtype, layout, norm="running", spatial=spatial, relu=relu)
+        inputs, r = kernels.draw(case), torch.Generator().manual_seed(3)
+        norm = [torch.randn(shape[1], generator=r), torch.randn(shape[1], generator=r) if biased else None]
+        norm += [torch.randn(shape[1], generator=r), torch.rand(shape[1], generator=r) + 0.5]
+        norm = [None if t is None else t.to(dtype) for t in norm]
+        got = kernels.inference(case, inputs, norm)
+        assert kernels.in_place(case, inputs, norm=norm).equal(got)
+        assert got.stride() == inputs.x.stride()
+        found = []
+        for kind in (torch.float64, dtype):
+            weight, bias, mean, var = (None if t is None else t.to(kind) for t in norm)
+            shortcut = F.batch_norm(inputs.shortcut.to(kind), mean, var, weight, bias, eps=1e-5)
+            found.append(kernels.formula(case, replace(inputs, shortcut=shortcut), kind).out)
+        check_map("out", got, *found, 1e-7)
 
 
 @pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
@@ -176,10 +204,11 @@ def test_sixteen_bits_are_read_and_rounded_as_torch_does(kernels, level, dtype):
             assert torch.equal(out[~nan].view(torch.int16), expected[~nan].view(torch.int16))
 
 
-def test_in_place_takes_a_map_alone(kernels):  # T5
+def test_inference_takes_a_map_alone(kernels):  # T5
     case = kernels.Case(norm="running", spatial="running")
     inputs = kernels.draw(case)
     for bad in (inputs.x[0], inputs.x[:0]):
         inputs.x = bad
-        with pytest.raises(RuntimeError, match="expected a map"):
-            kernels.in_place(case, inputs)
+        for run in (kernels.in_place, kernels.inference):
+            with pytest.raises(RuntimeError, match="expected a map"):
+                run(case, inputs)

@@ -265,6 +265,18 @@ def test_the_operators_keep_torchs_rules():  # T34
         )  # fmt: skip
         # One tolerance: batch statistics of a few values amplify the last bit.
         torch.library.opcheck(torch.ops.cbam.tail.default, tuple(args), rtol=1e-3, atol=1e-4)
+        if not training:
+            with torch.no_grad():
+                given = (
+                    x.clone(), torch.randn_like(x),
+                    norm.weight, norm.bias, norm.running_mean, norm.running_var, 1e-5, *args[2:6], 1e-5,
+                    *args[8:15], *args[15:20], 1e-5, 2.0, True,
+                )  # fmt: skip
+                given = [t.detach() if isinstance(t, torch.Tensor) else t for t in given]
+                torch.library.opcheck(
+                    torch.ops.cbam.tail_inference.default, tuple(given), rtol=1e-3, atol=1e-4
+                )
+                torch.library.opcheck(torch.ops.cbam.tail_.default, tuple(given), rtol=1e-3, atol=1e-4)
 
 
 # --- the end of a residual block ---

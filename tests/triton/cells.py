@@ -10,11 +10,12 @@ from itertools import product
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 pytest.importorskip("triton")
 
 from cbam.ops import library, triton_kernels, triton_map
-from cbam.ops.triton_kernels import tail, tail_backward
+from cbam.ops.triton_kernels import tail, tail_backward, tail_inference
 from cbam.ops.triton_map import Map
 from cbam.ops.triton_plan import PARTS, plan
 
@@ -187,6 +188,39 @@ def test_a_large_map_in_evaluation_convolves_by_a_kernel_of_its_own(tails, guard
         found = tails.run(tail, case, save=save)
         compare(case, found, {"out": tails.written_out(case)[0]}, {"out": 1.0})
     check(tails, dtype=torch.float64, **FORMS["frozen"])
+
+
+INFERENCES = {
+    form: FORMS["frozen"] | parts
+    for form, parts in {"frozen": {}, "channels": {"spatial": ""}, "no ReLU": {"relu": False}}.items()
+}
+
+
+@pytest.mark.parametrize("nhwc", [False, True], ids=["NCHW", "NHWC"])
+@pytest.mark.parametrize(
+    ("form", "dtype"),
+    [
+        ("frozen", torch.float64),
+        ("frozen", torch.bfloat16),
+        *(pytest.param(f, t, marks=large) for f, t in product(INFERENCES, EXACT) if f != "frozen"),
+    ],
+    ids=str,
+)
+def test_a_norm_of_the_shortcut_joins_the_last_pass(tails, guarded, form, dtype, nhwc):  # T1 T24
+    case = tails.draw(tails.Cell(shape=(2, 19, 7, 9), dtype=dtype, nhwc=nhwc, **INFERENCES[form]), DEVICE)
+    drawn = torch.Generator().manual_seed(7)
+    for biased in (True, False):
+        norm = [
+            torch.rand(19, generator=drawn, dtype=torch.float64).to(dtype).to(DEVICE) + 0.5 for _ in range(4)
+        ]
+        norm[1] = norm[1] if biased else None
+        found = tails.run_inference(tail_inference, case, norm)
+        weight, bias, mean, var = (None if t is None else t.cpu().double() for t in norm)
+        shortcut = F.batch_norm(case.shortcut.cpu().double(), mean, var, weight, bias, eps=1e-3)
+        true = tails.written_out(replace(case, shortcut=shortcut))[0]
+        compare(case, {"out": found}, {"out": true}, {"out": true.abs().max().item()})
+    plain = tails.run_inference(tail_inference, case, [None] * 4)
+    assert torch.equal(plain, tails.run(tail, case, save=False)["out"])
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)

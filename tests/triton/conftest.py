@@ -115,6 +115,16 @@ def run(tail, case: Case, *, save: bool = True) -> dict[str, Tensor]:
     return dict(zip(["out", *SAVED], found, strict=True))
 
 
+def run_inference(tail_inference, case: Case, norm: list[Tensor | None]) -> Tensor:
+    """What `tail_inference` returns; `norm` is one of the shortcut: weight, bias, mean and variance."""
+    c, p = case.cell, case.p
+    return tail_inference(
+        case.x, case.shortcut, *norm, 1e-3, p["gamma"], p["beta"], p["mean"], p["var"], 1e-5,
+        p["w1"], p["b1"], p["w2"], p["b2"], "avg" in c.pools, "max" in c.pools, c.gains[0],
+        p["kernel"], p["s_gamma"], p["s_beta"], p["s_mean"], p["s_var"], 1e-5, c.gains[1], c.relu,
+    )  # fmt: skip
+
+
 def run_backward(
     tail_backward, case: Case, saved: dict[str, Tensor], *, need_x: bool = True, need_shortcut: bool = True
 ) -> dict[str, Tensor]:
@@ -234,5 +244,6 @@ def guarded(monkeypatch):
 def tails() -> SimpleNamespace:
     """What the cells are drawn, run and compared with."""
     return SimpleNamespace(
-        Cell=Cell, draw=draw, run=run, run_backward=run_backward, written_out=written_out, placed=placed
-    )
+        Cell=Cell, draw=draw, run=run, run_inference=run_inference, run_backward=run_backward,
+        written_out=written_out, placed=placed,
+    )  # fmt: skip

@@ -1,0 +1,168 @@
+"""Read the code of a forward, and make a copy of it that reads other attributes of `self`.
+
+Only names of a code object are changed, so no source text is needed, and branches, closures and helper
+methods stay what they are.
+"""
+
+import dis
+import functools
+import inspect
+import itertools
+import types
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+_ENTERS = ("BEFORE_WITH", "LOAD_SPECIAL")  # a `with`, until Python 3.13 and from 3.14
+
+
+class UnroutableError(Exception):
+    """The code of a block does not allow a route; the text says why."""
+
+
+def names(base: type[nn.Module]) -> set[str]:
+    """Every name in the code of `forward` and of what it reaches."""
+    return {name for code in codes(base) for name in code.co_names}
+
+
+def codes(base: type[nn.Module]) -> Iterator[types.CodeType]:
+    """The code of `forward` and of what it reaches."""
+    for function in _reached(base).values():
+        yield from _nested(function.__code__)
+
+
+def enters_context(code: types.CodeType) -> bool:
+    """Whether there is a `with` in it."""
+    return any(i.opname in _ENTERS for i in dis.get_instructions(code))
+
+
+def is_straight(base: type[nn.Module], child: str) -> bool:
+    """Whether `forward` itself calls `child`, and enters no context.
+
+    What waits for the end of a block must meet it where it was made: inside a `with`, or a function that is
+    handed to `checkpoint`, it would be computed by other rules.
+    """
+    code = getattr(base.forward, "__code__", None)
+    return code is not None and child in code.co_names and not enters_context(code)
+
+
+def is_only_called(base: type[nn.Module], child: str) -> bool:
+    """Whether `forward` itself and nothing else names `child`, to call it or to compare it with None."""
+    if [code for code in codes(base) if child in code.co_names] != [base.forward.__code__]:
+        return False
+    try:
+        _check_code(base.forward, child)
+    except UnroutableError:
+        return False
+    instructions = [*dis.get_instructions(base.forward.__code__), None]
+    for instruction, following in itertools.pairwise(instructions):
+        if instruction is None or instruction.argval != child or instruction.opcode not in dis.hasname:
+            continue
+        called = instruction.opname == "LOAD_METHOD" or "NULL|self" in instruction.argrepr  # from 3.12
+        compared = following is not None and following.opname.endswith(("IF_NONE", "IF_NOT_NONE"))
+        if not (called or compared):
+            return False
+    return True
+
+
+def redirected(base: type[nn.Module], others: dict[str, str]) -> dict[type[nn.Module], dict[str, Any]]:
+    """Copies of the methods that `forward` reaches and that call a child, with that call redirected.
+
+    By class: those of `base`, and those that are found through `super()` in a class behind it.
+
+    Args:
+        others: what the code is to read of the block in place of each child.
+
+    Raises:
+        UnroutableError: there is no such call, or more than calls.
+    """
+    methods: dict[type[nn.Module], dict[str, Any]] = {}
+    missing = set(others)
+    for (place, name), function in _reached(base).items():
+        if isinstance(inspect.getattr_static(place, name), property):
+            continue
+        named = {n for code in _nested(function.__code__) for n in code.co_names}
+        here = {child: other for child, other in others.items() if child in named}
+        for child in here:
+            _check_code(function, child)
+        if here:
+            methods.setdefault(place, {})[name] = _renamed(function, here)
+            missing -= here.keys()
+    if missing:
+        raise UnroutableError(f"no method of {base.__name__} names {missing.pop()}")
+    return methods
+
+
+def _reached(base: type[nn.Module]) -> dict[tuple[type, str], types.FunctionType]:
+    """The methods and properties that `forward` uses, itself included: of `base` and behind `super()`."""
+    reached: dict[tuple[type, str], types.FunctionType] = {}
+    pending: list[tuple[type | None, int, str]] = [(base, 0, "forward")]
+    while pending:
+        place, start, name = pending.pop()
+        owner = next((c for c in base.__mro__[start:] if name in vars(c)), object)
+        function = vars(owner).get(name)  # as it is written: static and class methods are none
+        function = function.fget if isinstance(function, property) else function
+        key = place or owner, name
+        if key in reached or owner is nn.Module or not isinstance(function, types.FunctionType):
+            continue
+        reached[key] = function
+        names = {n for code in _nested(function.__code__) for n in code.co_names}
+        pending += [(base, 0, n) for n in names]
+        if "super" in names:
+            pending += [(None, base.__mro__.index(owner) + 1, n) for n in names]
+    return reached
+
+
+def _nested(code: types.CodeType) -> Iterator[types.CodeType]:
+    yield code
+    for const in code.co_consts:
+        if isinstance(const, types.CodeType):
+            yield from _nested(const)
+
+
+def _check_code(function: types.FunctionType, child: str) -> None:
+    """Every use of the name must be an attribute read from `self`: renaming reaches all uses alike."""
+    receiver = function.__code__.co_varnames[0]
+    for code in _nested(function.__code__):
+        before = None
+        for instruction in dis.get_instructions(code):
+            if instruction.argval == child and instruction.opcode in dis.hasname:
+                read = instruction.opname in ("LOAD_ATTR", "LOAD_METHOD")
+                if not (read and before is not None and _loads(before, receiver)):
+                    raise UnroutableError(
+                        f"{function.__qualname__} uses the name {child} for something else too"
+                    )
+            before = instruction
+
+
+def _loads(instruction: dis.Instruction, variable: str) -> bool:
+    last = instruction.argval[-1] if isinstance(instruction.argval, tuple) else instruction.argval
+    return instruction.opname.startswith(("LOAD_FAST", "LOAD_DEREF")) and last == variable
+
+
+def _renamed(function: types.FunctionType, names: dict[str, str]) -> types.FunctionType:
+    """`function` reading other attributes of the block: `self._cbam_call` where it read `self.<child>`."""
+    copy = types.FunctionType(
+        _renamed_code(function.__code__, names),
+        function.__globals__,
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+    functools.update_wrapper(copy, function)
+    del copy.__wrapped__
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
+
+
+def _renamed_code(code: types.CodeType, names: dict[str, str]) -> types.CodeType:
+    return code.replace(
+        co_names=tuple(names.get(name, name) for name in code.co_names),
+        co_consts=tuple(
+            _renamed_code(c, names) if isinstance(c, types.CodeType) else c for c in code.co_consts
+        ),
+        # Scripting reads a function's source through its file name: it must find none rather than the
+        # original's, which has no attention in it.
+        co_filename=f"<cbam: {code.co_name} with attention at {', '.join(names)}>",
+    )
