@@ -156,9 +156,16 @@ def _stand_in() -> torch.library.Library:
     def in_place(x, *args):
         x.copy_(inference(x, *args))
 
+    def track(running, new, momenta, count):
+        for i, momentum in enumerate(momenta):
+            running[2 * i].lerp_(new[2 * i].to(running[2 * i]), momentum)
+            unbiased = new[2 * i + 1] * (count / (count - 1))
+            running[2 * i + 1].lerp_(unbiased.to(running[2 * i + 1]), momentum)
+
     library = torch.library.Library("cbam", "IMPL")
     library.impl("tail", forward, "CPU")
     library.impl("tail_inference", inference, "CPU")
     library.impl("tail_", in_place, "CPU")
     library.impl("tail_backward", backward, "CPU")
+    library.impl("track_", track, "CPU")
     return library

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from cbam.errors import InputError
 from cbam.nn import door
 from cbam.nn.gate import SigmoidGate
-from cbam.nn.tail import by_batch, normalising, part, plain, refined, unseen, watched
+from cbam.nn.tail import by_batch, normalising, parts, plain, refined, unseen, watched
 from cbam.ops import Channel, Spatial, channel_descriptor, rescale, spatial_descriptor
 from cbam.ops.reference import ALL_POOLS, POOLS, over_pixels
 
@@ -133,26 +133,28 @@ class ChannelAttention(_FusableGate):
     known_gate = gate
 
     def _layer_obstacle(self) -> str:
-        one, two = part(self, "fc1"), part(self, "fc2")
+        one, two = parts(self, "fc1", "fc2")
         if type(one) is not nn.Linear or type(two) is not nn.Linear:
             return "its layers are no plain nn.Linear"
-        weights = _weights(one), _weights(two)
-        if weights[0][1] is None or weights[1][1] is None:
+        weights = *parts(one, *_WEIGHTS), *parts(two, *_WEIGHTS)
+        if weights[1] is None or weights[3] is None:
             return "its layers have no bias"
         if self.pools != POOLS and not set(POOLS).issuperset(self.pools):
             return f"no kernel has all of the pools {self.pools}"
-        if not plain(*weights[0], *weights[1]):
+        if not plain(*weights):
             return "its weights are no plain tensors"
         return "somebody has hooks on its layers" if watched(one, two) else ""
 
     def check(self, x: Tensor) -> None:
         """Refuse an `x` (N, C, H, W) that does not fit, before any work."""
-        door.check_fits(x, self.channels, part(part(self, "fc2"), "weight"), self.dim)
+        (layer,) = parts(self, "fc2")
+        door.check_fits(x, self.channels, parts(layer, "weight")[0], self.dim)
 
     def operands(self, x: Tensor) -> tuple[Channel | None, Spatial | None]:
         """What kernels are given."""
-        weights = *_weights(part(self, "fc1")), *_weights(part(self, "fc2"))
-        return Channel(*weights, self.pools, self.gain_value()), None
+        one, two = parts(self, "fc1", "fc2")
+        (w1, b1), (w2, b2) = parts(one, *_WEIGHTS), parts(two, *_WEIGHTS)
+        return Channel(w1, b1, w2, b2, self.pools, self.gain_value()), None
 
     def extra_repr(self) -> str:
         sizes = f"{self.channels}, reduction={self.reduction}, pools={self.pools}"
@@ -206,37 +208,39 @@ class SpatialAttention(_FusableGate):
     known_gate = gate
 
     def _layer_obstacle(self) -> str:
-        conv, norm = part(self, "conv"), part(self, "bn")
-        if type(conv) is not nn.Conv2d or type(norm) is not nn.BatchNorm2d or part(norm, "weight") is None:
+        conv, norm = parts(self, "conv", "bn")
+        known = type(conv) is nn.Conv2d and type(norm) is nn.BatchNorm2d
+        of_norm = parts(norm, *_WEIGHTS, "running_mean", "running_var") if known else [None]
+        if of_norm[0] is None:
             return "its layers are no plain nn.Conv2d and nn.BatchNorm2d"
         side = conv.kernel_size[0]
         around = (side, side), (side // 2, side // 2), (1, 1), (1, 1), "zeros"
         if (conv.kernel_size, conv.padding, conv.stride, conv.dilation, conv.padding_mode) != around:
             return "its convolution is dilated, strided or padded in another way"
-        kernel, bias = _weights(conv)
+        kernel, bias = parts(conv, *_WEIGHTS)
         if side % 2 == 0 or bias is not None:
             return "its convolution has a bias or an even side"
-        if not plain(kernel, *_weights(norm), part(norm, "running_mean"), part(norm, "running_var")):
+        if not plain(kernel, *of_norm):
             return "its weights are no plain tensors"
         return "somebody has hooks on its layers" if watched(conv, norm) else ""
 
     def check(self, x: Tensor) -> None:
         """Refuse an `x` (N, C, H, W) that does not fit, before any work."""
-        door.check_fits(x, None, part(part(self, "conv"), "weight"), self.dim)
-        if by_batch(part(self, "bn")) and x.numel() == x.shape[1]:
+        conv, norm = parts(self, "conv", "bn")
+        door.check_fits(x, None, parts(conv, "weight")[0], self.dim)
+        if by_batch(norm) and x.numel() == x.shape[1]:
             door.check_statistics(x[:, :1])
 
     def operands(self, x: Tensor) -> tuple[Channel | None, Spatial | None]:
         """What kernels are given; counts a batch where statistics are tracked."""
-        kernel = part(part(self, "conv"), "weight")
-        return None, Spatial(kernel, normalising(part(self, "bn")), self.gain_value())
+        conv, norm = parts(self, "conv", "bn")
+        return None, Spatial(parts(conv, "weight")[0], normalising(norm), self.gain_value())
 
     def extra_repr(self) -> str:
         return f"kernel_size={self.kernel_size}{_said(self.dim)}{self._shown_gain()}"
 
 
-def _weights(layer: nn.Module) -> tuple[Tensor, Tensor]:
-    return part(layer, "weight"), part(layer, "bias")
+_WEIGHTS = ("weight", "bias")
 
 
 def _said(dim: int) -> str:
@@ -301,7 +305,7 @@ class CBAM(nn.Module):
 
     def obstacle(self) -> str:
         """What of this module no kernel knows, or nothing."""
-        what, where = part(self, "channel"), part(self, "spatial")
+        what, where = parts(self, "channel", "spatial")
         if type(what) is not ChannelAttention or type(where) is not SpatialAttention:
             return "its parts are of other classes"
         if watched(what, where):
@@ -310,12 +314,14 @@ class CBAM(nn.Module):
 
     def check(self, x: Tensor) -> None:
         """Refuse an `x` (N, C, H, W) that does not fit, before any work."""
-        part(self, "channel").check(x)
-        part(self, "spatial").check(x)
+        what, where = parts(self, "channel", "spatial")
+        what.check(x)
+        where.check(x)
 
     def operands(self, x: Tensor) -> tuple[Channel | None, Spatial | None]:
         """What kernels are given; counts a batch where statistics are tracked."""
-        return part(self, "channel").operands(x)[0], part(self, "spatial").operands(x)[1]
+        what, where = parts(self, "channel", "spatial")
+        return what.operands(x)[0], where.operands(x)[1]
 
 
 def squeeze_excitation(channels: int, *, reduction: int = 16, dim: int = 2) -> ChannelAttention:

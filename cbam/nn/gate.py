@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from cbam.errors import InputError
-from cbam.nn.tail import part
+from cbam.nn.tail import parts
 from cbam.ops import rescale
 
 torch.fx.wrap("rescale")
@@ -55,7 +55,7 @@ class SigmoidGate(Gate):
         It is read from a GPU once for every tensor that `gain` becomes, and again after `load_state_dict`: to
         look at it in each step would make the CPU wait. Change it by `set_gain`, not in place.
         """
-        gain, read = part(self, "gain"), self._read
+        (gain,), read = parts(self, "gain"), self._read
         if gain is None:
             return 1.0
         if read is not None and torch.compiler.is_compiling():

@@ -242,46 +242,59 @@ def _tensor(value: Any) -> Any:
 def normalising(norm: nn.BatchNorm2d) -> Norm:
     """What kernels are given of `norm`; counts a batch where statistics are tracked, as its forward does."""
     momentum = norm.momentum
-    counted = part(norm, "num_batches_tracked")
+    weight, bias, mean, var, counted = parts(norm, *_OF_NORM, "num_batches_tracked")
     if norm.training and norm.track_running_stats and counted is not None:
         counted.add_(1)
         momentum = 1 / float(counted) if momentum is None else momentum
-    kept = norm.track_running_stats or not norm.training
-    statistics = (part(norm, "running_mean"), part(norm, "running_var")) if kept else (None, None)
-    weight, bias = part(norm, "weight"), part(norm, "bias")
-    return Norm(weight, bias, *statistics, by_batch(norm), momentum or 0.0, norm.eps)
+    batch = norm.training or mean is None
+    if norm.training and not norm.track_running_stats:
+        mean = var = None
+    return Norm(weight, bias, mean, var, batch, momentum or 0.0, norm.eps)
 
 
 def by_batch(norm: nn.modules.batchnorm._BatchNorm) -> bool:
     """Whether `norm` normalises by the statistics of the batch."""
-    return norm.training or part(norm, "running_mean") is None
+    return norm.training or parts(norm, "running_mean")[0] is None
 
 
 def _norm_obstacle(norm: nn.Module, x: Tensor) -> bool:
+    if type(norm) is not nn.BatchNorm2d or norm.num_features != x.shape[1]:
+        return True
+    weight, bias, mean, var = parts(norm, *_OF_NORM)
     return (
-        type(norm) is not nn.BatchNorm2d
-        or part(norm, "weight") is None
-        or norm.num_features != x.shape[1]
-        or (by_batch(norm) and x.numel() == x.shape[1])  # one value per channel: its own forward refuses
-        or not plain(*(part(norm, name) for name in ("weight", "bias", "running_mean", "running_var")))
+        weight is None
+        # one value per channel: its own forward refuses
+        or ((norm.training or mean is None) and x.numel() == x.shape[1])
+        or not plain(weight, bias, mean, var)
         or watched(norm)
     )
 
 
-def part(module: nn.Module, name: str) -> Any:
-    """`module.name`, a parameter, buffer or child; a module's own lookup takes four times as long."""
-    if torch.compiler.is_compiling():
-        return getattr(module, name)  # of which a compiler knows what to check before each call
-    own = module.__dict__
-    for kind in ("_parameters", "_buffers", "_modules"):
-        if name in own[kind]:
-            return own[kind][name]
-    return getattr(module, name)
+_OF_NORM = ("weight", "bias", "running_mean", "running_var")
+
+
+def parts(module: nn.Module, *names: str) -> list[Any]:
+    """Parameters, buffers and children of a module; its own lookup takes four times as long."""
+    if torch.compiler.is_dynamo_compiling():  # which knows of these alone what to check before each call
+        return [getattr(module, name) for name in names]
+    own, found = module.__dict__, []
+    parameters, buffers, modules = own["_parameters"], own["_buffers"], own["_modules"]
+    for name in names:
+        if name in parameters:
+            found.append(parameters[name])
+        elif name in buffers:
+            found.append(buffers[name])
+        else:
+            found.append(modules[name] if name in modules else getattr(module, name))
+    return found
 
 
 def plain(*tensors: Tensor | None) -> bool:
     """Whether none is of a subclass, as the weights of quantised and sharded layers are."""
-    return all(t is None or type(t) is Tensor or type(t) is nn.Parameter for t in tensors)
+    for t in tensors:  # noqa: SIM110  (a generator takes four times as long)
+        if t is not None and type(t) is not Tensor and type(t) is not nn.Parameter:
+            return False
+    return True
 
 
 def watched(*modules: nn.Module | None) -> bool:

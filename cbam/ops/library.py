@@ -139,10 +139,10 @@ def tail(
         relu, wanted,
     )  # fmt: skip
     # A graph that is traced holds it as one node; else it is called past the dispatcher, which is faster.
-    out, *rest = (_forward if torch.compiler.is_compiling() else _autograd)(*args)
-    saved = _Saved(*rest)
-    batches = (bn, saved.mu, saved.v), (where.norm, saved.s_mu, saved.s_v)
-    _follow(batches, x.shape[0] * x.shape[2] * x.shape[3])
+    out, *saved = _forward(*args) if torch.compiler.is_compiling() else _differentiably(wanted, args)
+    if bn.batch or where.norm.batch:
+        _, _, _, mu, v, _, _, s_mu, s_v = saved
+        _follow(((bn, mu, v), (where.norm, s_mu, s_v)), x.shape[0] * x.shape[2] * x.shape[3])
     return out
 
 
@@ -156,9 +156,11 @@ def _follow(batches: tuple[tuple[Norm, Tensor, Tensor], ...], count: int) -> Non
             momenta.append(norm.momentum)
     if not running:
         return
-    if running[0].is_cuda and not torch.compiler.is_compiling():  # a compiler merges the rest by itself
-        _track(running, new, momenta, count)
+    if not torch.compiler.is_compiling():
+        with torch._C._AutoDispatchBelowAutograd():
+            _track(running, new, momenta, count)
         return
+    # A compiler merges these with what stands around them.
     pairs = zip(running[::2], running[1::2], new[::2], new[1::2], momenta, strict=True)
     for mean, var, batch_mean, batch_var, momentum in pairs:
         mean.lerp_(_as(mean, batch_mean), momentum)
@@ -212,6 +214,7 @@ class _Args(NamedTuple):
 # What has a gradient, in the order of what `cbam::tail_backward` returns.
 _DIFFERENTIABLE = ("x", "shortcut", "gamma", "beta", "w1", "b1", "w2", "b2", "kernel", "s_gamma", "s_beta")
 _GRADIENTS = tuple(_Args._fields.index(name) for name in _DIFFERENTIABLE)
+_RELU = _Args._fields.index("relu")
 _KEPT = tuple(_Args._fields.index(name) for name in _DIFFERENTIABLE if name != "shortcut")
 
 
@@ -222,9 +225,9 @@ class _Tail(torch.autograd.Function):
             results = _forward(*args)
         ctx.mark_non_differentiable(*results[1:])
         ctx.set_materialize_grads(False)
-        ctx.plain = tuple(None if isinstance(a, Tensor) else a for a in args)
-        out = results[0] if _Args(*args).relu else None  # tells what the ReLU let through
-        ctx.save_for_backward(*(args[place] for place in _KEPT), out, *results[1:])
+        ctx.plain = [None if isinstance(a, Tensor) else a for a in args]
+        out = results[0] if args[_RELU] else None  # tells what the ReLU let through
+        ctx.save_for_backward(*[args[place] for place in _KEPT], out, *results[1:])
         return results
 
     @staticmethod
@@ -236,9 +239,12 @@ class _Tail(torch.autograd.Function):
         # With gradients enabled, a gradient of this gradient is wanted.
         how = _differentiable_gradients if torch.is_grad_enabled() else _gradients
         found = how(grad, args, out, saved, needs)
-        # Those of the two maps have their type already.
-        likes = args._replace(x=grad, shortcut=grad)._asdict()
-        return tuple(_as(like, found[name]) if name in needs else None for name, like in likes.items())
+        gradients: list[Tensor | None] = [None] * len(_Args._fields)
+        for name, place in zip(_DIFFERENTIABLE, _GRADIENTS, strict=True):
+            if name in needs:
+                like = grad if name in ("x", "shortcut") else args[place]  # those have their type already
+                gradients[place] = _as(like, found[name])
+        return tuple(gradients)
 
 
 def _as(like: Tensor, t: Tensor) -> Tensor:
@@ -326,14 +332,23 @@ def _infer(x: Tensor, *args: Any, overwrite: bool) -> Tensor:
 
 def _autograd(*args: Any) -> tuple[Tensor, ...]:
     """The operator with gradients, where one is asked for."""
-    if _wants_gradient(*(args[place] for place in _GRADIENTS)):
+    return _differentiably(_wants_gradient(*(args[place] for place in _GRADIENTS)), args)
+
+
+def _differentiably(wanted: bool, args: tuple) -> tuple[Tensor, ...]:
+    if wanted:
         return _Tail.apply(*args)  # pyright: ignore[reportReturnType]
     with torch._C._AutoDispatchBelowAutograd():
         return _forward(*args)
 
 
 def _wants_gradient(*values: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in values)
+    if not torch.is_grad_enabled():
+        return False
+    for value in values:  # noqa: SIM110  (a generator takes four times as long)
+        if value is not None and value.requires_grad:
+            return True
+    return False
 
 
 def _fake_forward(x, shortcut, gamma, beta, mean, var, bn_batch, bn_eps, w1, b1, w2, b2, avg_pool, max_pool,

@@ -4,12 +4,16 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
 
 #include <array>
 #include <atomic>
 #include <cstring>
 #include <optional>
 #include <tuple>
+#include <type_traits>
+#include <vector>
 
 #ifdef CBAM_X86
 #include <cpuid.h>
@@ -118,10 +122,31 @@ Tensor like(const Tensor& t, const Tensor& x, const char* name) {
   return torch::stable::contiguous(t, wanted ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
 }
 
+// A contiguous tensor. torch's new_empty takes four times as long, and a training step has twenty of them.
+template <class Sizes>
+Tensor make(const Sizes& sizes, ScalarType type) {
+  constexpr int MOST = 4;
+  int64_t dims = int64_t(sizes.size()), strides[MOST], step = 1;
+  STD_TORCH_CHECK(dims <= MOST, "cbam: a parameter of more than four dimensions");
+  for (int64_t d = dims - 1; d >= 0; d--) {
+    strides[d] = step;
+    step *= sizes.begin()[d];
+  }
+  AtenTensorHandle made;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes.begin(), strides, int32_t(type),
+                                                  aoti_torch_device_type_cpu(), 0, &made));
+  return Tensor(made);
+}
+
+// A result where `wanted`, else an empty one.
+Tensor result(bool wanted, std::initializer_list<int64_t> sizes, ScalarType type) {
+  return make(wanted ? sizes : std::initializer_list<int64_t>{0}, type);
+}
+
 // A spatial kernel in order, as it is not in a network that is channels_last. A hand's work is a fraction of what
 // torch's operators take for so few elements.
 Tensor in_order(const Tensor& t) {
-  Tensor out = torch::stable::new_empty(t, t.sizes());
+  Tensor out = make(t.sizes(), t.scalar_type());
   int64_t size = type_of(t) == Type::f64 ? 8 : type_of(t) == Type::f32 ? 4 : 2;
   const char* from = (const char*)t.const_data_ptr();
   char* to = (char*)out.mutable_data_ptr();
@@ -142,16 +167,6 @@ void make_contiguous(Parts&... parts) {
     if (t && !t->is_contiguous()) t = t->is_cpu() && t->dim() == 4 ? in_order(*t) : torch::stable::contiguous(*t);
   };
   (one(parts), ...);
-}
-
-Tensor make(const Tensor& x, std::initializer_list<int64_t> size, ScalarType type) {
-  std::vector<int64_t> sizes(size);
-  return torch::stable::new_empty(x, {sizes.data(), sizes.size()}, type);
-}
-
-// A result where `wanted`, else an empty one.
-Tensor result(bool wanted, const Tensor& x, std::initializer_list<int64_t> size, ScalarType type) {
-  return wanted ? make(x, size, type) : make(x, {0}, type);
 }
 
 void* pointer(const Tensor& t) { return t.numel() ? t.mutable_data_ptr() : nullptr; }
@@ -249,15 +264,15 @@ Forwarded tail(Tensor x, Maybe shortcut, Maybe gamma, Maybe beta, Maybe mean, Ma
   bool gated = f.channel.w1.data, normed = f.norm.gamma.data, mapped = f.spatial.kernel.data;
   bool extremum = save && gated && max_pool;
   Tensor out = torch::stable::empty_like(x);
-  Tensor m = result(save && (gated || normed), x, {f.N, f.C}, A);
-  Tensor e = result(extremum, x, {f.N, f.C}, x.scalar_type());
-  Tensor k = result(extremum, x, {f.N, f.C}, ScalarType::Int);
-  Tensor mu = result(normed && (save || f.norm.batch), x, {f.C}, A);
-  Tensor v = result(normed && (save || f.norm.batch), x, {f.C}, A);
-  Tensor gate = result(save && gated, x, {f.N, f.C}, A);
-  Tensor s = result(save && mapped, x, {f.N, 1, f.H, f.W}, A);
-  Tensor s_mu = result(mapped && (save || f.spatial.norm.batch), x, {1}, ScalarType::Double);
-  Tensor s_v = result(mapped && (save || f.spatial.norm.batch), x, {1}, ScalarType::Double);
+  Tensor m = result(save && (gated || normed), {f.N, f.C}, A);
+  Tensor e = result(extremum, {f.N, f.C}, x.scalar_type());
+  Tensor k = result(extremum, {f.N, f.C}, ScalarType::Int);
+  Tensor mu = result(normed && (save || f.norm.batch), {f.C}, A);
+  Tensor v = result(normed && (save || f.norm.batch), {f.C}, A);
+  Tensor gate = result(save && gated, {f.N, f.C}, A);
+  Tensor s = result(save && mapped, {f.N, 1, f.H, f.W}, A);
+  Tensor s_mu = result(mapped && (save || f.spatial.norm.batch), {1}, ScalarType::Double);
+  Tensor s_v = result(mapped && (save || f.spatial.norm.batch), {1}, ScalarType::Double);
   f.out = pointer(out), f.m = pointer(m), f.e = pointer(e), f.k = (int32_t*)pointer(k);
   f.mu = pointer(mu), f.v = pointer(v), f.gate = pointer(gate), f.s = pointer(s);
   f.s_mu = (double*)pointer(s_mu), f.s_v = (double*)pointer(s_v);
@@ -301,6 +316,44 @@ struct Inference<void(const Tensor&, void*, Rest...)> {
     if (map.data_ptr() != x.data_ptr()) torch::stable::copy_(x, map);
   }
 };
+
+// --- cbam::track_ ---
+
+template <class F>
+auto of_type(const Tensor& t, F f) {
+  void* data = t.mutable_data_ptr();
+  switch (type_of(t)) {
+    case Type::f16: return f((torch::headeronly::Half*)data);
+    case Type::bf16: return f((torch::headeronly::BFloat16*)data);
+    case Type::f32: return f((float*)data);
+    default: return f((double*)data);
+  }
+}
+
+// running = (1 - momentum) running + momentum factor batch, in double.
+void move(const Tensor& running, const Tensor& batch, double momentum, double factor) {
+  int64_t count = running.numel();
+  STD_TORCH_CHECK(running.is_cpu() && batch.is_cpu() && running.dim() == 1 && batch.dim() == 1 &&
+                      batch.numel() == count, "cbam: running statistics must have an element for each channel");
+  int64_t step = running.stride(0), batch_step = batch.stride(0);
+  of_type(running, [&](auto* old) {
+    using T = std::remove_pointer_t<decltype(old)>;
+    using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;  // 16 bits are not reached from double
+    of_type(batch, [&](const auto* found) {
+      for (int64_t c = 0; c < count; c++) {
+        double was = double(old[c * step]), now = double(found[c * batch_step]) * factor;
+        old[c * step] = T(Wide(was + momentum * (now - was)));
+      }
+    });
+  });
+}
+
+void track_(std::vector<Tensor> running, std::vector<Tensor> fresh, std::vector<double> momenta, int64_t count) {
+  for (size_t i = 0; i < momenta.size(); i++) {
+    move(running.at(2 * i), fresh.at(2 * i), momenta[i], 1);
+    move(running.at(2 * i + 1), fresh.at(2 * i + 1), momenta[i], double(count) / double(count - 1));
+  }
+}
 
 // --- cbam::tail_backward ---
 
@@ -350,11 +403,10 @@ Backwarded tail_backward(Tensor grad, Tensor x, Maybe out, Maybe gamma, Maybe be
 
   // The masked gradient is made where the shortcut wants it or pass 3 reads it.
   bool masked = relu && (need_x || need_shortcut);
-  Tensor none = make(x, {0}, x.scalar_type()), g = masked ? torch::stable::empty_like(x) : none;
-  Tensor dx = need_x ? torch::stable::empty_like(x) : make(x, {0}, x.scalar_type());
+  Tensor none = result(false, {}, x.scalar_type()), g = masked ? torch::stable::empty_like(x) : none;
+  Tensor dx = need_x ? torch::stable::empty_like(x) : result(false, {}, x.scalar_type());
   auto like = [&](const Maybe& p) {
-    if (!p) return make(x, {0}, A);
-    return torch::stable::new_empty(x, p->sizes(), A);
+    return p ? make(p->sizes(), A) : result(false, {}, A);
   };
   Tensor dgamma = like(gamma), dbeta = like(beta), dw1 = like(w1), db1 = like(b1), dw2 = like(w2), db2 = like(b2);
   Tensor dkernel = like(kernel), ds_gamma = like(s_gamma), ds_beta = like(s_beta);
@@ -378,5 +430,6 @@ STABLE_TORCH_LIBRARY_IMPL(cbam, CPU, library) {
   library.impl("tail", TORCH_BOX(&tail));
   library.impl("tail_inference", TORCH_BOX(&Inference<decltype(infer)>::tail_inference));
   library.impl("tail_", TORCH_BOX(&Inference<decltype(infer)>::tail_));
+  library.impl("track_", TORCH_BOX(&track_));
   library.impl("tail_backward", TORCH_BOX(&tail_backward));
 }

@@ -212,3 +212,27 @@ def test_inference_takes_a_map_alone(kernels):  # T5
         for run in (kernels.in_place, kernels.inference):
             with pytest.raises(RuntimeError, match="expected a map"):
                 run(case, inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("momenta", [(0.1, 0.01), (1 / 3, 1.0), (0.1,)], ids=str)
+def test_running_statistics_follow_as_torchs_do(kernels, momenta, dtype):
+    torch.manual_seed(0)
+    maps = torch.randn(3, 21, 5, 4, dtype=torch.float64) + 3, torch.randn(3, 1, 5, 4, dtype=torch.float64)
+    running, new, expected = [], [], []
+    for x, momentum in zip(maps, momenta, strict=False):
+        norm = torch.nn.BatchNorm2d(x.shape[1], momentum=momentum).double()
+        torch.nn.init.normal_(norm.running_mean)
+        for value in (norm.running_mean, norm.running_var):
+            apart = torch.zeros(2 * len(value), dtype=dtype)[::2]
+            running.append(apart.copy_(value))
+            value.copy_(apart)
+        var, mean = torch.var_mean(x, (0, 2, 3), correction=0)
+        new += [mean.float(), var]
+        norm(x)
+        expected += [norm.running_mean, norm.running_var]
+    torch.ops.cbam.track_(running, new, list(momenta), 60)
+    for ours, theirs in zip(running, expected, strict=True):
+        torch.testing.assert_close(
+            ours, theirs.to(dtype), rtol=1e-6 if dtype.itemsize > 2 else 1e-2, atol=1e-6
+        )
