@@ -46,6 +46,10 @@ class AttachError(CBAMError, RuntimeError):
     exit_code = 2
 
 
+class NoPlaceError(AttachError):
+    """A model has no residual block that attention would be put into, and nobody said where else."""
+
+
 class DataError(CBAMError, ValueError):
     """A data set is missing, empty, inconsistent or unreadable."""
 

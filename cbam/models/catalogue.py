@@ -14,7 +14,7 @@ from types import ModuleType
 
 from torch import nn
 
-from cbam.errors import AttachError, ConfigError, InputError, MissingExtraError
+from cbam.errors import ConfigError, InputError, MissingExtraError, NoPlaceError
 from cbam.models.mobilenet_v1 import MobileNetV1
 from cbam.models.resnet_tiny import ResNetTiny
 from cbam.models.stride import stride_in_1x1
@@ -68,10 +68,8 @@ def build(name: str, *, num_classes: int = 1000, start: str = "paper", stride_in
         where = MobileNetV1.UNITS if isinstance(model, MobileNetV1) else None
         try:
             attach(model, where, ATTENTIONS[attention], start=start)
-        except AttachError as error:
-            if not str(error).endswith("say where=..."):
-                raise
-            raise AttachError(f'{error} to cbam.attach(cbam.build("{network}"), ...)') from None
+        except NoPlaceError as error:
+            raise NoPlaceError(f'{error} to cbam.attach(cbam.build("{network}"), ...)') from None
     return model
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from cbam.errors import AttachError, InputError
+from cbam.errors import AttachError, InputError, NoPlaceError
 from cbam.nn import ATTENTION, CBAM
 from cbam.surgery.effects import eval_mode
 from cbam.surgery.route import is_last_refined, is_refined, paused, refine, restore
@@ -127,7 +127,7 @@ def _choose(model: nn.Module, where: str | Callable[[str, nn.Module], bool] | No
                 "; ".join(f"{called(s.name)}: {s.why}" for s in found[:3])
                 or "it has no residual block with a convolution"
             )
-            raise AttachError(f"no place for attention in {type(model).__name__} ({reasons}); say where=...")
+            raise NoPlaceError(f"no place for attention in {type(model).__name__} ({reasons}); say where=...")
     else:
         matches = _matcher(where)
         names = [name for name, module in model.named_modules() if matches(name, module)]

@@ -237,8 +237,14 @@ class Trunk:
     def shortcut(self, add: Add) -> str:
         """The direct child, a sequence, that makes the shortcut; empty where another reads that as well."""
         node = add.shortcut
-        ours = self._is_a(node, nn.Sequential, None) and "." not in str(node.target)
-        return str(node.target) if ours and len(node.users) == 1 and "kept" not in node.meta else ""
+        found = (
+            self._is_a(node, nn.Sequential, None)
+            and "." not in str(node.target)
+            and [n for n in self._order if n.op == "call_module" and n.target == node.target] == [node]
+            and len(node.users) == 1
+            and "kept" not in node.meta
+        )
+        return str(node.target) if found else ""
 
     def _is_a(self, node: Node, kind: type[nn.Module], name: str | None) -> bool:
         if node.op == "call_module":

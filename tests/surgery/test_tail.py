@@ -693,6 +693,13 @@ class HandsTheShortcutOn(Shortened):
         return self.relu(out + identity)
 
 
+class CallsItTwice(Shortened):
+    def forward(self, x):
+        identity = self.downsample(x)
+        out = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(self.downsample(2 * x))))))
+        return self.relu(out + identity)
+
+
 class OfTheSameName(Shortened):
     def forward(self, x):
         other = nn.Module()
@@ -719,6 +726,7 @@ JOINING = {
     ReadsTheShortcut: False,
     IndexesTheShortcut: False,
     HandsTheShortcutOn: False,
+    CallsItTwice: False,
     OfTheSameName: False,
     ShortcutElsewhere: False,
 }
