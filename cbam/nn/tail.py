@@ -312,8 +312,3 @@ def watched(*modules: nn.Module | None) -> bool:
         if own["_backward_hooks"] or own["_backward_pre_hooks"]:
             return True
     return False
-
-
-# Asked once for a graph, as torch asks for hooks: what torch.compiler.assume_constant_result sets, which
-# imports the compiler.
-watched._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
