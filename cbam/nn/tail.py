@@ -158,11 +158,11 @@ class Pending:
             self._x = None
         self._attention.check(x)
         channel, spatial = self._attention.operands(x)
-        parts = {"norm": normalising(self._norm), "channel": channel, "spatial": spatial, "relu": relu}
+        given = {"norm": normalising(self._norm), "channel": channel, "spatial": spatial, "relu": relu}
         shortcut = self._shortcut
         if isinstance(shortcut, Pending):
-            parts["shortcut_norm"], shortcut = normalising(shortcut._norm), shortcut._x
-        return ops.tail(x, shortcut, **parts, overwrite=overwrite)
+            given["shortcut_norm"], shortcut = normalising(shortcut._norm), shortcut._x
+        return ops.tail(x, shortcut, **given, overwrite=overwrite)
 
     def _owns(self) -> bool:
         """Whether nobody else holds x or its memory: Python, torch, a view, a library or another process."""
