@@ -163,9 +163,9 @@ def launches(
         shortcut = map() if form.shortcut else None
         arguments: list[Any] = [x, shortcut, *norm, *bn, *middle, *spatial, *where, relu, form.save]
         if form.shortcut_norm:
-            added = [*(vector(C) for _ in range(4)), 1e-5]
-            where = (*spatial, 1e-5, 1.0)
-            triton_kernels.tail_inference(x, shortcut, *added, *norm, 1e-5, *middle, *where, relu)
+            arguments = [x, shortcut, *(vector(C) for _ in range(4)), 1e-5, *norm, 1e-5]
+            arguments += [*middle, *spatial, 1e-5, 1.0, relu]
+            triton_kernels.tail_inference(*arguments)
             return found
         out, *saved = triton_kernels.tail(*arguments)
         if form == FORMS[0]:
