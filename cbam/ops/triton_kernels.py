@@ -19,6 +19,7 @@ from cbam.ops.triton_plan import blocks, gate_plan, power, statistics_plan, sums
 
 TAPS = 32  # of the spatial kernel, whose gradients one program adds up
 MANY = 2048  # pairs of sums: more are added up by a kernel of their own, not by every program of the next
+ABSENT = Norm(None, None, None, None)
 
 
 def tail(
@@ -29,45 +30,12 @@ def tail(
     avg_pool: bool, max_pool: bool, channel_gain: float,
     kernel: Tensor | None, s_gamma: Tensor | None, s_beta: Tensor | None,
     s_mean: Tensor | None, s_var: Tensor | None, s_batch: bool, s_eps: float, spatial_gain: float,
-    relu: bool, save: bool,
+    relu: bool, save: bool, added: Norm = ABSENT, added_eps: float = 0.0,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """`cbam::tail`: out, m, e, k, mu, v, gate, s, s_mu, s_v; what does not exist is of shape (0,)."""
-    return _forward(
-        x, shortcut, Norm(None, None, None, None), 0.0, gamma, beta, mean, var, bn_batch, bn_eps,
-        w1, b1, w2, b2, avg_pool, max_pool, channel_gain,
-        kernel, s_gamma, s_beta, s_mean, s_var, s_batch, s_eps, spatial_gain, relu, save,
-    )  # fmt: skip
+    """`cbam::tail`: out, m, e, k, mu, v, gate, s, s_mu, s_v; what does not exist is of shape (0,).
 
-
-def tail_inference(
-    x: Tensor, shortcut: Tensor | None,
-    shortcut_gamma: Tensor | None, shortcut_beta: Tensor | None,
-    shortcut_mean: Tensor | None, shortcut_var: Tensor | None, shortcut_eps: float,
-    gamma: Tensor | None, beta: Tensor | None, mean: Tensor | None, var: Tensor | None, bn_eps: float,
-    w1: Tensor | None, b1: Tensor | None, w2: Tensor | None, b2: Tensor | None,
-    avg_pool: bool, max_pool: bool, channel_gain: float,
-    kernel: Tensor | None, s_gamma: Tensor | None, s_beta: Tensor | None,
-    s_mean: Tensor | None, s_var: Tensor | None, s_eps: float, spatial_gain: float, relu: bool,
-) -> Tensor:  # fmt: skip
-    """`cbam::tail_inference`: out."""
-    added = Norm(shortcut_gamma, _bias(shortcut_gamma, shortcut_beta), shortcut_mean, shortcut_var)
-    return _forward(
-        x, shortcut, added, shortcut_eps, gamma, beta, mean, var, False, bn_eps,
-        w1, b1, w2, b2, avg_pool, max_pool, channel_gain,
-        kernel, s_gamma, s_beta, s_mean, s_var, False, s_eps, spatial_gain, relu, False,
-    )[0]  # fmt: skip
-
-
-def _forward(
-    x: Tensor, shortcut: Tensor | None, added: Norm, added_eps: float,
-    gamma: Tensor | None, beta: Tensor | None, mean: Tensor | None, var: Tensor | None,
-    bn_batch: bool, bn_eps: float,
-    w1: Tensor | None, b1: Tensor | None, w2: Tensor | None, b2: Tensor | None,
-    avg_pool: bool, max_pool: bool, channel_gain: float,
-    kernel: Tensor | None, s_gamma: Tensor | None, s_beta: Tensor | None,
-    s_mean: Tensor | None, s_var: Tensor | None, s_batch: bool, s_eps: float, spatial_gain: float,
-    relu: bool, save: bool,
-) -> tuple[Tensor, ...]:  # fmt: skip
+    `added` is a norm that the shortcut still has to pass; no backward knows of it.
+    """
     with on(x.device):
         a = Map.of(x)
         beta, s_beta = _bias(gamma, beta), _bias(s_gamma, s_beta)
@@ -110,6 +78,25 @@ def _forward(
         mu, v = _kept(a, norm, a.acc, fresh=batch, save=save)
         s_mu, s_v = _kept(a, spatial, torch.float64, fresh=s_batch, save=save)
         return out, m, e, k, mu, v, gate, s, s_mu, s_v
+
+
+def tail_inference(
+    x: Tensor, shortcut: Tensor | None,
+    shortcut_gamma: Tensor | None, shortcut_beta: Tensor | None,
+    shortcut_mean: Tensor | None, shortcut_var: Tensor | None, shortcut_eps: float,
+    gamma: Tensor | None, beta: Tensor | None, mean: Tensor | None, var: Tensor | None, bn_eps: float,
+    w1: Tensor | None, b1: Tensor | None, w2: Tensor | None, b2: Tensor | None,
+    avg_pool: bool, max_pool: bool, channel_gain: float,
+    kernel: Tensor | None, s_gamma: Tensor | None, s_beta: Tensor | None,
+    s_mean: Tensor | None, s_var: Tensor | None, s_eps: float, spatial_gain: float, relu: bool,
+) -> Tensor:  # fmt: skip
+    """`cbam::tail_inference`: out."""
+    added = Norm(shortcut_gamma, _bias(shortcut_gamma, shortcut_beta), shortcut_mean, shortcut_var)
+    return tail(
+        x, shortcut, gamma, beta, mean, var, False, bn_eps,
+        w1, b1, w2, b2, avg_pool, max_pool, channel_gain,
+        kernel, s_gamma, s_beta, s_mean, s_var, False, s_eps, spatial_gain, relu, False, added, shortcut_eps,
+    )[0]  # fmt: skip
 
 
 def _bias(weight: Tensor | None, bias: Tensor | None) -> Tensor | None:
@@ -260,9 +247,9 @@ def tail_backward(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """`cbam::tail_backward`: dx, g, the nine parameters' gradients; what does not exist is of shape (0,)."""
     with on(x.device):
-        a, absent = Map.of(x), Norm(None, None, None, None)
-        norm = absent if gamma is None else Norm(gamma, _bias(gamma, beta), mu, v)
-        spatial = absent if kernel is None else Norm(s_gamma, _bias(s_gamma, s_beta), s_mu, s_v)
+        a = Map.of(x)
+        norm = ABSENT if gamma is None else Norm(gamma, _bias(gamma, beta), mu, v)
+        spatial = ABSENT if kernel is None else Norm(s_gamma, _bias(s_gamma, s_beta), s_mu, s_v)
         pools = (w1 is not None and avg_pool, w1 is not None and max_pool)
         mc, conv = None if w1 is None else gate, None if kernel is None else s
         found = Found(a, w1, gamma, kernel)
