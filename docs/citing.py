@@ -1,6 +1,7 @@
 """What README.md says of the studies on photographs: one table with the rows of all tables that count.
 
-A column is one training. What stands in several studies stands here once.
+A column is one training. What stands in several studies stands here once; a row with too few seeds stands in
+its table alone.
 """
 
 import json
@@ -8,6 +9,7 @@ from typing import Any
 
 from cbam.studies.printing import by_word, level_rows, warm_up
 from cbam.studies.report import LABELS, as_markdown, by_chance
+from cbam.studies.study import SEEDS
 from cbam.studies.tabulate import Table, differences
 
 COLD = """\
@@ -74,7 +76,7 @@ def _labels(tables: list[Table]) -> dict[str, str]:
     found: dict[str, tuple[Table, str]] = {}
     starts: dict[tuple, set[str]] = {}
     for table in tables:
-        for name in filter(table.runs.get, table.arms):
+        for name in _rows_that_count(table):
             found.setdefault(_key(table, name), (table, name))
             config = _config(table, name)
             starts.setdefault(_kind(config), set()).add(config["start"])
@@ -90,6 +92,10 @@ def _labels(tables: list[Table]) -> dict[str, str]:
                 label += ", paper's start" if config["start"] == "paper" else f", {config['start']} start"
         labels[key] = label
     return labels
+
+
+def _rows_that_count(table: Table) -> list[str]:
+    return [name for name in table.arms if len(table.runs.get(name, {})) >= SEEDS]
 
 
 def _config(table: Table, arm: str) -> dict[str, Any]:
@@ -114,7 +120,7 @@ def _rows(columns: list[list[Table]], labels: dict[str, str]) -> tuple[str, list
         levels.append({})
         for table in tables:
             for name, row in zip(table.arms, level_rows(table)[1:], strict=True):
-                if table.runs.get(name):
+                if name in _rows_that_count(table):
                     levels[-1].setdefault(_key(table, name), (row[4], row[3]))
     every = {n for column in levels for _, n in column.values()}
     rows = []
@@ -129,8 +135,9 @@ def _differences(tables: list[Table], labels: dict[str, str]) -> list[tuple[str,
     """The comparisons of one training, each once."""
     found = {}
     for table in tables:
+        counted = _rows_that_count(table)
         for row in differences(table, table.first.key):
-            if "word" in row:
+            if "word" in row and row["arm"] in counted and row["against"] in counted:
                 pair = _key(table, row["arm"]), _key(table, row["against"])
                 found.setdefault(pair, (f"{labels[pair[0]]} against {labels[pair[1]]}", row))
     return list(found.values())
