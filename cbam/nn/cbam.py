@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from cbam.errors import InputError
 from cbam.nn import door
 from cbam.nn.gate import SigmoidGate
-from cbam.nn.tail import by_batch, normalising, parts, plain, refined, unseen, watched
+from cbam.nn.tail import OF_NORM, by_batch, normalising, parts, plain, refined, unseen, watched
 from cbam.ops import Channel, Spatial, channel_descriptor, rescale, spatial_descriptor
 from cbam.ops.reference import ALL_POOLS, POOLS, over_pixels
 
@@ -210,7 +210,7 @@ class SpatialAttention(_FusableGate):
     def _layer_obstacle(self) -> str:
         conv, norm = parts(self, "conv", "bn")
         known = type(conv) is nn.Conv2d and type(norm) is nn.BatchNorm2d
-        of_norm = parts(norm, *_WEIGHTS, "running_mean", "running_var") if known else [None]
+        of_norm = parts(norm, *OF_NORM) if known else [None]
         if of_norm[0] is None:
             return "its layers are no plain nn.Conv2d and nn.BatchNorm2d"
         side = conv.kernel_size[0]

@@ -242,14 +242,13 @@ def _tensor(value: Any) -> Any:
 def normalising(norm: nn.BatchNorm2d) -> Norm:
     """What kernels are given of `norm`; counts a batch where statistics are tracked, as its forward does."""
     momentum = norm.momentum
-    weight, bias, mean, var, counted = parts(norm, *_OF_NORM, "num_batches_tracked")
+    weight, bias, mean, var, counted = parts(norm, *OF_NORM, "num_batches_tracked")
     if norm.training and norm.track_running_stats and counted is not None:
         counted.add_(1)
         momentum = 1 / float(counted) if momentum is None else momentum
-    batch = norm.training or mean is None
     if norm.training and not norm.track_running_stats:
         mean = var = None
-    return Norm(weight, bias, mean, var, batch, momentum or 0.0, norm.eps)
+    return Norm(weight, bias, mean, var, by_batch(norm), momentum or 0.0, norm.eps)
 
 
 def by_batch(norm: nn.modules.batchnorm._BatchNorm) -> bool:
@@ -260,17 +259,17 @@ def by_batch(norm: nn.modules.batchnorm._BatchNorm) -> bool:
 def _norm_obstacle(norm: nn.Module, x: Tensor) -> bool:
     if type(norm) is not nn.BatchNorm2d or norm.num_features != x.shape[1]:
         return True
-    weight, bias, mean, var = parts(norm, *_OF_NORM)
+    weight, bias, mean, var = parts(norm, *OF_NORM)
     return (
         weight is None
         # one value per channel: its own forward refuses
-        or ((norm.training or mean is None) and x.numel() == x.shape[1])
+        or (by_batch(norm) and x.numel() == x.shape[1])
         or not plain(weight, bias, mean, var)
         or watched(norm)
     )
 
 
-_OF_NORM = ("weight", "bias", "running_mean", "running_var")
+OF_NORM = ("weight", "bias", "running_mean", "running_var")
 
 
 def parts(module: nn.Module, *names: str) -> list[Any]:

@@ -3,6 +3,8 @@
 // for the batch at once.
 #pragma once
 
+#include <optional>
+
 #include "gate.h"
 #include "planes.h"
 #include "pool.h"
@@ -26,8 +28,9 @@ struct ForwardPass {
   const Forward& call;
   Setting<T> set;
   bool normed, channel, spatial;
-  Buffer<A> own_m, own_gate, own_mu, own_v, own_s, m2, za, zb, q0, q1, open, sa, sb;
+  Buffer<A> own_m, own_gate, own_mu, own_v, own_s, m2, za, zb, q0, q1, open;
   Buffer<T> own_e;
+  std::optional<Affine<A>> of_shortcut;
   A *m = nullptr, *mu = nullptr, *v = nullptr, *gate = nullptr, *s = nullptr;
   T* e = nullptr;
 
@@ -56,7 +59,10 @@ struct ForwardPass {
       q1.resize(maps);
       open.resize(maps);
     }
-    if (f.shortcut_norm.gamma.data) scale_shortcut(f.shortcut_norm);
+    if (f.shortcut_norm.gamma.data) {
+      Read<A> mean(f.shortcut_norm.mean, set.C), var(f.shortcut_norm.var, set.C);
+      of_shortcut.emplace(f.shortcut_norm, set.C, mean, var, false);
+    }
   }
 
   void run() {
@@ -147,13 +153,6 @@ struct ForwardPass {
     });
   }
 
-  void scale_shortcut(const Norm& norm) {
-    Read<A> mean(norm.mean, set.C), var(norm.var, set.C);
-    Affine<A> affine(norm, set.C, mean, var, false);
-    sa.resize(set.C), sb.resize(set.C);
-    affine.scale(nullptr, set.C, sa, sb);
-  }
-
   void running_statistics() {
     Read<A> mean(call.norm.mean, set.C), var(call.norm.var, set.C);
     std::memcpy((void*)mu, mean, set.C * sizeof(A));
@@ -215,6 +214,7 @@ struct ForwardPass {
 
   void write(int64_t from, int64_t end, const Affine<A>& norm) {
     const T* x = (const T*)call.x;
+    const A *sa = of_shortcut ? of_shortcut->a.get() : nullptr, *sb = of_shortcut ? of_shortcut->b.get() : nullptr;
     Output<T> to{(const T*)call.shortcut, sa, sb, (T*)call.out, spatial ? open.get() : nullptr, call.relu};
     if (set.block.rows) Rows<T>{set, x, scaled(norm)}.write(from, end, to);
     else Planes<T>{set, x, scaled(norm)}.write(from, end, to);
