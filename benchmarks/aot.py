@@ -30,7 +30,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from cbam.ops import triton_kernels, triton_map
+from cbam.ops import triton_gradients, triton_kernels, triton_map
 
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 PROCESSORS = 132
@@ -174,7 +174,7 @@ def launches(
         if form.save:
             arguments = [map(), x, out if relu else None, *norm[:2], *bn, *middle, *spatial[:3], *where]
             arguments += [relu, *saved, True, True]
-            triton_kernels.tail_backward(*arguments)
+            triton_gradients.tail_backward(*arguments)
     finally:
         triton_map.Map.launch, triton_map.processors = staticmethod(launch), count  # pyright: ignore
     return found

@@ -33,7 +33,7 @@ from torch import nn
 
 import cbam
 from benchmarks.gpu_cells import ROOT, agree, started
-from cbam.ops import triton_kernels
+from cbam.ops import triton_gradients, triton_kernels
 from cbam.ops.triton_map import Map
 from cbam.studies import machine, timing
 from cbam.studies.bench import rivals
@@ -130,7 +130,7 @@ def tail_step(shape: tuple[int, ...], layout: str, job: Job) -> Callable[[], Non
         out, *saved = triton_kernels.tail(*arguments)
         arguments = [grad, x, out, *norm[:2], *bn, *weights, *mlp, *spatial[:3], *where, True]
         arguments += [*saved, True, True]
-        triton_kernels.tail_backward(*arguments)
+        triton_gradients.tail_backward(*arguments)
 
     return step
 

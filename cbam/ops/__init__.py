@@ -1,6 +1,6 @@
 """Tensor operations of attention: equations, and the choice between their implementations."""
 
-from cbam.ops.library import tail
+from cbam.ops.dispatch import tail
 from cbam.ops.reference import (
     Channel,
     Norm,

@@ -1,11 +1,12 @@
-"""The fused operators: schemas, shapes for tracing, and their one autograd function.
+"""The fused operators: schemas, shapes for tracing, and their one autograd function; dispatch.py calls them.
 
 `cbam::tail` is all that attention adds to a block, every part of it optional:
 
     y = BN(x)   z = Mc y   v = Ms z + shortcut   out = relu(v)
 
-Kernels register themselves for a device: cpu.py loads those for the CPU, triton_kernels.py holds those for
-CUDA. `reference.tail` is the same equation in plain torch, against which they are tested.
+Kernels register themselves for a device: cpu.py loads those for the CPU, triton_kernels.py and
+triton_gradients.py start those for CUDA. `reference.tail` is the same equation in plain torch, against which
+they are tested.
 
 Shapes: N samples, C channels, H x W pixels; `x`, `shortcut` and `out` are (N, C, H, W).
 """
@@ -84,95 +85,14 @@ _library.define(f"tail_inference(Tensor x, {_INFERENCE}) -> Tensor out", tags=to
 _library.define(f"tail_(Tensor(a!) x, {_INFERENCE}) -> ()", tags=torch.Tag.flexible_layout)
 _library.define(_BACKWARD, tags=torch.Tag.flexible_layout)
 _library.define(_TRACK)
-_forward = torch.ops.cbam.tail.default
-_inference = torch.ops.cbam.tail_inference.default
-_in_place = torch.ops.cbam.tail_.default
-_backward = torch.ops.cbam.tail_backward.default
-_track = torch.ops.cbam.track_.default
+forward_op = torch.ops.cbam.tail.default
+inference_op = torch.ops.cbam.tail_inference.default
+in_place_op = torch.ops.cbam.tail_.default
+backward_op = torch.ops.cbam.tail_backward.default
+track_op = torch.ops.cbam.track_.default
 
 
-def tail(
-    x: Tensor,
-    shortcut: Tensor | None = None,
-    *,
-    shortcut_norm: Norm | None = None,
-    norm: Norm | None = None,
-    channel: Channel | None = None,
-    spatial: Spatial | None = None,
-    relu: bool = False,
-    overwrite: bool = False,
-) -> Tensor:
-    """`reference.tail` by the kernels of the device that `x` is on; running statistics follow as in torch.
-
-    Args:
-        x: (N, C, H, W), N at least 1. Whichever of NCHW and channels_last it has, the result has.
-        shortcut: of the shape and dtype of `x`.
-        shortcut_norm: what the shortcut still has to pass; a step of its own where a backward follows.
-        overwrite: nobody reads `x` afterwards, nor any memory that it shares: the result may take its place
-            where no backward and no statistics of a batch are wanted. Memory that is new costs the CPU more
-            than the kernels do.
-
-    Raises:
-        NotImplementedError: no kernel is there for the device of `x`; see `switch.fused`.
-    """
-    x, layout = _dense(x)
-    added = shortcut_norm or _NO_NORM
-    bn = norm or _NO_NORM
-    mlp = channel or _NO_CHANNEL
-    where = spatial or _NO_SPATIAL
-    weights = mlp.w1, mlp.b1, mlp.w2, mlp.b2, "avg" in mlp.pools, "max" in mlp.pools, mlp.gain
-    wanted = _wants_gradient(
-        x, shortcut, *added[:2], *bn[:2], *weights[:4], where.kernel, *where.norm[:2]
-    )  # fmt: skip
-    inference = not (wanted or bn.batch or where.norm.batch or added.batch)
-    if shortcut is not None and shortcut_norm is not None and not inference:
-        shortcut, added = reference.normalised(shortcut, shortcut_norm), _NO_NORM
-    if shortcut is not None:
-        shortcut = shortcut.contiguous(memory_format=layout)
-    if inference:
-        return _infer(
-            x, shortcut, *added[:4], added.eps, *bn[:4], bn.eps, *weights,
-            where.kernel, *where.norm[:4], where.norm.eps, where.gain, relu, overwrite=overwrite,
-        )  # fmt: skip
-    args = (
-        x, shortcut, *bn[:5], bn.eps, *weights, where.kernel, *where.norm[:5], where.norm.eps, where.gain,
-        relu, wanted,
-    )  # fmt: skip
-    # A graph that is traced holds it as one node; else it is called past the dispatcher, which is faster.
-    out, *saved = _forward(*args) if torch.compiler.is_compiling() else _differentiably(wanted, args)
-    if bn.batch or where.norm.batch:
-        _, _, _, mu, v, _, _, s_mu, s_v = saved
-        _follow(((bn, mu, v), (where.norm, s_mu, s_v)), x.shape[0] * x.shape[2] * x.shape[3])
-    return out
-
-
-def _follow(batches: tuple[tuple[Norm, Tensor, Tensor], ...], count: int) -> None:
-    """Move running statistics to the mean and the biased variance of a batch, as `nn.BatchNorm2d` does."""
-    running, new, momenta = [], [], []
-    for norm, mean, var in batches:
-        if norm.batch and norm.running_mean is not None and norm.running_var is not None and norm.momentum:
-            running += [norm.running_mean, norm.running_var]
-            new += [mean, var]
-            momenta.append(norm.momentum)
-    if not running:
-        return
-    if not torch.compiler.is_compiling():
-        with torch._C._AutoDispatchBelowAutograd():
-            _track(running, new, momenta, count)
-        return
-    # A compiler merges these with what stands around them.
-    pairs = zip(running[::2], running[1::2], new[::2], new[1::2], momenta, strict=True)
-    for mean, var, batch_mean, batch_var, momentum in pairs:
-        mean.lerp_(_as(mean, batch_mean), momentum)
-        var.lerp_(_as(var, batch_var * (count / (count - 1))), momentum)
-
-
-_NO_NORM = Norm(None, None, None, None, False, 0.0, 0.0)
-_NO_CHANNEL = Channel(None, None, None, None, ("avg",), 1.0)
-_NO_SPATIAL = Spatial(None, _NO_NORM, 1.0)
-
-
-def _dense(x: Tensor) -> tuple[Tensor, torch.memory_format]:
+def dense(x: Tensor) -> tuple[Tensor, torch.memory_format]:
     """`x` in one of the two layouts that kernels take: its own where it has one, else a copy."""
     if x.is_contiguous():
         return x, torch.contiguous_format
@@ -222,7 +142,7 @@ class _Tail(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any):
         with torch._C._AutoDispatchBelowAutograd():
-            results = _forward(*args)
+            results = forward_op(*args)
         ctx.mark_non_differentiable(*results[1:])
         ctx.set_materialize_grads(False)
         ctx.plain = [None if isinstance(a, Tensor) else a for a in args]
@@ -243,11 +163,11 @@ class _Tail(torch.autograd.Function):
         for name, place in zip(_DIFFERENTIABLE, _GRADIENTS, strict=True):
             if name in needs:
                 like = grad if name in ("x", "shortcut") else args[place]  # those have their type already
-                gradients[place] = _as(like, found[name])
+                gradients[place] = typed_as(like, found[name])
         return tuple(gradients)
 
 
-def _as(like: Tensor, t: Tensor) -> Tensor:
+def typed_as(like: Tensor, t: Tensor) -> Tensor:
     """`t` in the type of `like`; a conversion that has nothing to do takes its time too."""
     return t if t.dtype == like.dtype else t.to(like.dtype)
 
@@ -266,8 +186,8 @@ def _gradients(
     grad: Tensor, a: _Args, out: Tensor | None, saved: _Saved, needs: set[str]
 ) -> dict[str, Tensor]:
     """The gradients by the kernels, by the name of the argument."""
-    layout = _dense(a.x)[1]
-    values = _backward(
+    layout = dense(a.x)[1]
+    values = backward_op(
         grad.contiguous(memory_format=layout), a.x, out,
         a.gamma, a.beta, a.bn_batch, a.bn_eps,
         a.w1, a.b1, a.w2, a.b2, a.avg_pool, a.max_pool, a.channel_gain,
@@ -315,34 +235,21 @@ def _norm(weight: Tensor, bias: Tensor | None, mean: Tensor, var: Tensor, batch:
     return Norm(weight, bias, *known, batch, 0.0, eps)
 
 
-def _infer(x: Tensor, *args: Any, overwrite: bool) -> Tensor:
-    """The operators of inference: in the memory of `x` where that may be."""
-    if torch.compiler.is_compiling():
-        if not x.is_cpu:
-            return _inference(x, *args)
-        out = x.clone()  # a copy that the compiler drops where nothing reads x afterwards
-        _in_place(out, *args)
-        return out
-    with torch._C._AutoDispatchBelowAutograd():
-        if not (overwrite and x.is_cpu):
-            return _inference(x, *args)
-        _in_place(x, *args)
-        return x
-
-
 def _autograd(*args: Any) -> tuple[Tensor, ...]:
     """The operator with gradients, where one is asked for."""
-    return _differentiably(_wants_gradient(*(args[place] for place in _GRADIENTS)), args)
+    return differentiably(wants_gradient(*(args[place] for place in _GRADIENTS)), args)
 
 
-def _differentiably(wanted: bool, args: tuple) -> tuple[Tensor, ...]:
+def differentiably(wanted: bool, args: tuple) -> tuple[Tensor, ...]:
+    """`cbam::tail` called past the dispatcher, which is faster; with a gradient where one is wanted."""
     if wanted:
         return _Tail.apply(*args)  # pyright: ignore[reportReturnType]
     with torch._C._AutoDispatchBelowAutograd():
-        return _forward(*args)
+        return forward_op(*args)
 
 
-def _wants_gradient(*values: Tensor | None) -> bool:
+def wants_gradient(*values: Tensor | None) -> bool:
+    """Whether autograd has to record what becomes of these."""
     if not torch.is_grad_enabled():
         return False
     for value in values:  # noqa: SIM110  (a generator takes four times as long)
@@ -363,7 +270,7 @@ def _fake_forward(x, shortcut, gamma, beta, mean, var, bn_batch, bn_eps, w1, b1,
     planes = save and (gamma is not None or w1 is not None)
     extremes = save and w1 is not None and max_pool
     return (
-        torch.empty_like(_dense(x)[0]),
+        torch.empty_like(dense(x)[0]),
         some(planes, N, C),
         some(extremes, N, C, dtype=x.dtype),
         some(extremes, N, C, dtype=torch.int32),
@@ -384,7 +291,7 @@ def _fake_backward(grad, x, out, gamma, beta, bn_batch, bn_eps, w1, b1, w2, b2, 
     def like(part: Tensor | None) -> Tensor:
         return x.new_empty((0,) if part is None else part.shape, dtype=acc)
 
-    x = _dense(x)[0]
+    x = dense(x)[0]
     return (
         torch.empty_like(x) if need_x else x.new_empty(0),
         torch.empty_like(x) if need_shortcut else x.new_empty(0),
@@ -395,23 +302,23 @@ def _fake_backward(grad, x, out, gamma, beta, bn_batch, bn_eps, w1, b1, w2, b2, 
 def _on_cuda(x: Tensor, shortcut: Tensor | None, *args: Any):
     from cbam.ops import triton_kernels  # pyright: ignore[reportAttributeAccessIssue]
 
-    x, layout = _dense(x)
+    x, layout = dense(x)
     return triton_kernels.tail(x, _laid_out(shortcut, layout), *map(_contiguous, args))
 
 
 def _inference_on_cuda(x: Tensor, shortcut: Tensor | None, *args: Any) -> Tensor:
     from cbam.ops import triton_kernels  # pyright: ignore[reportAttributeAccessIssue]
 
-    x, layout = _dense(x)
+    x, layout = dense(x)
     return triton_kernels.tail_inference(x, _laid_out(shortcut, layout), *map(_contiguous, args))
 
 
 def _backward_on_cuda(grad: Tensor, x: Tensor, out: Tensor | None, *args: Any):
-    from cbam.ops import triton_kernels  # pyright: ignore[reportAttributeAccessIssue]
+    from cbam.ops import triton_gradients  # pyright: ignore[reportAttributeAccessIssue]
 
-    x, layout = _dense(x)
+    x, layout = dense(x)
     maps = _laid_out(grad, layout), x, _laid_out(out, layout)
-    return triton_kernels.tail_backward(*maps, *map(_contiguous, args))
+    return triton_gradients.tail_backward(*maps, *map(_contiguous, args))
 
 
 def _track_on_cuda(running: list[Tensor], new: list[Tensor], momenta: list[float], count: int) -> None:
@@ -435,6 +342,6 @@ _library.impl("tail_backward", _backward_on_cuda, "CUDA")
 _library.impl("track_", _track_on_cuda, "CUDA")
 # Meta kernels serve fake tensors too; register_fake would import half of torch's compiler.
 _library.impl("tail", _fake_forward, "Meta")
-_library.impl("tail_inference", lambda x, *_: torch.empty_like(_dense(x)[0]), "Meta")
+_library.impl("tail_inference", lambda x, *_: torch.empty_like(dense(x)[0]), "Meta")
 _library.impl("tail_backward", _fake_backward, "Meta")
 _library.impl("track_", lambda *_: None, "Meta")

@@ -21,6 +21,14 @@ class Norm(NamedTuple):
     var: Tensor | None
 
 
+ABSENT = Norm(None, None, None, None)
+
+
+def bias(weight: Tensor | None, bias: Tensor | None) -> Tensor | None:
+    """The bias of a norm; zeros where it has a weight alone."""
+    return torch.zeros_like(weight) if weight is not None and bias is None else bias
+
+
 @dataclass(frozen=True)
 class Map:
     """A feature map and how it is worked on: what every step of a pass over it needs."""

@@ -420,8 +420,9 @@ def test_compiles_whole_with_the_operator_in_the_graph(training):  # T33
 def test_gpu_kernels_get_one_layout_whatever_a_compiler_chose(monkeypatch):  # T13 T33
     got = []
     recording = types.SimpleNamespace(tail=lambda *a: got.append(a), tail_backward=lambda *a: got.append(a))
-    monkeypatch.setitem(sys.modules, "cbam.ops.triton_kernels", recording)
-    monkeypatch.setattr("cbam.ops.triton_kernels", recording, raising=False)
+    for module in ("cbam.ops.triton_kernels", "cbam.ops.triton_gradients"):
+        monkeypatch.setitem(sys.modules, module, recording)
+        monkeypatch.setattr(module, recording, raising=False)
     nhwc = torch.randn(2, 6, 5, 4).contiguous(memory_format=torch.channels_last)
     nchw, gaps = torch.randn(2, 6, 5, 4), torch.randn(2, 6, 5, 8)[..., :4]
     by_columns = torch.randn(6, 3).T

@@ -22,7 +22,7 @@ from cbam.errors import (
     NonFiniteError,
     OutputError,
 )
-from cbam.ops.library import tail
+from cbam.ops.dispatch import tail
 from cbam.portable import check, export, formats
 from cbam.portable.program import program, settled
 

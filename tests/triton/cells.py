@@ -14,8 +14,9 @@ import torch.nn.functional as F
 
 pytest.importorskip("triton")
 
-from cbam.ops import library, triton_kernels, triton_map
-from cbam.ops.triton_kernels import tail, tail_backward, tail_inference
+from cbam.ops import library, triton_gradients, triton_kernels, triton_map
+from cbam.ops.triton_gradients import tail_backward
+from cbam.ops.triton_kernels import tail, tail_inference
 from cbam.ops.triton_map import Map
 from cbam.ops.triton_plan import PARTS, plan
 
@@ -241,7 +242,7 @@ def test_running_statistics_follow_as_torchs_do(momenta, dtype):
             t.to(DEVICE, torch.float32 if dtype != torch.float64 and C > 1 else torch.float64) for t in batch
         ]
         true += [norm.running_mean, norm.running_var]
-    track = triton_kernels.track if INTERPRETED else library._track
+    track = triton_kernels.track if INTERPRETED else library.track_op
     track(running, new, list(momenta), 60)
     tolerance = {
         torch.float64: 1e-13,
@@ -253,7 +254,7 @@ def test_running_statistics_follow_as_torchs_do(momenta, dtype):
 
 
 def test_very_many_parts_of_a_sum_are_added_up_first(tails, guarded, monkeypatch):
-    monkeypatch.setattr(triton_kernels, "MANY", 1)
+    monkeypatch.setattr(triton_gradients, "MANY", 1)
     check(tails, dtype=torch.float64)
 
 

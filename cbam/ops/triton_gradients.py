@@ -1,0 +1,196 @@
+"""The backward of the fused residual tail on a GPU: its Triton kernels, in which order, on which buffers.
+
+The steps and their sums are in triton_backward.py and triton_gate.py, their tiles in triton_plan.py. Nothing
+here waits for the device, and no decision depends on its results.
+"""
+
+import torch
+from torch import Tensor
+
+from cbam.ops import triton_backward as backward
+from cbam.ops import triton_gate as gates
+from cbam.ops.triton_map import ABSENT, Map, Norm, bias, on
+from cbam.ops.triton_plan import blocks, gate_plan, power, sums_plan
+
+TAPS = 32  # of the spatial kernel, whose gradients one program adds up
+MANY = 2048  # pairs of sums: more are added up by a kernel of their own, not by every program of the next
+
+
+def tail_backward(
+    grad: Tensor, x: Tensor, out: Tensor | None,
+    gamma: Tensor | None, beta: Tensor | None, bn_batch: bool, bn_eps: float,
+    w1: Tensor | None, b1: Tensor | None, w2: Tensor | None, b2: Tensor | None,
+    avg_pool: bool, max_pool: bool, channel_gain: float,
+    kernel: Tensor | None, s_gamma: Tensor | None, s_beta: Tensor | None,
+    s_batch: bool, s_eps: float, spatial_gain: float, relu: bool,
+    m: Tensor, e: Tensor, k: Tensor, mu: Tensor, v: Tensor, gate: Tensor,
+    s: Tensor, s_mu: Tensor, s_v: Tensor, need_x: bool, need_shortcut: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """`cbam::tail_backward`: dx, g, the nine parameters' gradients; what does not exist is of shape (0,)."""
+    with on(x.device):
+        a = Map.of(x)
+        norm = ABSENT if gamma is None else Norm(gamma, bias(gamma, beta), mu, v)
+        spatial = ABSENT if kernel is None else Norm(s_gamma, bias(s_gamma, s_beta), s_mu, s_v)
+        pools = (w1 is not None and avg_pool, w1 is not None and max_pool)
+        mc, conv = None if w1 is None else gate, None if kernel is None else s
+        found = Found(a, w1, gamma, kernel)
+        if relu and (need_x or need_shortcut):
+            found.g = a.alike()
+        if relu or found.reduces or kernel is not None:
+            _reduce(
+                a, found, grad, out if relu else None, norm, bn_eps, mc, conv, spatial, s_eps, spatial_gain
+            )
+        if kernel is not None:
+            _spread(a, found, kernel, conv, spatial, s_eps, s_batch)
+            if found.reduces:
+                _weigh(a, found, norm.mean)
+        if w1 is not None:
+            _hidden_gradient(a, found, m, e, gate, norm, bn_eps, (w1, b1, w2), pools, channel_gain)
+        if found.reduces or kernel is not None:
+            batch = gamma is not None and bn_batch
+            _parameters(a, found, m, e, mc, norm, bn_eps, w1, pools, kernel, batch=batch, need_x=need_x)
+        if need_x:
+            found.dx = a.alike()
+            a.sweep(
+                backward.write, a.plan.write, x, norm.mean, grad if found.g is None else found.g, found.dx,
+                conv, *spatial, found.d, found.j, k, found.scale, found.level, found.peak, found.slope,
+                S_EPS=s_eps, GAIN=spatial_gain, CS=a.plan.write.parts,
+            )  # fmt: skip
+        if beta is None:
+            found.dbeta = None
+        if s_beta is None:
+            found.ds[1] = a.absent()
+        return found.returned(x.dtype, need_shortcut)
+
+
+class Found:
+    """What the steps of a backward have computed so far; None where there is no such thing."""
+
+    g: Tensor | None = None
+    dx: Tensor | None = None
+    q: Tensor | None = None  # (N, 2, L)
+    j: Tensor | None = None  # (N, L)
+    du: Tensor | None = None  # (N, L)
+    sums: Tensor | None = None  # (programs, 2), float64
+    r: Tensor | None = None  # (N, parts, 2, C): P and Q, then R0 and R1
+    d: Tensor | None = None  # (N, 2, L)
+    parts_of_dw: Tensor | None = None  # (parts, 2 KS^2)
+    dl: Tensor | None = None  # (N, C)
+    act: Tensor | None = None  # (N, H); so are da and dm
+    da: Tensor | None = None
+    dm: Tensor | None = None
+    scale: Tensor | None = None  # (N, C), of pass 3; so are level and peak
+    level: Tensor | None = None
+    peak: Tensor | None = None
+    slope: Tensor | None = None  # (C,)
+
+    def __init__(self, a: Map, w1: Tensor | None, gamma: Tensor | None, kernel: Tensor | None) -> None:
+        self.reduces = w1 is not None or gamma is not None
+        self.dgamma, self.dbeta = (a.empty(a.C) if gamma is not None else None for _ in range(2))
+        H = 0 if w1 is None else len(w1)
+        sizes = ((H, a.C), (H,), (a.C, H), (a.C,)) if H else ((0,),) * 4
+        self.weights = [a.empty(*size) for size in sizes]
+        self.dkernel = a.empty(*(kernel.shape if kernel is not None else (0,)))
+        self.ds = [a.empty(int(kernel is not None)) for _ in range(2)]
+        self.absent = a.absent
+
+    def returned(self, dtype: torch.dtype, need_shortcut: bool) -> tuple[Tensor, ...]:
+        g = self.g if need_shortcut else None  # else it was written for pass 3 alone
+        maps = (self.absent(dtype) if t is None else t for t in (self.dx, g))
+        norm = (self.absent() if t is None else t for t in (self.dgamma, self.dbeta))
+        return (*maps, *norm, *self.weights, self.dkernel, *self.ds)
+
+
+def _reduce(
+    a: Map, found: Found, grad: Tensor, out: Tensor | None, norm: Norm, eps: float, mc: Tensor | None,
+    s: Tensor | None, spatial: Norm, s_eps: float, gain: float,
+) -> None:  # fmt: skip
+    """Pass 1."""
+    tile = a.plan.gradient
+    tiles = blocks(a.L, tile.pixels)
+    if found.reduces:
+        found.r = a.empty(a.N, tiles, 2, a.C)
+    if s is not None:
+        found.q, found.du = a.empty(a.N, 2, a.L), a.empty(a.N, a.L)
+        found.j = a.empty(a.N, a.L, dtype=torch.int32)
+        found.sums = a.empty(a.N * tiles, 2, dtype=torch.float64)
+    a.sweep(
+        backward.reduce_gradient, tile, a.x, grad, out, found.g, *norm, mc, s, *spatial,
+        found.q, found.j, found.du, found.sums, found.r, EPS=eps, S_EPS=s_eps, GAIN=gain,
+    )  # fmt: skip
+
+
+def _spread(
+    a: Map, found: Found, kernel: Tensor, s: Tensor | None, spatial: Norm, eps: float, batch: bool
+) -> None:
+    """The spatial step."""
+    tile, side, sums = a.plan.spread, kernel.shape[-1], found.sums
+    assert sums is not None
+    if len(sums) > MANY:
+        sums = a.empty(1, 2, dtype=torch.float64)
+        a.launch(backward.totals, 1, found.sums, sums, len(found.sums), BR=1024)  # pyright: ignore
+    found.d = a.empty(a.N, 2, a.L)
+    found.parts_of_dw = a.empty(tile.programs, 2 * side * side)
+    BT = min(tile.channels, power(2 * side * side))
+    a.launch(
+        backward.spatial_gradient, tile.programs * blocks(2 * side * side, BT), found.du, s, spatial.gamma,
+        spatial.mean, spatial.var, sums, found.q, kernel, found.d, found.parts_of_dw, *found.ds,
+        a.N, a.C, a.L, a.W, len(sums), tile.steps, S_EPS=eps, S_BATCH=batch, KS=side, ACC=a.constants["ACC"],
+        BQ=a.plan.conv, BP=tile.pixels, BT=BT, BR=min(1024, power(len(sums))), num_warps=tile.warps,
+    )  # fmt: skip
+
+
+def _weigh(a: Map, found: Found, mu: Tensor | None) -> None:
+    """Pass 2."""
+    tile, parts = a.plan.weigh, found.r
+    assert parts is not None
+    found.r = a.empty(a.N, tile.parts, 2, a.C)
+    a.sweep(
+        backward.weigh, tile, a.x, mu, found.d, found.j, parts, found.r, parts.shape[1],
+        S=tile.parts, BT=min(16, tile.pixels),
+    )  # fmt: skip
+
+
+def _hidden_gradient(
+    a: Map, found: Found, m: Tensor, e: Tensor, gate: Tensor, norm: Norm, eps: float,
+    weights: tuple[Tensor | None, ...], pools: tuple[bool, bool], gain: float,
+) -> None:  # fmt: skip
+    """The gate's gradient by samples."""
+    w1, b1, w2 = weights
+    assert w1 is not None
+    assert found.r is not None
+    H = len(w1)
+    block = gate_plan(a.N, a.C, H, a.acc.itemsize, a.processors)
+    found.dl, found.act = a.empty(a.N, a.C), a.empty(a.N, H)
+    found.da, found.dm = (a.empty(a.N, H) if there else None for there in pools)
+    a.launch(
+        gates.hidden_gradient, blocks(a.N, block.samples) * blocks(H, block.hidden), found.r, m, e, gate,
+        *norm, w1, b1, w2, found.dl, found.act, found.da, found.dm, a.N, a.C, a.L, H, found.r.shape[1],
+        EPS=eps, GAIN=gain, AVG=pools[0], MAX=pools[1], ACC=a.constants["ACC"],
+        BN=block.samples, BH=block.hidden, BC=block.channels, num_warps=block.warps,
+    )  # fmt: skip
+
+
+def _parameters(
+    a: Map, found: Found, m: Tensor, e: Tensor, mc: Tensor | None, norm: Norm, eps: float,
+    w1: Tensor | None, pools: tuple[bool, bool], kernel: Tensor | None, *, batch: bool, need_x: bool,
+) -> None:  # fmt: skip
+    """The gate's gradient by channels, BatchNorm's, and the last sum of the spatial kernel's."""
+    H, dw = 1 if w1 is None else len(w1), found.parts_of_dw
+    block = sums_plan(a.N, H, a.processors)
+    wanted = (found.reduces, pools[0] or batch, pools[1])
+    found.scale, found.level, found.peak = (a.empty(a.N, a.C) if need_x and w else None for w in wanted)
+    found.slope = a.empty(a.C) if need_x and batch else None
+    taps = 0 if kernel is None else kernel.numel()
+    programs = 0 if dw is None else blocks(taps, TAPS)
+    if found.reduces:
+        programs += blocks(a.C, block.channels) * blocks(H, block.hidden)
+    a.launch(
+        gates.parameter_gradients, programs, found.r, m, e, mc, *norm, w1, found.dl, found.act, found.da,
+        found.dm, dw, found.scale, found.level, found.peak, found.slope, *found.weights,
+        found.dgamma, found.dbeta, found.dkernel,
+        a.N, a.C, a.L, H, 1 if found.r is None else found.r.shape[1],
+        taps, 0 if dw is None else len(dw),
+        EPS=eps, BATCH=batch, POOLS=sum(pools), AVG=pools[0], MAX=pools[1], ACC=a.constants["ACC"],
+        BN=block.samples, BH=block.hidden, BC=block.channels, BR=128, BT=TAPS, num_warps=block.warps,
+    )  # fmt: skip
