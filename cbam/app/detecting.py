@@ -11,7 +11,7 @@ from cbam.app.look import ROWS, Told, making, picture_files
 from cbam.app.networks import lines_of, named
 from cbam.data import decode
 from cbam.data.decode import shown
-from cbam.errors import CheckpointNotFoundError, ConfigError, DataError
+from cbam.errors import CheckpointError, CheckpointNotFoundError, ConfigError, DataError
 from cbam.explain.detecting import Detection, Detectors, Finds, detect
 from cbam.explain.outlines import detection_figure
 from cbam.models.detectors import DETECTORS
@@ -155,11 +155,18 @@ def _load(
         name, weights = config["model"], average_of(state)
         if name.partition(":")[0] not in DETECTORS:
             raise ConfigError(f"{file} holds a classifier, {name}: leave --detect out")
-        known, size, regions = (
-            names or list(state["data"]["classes"]),
-            size or config["size"],
-            config["regions"],
-        )
+        own = list(state["data"]["classes"])
+        if names is not None and len(names) != len(own):
+            raise ConfigError(
+                f"--classes has {len(names)} names where {file} has {len(own)}; "
+                "leave it out for the names of the training"
+            )
+        known, size, regions = names or own, size or config["size"], config["regions"]
     net = make_detector(name, len(known), start="paper", size=size, regions=regions)
-    load_trained(net, weights, name, file)
+    try:
+        load_trained(net, weights, name, file)
+    except CheckpointError as misfit:
+        if state is None:
+            raise CheckpointError(f"{misfit}; --classes has {len(known)} names: is that right?") from None
+        raise
     return f"{name}, weights of {file}", net.eval(), known

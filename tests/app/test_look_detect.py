@@ -140,6 +140,9 @@ def test_a_run_knows_its_detector_its_size_and_its_classes(tmp_path, monkeypatch
     assert "detector: fasterrcnn:timm:test_resnet+cbam, weights of run" in capsys.readouterr().out
     eyes = detectors(None, "run", [], None, None)
     assert eyes.classes == ["square"]
+    (tmp_path / "two.txt").write_text("square\nround\n")
+    with pytest.raises(ConfigError, match="--classes has 2 names where run has 1"):
+        detectors(None, "run", [], "two.txt", None)
     assert eyes.networks["detector"].transform.min_size == (64,)
     assert eyes.networks["detector"].rpn.post_nms_top_n() == 16
     assert main(["look", picture, "--weights", "run"]) == 2
@@ -211,7 +214,7 @@ def test_a_look_that_fails_leaves_no_empty_folder(here):
 
 def test_classes_and_weights_must_fit(here, tmp_path):
     (tmp_path / "two.txt").write_text("ant\nbee\n")
-    with pytest.raises(CheckpointError):
+    with pytest.raises(CheckpointError, match="--classes has 2 names: is that right"):
         detectors(PLAIN, "plain.pt", [], str(tmp_path / "two.txt"), None)
     with pytest.raises(ConfigError, match="NAME=FILE"):
         detectors(PLAIN, None, ["plain.pt"], "classes.txt", None)
