@@ -12,14 +12,18 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._device import DeviceContext
 from torch.utils._pytree import tree_map
 
 from cbam import ops
 from cbam.ops import Channel, Norm, Spatial
 from cbam.ops.reference import transformed
 
-_ADDS = {torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__}
+_ADDS_IN_PLACE = {Tensor.add_, Tensor.__iadd__}
+_ADDS = {torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__} | _ADDS_IN_PLACE
 _RELUS = {F.relu, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_}
+_HALVES = (torch.float16, torch.bfloat16)
+_BATCH_NORM = nn.BatchNorm2d.forward, F.batch_norm  # what kernels compute; somebody may put his own there
 
 
 class Fusable(Protocol):
@@ -81,6 +85,7 @@ def begin(norm: nn.Module, attention: nn.Module, x: Tensor, block: nn.Module | N
         and ops.fused(x, known.obstacle())
         and not _norm_obstacle(norm, x)
         and not watched(attention)
+        and not _has_function_mode()
     ):
         return Pending(norm, attention, x, unseen=alone)  # pyright: ignore[reportReturnType]
     if alone and type(norm) is nn.BatchNorm2d:
@@ -93,16 +98,25 @@ def begin_shortcut(layers: nn.Module, x: Tensor) -> Tensor:
     if torch.is_grad_enabled() or type(layers) is not nn.Sequential or type(x) is not Tensor:
         return layers(x)
     *before, norm = layers._modules.values() or [None]
+    last = before[-1] if before else None
     # What a convolution gives is new: nobody writes to it while the norm waits.
-    if not before or not isinstance(before[-1], nn.Conv2d) or watched(layers):
+    if getattr(type(last), "forward", None) is not nn.Conv2d.forward or watched(layers, last):
         return layers(x)
-    if type(norm) is not nn.BatchNorm2d or by_batch(norm):
+    if type(norm) is not nn.BatchNorm2d or by_batch(norm) or _has_function_mode():
         return layers(x)
     for layer in before:
         x = layer(x)  # pyright: ignore[reportOptionalCall]
     if type(x) is not Tensor or x.dim() != 4 or not ops.fused(x) or _norm_obstacle(norm, x):
         return norm(x)
     return Pending(norm, None, x)  # pyright: ignore[reportReturnType]
+
+
+def _has_function_mode() -> bool:
+    """Whether a mode of somebody's sees each function that is called; torch's own default device may."""
+    count = 0 if torch.compiler.is_compiling() else torch._C._len_torch_function_stack()
+    return count > 0 and any(
+        type(torch._C._get_function_stack_at(i)) is not DeviceContext for i in range(count)
+    )
 
 
 def unseen(block: nn.Module) -> bool:
@@ -209,8 +223,10 @@ class Pending:
         if func in _RELUS and args and isinstance(args[0], cls):
             return args[0].relu()
         if func in _ADDS and len(args) == 2 and not kwargs:
-            ours, other = args if isinstance(args[0], cls) else reversed(args)
-            return ours.plus(other)
+            if isinstance(args[0], cls):
+                return args[0].plus(args[1])
+            if func not in _ADDS_IN_PLACE:  # whoever else holds that tensor sees the sum in it
+                return args[1].plus(args[0])
         return func(*tree_map(_tensor, args), **tree_map(_tensor, kwargs or {}))
 
     def __getattr__(self, name: str) -> Any:
@@ -239,6 +255,11 @@ def _tensor(value: Any) -> Any:
     return value.tensor() if isinstance(value, Pending) else value
 
 
+def settled(out: Any) -> Any:
+    """What a forward returns, with a tensor for each value that still waits."""
+    return tree_map(_tensor, out) if isinstance(out, tuple | list | dict) else _tensor(out)
+
+
 def normalising(norm: nn.BatchNorm2d) -> Norm:
     """What kernels are given of `norm`; counts a batch where statistics are tracked, as its forward does."""
     momentum = norm.momentum
@@ -257,16 +278,18 @@ def by_batch(norm: nn.modules.batchnorm._BatchNorm) -> bool:
 
 
 def _norm_obstacle(norm: nn.Module, x: Tensor) -> bool:
-    if type(norm) is not nn.BatchNorm2d or norm.num_features != x.shape[1]:
+    if type(norm) is not nn.BatchNorm2d or (nn.BatchNorm2d.forward, F.batch_norm) != _BATCH_NORM:
         return True
-    weight, bias, mean, var = parts(norm, *OF_NORM)
-    return (
-        weight is None
-        # one value per channel: its own forward refuses
-        or (by_batch(norm) and x.numel() == x.shape[1])
-        or not plain(weight, bias, mean, var)
-        or watched(norm)
-    )
+    terms, C = parts(norm, *OF_NORM), x.shape[1]
+    weight, _, mean, var = terms
+    # What torch refuses is left to the norm's own forward: one value per channel, other lengths and types.
+    if weight is None or (mean is None) != (var is None) or (by_batch(norm) and x.numel() == C):
+        return True
+    narrow = torch.float32 if x.dtype in _HALVES else x.dtype
+    for t in terms:
+        if t is not None and (t.numel() != C or (t.dtype != x.dtype and t.dtype != narrow)):
+            return True
+    return not plain(*terms) or watched(norm)
 
 
 OF_NORM = ("weight", "bias", "running_mean", "running_var")

@@ -4,6 +4,7 @@ Only names of a code object are changed, so no source text is needed, and branch
 methods stay what they are.
 """
 
+import contextlib
 import dis
 import functools
 import inspect
@@ -15,6 +16,7 @@ from typing import Any
 from torch import nn
 
 _ENTERS = ("BEFORE_WITH", "LOAD_SPECIAL")  # a `with`, until Python 3.13 and from 3.14
+_LIBRARIES = {"torch", "numpy", "builtins"}  # whose functions read nothing of a block
 
 
 class UnroutableError(Exception):
@@ -32,24 +34,45 @@ def codes(base: type[nn.Module]) -> Iterator[types.CodeType]:
         yield from _nested(function.__code__)
 
 
+def all_codes(base: type[nn.Module]) -> Iterator[types.CodeType]:
+    """`codes`, and those of the functions that they call or are wrapped in, but for those of libraries."""
+    pending: list[Any] = [*_reached(base).values(), base.forward]
+    seen: set[types.FunctionType] = set()
+    while pending:
+        function = pending.pop()
+        if not isinstance(function, types.FunctionType) or function in seen:
+            continue
+        if function.__module__ and function.__module__.partition(".")[0] in _LIBRARIES:
+            continue
+        seen.add(function)
+        found = [*_nested(function.__code__)]
+        yield from found
+        with contextlib.suppress(ValueError):  # a cell that is still empty
+            pending += [cell.cell_contents for cell in function.__closure__ or ()]
+        pending += [function.__globals__.get(name) for code in found for name in code.co_names]
+        pending.append(vars(function).get("__wrapped__"))
+
+
 def enters_context(code: types.CodeType) -> bool:
     """Whether there is a `with` in it."""
     return any(i.opname in _ENTERS for i in dis.get_instructions(code))
 
 
-def is_straight(base: type[nn.Module], child: str) -> bool:
-    """Whether `forward` itself calls `child`, and enters no context.
+def catches(code: types.CodeType) -> bool:
+    """Whether there is a `try` in it."""
+    return any(i.opname == "PUSH_EXC_INFO" for i in dis.get_instructions(code)) and not enters_context(code)
 
-    What waits for the end of a block must meet it where it was made: inside a `with`, or a function that is
-    handed to `checkpoint`, it would be computed by other rules.
+
+def is_straight(base: type[nn.Module], child: str) -> bool:
+    """Whether `forward` itself and nothing else names `child`, to call it or to compare it with None.
+
+    What waits for the end of a block must meet it where it was made: inside a `with`, or in a function that
+    gets `child` to call it, as `checkpoint` does, it would be computed by other rules.
     """
     code = getattr(base.forward, "__code__", None)
-    return code is not None and child in code.co_names and not enters_context(code)
-
-
-def is_only_called(base: type[nn.Module], child: str) -> bool:
-    """Whether `forward` itself and nothing else names `child`, to call it or to compare it with None."""
-    if [code for code in codes(base) if child in code.co_names] != [base.forward.__code__]:
+    if code is None or enters_context(code):
+        return False
+    if [other for other in codes(base) if child in other.co_names] != [code]:
         return False
     try:
         _check_code(base.forward, child)

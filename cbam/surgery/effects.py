@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+DRAWS = "draws random numbers"
+
 
 @contextlib.contextmanager
 def undrawn(seed: int | None = None) -> Iterator[list[str]]:
@@ -38,7 +40,7 @@ def undrawn(seed: int | None = None) -> Iterator[list[str]]:
         yield effects
     finally:
         if not _same_states(begin, _states(numpy)):
-            effects.append("draws random numbers")
+            effects.append(DRAWS)
         random.setstate(python)
         torch.set_rng_state(torchs)
         if numpy:
@@ -56,10 +58,10 @@ def _same_states(a: tuple[Any, Tensor, Any], b: tuple[Any, Tensor, Any]) -> bool
 
 
 @contextlib.contextmanager
-def unchanged(module: nn.Module) -> Iterator[list[str]]:
+def unchanged(module: nn.Module, called: str = "") -> Iterator[list[str]]:
     """For a `with`: what a forward keeps in `module` itself is put back, the values of its buffers too.
 
-    A cache that a trace has filled would poison the next run.
+    A cache that a trace has filled would poison the next run. `called` is the name of a child in the block.
 
     Returns:
         a list that says, after the `with`, what was changed.
@@ -79,7 +81,8 @@ def unchanged(module: nn.Module) -> Iterator[list[str]]:
         names = [n for n in {**attributes, **now} if attributes.get(n, effects) is not now.get(n, effects)]
         names += [n for n, container, content in contents if _items(container) != _items(content)]
         names += [n for n, buffer, version, _ in buffers if buffer._version != version]
-        effects += [f"changes self.{name}" for name in names if name != "training"]
+        of = f"self.{called}." if called else "self."
+        effects += [f"changes {of}{name}" for name in names if name != "training"]
         now.clear()
         now.update(attributes)
         for _, container, content in contents:

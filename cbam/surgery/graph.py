@@ -5,8 +5,10 @@ nothing of the children. The trunk is walked from the output back; at every resi
 shortcut. What is found is a claim; `cbam.surgery.trial` checks it by running the block.
 """
 
+import contextlib
 import dis
 import inspect
+import itertools
 import operator
 import re
 from collections.abc import Iterator
@@ -82,13 +84,15 @@ def trace_with_effects(block: nn.Module, *, training: bool) -> tuple[fx.Graph, l
     """`trace`, and what the forward does that no graph holds."""
     parameters = inspect.signature(type(block).forward).parameters.values()
     defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
-    with unchanged(block) as changes, undrawn() as draws:
+    with contextlib.ExitStack() as stack:
+        changes = [stack.enter_context(unchanged(m, name)) for name, m in block.named_modules()]
+        draws = stack.enter_context(undrawn())
         block.training = training
         own = {*vars(block)}
         tracer = _Shallow()
         graph = tracer.trace(block, concrete_args=defaults)
         foreign = _take_back(block, graph, own)
-        for value in tree_leaves([v for name, v in vars(block).items() if not name.startswith("_")]):
+        for value in tree_leaves([{**vars(m)} for m in block.modules()]):
             if isinstance(value, fx.Proxy):
                 value.node.meta["kept"] = True  # by the block, which may read it after its forward
     for node in list(graph.nodes):
@@ -96,7 +100,7 @@ def trace_with_effects(block: nn.Module, *, training: bool) -> tuple[fx.Graph, l
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
     switches = ["switches gradients or autocast"] if len(tracer.modes) > 1 else []
-    return graph, changes + draws + switches + foreign
+    return graph, [*itertools.chain(*changes), *draws, *switches, *foreign]
 
 
 def _take_back(block: nn.Module, graph: fx.Graph, own: set[str]) -> list[str]:
@@ -119,6 +123,7 @@ class Trunk:
 
     def __init__(self, block: nn.Module, graph: fx.Graph) -> None:
         self._children = dict(block.named_modules())
+        self._names = {n: id(m) for n, m in block.named_modules(remove_duplicate=False)}
         self._order = {node: i for i, node in enumerate(graph.nodes)}
         self._scalars = _scalars(graph)
         self._ancestors = self._all_ancestors(graph)
@@ -218,7 +223,7 @@ class Trunk:
         """The ReLU of a block that ends in relu(norm + shortcut), where nothing else reads either value.
 
         Norm and add wait for the ReLU, so nothing may write to what they read until then: the norm's input
-        has no other reader, and the ReLU follows the add at once.
+        has no other reader and shares no memory, and the ReLU follows the add at once.
         """
         after = list(add.node.users)
         relu = after[0] if len(after) == 1 else None
@@ -228,11 +233,18 @@ class Trunk:
             and [user.op for user in relu.users] == ["output"]
             and self._is_a(add.branch, nn.BatchNorm2d, None)
             and len(add.branch.users) == 1
-            and [len(n.users) for n in self.inputs(add.branch)] == [1]
+            and all(self._is_new(n) for n in self.inputs(add.branch))
+            and [*self._names.values()].count(self._names[str(add.branch.target)]) == 1
             and self._order[relu] == self._order[add.node] + 1
             and not any("kept" in node.meta for node in (add.branch, add.node))
         )
         return relu if found else None
+
+    def _is_new(self, node: Node) -> bool:
+        """Whether no other name has the memory of a value: each that it may share it with is read once."""
+        if len(node.users) != 1 or node.op not in ("call_module", "call_function", "call_method"):
+            return False
+        return self._convs({node}) > 0 or all(self._is_new(n) for n in self.inputs(node))
 
     def shortcut(self, add: Add) -> str:
         """The direct child, a sequence, that makes the shortcut; empty where another reads that as well."""
@@ -288,8 +300,9 @@ def _is_nonlinear(module: nn.Module) -> bool:
         return True
     if next(module.children(), None) is None and _ACTIVATION_CLASS.search(type(module).__name__):
         return True
-    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
-    library = type(module).__module__.startswith("torch.nn.")
+    own = vars(type(module)).get("_cbam_base", type(module))  # as it is without attention
+    code = getattr(inspect.unwrap(own.forward), "__code__", None)
+    library = own.__module__.startswith("torch.nn.")
     return code is not None and not library and any(_ACTIVATION.fullmatch(name) for name in code.co_names)
 
 

@@ -18,9 +18,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
 
-from cbam.nn.tail import Pending, begin, begin_shortcut, watched
+from cbam.nn.tail import begin, begin_shortcut, settled, watched
 from cbam.surgery import bytecode
 from cbam.surgery.bytecode import UnroutableError
 from cbam.surgery.graph import trace_with_effects
@@ -29,6 +31,7 @@ SLOT = "cbam"  # the attribute that holds the attention, as in the authors' rele
 _REDIRECTED = "_cbam_call"
 _SHORTCUT = "_cbam_shortcut"
 _OWN = frozenset(vars(nn.Module()))  # `training` and the dicts of children
+_MODES = {"is_autocast_enabled", "is_autocast_cpu_enabled", "is_grad_enabled", "is_inference_mode_enabled"}
 _NEW_OBJECT = object().__reduce_ex__(2)[0]  # what rebuilds an object that does not pickle itself
 
 
@@ -122,13 +125,17 @@ def plain_class(block: nn.Module) -> type[nn.Module]:
     return vars(type(block)).get("_cbam_base", type(block))
 
 
-@functools.cache
 def refined_class(base: type[nn.Module], route: Route) -> type[nn.Module]:
-    """The subclass of `base` that runs `self.cbam` at `route`.
+    """The subclass of `base` that runs `self.cbam` at `route`; one for all blocks of the same code.
 
     Raises:
         UnroutableError: the code of `base` does not allow the route.
     """
+    return _refined_class(base, route, tuple(bytecode.codes(base)))
+
+
+@functools.cache
+def _refined_class(base: type[nn.Module], route: Route, _: tuple[types.CodeType, ...]) -> type[nn.Module]:
     behind: dict[type[nn.Module], dict[str, Any]] = {}
     if route.when == "graph":
         methods: dict[str, Any] = {"forward": _generated_forward(route)}
@@ -205,11 +212,18 @@ def _refuse_lost(block: nn.Module) -> None:
             raise UnroutableError(
                 f"its forward has a default for {parameter.name}, which a generated one would freeze"
             )
-    for code in bytecode.codes(type(block)):
+    for code in bytecode.all_codes(type(block)):
         if bytecode.enters_context(code):
             raise UnroutableError("its forward enters a `with`, which a generated one would leave out")
-        texts = {c for c in code.co_consts if isinstance(c, str)} if "getattr" in code.co_names else set()
-        for name in sorted({*code.co_names, *texts} - _OWN):
+        if bytecode.catches(code):
+            raise UnroutableError("its forward has a `try`, which a generated one would leave out")
+        if asked := sorted(_MODES.intersection(code.co_names)):
+            raise UnroutableError(f"its forward asks {asked[0]}, which a generated one would freeze")
+        names = {*code.co_names}
+        if "getattr" in names:  # of a name that is written, or begins with what is written
+            texts = tuple(c for c in code.co_consts if isinstance(c, str) and c)
+            names |= {name for name in dir(block) if name.startswith(texts)}
+        for name in sorted(names - _OWN):
             if _is_setting(inspect.getattr_static(block, name, None)):
                 raise UnroutableError(f"its forward reads self.{name}, which a generated one would freeze")
 
@@ -227,10 +241,21 @@ def _with_attention(block: nn.Module, value: str, training: bool):
     node = next((n for n in graph.nodes if n.name == value), None)
     if node is None:
         raise UnroutableError("its forward differs between training and evaluation")
+    _refuse_types(block, graph)
     with graph.inserting_after(node):
         attended = graph.call_module(SLOT, (node,))
     node.replace_all_uses_with(attended, delete_user_cb=lambda user: user is not attended)
     return graph.python_code("self")
+
+
+def _refuse_types(block: nn.Module, graph: fx.Graph) -> None:
+    """Refuse the dtype or device of a weight, which `to()` may change after it was taken down."""
+    written = {name for code in bytecode.all_codes(type(block)) for name in code.co_names}
+    for value in tree_leaves([(n.args, n.kwargs) for n in graph.nodes]):
+        if isinstance(value, torch.dtype | torch.device) and str(value).rpartition(".")[2] not in written:
+            raise UnroutableError(
+                f"its forward reads {value} of a tensor, which a generated one would freeze"
+            )
 
 
 def _importable(name: str, target: Any) -> tuple[str, str, str]:
@@ -265,11 +290,11 @@ def _output_forward(base: type[nn.Module]) -> Callable:
     def forward(self, *args, **kwargs):
         return self.cbam(base.forward(self, *args, **kwargs))
 
-    return forward
+    return _declared(forward, base.forward)
 
 
 def _redirected_call(route: Route) -> Callable:
-    child = route.child
+    child = route.alias or route.child  # a property may have another child another time
     if route.tail:
 
         def begin_tail(self, x):
@@ -305,13 +330,41 @@ def _redirected_shortcut(child: str) -> property:
 def _settled(forward: Callable) -> Callable:
     """`forward` returning a tensor also where no ReLU came to what was waiting for it."""
 
-    def settled(self, *args, **kwargs):
-        out = forward(self, *args, **kwargs)
-        return out.tensor() if isinstance(out, Pending) else out
+    def run(self, *args, **kwargs):
+        return settled(forward(self, *args, **kwargs))
 
-    code = settled.__code__.replace(co_filename=f"<cbam: {forward.__name__} with a tail of one operation>")
-    settled.__code__ = code  # scripting must find no source
-    return settled
+    return _declared(run, forward)
+
+
+def _declared(run: Callable, forward: Callable) -> Callable:
+    """`run` with the parameters of `forward`: tracers read them from the code, whatever a signature says."""
+    parameters = inspect.signature(forward).parameters.values()
+    defaults = {f"_{i}": p.default for i, p in enumerate(parameters) if p.default is not p.empty}
+    declared = inspect.Signature(
+        [
+            p.replace(annotation=p.empty, default=_Named(f"_{i}") if f"_{i}" in defaults else p.empty)
+            for i, p in enumerate(parameters)
+        ]
+    )
+    passed = ", ".join(_PASSED.get(p.kind, "{0}").format(p.name) for p in parameters)
+    source = f"def forward{declared}: return _run({passed})"
+    namespace = {"_run": run} | defaults
+    # Scripting must find no source.
+    exec(compile(source, f"<cbam: {forward.__name__} with attention>", "exec"), namespace)
+    return namespace["forward"]
+
+
+_PASSED = {
+    inspect.Parameter.VAR_POSITIONAL: "*{0}",
+    inspect.Parameter.KEYWORD_ONLY: "{0}={0}",
+    inspect.Parameter.VAR_KEYWORD: "**{0}",
+}
+
+
+class _Named(str):
+    """A name, which a signature prints as one."""
+
+    __repr__ = str.__str__
 
 
 def _reduce_ex(self, protocol):

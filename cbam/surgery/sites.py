@@ -12,8 +12,8 @@ from torch.nn.modules.conv import _ConvNd
 
 from cbam.errors import AttachError, InputError, first_line
 from cbam.surgery import graph
-from cbam.surgery.bytecode import UnroutableError, is_only_called, is_straight
-from cbam.surgery.effects import unchanged, undrawn
+from cbam.surgery.bytecode import UnroutableError, is_straight
+from cbam.surgery.effects import DRAWS, unchanged, undrawn
 from cbam.surgery.route import (
     SLOT,
     Route,
@@ -225,14 +225,17 @@ def _with_tail(route: Route, block: nn.Module, trunk: graph.Trunk, add: graph.Ad
         return route
     name = str(relu.target) if relu.op == "call_module" else ""
     try:
-        trained = graph.Trunk(block, graph.trace(block, training=True))
+        graphs = [graph.trace_with_effects(block, training=training) for training in (False, True)]
     except Exception:  # a forward may refuse to be traced in any way it likes
         return route
+    if any(DRAWS in effects for _, effects in graphs):
+        return route  # it may leave out a branch that it has computed, whose batch would not be counted
+    trained = graph.Trunk(block, graphs[1][0])
     same = [a for a in trained.adds if a.branch.target == route.child and trained.tail(a) is not None]
     if not same or "." in name:
         return route
     shortcut = trunk.shortcut(add)
-    joins = {trained.shortcut(a) for a in same} == {shortcut} and is_only_called(type(block), shortcut)
+    joins = {trained.shortcut(a) for a in same} == {shortcut} and is_straight(type(block), shortcut)
     return replace(route, tail=True, relu=name, shortcut=shortcut if joins else "")
 
 

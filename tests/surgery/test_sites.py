@@ -4,7 +4,7 @@ import pickle
 import random
 import re
 import threading
-from functools import partial
+from functools import partial, wraps
 from types import SimpleNamespace
 
 import numpy as np
@@ -322,6 +322,82 @@ class FreezesElsewhere(Host):
         return x + F.relu(self.b(self.act(frozen(self.a, x))))
 
 
+class Switch:
+    """An object whose methods nobody reads."""
+
+    def __call__(self, child, x):
+        return frozen(child, x)
+
+
+switch = Switch()
+
+
+class SwitchesUnseen(Host):
+    def forward(self, x):
+        return x + F.relu(self.b(self.act(switch(self.a, x))))
+
+
+def wrapped(forward):
+    @wraps(forward)
+    def run(self, *args):
+        return forward(self, *args)
+
+    return run
+
+
+class Wrapped(ReadsASetting):
+    forward = wrapped(ReadsASetting.forward)
+
+
+def helped(block, x):
+    return block.b(block.act(block.a(x))) * block.scale
+
+
+class AsksAHelper(ReadsASetting):
+    def forward(self, x):
+        return x + F.relu(helped(self, x))
+
+
+class NamesItAnew(Host):
+    def __init__(self):
+        super().__init__()
+        self.scale3 = 0.5
+
+    def forward(self, x):
+        return x + F.relu(self.b(self.act(self.a(x)))) * getattr(self, f"scale{len(self.a.kernel_size) + 1}")
+
+
+class AsksForAutocast(Host):
+    def forward(self, x):
+        y = F.relu(self.b(self.act(self.a(x))))
+        return x + (2 * y if torch.is_autocast_enabled("cpu") else y)
+
+
+class Tries(Host):
+    def forward(self, x):
+        try:
+            return x + F.relu(self.b(self.act(self.a(x))))
+        except RuntimeError:
+            return x
+
+
+class ReadsAType(Host):
+    def forward(self, x):
+        return x + F.relu(self.b(self.act(self.a(x.to(next(self.parameters()).dtype)))))
+
+
+class KeepsInAChild(Host):
+    def forward(self, x):
+        self.a.kept = F.relu(self.b(self.act(self.a(x))))
+        return x + self.a.kept
+
+
+class WritesToItsInput(Host):
+    def forward(self, x):
+        x += F.relu(self.b(self.act(self.a(x))))
+        return x
+
+
 class DropsItself(Host):
     def forward(self, x):
         if self.training and random.random() < 0.0:
@@ -362,7 +438,16 @@ class Counts(CountsThenInherits):
         (TakesASetting, "has a default for scale, which a generated one would freeze"),
         (UsesATensorOfItsOwn, "uses a tensor that the block does not hold"),
         (FreezesABranch, "enters a `with`, which a generated one would leave out"),
-        (FreezesElsewhere, "switches gradients or autocast"),
+        (FreezesElsewhere, "enters a `with`"),
+        (SwitchesUnseen, "switches gradients or autocast"),
+        (Wrapped, "reads self.scale"),
+        (AsksAHelper, "reads self.scale"),
+        (NamesItAnew, "reads self.scale3"),
+        (AsksForAutocast, "asks is_autocast_enabled"),
+        (Tries, "has a `try`"),
+        (ReadsAType, "reads torch.float32 of a tensor"),
+        (KeepsInAChild, "changes self.a.kept"),
+        (WritesToItsInput, "changes the function of the block"),
         (DropsItself, "draws random numbers"),
         (Keeps, "changes self.kept"),
         (Counts, "changes self.steps"),
