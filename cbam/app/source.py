@@ -18,12 +18,13 @@ from cbam.models import build
 from cbam.surgery import load_weights
 from cbam.train import checkpoint
 from cbam.train.average import average_of
-from cbam.train.folder import epochs
+from cbam.train.folder import epochs, settings_in
 from cbam.train.material import began_with, load_trained, ours
 from cbam.train.recipes import Config
 
 _OUTPUTS = 1000
 _FILES = (".pth", ".pt", ".ckpt", ".safetensors", ".bin", ".tar")
+_OF_RUN = ("recipe", "model", "data", "limit", "size", "seed", "start", "pretrained")  # stay when it goes on
 _RESULTS = {  # of metrics.jsonl, for a reader
     "val_top1": "top-1 error, %",
     "val_top5": "top-5 error, %",
@@ -160,8 +161,20 @@ def _run(path: Path) -> Source:
         )
     net = build(config.model, num_classes=len(state["data"]["classes"]))
     load_weights(net, average_of(state))
-    card = _card(state, config, epochs(path if path.is_dir() else path.parent))
+    card = _card(state, config, _metrics(state, path if path.is_dir() else path.parent))
     return Source(net, f"{config.model}, weights of {path}", config.model, card)
+
+
+def _metrics(state: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
+    """The epochs that a folder tells of, where it is the folder of that run and not of another."""
+    told = {entry["epoch"]: entry for entry in epochs(folder)}
+    for entry in state["history"]:
+        known = told.get(entry["epoch"], {})
+        if any(known[name] != value for name, value in entry.items() if name in known):
+            return []
+    began, settings = state["config"], settings_in(folder)
+    same = all(began.get(name) == settings[name] for name in _OF_RUN if name in settings)
+    return [*told.values()] if same else []
 
 
 def _card(state: dict[str, Any], config: Config, metrics: list[dict[str, Any]]) -> hub.Card:
@@ -175,7 +188,9 @@ def _card(state: dict[str, Any], config: Config, metrics: list[dict[str, Any]]) 
     return hub.Card(
         classes=tuple(data["classes"]),
         size=data["size"],
+        exif=config.exif,
         data=Path(config.data).name if config.data else NAME,
+        pictures={name: data[name] for name in ("training", "validation", "names") if name in data},
         recipe=_recipe(config),
         results={told: found[key] for key, told in _RESULTS.items() if found.get(key) is not None},
         about=_about(state, config),

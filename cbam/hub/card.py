@@ -11,7 +11,7 @@ from typing import Any
 from cbam.errors import CheckpointError, InputError
 
 LIBRARY = "cbam"
-FORMAT = 2  # of config.json; a newer one is refused. Cards of format 1 have no `resize`
+FORMAT = 3  # of config.json; a newer one is refused. Cards of format 1 have no `resize`, of 2 no `exif`
 LARGEST = 4_000_000  # bytes of a config.json
 _IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
@@ -26,7 +26,9 @@ class Card:
         resize: what the shorter side of a picture becomes before its middle `size` pixels are taken; None:
             not given.
         mean, std: per channel, of values in [0, 1]; pictures are normalised with them.
+        exif: whether pictures are turned as their EXIF says.
         data: what it was trained on.
+        pictures: what tells those from others, as `cbam train` has it: counts, and a digest of their names.
         recipe: how it was trained: a name, or settings by name.
         results: numbers that were measured, by name: `{"top-1 error, %": 7.4}`.
         licence: of the weights, as its SPDX identifier: "mit".
@@ -38,7 +40,9 @@ class Card:
     resize: int | None = None
     mean: tuple[float, ...] = _IMAGENET["mean"]
     std: tuple[float, ...] = _IMAGENET["std"]
+    exif: bool = True
     data: str = ""
+    pictures: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     recipe: str | Mapping[str, Any] = ""
     results: Mapping[str, float] = dataclasses.field(default_factory=dict)
     licence: str = ""
@@ -82,7 +86,9 @@ _FITS = {
     "resize": lambda value: value is None or _is_side(value),
     "mean": _is_numbers,
     "std": lambda value: _is_numbers(value) and all(value),
+    "exif": lambda value: isinstance(value, bool),
     "data": _is_text,
+    "pictures": lambda value: isinstance(value, Mapping),
     "recipe": lambda value: isinstance(value, str | Mapping),
     "results": lambda value: isinstance(value, Mapping) and all(map(_is_number, value.values())),
     "licence": _is_text,

@@ -4,6 +4,7 @@ No code of a folder is run: the weights are safetensors alone, checked by their 
 one that `cbam.build` knows, or one that the caller has built.
 """
 
+import contextlib
 import hashlib
 from os import PathLike
 from pathlib import Path
@@ -73,16 +74,23 @@ def save_pretrained(
     digest = hashlib.sha256(data).hexdigest()
     made = Network(network, outputs, dtype, digest, parameters, _gmac(target.model, card.size))
     folder = Path(folder)
+    missing = [place for place in (folder, *folder.parents) if not place.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"{folder} cannot be made: {error.strerror or error}") from error
     texts = {README: page(made, card, folder.resolve().name), CONFIG: config(made, card)}
     targets = (folder / README, folder / WEIGHTS, folder / CONFIG)
-    with placed(*targets, overwrite=overwrite) as part:
-        (part / WEIGHTS).write_bytes(data)
-        for name, text in texts.items():
-            (part / name).write_text(text, encoding="utf-8")
+    try:
+        with placed(*targets, overwrite=overwrite) as part:
+            (part / WEIGHTS).write_bytes(data)
+            for name, text in texts.items():
+                (part / name).write_text(text, encoding="utf-8")
+    except BaseException:
+        with contextlib.suppress(OSError):  # one that is not empty
+            for made_here in missing:
+                made_here.rmdir()
+        raise
     return folder
 
 

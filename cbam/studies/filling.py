@@ -143,7 +143,7 @@ class Filling:
             record = self._head(run) | measured
             self.records.add(self._name(run), record)
             if keep is not None:
-                self.records.forget(run.name)
+                self.records.forget(run.name, others=self.origin["dirty"] is False)
         last = record["epochs"][-1] if record["epochs"] else {}
         told = self._result(last) if counts_or_dirty(record) else record["status"]
         self._tell(run, f"{told}, {record['seconds']:.0f} s")
@@ -173,7 +173,7 @@ class Filling:
             if self.records.unfinished(claim).exists():
                 with self.records.claimed(claim) as mine:
                     if mine:
-                        self.records.forget(claim)
+                        self.records.forget(claim, others=self.origin["dirty"] is False)
 
     def _head(self, run: Run) -> dict[str, Any]:
         """The part of a record that is known before the run."""

@@ -26,7 +26,8 @@ def commit() -> str | None:
         return None  # installed, perhaps inside a checkout of something else
     kernels, sources = native(), _kernels(home.parent / "native")
     looked_at = [".", *(str(path) for path in sources if kernels)]
-    found, changes = _git(home, "rev-parse", "HEAD"), _git(home, "status", "--porcelain", "--", *looked_at)
+    found, status = _git(home, "rev-parse", "HEAD"), _git(home, "status", "--porcelain", "--", *looked_at)
+    changes = status != ""  # also where git does not say in time
     if sources and kernels and kernels[1]:  # an older one does not say what it was compiled from
         changes = changes or kernels[1] != digest({path.name: path.read_bytes() for path in sources})
     return f"{found}+changes" if found and changes else found

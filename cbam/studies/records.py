@@ -4,11 +4,13 @@ results/<study>/<data>-<row>-s<seed>-<settings>.json   a run of a clean commit
 results/<study>/<...>.dirty-<source>.json               a run of changed code; never counted
 results/<study>/.claims/                                who is at which run; not there when nobody is
 results/<study>/.unfinished/<run>/                      checkpoints of a run of many hours, till its record
+results/<study>/.unfinished/<run>.<digest>/             those of another state of the code, till then too
 results/<study>/.unfinished/fork-<settings>/            those of a network that forks begin with, till theirs
 """
 
 import contextlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -21,7 +23,10 @@ from cbam.studies.study import run_key, said
 
 SCHEMA = 1
 CLAIMS, UNFINISHED = ".claims", ".unfinished"
-_NEEDED = ("schema", "study", "arm", "status", "config", "data", "epochs", "commit", "dirty")
+_NEEDED: dict[str, Any] = {
+    "schema": int, "study": str, "arm": str, "status": str, "config": dict, "data": dict, "epochs": list,
+    "commit": str | None, "dirty": bool,
+}  # fmt: skip
 
 
 class Records:
@@ -57,9 +62,11 @@ class Records:
         """The folder for what a run without a record has saved."""
         return self.path / UNFINISHED / name
 
-    def forget(self, name: str) -> None:
-        """Remove what a run had saved while it had no record."""
-        shutil.rmtree(self.unfinished(name), ignore_errors=True)
+    def forget(self, name: str, *, others: bool) -> None:
+        """Remove what a run had saved while it had no record; and what `others`, by other code, had of it."""
+        kept = self.unfinished(name)
+        for folder in (kept, *(kept.parent.glob(f"{name}.*") if others else ())):
+            shutil.rmtree(folder, ignore_errors=True)
         with contextlib.suppress(OSError):  # there are others
             (self.path / UNFINISHED).rmdir()
 
@@ -192,9 +199,31 @@ def read(path: Path) -> dict[str, Any]:
     absent = [name for name in _NEEDED if name not in record] if isinstance(record, dict) else list(_NEEDED)
     if absent:
         raise DataError(f"{path}: not a record of a run, it lacks {', '.join(absent)}; move it away")
+    if wrong := _wrong(record):
+        raise DataError(f"{path}: not a record of a run, its {wrong} is none; move it away")
     if record["schema"] > SCHEMA:
         raise DataError(f"{path}: written by a newer cbam (format {record['schema']}); upgrade cbam")
     return record
+
+
+def _wrong(record: dict[str, Any]) -> str:
+    """The first part of a record that tables cannot be computed from; empty where there is none."""
+    for name, kind in _NEEDED.items():
+        if not isinstance(record[name], kind) or (kind is int and isinstance(record[name], bool)):
+            return name
+    for name in ("data", "seed"):
+        if name not in record["config"]:
+            return "config"
+    if record["status"] == "complete":
+        entries = record["epochs"]
+        if not entries or not all(isinstance(entry, dict) for entry in entries):
+            return "epochs"
+        numbers = [v for entry in entries for name, v in entry.items() if name != "epoch" and v is not None]
+        if not all(isinstance(v, int | float) and math.isfinite(v) for v in numbers):
+            return "epochs"
+        if not isinstance(record.get("parameters"), int) or not isinstance(record.get("device"), dict):
+            return "parameters or device"
+    return ""
 
 
 def same_pictures(one: dict[str, Any], other: dict[str, Any]) -> bool:

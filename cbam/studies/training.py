@@ -3,6 +3,7 @@
 import contextlib
 import datetime
 import hashlib
+import json
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -110,13 +111,7 @@ class Keep:
         """What saves and stops the training, and knows how far it came."""
         from cbam.train.keeper import Keeper
 
-        self.folder.mkdir(parents=True, exist_ok=True)
-        found = checkpoint.newest(self.folder, self.say)
-        state = found[1] if found and found[1].get("about") == self.about else None
-        if found and state is None:
-            self.say("what was kept of this run is of other settings or other code: it begins anew")
-            shutil.rmtree(self.folder)
-            self.folder.mkdir()
+        state = self._kept()
         if state is not None and state["run"] == self.run:
             self.seconds += sum(entry["seconds"] for entry in _measured(state["history"]))
         left = None if self.end is None else max(0.0, self.end - time.monotonic())
@@ -124,6 +119,24 @@ class Keep:
         return Keeper(
             self.folder, about, state=state, save_every=SAVE_EVERY, copies=2, max_time=left, say=self.say
         )
+
+    def _kept(self) -> dict[str, Any] | None:
+        """What there is to go on with; what other settings or other code have kept is put beside it."""
+        found = checkpoint.newest(self.folder, self.say) if self.folder.exists() else None
+        if found and (about := found[1].get("about")) != self.about:
+            self.say("what was kept of this run is of other settings or other code: it stays beside this one")
+            self.folder.rename(self._beside(about))
+            found = None
+        if found is None and (own := self._beside(self.about)).exists():
+            shutil.rmtree(self.folder, ignore_errors=True)
+            own.rename(self.folder)
+            found = checkpoint.newest(self.folder, self.say)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return found[1] if found else None
+
+    def _beside(self, about: Any) -> Path:
+        told = json.dumps(about, sort_keys=True, default=str).encode()
+        return self.folder.with_name(f"{self.folder.name}.{hashlib.sha256(told).hexdigest()[:8]}")
 
 
 class Training:

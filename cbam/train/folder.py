@@ -26,12 +26,21 @@ from cbam.train.task import is_epoch
 CONFIG, METRICS, TABLE, NONFINITE, LOCK, WANDB = (
     "config.json", "metrics.jsonl", "epochs.csv", "nonfinite.json", "lock", "wandb-id"
 )  # fmt: skip
+MOST_WAITING = 10_000  # lines of metrics that are kept for a disk that takes none
 WRITTEN = ("step-*.ckpt", LAST, CONFIG, METRICS, TABLE, NONFINITE, LOCK, WANDB)
 
 
 def write_config(folder: Path, config: dict[str, Any]) -> None:
     """Write the settings in effect as JSON, which is YAML too: `--config` reads it."""
     write(folder / CONFIG, (json.dumps(config, indent=1) + "\n").encode())
+
+
+def settings_in(folder: Path) -> dict[str, Any]:
+    """The settings that a folder tells; none where it tells nothing that can be read."""
+    with contextlib.suppress(OSError, ValueError):
+        settings = json.loads((folder / CONFIG).read_text("utf-8"))
+        return settings if isinstance(settings, dict) else {}
+    return {}
 
 
 def check_free(folder: Path) -> None:
@@ -52,11 +61,7 @@ def check_free(folder: Path) -> None:
 
 
 def _is_of_run(config: Path) -> bool:
-    try:
-        settings = json.loads(config.read_text("utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(settings, dict) and settings.get("recipe") in [*RECIPES]
+    return settings_in(config.parent).get("recipe") in [*RECIPES]
 
 
 def clean(folder: Path) -> None:
@@ -82,10 +87,11 @@ def _written(entry: dict[str, Any]) -> bytes:
 
 
 class Metrics:
-    """The lines of metrics.jsonl. A disk that takes no more ends the writing with one line, not the run."""
+    """The lines of metrics.jsonl. A disk that takes no more is told in one line; the run goes on."""
 
     def __init__(self, folder: Path, say: Callable[[str], None]) -> None:
-        self._path, self._say, self._broken = folder / METRICS, say, False
+        self._path, self._say = folder / METRICS, say
+        self._waiting: list[bytes] = []  # lines that the disk did not take
 
     def cut(self, epoch: int, step: int, before: Sequence[dict[str, Any]] = ()) -> None:
         """Forget what came after `step` steps of the whole run, in which `epoch` was not over.
@@ -114,19 +120,23 @@ class Metrics:
             return False
 
     def add(self, entry: dict[str, Any]) -> None:
-        """Append a line."""
-        if self._broken:
-            return
-        line = _written(entry)
+        """Append a line, and those that are still to be written."""
+        first, line = not self._waiting, _written(entry)
+        self._waiting = [*self._waiting, line][-MOST_WAITING:]
+        whole = 0
         try:
             with self._path.open("ab") as file:
-                file.write(line[: len(line) // 2])
+                whole = file.seek(0, os.SEEK_END)
+                file.write(b"".join(self._waiting[:-1]) + line[: len(line) // 2])
                 file.flush()
                 fault("log")
                 file.write(line[len(line) // 2 :])
+            self._waiting = []
         except OSError as error:
-            self._broken = True
-            self._say(f"{self._path}: {error.strerror or error}; training goes on without metrics")
+            with contextlib.suppress(OSError):  # a torn line is worse than none
+                os.truncate(self._path, whole)
+            if first:
+                self._say(f"{self._path}: {error.strerror or error}; its lines wait till it can be written")
 
     def sync(self) -> None:
         """Bring what was added onto the disk, so that no checkpoint is ahead of the metrics."""

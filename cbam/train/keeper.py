@@ -86,6 +86,7 @@ class Keeper(pl.Callback):
         self._save_seconds, self._failures, self._step, self._lr = 0.0, 0, 0, 0.0
         self._stop: _Stop | None = None
         self._saved: Path | None = None
+        self._unsaved: dict[str, Any] | None = None  # what the newest save could not write
         self._here, self._between, self._began_at = world(), True, 0
 
     # --- going on ---
@@ -217,6 +218,11 @@ class Keeper(pl.Callback):
         if stop:  # the epoch was saved before its validation
             self._raise(stop, f"in the validation of epoch {self._steps.epoch}")
 
+    def on_train_end(self, trainer, pl_module) -> None:
+        """Write what could not be when it was reached: no run ends well without its last weights."""
+        if self._unsaved is not None and self._unsaved["step"] == self._step:
+            self._write(self._unsaved, last=True)
+
     def on_exception(self, trainer, pl_module, exception: BaseException) -> None:
         """Save what was reached: before a step whose loss is not finite, or when a picture ends the run."""
         self._steps.end_validation()
@@ -274,13 +280,17 @@ class Keeper(pl.Callback):
             )
         check_lock(self.folder)
         self.metrics.sync()
+        self._write(state)
+
+    def _write(self, state: dict[str, Any], *, last: bool = False) -> None:
         began = time.monotonic()
         try:
             self._saved = checkpoint.save(self.folder, self._step, state)
         except OSError as error:
-            self._failed(error)
+            self._unsaved = state
+            self._failed(error, last=last)
             return
-        self._failures = 0
+        self._failures, self._unsaved = 0, None
         self._save_seconds = max(self._save_seconds, time.monotonic() - began)
         try:
             checkpoint.rotate(self._saved, self.copies)
@@ -309,12 +319,12 @@ class Keeper(pl.Callback):
             state["scaler"] = scaler
         return state
 
-    def _failed(self, error: OSError) -> None:
+    def _failed(self, error: OSError, *, last: bool) -> None:
         self._failures += 1
         room = "no room on the disk" if error.errno == errno.ENOSPC else error.strerror or str(error)
         what = f"{self.folder}: the checkpoint after step {self._step}"
         line = f"{what} cannot be written ({room}); the older stay"
-        if self._stop or self._failures >= PATIENCE:
+        if last or self._stop or self._failures >= PATIENCE:
             raise OutputError(line) from error
         self._say(f"{line}, training goes on")
 

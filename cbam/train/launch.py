@@ -20,6 +20,9 @@ from cbam.errors import DistributedError
 
 GRACE = 10.0  # seconds for the others to end, once one of the processes has failed
 _OURS = "_CBAM_PLACE"  # from `launch` to the processes that it starts
+# This very package, and nothing that the folder it is started in happens to hold.
+_RUN = "import sys; sys.path.append(sys.argv.pop(1)); from cbam.__main__ import main; sys.exit(main())"
+_HOME = str(Path(__file__).parents[2])
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,7 @@ def launch(arguments: Sequence[str], processes: int) -> int:
 def _start(arguments: Sequence[str], where: Place) -> subprocess.Popen:
     environment = {**os.environ, _OURS: json.dumps(asdict(where))}
     return subprocess.Popen(
-        [sys.executable, "-m", "cbam", *arguments],
+        [sys.executable, "-P", "-c", _RUN, _HOME, *arguments],
         env=environment,
         stdin=subprocess.DEVNULL,
         stdout=None if where.rank == 0 else subprocess.DEVNULL,

@@ -82,10 +82,11 @@ def _published(
     if data is None and card.data != NAME:
         raise ConfigError(f"{path} knows no pictures here: give DATA, a folder of them")
     side = size or card.size
-    # The card has no path, so a folder of the name that it gives is taken for what was trained on.
-    own = data is not None and Path(data).absolute().name == card.data
-    config = Config("folder", data=data, size=side if data else None)
-    val, which = _pictures(config, held_out=held_out or own)
+    config = Config("folder", data=data, size=side if data else None, exif=card.exif)
+    known = {**card.pictures, "classes": list(card.classes)} if card.pictures else None
+    # The card has no path, so a folder of the name that it gives is taken for what was trained on, too.
+    own = data is not None and (Path(data).absolute().name == card.data or _holds(config, known))
+    val, which = _pictures(config, held_out=held_out or own, began_with=known if own else None)
     assert not isinstance(val, BoxedImages)
     if not card.classes:
         raise ConfigError(f"{path}: its card does not name the classes, so no answer of its can be judged")
@@ -150,7 +151,8 @@ def _pictures(
         if began_with is not None and not _same(began_with, train, val):
             raise ConfigError(
                 f"{config.data} has other pictures than when the run began, so which were held out is no "
-                "longer known: score a folder with none of the run's pictures, or put this one back as it was"
+                "longer known: score a folder with none of the run's pictures and of another name, or put "
+                "this one back as it was"
             )
         of = f"{len(val)} of the {len(whole)} pictures of {config.data}"
         return val, f"{of}, held out when it is trained on"
@@ -162,10 +164,15 @@ def _is_of_run(config: Config, began: Config, data: dict[str, Any]) -> bool:
     if config.data is None or began.data is None:
         return config.data == began.data
     here, there = Path(config.data), Path(began.data)
-    if there.exists():
-        return here.exists() and here.samefile(there)
+    if there.exists() and here.exists() and here.samefile(there):
+        return True
+    return _holds(config, data)
+
+
+def _holds(config: Config, data: dict[str, Any] | None) -> bool:
+    """Whether the pictures of `config` are those that `data` tells of."""
     try:
-        return _same(data, *pictures(config))
+        return data is not None and _same(data, *pictures(config))
     except DataError:  # they cannot be trained on, with one picture in a class for example
         return False
 

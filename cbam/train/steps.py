@@ -165,9 +165,9 @@ class Steps(pl.LightningModule):
         parts = self._shard.parts
         count = self._shard.share(samples, number) if parts > 1 else len(batch["index"])
         key = (self._seed, self.epoch, step, number, world().rank)
-        loss, tally = self.task.loss(
-            self._compiled or self.model, batch, Part(count, count if parts == 1 else samples, parts, key)
-        )
+        part = Part(count, count if parts == 1 else samples, parts, key)
+        model = self.model if self._compiled is None else self._compiled  # which has no truth value
+        loss, tally = self.task.loss(model, batch, part)
         self._pending, self._indices = (Pending(loss, tally), count, samples), batch["index"]
         fault("fwd")
         return loss

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -102,6 +103,23 @@ def test_weights_that_were_not_validated_have_no_results():
     card = cbam.hub.card_of("early")
     assert card.results == {}
     assert "0.4 of 1 epochs" in card.about
+
+
+def test_a_checkpoint_in_the_folder_of_another_run_does_not_take_that_ones_results():
+    line = ["train", "digits", "--epochs", "2", "--limit", "40", "--batch-size", "20"]
+    for name, seed in (("mine", "0"), ("other", "1")):
+        assert cli.main([*line, "--seed", seed, "--out", name]) == 0
+    for copy, lacking in (("settings", "metrics.jsonl"), ("metrics", "config.json")):
+        shutil.copytree("other", copy)
+        Path(copy, lacking).unlink()
+        if lacking == "config.json":
+            shutil.copy("other/metrics.jsonl", copy)
+        shutil.copy("mine/step-00000004.ckpt", f"{copy}/mine.ckpt")
+        shutil.copy("other/metrics.jsonl", copy)
+        assert cli.main(["export", f"{copy}/mine.ckpt", "--to", "hub", "--out", f"{copy}-shared"]) == 0
+        assert cbam.hub.card_of(f"{copy}-shared").results == {}
+    assert cli.main(["export", "mine/step-00000004.ckpt", "--to", "hub", "--out", "shared"]) == 0
+    assert cbam.hub.card_of("shared").results
 
 
 def test_what_a_format_has_not_is_refused(capsys):

@@ -1,6 +1,7 @@
 """Trained networks as folders: bit for bit there and back, and nothing of a strange folder is run."""
 
 import copy
+import errno
 import hashlib
 import json
 import pickle
@@ -256,7 +257,7 @@ def test_a_folder_of_torchs_distributed_checkpoints_is_not_unpickled(folder, mod
         {"dtype": "object"},
         {"dtype": "float16.__class__"},
         {"sha256": None},
-        {"format": 3},
+        {"format": 4},
         {"format": "1"},
         {"library_name": "timm"},
         {"card": None},
@@ -460,3 +461,20 @@ def test_a_timm_that_cannot_be_taught_is_no_reason_to_fail(monkeypatch, caplog):
 def test_a_copied_folder_is_as_good(folder, model, tmp_path):
     shutil.copytree(folder, tmp_path / "elsewhere")
     assert equal(cbam.from_pretrained(str(tmp_path / "elsewhere")), model)
+
+
+def test_a_save_that_fails_leaves_no_folder_that_it_has_made(tmp_path, monkeypatch):
+    # K13
+    model = cbam.build("resnet_tiny", num_classes=2)
+    (tmp_path / "there").mkdir()
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", full)
+        for name in ("new/deep", "there"):
+            with pytest.raises(OutputError, match="No space left"):
+                cbam.save_pretrained(model, tmp_path / name)
+    assert [path.name for path in tmp_path.iterdir()] == ["there"]
+    cbam.save_pretrained(model, tmp_path / "new" / "deep")

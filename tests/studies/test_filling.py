@@ -284,7 +284,29 @@ def test_what_was_kept_of_other_code_is_not_gone_on_with(tmp_path, monkeypatch):
     monkeypatch.setattr(filling_file, "origin", lambda commit: CLEAN | {"source": "other"})
     watch = Listener()
     assert conduct(study(tmp_path, watch=watch, arms=["se"], epochs=2, small=False), seeds=1) == 0
-    assert "what was kept of this run is of other settings or other code: it begins anew" in watch.lines
+    told = "what was kept of this run is of other settings or other code: it stays beside this one"
+    assert told in watch.lines
+    assert not (tmp_path / "order" / ".unfinished").exists()
+
+
+def test_what_clean_code_has_kept_outlives_a_run_of_changed_code(tmp_path, monkeypatch):
+    def stopped(pieces):
+        with monkeypatch.context() as patch:
+            parts = study(tmp_path, watch=Clock(patch, pieces), arms=["se"], epochs=2, small=False)
+            assert conduct(parts, seeds=1, budget=1000.0) == 1
+
+    stopped(2)
+    kept = {path.name for path in (tmp_path / "order" / ".unfinished").rglob("*.ckpt")}
+    assert kept
+    with monkeypatch.context() as patch:
+        dirty = {"commit": "c" * 40, "dirty": True, "source": "d" * 64}
+        patch.setattr(filling_file, "origin", lambda commit: dict(dirty))
+        assert conduct(study(tmp_path, arms=["se"], epochs=2, small=False), seeds=1) == 0
+    assert {path.name for path in (tmp_path / "order" / ".unfinished").rglob("*.ckpt")} == kept
+    watch = Listener()
+    assert conduct(study(tmp_path, watch=watch, arms=["se"], epochs=2, small=False), seeds=1) == 0
+    assert not any("stays beside" in line for line in watch.lines)
+    assert not (tmp_path / "order" / ".unfinished").exists()
 
 
 def test_a_run_that_diverges_has_a_record_that_does_not_count(tmp_path):

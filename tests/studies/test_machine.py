@@ -54,6 +54,10 @@ def test_kernels_of_other_sources_than_the_checkouts_are_changed_code(tmp_path, 
     assert state(sources=lambda: "f" * 64) == (True, f"0.1.0+{'f' * 12}")
     assert state(library=None) == (False, "0.1.0")  # of an older version, which does not say it
     assert state() == (False, None)
+    with monkeypatch.context() as patch:
+        asked = machine._git
+        patch.setattr(machine, "_git", lambda *a: None if "status" in a else asked(*a))
+        assert state()[0]  # git did not say in time that nothing is changed
     (tmp_path / "native" / "csrc" / "pool.h").write_text("changed")
     assert state(library=None)[0]
     assert not state()[0]

@@ -17,8 +17,10 @@ from cbam.studies.records import Records, counts, read
 
 ROOT = Path(cbam.__file__).parents[1]
 RECORD = {
-    "schema": 1, "study": "channel", "arm": "plain", "status": "complete", "config": {"seed": 0, "lr": 0.1},
-    "data": {"train": 8, "val": 4, "sha256": "x"}, "epochs": [], "commit": "abc", "dirty": False,
+    "schema": 1, "study": "channel", "arm": "plain", "status": "complete",
+    "config": {"seed": 0, "lr": 0.1, "data": "d"}, "data": {"train": 8, "val": 4, "sha256": "x"},
+    "epochs": [{"epoch": 0, "val_top1": 9.5, "val_top5": None}],
+    "commit": "abc", "dirty": False, "parameters": 9, "device": {"name": "cpu"},
 }  # fmt: skip
 
 
@@ -139,3 +141,20 @@ def test_the_claim_of_a_killed_process_is_free(tmp_path):
     with Records(tmp_path, "channel").claimed("a") as mine:
         assert mine
     assert time.monotonic() - began < 1
+
+
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [
+        ("schema", "1"), ("schema", True), ("study", None), ("config", []), ("config", {}), ("data", None),
+        ("epochs", []), ("epochs", {}), ("epochs", [1]), ("epochs", [{"val_top1": "9.5"}]), ("commit", 1),
+        ("epochs", [{"val_top1": float("nan")}]), ("dirty", "no"), ("parameters", None), ("device", None),
+    ],
+)  # fmt: skip
+def test_a_record_that_was_edited_by_hand_is_named_and_refused(tmp_path, part, value):
+    path = tmp_path / "edited.json"
+    path.write_text(json.dumps(RECORD | {part: value}))
+    with pytest.raises(DataError, match=rf"edited.json: not a record of a run, its .*{part}.* is none; move"):
+        read(path)
+    path.write_text(json.dumps(RECORD))
+    assert read(path) == RECORD

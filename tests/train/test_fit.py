@@ -350,14 +350,24 @@ def test_a_processor_that_lacks_the_arithmetic_of_a_precision_is_told_once(
 
 
 def test_a_compiled_network_is_trained_under_its_own_names(monkeypatch):
-    compiled = []
+    compiled, compile = [], torch.compile
 
-    def compile(model):
+    def eagerly(model):
         compiled.append(model)
-        return torch._dynamo.optimize("eager")(model)
+        return compile(model, backend="eager")
 
-    monkeypatch.setattr(torch, "compile", compile)
-    model, plain = small(), small()
+    class Unsized(nn.Module):
+        """Has no length, which what is compiled of it asks for where it is taken for a bool."""
+
+        def __init__(self):
+            super().__init__()
+            self.layers = small()
+
+        def forward(self, x):
+            return self.layers(x)
+
+    monkeypatch.setattr(torch, "compile", eagerly)
+    model, plain = Unsized(), Unsized()
     fit(model, Colours(12), Colours(6), dataclasses.replace(SHORT, compile=True), seed=0, device="cpu")
     fit(plain, Colours(12), Colours(6), SHORT, seed=0, device="cpu")
     assert compiled == [model]

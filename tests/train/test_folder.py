@@ -1,6 +1,7 @@
 """What a run's folder keeps: metrics that fit the checkpoint (rows R14, R22)."""
 
 import json
+import resource
 from pathlib import Path
 
 from cbam.train.folder import METRICS, Metrics
@@ -32,6 +33,25 @@ def test_metrics_are_cut_to_the_checkpoint_and_a_torn_line_goes(tmp_path):
     assert lines(tmp_path) == []
 
 
+def test_metrics_that_found_no_room_are_written_when_there_is_some(tmp_path):
+    # R14, R23, K13
+    said: list[str] = []
+    metrics = Metrics(tmp_path, said.append)
+    entries = [{"epoch": 0, "step": step, "loss": 0.5} for step in range(4)]
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    metrics.add(entries[0])
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / METRICS).stat().st_size + 7, limits[1]))
+        metrics.add(entries[1])
+        metrics.add(entries[2])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert lines(tmp_path) == entries[:1]  # and nothing torn after it
+    metrics.add(entries[3])
+    assert lines(tmp_path) == entries
+    assert len(said) == 1
+
+
 def test_metrics_that_cannot_be_written_are_one_line_and_not_the_end(tmp_path):
     # R14, R23
     said: list[str] = []
@@ -41,4 +61,4 @@ def test_metrics_that_cannot_be_written_are_one_line_and_not_the_end(tmp_path):
         metrics.add({"epoch": 0, "step": step})
     metrics.sync()
     assert len(said) == 1
-    assert "training goes on without metrics" in said[0]
+    assert "its lines wait till it can be written" in said[0]

@@ -307,6 +307,21 @@ def test_a_full_disk_keeps_the_old_checkpoint_and_the_run_goes_on_when_there_is_
 
 
 @pytest.mark.usefixtures("_room_again")
+@pytest.mark.parametrize("until", [8, 99], ids=["room after the last step", "no room to the end"])
+def test_a_run_whose_last_weights_are_not_on_the_disk_does_not_end_well(tmp_path, calm, until):
+    # K13
+    said: list[str] = []
+    model = Watched(full_from(6, until=until))  # the passes of the last two steps; the eighth validates
+    if until == 8:
+        train(tmp_path, model, say=said.append, save_every=None)
+        assert bits(tmp_path) == bits(calm)
+    else:
+        with pytest.raises(OutputError, match="after step 6 cannot be written"):
+            train(tmp_path, model, say=said.append, save_every=None)
+    assert sum("training goes on" in line for line in said) == 1
+
+
+@pytest.mark.usefixtures("_room_again")
 def test_what_a_bad_picture_in_a_validation_leaves_to_be_saved_are_the_weights_and_not_their_average(
     tmp_path,
 ):

@@ -12,7 +12,7 @@ import pytest
 from cbam.errors import ConfigError, DistributedError
 from cbam.train import Config
 from cbam.train.distributed import World, joined, world
-from cbam.train.launch import Place, _exit_code, first_host, place
+from cbam.train.launch import Place, _exit_code, first_host, launch, place
 from cbam.train.runs import _places
 
 
@@ -106,3 +106,18 @@ def test_a_number_of_devices_that_was_not_started_is_refused():
         _places({"devices": 4})
     assert _places({}) == {"devices": 1, "nodes": 1}
     assert Config(**json.loads(json.dumps({"recipe": "digits", "devices": 4}))).devices == 4
+
+
+def test_what_lies_in_the_folder_it_is_started_in_is_not_run(tmp_path):
+    # R6
+    for name in ("cbam.py", "random.py", "json.py"):
+        (tmp_path / name).write_text("raise SystemExit('mine was run')")
+    code = "import sys; sys.path.append(sys.argv[1]); from cbam.train.launch import launch\n"
+    code += "sys.exit(launch(['list'], 2))"
+    home = str(Path(launch.__code__.co_filename).parents[2])
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code, home], cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    assert "mine was run" not in done.stderr
+    assert "resnet_tiny" in done.stdout

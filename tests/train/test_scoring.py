@@ -15,8 +15,8 @@ from cbam.app.networks import viewer
 from cbam.app.source import source
 from cbam.data.decode import decode
 from cbam.data.pictures import centre
-from cbam.errors import ConfigError
-from cbam.train import checkpoint, material, run, score
+from cbam.errors import ConfigError, DataError
+from cbam.train import checkpoint, material, run, score, scoring
 from cbam.train.average import average_of
 from cbam.train.recipes import Config
 from cbam.train.watch import Silent
@@ -83,7 +83,9 @@ def test_of_the_runs_own_folder_what_was_held_out_is_scored(own, tmp_path, monke
     link = tmp_path / "link"
     link.symlink_to(pictures)
     assert "on 4 of the 20" in told(folder, data=str(link))
-    copy = shutil.copytree(pictures, tmp_path / "copy")  # as many pictures, while the run's own are there
+    copy = shutil.copytree(pictures, tmp_path / "copy")  # on the disk of another machine, say
+    assert "on 4 of the 20" in told(folder, data=str(copy))
+    (copy / "dark" / "00.png").rename(copy / "dark" / "other.png")
     assert "on all 20" in told(folder, data=str(copy))
 
 
@@ -153,7 +155,25 @@ def test_a_published_run_counts_anew_what_its_card_claims(own, tmp_path, monkeyp
     scored, what = score(Path("shared"), data=str(pictures), device="cpu")
     assert what.startswith("shared on 4 of the 20 pictures of ")
     assert cbam.hub.card_of("shared").results["top-1 error, %"] == pytest.approx(scored.top1)
-    assert "on all 20" in told(Path("shared"), data=str(shutil.copytree(pictures, tmp_path / "others")))
+    moved = shutil.copytree(pictures, tmp_path / "moved")
+    assert told(Path("shared"), data=str(moved)).startswith("shared on 4 of the 20 pictures of ")
+    assert told(Path("shared"), data=str(classes_in(tmp_path / "others", 5))).startswith("shared on all 10 ")
+    by_chance = classes_in(tmp_path / "elsewhere" / pictures.name, 5)  # what it was trained on, or not?
+    with pytest.raises(ConfigError, match="which were held out is no longer known"):
+        told(Path("shared"), data=str(by_chance))
+
+
+def test_a_published_run_takes_pictures_as_they_are_stored_where_it_was_trained_on_them_so(trained, tmp_path):
+    pictures = trained / "mine"
+    run("folder", {**SETTINGS, "data": str(pictures), "exif": False}, tmp_path / "run", Silent())
+    assert cli.main(["export", str(tmp_path / "run"), "--to", "hub", "--out", str(tmp_path / "shared")]) == 0
+    assert not cbam.hub.card_of(tmp_path / "shared").exif
+    asked = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scoring, "unsplit_set", lambda data, size, exif: asked.append(exif))
+        with pytest.raises(DataError):
+            score(tmp_path / "shared", data=str(tmp_path / "nowhere"), device="cpu")
+    assert asked == [False]
     with pytest.raises(ConfigError, match="give DATA"):
         score(Path("shared"), device="cpu")
 
