@@ -23,7 +23,8 @@ _ADDS_IN_PLACE = {Tensor.add_, Tensor.__iadd__}
 _ADDS = {torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__} | _ADDS_IN_PLACE
 _RELUS = {F.relu, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_}
 _HALVES = (torch.float16, torch.bfloat16)
-_BATCH_NORM = nn.BatchNorm2d.forward, F.batch_norm  # what kernels compute; somebody may put his own there
+# What kernels compute; somebody may put something else there.
+_FORWARD, _FUNCTION = nn.BatchNorm2d.forward, F.batch_norm
 
 
 class Fusable(Protocol):
@@ -278,18 +279,22 @@ def by_batch(norm: nn.modules.batchnorm._BatchNorm) -> bool:
 
 
 def _norm_obstacle(norm: nn.Module, x: Tensor) -> bool:
-    if type(norm) is not nn.BatchNorm2d or (nn.BatchNorm2d.forward, F.batch_norm) != _BATCH_NORM:
+    if type(norm) is not nn.BatchNorm2d or F.batch_norm is not _FUNCTION:
         return True
-    terms, C = parts(norm, *OF_NORM), x.shape[1]
+    if type(norm).forward is not _FORWARD or watched(norm):
+        return True
+    terms, C, dtype = parts(norm, *OF_NORM), x.shape[1], x.dtype
     weight, _, mean, var = terms
     # What torch refuses is left to the norm's own forward: one value per channel, other lengths and types.
-    if weight is None or (mean is None) != (var is None) or (by_batch(norm) and x.numel() == C):
+    if weight is None or (mean is None) != (var is None):
         return True
-    narrow = torch.float32 if x.dtype in _HALVES else x.dtype
+    if (norm.training or mean is None) and x.numel() == C:
+        return True
+    narrow = torch.float32 if dtype in _HALVES else dtype
     for t in terms:
-        if t is not None and (t.numel() != C or (t.dtype != x.dtype and t.dtype != narrow)):
+        if t is not None and (t.numel() != C or (t.dtype != narrow and t.dtype != dtype)):
             return True
-    return not plain(*terms) or watched(norm)
+    return not plain(*terms)
 
 
 OF_NORM = ("weight", "bias", "running_mean", "running_var")

@@ -31,7 +31,7 @@ SLOT = "cbam"  # the attribute that holds the attention, as in the authors' rele
 _REDIRECTED = "_cbam_call"
 _SHORTCUT = "_cbam_shortcut"
 _OWN = frozenset(vars(nn.Module()))  # `training` and the dicts of children
-_MODES = {"is_autocast_enabled", "is_autocast_cpu_enabled", "is_grad_enabled", "is_inference_mode_enabled"}
+MODES = {"is_autocast_enabled", "is_autocast_cpu_enabled", "is_grad_enabled", "is_inference_mode_enabled"}
 _NEW_OBJECT = object().__reduce_ex__(2)[0]  # what rebuilds an object that does not pickle itself
 
 
@@ -217,7 +217,7 @@ def _refuse_lost(block: nn.Module) -> None:
             raise UnroutableError("its forward enters a `with`, which a generated one would leave out")
         if bytecode.catches(code):
             raise UnroutableError("its forward has a `try`, which a generated one would leave out")
-        if asked := sorted(_MODES.intersection(code.co_names)):
+        if asked := sorted(MODES.intersection(code.co_names)):
             raise UnroutableError(f"its forward asks {asked[0]}, which a generated one would freeze")
         names = {*code.co_names}
         if "getattr" in names:  # of a name that is written, or begins with what is written
@@ -286,11 +286,7 @@ def _generated_forward(route: Route) -> Callable:
 def _output_forward(base: type[nn.Module]) -> Callable:
     if base.forward is nn.Sequential.forward:
         return base.forward  # it runs its children in order, and the attention is the last of them
-
-    def forward(self, *args, **kwargs):
-        return self.cbam(base.forward(self, *args, **kwargs))
-
-    return _declared(forward, base.forward)
+    return _declared(base.forward, "{self}.cbam(_cbam_base.forward({given}))", _cbam_base=base)
 
 
 def _redirected_call(route: Route) -> Callable:
@@ -329,16 +325,17 @@ def _redirected_shortcut(child: str) -> property:
 
 def _settled(forward: Callable) -> Callable:
     """`forward` returning a tensor also where no ReLU came to what was waiting for it."""
-
-    def run(self, *args, **kwargs):
-        return settled(forward(self, *args, **kwargs))
-
-    return _declared(run, forward)
+    return _declared(
+        forward, "_cbam_settled(_cbam_plain({given}))", _cbam_settled=settled, _cbam_plain=forward
+    )
 
 
-def _declared(run: Callable, forward: Callable) -> Callable:
-    """`run` with the parameters of `forward`: tracers read them from the code, whatever a signature says."""
-    parameters = inspect.signature(forward).parameters.values()
+def _declared(forward: Callable, body: str, **names: Any) -> Callable:
+    """What returns `body`, with the parameters of `forward`: tracers read them from the code itself.
+
+    `{self}` in it is the first of them, `{given}` stands for all; `names` are those of other things in it.
+    """
+    parameters = [*inspect.signature(forward, follow_wrapped=False).parameters.values()]
     defaults = {f"_{i}": p.default for i, p in enumerate(parameters) if p.default is not p.empty}
     declared = inspect.Signature(
         [
@@ -346,9 +343,9 @@ def _declared(run: Callable, forward: Callable) -> Callable:
             for i, p in enumerate(parameters)
         ]
     )
-    passed = ", ".join(_PASSED.get(p.kind, "{0}").format(p.name) for p in parameters)
-    source = f"def forward{declared}: return _run({passed})"
-    namespace = {"_run": run} | defaults
+    given = ", ".join(_PASSED.get(p.kind, "{0}").format(p.name) for p in parameters)
+    source = f"def forward{declared}: return " + body.format(self=parameters[0].name, given=given)
+    namespace = names | defaults
     # Scripting must find no source.
     exec(compile(source, f"<cbam: {forward.__name__} with attention>", "exec"), namespace)
     return namespace["forward"]

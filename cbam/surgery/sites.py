@@ -11,10 +11,11 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
 from cbam.errors import AttachError, InputError, first_line
-from cbam.surgery import graph
+from cbam.surgery import bytecode, graph
 from cbam.surgery.bytecode import UnroutableError, is_straight
 from cbam.surgery.effects import DRAWS, unchanged, undrawn
 from cbam.surgery.route import (
+    MODES,
     SLOT,
     Route,
     child_route,
@@ -228,7 +229,7 @@ def _with_tail(route: Route, block: nn.Module, trunk: graph.Trunk, add: graph.Ad
         graphs = [graph.trace_with_effects(block, training=training) for training in (False, True)]
     except Exception:  # a forward may refuse to be traced in any way it likes
         return route
-    if any(DRAWS in effects for _, effects in graphs):
+    if any(DRAWS in effects for _, effects in graphs) or MODES & bytecode.names(type(block)):
         return route  # it may leave out a branch that it has computed, whose batch would not be counted
     trained = graph.Trunk(block, graphs[1][0])
     same = [a for a in trained.adds if a.branch.target == route.child and trained.tail(a) is not None]

@@ -161,6 +161,8 @@ def test_a_published_run_counts_anew_what_its_card_claims(own, tmp_path, monkeyp
     by_chance = classes_in(tmp_path / "elsewhere" / pictures.name, 5)  # what it was trained on, or not?
     with pytest.raises(ConfigError, match="which were held out is no longer known"):
         told(Path("shared"), data=str(by_chance))
+    with pytest.raises(ConfigError, match="give DATA"):
+        score(Path("shared"), device="cpu")
 
 
 def test_a_published_run_takes_pictures_as_they_are_stored_where_it_was_trained_on_them_so(trained, tmp_path):
@@ -174,8 +176,6 @@ def test_a_published_run_takes_pictures_as_they_are_stored_where_it_was_trained_
         with pytest.raises(DataError):
             score(tmp_path / "shared", data=str(tmp_path / "nowhere"), device="cpu")
     assert asked == [False]
-    with pytest.raises(ConfigError, match="give DATA"):
-        score(Path("shared"), device="cpu")
 
 
 def test_pictures_come_to_a_published_network_as_its_card_says(own, tmp_path):
