@@ -1,20 +1,19 @@
 """What README.md says of the studies on photographs: one table with the rows of all tables that count.
 
-A column is one training. What stands in several studies stands here once; a row with too few seeds stands in
-its table alone.
+The table is of the training that is nearest to the protocol; of the others it is said what they show. What
+stands in several studies stands here once; a row with too few seeds stands in its own table alone.
 """
 
 import json
+from collections.abc import Collection, Iterator
 from typing import Any
 
-from cbam.studies.printing import by_word, level_rows, warm_up
+from cbam.studies.printing import by_word, interval_told, level_told, warm_up
 from cbam.studies.report import LABELS, as_markdown, by_chance
 from cbam.studies.study import SEEDS
-from cbam.studies.tabulate import Table, differences
+from cbam.studies.tabulate import Table, compared, differences, levels
 
-COLD = """\
-The other columns are without a warm-up. At a rate of 0.1 the plain network needs one; without it, it falls
-behind by the luck of the seed, while the paper's start damps every block at first. They show:"""
+LABELS_HERE = LABELS | {"channel": "channel, average and maximum", "cbam-max": "channel, maximum"}
 
 
 def cited(judged: list[Table]) -> str:
@@ -47,45 +46,43 @@ def _closeness(table: Table) -> tuple[bool, bool]:
 
 
 def _together(tables: list[Table]) -> str:
-    columns: dict[str, list[Table]] = {}
+    trainings: dict[str, list[Table]] = {}
     for table in tables:
-        columns.setdefault(", ".join(parts(table)), []).append(table)
-    first = tables[0]
-    common = [part for part in parts(first) if all(part in parts(table) for table in tables)]
-    heads = [", ".join(p for p in parts(own[0]) if p not in common) for own in columns.values()]
-    labels = _labels(tables)
-    seeds, rows = _rows(list(columns.values()), labels)
-    network = first.shared.get("network", "several networks")
-    about = f"{network} on {first.shared['data']}"
-    lines = [f"**{as_markdown(about)}**: {', '.join(common)}; {first.first.title} in %, {seeds}.", ""]
-    lines += [f"| | {' | '.join(head or first.first.title for head in heads)} |"]
-    lines += ["|---|" + "---|" * len(columns), *rows, ""]
-    told = [_differences(own, labels) for own in columns.values()]
-    lines += ["The first column is the comparison to go by:" if len(columns) > 1 else "It shows:", ""]
-    lines += [f"- {as_markdown(sentence)}" for sentence in by_word(first.first.title, told[0])]
-    if len(columns) > 1:
-        warm = [bool(own[0].shared.get("warmup_epochs")) for own in columns.values()]
-        lines += ["", COLD if warm[0] and not any(warm[1:]) else "The other columns show:", ""]
-        for head, rest in zip(heads[1:], told[1:], strict=True):
-            lines.append(f"- {head}: {as_markdown(_shown(by_word(first.first.title, rest)))}")
-    return "\n".join([*lines, "", by_chance(sum(map(len, told)), " here"), "", _links(tables)])
+        trainings.setdefault(", ".join(parts(table)), []).append(table)
+    (how, main), *others = trainings.items()
+    labels, title = _labels(tables), main[0].first.title
+    named = as_markdown(f"{main[0].shared.get('network', 'several networks')} on {main[0].shared['data']}")
+    rows, to_plain = _rows(main, labels)
+    between = _differences(main, labels, but=to_plain)
+    seeds = sorted({len(table.runs[name]) for table, name in _counted(main)})
+    told = str(seeds[0]) if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
+    lines = [f"**{named}**: {how}; {title} in %, {told} seeds.", ""]
+    lines += ["| | error | against plain | |", "|---|---|---|---|", *rows, ""]
+    if between:
+        lines += [as_markdown(_shown("Between the attentions", by_word(title, between))), ""]
+    count = len(to_plain) + len(between)
+    for told, own in others:
+        apart = ", ".join(part for part in told.split(", ") if part not in how.split(", "))
+        found = _differences(own, labels)
+        count += len(found)
+        lines.append(as_markdown(_shown(f"With {apart}", by_word(title, found))) + "\n")
+    return "\n".join([*lines, by_chance(count, " here"), "", _links(tables)])
 
 
 def _labels(tables: list[Table]) -> dict[str, str]:
     """A name for every kind of run, by its key; how attention begins is said where that differs."""
     found: dict[str, tuple[Table, str]] = {}
     starts: dict[tuple, set[str]] = {}
-    for table in tables:
-        for name in _rows_that_count(table):
-            found.setdefault(_key(table, name), (table, name))
-            config = _config(table, name)
-            starts.setdefault(_kind(config), set()).add(config["start"])
+    for table, name in _counted(tables):
+        found.setdefault(_key(table, name), (table, name))
+        config = _config(table, name)
+        starts.setdefault(_kind(config), set()).add(config["start"])
     labels = {}
     for key, (table, name) in found.items():
         arm, config = table.study.arms[name], _config(table, name)
         label = arm.label
         if not table.study.many_networks and config["reduction"] is None and config["where"] is None:
-            label = LABELS.get(config["attention"] or "plain") or arm.label
+            label = LABELS_HERE.get(config["attention"] or "plain") or arm.label
             if config["forked"]:
                 label = f"trained, then: {label}"
             if config["attention"] and len(starts[_kind(config)]) > 1:
@@ -94,8 +91,12 @@ def _labels(tables: list[Table]) -> dict[str, str]:
     return labels
 
 
-def _rows_that_count(table: Table) -> list[str]:
-    return [name for name in table.arms if len(table.runs.get(name, {})) >= SEEDS]
+def _counted(tables: list[Table]) -> Iterator[tuple[Table, str]]:
+    """Every row that has enough seeds."""
+    for table in tables:
+        for name in table.arms:
+            if len(table.runs.get(name, {})) >= SEEDS:
+                yield table, name
 
 
 def _config(table: Table, arm: str) -> dict[str, Any]:
@@ -113,41 +114,53 @@ def _key(table: Table, arm: str) -> str:
     return json.dumps([config.get(name) for name in names])
 
 
-def _rows(columns: list[list[Table]], labels: dict[str, str]) -> tuple[str, list[str]]:
-    """The rows of all columns, by the first measure; and in words how many seeds they have."""
-    levels: list[dict[str, tuple[str, str]]] = []
-    for tables in columns:
-        levels.append({})
-        for table in tables:
-            for name, row in zip(table.arms, level_rows(table)[1:], strict=True):
-                if name in _rows_that_count(table):
-                    levels[-1].setdefault(_key(table, name), (row[4], row[3]))
-    every = {n for column in levels for _, n in column.values()}
-    rows = []
-    for key, label in labels.items():
-        cells = [column.get(key, ("-", "")) for column in levels]
-        shown = [level if len(every) == 1 or not n else f"{level} ({n})" for level, n in cells]
-        rows.append(f"| {as_markdown(label)} | {' | '.join(shown)} |")
-    return f"{min(every)} seeds" if len(every) == 1 else "in brackets the seeds", rows
+def _rows(tables: list[Table], labels: dict[str, str]) -> tuple[list[str], set[tuple[str, str]]]:
+    """A line for each kind of run, with its difference to the plain one; and the pairs that are compared."""
+    found: dict[str, tuple[Table, str]] = {}
+    for table, name in _counted(tables):
+        found.setdefault(_key(table, name), (table, name))
+    lines, pairs = [], set()
+    for key, (table, name) in found.items():
+        measure, config = table.first, _config(table, name)
+        level = next(row for row in levels(table) if row["arm"] == name)[measure.key]
+        cells = [as_markdown(labels[key]), level_told(level), "", ""]
+        base = next((k for k, (t, n) in found.items() if _is_plain_of(_config(t, n), config)), None)
+        if base is not None and base != key:
+            own, theirs = table.values(name, measure.key), found[base][0].values(found[base][1], measure.key)
+            row = compared(own, theirs, measure)
+            cells[2:] = [interval_told(row), row["word"]]
+            pairs.add((key, base))
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines, pairs
 
 
-def _differences(tables: list[Table], labels: dict[str, str]) -> list[tuple[str, dict]]:
-    """The comparisons of one training, each once."""
-    found = {}
+def _is_plain_of(config: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether these are the settings of the plain network that those of `other` are compared with."""
+    same = all(config.get(name) == other.get(name) for name in ("network", "forked"))
+    return same and not config["attention"]
+
+
+def _differences(
+    tables: list[Table], labels: dict[str, str], but: Collection[tuple[str, str]] = ()
+) -> list[tuple[str, dict]]:
+    """The comparisons of one training, each once, without those of `but`."""
+    found, counted = {}, {(id(table), name) for table, name in _counted(tables)}
     for table in tables:
-        counted = _rows_that_count(table)
         for row in differences(table, table.first.key):
-            if "word" in row and row["arm"] in counted and row["against"] in counted:
+            if {(id(table), row["arm"]), (id(table), row["against"])} <= counted and "word" in row:
                 pair = _key(table, row["arm"]), _key(table, row["against"])
-                found.setdefault(pair, (f"{labels[pair[0]]} against {labels[pair[1]]}", row))
+                if pair not in but:
+                    found.setdefault(pair, (f"{labels[pair[0]]} against {labels[pair[1]]}", row))
     return list(found.values())
 
 
-def _shown(every: list[str]) -> str:
-    """What is shown by a column that is not the one to go by; the rest stands on the pages of its tables."""
+def _shown(where: str, every: list[str]) -> str:
+    """What is shown there; the rest stands on the pages of the tables."""
     told = [sentence for sentence in every if sentence.startswith(("Better", "Worse"))]
-    rest = ["No difference is shown in the rest."] if told else ["No difference is shown."]
-    return " ".join(told + (rest if len(told) < len(every) else []))
+    if not told:
+        return f"{where} no difference is shown."
+    rest = ["No difference is shown in the rest."] if len(told) < len(every) else []
+    return f"{where}: {' '.join([told[0][0].lower() + told[0][1:], *told[1:], *rest])}"
 
 
 def _links(tables: list[Table]) -> str:

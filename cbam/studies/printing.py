@@ -30,7 +30,8 @@ def by_word(measure: str, compared: Iterable[tuple[str, dict[str, Any]]]) -> lis
     """Comparisons in words, and the differences that were computed: a sentence per word."""
     found: dict[str, list[str]] = {}
     for told, row in compared:
-        found.setdefault(row["word"], []).append(f"{told} ({_interval_told(row)})")
+        points = f"{row['mean']:+.2f} points{_interval(row, ', {}')}"
+        found.setdefault(row["word"], []).append(f"{told} ({points})")
     order = ("better", "worse", "no difference shown", "not known")
     return [
         f"{word[0].upper()}{word[1:]} in {measure}: {'; '.join(found[word])}."
@@ -39,10 +40,13 @@ def by_word(measure: str, compared: Iterable[tuple[str, dict[str, Any]]]) -> lis
     ]
 
 
-def _interval_told(row: dict[str, Any]) -> str:
-    if row["low"] is None:
-        return f"{row['mean']:+.2f} points"
-    return f"{row['mean']:+.2f} points, {row['low']:+.2f} to {row['high']:+.2f}"
+def interval_told(row: dict[str, Any]) -> str:
+    """A difference, in brackets its interval where there is one."""
+    return f"{row['mean']:+.2f}{_interval(row, ' ({})')}"
+
+
+def _interval(row: dict[str, Any], form: str) -> str:
+    return "" if row["low"] is None else form.format(f"{row['low']:+.2f} to {row['high']:+.2f}")
 
 
 def _label(table: Table, arm: str) -> str:
@@ -60,7 +64,7 @@ def level_rows(table: Table) -> list[list[str]]:
         cells = [row["label"], parameters, gmac, str(row["n"])]
         for place, measure in enumerate(table.study.measures):
             paper = printed(row["paper"], place)
-            cells += [_level(row[measure.key]), "-" if paper is None else f"{paper:.2f}"]
+            cells += [level_told(row[measure.key]), "-" if paper is None else f"{paper:.2f}"]
         rows.append(cells)
     return rows
 
@@ -85,7 +89,8 @@ def _outcome_cells(row: dict[str, Any]) -> list[str]:
     return [_points(row["mean"]), interval, row["word"], str(row["n"]), f"{row['resolution']:.2f}", needed]
 
 
-def _level(numbers: dict[str, Any] | None) -> str:
+def level_told(numbers: dict[str, Any] | None) -> str:
+    """A mean, and its spread where there is one."""
     if numbers is None:
         return "-"
     return f"{numbers['mean']:.2f}" + ("" if numbers["spread"] is None else f" ± {numbers['spread']:.2f}")

@@ -158,19 +158,24 @@ def differences(table: Table, measure: str) -> list[dict[str, Any]]:
     found = []
     for name, arm in table.arms.items():
         for other in arm.against:
-            own, base = table.values(name, measure), table.values(other, measure)
-            both = sorted(own.keys() & base.keys())
             ours, theirs = arm.paper, table.study.arms[other].paper
             ours, theirs = printed(ours, place), printed(theirs, place)
             paper = None if ours is None or theirs is None else round(ours - theirs, 2)
-            row: dict[str, Any] = {"arm": name, "against": other, "paper": paper, "n": len(both)}
-            if both:
-                pairs = [own[s] for s in both], [base[s] for s in both]
-                row |= paired_difference(*pairs, lower_is_better=told.lower_is_better)
-                row["each"] = {s: own[s] - base[s] for s in both}
-                row |= _power(row)
-            found.append(row)
+            row = compared(table.values(name, measure), table.values(other, measure), told)
+            found.append({"arm": name, "against": other, "paper": paper} | row)
     return found
+
+
+def compared(own: dict[int, float], base: dict[int, float], measure: Measure) -> dict[str, Any]:
+    """One row's values by seed against another's: `paired_difference` where they have seeds in common."""
+    both = sorted(own.keys() & base.keys())
+    row: dict[str, Any] = {"n": len(both)}
+    if both:
+        pairs = [own[s] for s in both], [base[s] for s in both]
+        row |= paired_difference(*pairs, lower_is_better=measure.lower_is_better)
+        row["each"] = {s: own[s] - base[s] for s in both}
+        row |= _power(row)
+    return row
 
 
 def printed(paper: tuple[float, ...] | None, place: int) -> float | None:
