@@ -94,7 +94,8 @@ def gate_statistics(
 
     Args:
         model: with attention; left as it was.
-        batches: normalised images (N, 3, H, W), all of one size, and their classes (N,) or None.
+        batches: normalised images (N, 3, H, W), all of one size, and their classes (N,) or None; or the
+            signals or volumes that the model takes.
 
     Raises:
         ConfigError: the model has no attention, or is compiled.
@@ -137,11 +138,11 @@ class _Seen:
         norm = before.norm(dim=1).clamp(min=torch.finfo(torch.float32).tiny)
         channel, spatial = block.channel_gate, block.spatial_gate
         if channel is None and (both := block.step("both")) is not None:
-            channel = both.gate.mean((2, 3), keepdim=True)
+            channel = both.gate.flatten(2).mean(2)
         own = next((step for step in block.steps if step.kind != "both"), None)
         return cls(
             change=((after - before).norm(dim=1) / norm).cpu(),
-            what=None if channel is None else channel[:, :, 0, 0].double().cpu(),
+            what=None if channel is None else channel.flatten(1).double().cpu(),
             where=None if spatial is None else _spaced(spatial.flatten(1).double().cpu()),
             channels=block.before.shape[1],
             middle=1.0 if own is None else own.middle,

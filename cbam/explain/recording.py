@@ -1,6 +1,7 @@
 """What every attended block did to its feature map, step by step.
 
-Shapes: N samples, C channels, H x W pixels of the block's feature map.
+Shapes: N samples, C channels, H x W pixels of the block's feature map. A signal has L in their place, a volume
+D x H x W, where the attention is made for it (`dim=1`, `dim=3`).
 """
 
 import copy
@@ -63,7 +64,10 @@ class Refinement:
     @property
     def channel_gate(self) -> Tensor | None:
         """What: (N, C, 1, 1), the mean over pixels; None where there is no such gate."""
-        return None if (step := self.step("what")) is None else step.gate.mean((2, 3), keepdim=True)
+        if (step := self.step("what")) is None:
+            return None
+        pixels = tuple(range(2, step.gate.dim()))
+        return step.gate.mean(pixels, keepdim=True)
 
     @property
     def spatial_gate(self) -> Tensor | None:
@@ -126,6 +130,7 @@ def _watch(name: str, attention: nn.Module, recording: dict[str, Refinement], un
     """Write a `Refinement` under `name` each time `attention` has run; `undo` takes all of it back."""
     seen: dict[Gate, Tensor] = {}  # in the order of the calls
     after: dict[Gate, Tensor] = {}
+    dim = _dim(attention)
 
     def keep_map(own: Gate, _, out: Tensor) -> None:
         if own in seen:
@@ -138,17 +143,23 @@ def _watch(name: str, attention: nn.Module, recording: dict[str, Refinement], un
     def keep(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
         if module is not attention:  # a copy of the model takes the hook along
             return
-        before, last = _batch(_copy(args[0])), _batch(_copy(out))
+        before, last = _batch(_copy(args[0]), dim), _batch(_copy(out), dim)
         steps, current = [], before
         for own, value in seen.items():
-            value, known = _batch(value), after.get(own)
-            current = rescale(current, value) if known is None else _batch(known)
+            value, known = _batch(value, dim), after.get(own)
+            current = rescale(current, value) if known is None else _batch(known, dim)
             steps.append(Step(_kind(own, value, before), value, current, _middle(own)))
         recording[name] = Refinement(before, tuple(steps), last)
         seen.clear()
         after.clear()
 
     undo.callback(attention.register_forward_hook(keep).remove)
+
+
+def _dim(attention: nn.Module) -> int:
+    """Of how many dimensions the maps are that an attention is made for, channels and samples aside."""
+    sized = (ChannelAttention, SpatialAttention)
+    return next((part.dim for part in attention.modules() if isinstance(part, sized)), 2)
 
 
 def _keep_gate(module: Gate, seen: dict[Gate, Tensor], undo: ExitStack) -> None:
@@ -189,7 +200,7 @@ def _kind(own: Gate, gate: Tensor, x: Tensor) -> str:
         return own.kind
     if gate.shape[1] == 1 < x.shape[1]:
         return "where"
-    return "what" if gate.shape[-2:] == (1, 1) else "both"
+    return "what" if gate.shape[2:].numel() == 1 else "both"
 
 
 def _middle(gate: Gate) -> float:
@@ -197,8 +208,9 @@ def _middle(gate: Gate) -> float:
     return (1.0 if gain is None else float(gain)) / 2 if isinstance(gate, _ONE_SIGMOID) else 1.0
 
 
-def _batch(x: Tensor) -> Tensor:
-    return x if x.dim() == 4 else x[None]
+def _batch(x: Tensor, dim: int) -> Tensor:
+    """One sample as a batch of one; a batch as it is."""
+    return x[None] if x.dim() == dim + 1 else x
 
 
 def _copy(x: Tensor) -> Tensor:

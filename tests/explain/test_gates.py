@@ -181,3 +181,12 @@ def test_gates_that_hardly_differ_are_told_by_a_third_digit_and_drawn_on_no_fine
         shown = [box for box in boxes if panel.bbox.x0 <= (box.x0 + box.x1) / 2 <= panel.bbox.x1]
         assert len(shown) > 1
         assert all(one.x1 < two.x0 for one, two in itertools.pairwise(shown))
+
+
+@pytest.mark.parametrize(("dim", "size"), [(1, (20,)), (3, (4, 6, 5))])
+def test_the_gates_of_signals_and_of_volumes_are_summed_up_too(dim, size):
+    model = nn.Sequential(cbam.CBAM(8, dim=dim))
+    (block,) = gate_statistics(model, [(torch.randn(3, 8, *size), None)])
+    assert block.channels == 8
+    assert block.what is not None
+    assert block.where is not None

@@ -272,3 +272,20 @@ def test_a_copy_made_while_recording_has_attention_of_its_own(build, images):
         assert not torch.equal(twin(images), before)
     again = copy.deepcopy(twin)
     assert torch.equal(again(images), twin(images))
+
+
+@pytest.mark.parametrize(("dim", "size"), [(1, (20,)), (2, (6, 5)), (3, (4, 6, 5))])
+@pytest.mark.parametrize("batch", [(), (1,), (3,)])
+def test_signals_and_volumes_are_recorded_as_what_they_are(dim, size, batch):
+    model = cbam.CBAM(8, dim=dim).eval()
+    nn.init.ones_(model.spatial.bn.weight)
+    x = torch.randn(*batch, 8, *size)
+    with record(model) as recording:
+        y = model(x)
+    block, N, ones = recording[""], *(batch or (1,)), (1,) * dim
+    assert [own.kind for own in block.steps] == ["what", "where"]
+    assert torch.equal(block.before, x.view(N, 8, *size))
+    assert torch.equal(block.after, y.view(N, 8, *size))
+    assert block.channel_gate.shape == (N, 8, *ones)
+    assert block.spatial_gate.shape == (N, 1, *size)
+    assert torch.equal(block.steps[0].after, block.before * block.channel_gate)
