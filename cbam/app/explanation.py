@@ -23,7 +23,7 @@ from cbam.explain.looking import Glance, Look, Viewer, look_at_view, stages
 from cbam.explain.maps import METHODS
 from cbam.explain.recording import Refinement
 from cbam.explain.sheet import draw
-from cbam.explain.stages import Channel, channel_gates, over_picture, top_channels, where_scale
+from cbam.explain.stages import Channel, channel_gates, over_picture, top_channels, where_middle, where_reach
 
 MAX_BYTES = 10_000_000
 MAX_PIXELS = 25_000_000
@@ -185,7 +185,7 @@ def _stage(seen: Look, network: str, blocks: dict[str, Refinement], shown: Shown
     C, h, w = block.before.shape[1:]
     cells = []
     if (gate := block.spatial_gate) is not None:
-        scale = where_scale(list(blocks.values()))
+        scale = where_middle(block), where_reach(list(blocks.values()))
         picture = over_picture(seen.image, gate[0, 0], scale, max(shown.opacity, 0.2))
         low, high = (paper.factor(float(end), scale[1]) for end in gate.aminmax())
         caption = f"{low} to {high} {_ramp(*scale)}"

@@ -174,8 +174,8 @@ def _size(row: Row) -> tuple[int, int]:
 
 def _gate_scale(rows: Sequence[Row]) -> tuple[float, float]:
     """One scale for all rows."""
-    gates = [row.spatial_gate for row in rows if row.spatial_gate is not None]
-    return paper.gate_scale(gates, rows[0].middle)
+    gates = [(row.spatial_gate, row.middle) for row in rows if row.spatial_gate is not None]
+    return rows[0].middle, paper.gate_reach(gates)
 
 
 def _scales(page: _Grid, columns: list[_Column], scale: tuple[float, float]) -> None:

@@ -180,10 +180,10 @@ def pixels(image: Tensor):
     return image.expand(3, -1, -1).permute(1, 2, 0).numpy()
 
 
-def gate_scale(gates: list[Tensor], middle: float) -> tuple[float, float]:
-    """The middle of the gates' colour scale and how far it reaches to either side, one for all of them."""
-    reach = max((float((gate - middle).abs().max()) for gate in gates), default=0.0)
-    return middle, max(reach, LEAST)
+def gate_reach(gates: Iterable[tuple[Tensor, float]]) -> float:
+    """How far a scale that holds all gates reaches to either side of their middles, which stand with them."""
+    reach = max((float((gate - middle).abs().max()) for gate, middle in gates), default=0.0)
+    return max(reach, LEAST)
 
 
 def factor(value: float, reach: float) -> str:
@@ -198,9 +198,17 @@ def in_words(middles: Iterable[float]) -> str:
 
 
 def of_channels(largest: Iterable[float], smallest: Iterable[float]) -> tuple[str, str]:
-    """What the largest gates that are shown do to their channels, and what the smallest do."""
-    upwards = "raised most" if any(gate > 1 for gate in largest) else "kept most"
-    return upwards, "lowered most" if any(gate < 1 for gate in smallest) else "raised least"
+    """The channels whose largest gates are shown, and those of the smallest, by what all of these do."""
+    upwards = _by_effect(largest, "raised most", "kept most", "of the largest gates")
+    return upwards, _by_effect(smallest, "raised least", "lowered most", "of the smallest gates")
+
+
+def _by_effect(gates: Iterable[float], above: str, below: str, mixed: str) -> str:
+    """`above` where all gates are above 1, `below` where all are below, else `mixed`."""
+    gates = list(gates)
+    if all(gate < 1 for gate in gates):
+        return below
+    return above if all(gate > 1 for gate in gates) else mixed
 
 
 def _replace(path: Path, content: bytes) -> None:

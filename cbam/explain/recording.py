@@ -1,7 +1,7 @@
 """What every attended block did to its feature map, step by step.
 
-Shapes: N samples, C channels, H x W pixels of the block's feature map. A signal has L in their place, a volume
-D x H x W, where the attention is made for it (`dim=1`, `dim=3`).
+Shapes: N samples, C channels, H x W pixels of the block's feature map. A signal has L in place of H x W, a
+volume D x H x W, where the attention is made for it (`dim=1`, `dim=3`).
 """
 
 import copy

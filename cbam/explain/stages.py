@@ -24,9 +24,9 @@ _HEAD, _PITCH, _FOOT = 0.42, 1.05, 0.40
 def stages_figure(look: Look, path: str | Path, *, network: str | None = None) -> Path:
     """Draw the gates of `network`, a row for the last attended block of each size, and write it to `path`.
 
-    Columns: where, the spatial gate over the picture, on one scale for all rows; what, the histogram of the
-    channel gates; the channels that the block raises most and lowers most, as it found them. Those of gates
-    that no block has are left out.
+    Columns: where, the spatial gate over the picture, white in the middle of its range and with colours that
+    reach as far in all rows; what, the histogram of the channel gates; the channels that the block raises
+    most and lowers most, as it found them. Those of gates that no block has are left out.
 
     Args:
         look: from `look`.
@@ -84,7 +84,7 @@ def channel_gates(block: Refinement) -> tuple[Tensor, float, float] | None:
     if step is None:
         return None
     gates = step.gate[0].float().mean((1, 2))
-    return gates, *paper.gate_scale([gates], step.middle)
+    return gates, step.middle, paper.gate_reach([(gates, step.middle)])
 
 
 def top_channels(block: Refinement, count: int = TOP) -> tuple[list[Channel], list[Channel]]:
@@ -98,22 +98,29 @@ def top_channels(block: Refinement, count: int = TOP) -> tuple[list[Channel], li
     return named[::-1][:count], named[:count]
 
 
-def where_scale(blocks: Sequence[Refinement]) -> tuple[float, float]:
-    """One colour scale for the spatial gates of these blocks."""
-    gates = [gate[0] for block in blocks if (gate := block.spatial_gate) is not None]
-    middles = [step.middle for block in blocks if (step := block.step("where") or block.step("both"))]
-    return paper.gate_scale(gates, middles[0] if middles else 1.0)
+def where_middle(block: Refinement) -> float:
+    """The value of a block's spatial gate where it has nothing to say."""
+    step = block.step("where") or block.step("both")
+    return 1.0 if step is None else step.middle
+
+
+def where_reach(blocks: Sequence[Refinement]) -> float:
+    """How far from their middles the spatial gates of these blocks lie: one scale for all of them."""
+    gated = [(gate[0], block) for block in blocks if (gate := block.spatial_gate) is not None]
+    return paper.gate_reach((gate, where_middle(block)) for gate, block in gated)
 
 
 class _Stages(Page):
     def __init__(self, look: Look, network: str, blocks: dict[str, Refinement]) -> None:
         self.look, self.blocks = look, blocks
-        self.scale = where_scale(list(blocks.values()))
+        self.reach = where_reach(list(blocks.values()))
+        gated = [block for block in blocks.values() if block.spatial_gate is not None]
+        self.whites = sorted({where_middle(block) for block in gated})
         whats = [step for block in blocks.values() if (step := block.step("what") or block.step("both"))]
         self.middles = [step.middle for step in whats]
         self.where = self.what = self.channels = None  # where the columns begin, of gates that there are
         right = _LEFT
-        if any(block.spatial_gate is not None for block in blocks.values()):
+        if gated:
             self.where, right = right, right + _CELL + _GAP
         if whats:
             self.what, self.channels = right + 0.09, right + _HISTOGRAM + 0.2
@@ -135,9 +142,11 @@ class _Stages(Page):
         self.say(self.what + _HISTOGRAM / 2, top, title, va="bottom")
         tops = [top_channels(block) for block in self.blocks.values()]
         raised, lowered = ([channel.gate for own in tops for channel in own[side]] for side in (0, 1))
+        wide = TOP * (_CELL + _GAP) - _GAP
         for side, words in enumerate(paper.of_channels(raised, lowered)):
-            middle = self._column(side * TOP) + (TOP * (_CELL + _GAP) - _GAP) / 2
-            self.say(middle, top, f"channels {words}, as the block found them", va="bottom")
+            break_ = "\n" if "gates" in words else " "  # these are too long for one line
+            title = f"channels {words},{break_}as the block found them"
+            self.say(self._column(side * TOP) + wide / 2, top, title, va="bottom")
 
     def _column(self, c: int) -> float:
         """Where the column of the c-th channel begins."""
@@ -146,6 +155,8 @@ class _Stages(Page):
     def _row(self, name: str, block: Refinement, top: float) -> None:
         C, h, w = block.before.shape[1:]
         words = f"{paper.cut(name, 0.56)}\n{C} ch.\n{h} × {w}"
+        if len(self.whites) > 1 and block.spatial_gate is not None:
+            words += f"\nwhite: {where_middle(block):.2g}"
         self.say(0.06, top + _CELL / 2, words, ha="left", size=SMALL)
         self._where(block, top)
         self._what(block, top)
@@ -158,10 +169,10 @@ class _Stages(Page):
         gate = block.spatial_gate
         if gate is None or self.where is None:
             return
-        ax = self.axes(self.where, top, _CELL, _CELL)
-        ax.imshow(over_picture(self.look.image, gate[0, 0], self.scale), interpolation="nearest")
+        ax, scale = self.axes(self.where, top, _CELL, _CELL), (where_middle(block), self.reach)
+        ax.imshow(over_picture(self.look.image, gate[0, 0], scale), interpolation="nearest")
         paper.bare(ax)
-        low, high = (paper.factor(float(end), self.scale[1]) for end in gate.aminmax())
+        low, high = (paper.factor(float(end), self.reach) for end in gate.aminmax())
         paper.under(ax, f"{low} to {high}")
 
     def _what(self, block: Refinement, top: float) -> None:
@@ -192,9 +203,7 @@ class _Stages(Page):
 
     def _foot(self, top: float) -> None:
         if self.where is not None:
-            middle, reach = self.scale
-            ticks = {value: paper.factor(value, reach) for value in (middle - reach, middle, middle + reach)}
-            self.bar(self.axes(self.where, top, _CELL, 0.06), paper.GATE, ticks, "factor")
+            self._scale(self.axes(self.where, top, _CELL, 0.06))
         if self.what is not None:
             wide = 2 * TOP * (_CELL + _GAP) - _GAP
             self.bar(
@@ -203,3 +212,11 @@ class _Stages(Page):
             )  # fmt: skip
             words = f"dashed: {paper.in_words(self.middles)}"
             self.say(self.what + _HISTOGRAM / 2, top + 0.1, words, size=SMALL)
+
+    def _scale(self, ax) -> None:
+        """The bar of the spatial gates: factors, or where rows have other middles how far it is from them."""
+        if len(self.whites) == 1:
+            values, title = [self.whites[0] + step * self.reach for step in (-1, 0, 1)], "factor"
+        else:
+            values, title = [-self.reach, 0, self.reach], "factor, from white"
+        self.bar(ax, paper.GATE, {value: paper.factor(value, self.reach) for value in values}, title)

@@ -63,7 +63,8 @@ def test_the_middle_of_the_gates_changes_nothing_only_after_an_identity_start(st
     page = explainer.page(explainer.take(picture(), "photo.png"), Shown())
     assert ("dashed: changes nothing" in page) == (start == "identity")
     assert ("dashed: middle of the range;\n1 changes nothing" in page) == (start == "paper")
-    assert "channels kept most" in page
+    assert ("channels kept most" in page) == (start == "paper")
+    assert ("channels of the largest gates" in page) == (start == "identity")
 
 
 def test_below_the_threshold_and_without_opacity_the_picture_is_grey(explainer):

@@ -8,7 +8,7 @@ from cbam.errors import ConfigError, InputError
 from cbam.explain import Viewer, gradcam, look, look_figure, page, record, stages_figure
 from cbam.explain.looking import class_index, stages
 from cbam.explain.pair import view
-from cbam.explain.stages import top_channels, where_scale
+from cbam.explain.stages import over_picture, top_channels, where_middle, where_reach
 
 pytest.importorskip("torchcam", reason="Grad-CAM is torchcam's")
 pytest.importorskip("matplotlib", reason="figures are matplotlib's")
@@ -87,8 +87,8 @@ def test_the_top_channels_are_those_with_the_largest_and_the_smallest_gates(view
 
 def test_the_spatial_gates_share_one_scale(viewer, picture):
     blocks = stages(look(viewer, picture).blocks["CBAM"])
-    middle, reach = where_scale(list(blocks.values()))
-    assert middle == 0.5
+    assert {where_middle(block) for block in blocks.values()} == {0.5}
+    reach = where_reach(list(blocks.values()))
     assert reach == pytest.approx(max((b.spatial_gate - 0.5).abs().max().item() for b in blocks.values()))
 
 
@@ -227,7 +227,30 @@ def test_the_middle_of_the_scale_changes_nothing_only_where_it_is_one(
     assert ("\n0.500\n" in words) == (not neutral)  # gates that are near it
 
 
-@pytest.mark.parametrize("kind", ["rows", "sheet", "stages", "disagreeing", "alone", "six"])
+def mixed(viewer):
+    """The late stage at the identity, the early one as in the paper."""
+    net = viewer.networks["CBAM"]
+    for block in net.stage2:
+        block.cbam.identity_()
+    return Viewer({"CBAM": net}, CLASSES, size=32, resized=36)
+
+
+def test_gates_that_change_nothing_are_white_beside_those_of_another_range(viewer, picture, tmp_path):
+    seen = look(mixed(viewer), picture, "photo.jpg")
+    early, late = stages(seen.blocks["CBAM"]).values()
+    assert (where_middle(early), where_middle(late)) == (0.5, 1)
+    reach = where_reach([early, late])
+    assert reach == pytest.approx((early.spatial_gate - 0.5).abs().max().item())
+    drawn = over_picture(seen.image, late.spatial_gate[0, 0], (where_middle(late), reach), opacity=1)
+    assert drawn.min() > 0.95
+    words = svg_text(stages_figure(seen, tmp_path / "stages.svg"))
+    assert "channels of the largest gates" in words
+    assert "raised" not in words
+    for line in ("white: 0.5", "white: 1", f"-{reach:.2f}\n0.00\n{reach:.2f}", "factor, from white"):
+        assert line in words
+
+
+@pytest.mark.parametrize("kind", ["mixed", "rows", "sheet", "stages", "disagreeing", "alone", "six"])
 def test_no_word_is_cut_off_or_printed_over_another(viewer, plain, picture, kind):
     from cbam.explain import sheet
     from cbam.explain import stages as gates
@@ -235,12 +258,14 @@ def test_no_word_is_cut_off_or_printed_over_another(viewer, plain, picture, kind
     long = "a file with a name that is too long for any margin.jpeg"
     if kind == "alone":
         viewer = Viewer({"plain": plain}, CLASSES, size=32, resized=36)
+    if kind == "mixed":
+        viewer = mixed(viewer)
     if kind == "six":
         viewer = Viewer({f"network {i}": plain for i in range(6)}, CLASSES, size=32, resized=36)
     apart = kind in ("disagreeing", "six")
     method = "gradcam++" if kind == "six" else "gradcam"
     looks = [look(viewer, picture, long, target=i if apart else None, method=method) for i in range(5)]
-    if kind == "stages":
+    if kind in ("stages", "mixed"):
         figure = gates.draw(looks[0])
     else:
         figure = sheet.draw(looks, 2 if kind == "sheet" else 1)
@@ -286,8 +311,10 @@ def test_channels_are_said_to_be_raised_only_by_gates_above_1(build, picture, tm
     words = svg_text(stages_figure(look(net, picture), tmp_path / "stages.svg"))
     assert "channels kept most" in words
     assert "raised" not in words
-    assert page.of_channels([1.2, 0.9], [0.8]) == ("raised most", "lowered most")
+    assert page.of_channels([1.2, 1.1], [0.8]) == ("raised most", "lowered most")
     assert page.of_channels([1.2], [1.1]) == ("raised most", "raised least")
+    assert page.of_channels([1.2, 0.9], [0.9, 1.1]) == ("of the largest gates", "of the smallest gates")
+    assert page.of_channels([1.0], [1.0]) == ("of the largest gates", "of the smallest gates")
 
 
 @pytest.mark.parametrize("name", ["gc", "sk"])
