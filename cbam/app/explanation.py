@@ -54,7 +54,7 @@ class Shown:
     method: str = "gradcam"
     stage: str | None = None
     threshold: float = 0.0
-    opacity: float = 0.6
+    opacity: float = paper.OPACITY
 
 
 def shown_of(target, method, stage, threshold, opacity) -> Shown:
@@ -135,8 +135,9 @@ class Explainer:
         return explained(self.look(key, shown), shown)
 
     def figure(self, key: str, shown: Shown) -> bytes:
-        """The paper's figure of the picture, a PNG."""
-        return paper.rendered(draw([self.look(key, shown)]), "png")
+        """The paper's figure of the picture, its maps as they are shown, a PNG; gates are not in it."""
+        drawn = draw([self.look(key, shown)], opacity=shown.opacity, threshold=shown.threshold)
+        return paper.rendered(drawn, "png")
 
     def stage_names(self) -> list[str]:
         """The blocks that can be chosen, in the order in which they run."""
@@ -167,14 +168,12 @@ def explained(seen: Look, shown: Shown) -> str:
 
 
 def _heat(seen: Look, glance: Glance, shown: Shown) -> str:
-    colours = paper.blend(seen.image, glance.heat, opacity=shown.opacity)
-    grey = paper.pixels(seen.image).mean(2, keepdims=True)
-    mask = (glance.heat >= shown.threshold).numpy()[..., None]
+    painted = paper.blend(seen.image, glance.heat, opacity=shown.opacity, threshold=shown.threshold)
     title = f"{METHODS[seen.method]}, {html.escape(glance.network)}"
     caption = f"p = {glance.probability:.3f}"
     if glance.best_index != seen.index:
         caption += f"; says {html.escape(glance.best)} ({glance.best_probability:.3f})"
-    return _figure(_png_of_floats(colours * mask + grey * ~mask), title, caption)
+    return _figure(_png_of_floats(painted), title, caption)
 
 
 def _stage(seen: Look, network: str, blocks: dict[str, Refinement], shown: Shown) -> str:

@@ -49,6 +49,7 @@ _CSS = """
 _DOWNLOAD = """(data) => { if (data) { const a = document.createElement('a'); a.href = data;
   a.download = 'look.png'; document.body.append(a); a.click(); a.remove(); } return data; }"""
 _EMPTY = "<p>Drop a picture, or take an example.</p>"
+_NOTHING = "", None, _EMPTY  # key, class and page where no picture is shown
 
 
 def serve(
@@ -63,17 +64,26 @@ def serve(
         os.environ["GRADIO_TEMP_DIR"] = folder  # where Gradio receives uploads
         os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
         app = application(Explainer(viewer), host, port)
-        import uvicorn  # pyright: ignore[reportMissingImports]
-
-        config = uvicorn.Config(app, host=host, port=port, log_level="warning", timeout_keep_alive=30)
-        server = uvicorn.Server(config)
-        say(f"http://{host}:{port}/  (Ctrl-C ends it)")
+        server = _server(app, host, port, lambda: say(f"http://{host}:{port}/  (Ctrl-C ends it)"))
         try:
             server.run()
         except SystemExit as stop:
             raise OutputError(
                 f"cannot serve on {host}:{port}; is the port taken? give another --port"
             ) from stop
+
+
+def _server(app, host: str, port: int, ready: Callable[[], None]):
+    """uvicorn's server of `app`, which calls `ready` once it listens."""
+    import uvicorn  # pyright: ignore[reportMissingImports]
+
+    class Server(uvicorn.Server):
+        async def startup(self, sockets=None) -> None:
+            await super().startup(sockets)
+            if self.started:
+                ready()
+
+    return Server(uvicorn.Config(app, host=host, port=port, log_level="warning", timeout_keep_alive=30))
 
 
 def application(explainer: Explainer, host: str = "127.0.0.1", port: int = 7860):
@@ -132,7 +142,7 @@ def page(explainer: Explainer):
                     0, 0.95, 0, step=0.05, label="Show the map from this share of its largest value"
                 )
                 opacity = gr.Slider(0, 1, 0.6, step=0.05, label="Opacity of the colours")
-                save = gr.Button("Download the figure")
+                save = gr.Button("Download the figure of the maps")
             with gr.Column(elem_id="cbam-result"):
                 result = gr.HTML(_EMPTY)
         controls = [key, target, method, stage, threshold, opacity]
@@ -143,10 +153,11 @@ def page(explainer: Explainer):
             "show_progress": "minimal",
         }
         handlers = _Handlers(explainer)
-        taken = {"inputs": [method, stage, threshold, opacity], "outputs": [key, target, result]}
-        file.upload(handlers.upload, [file, *taken["inputs"]], taken["outputs"], **one)
-        file.clear(lambda: ("", None, _EMPTY), None, taken["outputs"], api_visibility="private")
-        example.input(handlers.example, [example, *taken["inputs"]], taken["outputs"], **one)
+        how, taken = [method, stage, threshold, opacity], [key, target, result]
+        # Each way to give a picture takes back what the other one shows.
+        file.upload(handlers.upload, [file, *how], [*taken, example], **one)
+        file.clear(lambda: (*_NOTHING, None), None, [*taken, example], api_visibility="private")
+        example.input(handlers.example, [example, *how], [*taken, file], **one)
         for control in (target, method, stage):
             control.input(handlers.show, controls, result, trigger_mode="always_last", **one)
         for control in (threshold, opacity):
@@ -183,37 +194,47 @@ class _Handlers:
         return self._take(read, method, stage, threshold, opacity)
 
     def _take(self, read: Callable[[], tuple[bytes, str]], method, stage, threshold, opacity):
-        def work():
+        """Key, class and page of a new picture, and nothing for the other way to give one.
+
+        What was shown before goes also where the new picture cannot be shown: it is none of that name.
+        """
+        try:
             key = self._explainer.take(*read())
             shown = shown_of(None, method, stage, threshold, opacity)
             first = self._explainer.look(key, shown)
-            return key, first.index, self._explainer.page(key, shown)
-
-        return _guarded(work)
+            return key, first.index, self._explainer.page(key, shown), None
+        except Exception as error:
+            return "", None, _reason(error), None
 
     def show(self, key: str, target, method, stage, threshold, opacity) -> str:
         if not key:
             return _EMPTY
-        return _guarded(
-            lambda: self._explainer.page(key, shown_of(target, method, stage, threshold, opacity))
-        )
+        try:
+            return self._explainer.page(key, shown_of(target, method, stage, threshold, opacity))
+        except Exception as error:
+            return _reason(error)
 
     def figure(self, key: str, target, method, stage, threshold, opacity) -> str:
-        def work() -> str:
+        if not key:
+            return ""
+        try:
             png = self._explainer.figure(key, shown_of(target, method, stage, threshold, opacity))
-            return "data:image/png;base64," + base64.b64encode(png).decode()
+        except Exception as error:
+            raise _lasting(error) from None
+        return "data:image/png;base64," + base64.b64encode(png).decode()
 
-        return _guarded(work) if key else ""
+
+def _reason(error: Exception) -> str:
+    """What went wrong, in place of the page."""
+    return f'<p role="alert">{html.escape(said(error))}</p>'
 
 
-def _guarded(work: Callable):
-    try:
-        return work()
-    except Exception as error:
-        import gradio  # pyright: ignore[reportMissingImports]
+def _lasting(error: Exception):
+    """What went wrong, beside a page that stays; until it is closed."""
+    import gradio  # pyright: ignore[reportMissingImports]
 
-        words = html.escape(said(error))  # Gradio shows it as HTML
-        raise gradio.Error(words, duration=10, print_exception=False) from None
+    words = html.escape(said(error))  # Gradio shows it as HTML
+    return gradio.Error(words, duration=None, print_exception=False)
 
 
 def _examples() -> dict[str, Path]:

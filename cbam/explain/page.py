@@ -21,6 +21,7 @@ TEXT, SMALL = 7.0, 6.0  # points
 HEAT, STRENGTH, GATE = "inferno", "viridis", "PuOr_r"  # told apart with any colour vision, and in grey
 # Maps come scaled to their own minimum and maximum.
 EVIDENCE: dict[float, str] = {0: "least", 1: "most of the map"}
+OPACITY = 0.6  # of a map over its picture
 LEAST = 0.01  # reach of a scale of gates: rounding is not blown up to a pattern
 FINE = 0.03  # gates this near to their middle are alike in two digits
 CHARACTER = 0.055  # inches, of a word of TEXT points on average
@@ -122,17 +123,25 @@ def show(ax, image: Tensor) -> None:
     ax.imshow(pixels(image), vmin=0, vmax=1, interpolation="nearest")
 
 
-def show_heat(ax, image: Tensor, heat: Tensor) -> None:
+def show_heat(ax, image: Tensor, heat: Tensor, *, opacity: float = OPACITY, threshold: float = 0.0) -> None:
     """Draw a map (H, W) in [0, 1] over its picture, which turns grey."""
-    ax.imshow(blend(image, heat), vmin=0, vmax=1, interpolation="nearest")
+    blended = blend(image, heat, opacity=opacity, threshold=threshold)
+    ax.imshow(blended, vmin=0, vmax=1, interpolation="nearest")
 
 
-def blend(image: Tensor, heat: Tensor, colours: str = HEAT, opacity: float = 0.6):
-    """A map (H, W) in [0, 1] in colour over the picture in grey: float array (H, W, 3) in [0, 1]."""
+def blend(
+    image: Tensor, heat: Tensor, colours: str = HEAT, *, opacity: float = OPACITY, threshold: float = 0.0
+):
+    """A map (H, W) in [0, 1] in colour over the picture in grey: float array (H, W, 3) in [0, 1].
+
+    What is below `threshold` stays grey.
+    """
     from matplotlib import colormaps
 
     grey = pixels(image).mean(2, keepdims=True)
-    return (1 - opacity) * grey + opacity * colormaps[colours](heat.float().numpy())[..., :3]
+    coloured = (1 - opacity) * grey + opacity * colormaps[colours](heat.float().numpy())[..., :3]
+    shown = (heat >= threshold).numpy()[..., None]
+    return coloured * shown + grey * ~shown
 
 
 def outline(

@@ -35,18 +35,19 @@ def look_figure(looks: Sequence[Look], path: str | Path, *, across: int = 1) -> 
     return paper.save(draw(looks, across), path)
 
 
-def draw(looks: Sequence[Look], across: int = 1):
-    """The figure of `look_figure`, not yet written anywhere."""
+def draw(looks: Sequence[Look], across: int = 1, *, opacity: float = paper.OPACITY, threshold: float = 0.0):
+    """The figure of `look_figure`, not yet written anywhere; maps as `page.blend` paints them."""
     if not looks:
         raise InputError("look_figure: no picture to draw")
     names = [glance.network for glance in looks[0].glances]
     if any([glance.network for glance in look.glances] != names for look in looks):
         raise InputError("look_figure: the pictures were looked at with different networks")
-    return _Sheet(looks, names, across).figure
+    return _Sheet(looks, names, across, {"opacity": opacity, "threshold": threshold}).figure
 
 
 class _Sheet(Page):
-    def __init__(self, looks: Sequence[Look], names: list[str], across: int) -> None:
+    def __init__(self, looks: Sequence[Look], names: list[str], across: int, how: dict[str, float]) -> None:
+        self.how = how  # maps are painted
         across = min(across, len(looks))
         columns = 1 + len(names)
         self.side = (_BLOCK - _LEFT - 2 * _GAP) / 3  # as words need; more networks make the block wider
@@ -78,7 +79,7 @@ class _Sheet(Page):
             if c == 0:
                 paper.show(ax, look.image)
             else:
-                paper.show_heat(ax, look.image, look.glances[c - 1].heat)
+                paper.show_heat(ax, look.image, look.glances[c - 1].heat, **self.how)
             paper.bare(ax)
             for line, text in enumerate(words):
                 x, y = self._left(block, c) + self.side / 2, top + self.side + 0.115 + line * _LINE
@@ -99,6 +100,7 @@ class _Sheet(Page):
         wide = len(names) * (self.side + _GAP) - _GAP
         ax = self.axes(self._left(0, 1), top + 0.04, wide, 0.06)
         of = "the class on the left" if len(names) > 1 else "the class"  # one cell is as wide as this
-        self.bar(ax, paper.HEAT, paper.EVIDENCE, f"evidence for {of}")
+        least = f", from {self.how['threshold']:.2g} on" if self.how["threshold"] else ""
+        self.bar(ax, paper.HEAT, paper.EVIDENCE, f"evidence for {of}{least}")
         note = "p: of that class" + ("\nbelow: the class it says" if disagree else "")
         self.say(self._left(0) + self.side / 2, top + 0.14, note, size=SMALL - 0.5)

@@ -60,7 +60,7 @@ def over_picture(image: Tensor, gate: Tensor, scale: tuple[float, float], opacit
     middle, reach = scale
     shade = ((gate.float() - middle) / (2 * reach) + 0.5).clamp(0, 1)
     large = torch.nn.functional.interpolate(shade[None, None], image.shape[-2:], mode="nearest")[0, 0]
-    return paper.blend(image, large, paper.GATE, opacity)
+    return paper.blend(image, large, paper.GATE, opacity=opacity)
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,7 @@ def server(tmp_path_factory):
         _wait(port, process)
         yield f"127.0.0.1:{port}", folder
         assert process.poll() is None, "the server did not live to the end"
+        assert f"http://127.0.0.1:{port}/  (Ctrl-C ends it)" in Path(log.name).read_text()
         process.send_signal(signal.SIGINT)
         process.wait(30)
         assert [path for path in folder.rglob("*") if path.is_file()] == []  # W15
@@ -194,6 +195,34 @@ def test_what_is_no_picture_is_told_as_text_and_the_page_goes_on(visit, photo, t
     assert page.title() == "cbam look"
     page.get_by_label("Clear").first.click()
     give(page, photo)
+    page.locator(EXPLAINED).first.wait_for()
+
+
+def test_one_picture_is_chosen_at_a_time_and_one_that_cannot_be_read_takes_the_last_away(
+    visit, photo, tmp_path
+):
+    if importlib.util.find_spec("skimage") is None:
+        pytest.skip("the examples are those of scikit-image")
+    page = visit()
+    bad = tmp_path / "corrupt.png"
+    bad.write_text("no picture")
+    cat = page.get_by_label("cat", exact=True)
+    cat.click()
+    page.locator(EXPLAINED).first.wait_for()
+    give(page, bad)
+    reason = page.get_by_role("alert").filter(has_text="not an image")
+    reason.wait_for()
+    assert page.locator(EXPLAINED).count() == 0
+    assert not cat.is_checked()
+    cat.click()
+    page.locator(EXPLAINED).first.wait_for()
+    assert page.get_by_text("corrupt.png").count() == 0
+    give(page, photo)
+    page.get_by_text("photo.png").first.wait_for()
+    page.wait_for_function("!document.querySelector('input[type=radio][value=cat]').checked")
+    page.get_by_label("Clear").first.click()
+    page.get_by_text("Drop a picture, or take an example.").wait_for()
+    cat.click()
     page.locator(EXPLAINED).first.wait_for()
 
 
@@ -385,3 +414,4 @@ def test_a_port_that_is_taken_is_one_line(server):
     )  # fmt: skip
     assert done.returncode == 7
     assert f"cannot serve on 127.0.0.1:{port}" in done.stderr.splitlines()[-1]
+    assert "http://" not in done.stdout  # an address that leads to somebody else's page

@@ -231,9 +231,26 @@ def test_a_crash_is_told_by_a_number_and_the_next_answer_is_right(explainer, mon
     assert said(InputError("plain words")) == "plain words"
 
 
-def test_the_figure_is_a_png_of_the_same_look(explainer):
+def test_the_figure_is_a_png_of_the_maps_as_they_are_shown(explainer):
     key = explainer.take(picture(), "photo")
-    assert explainer.figure(key, Shown()).startswith(b"\x89PNG")
+    whole = explainer.figure(key, Shown())
+    assert whole.startswith(b"\x89PNG")
+    assert explainer.figure(key, Shown()) == whole
+    for how in ({"threshold": 0.5}, {"opacity": 0.3}, {"target": 7}):
+        assert explainer.figure(key, Shown(**how)) != whole
+
+
+def test_what_cannot_be_shown_leaves_its_reason_and_nothing_of_the_picture_before(explainer):
+    from cbam.app.serve import _Handlers
+
+    handlers, how = _Handlers(explainer), ("gradcam", None, 0.0, 0.5)
+    key, _, page, _ = handlers._take(lambda: (picture(), "x"), *how)
+    assert "Grad-CAM" in page
+    gone = handlers._take(lambda: (b"<html>", "corrupt.png"), *how)
+    assert gone[:2] == ("", None)
+    assert gone[2].startswith('<p role="alert">not an image (starts with &#x27;&lt;html')
+    explainer._pictures.pop(key)
+    assert "give it again" in handlers.show(key, None, *how)
 
 
 def test_an_unknown_stage_is_named(explainer):
@@ -307,19 +324,15 @@ def test_1000_requests_leave_no_file(tmp_path, monkeypatch):  # W15
     nets = {"plain": cbam.build("resnet_tiny"), "CBAM": cbam.build("resnet_tiny+cbam")}
     explainer = Explainer(Viewer(nets, [f"class {i}" for i in range(1000)], size=16, resized=16))
     handlers = serve._Handlers(explainer)
-    monkeypatch.setattr(serve, "_guarded", lambda work: work())  # Gradio's error is not needed for it
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     stage = explainer.stage_names()[0]
     for i in range(1000):
         upload = tmp_path / f"{i}.png"
         upload.write_bytes(b"<html>" if i % 10 == 9 else picture(i % 7))
-        try:
-            key, target, _ = handlers.upload(str(upload), "gradcam", stage, 0.0, 0.6)
-        except DataError:
-            assert i % 10 == 9
-        else:
-            if i % 50 == 0:
-                assert handlers.figure(key, target, "gradcam", stage, 0.0, 0.6).startswith("data:image/png")
+        key, target, *_ = handlers.upload(str(upload), "gradcam", stage, 0.0, 0.6)
+        assert (key == "") == (i % 10 == 9)
+        if i % 50 == 0:
+            assert handlers.figure(key, target, "gradcam", stage, 0.0, 0.6).startswith("data:image/png")
         assert list(tmp_path.iterdir()) == []
     assert len(explainer._pictures) == len(explainer._looks) == KEPT
