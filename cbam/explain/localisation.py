@@ -111,13 +111,20 @@ def centre_prior(height: int, width: int) -> Tensor:
 
 
 def untrained(model: nn.Module, images: Tensor, seed: int = 0) -> nn.Module:
-    """A copy of `model` that has learned nothing: fresh weights, BatchNorm set by one look at `images`."""
+    """A copy of `model` that has learned nothing: fresh weights, BatchNorm set by one look at `images`.
+
+    Weights that no layer can reset, such as the layer scale of a ConvNeXt or the positions of a transformer,
+    are drawn from a normal distribution with the mean and the deviation that they have.
+    """
     fresh = copy.deepcopy(model)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         for layer in fresh.modules():
             if hasattr(layer, "reset_parameters"):
                 layer.reset_parameters()  # pyright: ignore[reportCallIssue]
+        for own, trained in zip(fresh.parameters(), model.parameters(), strict=True):
+            if torch.equal(own, trained):
+                own.data = trained.mean() + trained.std(correction=0) * torch.randn_like(trained)
     fresh.eval()
     norms = [layer for layer in fresh.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
     for norm in norms:

@@ -148,6 +148,28 @@ def test_an_untrained_copy_has_other_weights_and_leaves_the_model_alone(build):
     assert fresh.stage1.bn.running_var.std() > 0
 
 
+class Scaled(nn.Module):
+    """A convolution with a factor per channel, which is the module's own as in a ConvNeXt."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 64, 1)
+        self.gamma = nn.Parameter(2 + torch.randn(64))
+        self.one = nn.Parameter(torch.full((64,), 1e-6))
+
+    def forward(self, x):
+        return self.one[:, None, None] + self.gamma[:, None, None] * self.conv(x)
+
+
+def test_weights_that_no_layer_can_reset_are_drawn_anew():
+    model = Scaled()
+    fresh = untrained(model, torch.randn(2, 3, 8, 8))
+    assert not torch.isclose(fresh.gamma, model.gamma).any()
+    assert fresh.gamma.mean().item() == pytest.approx(model.gamma.mean().item(), abs=0.5)
+    assert fresh.gamma.std().item() == pytest.approx(model.gamma.std().item(), abs=0.5)
+    torch.testing.assert_close(fresh.one, model.one)  # alike for all channels: nothing was learned
+
+
 def test_what_does_not_fit_is_refused(area):
     with pytest.raises(InputError, match="maps and areas"):
         pointing(torch.zeros(1, 9, 10), area)
