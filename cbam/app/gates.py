@@ -4,15 +4,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cbam.app.look import LISTED, file_stem, found_in, making
-from cbam.app.score import DIGITS, spaced
+from cbam.app.score import DIGITS, digits_for, spaced
 from cbam.app.terminal import counted
-from cbam.data import cluttered_digits, decode
+from cbam.data import decode
 from cbam.errors import ConfigError, DataError
 from cbam.explain.gates import FIXED, IDLE, MOSTLY, SATURATED, gate_figure, gate_statistics, gate_table
 from cbam.explain.looking import Viewer
+from cbam.explain.recording import record
 from cbam.train.watch import Watch
 
 _BATCH = 32
@@ -21,44 +22,46 @@ _BATCH = 32
 def gates(viewer: Viewer, data: str, out: Path, watch: Watch, *, limit: int | None = None) -> list[Path]:
     """Sum up the gates of every network that has any, as a table and a figure in `out`; their paths.
 
+    A picture that cannot be read is told, left out and counted.
+
     Args:
         data: a folder of pictures, or of one folder per class; or "digits".
         limit: take so many pictures, evenly spaced.
 
     Raises:
-        DataError: fewer than two pictures, or some beside folders of others. ConfigError: no network has
-            attention. OutputError: `out` cannot be written.
+        DataError: fewer than two pictures that can be read, or some beside folders of others. ConfigError: no
+            network has attention. OutputError: `out` cannot be written.
     """
-    from cbam.explain.recording import record
-
-    found = _pictures(viewer, data, out, limit)
-    of = "" if found[0][1] is None else f" of {len({k for _, k in found})} classes"
-    pictures = f"{counted(len(found), 'picture')}{of}"
-    watch.say(pictures)
-    if len(found) < 2:
-        raise DataError(f"{data}: one picture cannot show what gates follow; two or more are needed")
+    pictures = _Pictures(viewer, data, out, limit, watch)
+    attended = _attended(viewer, pictures)
+    pages = ["# What the gates do", ""]
     written: list[Path] = []
     taken: set[str] = set()
-    attended = {}
+    with making(out):
+        for name, net in attended.items():
+            watch.now(f"gates of {name}")
+            blocks = gate_statistics(net, pictures.batches(1 / len(attended)))
+            stem = "gates" if len(attended) == 1 else file_stem(f"gates-{name}", taken)
+            written += [gate_figure(blocks, out / (stem + ending)) for ending in (".png", ".svg")]
+            pages += [f"{name}, {pictures.told()} in {Path(data).resolve().name}:", ""]
+            pages += [gate_table(blocks), "", f"![]({stem}.png)", ""]
+        notes = [f"- Left out: {note}." for note in pictures.left_out()]
+        (out / "gates.md").write_text("\n".join([*pages, *notes, *_NOTES, ""]), encoding="utf-8")
+    return [out / "gates.md", *written]
+
+
+def _attended(viewer: Viewer, pictures: "_Pictures") -> dict[str, nn.Module]:
+    """The networks that have attention."""
+    probe = viewer.normalised(pictures.first())[None]
+    attended: dict[str, nn.Module] = {}
     for name, net in viewer.networks.items():
-        probe = viewer.normalised(_load(viewer, found[0][0]))[None]
         with torch.no_grad(), record(net.eval()) as recording:
             net(probe)
         if recording:
             attended[name] = net
     if not attended:
         raise ConfigError(f"no gates: {', '.join(viewer.networks)} without attention")
-    pages = ["# What the gates do", ""]
-    with making(out):
-        for name, net in attended.items():
-            watch.now(f"gates of {name}")
-            blocks = gate_statistics(net, _batches(viewer, found, watch, len(attended)))
-            stem = "gates" if len(attended) == 1 else file_stem(f"gates-{name}", taken)
-            written += [gate_figure(blocks, out / (stem + ending)) for ending in (".png", ".svg")]
-            pages += [f"{name}, {pictures} in {Path(data).resolve().name}:", "", gate_table(blocks), ""]
-            pages += [f"![]({stem}.png)", ""]
-        (out / "gates.md").write_text("\n".join([*pages, *_NOTES, ""]), encoding="utf-8")
-    return [out / "gates.md", *written]
+    return attended
 
 
 _NOTES = (
@@ -67,21 +70,76 @@ _NOTES = (
     "- Fixed, class, picture: shares of the gates' variance that are the same in every picture, that the "
     "class of the picture explains (both corrected for chance), and that single pictures add.",
     f"- In short, in this order: next to nothing, a change below {100 * IDLE:.0f} %; saturated, more than "
-    f"{100 * MOSTLY:.0f} % of the channel gates; the same for every picture, more than "
+    f"{100 * MOSTLY:.0f} % of the channel gates; the same channels for every picture, more than "
     f"{100 * FIXED:.0f} % of their variance fixed; else what explains more of it, the class or the picture. "
     "Without channel gates the spatial ones are taken.",
 )
 
 
-def _pictures(
-    viewer: Viewer, data: str, out: Path, limit: int | None
-) -> list[tuple[Path | Tensor, int | None]]:
+class _Pictures:
+    """The pictures of a folder as the networks see them; those that cannot be read are told once."""
+
+    def __init__(self, viewer: Viewer, data: str, out: Path, limit: int | None, watch: Watch) -> None:
+        self._viewer, self._data, self._watch = viewer, data, watch
+        self._found = _found(viewer, data, out, limit)
+        self._unreadable: set[int] = set()
+        watch.say(self.told())
+        if len(self._found) < 2:
+            raise DataError(f"{data}: one picture cannot show what gates follow; two or more are needed")
+
+    def told(self) -> str:
+        """How many there are, of how many classes."""
+        labels = [label for i, (_, label) in enumerate(self._found) if i not in self._unreadable]
+        of = "" if labels[0] is None else f" of {len(set(labels))} classes"
+        return f"{counted(len(labels), 'picture')}{of}"
+
+    def left_out(self) -> list[str]:
+        """Lines on those that cannot be read."""
+        count = len(self._unreadable)
+        return [f"{counted(count, 'picture')} that cannot be read"] if count else []
+
+    def first(self) -> Tensor:
+        """The first that can be read."""
+        images = (self._load(i) for i in range(len(self._found)))
+        if (image := next((image for image in images if image is not None), None)) is None:
+            raise DataError(f"{self._data}: no picture can be read, of {len(self._found)} tried")
+        return image
+
+    def batches(self, share: float) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Images and classes; `share` of the whole work is done with them."""
+        total, read = len(self._found), 0
+        for start in range(0, total, _BATCH):
+            numbers = range(start, min(start + _BATCH, total))
+            group = [(image, i) for i in numbers if (image := self._load(i)) is not None]
+            labels = [self._found[i][1] for _, i in group]
+            if group:
+                images = self._viewer.normalised(torch.stack([image for image, _ in group]))
+                yield images, None if labels[0] is None else torch.tensor(labels)
+            read += len(group)
+            self._watch.advance(len(numbers) / total * share)
+        if read < 2:
+            raise DataError(f"{self._data}: of {total} pictures {read} can be read; two or more are needed")
+
+    def _load(self, index: int) -> Tensor | None:
+        if index in self._unreadable:
+            return None
+        source, _ = self._found[index]
+        try:
+            return source if isinstance(source, Tensor) else self._viewer.view(decode(source))
+        except DataError as error:
+            self._unreadable.add(index)
+            self._watch.say(f"left out: {error}")
+            return None
+
+
+def _found(viewer: Viewer, data: str, out: Path, limit: int | None) -> list[tuple[Path | Tensor, int | None]]:
+    """Pictures, or where they are, each with its class, or all with none."""
     if data == DIGITS:
-        _, val = cluttered_digits()
-        if viewer.size != val.size:
-            raise ConfigError(f"the digits have {val.size} pixels, the networks see {viewer.size}")
+        val = digits_for(viewer)
         return [(val[i]["image"], val.targets[i]) for i in spaced(range(len(val)), limit)]
     folder = Path(data)
+    if folder.is_file():
+        raise DataError(f"{folder} is a file: --gates takes a folder of pictures")
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder")
     loose = list(found_in([folder]))
@@ -99,16 +157,3 @@ def _pictures(
     if not found:
         raise DataError(f"{folder}: no pictures in it, nor in folders of classes in it")
     return spaced(found, limit)
-
-
-def _batches(viewer: Viewer, found, watch: Watch, networks: int) -> Iterator[tuple[Tensor, Tensor | None]]:
-    for start in range(0, len(found), _BATCH):
-        group = found[start : start + _BATCH]
-        images = viewer.normalised(torch.stack([_load(viewer, source) for source, _ in group]))
-        labels = [label for _, label in group]
-        yield images, None if labels[0] is None else torch.tensor(labels)
-        watch.advance(len(group) / len(found) / networks)
-
-
-def _load(viewer: Viewer, source: Path | Tensor) -> Tensor:
-    return source if isinstance(source, Tensor) else viewer.view(decode(source))

@@ -54,6 +54,11 @@ def viewer(
             raise ConfigError("--model needs --weights FILE: an untrained network has nothing to show")
         if classes or size or mean or std:
             raise ConfigError("--classes, --size, --mean and --std go with --weights or --compare")
+        if digits:
+            raise ConfigError(
+                "the digits need networks that know them, such as a run of `cbam train digits`: give "
+                "--weights or --compare"
+            )
         return default_viewer()
     names = lines_of(classes) if classes else None
     parts = [named(text) for text in compare] if compare else [("network", weights or "")]

@@ -133,20 +133,7 @@ def samples(
 ) -> tuple[list[Sample], list[str]]:
     """The pictures of a set whose object is in view, and lines on what was left out."""
     if data == DIGITS:
-        _, val = cluttered_digits()
-        chosen = spaced(range(len(val)), limit)
-        items = [(f"digit {i}", val[i]) for i in chosen]
-        size = val.size
-        if viewer.size != size:
-            raise ConfigError(
-                f"the digits have {size} pixels, the networks see {viewer.size}; give --size {size}"
-            )
-        return [
-            Sample(
-                name, item["image"], box_area([item["box"].tolist()], size, size), val.classes[item["target"]]
-            )
-            for name, item in items
-        ], []
+        return _digits(viewer, limit), []
     images = annotated(data)
     classes, notes = images.classes, list(images.notes)
     if label is not None and label not in classes:
@@ -157,9 +144,13 @@ def samples(
         for k in images.labels(index)
         if label in (None, classes[k - 1])
     ]
-    found, hidden = [], 0
+    found, hidden, unreadable = [], 0, []
     for path, index, k in spaced(sorted(wanted), limit):
-        item = images[index]
+        try:
+            item = images[index]
+        except DataError as error:
+            unreadable.append(str(error))
+            continue
         own = item["boxes"][(item["labels"] == k) & ~item["crowd"]]
         boxes = viewer.boxes_in_view(own.tolist(), *item["image"].shape[1:])
         area = box_area(boxes, viewer.size, viewer.size)
@@ -171,9 +162,36 @@ def samples(
         found.append(Sample(Path(path).name, viewer.view(item["image"]), area, classes[k - 1]))
     if hidden:
         notes.append(f"{counted(hidden, 'picture')} with less than half of the object in view")
+    if unreadable:
+        of_them = ", the first" if len(unreadable) > 1 else ""
+        notes.append(f"{counted(len(unreadable), 'picture')} that cannot be read{of_them}: {unreadable[0]}")
     if not found:
-        raise DataError(f"{data}: no picture with its object in view")
+        raise DataError("; left out: ".join([f"{data}: no picture with its object in view", *notes]))
     return found, notes
+
+
+def _digits(viewer: Viewer, limit: int | None) -> list[Sample]:
+    val = digits_for(viewer)
+    found = []
+    for i in spaced(range(len(val)), limit):
+        item = val[i]
+        area = box_area([item["box"].tolist()], val.size, val.size)
+        found.append(Sample(f"digit {i}", item["image"], area, val.classes[item["target"]]))
+    return found
+
+
+def digits_for(viewer: Viewer):
+    """The validation digits, where the networks see pictures as large as theirs.
+
+    Raises:
+        ConfigError: they do not.
+    """
+    _, val = cluttered_digits()
+    if viewer.size != val.size:
+        raise ConfigError(
+            f"the digits have {val.size} pixels, the networks see {viewer.size}; give --size {val.size}"
+        )
+    return val
 
 
 def write(results: dict[str, Any], out: Path) -> list[Path]:

@@ -24,7 +24,7 @@ from cbam.surgery.effects import eval_mode
 SATURATED = 0.02  # a gate in the first or last 2 % of its range no longer moves
 IDLE = 0.01  # a block that changes its map by less than 1 % does next to nothing
 MOSTLY = 0.5  # a block with more saturated gates than that is called so
-FIXED = 0.95  # gates with more of their variance fixed are called the same for every picture
+FIXED = 0.95  # gates with more of their variance fixed are called the same
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 _SAMPLE = 4096  # values kept of each picture's spatial gate, evenly spaced
 
@@ -83,7 +83,7 @@ class BlockStatistics:
         if main.saturated is not None and main.saturated > MOSTLY:
             return "saturated"
         if main.fixed > FIXED:
-            return "the same for every picture"
+            return "the same channels for every picture" if self.what else "the same for every picture"
         return "follows the class" if (main.by_class or 0) > main.by_picture else "follows the picture"
 
 

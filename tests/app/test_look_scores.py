@@ -212,6 +212,61 @@ def test_gates_that_fail_leave_no_empty_folder(tmp_path, networks):
     assert not (tmp_path / "out").exists()
 
 
+def damaged(path: Path) -> Path:
+    """The file, cut off in the middle."""
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    return path
+
+
+def test_a_damaged_picture_is_left_out_of_the_gates_and_counted(tmp_path, capsys):
+    pictures, out = tmp_path / "pictures", tmp_path / "out"
+    pictures.mkdir()
+    for i in range(4):
+        Image.effect_noise((64, 64), 90).convert("RGB").save(pictures / f"{i}.png")
+    nets = {name: cbam.build("resnet_tiny+cbam", num_classes=2) for name in "ab"}
+    viewer = Viewer(nets, ["x", "y"], size=32)
+    whole = gates(viewer, str(pictures), out, Lines())[0].read_text()
+    damaged(pictures / "0.png")  # the first is read to see whether there are gates
+    page = gates(viewer, str(pictures), out, Lines())[0].read_text()
+    assert capsys.readouterr().out.count("left out: ") == 1  # for both networks
+    assert "left out" not in whole.lower()
+    assert "a, 3 pictures in pictures:" in page
+    assert "- Left out: 1 picture that cannot be read." in page
+    (pictures / "0.png").unlink()
+    again = gates(viewer, str(pictures), out, Lines())[0].read_text()
+    rows, of_three = ([line for line in text.split("\n") if line[:2] == "| "] for text in (page, again))
+    assert rows == of_three
+    for i in (1, 2):
+        damaged(pictures / f"{i}.png")
+    with pytest.raises(DataError, match="of 3 pictures 1 can be read; two or more are needed"):
+        gates(viewer, str(pictures), out, Lines())
+    damaged(pictures / "3.png")
+    with pytest.raises(DataError, match="no picture can be read, of 3 tried"):
+        gates(viewer, str(pictures), out, Lines())
+
+
+def test_a_damaged_picture_is_left_out_of_the_scores_and_counted(viewer, boxes):
+    damaged(boxes.parent / "2.png")
+    results = score(viewer, str(boxes), Lines())
+    assert results["names"] == ["0.png", "1.png", "3.png", "4.png", "5.png"]
+    (note,) = results["left_out"]
+    assert note.startswith("1 picture that cannot be read: 2.png")
+    for i in range(6):
+        (boxes.parent / f"{i}.png").write_text("no picture")
+    with pytest.raises(
+        DataError, match="no picture with its object in view; left out: 6 pictures that cannot"
+    ):
+        score(viewer, str(boxes), Lines())
+
+
+def test_the_digits_need_networks_of_their_own(viewer, tmp_path, capsys):
+    for what in ("--score", "--gates"):
+        assert main(["look", what, "digits", "--out", str(tmp_path / "out")]) == 2
+        assert "such as a run of `cbam train digits`: give --weights or --compare" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="the networks see 40; give --size 64"):
+        gates(viewer, "digits", tmp_path / "out", Lines())
+
+
 def test_gates_need_attention_and_pictures(viewer, tmp_path):
     with pytest.raises(DataError, match="no pictures in it"):
         gates(viewer, str(tmp_path), tmp_path / "out", Lines())
@@ -223,6 +278,8 @@ def test_gates_need_attention_and_pictures(viewer, tmp_path):
         gates(viewer, str(tmp_path), tmp_path / "out", Lines())
     with pytest.raises(DataError, match="no such folder"):
         gates(viewer, str(tmp_path / "none"), tmp_path / "out", Lines())
+    with pytest.raises(DataError, match=r"a\.png is a file: --gates takes a folder of pictures"):
+        gates(viewer, str(tmp_path / "a.png"), tmp_path / "out", Lines())
 
 
 def test_folders_without_pictures_are_no_classes_and_a_mixture_is_refused(tmp_path, monkeypatch):

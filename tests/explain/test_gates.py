@@ -39,7 +39,7 @@ def test_gates_that_are_the_same_in_every_picture_are_fixed():
     block = run(lambda first: FOUR.expand(len(first), 4), torch.arange(1, 21))
     assert block.what.fixed == pytest.approx(1)
     assert block.what.by_picture == pytest.approx(0, abs=1e-6)
-    assert block.word == "the same for every picture"
+    assert block.word == "the same channels for every picture"
     assert block.what.mean == pytest.approx(0.5)
 
 

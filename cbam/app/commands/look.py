@@ -33,11 +33,13 @@ def add(parser: Parser) -> None:
     parser.add_argument("--layer", metavar="NAME", help="layer of the maps (default: the last feature map)")
     parser.add_argument(
         "--score", metavar="DATA",
-        help="measure how well maps find objects: a folder of VOC XML, a COCO .json, a .csv, or digits",
+        help="measure how well maps find objects: a folder of VOC XML, a COCO .json, a .csv, or, with "
+        "networks of your own, digits",
     )  # fmt: skip
     parser.add_argument(
         "--gates", metavar="DATA",
-        help="sum up what the gates do over pictures: a folder of them, or of a folder per class, or digits",
+        help="sum up what the gates do over pictures: a folder of them, or of a folder per class, or, with "
+        "networks of your own, digits",
     )  # fmt: skip
     parser.add_argument("--label", metavar="NAME", help="with --score: the boxes of this label alone")
     parser.add_argument(
