@@ -87,19 +87,28 @@ def look_for_objects(eyes: Detectors, asked: Asked, say: Callable[[str], None]) 
     """
     files = picture_files(asked.paths)
     told = Told([], [])
-    most = 0
+    waiting: list[tuple[str, list[Detection]]] = []  # figures, until some picture has the box
+    most = 0 if asked.box > 1 else 1
     with making(asked.out):
         for number, start in enumerate(range(0, len(files), ROWS), 1):
             rows = list(_looks(eyes, files[start : start + ROWS], asked, told, say))
             most = max([most, *(len(one.boxes) for row in rows for one in row.finds)])
-            name = "detect" if len(files) <= ROWS else f"detect-{number}"
-            for ending in (".png", ".svg") if rows else ():
-                told.figures.append(detection_figure(rows, asked.out / (name + ending)))
+            waiting.append(("detect" if len(files) <= ROWS else f"detect-{number}", rows))
+            if most >= asked.box:
+                _draw(waiting, asked.out, told)
         if not told.looked:
             raise DataError(f"no picture can be read, of {len(files)} tried")
-    if most < asked.box and asked.box > 1:
-        raise ConfigError(f"--box {asked.box}: no picture has more than {most} boxes of --threshold")
+        if most < asked.box:
+            raise ConfigError(f"--box {asked.box}: no picture has more than {most} boxes of --threshold")
     return told
+
+
+def _draw(waiting: list[tuple[str, list[Detection]]], out: Path, told: Told) -> None:
+    """Draw these figures, a name and its rows each; the list is empty after that."""
+    while waiting:
+        name, rows = waiting.pop(0)
+        for ending in (".png", ".svg") if rows else ():
+            told.figures.append(detection_figure(rows, out / (name + ending)))
 
 
 def _looks(

@@ -20,7 +20,7 @@ from cbam.data.decode import header_of
 from cbam.errors import CBAMError, DataError, InputError
 from cbam.explain import page as paper
 from cbam.explain.looking import Glance, Look, Viewer, look_at_view, stages
-from cbam.explain.maps import METHODS
+from cbam.explain.maps import METHODS, SLOW
 from cbam.explain.recording import Refinement
 from cbam.explain.sheet import draw
 from cbam.explain.stages import Channel, channel_gates, over_picture, top_channels, where_middle, where_reach
@@ -29,7 +29,7 @@ MAX_BYTES = 10_000_000
 MAX_PIXELS = 25_000_000
 LONGEST = 400  # letters of what is said of an error
 KEPT = 64  # pictures, and what was found in them
-CHOICES = tuple(name for name in METHODS if name != "scorecam")  # that one takes minutes
+CHOICES = tuple(name for name in METHODS if name not in SLOW)
 
 _log = logging.getLogger("cbam")
 

@@ -11,6 +11,7 @@ from cbam.data.decode import shown
 from cbam.data.scan import EXTENSIONS
 from cbam.errors import CBAMError, DataError, OutputError
 from cbam.explain.looking import Look, Viewer, class_index, look
+from cbam.explain.maps import METHODS, SLOW
 from cbam.explain.sheet import look_figure
 from cbam.explain.stages import stages_figure
 
@@ -84,6 +85,10 @@ def _looks(viewer, files, wanted: Wanted, target, told: Told, say) -> Iterator[L
             told.unreadable.append(str(error))
             say(f"left out: {error}")
             continue
+        if wanted.method in SLOW:
+            say(
+                f"{shown(path)}: {METHODS[wanted.method]} runs each network once per channel; this takes long"
+            )
         seen = look(
             viewer, picture, shown(path.name), target=target, method=wanted.method, layer=wanted.layer
         )
@@ -175,7 +180,7 @@ def making(out: Path) -> Iterator[None]:
     except OSError as error:
         if isinstance(error, CBAMError):
             raise
-        raise OutputError.at(out, error) from error
+        raise OutputError.at(error.filename or out, error) from error
     finally:
         with suppress(OSError):  # a place that is not empty stays, and so do those that hold it
             for place in made:

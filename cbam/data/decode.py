@@ -71,6 +71,8 @@ def decode(source: str | os.PathLike | bytes) -> Tensor:
         raise InputError(f"decode takes a path or bytes, got {type(source).__name__}")
     try:
         data = read(source)
+    except DataError:
+        raise
     except (OSError, ValueError) as error:  # a ValueError is a zero byte in the name
         raise DataError(f"{shown(source)}: {getattr(error, 'strerror', None) or error}") from error
     return decode_bytes(data, shown(source)).contiguous()

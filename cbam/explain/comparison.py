@@ -10,7 +10,7 @@ from cbam.errors import ConfigError, InputError
 from cbam.explain.figure import Row
 from cbam.explain.maps import gradcam
 from cbam.explain.recording import Refinement, record
-from cbam.explain.watching import check_images, logits_of
+from cbam.explain.watching import check_images, dtypes_told, logits_of
 from cbam.surgery.effects import eval_mode
 
 
@@ -104,7 +104,7 @@ def _strength(features: Tensor) -> Tensor:
 
 def _probability(model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
     """The softmax probability of each image's true class, (N,)."""
-    with torch.no_grad(), eval_mode(model):
+    with torch.no_grad(), eval_mode(model), dtypes_told(images, model):
         scores = logits_of(model(images)).float()
     if int(targets.max()) >= scores.shape[1]:
         raise InputError(f"target {int(targets.max())} is not one of the network's {scores.shape[1]} classes")

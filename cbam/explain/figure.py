@@ -56,7 +56,7 @@ def comparison_figure(rows: Sequence[Row], path: str | Path, *, refined: str = "
     Raises:
         ConfigError: an ending that is not one of .png, .svg, .pdf.
         InputError: no rows, or a row whose arrays do not fit together.
-        MissingExtraError: matplotlib is not installed.
+        MissingExtraError: matplotlib is not installed. OutputError: the figure cannot be written.
     """
     path = paper.check_format(path)
     if not rows:

@@ -16,7 +16,7 @@ from cbam.errors import ConfigError, InputError
 from cbam.explain import pair
 from cbam.explain.maps import gradcam
 from cbam.explain.recording import Refinement, record
-from cbam.explain.watching import logits_of
+from cbam.explain.watching import dtypes_told, logits_of
 from cbam.surgery.effects import eval_mode
 
 CBAM_NAME = "CBAM"
@@ -150,7 +150,7 @@ def look(
 
     Raises:
         InputError: not such a picture, or no such class.
-        ConfigError, NonFiniteError: as in `gradcam`.
+        ConfigError, DtypeError, NonFiniteError: as in `gradcam`.
     """
     return look_at_view(viewer, viewer.view(picture), name, target=target, method=method, layer=layer)
 
@@ -171,7 +171,12 @@ def look_at_view(
     scores: dict[str, Tensor] = {}
     blocks: dict[str, dict[str, Refinement]] = {}
     for label, model in viewer.networks.items():
-        with torch.no_grad(), eval_mode(model), record(model) as recording:
+        with (
+            torch.no_grad(),
+            eval_mode(model),
+            dtypes_told(images, model),
+            record(model) as recording,
+        ):
             scores[label] = logits_of(model(images))[0].float().softmax(0)
         blocks[label] = {block: did for block, did in recording.items() if did.steps}
     for label, probabilities in scores.items():

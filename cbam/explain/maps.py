@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from cbam.errors import ConfigError, InputError, MissingExtraError, NonFiniteError
 from cbam.explain.layers import Place, last_map, place_of
-from cbam.explain.watching import check_images, is_detection, logits_of, refuse_unwatchable
+from cbam.explain.watching import check_images, dtypes_told, is_detection, logits_of, refuse_unwatchable
 from cbam.surgery.effects import eval_mode
 
 METHODS = {  # name -> what it is called in words
@@ -24,6 +24,7 @@ METHODS = {  # name -> what it is called in words
     "layercam": "LayerCAM",
     "scorecam": "Score-CAM",
 }
+SLOW = ("scorecam",)  # one forward pass per channel
 
 _log = logging.getLogger("cbam")
 
@@ -58,13 +59,14 @@ def gradcam(
     Raises:
         InputError: images, target or layer do not fit; or the network goes on with tokens after its last map,
             as transformers do, and no layer is given.
+        DtypeError: the model does not take images of their dtype.
         NonFiniteError: the model gives NaN or infinity.
         ConfigError: an unknown method or layer; a compiled or scripted model.
         MissingExtraError: torchcam is not installed.
     """
     refuse_unwatchable(model)
     check_images(images, model)
-    with torch.inference_mode(False):
+    with torch.inference_mode(False), dtypes_told(images, model):
         one = images[:1].detach().clone()
         place = last_map(model, one) if layer is None else place_of(model, one, layer)
     return gradcam_at(model, images, target, place, method)

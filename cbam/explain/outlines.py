@@ -38,7 +38,7 @@ def detection_figure(detections: Sequence[Detection], path: str | Path) -> Path:
     Raises:
         ConfigError: an ending that is not one of .png, .svg, .pdf.
         InputError: nothing to draw, or different detectors.
-        MissingExtraError: matplotlib is not installed.
+        MissingExtraError: matplotlib is not installed. OutputError: the figure cannot be written.
     """
     path = paper.check_format(path)
     if not detections:

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cbam.errors import ConfigError, MissingExtraError
+from cbam.errors import ConfigError, MissingExtraError, OutputError
 
 FORMATS = (".png", ".svg", ".pdf")
 TEXT, SMALL = 7.0, 6.0  # points
@@ -93,8 +93,17 @@ def check_format(path: str | Path) -> Path:
 
 
 def save(figure, path: Path) -> Path:
-    """Write a figure by the ending of `path`, all of it or nothing; the same figure gives the same bytes."""
-    _replace(path, rendered(figure, path.suffix.lower()[1:]))
+    """Write a figure by the ending of `path`, all of it or nothing; the same figure gives the same bytes.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    content = rendered(figure, path.suffix.lower()[1:])
+    try:
+        _replace(path, content)
+    except OSError as error:  # it names a file that lies beside for a moment
+        told = f"cannot write to {path}: {error.strerror or error}; give another path"
+        raise OutputError(told) from error
     return path
 
 

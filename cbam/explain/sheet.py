@@ -29,7 +29,7 @@ def look_figure(looks: Sequence[Look], path: str | Path, *, across: int = 1) -> 
     Raises:
         ConfigError: an ending that is not one of .png, .svg, .pdf.
         InputError: nothing to draw, or different networks.
-        MissingExtraError: matplotlib is not installed.
+        MissingExtraError: matplotlib is not installed. OutputError: the figure cannot be written.
     """
     path = paper.check_format(path)
     return paper.save(draw(looks, across), path)

@@ -35,7 +35,7 @@ def stages_figure(look: Look, path: str | Path, *, network: str | None = None) -
 
     Raises:
         InputError: the network has no gates: no attention, or one that adds instead of multiplying.
-        ConfigError, MissingExtraError: as in `look_figure`.
+        ConfigError, MissingExtraError, OutputError: as in `look_figure`.
     """
     path = paper.check_format(path)
     return paper.save(draw(look, network), path)

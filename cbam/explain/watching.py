@@ -1,11 +1,13 @@
 """Watching a model without changing it: what is switched or hooked on is taken back, come what may."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
 
-from cbam.errors import ConfigError, InputError
+from cbam.errors import CBAMError, ConfigError, DtypeError, InputError
 
 
 def refuse_unwatchable(model: nn.Module) -> None:
@@ -68,3 +70,24 @@ def check_images(images: Tensor, model: nn.Module) -> None:
     weight = next(model.parameters(), images)
     if weight.device != images.device:
         raise InputError(f"images are on {images.device}, the model on {weight.device}; move one of them")
+
+
+@contextmanager
+def dtypes_told(images: Tensor, model: nn.Module) -> Iterator[None]:
+    """Say that images and weights are of different dtypes where that is why the model raises.
+
+    It may take them all the same, as under autocast, so they are not refused before.
+
+    Raises:
+        DtypeError: they are.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        weight = next(model.parameters(), images)
+        if isinstance(error, CBAMError) or weight.dtype == images.dtype:
+            raise
+        raise DtypeError(
+            f"images are {images.dtype}, the model's weights {weight.dtype}: call model.float(), or convert "
+            "the images"
+        ) from error

@@ -119,6 +119,25 @@ def test_few_pictures_get_a_row_and_their_stages_each(viewer, photo, tmp_path):
     assert {path.name for path in (tmp_path / "out").iterdir()} == names
 
 
+def test_a_method_that_takes_long_says_so_before_each_picture(viewer, photo, tmp_path, monkeypatch):
+    import cbam.app.look as module
+
+    lines = []
+    whole = module.look
+
+    def look(*arguments, **named):
+        lines.append("it looks")
+        return whole(*arguments, **{**named, "method": "gradcam"})
+
+    monkeypatch.setattr(module, "look", look)
+    photo.save(tmp_path / "a.png")
+    wanted = [tmp_path / "a.png"] * 2
+    look_at(viewer, Wanted(wanted, tmp_path / "out", method="scorecam"), lines.append)
+    told = [line.partition(": ")[2] or line for line in lines]
+    assert told[0] == told[3] == "Score-CAM runs each network once per channel; this takes long"
+    assert told[1] == told[4] == "it looks"
+
+
 def test_every_network_with_gates_has_its_stages(viewer, photo, tmp_path):
     two = {"a": viewer.networks["CBAM"], "plain": viewer.networks["plain"], "b": viewer.networks["CBAM"]}
     photo.save(tmp_path / "cat.png")
@@ -194,6 +213,9 @@ def test_nothing_to_look_at_and_nowhere_to_write_are_errors(viewer, photo, tmp_p
     photo.save(tmp_path / "good.png")
     with pytest.raises(OutputError, match="cannot write to"):
         look_at(viewer, Wanted([tmp_path], tmp_path / "bad.png" / "out"), lambda _: None)
+    (tmp_path / "out" / "look.png").mkdir(parents=True)
+    with pytest.raises(OutputError, match=r"cannot write to .*out.look\.png: Is a directory; give another"):
+        look_at(viewer, Wanted([tmp_path / "good.png"], tmp_path / "out"), lambda _: None)
 
 
 def test_one_command_shows_a_photograph_with_the_default_pair(photo, tmp_path, monkeypatch, capsys):

@@ -102,6 +102,29 @@ def test_more_pictures_than_fit_one_figure_make_several(here, monkeypatch):
     ]  # fmt: skip
 
 
+def test_nothing_is_drawn_until_a_picture_has_the_box(here, monkeypatch):
+    import cbam.app.detecting as module
+
+    drawn, boxes = [], iter([1] * 7 + [3] + [1] * 7)
+    monkeypatch.setattr(module, "detection_figure", lambda rows, path: (drawn.append(path.stem), path)[1])
+    one = type("One", (), {"network": "", "labels": (), "scores": ()})
+
+    def found(*_, **__):
+        only = one()
+        only.boxes = range(next(boxes))
+        return type("Row", (), {"finds": (only,)})()
+
+    monkeypatch.setattr(module, "detect", found)
+    from pathlib import Path
+
+    eyes = detectors(PLAIN, "plain.pt", [], "classes.txt", None)
+    look_for_objects(eyes, Asked([Path("photo.png")] * 8, here, box=3), lambda _: None)
+    assert drawn == ["detect-1", "detect-1", "detect-2", "detect-2"]
+    with pytest.raises(ConfigError, match="--box 3: no picture has more than 1 boxes"):
+        look_for_objects(eyes, Asked([Path("photo.png")] * 7, here, box=3), lambda _: None)
+    assert len(drawn) == 4
+
+
 def test_the_size_is_the_shorter_side_of_what_is_seen(here, tmp_path):
     name = "retinanet:timm:test_resnet"
     torch.save(detector(name, num_classes=3).state_dict(), tmp_path / "net.pt")
@@ -182,6 +205,7 @@ def test_what_is_wrong_is_one_line_and_an_exit_code(here, capsys, arguments, cod
     told = capsys.readouterr().err
     assert message in told
     assert told.count("\n") == 1
+    assert not here.exists()
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,10 @@ import torch
 import cbam
 from cbam.app.cli import main
 from cbam.app.gates import gates
-from cbam.app.score import MEASURES, markdown, samples, score
+from cbam.app.score import MEASURES, markdown, samples, score, write
 from cbam.app.terminal import Lines
 from cbam.data import cluttered_digits
-from cbam.errors import ConfigError, DataError
+from cbam.errors import ConfigError, DataError, OutputError
 from cbam.explain import Viewer
 from cbam.explain.localisation import box_area, energy
 
@@ -202,6 +202,12 @@ def test_scores_and_gates_are_written_from_the_command_line(networks, boxes, tmp
     assert "(replaced)" not in told
     assert main(["look", *networks, "--gates", str(folder), "--out", str(out)]) == 0
     assert f"{out / 'gates.md'} (replaced)" in capsys.readouterr().out.splitlines()
+
+
+def test_a_page_that_cannot_be_written_is_named(tmp_path, viewer, boxes):
+    (tmp_path / "out" / "score.md").mkdir(parents=True)
+    with pytest.raises(OutputError, match=r"cannot write to .*score\.md: Is a directory; give another --out"):
+        write(score(viewer, str(boxes), Lines(), limit=2), tmp_path / "out")
 
 
 def test_gates_that_fail_leave_no_empty_folder(tmp_path, networks):

@@ -275,8 +275,9 @@ def test_a_missing_file_a_folder_and_a_pipe_are_refused_by_name(tmp_path):
         assert str(error.value).startswith(str(path))
     if hasattr(os, "mkfifo"):
         os.mkfifo(tmp_path / "pipe.jpg")
-        with pytest.raises(DataError, match=r"pipe.jpg: not a regular file"):
+        with pytest.raises(DataError) as error:
             decode(tmp_path / "pipe.jpg")
+        assert str(error.value) == f"{tmp_path / 'pipe.jpg'}: not a regular file"
 
 
 def test_a_damaged_header_is_told_without_an_address_in_memory():  # D3

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import cbam
-from cbam.errors import ConfigError, InputError, MissingExtraError
+from cbam.errors import ConfigError, InputError, MissingExtraError, OutputError
 from cbam.explain import Row, compare_rows, comparison_figure, energy_inside, gradcam, record
 
 pytest.importorskip("torchcam", reason="Grad-CAM is torchcam's")
@@ -295,7 +295,7 @@ def test_what_cannot_be_drawn_is_refused_and_nothing_is_written(tmp_path):
     ):
         with pytest.raises(error, match=message):
             comparison_figure(rows, tmp_path / name)
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(OutputError, match="cannot write to .*missing.look.png: No such file"):
         comparison_figure([synthetic()], tmp_path / "missing" / "look.png")
     assert list(tmp_path.iterdir()) == []
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import cbam
-from cbam.errors import ConfigError, InputError
+from cbam.errors import ConfigError, DtypeError, InputError, OutputError
 from cbam.explain import Viewer, gradcam, look, look_figure, page, record, stages_figure
 from cbam.explain.looking import class_index, stages
 from cbam.explain.pair import view
@@ -325,6 +325,31 @@ def test_attention_without_gates_has_nothing_to_draw(build, picture, tmp_path, n
     for network in (None, name):
         with pytest.raises(InputError, match=f"no gates to show of {network or 'any network'}"):
             stages_figure(seen, tmp_path / "stages.svg", network=network)
+
+
+def test_a_place_that_cannot_be_written_to_is_named_itself(viewer, picture, tmp_path):
+    seen = look(viewer, picture)
+    (tmp_path / "look.png").mkdir()
+    for path, told in ((tmp_path / "none" / "a.png", "No such file"), (tmp_path / "look.png", "directory")):
+        with pytest.raises(OutputError, match=re.escape(f"cannot write to {path}: ") + f".*{told}"):
+            look_figure([seen], path)
+        with pytest.raises(OutputError, match="cannot write to"):
+            stages_figure(seen, path)
+    assert [path.name for path in tmp_path.iterdir()] == ["look.png"]
+
+
+def test_a_model_of_another_dtype_than_the_pictures_is_told(viewer, plain, picture, images):
+    half = plain.bfloat16()
+    for call in (
+        lambda: gradcam(half, images),
+        lambda: look(Viewer({"plain": half}, CLASSES, size=32, resized=36), picture),
+    ):
+        with pytest.raises(
+            DtypeError, match=r"images are torch\.float32, the model's weights torch\.bfloat16: "
+        ):
+            call()
+    with torch.autocast("cpu"):
+        assert gradcam(viewer.networks["CBAM"], images).shape == (4, 32, 24)
 
 
 def test_what_cannot_be_drawn_is_refused(viewer, picture, plain, tmp_path):
