@@ -43,14 +43,14 @@ REDUCED = """\
 ## On photographs, with less
 
 Without a GPU the whole trainings take weeks. These were made on CPUs, with smaller pictures, fewer of them or
-fewer epochs. What they show is true of such a training; a longer one may end otherwise. A table that is
-partial is left out of what follows.
+fewer epochs. What they show is true of such a training; a longer one may end otherwise. A table is partial
+where less than half of its rows have {seeds} seeds; it is left out of what follows.
 """
 
 STILL = """\
 ## Still to be run
 
-{missing}
+Of the whole trainings, as each data set's protocol has them. {missing}
 
 On one GPU, without a network; it stops with the time that it is given, and the same command goes on:
 
@@ -165,7 +165,7 @@ def _digits_note(usual: list[Table]) -> str:
 def _reduced(tables: list[Table]) -> str:
     if not tables:
         return ""
-    lines = [REDUCED, "| table | training | runs | state |", "| --- | --- | --- | --- |"]
+    lines = [REDUCED.format(seeds=SEEDS), "| table | training | runs | state |", "| --- | --- | --- | --- |"]
     for table in tables:
         link = f"[{as_markdown(title(table))}](../results/{table.study.name}/{table.name}.md)"
         lines.append(f"| {link} | {_settings(table)} | {len(_runs(table))} | {status(table)} |")

@@ -47,7 +47,8 @@ def pair() -> str:
         f"On {pictures['val']} of its validation pictures:",
     ]
     table = [
-        "| side | right of | plain, % | with CBAM, % | difference, 95 % interval |",
+        "| pixels a side | classes to choose from | plain, % right | with CBAM, % right "
+        "| difference, 95 % interval |",
         "|---|---|---|---|---|",
     ]
     for size, found in known["validation"].items():

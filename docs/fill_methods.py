@@ -28,6 +28,9 @@ It is `cbam.ChannelAttention(channels, pools=("avg",))`: the channel gate of CBA
 
 Reference: Hu, Shen, Sun, "Squeeze-and-Excitation Networks", CVPR 2018, arXiv 1709.01507, section 3.
 """
+ALONE = """\
+Of `cbam.nn.{kind}`, which does not ask for the channels. With others than these it is attached by
+`attention=lambda channels: cbam.nn.{kind}(kernel_size=3)`."""
 
 
 class Card(NamedTuple):
@@ -107,7 +110,7 @@ def marked(text: str) -> str:
 def arguments(card: Card) -> Iterator[str]:
     """The rows of the table of arguments, with the defaults of the signature."""
     signature = inspect.signature(card.make if inspect.isfunction(card.make) else card.kind)
-    if not (inspect.isclass(card.make) or card.make.__name__ in cbam.nn.__all__):
+    if not listed(card):
         signature = inspect.signature(card.kind)
     entries = re.split(r"^    (\w+): ", card.words["Args"], flags=re.MULTILINE)
     texts = dict(zip(entries[1::2], entries[2::2], strict=True))
@@ -118,6 +121,11 @@ def arguments(card: Card) -> Iterator[str]:
         yield f"| `{parameter.name}` | {default} | {' '.join(texts[parameter.name].split())} |"
 
 
+def listed(card: Card) -> bool:
+    """Whether what `call` names takes the arguments of the table."""
+    return inspect.isclass(card.make) or card.make.__name__ in cbam.nn.__all__
+
+
 def usage(card: Card) -> str:
     """A block that runs: the module alone, and in a network."""
     start = "" if card.identity else ', start="paper"'
@@ -126,7 +134,7 @@ def usage(card: Card) -> str:
         "",
         "import cbam",
         "",
-        f"attention = {card.call}(64)",
+        f"attention = {card.call}(64)" if listed(card) else f"attention = cbam.nn.{card.kind.__name__}()",
         "x = torch.randn(2, 64, 32, 32)",
         "assert attention(x).shape == x.shape",
         "",
@@ -152,6 +160,7 @@ def page(card: Card, plain: Cost) -> str:
         f'`{card.call}`, by name `"{card.name}"`: `cbam.build("resnet50+{card.name}")`.',
         marked(card.words[""]),
         "## Arguments",
+        *([] if listed(card) else [ALONE.format(kind=card.kind.__name__)]),
         "\n".join(arguments(card)),
         "## Shape",
         marked(sentence(card.words["Shape"])),
