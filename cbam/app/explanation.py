@@ -170,7 +170,7 @@ def explained(seen: Look, shown: Shown) -> str:
 def _heat(seen: Look, glance: Glance, shown: Shown) -> str:
     painted = paper.blend(seen.image, glance.heat, opacity=shown.opacity, threshold=shown.threshold)
     title = f"{METHODS[seen.method]}, {html.escape(glance.network)}"
-    caption = f"p = {glance.probability:.3f}"
+    caption = f"p = {glance.probability:.3f}{'' if glance.heat.any() else '; empty map'}"
     if glance.best_index != seen.index:
         caption += f"; says {html.escape(glance.best)} ({glance.best_probability:.3f})"
     return _figure(_png_of_floats(painted), title, caption)

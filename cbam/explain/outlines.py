@@ -61,7 +61,7 @@ class _Rows(Page):
             words = "\n".join(paper.cut(line, _WIDE) for line in title.split("\n"))
             self.say(self._left(c) + _WIDE / 2, _HEAD - 0.05, words, va="bottom")
         for detection, top, high in zip(detections, tops, tall, strict=False):
-            label = paper.cut(detection.name, high)
+            label = paper.cut_middle(detection.name, high)
             self.say(_LEFT / 2, top + high / 2, label, size=SMALL, turn=90)
             for c, finds in enumerate(detection.finds):
                 self._boxes(self.axes(self._left(c), top, _WIDE, high), detection, finds, high)

@@ -185,6 +185,15 @@ def cut(text: str, inches: float) -> str:
     return text if len(text) <= fits else f"{text[: fits - 1]}\N{HORIZONTAL ELLIPSIS}"
 
 
+def cut_middle(text: str, inches: float) -> str:
+    """`text`, cut in its middle to what fits into this length: files are told apart by their ends."""
+    fits = max(4, int(inches / CHARACTER))
+    if len(text) <= fits:
+        return text
+    end = (fits - 1) // 2
+    return f"{text[: fits - 1 - end]}\N{HORIZONTAL ELLIPSIS}{text[-end:]}"
+
+
 def wrap(label: str, inches: float) -> str:
     """`label` on at most two lines of this length."""
     fits = max(4, int(inches / CHARACTER))

@@ -73,7 +73,9 @@ class _Sheet(Page):
 
     def _row(self, block: int, top: float, look: Look) -> None:
         middle = top + self.side / 2
-        self.say(self._left(block) - 0.11, middle, paper.cut(look.name, self.side), size=SMALL, turn=90)
+        self.say(
+            self._left(block) - 0.11, middle, paper.cut_middle(look.name, self.side), size=SMALL, turn=90
+        )
         for c, words in enumerate(self._captions(look)):
             ax = self.axes(self._left(block, c), top, self.side, self.side)
             if c == 0:
@@ -91,7 +93,7 @@ class _Sheet(Page):
         return [target, *(self._said(look, glance) for glance in look.glances)]
 
     def _said(self, look: Look, glance: Glance) -> list[str]:
-        own = f"p = {glance.probability:.2f}"
+        own = f"p = {glance.probability:.2f}{'' if glance.heat.any() else ', empty map'}"
         if glance.best_index == look.index:
             return [own]
         return [own, paper.cut(f"{glance.best_probability:.2f} {glance.best}", self.side)]

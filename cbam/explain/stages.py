@@ -126,7 +126,7 @@ class _Stages(Page):
             self.what, self.channels = right + 0.09, right + _HISTOGRAM + 0.2
             right = self.channels + 2 * TOP * (_CELL + _GAP)
         super().__init__(right - _GAP + 0.06, _HEAD + len(blocks) * _PITCH + _FOOT)
-        self._head(f"{paper.cut(look.name, 0.56)}\n{paper.cut(network, 0.56)}")
+        self._head(f"{paper.cut_middle(look.name, 0.56)}\n{paper.cut(network, 0.56)}")
         for r, (name, block) in enumerate(blocks.items()):
             self._row(name, block, _HEAD + r * _PITCH)
         self._foot(_HEAD + len(blocks) * _PITCH)

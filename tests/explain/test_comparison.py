@@ -295,7 +295,7 @@ def test_what_cannot_be_drawn_is_refused_and_nothing_is_written(tmp_path):
     ):
         with pytest.raises(error, match=message):
             comparison_figure(rows, tmp_path / name)
-    with pytest.raises(OutputError, match="cannot write to .*missing.look.png: No such file"):
+    with pytest.raises(OutputError, match=r"cannot write to .*missing.look.png: No such file"):
         comparison_figure([synthetic()], tmp_path / "missing" / "look.png")
     assert list(tmp_path.iterdir()) == []
 

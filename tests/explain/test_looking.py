@@ -302,6 +302,21 @@ def test_maps_begin_at_the_least_of_each_whatever_that_is(viewer, picture, tmp_p
     assert "0" not in words
 
 
+def test_a_map_that_says_nothing_is_called_empty(viewer, picture, tmp_path):
+    torch.nn.init.zeros_(viewer.networks["plain"].head.weight)
+    words = svg_text(look_figure([look(viewer, picture)], tmp_path / "look.svg")).split("\n")
+    assert sum("empty map" in line for line in words) == 1
+
+
+def test_names_that_begin_alike_are_told_apart_by_their_ends():
+    names = [f"ILSVRC2012_val_0000{i}.JPEG" for i in range(2890, 2910)]
+    short = [page.cut_middle(name, 1.04) for name in names]
+    assert len(set(short)) == len(names)
+    assert max(map(len, short)) <= int(1.04 / page.CHARACTER)
+    assert short[0] == "ILSVRC201\N{HORIZONTAL ELLIPSIS}890.JPEG"
+    assert page.cut_middle("cat.png", 1.04) == "cat.png"
+
+
 def test_a_name_in_letters_that_the_font_lacks_is_no_reason_for_a_warning(viewer, picture, tmp_path):
     assert look_figure([look(viewer, picture, "\u732b.jpg")], tmp_path / "look.png").is_file()
 
