@@ -1,0 +1,267 @@
+"""Blocks that look as if their end could run as one operation, and whoever else reads what waits in it."""
+
+import copy
+import inspect
+import re
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import cbam
+from cbam.surgery.route import _output_forward
+from tests.surgery.tails import Branch, Shortened, unlike
+
+pytestmark = pytest.mark.usefixtures("kernels")
+
+
+class AddsToItsInput(Branch):
+    """The block that comes next, or around it, may read the input."""
+
+    def forward(self, x):
+        x += self.bn2(self.conv2(self.relu(self.bn1(self.conv1(torch.relu(x))))))
+        return torch.relu(x)
+
+
+class AddsToItsInputByName(Branch):
+    def forward(self, x):
+        return torch.relu(x.add_(self.bn2(self.conv2(self.relu(self.bn1(self.conv1(torch.relu(x))))))))
+
+
+class SharesMemory(Branch):
+    """A dropout gives in evaluation what it got, and the ReLU writes to that."""
+
+    def __init__(self):
+        super().__init__()
+        self.drop = nn.Dropout(0.1)
+
+    def forward(self, x):
+        h = self.conv2(self.relu(self.bn1(self.conv1(x))))
+        out = self.bn2(self.drop(h))
+        aux = torch.relu_(h)
+        return torch.relu(out + x), aux
+
+
+class LeavesItOut(Branch):
+    """Stochastic depth that has computed the branch already."""
+
+    def forward(self, x):
+        out = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+        if self.training and torch.rand(1).item() < 0.5:
+            return torch.relu(x)
+        return torch.relu(out + x)
+
+
+class OneNormForBoth(Branch):
+    def __init__(self):
+        super().__init__()
+        self.downsample = nn.Sequential(nn.Conv2d(8, 8, 1), self.bn2)
+
+    def forward(self, x):
+        out = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+        return torch.relu(out + self.downsample(x))
+
+
+class KeepsIt(Shortened):
+    """For itself, under a name that others are not to use."""
+
+    def forward(self, x):
+        self._identity = self.downsample(x)
+        out = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+        return torch.relu(out + self._identity)
+
+
+class GivesItToAChild(Shortened):
+    def forward(self, x):
+        self.conv1.identity = self.downsample(x)
+        out = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+        return torch.relu(out + self.conv1.identity)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        AddsToItsInput,
+        AddsToItsInputByName,
+        SharesMemory,
+        LeavesItOut,
+        OneNormForBoth,
+        KeepsIt,
+        GivesItToAChild,
+    ],
+)
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_whoever_else_reads_a_value_finds_what_plain_torch_leaves_there(kind, training):  # T25
+    torch.manual_seed(0)
+    plain = unlike(nn.Sequential(nn.Conv2d(8, 8, 1), kind()))
+    model = cbam.attach(copy.deepcopy(plain))
+    results = []
+    for net in (plain, model):
+        net.train(training)
+        torch.manual_seed(1)
+        for seed in range(4):
+            h = net[0](torch.randn(2, 8, 5, 6, generator=torch.Generator().manual_seed(seed)))
+            out = net[1](h)
+            total = sum(out) if isinstance(out, tuple) else out
+            if kind is not SharesMemory:  # of which torch computes no gradient
+                (total + h).square().mean().backward()
+        buffers = [b for n, b in net.named_buffers() if "cbam" not in n]
+        gradients = [p.grad for n, p in net.named_parameters() if "cbam" not in n]
+        with torch.no_grad():
+            h = net[0](torch.ones(2, 8, 5, 6))
+            results.append([net[1](h), h, buffers, gradients])
+        for kept in (*vars(net[1]).values(), *vars(net[1].conv1).values()):
+            assert type(kept).__name__ not in ("Pending", "Proxy")
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+
+
+class Checkpoints(Branch):
+    """Saves the memory of its norm from when it is told to."""
+
+    def forward(self, x):
+        h = self.conv2(self.relu(self.bn1(self.conv1(x))))
+        out = checkpoint(self.bn2, h, use_reentrant=True) if self.habit else self.bn2(h)
+        return self.relu(out + x)
+
+
+def test_a_norm_that_is_handed_on_does_not_wait():  # T24
+    plain = nn.Sequential(Checkpoints())
+    model = cbam.attach(copy.deepcopy(plain))
+    x = torch.randn(2, 8, 5, 6, requires_grad=True)
+    gradients = []
+    for net in (plain, model):
+        net[0].habit = "now"
+        net(x).square().sum().backward()
+        gradients.append([p.grad for n, p in net.named_parameters() if "cbam" not in n])
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
+
+
+class Returns(Branch):
+    """What it gives is told at the call."""
+
+    def forward(self, x, raw=False):
+        out = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+        if raw:
+            return {"branch": out, "shortcut": [x]}
+        return self.relu(out + x)
+
+
+def test_what_leaves_a_block_is_a_tensor():
+    (block,) = cbam.attach(nn.Sequential(Returns()))
+    out = block(torch.randn(2, 8, 5, 6), raw=True)
+    assert type(out["branch"]) is torch.Tensor
+    assert block.bn2.num_batches_tracked == 1
+
+
+def test_another_batch_norm_in_place_of_torchs_is_run(monkeypatch):
+    (block,) = cbam.attach(nn.Sequential(Branch()), attention=cbam.ChannelAttention).eval()  # has no norm
+    x = torch.randn(2, 8, 5, 6)
+    for place, name in ((nn.BatchNorm2d, "forward"), (torch.nn.functional, "batch_norm")):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, name, lambda *args, **_: torch.full((2, 8, 5, 6), 7.0), raising=False)
+            with torch.no_grad():
+                torch.testing.assert_close(block(x), torch.relu(x + 7))
+
+
+def test_a_mode_that_sees_every_function_sees_those_of_a_tail():
+    class Doubles(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **kwargs or {})
+            return 2 * out if func is torch.nn.functional.batch_norm else out
+
+    plain = unlike(Branch()).eval()
+    (model,) = cbam.attach(nn.Sequential(copy.deepcopy(plain)))
+    x = torch.randn(2, 8, 5, 6)
+    with Doubles(), torch.no_grad():
+        torch.testing.assert_close(model(x), plain(x))
+    with torch.device("cpu"):  # a mode as well, and one that no tail has to mind
+        torch.testing.assert_close(model(x), plain(x))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda norm: norm.double(),
+        lambda norm: setattr(norm, "running_mean", None),
+        lambda norm: setattr(norm, "running_var", torch.ones(5)),
+        lambda norm: setattr(norm, "bias", nn.Parameter(torch.ones(1))),
+    ],
+    ids=["its type", "half of its statistics", "their length", "the length of its bias"],
+)
+def test_a_norm_that_torch_refuses_is_refused(change):  # T6
+    plain = Branch().eval()
+    model = cbam.attach(nn.Sequential(copy.deepcopy(plain)))
+    for norm in (plain.bn2, model[0].bn2):
+        change(norm)
+    with torch.no_grad(), pytest.raises(Exception) as expected:  # noqa: PT011
+        plain(torch.randn(2, 8, 5, 6))
+    with torch.no_grad(), pytest.raises(expected.type, match=re.escape(str(expected.value).splitlines()[0])):
+        model(torch.randn(2, 8, 5, 6))
+
+
+class Switches(Branch):
+    """Two norms by one name, as domain adaptation has them."""
+
+    def __init__(self):
+        super().__init__()
+        self.other, self.adversarial = nn.BatchNorm2d(8), False
+
+    @property
+    def norm(self):
+        return getattr(self, "other" if self.adversarial else "bn2")
+
+    def forward(self, x):
+        return self.relu(self.norm(self.conv2(self.relu(self.bn1(self.conv1(x))))) + x)
+
+
+def test_a_property_is_asked_each_time():
+    plain = unlike(nn.Sequential(Switches())).eval()
+    model = cbam.attach(copy.deepcopy(plain))
+    x = torch.randn(2, 8, 5, 6)
+    for adversarial in (False, True):
+        plain[0].adversarial = model[0].adversarial = adversarial
+        with torch.no_grad():
+            torch.testing.assert_close(model(x), plain(x))
+
+
+def test_a_forward_that_was_replaced_after_detaching_is_read_anew():
+    class Own(Branch):
+        def forward(self, x):
+            return self.relu(self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x))))) + x)
+
+    model, x = nn.Sequential(Own()).eval(), torch.randn(2, 8, 5, 6)
+    cbam.detach(cbam.attach(model))
+    Own.forward = lambda self, x: self.relu(0.5 * self.bn2(self.conv2(self.bn1(self.conv1(x)).relu())) + x)
+    with torch.no_grad():
+        expected = model(x)
+        torch.testing.assert_close(cbam.attach(model)(x), expected)
+
+
+def test_a_block_that_is_the_whole_model_keeps_its_parameters():
+    class Scaled(Branch):
+        def forward(self, x, scale=1.0, *, shift=0.5):
+            return self.relu(self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x))))) + x)
+
+    expected = inspect.getfullargspec(Scaled.forward)
+    assert inspect.getfullargspec(type(cbam.attach(Scaled())).forward) == expected
+    assert inspect.getfullargspec(_output_forward(Scaled)) == expected
+    model, x = cbam.attach(Branch()).eval(), torch.randn(2, 8, 5, 6)
+    assert torch.equal(torch.fx.symbolic_trace(model)(x), model(x))
+    exported = torch.export.export(model, (x,), dynamic_shapes={"x": {0: torch.export.Dim("n")}})
+    torch.testing.assert_close(exported.module()(x), model(x))
+
+
+def test_an_attached_block_is_as_nonlinear_as_it_was():
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block = AddsToItsInputByName()
+
+        def forward(self, x):
+            return x + self.block(1 * x)
+
+    model = Outer()
+    before = [(site.default, site.channels) for site in cbam.sites(model)]
+    cbam.attach(model, "block")
+    assert [(site.default, site.channels) for site in cbam.sites(model)] == before
