@@ -23,8 +23,11 @@ _ADDS_IN_PLACE = {Tensor.add_, Tensor.__iadd__}
 _ADDS = {torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__} | _ADDS_IN_PLACE
 _RELUS = {F.relu, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_}
 _HALVES = (torch.float16, torch.bfloat16)
-# What kernels compute; somebody may put something else there.
-_FORWARD, _FUNCTION = nn.BatchNorm2d.forward, F.batch_norm
+# What kernels compute; somebody may put something else there, or have done so by now.
+_FORWARD, _FUNCTION = (
+    function if function.__module__.startswith("torch.nn.") else None
+    for function in (nn.BatchNorm2d.forward, F.batch_norm)
+)
 
 
 class Fusable(Protocol):

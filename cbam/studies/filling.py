@@ -170,7 +170,7 @@ class Filling:
         forks = [run for run in self.runs(seeds) if run.config["forked"]]
         needed = {_claim(run) for run in forks if not self._has(run)}
         for claim in {_claim(run) for run in forks} - needed:
-            if self.records.unfinished(claim).exists():
+            if self.records.has_unfinished(claim):
                 with self.records.claimed(claim) as mine:
                     if mine:
                         self.records.forget(claim, others=self.origin["dirty"] is False)

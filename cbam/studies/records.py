@@ -62,6 +62,11 @@ class Records:
         """The folder for what a run without a record has saved."""
         return self.path / UNFINISHED / name
 
+    def has_unfinished(self, name: str) -> bool:
+        """Whether a run has saved anything, by whatever code."""
+        kept = self.unfinished(name)
+        return kept.exists() or any(kept.parent.glob(f"{name}.*"))
+
     def forget(self, name: str, *, others: bool) -> None:
         """Remove what a run had saved while it had no record; and what `others`, by other code, had of it."""
         kept = self.unfinished(name)

@@ -125,6 +125,7 @@ class Keep:
         found = checkpoint.newest(self.folder, self.say) if self.folder.exists() else None
         if found and (about := found[1].get("about")) != self.about:
             self.say("what was kept of this run is of other settings or other code: it stays beside this one")
+            shutil.rmtree(self._beside(about), ignore_errors=True)
             self.folder.rename(self._beside(about))
             found = None
         if found is None and (own := self._beside(self.about)).exists():

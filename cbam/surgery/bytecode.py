@@ -49,8 +49,12 @@ def all_codes(base: type[nn.Module]) -> Iterator[types.CodeType]:
         yield from found
         with contextlib.suppress(ValueError):  # a cell that is still empty
             pending += [cell.cell_contents for cell in function.__closure__ or ()]
-        pending += [function.__globals__.get(name) for code in found for name in code.co_names]
+        pending += [function.__globals__.get(name) for code in found for name in _global_names(code)]
         pending.append(vars(function).get("__wrapped__"))
+
+
+def _global_names(code: types.CodeType) -> set[str]:
+    return {i.argval for i in dis.get_instructions(code) if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
 
 
 def enters_context(code: types.CodeType) -> bool:
@@ -59,8 +63,13 @@ def enters_context(code: types.CodeType) -> bool:
 
 
 def catches(code: types.CodeType) -> bool:
-    """Whether there is a `try` in it."""
-    return any(i.opname == "PUSH_EXC_INFO" for i in dis.get_instructions(code)) and not enters_context(code)
+    """Whether there is a `try` or a `with` in it."""
+    return any(i.opname == "PUSH_EXC_INFO" for i in dis.get_instructions(code))
+
+
+def makes_text(code: types.CodeType) -> bool:
+    """Whether there is an f-string in it."""
+    return any(i.opname.startswith(("FORMAT_", "BUILD_STRING")) for i in dis.get_instructions(code))
 
 
 def is_straight(base: type[nn.Module], child: str) -> bool:

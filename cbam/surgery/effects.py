@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 DRAWS = "draws random numbers"
 
@@ -72,7 +73,7 @@ def unchanged(module: nn.Module, called: str = "") -> Iterator[list[str]]:
     buffers = [
         (name, b, b._version, b.detach().clone())
         for name, b in module._buffers.items()
-        if b is not None and not b.is_meta and not b.is_inference()
+        if b is not None and not is_lazy(b) and not b.is_meta and not b.is_inference()
     ]
     try:
         yield effects

@@ -11,8 +11,9 @@ import inspect
 import itertools
 import operator
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -23,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 from cbam.surgery.effects import unchanged, undrawn
 
 _ADDS = {operator.add, operator.iadd, torch.add, "add", "add_"}
+_ADDS_IN_PLACE = {operator.iadd, "add_"}
 _MULTIPLIES = {operator.mul, operator.imul, torch.mul, "mul", "mul_"}
 _CATS = {torch.cat, torch.concat}
 _MATMULS = {"matmul", "bmm", "einsum", "baddbmm", "scaled_dot_product_attention"}
@@ -55,12 +57,30 @@ class Add:
     on_request: bool = False
 
 
+class _Value(fx.Proxy):
+    """A value in a trace; what is done to it in place is recorded as that, which fx leaves out."""
+
+
+def _in_place(function: Callable) -> Callable:
+    def recorded(self: fx.Proxy, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+    return recorded
+
+
+for _function in (operator.iadd, operator.isub, operator.imul, operator.itruediv):
+    setattr(_Value, f"__{_function.__name__}__", _in_place(_function))
+
+
 class _Shallow(fx.Tracer):
     """Traces one module's own forward; children stay calls."""
 
     def __init__(self) -> None:
         super().__init__()
         self.modes: set[tuple[bool, bool, bool]] = set()
+
+    def proxy(self, node: Node) -> fx.Proxy:
+        return _Value(node, self)
 
     def create_node(self, *args, **kwargs) -> Node:
         autocast = torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")
@@ -117,11 +137,13 @@ class Trunk:
     """The adds along the trunk of one block's graph.
 
     Attributes:
+        graph, effects: of the block, as `trace_with_effects` has them.
         adds: from the output back.
         note: what the trunk ends in, where that is a sum of another kind; else "".
     """
 
-    def __init__(self, block: nn.Module, graph: fx.Graph) -> None:
+    def __init__(self, block: nn.Module, graph: fx.Graph, effects: Sequence[str] = ()) -> None:
+        self.graph, self.effects = graph, [*effects]
         self._children = dict(block.named_modules())
         self._names = {n: id(m) for n, m in block.named_modules(remove_duplicate=False)}
         self._order = {node: i for i, node in enumerate(graph.nodes)}
@@ -236,6 +258,7 @@ class Trunk:
             and all(self._is_new(n) for n in self.inputs(add.branch))
             and [*self._names.values()].count(self._names[str(add.branch.target)]) == 1
             and self._order[relu] == self._order[add.node] + 1
+            and not (add.node.target in _ADDS_IN_PLACE and add.node.args[0] is add.shortcut)
             and not any("kept" in node.meta for node in (add.branch, add.node))
         )
         return relu if found else None

@@ -212,17 +212,20 @@ def _refuse_lost(block: nn.Module) -> None:
             raise UnroutableError(
                 f"its forward has a default for {parameter.name}, which a generated one would freeze"
             )
+    own = {*bytecode.codes(type(block))}
     for code in bytecode.all_codes(type(block)):
         if bytecode.enters_context(code):
             raise UnroutableError("its forward enters a `with`, which a generated one would leave out")
-        if bytecode.catches(code):
+        if code in own and bytecode.catches(code):
             raise UnroutableError("its forward has a `try`, which a generated one would leave out")
         if asked := sorted(MODES.intersection(code.co_names)):
             raise UnroutableError(f"its forward asks {asked[0]}, which a generated one would freeze")
         names = {*code.co_names}
-        if "getattr" in names:  # of a name that is written, or begins with what is written
+        if "getattr" in names:
             texts = tuple(c for c in code.co_consts if isinstance(c, str) and c)
-            names |= {name for name in dir(block) if name.startswith(texts)}
+            names |= {*texts}
+            if bytecode.makes_text(code):  # of a name that begins with what is written
+                names |= {name for name in dir(block) if name.startswith(texts)}
         for name in sorted(names - _OWN):
             if _is_setting(inspect.getattr_static(block, name, None)):
                 raise UnroutableError(f"its forward reads self.{name}, which a generated one would freeze")
@@ -250,9 +253,12 @@ def _with_attention(block: nn.Module, value: str, training: bool):
 
 def _refuse_types(block: nn.Module, graph: fx.Graph) -> None:
     """Refuse the dtype or device of a weight, which `to()` may change after it was taken down."""
-    written = {name for code in bytecode.all_codes(type(block)) for name in code.co_names}
-    for value in tree_leaves([(n.args, n.kwargs) for n in graph.nodes]):
-        if isinstance(value, torch.dtype | torch.device) and str(value).rpartition(".")[2] not in written:
+    values = tree_leaves([(n.args, n.kwargs) for n in graph.nodes])
+    found = [value for value in values if isinstance(value, torch.dtype | torch.device)]
+    codes = [*bytecode.all_codes(type(block))] if found else []
+    written = {name for code in codes for name in (*code.co_names, *code.co_consts) if isinstance(name, str)}
+    for value in found:
+        if str(value).rpartition(".")[2] not in written:
             raise UnroutableError(
                 f"its forward reads {value} of a tensor, which a generated one would freeze"
             )
@@ -335,33 +341,39 @@ def _declared(forward: Callable, body: str, **names: Any) -> Callable:
 
     `{self}` in it is the first of them, `{given}` stands for all; `names` are those of other things in it.
     """
-    parameters = [*inspect.signature(forward, follow_wrapped=False).parameters.values()]
-    defaults = {f"_{i}": p.default for i, p in enumerate(parameters) if p.default is not p.empty}
-    declared = inspect.Signature(
-        [
-            p.replace(annotation=p.empty, default=_Named(f"_{i}") if f"_{i}" in defaults else p.empty)
-            for i, p in enumerate(parameters)
-        ]
-    )
+    parameters = _parameters(forward)
     given = ", ".join(_PASSED.get(p.kind, "{0}").format(p.name) for p in parameters)
-    source = f"def forward{declared}: return " + body.format(self=parameters[0].name, given=given)
-    namespace = names | defaults
+    first = parameters[0].name + ("[0]" if parameters[0].kind is inspect.Parameter.VAR_POSITIONAL else "")
+    # Of defaults it is written only that there are some.
+    shown = [p if p.default is p.empty else p.replace(default=None) for p in parameters]
+    declared = inspect.Signature([p.replace(annotation=p.empty) for p in shown])
+    source = f"def forward{declared}: return " + body.format(self=first, given=given)
     # Scripting must find no source.
-    exec(compile(source, f"<cbam: {forward.__name__} with attention>", "exec"), namespace)
-    return namespace["forward"]
+    exec(compile(source, f"<cbam: {getattr(forward, '__name__', 'forward')} with attention>", "exec"), names)
+    made = names["forward"]
+    optional = [p for p in parameters if p.default is not p.empty]
+    made.__defaults__ = tuple(p.default for p in optional if p.kind in _BY_PLACE)
+    made.__kwdefaults__ = {p.name: p.default for p in optional if p.kind not in _BY_PLACE}
+    return made
 
 
+def _parameters(forward: Callable) -> list[inspect.Parameter]:
+    """Those that `forward` takes, itself included; any, of what does not say."""
+    try:
+        if found := [*inspect.signature(forward, follow_wrapped=False).parameters.values()]:
+            return found
+    except (TypeError, ValueError):
+        pass
+    kinds = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
+    return [inspect.Parameter(name, kind) for name, kind in zip(("args", "kwargs"), kinds, strict=True)]
+
+
+_BY_PLACE = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 _PASSED = {
     inspect.Parameter.VAR_POSITIONAL: "*{0}",
     inspect.Parameter.KEYWORD_ONLY: "{0}={0}",
     inspect.Parameter.VAR_KEYWORD: "**{0}",
 }
-
-
-class _Named(str):
-    """A name, which a signature prints as one."""
-
-    __repr__ = str.__str__
 
 
 def _reduce_ex(self, protocol):

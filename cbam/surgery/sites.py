@@ -125,15 +125,15 @@ def _places(name: str, block: nn.Module) -> list[Site]:
     if isinstance(block, fx.GraphModule):
         return [Site(name, None, "a graph of torch.fx, which writes its forward anew: attach, then trace")]
     try:
-        traced = graph.trace(block)
+        traced = graph.trace_with_effects(block, training=False)
     except Exception as error:  # a forward may refuse to be traced in any way it likes
         if not graph.adds_values(block):
             return []
         return [Site(name, None, f"cannot be traced: {first_line(error)}")]
-    trunk = graph.Trunk(block, traced)
+    trunk = graph.Trunk(block, *traced)
     places: list[Site] = []
     for add in trunk.adds:
-        places.append(_place(name, block, traced, trunk, add, taken=any(s.default for s in places)))
+        places.append(_place(name, block, trunk, add, taken=any(s.default for s in places)))
     if not places and trunk.note:
         places.append(Site(name, None, trunk.note))
     return places
@@ -153,15 +153,13 @@ def _attached_places(name: str, block: nn.Module) -> list[Site]:
     ]
 
 
-def _place(
-    name: str, block: nn.Module, traced: fx.Graph, trunk: graph.Trunk, add: graph.Add, taken: bool
-) -> Site:
+def _place(name: str, block: nn.Module, trunk: graph.Trunk, add: graph.Add, taken: bool) -> Site:
     if taken:
         return Site(name, None, "a second add in one block")
     if add.reason and not add.on_request:
         return Site(name, None, add.reason)
     try:
-        bench = Bench(block, traced)
+        bench = Bench(block, trunk.graph)
     except MisfitError as misfit:
         return _unrun(name, block, trunk, add, misfit)
     try:
@@ -172,7 +170,7 @@ def _place(
         why = f"has an attribute {SLOT!r} of its own; rename it"
         return Site(name, value.channels, why, name_taken=not add.reason)
     refusals = []
-    for route in _routes(block, traced, trunk, add):
+    for route in _routes(block, trunk, add):
         try:
             if isinstance(route, UnroutableError):
                 raise route
@@ -202,10 +200,8 @@ def _unrun(name: str, block: nn.Module, trunk: graph.Trunk, add: graph.Add, misf
     return Site(name, None, str(misfit))
 
 
-def _routes(
-    block: nn.Module, traced: fx.Graph, trunk: graph.Trunk, add: graph.Add
-) -> Iterator[Route | UnroutableError]:
-    calls = [str(n.target) for n in traced.nodes if n.op == "call_module"]
+def _routes(block: nn.Module, trunk: graph.Trunk, add: graph.Add) -> Iterator[Route | UnroutableError]:
+    calls = [str(n.target) for n in trunk.graph.nodes if n.op == "call_module"]
     for child, when in trunk.steps_back(add.branch):
         if "." in child:
             yield UnroutableError(f"{child} is no direct child")
@@ -226,12 +222,11 @@ def _with_tail(route: Route, block: nn.Module, trunk: graph.Trunk, add: graph.Ad
         return route
     name = str(relu.target) if relu.op == "call_module" else ""
     try:
-        graphs = [graph.trace_with_effects(block, training=training) for training in (False, True)]
+        trained = graph.Trunk(block, *graph.trace_with_effects(block, training=True))
     except Exception:  # a forward may refuse to be traced in any way it likes
         return route
-    if any(DRAWS in effects for _, effects in graphs) or MODES & bytecode.names(type(block)):
+    if DRAWS in trunk.effects + trained.effects or MODES & bytecode.names(type(block)):
         return route  # it may leave out a branch that it has computed, whose batch would not be counted
-    trained = graph.Trunk(block, graphs[1][0])
     same = [a for a in trained.adds if a.branch.target == route.child and trained.tail(a) is not None]
     if not same or "." in name:
         return route

@@ -121,22 +121,37 @@ class Metrics:
 
     def add(self, entry: dict[str, Any]) -> None:
         """Append a line, and those that are still to be written."""
-        first, line = not self._waiting, _written(entry)
-        self._waiting = [*self._waiting, line][-MOST_WAITING:]
-        whole = 0
+        first = not self._waiting
+        self._waiting = [*self._waiting, _written(entry)][-MOST_WAITING:]
+        error = self._append()
+        if error is not None and first:
+            self._say(f"{self._path}: {error.strerror or error}; its lines wait till it can be written")
+
+    def end(self) -> None:
+        """Append what is still to be written, or say that it is lost."""
+        error = self._append() if self._waiting else None
+        if error is not None:
+            told = f"{len(self._waiting)} of its lines are lost"
+            self._say(f"{self._path}: {error.strerror or error}; {told}")
+
+    def _append(self) -> OSError | None:
+        """Write all lines that wait, or none."""
+        lines, before = b"".join(self._waiting), None
+        middle = len(lines) - len(self._waiting[-1]) // 2
         try:
             with self._path.open("ab") as file:
-                whole = file.seek(0, os.SEEK_END)
-                file.write(b"".join(self._waiting[:-1]) + line[: len(line) // 2])
+                before = file.seek(0, os.SEEK_END)
+                file.write(lines[:middle])
                 file.flush()
                 fault("log")
-                file.write(line[len(line) // 2 :])
-            self._waiting = []
+                file.write(lines[middle:])
         except OSError as error:
-            with contextlib.suppress(OSError):  # a torn line is worse than none
-                os.truncate(self._path, whole)
-            if first:
-                self._say(f"{self._path}: {error.strerror or error}; its lines wait till it can be written")
+            with contextlib.suppress(OSError):
+                if before is not None:
+                    os.truncate(self._path, before)  # a torn line is worse than none
+            return error
+        self._waiting = []
+        return None
 
     def sync(self) -> None:
         """Bring what was added onto the disk, so that no checkpoint is ahead of the metrics."""

@@ -221,7 +221,10 @@ class Keeper(pl.Callback):
     def on_train_end(self, trainer, pl_module) -> None:
         """Write what could not be when it was reached: no run ends well without its last weights."""
         if self._unsaved is not None and self._unsaved["step"] == self._step:
+            check_lock(self.folder)
             self._write(self._unsaved, last=True)
+        if self._here.is_first:
+            self.metrics.end()
 
     def on_exception(self, trainer, pl_module, exception: BaseException) -> None:
         """Save what was reached: before a step whose loss is not finite, or when a picture ends the run."""

@@ -21,7 +21,8 @@ from cbam.errors import DistributedError
 GRACE = 10.0  # seconds for the others to end, once one of the processes has failed
 _OURS = "_CBAM_PLACE"  # from `launch` to the processes that it starts
 # This very package, and nothing that the folder it is started in happens to hold.
-_RUN = "import sys; sys.path.append(sys.argv.pop(1)); from cbam.__main__ import main; sys.exit(main())"
+_RUN = """import sys; sys.path.insert(0, sys.argv.pop(1)); import cbam; sys.path.append(sys.path.pop(0))
+from cbam.__main__ import main; sys.exit(main())"""
 _HOME = str(Path(__file__).parents[2])
 
 

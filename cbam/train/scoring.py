@@ -83,7 +83,7 @@ def _published(
         raise ConfigError(f"{path} knows no pictures here: give DATA, a folder of them")
     side = size or card.size
     config = Config("folder", data=data, size=side if data else None, exif=card.exif)
-    known = {**card.pictures, "classes": list(card.classes)} if card.pictures else None
+    known = {**card.pictures, "classes": list(card.classes)} if "names" in card.pictures else None
     # The card has no path, so a folder of the name that it gives is taken for what was trained on, too.
     own = data is not None and (Path(data).absolute().name == card.data or _holds(config, known))
     val, which = _pictures(config, held_out=held_out or own, began_with=known if own else None)

@@ -1,5 +1,6 @@
 """Where attention belongs, by what a block's own forward computes."""
 
+import copy
 import pickle
 import random
 import re
@@ -447,7 +448,6 @@ class Counts(CountsThenInherits):
         (Tries, "has a `try`"),
         (ReadsAType, "reads torch.float32 of a tensor"),
         (KeepsInAChild, "changes self.a.kept"),
-        (WritesToItsInput, "changes the function of the block"),
         (DropsItself, "draws random numbers"),
         (Keeps, "changes self.kept"),
         (Counts, "changes self.steps"),
@@ -457,6 +457,20 @@ def test_a_forward_that_a_generated_one_would_not_repeat_is_refused(kind, words)
     (site,) = cbam.sites(kind())
     assert not site.default
     assert words in site.why
+
+
+def test_a_generated_forward_writes_where_the_original_does():
+    plain, x = nn.Sequential(WritesToItsInput()).eval(), torch.randn(2, 8, 5, 5)
+    model = cbam.attach(copy.deepcopy(plain))
+    assert type(model[0])._cbam_route.when == "graph"
+    results = []
+    for net in (plain, model):
+        given = x.clone()
+        with torch.no_grad():
+            results.append((net(given), given))
+    assert torch.equal(results[0][1], results[1][1])
+    assert not torch.equal(results[0][1], x)
+    assert torch.equal(results[0][0], results[1][0])
 
 
 HALF = torch.tensor(0.5, dtype=torch.float64)

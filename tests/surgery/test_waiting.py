@@ -265,3 +265,48 @@ def test_an_attached_block_is_as_nonlinear_as_it_was():
     before = [(site.default, site.channels) for site in cbam.sites(model)]
     cbam.attach(model, "block")
     assert [(site.default, site.channels) for site in cbam.sites(model)] == before
+
+
+def in_a_function(forward):
+    def run(*args, **kwargs):
+        return forward(*args, **kwargs)
+
+    return run
+
+
+class Callable:
+    """An object in place of a forward, whose parameters nobody can read."""
+
+    __signature__ = "none"
+
+    def __get__(self, block, owner):
+        return self if block is None else lambda x: block.conv1(x)
+
+    def __call__(self, block, x):
+        return block.conv1(x)
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        torch.no_grad()(lambda self, x: self.conv1(x)),
+        in_a_function(lambda self, x: self.conv1(x)),
+        lambda *args: args[0].conv1(*args[1:]),
+        lambda base, settled: base.conv1(settled),
+        Callable(),
+    ],
+    ids=["decorated", "in a function", "starred", "other names", "an object"],
+)
+def test_attention_on_an_output_takes_what_the_forward_takes(forward):
+    kind = type("Own", (Branch,), {"forward": forward})
+    model, x = nn.Sequential(kind()).eval(), torch.randn(2, 8, 5, 6)
+    expected = model[0](x)
+    wide = lambda channels: nn.Hardtanh(-1e9, 1e9)  # noqa: E731
+    cbam.attach(model, lambda name, _: name == "0", attention=wide, start="paper")
+    assert torch.equal(model[0](x), expected)
+
+
+def test_adding_in_place_onto_the_shortcut_is_no_end_of_one_operation():
+    for kind in (AddsToItsInput, AddsToItsInputByName):
+        assert "one operation" not in str(cbam.sites(kind())[0])
+    assert "one operation" in str(cbam.sites(Branch())[0])

@@ -1,5 +1,6 @@
 """What a run's folder keeps: metrics that fit the checkpoint (rows R14, R22)."""
 
+import errno
 import json
 import resource
 from pathlib import Path
@@ -52,6 +53,24 @@ def test_metrics_that_found_no_room_are_written_when_there_is_some(tmp_path):
     assert len(said) == 1
 
 
+def too_many(*_, **__):
+    raise OSError(errno.EMFILE, "Too many open files")
+
+
+def test_a_file_of_metrics_that_cannot_be_opened_for_a_while_keeps_its_lines(tmp_path, monkeypatch):
+    # R14
+    metrics = Metrics(tmp_path, lambda _: None)
+    entries = [{"epoch": 0, "step": step, "loss": 0.5} for step in range(3)]
+    metrics.add(entries[0])
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", too_many)
+        metrics.add(entries[1])
+        metrics.add(entries[2])
+    assert lines(tmp_path) == entries[:1]
+    metrics.end()
+    assert lines(tmp_path) == entries
+
+
 def test_metrics_that_cannot_be_written_are_one_line_and_not_the_end(tmp_path):
     # R14, R23
     said: list[str] = []
@@ -62,3 +81,5 @@ def test_metrics_that_cannot_be_written_are_one_line_and_not_the_end(tmp_path):
     metrics.sync()
     assert len(said) == 1
     assert "its lines wait till it can be written" in said[0]
+    metrics.end()
+    assert said[1].endswith("3 of its lines are lost")

@@ -1,5 +1,6 @@
 """Which pictures `cbam eval` scores: all of a folder of classes, what was held out of the run's own."""
 
+import dataclasses
 import shutil
 from pathlib import Path
 
@@ -158,6 +159,10 @@ def test_a_published_run_counts_anew_what_its_card_claims(own, tmp_path, monkeyp
     moved = shutil.copytree(pictures, tmp_path / "moved")
     assert told(Path("shared"), data=str(moved)).startswith("shared on 4 of the 20 pictures of ")
     assert told(Path("shared"), data=str(classes_in(tmp_path / "others", 5))).startswith("shared on all 10 ")
+    with pytest.MonkeyPatch.context() as patch:  # a card that somebody has written
+        card = dataclasses.replace(cbam.hub.card_of("shared"), pictures={"told": 1})
+        patch.setattr(scoring.hub, "card_of", lambda _: card)
+        assert told(Path("shared"), data=str(tmp_path / "others")).startswith("shared on all 10 ")
     by_chance = classes_in(tmp_path / "elsewhere" / pictures.name, 5)  # what it was trained on, or not?
     with pytest.raises(ConfigError, match="which were held out is no longer known"):
         told(Path("shared"), data=str(by_chance))
