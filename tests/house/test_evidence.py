@@ -91,17 +91,18 @@ def test_the_readme_has_a_row_for_each_kind_of_run_once_and_its_difference_to_th
     warmed = cited(tmp_path)
     rows = [line.split(" | ")[0] for line in warmed.splitlines() if " ± " in line]
     arranged = ["| spatial, then channel", "| channel and spatial in parallel"]
-    assert rows == ["| plain", "| SE", "| CBAM, paper's start", *arranged, "| CBAM, identity start"]
+    pools = ["| channel, maximum", "| channel, average and maximum"]
+    assert rows == ["| plain", "| SE", *pools, "| CBAM, paper's start", *arranged, "| CBAM, identity start"]
     for name in ("spatial, then channel", "SE"):
         own, plain = values(tmp_path, name), values(tmp_path, "plain")
         mean = statistics.fmean(own[seed] - plain[seed] for seed in plain)
         assert f"| {name} | {statistics.fmean(own.values()):.2f} ± " in warmed
         assert f" | {mean:+.2f} (" in next(line for line in warmed.splitlines() if f"| {name} |" in line)
     assert "Between the attentions no difference is shown." in warmed
-    assert "11 differences are looked at here" in warmed
+    assert "15 differences are looked at here" in warmed
     shutil.rmtree(tmp_path / "order")
     shutil.rmtree(tmp_path / "start")
-    assert "1 difference is looked at here" in cited(tmp_path)
+    assert "5 differences are looked at here" in cited(tmp_path)
 
 
 def values(results, row):
