@@ -4,6 +4,7 @@ None of them is the record of a run: that is metrics.jsonl, which knows nothing 
 to the byte.
 """
 
+import contextlib
 import csv
 import io
 import secrets
@@ -87,16 +88,22 @@ class _Table:
         self._folder = folder
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        if not is_epoch(metrics):
-            return
+        if is_epoch(metrics):
+            with contextlib.suppress(OSError):  # the next one, or the end, writes all of it
+                self._write()
+
+    def _write(self) -> None:
         rows = epochs(self._folder)
+        if not rows:
+            return
         text = io.StringIO()
         table = csv.DictWriter(text, rows[0], lineterminator="\n", extrasaction="ignore")
         table.writeheader()
         table.writerows(rows)
         write(self._folder / TABLE, text.getvalue().encode())
 
-    def finalize(self, status: str) -> None: ...
+    def finalize(self, status: str) -> None:
+        self._write()
 
 
 class _TensorBoard:

@@ -112,6 +112,20 @@ def test_a_logger_that_is_not_installed_is_told_at_the_start(tmp_path):
     assert len(said) == 1
 
 
+def test_a_table_that_found_no_room_is_written_at_the_end(tmp_path):
+    # R14
+    said: list[str] = []
+    (tmp_path / METRICS).write_text(json.dumps({"epoch": 0, "train_loss": 1.0}) + "\n")
+    part = tmp_path / ".epochs.csv.part"
+    part.symlink_to("/dev/full")
+    loggers = Loggers(("csv",), tmp_path, {}, said.append)
+    loggers.add({"train_loss": 1.0}, 1)
+    part.unlink(missing_ok=True)
+    loggers.close()
+    assert said == []
+    assert (tmp_path / "epochs.csv").read_text() == "epoch,train_loss\n0,1.0\n"
+
+
 def test_a_full_disk_ends_the_table_and_not_the_run(tmp_path):
     # R14
     said: list[str] = []
@@ -120,6 +134,7 @@ def test_a_full_disk_ends_the_table_and_not_the_run(tmp_path):
     loggers = Loggers(("csv",), tmp_path, {}, said.append)
     for step in (1, 2):
         loggers.add({"train_loss": 1.0}, step)
+    loggers.close()
     assert len(said) == 1
     assert "No space left" in said[0]
 
