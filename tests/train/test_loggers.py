@@ -130,11 +130,12 @@ def test_a_full_disk_ends_the_table_and_not_the_run(tmp_path):
     # R14
     said: list[str] = []
     (tmp_path / METRICS).write_text(json.dumps({"epoch": 0, "train_loss": 1.0}) + "\n")
-    (tmp_path / ".epochs.csv.part").symlink_to("/dev/full")
+    part = tmp_path / ".epochs.csv.part"
     loggers = Loggers(("csv",), tmp_path, {}, said.append)
-    for step in (1, 2):
-        loggers.add({"train_loss": 1.0}, step)
-    loggers.close()
+    for act in (lambda: loggers.add({"train_loss": 1.0}, 1), loggers.close):
+        part.unlink(missing_ok=True)
+        part.symlink_to("/dev/full")
+        act()
     assert len(said) == 1
     assert "No space left" in said[0]
 
