@@ -8,6 +8,7 @@ from typing import Any
 
 from cbam.errors import ConfigError, MissingExtraError
 
+_ALSO = {"learning_rate": "lr"}  # what else people call a setting
 MAX_BYTES = 1 << 20
 MAX_ALIASES = 100
 MAX_DEPTH = 20
@@ -32,8 +33,10 @@ def read_config(path: str, kind: type) -> dict[str, Any]:
         if name in settings:
             problems.append(f"key {key.value!r} twice ({line})")
         elif name not in known:
-            near = difflib.get_close_matches(name, known, 1, 0.4)
-            hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
+            near = difflib.get_close_matches(name, [*known, *_ALSO], 1, 0.4)
+            hint = (
+                f"; did you mean {_ALSO.get(near[0], near[0])!r}?" if near else f"; known: {', '.join(known)}"
+            )
             problems.append(f"unknown key {key.value!r} ({line}){hint}")
         else:
             settings[name], problem = _fitting(value, known[name])

@@ -18,7 +18,7 @@ from cbam.hub import Card
 from cbam.models import build
 from cbam.models.detectors import DETECTORS
 from cbam.train import checkpoint
-from cbam.train.material import load_trained
+from cbam.train.material import load_trained, unnamed
 
 
 def viewer(
@@ -126,7 +126,7 @@ def _of_weights(
 ) -> Source:
     """A weights file knows the network and the classes of nothing but its tensors."""
     if model is None:
-        raise ConfigError(f"{file} does not say what network it is: give --model NAME, see `cbam list`")
+        raise unnamed(file)
     if model.partition(":")[0] in DETECTORS:
         raise ConfigError(f"{model} is a detector: give --detect")
     card = Card()

@@ -19,7 +19,7 @@ from cbam.surgery import load_weights
 from cbam.train import checkpoint
 from cbam.train.average import average_of
 from cbam.train.folder import epochs, settings_in
-from cbam.train.material import began_with, load_trained, ours
+from cbam.train.material import began_with, load_trained, ours, unnamed
 from cbam.train.recipes import Config
 
 _OUTPUTS = 1000
@@ -96,7 +96,7 @@ def source(
         refuse_normalisation(path, mean, std)
         return _published(path) if hub.is_published(path) else _run(path)
     if model is None:
-        raise ConfigError(f"{named} does not say what network it is: give --model NAME, see `cbam list`")
+        raise unnamed(path)
     net = build(model, num_classes=outputs or _OUTPUTS)
     try:
         load_trained(net, path, model, path)

@@ -8,6 +8,7 @@ size that it states is that of the upright picture alone.
 """
 
 import copy
+import hashlib
 import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -175,6 +176,13 @@ class BoxedImages(Dataset):
     def all_boxes(self) -> np.ndarray:
         """Every box as its annotation has it: float64 (N, 4), those of the first picture first."""
         return self._boxes
+
+    def digest(self) -> str:
+        """A SHA-256 of all objects: whose they are, boxes, labels, which are crowds and which difficult."""
+        whole = hashlib.sha256()
+        for values in (self._starts, self._boxes, self._labels, self._crowd, self._difficult):
+            whole.update(np.ascontiguousarray(values).tobytes())
+        return whole.hexdigest()
 
     def inner_name(self, index: int) -> str:
         """The file of a picture, wherever the set lies."""

@@ -8,7 +8,7 @@ from itertools import chain
 from pathlib import Path
 
 from cbam.data.boxed_folder import PARTS, differing, is_voc, voc_years
-from cbam.data.boxes import Finding, Picture, size_fault
+from cbam.data.boxes import Finding, Picture, is_file, size_fault
 from cbam.data.coco import LISTS, CocoReader, pictures_of
 from cbam.data.decode import decode_bytes, header_of, not_an_image, orientation, read, shown
 from cbam.data.located import LocatedJSON
@@ -216,7 +216,7 @@ def _coco(root: Path, files: list[Path], deep: bool) -> Iterator[Finding]:
             continue
         yield from reader.findings
         # the reader told of the others
-        there = [picture for picture in reader.pictures if Path(picture.path).is_file()]
+        there = [picture for picture in reader.pictures if is_file(Path(picture.path))]
         yield from _boxed(there, deep)
         purpose = _purpose(file)
         parts.setdefault(purpose, (reader.classes, [picture.path for picture in there]))

@@ -115,7 +115,8 @@ class CocoReader:
         for id, element in self._identified("annotations", "annotation"):
             if id == 0:
                 self._count(element, ID_ZERO)
-            if element.value.get("image_id") in self._left_out:
+            image = element.value.get("image_id")
+            if isinstance(image, int) and image in self._left_out:
                 continue
             place = self._place(id, element, unknown)
             fault = _annotation_fault(element.value)

@@ -37,7 +37,7 @@ _SIGNATURES = re.compile(
 )
 _TEXT = re.compile(rb"[!-=?-~]{3,16}")  # the first word, or the opening of a tag
 
-_ORIENTATION = 0x0112
+_WIDTH, _HEIGHT, _ORIENTATION = 0x0100, 0x0101, 0x0112
 _TURNS = {  # EXIF orientation -> the name of Pillow's transposition that undoes it
     2: "FLIP_LEFT_RIGHT",
     3: "ROTATE_180",
@@ -143,7 +143,10 @@ def header_of(path: str | os.PathLike | io.BytesIO) -> Header | None:
             animated = (
                 several and image.format != "MPO"
             )  # a phone's JPEG with a preview or a depth map beside it
-            return Header(image.height, image.width, animated)
+            height, width = image.height, image.width
+            if image.format == "TIFF":  # Pillow turns its size as EXIF says
+                width, height = image.tag_v2[_WIDTH], image.tag_v2[_HEIGHT]  # pyright: ignore
+            return Header(height, width, animated)
     except Exception:  # the reader of the picture itself says what is wrong with it
         return None
 

@@ -47,12 +47,12 @@ class Shard:
         """Number of parts of a step."""
         return self.world * self.accumulate
 
-    def part(self, step: list[_Key], number: int) -> list[_Key]:
-        """Batch `number` (below `accumulate`) of this process in a step of these samples."""
+    def part(self, step: list[_Key], number: int, least: int = 1) -> list[_Key]:
+        """Batch `number` (below `accumulate`) of this process in a step of these samples, `least` or more."""
         size = -(-len(step) // self.parts)
         first = (number * self.world + self.rank) * size
         own = step[first : first + size]
-        return own + step[:1] * (size - len(own))
+        return own + step[:1] * (max(size, least) - len(own))
 
     def share(self, samples: int, number: int) -> int:
         """How many of the samples in `part(step, number)` count, in a step of `samples`."""
@@ -116,8 +116,10 @@ class Batches(Sampler[list[_Key]]):
         keys = list(self.sampler)
         for first in range(0, self.steps() * self.size, self.size):
             step = keys[first : first + self.size]
+            # Of a single sample BatchNorm takes no variance where its map has one pixel.
+            least = 2 if self.shard.parts > 1 and 1 < len(step) < self.size else 1
             for number in range(self.shard.accumulate):
-                yield self.shard.part(step, number) if self.sampler.shuffle else step
+                yield self.shard.part(step, number, least) if self.sampler.shuffle else step
 
     def steps(self) -> int:
         """Steps that an iteration has from here: fewer in an epoch that is resumed."""

@@ -263,7 +263,10 @@ def parse(path: Path) -> Node:
         if isinstance(error, DataError):
             raise
         raise DataError(f"{shown(path)} line 1: the encoding that it names: {error}") from error
-    return top.children[0]
+    root = top.children[0]
+    if root.tag != "annotation":  # a page that a failed download left, for example
+        raise DataError(f"{shown(path)} line {root.line}: <{shown(root.tag)}> where VOC has <annotation>")
+    return root
 
 
 def _size(root: Node, picture: Path) -> tuple[int, int]:

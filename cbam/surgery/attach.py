@@ -285,7 +285,7 @@ def _refuse_wrapped(model: nn.Module, verb: str = "attach") -> None:
             raise AttachError(f"found an exported program {where}: {verb} first, then torch.export")
         if kind in _WRAPPERS or kind.startswith("FSDP"):
             raise AttachError(f"found {kind} {where}: {verb} before wrapping for distribution")
-        if callable(vars(type(module)).get("weight")):
+        if callable(getattr(type(module), "weight", None)):
             raise AttachError(f"found a quantised {kind} {where}: {verb}, then quantise")
         if any(is_lazy(p) for p in module.parameters(recurse=False)):
             raise AttachError(f"found an uninitialised {kind} {where}: run the model once, then {verb}")

@@ -33,8 +33,8 @@ class Detection:
         self.model, self.classes, self.rules = model, list(classes), rules
 
     def loss(self, network: Callable[..., Any], batch: dict, part: Part) -> tuple[Tensor, Tensor]:
-        """The sum of the detector's losses. Pictures that do not count are left out, but for one."""
-        count = max(1, part.count)
+        """The sum of the detector's losses. Pictures that do not count are left out, where two are left."""
+        count = max(part.count, min(2, len(batch["target"])))
         targets = [{name: target[name] for name in ("boxes", "labels")} for target in batch["target"][:count]]
         losses = network(_pictures(batch)[:count], targets)
         loss = torch.stack([value.float() for value in losses.values()]).sum()

@@ -14,6 +14,7 @@ from cbam.hub.card import read_config
 from cbam.hub.folder import CONFIG, WEIGHTS
 from cbam.models import build, freeze_norm
 from cbam.surgery import attached, load_weights
+from cbam.surgery.checkpoint import read
 from cbam.surgery.weights import Loaded
 from cbam.train import checkpoint
 from cbam.train.average import average_of
@@ -40,6 +41,8 @@ def about(train: Images | BoxedImages, val: Images | BoxedImages) -> dict[str, A
     return {
         "classes": train.classes, "training": len(train), "validation": len(val), "size": train.size,
         "names": digest_of_names(train, val),
+        **{f"{s} objects": part.digest() for s, part in (("training", train), ("validation", val))
+           if isinstance(part, BoxedImages)},
     }  # fmt: skip
 
 
@@ -131,6 +134,16 @@ def load_trained(model: nn.Module, source: Path | dict[str, Tensor], name: str, 
             f"{where} has no weights of attention, so that of {name} would be untrained: "
             f"give --model {name.partition('+')[0]}, or the weights of {name}"
         )
+
+
+def unnamed(path: Path) -> ConfigError:
+    """The error for weights that come without the name of their network.
+
+    Raises:
+        CheckpointError: they are none, or damaged.
+    """
+    read(path)
+    return ConfigError(f"{path} does not say what network it is: give --model NAME, see `cbam list`")
 
 
 def misfit_of(path: str, misfit: CheckpointError) -> CheckpointError:

@@ -227,13 +227,17 @@ def _places(given: dict[str, Any]) -> dict[str, int]:
 
 
 def _difference(before: dict, now: dict) -> str:
-    """In words; older checkpoints do not know the names."""
+    """In words; older checkpoints do not know the names, nor the objects of detection."""
     other = [name for name in now if name in before and before[name] != now[name]]
-    if other == ["names"]:
-        return "as many, but some have other names"
-    return "; ".join(
-        f"{name} {str(before[name])[:80]} -> {str(now[name])[:80]}" for name in other if name != "names"
-    )
+    told = [f"{n} {str(before[n])[:80]} -> {str(now[n])[:80]}" for n in other if n not in _DIGESTS]
+    return "; ".join(told or [_DIGESTS[name] for name in other])
+
+
+_DIGESTS = {
+    "names": "as many, but some have other names",
+    "training objects": "other boxes or labels in the training pictures",
+    "validation objects": "other boxes or labels in the validation pictures",
+}
 
 
 def _share(config: Config, train: _Set, val: _Set, state: dict | None, watch: Watch):

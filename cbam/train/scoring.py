@@ -16,7 +16,7 @@ from cbam.models.detectors import DETECTORS
 from cbam.train import checkpoint
 from cbam.train.average import average_of
 from cbam.train.fitting import Detections, Evaluation, evaluate, evaluate_detector, pick_device
-from cbam.train.material import about, began_with, load_trained, network, ours, pictures
+from cbam.train.material import about, began_with, load_trained, network, ours, pictures, unnamed
 from cbam.train.recipes import Config
 
 _Set = Images | BoxedImages
@@ -115,7 +115,7 @@ def _trained(path: Path, data: str | None, model: str | None, size: int | None, 
 
 def _weights(path: Path, data: str | None, model: str | None, size: int | None, held_out: bool) -> _Candidate:
     if model is None:
-        raise ConfigError(f"{path} does not say what network it is: give --model NAME, see `cbam list`")
+        raise unnamed(path)
     detects = model.partition(":")[0] in DETECTORS
     config = Config(
         "detect/short" if detects else "folder", data=data, model=model, size=size,

@@ -136,3 +136,9 @@ def test_a_config_that_is_not_there_is_an_error():
         read_config("nowhere.yaml", Settings)
     with pytest.raises(ConfigError, match="Is a directory"):
         read_config(".", Settings)
+
+
+@pytest.mark.parametrize("name", ["learning_rate", "lerning_rate", "learning-rate"])
+def test_the_learning_rate_is_known_by_its_long_name(read, name):  # C2
+    with pytest.raises(ConfigError, match="did you mean 'lr'"):
+        read(f"{name}: 0.1")

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 
 import numpy as np
 import pytest
@@ -363,3 +364,11 @@ def test_two_thousand_damaged_masks_are_judged_without_a_crash():  # D30
         assert isinstance(fault, str)
         judged[bool(fault)] += 1
     assert min(judged.values()) > 100
+
+
+@pytest.mark.parametrize("value", [[7], {"id": 7}])
+def test_an_image_id_that_is_no_number_is_refused_with_its_line(write, value):  # D26
+    arguments = write([annotation(1), annotation(2, image=value)])
+    assert re.search(
+        r"json line \d+ column \d+: image_id .* of annotation 2 is not among", refusal(arguments)
+    )

@@ -3,6 +3,7 @@
 import math
 
 import pytest
+from PIL import Image
 
 from cbam.data import annotated, voc
 from cbam.data.voc import parse
@@ -133,6 +134,7 @@ def test_a_document_type_is_refused_before_an_entity_is_read(folder, text):  # D
         (xml(thing())[:-20], "a.xml line 6 column 1: unclosed token"),
         ("<annotation>\n<a></b></annotation>", "a.xml line 2 column 6: mismatched tag"),
         ("<annotation>&nbsp;</annotation>", "undefined entity"),
+        ("<html><body>404</body></html>", "a.xml line 1: <html> where VOC has <annotation>"),
         (
             "<?xml version='1.0' encoding='shift_jis'?><annotation/>",
             "line 1: the encoding that it names: multi",
@@ -163,6 +165,20 @@ def test_a_size_that_is_not_said_is_the_pictures(folder, size):
     images = voc(folder({"a": xml(thing(), size=size)}), "train")
     assert images.pictures[0][3:] == (48, 64)
     assert images[0]["boxes"].tolist() == [[10, 5, 30, 20]]
+
+
+@pytest.mark.parametrize("kind", ["TIFF", "JPEG", "PNG"])
+def test_a_turned_picture_whose_size_is_not_said_has_its_boxes_turned_with_it(folder, pixels, kind):  # D32
+    root = folder({"a": xml(thing(box=(17, 9, 48, 24)), size="")})
+    (root / "JPEGImages/a.jpg").unlink()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture = Image.fromarray(pixels(40, 60))
+    picture.save(root / f"JPEGImages/a.{kind.lower()}", kind, exif=exif)
+    images = voc(root, "train")
+    assert images.pictures[0][3:] == (40, 60)  # as it is stored
+    assert images[0]["image"].shape == (3, 60, 40)
+    assert images[0]["boxes"].tolist() == [[16, 16, 32, 48]]
 
 
 def test_missing_files_are_named(folder):  # D32
@@ -214,7 +230,7 @@ def test_no_folder_at_all_is_refused():
 
 
 def test_a_line_is_that_of_the_elements_opening(tmp_path):
-    (tmp_path / "x.xml").write_text("<a>\n\n<b>1 &amp;\n2</b>\n<c/></a>", encoding="utf-8")
+    (tmp_path / "x.xml").write_text("<annotation>\n\n<b>1 &amp;\n2</b>\n<c/></annotation>", encoding="utf-8")
     root = parse(tmp_path / "x.xml")
     assert [(node.tag, node.line, node.text) for node in root.children] == [("b", 3, "1 &\n2"), ("c", 5, "")]
 

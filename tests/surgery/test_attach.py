@@ -510,6 +510,13 @@ def test_a_quantised_layer_is_refused(net):  # S10
 
 
 @pytest.mark.filterwarnings("ignore")  # torch is about to drop its old quantisation
+def test_a_dynamically_quantised_layer_is_refused(net):  # S10
+    quantised = torch.ao.quantization.quantize_dynamic(net, {nn.Linear}, dtype=torch.qint8)
+    with pytest.raises(AttachError, match=r"quantised Linear at 'head': attach, then quantise"):
+        cbam.attach(quantised)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch is about to drop its old quantisation
 @pytest.mark.parametrize("name", ["cbam", "se"])
 def test_attached_networks_can_be_quantised(net, name):
     cbam.attach(net.eval(), attention=name, start="paper")

@@ -1,5 +1,6 @@
 """Detectors on the engine of classification (rows D27, D33, D34, R1, R3, R10)."""
 
+import copy
 import dataclasses
 import json
 import os
@@ -15,14 +16,18 @@ from torch import nn
 
 import cbam
 from cbam.data import boxed_folder, loader
+from cbam.data.loading import Shard
 from cbam.errors import CheckpointError, ConfigError, DataError, NonFiniteError
 from cbam.models import build
 from cbam.surgery import attached
-from cbam.train import Config, Recipe, checkpoint, evaluate_detector, fit, run, score
+from cbam.train import Config, Recipe, checkpoint, evaluate_detector, fit, material, run, score
+from cbam.train.detection import Detection
 from cbam.train.detector import begin_with, make_detector
 from cbam.train.keeper import Keeper
 from cbam.train.material import network, pictures
 from cbam.train.recipes import recipe
+from cbam.train.runs import _difference
+from cbam.train.task import Part
 
 RECIPE = Recipe(epochs=1, batch_size=4, lr=0.02)
 
@@ -132,6 +137,40 @@ def test_other_precisions_train_and_accumulate(shapes, detector, precision):
     (entry,) = fit(detector(), *shapes, how, seed=0, device="cpu")
     assert entry["train_loss"] > 0
     assert {"val_ap", "val_ap50", "val_ap75", "val_ap50_11points"} <= entry.keys()
+
+
+@pytest.mark.parametrize(("parts", "samples"), [(2, 3), (4, 3), (4, 7)])
+def test_no_part_of_a_last_step_is_a_single_picture(shapes, parts, samples):
+    """Attention on a map of one pixel takes statistics of the pictures, which one picture has not."""
+    counts = []
+
+    def network(images, targets):
+        counts.append(len(images))
+        return {"loss": torch.zeros((), requires_grad=True)}
+
+    train = shapes[0].subset(8 + samples)
+    task = Detection(nn.Identity(), train.classes, "voc")
+    for rank in range(parts):
+        shard = Shard(rank, parts)
+        for step, batch in enumerate(loader(train, 8, train=True, shard=shard, seed=0)):
+            of = min(8, 8 + samples - 8 * step)
+            part = Part(shard.share(of, 0), of, parts, (0, 0, step, 0, rank))
+            task.loss(network, batch, part)
+    assert len(counts) == 2 * parts
+    assert min(counts) == 2
+
+
+def test_boxes_that_changed_since_a_run_began_are_told(shapes):
+    # R13
+    train, val = shapes
+    before = material.about(train, val)
+    other = copy.copy(train)
+    other._labels = train._labels.clone()
+    other._labels[0] = 2
+    assert _difference(before, material.about(train, val)) == ""
+    assert _difference(before, material.about(other, val)) == "other boxes or labels in the training pictures"
+    old = {name: value for name, value in before.items() if "objects" not in name}
+    assert _difference(old, material.about(other, val)) == ""
 
 
 class Poisoned(nn.Module):

@@ -16,7 +16,7 @@ from cbam.app.networks import viewer
 from cbam.app.source import source
 from cbam.data.decode import decode
 from cbam.data.pictures import centre
-from cbam.errors import ConfigError, DataError
+from cbam.errors import CheckpointError, ConfigError, DataError
 from cbam.train import checkpoint, material, run, score, scoring
 from cbam.train.average import average_of
 from cbam.train.recipes import Config
@@ -219,3 +219,12 @@ def test_a_checkpoint_under_another_name_is_that_of_its_run(own, tmp_path):
     assert viewer(None, str(best), [], None, None).classes == ["bright", "dark"]
     with pytest.raises(ConfigError, match="holds a classifier"):
         detectors(None, str(best), [], None, None)
+
+
+@pytest.mark.parametrize("content", [b"", b"<html>404</html>", b"PK\x03\x04 cut"])
+def test_a_damaged_file_is_told_as_that_and_not_as_one_without_a_name(tmp_path, content):
+    # K1, K2
+    (tmp_path / "w.ckpt").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"w\.ckpt: (the file is empty|not a weights file|.*cut)"):
+        score(tmp_path / "w.ckpt", device="cpu")
+    assert cli.main(["eval", str(tmp_path / "w.ckpt"), "--device", "cpu"]) == 4
