@@ -383,7 +383,7 @@ def test_a_run_is_looked_at_as_it_is_scored(photo, tmp_path, monkeypatch, capsys
         (["photo.png", "--target", "tenhc"], 2, "no class 'tenhc'; near it: tench"),
         (["photo.png", "--model", "resnet_tiny"], 2, "--model needs --weights FILE"),
         (["photo.png", "--weights", "none.pt"], 4, "none.pt: no such file"),
-        (["photo.png", "--weights", "photo.png"], 2, "give --model NAME"),
+        (["photo.png", "--weights", "photo.png"], 4, "photo.png: not a weights file"),
         (["photo.png", "--weights", "photo.png", "--model", "resnet_tiny"], 4, "photo.png"),
         (["photo.png", "--compare", "a"], 2, "--compare takes NAME=FILE"),
         (["photo.png", "--compare", "a=b", "--weights", "c"], 2, "not both"),
