@@ -274,9 +274,9 @@ def accept(findings: Sequence[Finding], what: str) -> list[str]:
     kinds: dict[str, list[Finding]] = {}
     for finding in findings:
         kinds.setdefault(finding.counted, []).append(finding)
-    return [
-        f"{sum(f.times for f in own)} times: {kind}; the first: {own[0].where}" for kind, own in kinds.items()
-    ]
+    counts = {kind: sum(finding.times for finding in own) for kind, own in kinds.items()}
+    often = {kind: "once" if count == 1 else f"{count} times" for kind, count in counts.items()}
+    return [f"{often[kind]}: {kind}; the first: {own[0].where}" for kind, own in kinds.items()]
 
 
 def _upright(picture: Picture, boxes: np.ndarray, where: str) -> tuple[Tensor, np.ndarray]:

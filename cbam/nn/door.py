@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cbam.errors import DtypeError, InputError
-from cbam.ops.reference import batched, other_dim
+from cbam.ops.reference import FLOATS, batched, other_dim
 
 _log = logging.getLogger("cbam")
 
@@ -81,7 +81,7 @@ def check_fits(x: Tensor, channels: int | None, weight: Tensor | None, dim: int 
         return
     if x.device != weight.device:
         raise InputError(f"x is on {x.device}, the weights on {weight.device}; move one of them")
-    if x.dtype != weight.dtype and x.dtype.is_floating_point and not torch.is_autocast_enabled(x.device.type):
+    if x.dtype != weight.dtype and x.dtype in FLOATS and not torch.is_autocast_enabled(x.device.type):
         raise DtypeError(
             f"x is {x.dtype}, the weights are {weight.dtype}: use torch.autocast, or convert one of them"
         )

@@ -94,7 +94,7 @@ def test_pictures_may_lie_in_images_beside_the_file(tmp_path):
     draw(tmp_path / "images" / "b.jpg")
     images = annotated(coco(tmp_path))
     assert images.pictures[0].path == str(tmp_path / "images" / "b.jpg")
-    assert images.notes[0].startswith("1 times: a picture is not there: left out; the first: ")
+    assert images.notes[0].startswith("once: a picture is not there: left out; the first: ")
     (tmp_path / "boxes.csv").write_text("file,x0,y0,x1,y1\nb.jpg,1,2,3,4\n")
     assert found(annotated(tmp_path / "boxes.csv"))[0] == [("b.jpg", "", [(1, 2, 3, 4)])]
 
@@ -105,8 +105,8 @@ def test_boxes_without_area_and_pictures_that_are_not_there_are_counted(pictures
     rows, notes = found(annotated(pictures))
     assert rows == [("a.jpg", "cat", [(0, 0, 3, 3)])]
     assert notes == [
-        "1 times: a box has no width or no height: dropped",
-        "1 times: a picture is not there: left out",
+        "once: a box has no width or no height: dropped",
+        "once: a picture is not there: left out",
     ]
     table = pictures / "boxes.csv"
     table.write_text("file,x0,y0,x1,y1\na.jpg,5,5,5,9\nnone.jpg,1,2,3,4\na.jpg,-3,0,9,9\n")

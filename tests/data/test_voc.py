@@ -104,7 +104,7 @@ def test_coordinates_are_floats_and_no_bad_box_gets_through(folder, box, kept, n
     boxes = images[0]["boxes"].tolist()
     assert boxes[1:] == ([kept] if kept else [])
     if note:
-        assert images.notes[0].startswith("1 times: a box ")
+        assert images.notes[0].startswith("once: a box ")
         assert note in images.notes[0]
         assert images.notes[0].endswith(f"{root}/Annotations/a.xml line 9")
     else:
