@@ -112,7 +112,7 @@ def values(results, row):
         "SE": ("se", "paper"),
         "spatial, then channel": ("cbam-reversed", "paper"),
     }
-    records = [read(path) for path in results.rglob("*.json")]
+    records = [r for path in results.rglob("*.json") if not (r := read(path))["config"]["forked"]]
     chosen = [r for r in records if (r["config"]["attention"], r["config"]["start"]) == settings[row]]
     return {r["config"]["seed"]: r["epochs"][-1]["val_top1"] for r in chosen}
 
