@@ -11,7 +11,7 @@ import inspect
 import itertools
 import operator
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,13 +91,13 @@ class _Shallow(fx.Tracer):
         return True
 
 
-def trace(block: nn.Module, *, training: bool = False) -> fx.Graph:
-    """The graph of `block.forward` with default arguments, in eval (or training) mode; attention left out.
+def trace(block: nn.Module) -> fx.Graph:
+    """The graph of `block.forward` with default arguments, in eval mode; attention left out.
 
     Neither what the forward keeps in `block` stays nor what it draws from random generators. Raises whatever
     the forward raises when it meets values that are not there yet.
     """
-    return trace_with_effects(block, training=training)[0]
+    return trace_with_effects(block, training=False)[0]
 
 
 def trace_with_effects(block: nn.Module, *, training: bool) -> tuple[fx.Graph, list[str]]:
@@ -142,8 +142,8 @@ class Trunk:
         note: what the trunk ends in, where that is a sum of another kind; else "".
     """
 
-    def __init__(self, block: nn.Module, graph: fx.Graph, effects: Sequence[str] = ()) -> None:
-        self.graph, self.effects = graph, [*effects]
+    def __init__(self, block: nn.Module, graph: fx.Graph, effects: list[str]) -> None:
+        self.graph, self.effects = graph, effects
         self._children = dict(block.named_modules())
         self._names = {n: id(m) for n, m in block.named_modules(remove_duplicate=False)}
         self._order = {node: i for i, node in enumerate(graph.nodes)}
