@@ -145,7 +145,7 @@ def launches(
         t = torch.empty(N * C * H * W + offset, dtype=dtype, device="meta")[offset:]
         return t.view(N, H, W, C).permute(0, 3, 1, 2) if nhwc else t.view(N, C, H, W)
 
-    def record(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
+    def record(_: Any, kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
         case = f"{form.name} {shape} {TYPES[dtype]} {'NHWC' if nhwc else 'NCHW'}"
         found.append(specialised(kernel, programs, arguments, constants, case))
 
@@ -155,8 +155,8 @@ def launches(
     spatial = (
         [vector(1, 2, form.side, form.side), *(vector(1) for _ in range(4))] if form.spatial else [None] * 5
     )
-    launch, count = triton_map.Map.launch, triton_map.processors
-    triton_map.Map.launch, triton_map.processors = staticmethod(record), lambda device: PROCESSORS  # pyright: ignore
+    launch, count = triton_map.Kernels.launch, triton_map.processors
+    triton_map.Kernels.launch, triton_map.processors = record, lambda device: PROCESSORS  # pyright: ignore
     try:
         x, middle = map(), [*weights, "avg" in form.pools, "max" in form.pools, 1.0]
         bn, where = (form.norm == "batch", 1e-5), (form.spatial == "batch", 1e-5, 1.0)
@@ -176,7 +176,7 @@ def launches(
             arguments += [relu, *saved, True, True]
             triton_gradients.tail_backward(*arguments)
     finally:
-        triton_map.Map.launch, triton_map.processors = staticmethod(launch), count  # pyright: ignore
+        triton_map.Kernels.launch, triton_map.processors = launch, count  # pyright: ignore
     return found
 
 

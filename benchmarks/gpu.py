@@ -34,7 +34,7 @@ from torch import nn
 import cbam
 from benchmarks.gpu_cells import ROOT, agree, started
 from cbam.ops import triton_gradients, triton_kernels
-from cbam.ops.triton_map import Map
+from cbam.ops.triton_map import Kernels
 from cbam.studies import machine, timing
 from cbam.studies.bench import rivals
 from cbam.studies.bench.run import _Measure  # its two steps are wanted one by one, as the time allows
@@ -141,10 +141,10 @@ def recorded(step: Callable[[], None]) -> list[tuple[str, Callable[[], None]]]:
     `convolve` merges in the program that draws the last ticket, from the zero that `squeeze` has left.
     """
     found: list[tuple[str, Callable[[], None]]] = []
-    launch = Map.launch
+    launch = Kernels.launch
 
-    def record(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
-        again = partial(launch, kernel, programs, *arguments, **constants)
+    def record(alike: Kernels, kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
+        again = partial(launch, alike, kernel, programs, *arguments, **constants)
         name = getattr(kernel, "fn", kernel).__name__
         if name == "convolve":
             ticket = dict(zip(kernel.arg_names, arguments, strict=False))["TICKET"]
@@ -153,11 +153,11 @@ def recorded(step: Callable[[], None]) -> list[tuple[str, Callable[[], None]]]:
             found.append((name, again))
         again()
 
-    Map.launch = staticmethod(record)  # pyright: ignore[reportAttributeAccessIssue]
+    Kernels.launch = record  # pyright: ignore[reportAttributeAccessIssue]
     try:
         step()
     finally:
-        Map.launch = staticmethod(launch)  # pyright: ignore[reportAttributeAccessIssue]
+        Kernels.launch = launch
     return found
 
 

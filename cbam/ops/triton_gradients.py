@@ -4,6 +4,8 @@ The steps and their sums are in triton_backward.py and triton_gate.py, their til
 here waits for the device, and no decision depends on its results.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -16,8 +18,14 @@ TAPS = 32  # of the spatial kernel, whose gradients one program adds up
 MANY = 2048  # pairs of sums: more are added up by a kernel of their own, not by every program of the next
 
 
-def tail_backward(
-    grad: Tensor, x: Tensor, out: Tensor | None,
+def tail_backward(grad: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    """`cbam::tail_backward`: dx, g, the nine parameters' gradients; what does not exist is of shape (0,)."""
+    with on(x.device):
+        return _tail_backward(Map.of(x, grad, *arguments), grad, *arguments)
+
+
+def _tail_backward(
+    a: Map, grad: Tensor, out: Tensor | None,
     gamma: Tensor | None, beta: Tensor | None, bn_batch: bool, bn_eps: float,
     w1: Tensor | None, b1: Tensor | None, w2: Tensor | None, b2: Tensor | None,
     avg_pool: bool, max_pool: bool, channel_gain: float,
@@ -26,41 +34,36 @@ def tail_backward(
     m: Tensor, e: Tensor, k: Tensor, mu: Tensor, v: Tensor, gate: Tensor,
     s: Tensor, s_mu: Tensor, s_v: Tensor, need_x: bool, need_shortcut: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """`cbam::tail_backward`: dx, g, the nine parameters' gradients; what does not exist is of shape (0,)."""
-    with on(x.device):
-        a = Map.of(x)
-        norm = ABSENT if gamma is None else Norm(gamma, bias(gamma, beta), mu, v)
-        spatial = ABSENT if kernel is None else Norm(s_gamma, bias(s_gamma, s_beta), s_mu, s_v)
-        pools = (w1 is not None and avg_pool, w1 is not None and max_pool)
-        mc, conv = None if w1 is None else gate, None if kernel is None else s
-        found = Found(a, w1, gamma, kernel)
-        if relu and (need_x or need_shortcut):
-            found.g = a.alike()
-        if relu or found.reduces or kernel is not None:
-            _reduce(
-                a, found, grad, out if relu else None, norm, bn_eps, mc, conv, spatial, s_eps, spatial_gain
-            )
-        if kernel is not None:
-            _spread(a, found, kernel, conv, spatial, s_eps, s_batch)
-            if found.reduces:
-                _weigh(a, found, norm.mean)
-        if w1 is not None:
-            _hidden_gradient(a, found, m, e, gate, norm, bn_eps, (w1, b1, w2), pools, channel_gain)
-        if found.reduces or kernel is not None:
-            batch = gamma is not None and bn_batch
-            _parameters(a, found, m, e, mc, norm, bn_eps, w1, pools, kernel, batch=batch, need_x=need_x)
-        if need_x:
-            found.dx = a.alike()
-            a.sweep(
-                backward.write, a.plan.write, x, norm.mean, grad if found.g is None else found.g, found.dx,
-                conv, *spatial, found.d, found.j, k, found.scale, found.level, found.peak, found.slope,
-                S_EPS=s_eps, GAIN=spatial_gain, CS=a.plan.write.parts,
-            )  # fmt: skip
-        if beta is None:
-            found.dbeta = None
-        if s_beta is None:
-            found.ds[1] = a.absent()
-        return found.returned(x.dtype, need_shortcut)
+    norm = ABSENT if gamma is None else Norm(gamma, bias(gamma, beta), mu, v)
+    spatial = ABSENT if kernel is None else Norm(s_gamma, bias(s_gamma, s_beta), s_mu, s_v)
+    pools = (w1 is not None and avg_pool, w1 is not None and max_pool)
+    mc, conv = None if w1 is None else gate, None if kernel is None else s
+    found = Found(a, w1, gamma, kernel)
+    if relu and (need_x or need_shortcut):
+        found.g = a.alike()
+    if relu or found.reduces or kernel is not None:
+        _reduce(a, found, grad, out if relu else None, norm, bn_eps, mc, conv, spatial, s_eps, spatial_gain)
+    if kernel is not None:
+        _spread(a, found, kernel, conv, spatial, s_eps, s_batch)
+        if found.reduces:
+            _weigh(a, found, norm.mean)
+    if w1 is not None:
+        _hidden_gradient(a, found, m, e, gate, norm, bn_eps, (w1, b1, w2), pools, channel_gain)
+    if found.reduces or kernel is not None:
+        batch = gamma is not None and bn_batch
+        _parameters(a, found, m, e, mc, norm, bn_eps, w1, pools, kernel, batch=batch, need_x=need_x)
+    if need_x:
+        found.dx = a.alike()
+        a.sweep(
+            backward.write, a.plan.write, a.x, norm.mean, grad if found.g is None else found.g, found.dx,
+            conv, *spatial, found.d, found.j, k, found.scale, found.level, found.peak, found.slope,
+            S_EPS=s_eps, GAIN=spatial_gain, CS=a.plan.write.parts,
+        )  # fmt: skip
+    if beta is None:
+        found.dbeta = None
+    if s_beta is None:
+        found.ds[1] = a.absent()
+    return found.returned(a.x.dtype, need_shortcut)
 
 
 class Found:
@@ -128,11 +131,11 @@ def _spread(
     assert sums is not None
     if len(sums) > MANY:
         sums = a.empty(1, 2, dtype=torch.float64)
-        a.launch(backward.totals, 1, found.sums, sums, len(found.sums), BR=1024)  # pyright: ignore
+        a.kernels.launch(backward.totals, 1, found.sums, sums, len(found.sums), BR=1024)  # pyright: ignore
     found.d = a.empty(a.N, 2, a.L)
     found.parts_of_dw = a.empty(tile.programs, 2 * side * side)
     BT = min(tile.channels, power(2 * side * side))
-    a.launch(
+    a.kernels.launch(
         backward.spatial_gradient, tile.programs * blocks(2 * side * side, BT), found.du, s, spatial.gamma,
         spatial.mean, spatial.var, sums, found.q, kernel, found.d, found.parts_of_dw, *found.ds,
         a.N, a.C, a.L, a.W, len(sums), tile.steps, S_EPS=eps, S_BATCH=batch, KS=side, ACC=a.constants["ACC"],
@@ -163,7 +166,7 @@ def _hidden_gradient(
     block = gate_plan(a.N, a.C, H, a.acc.itemsize, a.processors)
     found.dl, found.act = a.empty(a.N, a.C), a.empty(a.N, H)
     found.da, found.dm = (a.empty(a.N, H) if there else None for there in pools)
-    a.launch(
+    a.kernels.launch(
         gates.hidden_gradient, blocks(a.N, block.samples) * blocks(H, block.hidden), found.r, m, e, gate,
         *norm, w1, b1, w2, found.dl, found.act, found.da, found.dm, a.N, a.C, a.L, H, found.r.shape[1],
         EPS=eps, GAIN=gain, AVG=pools[0], MAX=pools[1], ACC=a.constants["ACC"],
@@ -185,7 +188,7 @@ def _parameters(
     programs = 0 if dw is None else blocks(taps, TAPS)
     if found.reduces:
         programs += blocks(a.C, block.channels) * blocks(H, block.hidden)
-    a.launch(
+    a.kernels.launch(
         gates.parameter_gradients, programs, found.r, m, e, mc, *norm, w1, found.dl, found.act, found.da,
         found.dm, dw, found.scale, found.level, found.peak, found.slope, *found.weights,
         found.dgamma, found.dbeta, found.dkernel,

@@ -8,72 +8,21 @@ decision depends on its results.
 """
 
 import struct
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from cbam.ops import triton_forward as forward
 from cbam.ops import triton_gate as gates
-from cbam.ops.triton_map import ABSENT, Map, Norm, bias, on
+from cbam.ops.triton_map import ABSENT, Map, Norm, bias, kernels_for, on
 from cbam.ops.triton_plan import blocks, gate_plan, statistics_plan
 
 
-def tail(
-    x: Tensor, shortcut: Tensor | None,
-    gamma: Tensor | None, beta: Tensor | None, mean: Tensor | None, var: Tensor | None,
-    bn_batch: bool, bn_eps: float,
-    w1: Tensor | None, b1: Tensor | None, w2: Tensor | None, b2: Tensor | None,
-    avg_pool: bool, max_pool: bool, channel_gain: float,
-    kernel: Tensor | None, s_gamma: Tensor | None, s_beta: Tensor | None,
-    s_mean: Tensor | None, s_var: Tensor | None, s_batch: bool, s_eps: float, spatial_gain: float,
-    relu: bool, save: bool, added: Norm = ABSENT, added_eps: float = 0.0,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    """`cbam::tail`: out, m, e, k, mu, v, gate, s, s_mu, s_v; what does not exist is of shape (0,).
-
-    `added` is a norm that the shortcut still has to pass; no backward knows of it.
-    """
+def tail(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    """`cbam::tail`: out, m, e, k, mu, v, gate, s, s_mu, s_v; what does not exist is of shape (0,)."""
     with on(x.device):
-        a = Map.of(x)
-        beta, s_beta = bias(gamma, beta), bias(s_gamma, s_beta)
-        batch, s_batch = gamma is not None and bn_batch, kernel is not None and s_batch
-        m = e = k = gate = q = s = scale = None
-        shift = beta
-        if batch or w1 is not None:
-            m, moments, e, k = _pool(
-                a, gamma, moments=batch, top=w1 is not None and max_pool, nans=not avg_pool
-            )  # fmt: skip
-            if batch:
-                mean, var, scale = _statistics(a, m, moments, gamma, bn_eps, scaled=w1 is None)
-        norm = Norm(gamma, beta, mean, var)
-        if w1 is not None:
-            m, e, k, gate, scale, shift = _gate(
-                a, m, e, k, norm, bn_eps, (w1, b1, w2, b2), avg_pool, channel_gain, save
-            )  # fmt: skip
-        elif gamma is not None and not batch:
-            scale = _affine(a, norm, bn_eps)
-        terms = (mean, scale, shift) if gamma is not None else (None, scale, None)
-        if kernel is not None:
-            q, ticket = _squeeze(a, terms, s_batch, gated=w1 is not None)
-            if s_batch or not a.plan.fold:
-                s, s_mean, s_var = _convolve(a, q, kernel, ticket, s_mean, s_var)
-                q = None
-            elif save:
-                s = _map_of_pixels(a)
-        spatial = Norm(s_gamma, s_beta, s_mean, s_var)
-        out = a.alike()
-        a.sweep(
-            forward.refine, a.plan.refine, x, shortcut, *added, *terms, q, kernel, s, *spatial, out, a.W,
-            GATED=w1 is not None, ADD_EPS=added_eps, S_EPS=s_eps, GAIN=spatial_gain, RELU=relu,
-            KS=_side(kernel), QS=a.plan.squeeze.parts, CS=a.plan.refine.parts,
-        )  # fmt: skip
-        if save and w1 is None and gamma is not None and not (batch and a.plan.pool.parts == 1):
-            # The schema wants m, which no gradient does.
-            m = x.mean((2, 3), dtype=a.acc)
-        saved = zip((m, e, k, gate, s), (a.acc, x.dtype, torch.int32, a.acc, a.acc), strict=True)
-        m, e, k, gate, s = (t if save and t is not None else a.absent(dtype) for t, dtype in saved)
-        mu, v = _kept(a, norm, a.acc, fresh=batch, save=save)
-        s_mu, s_v = _kept(a, spatial, torch.float64, fresh=s_batch, save=save)
-        return out, m, e, k, mu, v, gate, s, s_mu, s_v
+        return _tail(Map.of(x, *arguments), *arguments)
 
 
 def tail_inference(
@@ -88,11 +37,65 @@ def tail_inference(
 ) -> Tensor:  # fmt: skip
     """`cbam::tail_inference`: out."""
     added = Norm(shortcut_gamma, bias(shortcut_gamma, shortcut_beta), shortcut_mean, shortcut_var)
-    return tail(
-        x, shortcut, gamma, beta, mean, var, False, bn_eps,
-        w1, b1, w2, b2, avg_pool, max_pool, channel_gain,
-        kernel, s_gamma, s_beta, s_mean, s_var, False, s_eps, spatial_gain, relu, False, added, shortcut_eps,
-    )[0]  # fmt: skip
+    arguments = (
+        shortcut, gamma, beta, mean, var, False, bn_eps, w1, b1, w2, b2, avg_pool, max_pool, channel_gain,
+        kernel, s_gamma, s_beta, s_mean, s_var, False, s_eps, spatial_gain, relu, False,
+    )  # fmt: skip
+    with on(x.device):
+        return _tail(Map.of(x, *arguments, *added, shortcut_eps), *arguments, added, shortcut_eps)[0]
+
+
+def _tail(
+    a: Map, shortcut: Tensor | None,
+    gamma: Tensor | None, beta: Tensor | None, mean: Tensor | None, var: Tensor | None,
+    bn_batch: bool, bn_eps: float,
+    w1: Tensor | None, b1: Tensor | None, w2: Tensor | None, b2: Tensor | None,
+    avg_pool: bool, max_pool: bool, channel_gain: float,
+    kernel: Tensor | None, s_gamma: Tensor | None, s_beta: Tensor | None,
+    s_mean: Tensor | None, s_var: Tensor | None, s_batch: bool, s_eps: float, spatial_gain: float,
+    relu: bool, save: bool, added: Norm = ABSENT, added_eps: float = 0.0,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """What `cbam::tail` returns. `added`: a norm that the shortcut must pass yet; no backward knows of it."""
+    beta, s_beta = bias(gamma, beta), bias(s_gamma, s_beta)
+    batch, s_batch = gamma is not None and bn_batch, kernel is not None and s_batch
+    m = e = k = gate = q = s = scale = None
+    shift = beta
+    if batch or w1 is not None:
+        m, moments, e, k = _pool(
+            a, gamma, moments=batch, top=w1 is not None and max_pool, nans=not avg_pool
+        )  # fmt: skip
+        if batch:
+            mean, var, scale = _statistics(a, m, moments, gamma, bn_eps, scaled=w1 is None)
+    norm = Norm(gamma, beta, mean, var)
+    if w1 is not None:
+        m, e, k, gate, scale, shift = _gate(
+            a, m, e, k, norm, bn_eps, (w1, b1, w2, b2), avg_pool, channel_gain, save
+        )  # fmt: skip
+    elif gamma is not None and not batch:
+        scale = _affine(a, norm, bn_eps)
+    terms = (mean, scale, shift) if gamma is not None else (None, scale, None)
+    if kernel is not None:
+        q, ticket = _squeeze(a, terms, s_batch, gated=w1 is not None)
+        if s_batch or not a.plan.fold:
+            s, s_mean, s_var = _convolve(a, q, kernel, ticket, s_mean, s_var)
+            q = None
+        elif save:
+            s = _map_of_pixels(a)
+    spatial = Norm(s_gamma, s_beta, s_mean, s_var)
+    out = a.alike()
+    a.sweep(
+        forward.refine, a.plan.refine, a.x, shortcut, *added, *terms, q, kernel, s, *spatial, out, a.W,
+        GATED=w1 is not None, ADD_EPS=added_eps, S_EPS=s_eps, GAIN=spatial_gain, RELU=relu,
+        KS=_side(kernel), QS=a.plan.squeeze.parts, CS=a.plan.refine.parts,
+    )  # fmt: skip
+    if save and w1 is None and gamma is not None and not (batch and a.plan.pool.parts == 1):
+        # The schema wants m, which no gradient does.
+        m = a.x.mean((2, 3), dtype=a.acc)
+    saved = zip((m, e, k, gate, s), (a.acc, a.x.dtype, torch.int32, a.acc, a.acc), strict=True)
+    m, e, k, gate, s = (t if save and t is not None else a.absent(dtype) for t, dtype in saved)
+    mu, v = _kept(a, norm, a.acc, fresh=batch, save=save)
+    s_mu, s_v = _kept(a, spatial, torch.float64, fresh=s_batch, save=save)
+    return out, m, e, k, mu, v, gate, s, s_mu, s_v
 
 
 def track(running: list[Tensor], new: list[Tensor], momenta: list[float], count: int) -> None:
@@ -102,7 +105,8 @@ def track(running: list[Tensor], new: list[Tensor], momenta: list[float], count:
     # Two halves of a double: a number that is given at run time is a float32.
     halves = [half for m in (momenta[0], momenta[-1]) for half in (_single(m), m - _single(m))]
     with on(running[0].device):
-        Map.launch(forward.track, blocks(C, 256), *tensors, C, count, *halves, BC=256)
+        alike = kernels_for(running[0].device, *tensors, count)
+        alike.launch(forward.track, blocks(C, 256), *tensors, C, count, *halves, BC=256)
 
 
 def _single(value: float) -> float:
@@ -132,7 +136,7 @@ def _statistics(
     """mu and v of the batch, and, if `scaled`, gamma / sqrt(v + eps), (C,)."""
     mu, v, scale = a.empty(a.C), a.empty(a.C), a.empty(a.C) if scaled else None
     rows, channels = statistics_plan(a.C, a.processors)
-    a.launch(
+    a.kernels.launch(
         forward.statistics, blocks(a.C, channels), m, M2, mu, v, gamma, scale, a.N, a.C, a.L,
         a.plan.pool.steps, EPS=eps, S=a.plan.pool.parts, ACC=a.constants["ACC"],
         BR=rows, BC=channels, BP=a.plan.pool.pixels,
@@ -144,7 +148,7 @@ def _affine(a: Map, norm: Norm, eps: float) -> Tensor:
     """gamma / sqrt(var + eps), (C,), of running statistics."""
     scale = a.empty(a.C)
     constants = {"EPS": eps, "ACC": a.constants["ACC"], "BC": 256}
-    a.launch(forward.affine, blocks(a.C, 256), norm.gamma, norm.var, scale, a.C, **constants)
+    a.kernels.launch(forward.affine, blocks(a.C, 256), norm.gamma, norm.var, scale, a.C, **constants)
     return scale
 
 
@@ -170,12 +174,12 @@ def _gate(
     }  # fmt: skip
     programs = blocks(a.N, block.samples)
     if act is not None:
-        a.launch(
+        a.kernels.launch(
             gates.hidden, programs * blocks(H, block.hidden), *parts, *whole, *norm, w1, b1, act, *sizes,
             **constants,
         )  # fmt: skip
         programs *= blocks(a.C, block.channels)
-    a.launch(
+    a.kernels.launch(
         gates.gate, programs, *parts, *whole, *norm, w1, b1, w2, b2, act, gate, scale, shift, *sizes,
         GAIN=gain, POOLS=int(avg) + int(e is not None), **constants,
     )  # fmt: skip
@@ -201,7 +205,7 @@ def _convolve(
     if ticket is not None:
         sums = a.empty(programs, 2, dtype=torch.float64)
         mean, var = a.empty(1, dtype=torch.float64), a.empty(1, dtype=torch.float64)
-    a.launch(
+    a.kernels.launch(
         forward.convolve, programs, q, kernel, sums, ticket, s, mean, var, a.N, a.L, a.W,
         KS=_side(kernel), CS=a.plan.squeeze.parts, ACC=a.constants["ACC"], BP=a.plan.conv, BR=4 * a.plan.conv,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""A feature map as the Triton kernels see it: its extents, its plan, its buffers, and how a kernel starts."""
+"""A feature map as the Triton kernels see it: its extents, its plan, its buffers; and how a kernel starts."""
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -29,6 +29,49 @@ def bias(weight: Tensor | None, bias: Tensor | None) -> Tensor | None:
     return torch.zeros_like(weight) if weight is not None and bias is None else bias
 
 
+class Kernels:
+    """The kernels that one call of an operator starts, as compiled for its arguments.
+
+    Triton compiles for the types, the alignment and the sizes of what a kernel is given. It asks for all of
+    them at each start, which takes several times as long as starting. Calls that are alike share these (see
+    `kernels_for`), and ask once.
+    """
+
+    def __init__(self) -> None:
+        self._compiled: dict[Any, Any] = {}
+
+    def launch(
+        self, kernel: Any, programs: int, *arguments: Any, num_warps: int = 4, **constants: Any
+    ) -> None:
+        """Start `programs` of a kernel on the current stream; only `tl.fma` fuses a product with a sum.
+
+        No call starts a kernel twice, and what it is given here follows from what the call was given.
+        """
+        compiled = self._compiled.get(kernel.fn)
+        if compiled is None:
+            self._compiled[kernel.fn] = kernel[(programs,)](
+                *arguments, num_warps=num_warps, num_stages=2, enable_fp_fusion=False, **constants
+            )  # fmt: skip
+        else:  # constants are compiled in, but have their places
+            compiled[programs, 1, 1](*arguments, *constants.values())
+
+
+def kernels_for(*arguments: Any) -> Kernels:
+    """The kernels of all calls with arguments like these: of such types and sizes, and as aligned."""
+    return _kernels(*map(_likeness, arguments))
+
+
+@lru_cache(maxsize=4096)
+def _kernels(*_: Any) -> Kernels:
+    return Kernels()
+
+
+def _likeness(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.dtype, value.numel(), value.data_ptr() % 16
+    return value
+
+
 @dataclass(frozen=True)
 class Map:
     """A feature map and how it is worked on: what every step of a pass over it needs."""
@@ -42,16 +85,20 @@ class Map:
     acc: torch.dtype
     processors: int
     constants: dict[str, Any]
+    kernels: Kernels
 
     @classmethod
-    def of(cls, x: Tensor) -> "Map":
+    def of(cls, x: Tensor, *arguments: Any) -> "Map":
+        """The map `x` of a call of an operator with these arguments besides."""
         N, C, H, W = x.shape
         nhwc = not x.is_contiguous()
         assert not nhwc or x.is_contiguous(memory_format=torch.channels_last), "x must be dense"
         count = processors(x.device)
         worked = plan(N, C, H * W, nhwc, x.itemsize, count)
         acc, kind = (torch.float64, tl.float64) if x.dtype == torch.float64 else (torch.float32, tl.float32)
-        return cls(N, C, H * W, W, worked, x, acc, count, {"ACC": kind, "NHWC": nhwc, "UNIT": worked.unit})
+        constants = {"ACC": kind, "NHWC": nhwc, "UNIT": worked.unit}
+        alike = kernels_for(x.device, *x.shape, nhwc, x, *arguments)
+        return cls(N, C, H * W, W, worked, x, acc, count, constants, alike)
 
     @property
     def extents(self) -> tuple[int, int, int]:
@@ -62,18 +109,11 @@ class Map:
     def sweep(self, kernel: Any, tile: Tile, *arguments: Any, **constants: Any) -> None:
         """Launch a pass: its own arguments, then the extents and the steps of a program."""
         wide = tile.pixels * self.C if self.plan.nhwc else tile.channels * self.L
-        self.launch(
+        self.kernels.launch(
             kernel, tile.programs, *arguments, *self.extents, tile.steps,
             BC=tile.channels, BP=tile.pixels, WIDE=wide >= 1 << 31, num_warps=tile.warps,
             EVEN=self.C % tile.channels == 0 and self.L % tile.pixels == 0,
             **self.constants, **constants,
-        )  # fmt: skip
-
-    @staticmethod
-    def launch(kernel: Any, programs: int, *arguments: Any, num_warps: int = 4, **constants: Any) -> None:
-        """Start `programs` of a kernel on the current stream; only `tl.fma` fuses a product with a sum."""
-        kernel[(programs,)](
-            *arguments, num_warps=num_warps, num_stages=2, enable_fp_fusion=False, **constants
         )  # fmt: skip
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:

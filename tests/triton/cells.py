@@ -17,7 +17,7 @@ pytest.importorskip("triton")
 from cbam.ops import library, triton_gradients, triton_kernels, triton_map
 from cbam.ops.triton_gradients import tail_backward
 from cbam.ops.triton_kernels import tail, tail_inference
-from cbam.ops.triton_map import Map
+from cbam.ops.triton_map import Kernels, Map
 from cbam.ops.triton_plan import PARTS, plan
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -32,6 +32,12 @@ REPEATS = 2 if INTERPRETED else 250
 # A parameter's gradient on a tiny map is a sum that cancels: its scale is at least a thousandth of grad's.
 EXACT = {torch.float64: 1e-11, torch.float32: 2e-5, torch.float16: 2e-5, torch.bfloat16: 2e-5}
 HALVES = {torch.float16: 1.25, torch.bfloat16: 2.5 if INTERPRETED else 1.25}
+
+
+@pytest.fixture(autouse=True)
+def _asked_anew():
+    """The plans that a test changes are no part of what makes calls alike."""
+    triton_map._kernels.cache_clear()
 
 
 def compare(case, found, true, scales):
@@ -259,12 +265,12 @@ def test_very_many_parts_of_a_sum_are_added_up_first(tails, guarded, monkeypatch
 
 
 def test_offsets_of_64_bits_inside_a_tile_are_right(tails, guarded, monkeypatch):  # T22
-    launch = Map.launch
+    launch = Kernels.launch
 
     def wide(*arguments, **constants):
         launch(*arguments, **constants | ({"WIDE": True} if "WIDE" in constants else {}))
 
-    monkeypatch.setattr(Map, "launch", staticmethod(wide))
+    monkeypatch.setattr(Kernels, "launch", wide)
     for nhwc in (False, True):
         check(tails, dtype=torch.float64, nhwc=nhwc)
 

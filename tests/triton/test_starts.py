@@ -1,0 +1,121 @@
+"""Which compiled kernels a call starts: those of a call that was alike, and no others.
+
+Triton's own code runs up to the driver; in place of the compiler and of the driver stands what keeps a list.
+"""
+
+import random
+from collections import defaultdict
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import CompiledKernel
+from triton.runtime import JITFunction, driver
+
+from cbam.ops import triton_backward, triton_forward, triton_gate, triton_kernels, triton_map
+from cbam.ops.triton_gradients import tail_backward
+from cbam.ops.triton_kernels import tail, tail_inference
+
+# Ones in which a size, a type, an address, a part or a flag is another.
+CELLS = (
+    {}, {"shape": (2, 16, 4, 4)}, {"shape": (3, 16, 4, 4)}, {"shape": (1, 16, 4, 4)},
+    {"shape": (2, 16, 1, 16)}, {"shape": (2, 1, 4, 4)}, {"shape": (2, 8, 4, 4)}, {"shape": (2, 8, 4, 4), "nhwc": True},
+    {"shape": (2, 8, 4, 4), "offset": 1}, {"shape": (2, 8, 4, 4), "offset": 1, "nhwc": True},
+    {"shape": (2, 8, 4, 4), "dtype": torch.float16}, {"shape": (2, 8, 4, 4), "dtype": torch.bfloat16},
+    {"shape": (2, 8, 4, 4), "dtype": torch.float64}, {"parameters": torch.float16}, {"hidden": 1},
+    {"hidden": 16}, {"norm": ""}, {"norm": "running"}, {"pools": "avg"}, {"pools": "max"}, {"pools": ""},
+    {"spatial": ""}, {"spatial": "running"}, {"side": 7}, {"side": 1}, {"shortcut": False}, {"relu": False},
+    {"norm": "running", "spatial": "running"}, {"norm": "running", "spatial": "", "shape": (2, 8, 4, 4)},
+    *({"shape": (2, 8, 4, 4), "shortcut": False, "parameters": torch.float32} | more
+      for more in ({}, {"offset": 1}, {"dtype": torch.float16})),
+    {"gains": (2.0, 1.0)}, {"gains": (1.0, 2.0)}, {"biases": False}, {"norm": "", "pools": "", "relu": False},
+)  # fmt: skip
+
+
+class Compiled(CompiledKernel):
+    """What the compiler returned for a source; its start is put down and nothing runs."""
+
+    def __init__(self, source, starts):
+        self.src, self.name = source, source.fn.__name__
+        self.function = self.packed_metadata = None
+        self.module, self._run = "loaded", self.put_down
+        self.starts = starts
+
+    def __del__(self):
+        pass
+
+    def put_down(self, x, y, z, stream, function, packed, metadata, enter, leave, *arguments):
+        source, names = self.src, self.src.fn.arg_names
+        given = dict(zip(names, map(likeness, arguments), strict=True))
+        given = {name: given[name] for name in names if source.signature[name] != "constexpr"}
+        self.starts.append((self.name, (x, y, z), source.signature, source.constants, source.attrs, given))
+
+
+def likeness(value):
+    if isinstance(value, torch.Tensor):
+        return value.dtype, value.shape, value.data_ptr() % 16
+    return value
+
+
+@pytest.fixture
+def starts(monkeypatch):
+    """The starts of kernels, each with all that it was compiled for and given."""
+    found = []
+    device = SimpleNamespace(
+        get_current_device=lambda: 0,
+        get_current_stream=lambda _: 0,
+        get_current_target=lambda: GPUTarget("cuda", 90, 32),
+    )
+    monkeypatch.setattr(driver, "_active", device)
+    monkeypatch.setattr(triton.compiler, "compile", lambda source, **_: Compiled(source, found))
+    for module in (triton_forward, triton_gate, triton_backward):
+        for kernel in vars(module).values():
+            if isinstance(kernel, JITFunction):
+                monkeypatch.setattr(kernel, "compile", None, raising=False)
+                monkeypatch.setattr(kernel, "device_caches", defaultdict(kernel.create_binder))
+    triton_map._kernels.cache_clear()
+    yield found
+    triton_map._kernels.cache_clear()
+
+
+def calls(tails):
+    """Forwards and backwards, and what follows the statistics of a batch."""
+    for changes in CELLS:
+        case = tails.draw(tails.Cell(**changes), "cpu")
+        if "batch" not in (case.cell.norm, case.cell.spatial):
+            C = case.x.shape[1]
+            for norm in ([None] * 4, list(torch.ones(4, C)), [torch.ones(C), None, *torch.ones(2, C)]):
+                yield lambda case=case, norm=norm: tails.run_inference(tail_inference, case, norm)
+        saved = tails.run(tail, case)
+        yield lambda case=case: tails.run(tail, case)
+        for needs in ((True, True), (True, False), (False, False)):
+            wanted = dict(zip(("need_x", "need_shortcut"), needs, strict=True))
+            yield lambda case=case, saved=saved, w=wanted: tails.run_backward(tail_backward, case, saved, **w)
+    for C, count, kind in ((8, 32, torch.float32), (8, 31, torch.float32), (1, 32, torch.bfloat16)):
+        norms = [torch.zeros(C, dtype=kind) for _ in range(2)] + [torch.zeros(1) for _ in range(2)]
+        new = [torch.zeros(C) for _ in range(2)] + [torch.zeros(1, dtype=torch.float64) for _ in range(2)]
+        yield lambda r=norms, n=new, k=count: triton_kernels.track(r, n, [0.1, 0.01], k)
+        yield lambda r=norms, n=new, k=count: triton_kernels.track(r[:2], n[:2], [0.1], k)
+
+
+def test_a_call_starts_what_triton_would_choose_for_it(tails, starts, monkeypatch):
+    every = list(calls(tails))
+    random.Random(0).shuffle(every)
+    chosen = []
+    for call in every:  # Triton is asked at each start
+        triton_map._kernels.cache_clear()
+        starts.clear()
+        call()
+        chosen.append(list(starts))
+    assert len({str(one) for one in chosen}) > len(CELLS)
+    for call in every:
+        call()
+    monkeypatch.setattr(JITFunction, "run", None)  # it has been asked for all of them
+    for call, expected in zip(every, chosen, strict=True):
+        starts.clear()
+        call()
+        assert starts == expected
