@@ -24,14 +24,16 @@ from cbam.ops.triton_kernels import tail, tail_inference
 SMALL = {"shape": (2, 8, 4, 4)}
 CELLS = (
     {}, SMALL, SMALL | {"nhwc": True}, SMALL | {"offset": 1}, SMALL | {"offset": 1, "nhwc": True},
-    *({"shape": shape} for shape in ((2, 16, 4, 4), (3, 16, 4, 4), (1, 16, 4, 4), (2, 16, 1, 16), (2, 1, 4, 4))),
+    *({"shape": shape} for shape in
+      ((2, 16, 4, 4), (3, 16, 4, 4), (1, 16, 4, 4), (2, 16, 1, 16), (2, 1, 4, 4))),
     *(SMALL | {"dtype": dtype} for dtype in (torch.float16, torch.bfloat16, torch.float64)),
     *(SMALL | {"shortcut": False, "parameters": torch.float32} | more
       for more in ({}, {"offset": 1}, {"dtype": torch.float16})),
     *({name: value} for name, value in (
         ("parameters", torch.float16), ("hidden", 1), ("hidden", 16), ("norm", ""), ("norm", "running"),
-        ("pools", "avg"), ("pools", "max"), ("pools", ""), ("spatial", ""), ("spatial", "running"), ("side", 7),
-        ("side", 1), ("relu", False), ("gains", (2.0, 1.0)), ("gains", (1.0, 2.0)), ("biases", False),
+        ("pools", "avg"), ("pools", "max"), ("pools", ""), ("spatial", ""), ("spatial", "running"),
+        ("side", 7), ("side", 1), ("relu", False),
+        ("gains", (2.0, 1.0)), ("gains", (1.0, 2.0)), ("biases", False),
     )),
     {"norm": "running", "spatial": "running"}, SMALL | {"norm": "running", "spatial": ""},
     {"norm": "", "pools": "", "relu": False},
