@@ -39,7 +39,7 @@ def agreement(
     """
     worst = 0.0
     for x in inputs:
-        wanted = [value for value in tree_flatten(model(x))[0] if isinstance(value, Tensor)]
+        wanted = [value for value in tree_flatten(model(x.clone()))[0] if isinstance(value, Tensor)]
         if not all(value.isfinite().all() for value in wanted):
             raise NonFiniteError(f"the network computes NaN or infinity for an input {tuple(x.shape)}")
         try:
@@ -60,8 +60,9 @@ def _difference(wanted: Sequence[Tensor], found: Sequence[Tensor], where: str) -
     for one, other in zip(wanted, found, strict=True):
         if not one.numel():
             continue
-        scale = one.abs().amax().item() or 1.0
-        share = (one.double() - other.double()).abs().amax().item() / scale
+        exact = one.double()  # of a mask and of whole numbers, too
+        scale = exact.abs().amax().item() or 1.0
+        share = (exact - other.double()).abs().amax().item() / scale
         if not share <= TOLERANCE:  # NaN is no agreement either
             raise ExportError(
                 f"{where}: differs from the network by {share:.1e} of the largest value, over {TOLERANCE}"

@@ -7,6 +7,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from cbam.errors import ConfigError, ExportError, InputError, first_line
@@ -76,7 +77,8 @@ def export(
     network = plain(model)
     targets = [path.with_suffix(suffix) for suffix in made.suffixes]
     targets[-1] = path
-    with placed(*targets, overwrite=overwrite) as part, settled(network):
+    # The network is on the CPU, and torch reads files to the device that somebody chose for the process.
+    with placed(*targets, overwrite=overwrite) as part, torch.device("cpu"), settled(network):
         graph = program(network, shape, dynamic=dynamic)
         made.write(graph, part / path.name, about or {}, opset)
         checked = inputs(unseen_shapes(shape, dynamic=dynamic))
@@ -110,6 +112,6 @@ def _check(shape: tuple[int, ...], opset: int | None, about: Mapping[str, Any] |
     if not all(isinstance(key, str) for key in about or {}):
         raise InputError(f"about must have texts as its names, got {list(about or {})!r:.80}")
     try:
-        json.dumps(dict(about or {}))
+        json.dumps(dict(about or {}), allow_nan=False)
     except (TypeError, ValueError) as error:
         raise InputError(f"about must hold texts, or values that JSON has: {error}") from error

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.export import ExportedProgram
 from torch.utils._pytree import tree_flatten
 
@@ -51,12 +52,12 @@ def format_of(to: str | None, path: Path) -> tuple[str, Format]:
     """
     by_suffix = {made.suffixes[-1]: name for name, made in FORMATS.items()}
     if to is None:
-        to = by_suffix.get(path.suffix.lower())
+        to = by_suffix.get(path.suffix)
     if to not in FORMATS:
         known = ", ".join(f"{name} ({made.suffixes[-1]})" for name, made in FORMATS.items())
         raise ConfigError(f"to={to!r}, {path.name}: expected one of {known}")
     made = FORMATS[to]
-    if path.suffix.lower() != made.suffixes[-1]:
+    if path.suffix != made.suffixes[-1]:
         raise ConfigError(f"{path}: a file for {to} ends in {made.suffixes[-1]}")
     absent = [name for name in made.needs if importlib.util.find_spec(name) is None]
     if absent:
@@ -76,7 +77,7 @@ def _write_torch(made: ExportedProgram, path: Path, about: Mapping[str, Any], op
 
 def _read_torch(path: Path) -> Run:
     module = torch.export.load(path).module()
-    return lambda x: tree_flatten(module(x))[0]
+    return lambda x: [value for value in tree_flatten(module(x))[0] if isinstance(value, Tensor)]
 
 
 # --- ONNX ---

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import inspect
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
@@ -9,6 +10,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
+from torch.utils._pytree import tree_map
 
 from cbam.errors import CBAMError, DtypeError, ExportError, InputError, first_line
 from cbam.surgery.dialect import bare
@@ -61,7 +63,7 @@ def settled(model: nn.Module) -> Iterator[None]:
     try:
         for module, _ in before:
             module._compiled_call_impl = None
-        with torch.no_grad(), eval_mode(model):
+        with torch.no_grad(), torch.autocast("cpu", enabled=False), eval_mode(model):
             yield
     finally:
         for module, compiled in before:
@@ -71,7 +73,7 @@ def settled(model: nn.Module) -> Iterator[None]:
 def inputs(shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
     """A float32 tensor of each shape, the same ones every time."""
     generator = torch.Generator().manual_seed(0)
-    return [torch.randn(shape, generator=generator) for shape in shapes]
+    return [torch.randn(shape, generator=generator, dtype=torch.float32) for shape in shapes]
 
 
 def traced_shape(shape: tuple[int, ...], *, dynamic: bool) -> tuple[int, ...]:
@@ -111,8 +113,10 @@ def program(model: nn.Module, shape: tuple[int, ...], *, dynamic: bool) -> Expor
         raise InputError(f"{type(model).__name__} refuses an input {tuple(x.shape)}: {told}") from error
     free = {place: Dim.DYNAMIC for place in range(len(shape)) if place != 1} if dynamic else {}
     try:
+        named = inspect.signature(model.forward).bind(x).arguments  # x, or the *args that it is in
+        shapes = tree_map(lambda _: free, named)
         with quiet():
-            made = torch.export.export(model, (x,), dynamic_shapes=(free,), strict=False)
+            made = torch.export.export(model, (x,), dynamic_shapes=shapes, strict=False)
     except Exception as error:  # torch raises errors of its own, and every builtin
         advice = "; leave dynamic out to fix batch and size" if dynamic else ""
         raise ExportError(

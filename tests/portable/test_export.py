@@ -155,6 +155,58 @@ def test_a_signal_and_a_volume_export_too(dim, tmp_path):
     assert {len(shape) for shape in made.agreement.shapes} == {dim + 2}
 
 
+class Made(nn.Module):
+    """What `make` makes of a refined map; of any signature."""
+
+    def __init__(self, make):
+        super().__init__()
+        self.conv, self.cbam, self.make = nn.Conv2d(3, 4, 3), cbam.CBAM(4), make
+
+    def forward(self, *args):
+        return self.make(self.cbam(self.conv(*args)))
+
+
+# E3
+@pytest.mark.parametrize("file", ["a.pt2", "a.onnx"])
+@pytest.mark.parametrize(
+    "make", [lambda map: (map, None), lambda map: map > 0, lambda map: {"map": map, "best": map.argmax(1)}]
+)
+def test_outputs_that_are_none_or_no_floats_are_compared_too(make, file, tmp_path):
+    need(file)
+    found = export(Made(make), tmp_path / file, shape=SMALL, dynamic=True).agreement
+    assert found.difference < 1e-5
+    assert len(found.shapes) == 3
+
+
+def test_an_average_of_weights_exports_as_the_network_that_it_holds(tiny, tmp_path):
+    average = torch.optim.swa_utils.AveragedModel(tiny)  # its forward takes *args
+    for dynamic in (False, True):
+        made = export(average, tmp_path / "a.pt2", shape=SMALL, dynamic=dynamic, overwrite=True)
+        assert made.agreement.difference < 1e-5
+
+
+def test_a_network_that_writes_over_its_input_agrees_with_its_file(tmp_path):
+    net = nn.Sequential(nn.ReLU(inplace=True), nn.Conv2d(3, 4, 1), nn.Softmax(1))
+    net.register_forward_pre_hook(lambda module, args: (args[0].sub_(0.5),))
+    assert export(net, tmp_path / "a.pt2", shape=SMALL).agreement.difference < 1e-5
+
+
+@pytest.mark.parametrize("file", ["a.pt2", "a.onnx"])
+def test_what_is_set_for_the_process_does_not_reach_the_file(file, tiny, tmp_path):
+    need(file)
+    x = torch.randn(SMALL)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"), torch.autocast("cpu", torch.bfloat16):
+            made = export(tiny, tmp_path / file, shape=SMALL)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert made.agreement.difference < 1e-5
+    expected = tiny.eval()(x)
+    (found,) = formats.FORMATS[made.format].read(made.path)(x)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
 # E3
 @pytest.mark.parametrize("wrong", [1.0001, float("nan")])
 def test_a_file_that_computes_something_else_is_not_put_in_place(wrong, tiny, tmp_path, monkeypatch):
@@ -342,12 +394,14 @@ def test_a_quantised_network_is_refused(tmp_path):
     [
         ("a.tflite", {}, ConfigError, "expected one of torch"),
         ("a.onnx", {"to": "torch"}, ConfigError, r"a file for torch ends in \.pt2"),
+        ("a.XML", {"to": "openvino"}, ConfigError, r"a file for openvino ends in \.xml"),
         ("a.pt2", {"opset": 18}, ConfigError, "opset is ONNX's"),
         ("a.pt2", {"shape": (1, 3, 0, 8)}, InputError, "three to five positive ints"),
         ("a.pt2", {"shape": (8, 8)}, InputError, "three to five positive ints"),
         ("a.pt2", {"shape": (1, 5, 32, 32)}, InputError, "refuses an input"),
         ("a.pt2", {"shape": 32}, InputError, "three to five positive ints"),
         ("a.pt2", {"about": {"a": object()}}, InputError, "values that JSON has"),
+        ("a.pt2", {"about": {"a": float("nan")}}, InputError, "values that JSON has"),
         ("a.pt2", {"about": {1: "a"}}, InputError, "texts as its names"),
         ("no/a.pt2", {}, OutputError, "No such file"),
         ("there.pt2", {}, ConfigError, "exists"),
