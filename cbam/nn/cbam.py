@@ -98,7 +98,8 @@ class ChannelAttention(_FusableGate):
         door.check_dim(dim)
         door.check_count("channels", channels)
         door.check_count("reduction", reduction)
-        if isinstance(pools, str) or not pools or len(set(pools)) < len(pools) or set(pools) - set(ALL_POOLS):
+        named = isinstance(pools, list | tuple) and all(pool in ALL_POOLS for pool in pools)
+        if not named or not pools or len(set(pools)) < len(pools):
             raise InputError(
                 f'pools must be distinct names out of "avg", "max", "lp" and "lse", got {pools!r}'
             )

@@ -34,7 +34,7 @@ def check_odd(name: str, value: int) -> None:
 
 def check_dim(dim: int) -> None:
     """Refuse what is no number of spatial dimensions that a convolution has."""
-    if isinstance(dim, bool) or dim not in (1, 2, 3):
+    if type(dim) is not int or dim not in (1, 2, 3):
         raise InputError(f"dim, the number of spatial dimensions, must be 1, 2 or 3, got {dim!r}")
 
 
@@ -72,6 +72,8 @@ def check_fits(x: Tensor, channels: int | None, weight: Tensor | None, dim: int 
     """
     if torch.jit.is_tracing():
         return
+    if not (isinstance(x, Tensor) or hasattr(x, "__torch_function__")):
+        raise InputError(f"expected a torch.Tensor, got {type(x).__name__}")
     if channels is not None and x.dim() in (dim + 1, dim + 2) and x.shape[-dim - 1] != channels:
         raise InputError(
             f"built for {channels} channels, got {x.shape[-dim - 1]} in shape {tuple(x.shape)}"

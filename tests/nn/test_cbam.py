@@ -220,7 +220,9 @@ def test_an_even_spatial_kernel_is_refused(size):  # T36
         cbam.SpatialAttention(kernel_size=size)
 
 
-@pytest.mark.parametrize("pools", [(), ("avg", "avg"), ("min",), "avg"])
+@pytest.mark.parametrize(
+    "pools", [(), ("avg", "avg"), ("min",), "avg", ("avg", ["max"]), {"avg", "max"}, 1, None]
+)
 def test_unknown_pools_are_refused(pools):
     with pytest.raises(InputError, match="pools"):
         cbam.ChannelAttention(8, pools=pools)

@@ -193,7 +193,7 @@ def test_signals_and_volumes_are_traced_compiled_and_exported(dim):  # T33
     torch.testing.assert_close(exported.module()(x), expected, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("dim", [0, 4, -1, True, 1.5, "2", None])
+@pytest.mark.parametrize("dim", [0, 4, -1, True, 1.5, 2.0, "2", None])
 def test_a_number_of_dimensions_that_no_convolution_has_is_refused(dim):
     for make in (cbam.CBAM, cbam.ChannelAttention, squeeze_excitation):
         with pytest.raises(InputError, match="dim, the number of spatial dimensions, must be 1, 2 or 3"):

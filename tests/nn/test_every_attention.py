@@ -214,8 +214,10 @@ def test_one_value_per_channel_has_no_statistics_in_training(name):  # T7
         (torch.zeros(2, 8, 0, 3), InputError, "at least 1"),  # T12
         (torch.zeros(2, 8, 4, 4, device="meta"), InputError, "x is on meta, the weights on cpu"),  # T31
         (torch.zeros(2, 8, 4, 4, dtype=torch.bfloat16), DtypeError, "autocast"),  # T1
+        (torch.zeros(2, 8, 4, 4).numpy(), InputError, "expected a torch.Tensor, got ndarray"),
+        (None, InputError, "expected a torch.Tensor, got NoneType"),
     ],
-    ids=["int", "complex", "float8", "2-D", "5-D", "channels", "3-D", "empty", "device", "dtype"],
+    ids="int complex float8 2-D 5-D channels 3-D empty device dtype array None".split(),
 )
 def test_bad_input_is_refused_at_the_door(name, x, error, words):
     if (name in FREE and "built for" in words) or (
