@@ -151,7 +151,10 @@ def read_config(path: Path) -> tuple[Network, Card]:
             "upgrade cbam"
         )
     try:
-        return _network(told), _card(told.get("card"))
+        network, card = _network(told), _card(told.get("card"))
+        if card.classes and len(card.classes) != network.outputs:
+            raise ValueError(f"it names {len(card.classes)} classes, and has {network.outputs} outputs")
+        return network, card
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: damaged: {error}") from error
 

@@ -63,12 +63,15 @@ def save_pretrained(
         MissingExtraError: safetensors is not installed.
     """
     card = card or Card()
+    if not isinstance(card, Card):
+        raise InputError(f"card must be a cbam.hub.Card, got {type(card).__name__}")
     target = Target(model)
     outputs = _outputs(target)
     if card.classes and len(card.classes) != outputs:
         raise InputError(f"the card names {len(card.classes)} classes, the network has {outputs} outputs")
     if network:
-        _refuse_other_network(target.model, network, outputs, card.size)
+        with torch.random.fork_rng([]):  # the network beside it draws its weights on the CPU
+            _refuse_other_network(target.model, network, outputs, card.size)
     data, dtype = _bytes(target.model), _dtype(target.model)
     parameters = sum(parameter.numel() for parameter in target.model.parameters())
     digest = hashlib.sha256(data).hexdigest()
@@ -85,7 +88,7 @@ def save_pretrained(
         with placed(*targets, overwrite=overwrite) as part:
             (part / WEIGHTS).write_bytes(data)
             for name, text in texts.items():
-                (part / name).write_text(text, encoding="utf-8")
+                (part / name).write_text(text, encoding="utf-8", errors="backslashreplace")
     except BaseException:
         with contextlib.suppress(OSError):  # one that is not empty
             for made_here in missing:

@@ -88,6 +88,20 @@ def test_a_card_cannot_break_out_of_its_header_or_its_table(model, tmp_path):
     assert ModelCard(page).data.license == 'mit"\ntags: [a]'
 
 
+def test_names_that_are_no_utf8_are_told_escaped(model, tmp_path):
+    undecodable = b"caf\xe9".decode("utf-8", "surrogateescape")
+    told = Card(data=undecodable, classes=(undecodable, *"bcde"))
+    folder = cbam.save_pretrained(model, tmp_path / undecodable, card=told)
+    assert (folder / "README.md").read_text(encoding="utf-8").count(r"caf\udce9") > 2
+    assert card_of(folder) == told
+
+
+def test_saving_draws_none_of_the_callers_random_numbers(model, tmp_path):
+    before = torch.get_rng_state()
+    cbam.save_pretrained(model, tmp_path / "mine", network=NETWORK)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_a_network_of_ones_own_is_given_when_it_is_read(model, tmp_path):
     own = torch.nn.Sequential(model, torch.nn.Flatten(), torch.nn.Linear(5, 2))
     folder = cbam.save_pretrained(own, tmp_path / "mine")
@@ -112,6 +126,7 @@ def test_a_wrapped_network_is_saved_without_its_wrapper(model, tmp_path):
         ({"network": "resnt"}, ConfigError, "unknown network"),
         ({"card": Card(classes=("a",))}, InputError, "names 1 classes, the network has 5"),
         ({"card": Card(recipe={"a": {1, 2}})}, InputError, "cannot be written as JSON"),
+        ({"card": {"size": 32}}, InputError, r"card must be a cbam\.hub\.Card, got dict"),
     ],
 )
 def test_what_could_not_be_read_again_is_not_written(options, error, told, model, tmp_path):
@@ -263,6 +278,7 @@ def test_a_folder_of_torchs_distributed_checkpoints_is_not_unpickled(folder, mod
         {"card": None},
         {"card": {"size": "__import__"}},
         {"card": {"run": "me"}},
+        {"card": {"classes": ["a"]}},
         {"gmac": "a"},
     ],
 )
@@ -280,7 +296,8 @@ def test_a_network_whose_attention_is_larger_than_its_weights_is_not_built(folde
     with weights.open("r+b") as file:
         file.write(header)
         file.truncate(26_000_000)  # room for the parameters of ResNet-50, not for GAM's of 256 MB and more
-    change(folder, name="resnet50+gam", outputs=1000, sha256=hashlib.sha256(weights.read_bytes()).hexdigest())
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+    change(folder, name="resnet50+gam", outputs=1000, card={}, sha256=digest)
     monkeypatch.setattr("cbam.hub.folder.load_weights", lambda *_: pytest.fail("the weights were read"))
     with pytest.raises(CheckpointError, match="parameters do not fit into 26000000 bytes"):
         cbam.from_pretrained(folder)
