@@ -70,6 +70,8 @@ def compile_to(library: Path, *, sanitize: bool = False) -> None:
     x86 = platform.machine().lower() in ("x86_64", "amd64")
     extra = [f"-ffile-prefix-map={path}={name}" for path, name in ((HERE, "native"), (torch, "torch"))]
     extra += SANITIZE if sanitize else []
+    # Some compilers are set to newer processors, by $CXX or when they were built; a level says its own.
+    extra += ["-march=x86-64"] if x86 else []
     with tempfile.TemporaryDirectory() as folder:
         jobs = {}
         for level, flags in LEVELS.items():
@@ -119,6 +121,8 @@ def find_compiler() -> list[str]:
     for command in found:
         if shutil.which(command[0]):
             return command
+    if wanted:
+        raise Unbuildable(f"no {wanted[0]} on the path, which $CXX names")
     raise Unbuildable("no C++ compiler (c++, g++ or clang++) on the path")
 
 

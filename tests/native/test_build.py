@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -28,6 +29,32 @@ def test_without_a_compiler_the_build_says_so_in_one_line(no_compiler):
     done = subprocess.run([sys.executable, ROOT / "native" / "compile.py"], capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr == "cbam-native was not built: no C++ compiler (c++, g++ or clang++) on the path\n"
+
+
+def test_a_compiler_that_is_named_and_not_there_is_told_by_its_name(no_compiler, monkeypatch):
+    monkeypatch.setenv("CXX", "nope -O3")
+    with pytest.raises(Exception, match=r"^no nope on the path, which \$CXX names$"):
+        loaded(ROOT / "native" / "compile.py").find_compiler()
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="these flags are x86-64's")
+def test_a_compiler_that_is_set_to_newer_processors_compiles_for_every_processor(monkeypatch, tmp_path):
+    compiling = loaded(ROOT / "native" / "compile.py")
+    try:
+        monkeypatch.setenv("CXX", f"{compiling.find_compiler()[0]} -march=x86-64-v3")
+    except compiling.Unbuildable as error:
+        pytest.skip(str(error))
+    tried, run = [], compiling.run
+
+    def parse(command):
+        if "-DCBAM_LEVEL=level_portable" in command:
+            run([*command, "-fsyntax-only"])
+            tried.append(command)
+        Path(command[command.index("-o") + 1]).touch()
+
+    monkeypatch.setattr(compiling, "run", parse)
+    compiling.compile_to(tmp_path / "kernels.so")
+    assert len(tried) == 1
 
 
 def test_the_first_error_of_the_compiler_is_the_reason():
