@@ -6,6 +6,7 @@
 from pathlib import Path
 
 __version__ = "0.1.0"
+OPERATORS = 1  # the number of the schemas, in cbam/ops/library.py, that the library is written for
 
 
 def library() -> str:

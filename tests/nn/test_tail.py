@@ -1,12 +1,13 @@
 """Attention by fused kernels against the equation: when they run, and that all else stays as it was."""
 
 import copy
+import hashlib
 import pickle
 import sys
 import threading
 import time
-import types
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -222,10 +223,16 @@ def test_a_device_without_kernels_says_so_once(monkeypatch, caplog):  # T35
     assert told == ["attention runs as plain torch operations on cpu: they were not built"]
 
 
-def test_kernels_of_an_older_version_are_not_used(monkeypatch):  # T35
-    pytest.importorskip("cbam_native", reason="cbam-native is not built (it needs a C++ compiler)")
-    monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda name, key: False)
-    assert "is of an older version than cbam: install cbam-native anew" in switch.cpu.missing()
+@pytest.mark.parametrize("operators", [{}, {"OPERATORS": switch.cpu.OPERATORS + 1}])
+def test_kernels_of_another_version_are_not_used(monkeypatch, operators):  # T35
+    other = SimpleNamespace(library=lambda: "kernels.so", **operators)
+    monkeypatch.setitem(sys.modules, "cbam_native", other)
+    assert "kernels.so is of another version than cbam: install cbam-native anew" in switch.cpu.missing()
+
+
+def test_other_schemas_have_another_number():  # T35
+    schemas = " ".join((library._FORWARD, library._INFERENCE, library._BACKWARD, library._TRACK))
+    assert (switch.cpu.OPERATORS, hashlib.sha256(schemas.encode()).hexdigest()[:12]) == (1, "1bc52587e5b4")
 
 
 def test_the_choice_is_over_with_its_block(runs):
@@ -419,7 +426,7 @@ def test_compiles_whole_with_the_operator_in_the_graph(training):  # T33
 
 def test_gpu_kernels_get_one_layout_whatever_a_compiler_chose(monkeypatch):  # T13 T33
     got = []
-    recording = types.SimpleNamespace(tail=lambda *a: got.append(a), tail_backward=lambda *a: got.append(a))
+    recording = SimpleNamespace(tail=lambda *a: got.append(a), tail_backward=lambda *a: got.append(a))
     for module in ("cbam.ops.triton_kernels", "cbam.ops.triton_gradients"):
         monkeypatch.setitem(sys.modules, module, recording)
         monkeypatch.setattr(module, recording, raising=False)
