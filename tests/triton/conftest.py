@@ -29,7 +29,7 @@ class Cell:
     relu: bool = True
     hidden: int = 2
     gains: tuple[float, float] = (1.0, 1.0)
-    data: str = "random"  # or "ties", "constant", "zero gamma", "far mean", "nan", "inf"
+    data: str = "random"  # or "ties", "constant", "zero gamma", "far mean", "nan", "inf", "decided"
     biases: bool = True  # of both norms
     parameters: torch.dtype | None = None  # of the parameters, where it is not the map's
     offset: int = 0  # of the maps in their storage, in values
@@ -87,11 +87,23 @@ def draw(cell: Cell, device: str) -> Case:
     absent += ["mean", "var"] if cell.norm == "batch" else []
     absent += ["s_mean", "s_var"] if cell.spatial == "batch" else []
 
-    return Case(
+    case = Case(
         cell, placed(x, cell, device), placed(shortcut, cell, device) if cell.shortcut else None,
         placed(grad, cell, device),
         {n: None if n in absent else p[n].to(cell.parameters or cell.dtype).to(device) for n in NAMES},
     )  # fmt: skip
+    if cell.data == "decided" and case.shortcut is not None:
+        case.shortcut[undecided(case).to(device)] += 1
+    return case
+
+
+def undecided(case: Case) -> Tensor:
+    """Where the ReLU's argument is so near zero that float32 may find the other sign, and with it all of a
+    gradient or none: of the millions of values of a large map there are some."""
+    c = case.cell.but(relu=False)
+    p = {n: t.cpu().double().requires_grad_() for n, t in case.p.items() if t is not None}
+    shortcut = None if case.shortcut is None else case.shortcut.cpu().double()
+    return equation(c, case.x.cpu().double(), shortcut, p, {}).detach().abs() < 1e-3
 
 
 def placed(t: Tensor, cell: Cell, device: str) -> Tensor:
@@ -245,5 +257,5 @@ def tails() -> SimpleNamespace:
     """What the cells are drawn, run and compared with."""
     return SimpleNamespace(
         Cell=Cell, draw=draw, run=run, run_inference=run_inference, run_backward=run_backward,
-        written_out=written_out, placed=placed,
+        written_out=written_out, placed=placed, undecided=undecided,
     )  # fmt: skip
