@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cbam.errors import CBAMError, DistributedError, NonFiniteError, StoppedError
+from cbam.errors import CBAMError, ConfigError, DistributedError, NonFiniteError, StoppedError
 from cbam.train.launch import Place, die_with_parent
 
 TIMEOUT = 600.0  # seconds that the others wait for a process
@@ -128,7 +128,7 @@ def joined(place: Place | None, *, cuda: bool = False, timeout: float = TIMEOUT)
     _here = World(place.rank, place.size, place.local_rank, place.local_size)
     try:
         if cuda:
-            torch.cuda.set_device(place.local_rank)
+            _take_gpu(place)
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         dist.init_process_group(
             backend, store=store, rank=place.rank, world_size=place.size, timeout=patience
@@ -141,6 +141,17 @@ def joined(place: Place | None, *, cuda: bool = False, timeout: float = TIMEOUT)
         _here = World()
         if dist.is_initialized() and not (cuda and sys.exc_info()[0]):  # NCCL would wait for the dead
             dist.destroy_process_group()
+
+
+def _take_gpu(place: Place) -> None:
+    """Make this process's GPU, the one of its number on this machine, the current one."""
+    there = torch.cuda.device_count()
+    if place.local_size > there:
+        raise ConfigError(
+            f"{place.local_size} processes on this machine need a GPU each, and a process sees {there} here: "
+            f"start {there}, let each process see all GPUs, or take --device cpu"
+        )
+    torch.cuda.set_device(place.local_rank)
 
 
 def _meet(place: Place, timeout: float) -> dist.Store:

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from cbam.errors import ConfigError, DistributedError
 from cbam.train import Config
@@ -28,6 +29,15 @@ def test_a_process_of_its_own_has_no_place_and_is_a_world():
         assert here == world() == World()
         assert here.sum(1.5, 2) == [1.5, 2]
         assert here.all("a") == ["a"]
+
+
+def test_more_processes_than_gpus_are_refused_before_they_share_one(monkeypatch, tmp_path):
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    here = Place(0, 2, 0, 2, f"file:{tmp_path / 'store'}")
+    with pytest.raises(ConfigError, match=r"2 processes on this machine .* sees 1 here: start 1"):
+        joined(here, cuda=True).__enter__()
+    assert world() == World()
 
 
 def test_torchrun_says_where_a_process_stands(monkeypatch):
