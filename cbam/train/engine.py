@@ -192,6 +192,8 @@ def _quiet() -> Iterator[None]:
             warnings.filterwarnings("ignore", message=".*GPU available but not used.*")
             warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated.*")  # Lightning's own
             warnings.filterwarnings("ignore", message=".*is configured to be used as a.*")
+            # In fp16 the first steps are left out, until gradients are scaled so that they fit.
+            warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step..` before")
             yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):
