@@ -236,6 +236,7 @@ def loader(
     seed: int = 0,
     workers: int = 0,
     shard: Shard = ALONE,
+    pinned: bool = False,
     patience: float = PATIENCE,
 ) -> DataLoader:
     """Batches of `images` as dicts: image uint8 (N, 3, S, S), target (N,), index (N,), box (N, 4).
@@ -251,6 +252,7 @@ def loader(
         train: shuffled if true; in plain order, always as in epoch 0, if false.
         workers: processes that read ahead; they change the speed alone. One that dies is replaced, once.
         shard: the part of this process.
+        pinned: in memory that a GPU reads by itself while the processor goes on; takes a usable GPU.
         patience: seconds that a worker may take for a batch.
 
     Raises:
@@ -281,7 +283,7 @@ def loader(
         num_workers=workers,
         worker_init_fn=_end_with_parent if workers else None,
         persistent_workers=workers > 0,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=pinned,
         # Its own, for the workers' seeds, which nothing uses: the caller's generator is left alone.
         generator=torch.Generator().manual_seed(seed),
     )

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from cbam.errors import InputError, NonFiniteError
 from cbam.explain.watching import logits_of
-from cbam.surgery.effects import eval_mode
+from cbam.surgery.effects import eval_mode, seeded
 
 THRESHOLDS = torch.arange(1, 100) / 100  # of a map's largest value
 STEPS = 10  # of deletion and insertion
@@ -117,8 +117,7 @@ def untrained(model: nn.Module, images: Tensor, seed: int = 0) -> nn.Module:
     are drawn from a normal distribution with the mean and the deviation that they have.
     """
     fresh = copy.deepcopy(model)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with seeded(seed, images.device):
         for layer in fresh.modules():
             if hasattr(layer, "reset_parameters"):
                 layer.reset_parameters()  # pyright: ignore[reportCallIssue]

@@ -13,7 +13,6 @@ The recipe, fixed before any arm was compared, from the plain network's training
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from cbam.data import Images, cluttered_digits, image_folder
@@ -22,6 +21,7 @@ from cbam.models import build
 from cbam.nn import ATTENTION
 from cbam.studies.settings import Settings
 from cbam.surgery import attach, load_weights
+from cbam.surgery.effects import seeded
 from cbam.surgery.weights import Loaded
 from cbam.train import Recipe
 from cbam.train.material import misfit_of, network_at, weights_at
@@ -57,8 +57,7 @@ class Task:
 
     def plain(self, seed: int, pretrained: str | None = None) -> nn.Module:
         """The plain network, initialised by `seed`, with the weights of the file if there is one."""
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
+        with seeded(seed):
             model = build(self.network, num_classes=len(self.train.classes))
         if pretrained:
             load(model, pretrained)
@@ -67,8 +66,7 @@ class Task:
 
 def refine(model: nn.Module, attention: str, seed: int, start: str) -> nn.Module:
     """Attach the attention of that name in place; what is random in it is `seed`'s."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with seeded(seed):
         return attach(model, attention=ATTENTION[attention], start=start)
 
 

@@ -26,6 +26,7 @@ from cbam.studies.boxes import BoxedPictures
 from cbam.studies.records import SCHEMA
 from cbam.studies.study import DIGITS, Protocol, run_key
 from cbam.surgery import attach, attached
+from cbam.surgery.effects import seeded
 from cbam.train import checkpoint, fit
 from cbam.train.detector import make_detector
 
@@ -269,8 +270,7 @@ def trunk(config: dict[str, Any]) -> dict[str, Any]:
 
 def plain(config: dict[str, Any], classes: int) -> nn.Module:
     """The network of a run before attention, initialised by the run's seed alone."""
-    with torch.random.fork_rng():
-        torch.manual_seed(config["seed"])
+    with seeded(config["seed"]):
         return _built(config, classes)
 
 
@@ -293,8 +293,7 @@ def refine(model: nn.Module, config: dict[str, Any]) -> nn.Module:
     if config["reduction"] is not None:
         attention = partial(attention, reduction=config["reduction"])  # pyright: ignore[reportCallIssue]
     where = config["where"] or _usual_places(model, config["network"])
-    with torch.random.fork_rng():
-        torch.manual_seed(config["seed"])
+    with seeded(config["seed"]):
         return attach(model, where, attention, start=config["start"])
 
 

@@ -48,6 +48,22 @@ def undrawn(seed: int | None = None) -> Iterator[list[str]]:
             numpy.set_state(numpys)
 
 
+@contextlib.contextmanager
+def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
+    """For a `with`: torch draws by `seed` on the CPU, and on `device` if that is a GPU.
+
+    Their generators are given back as they were; those of other GPUs, which `torch.manual_seed` would set
+    too, are left alone.
+    """
+    own = [device] if device is not None and device.type == "cuda" else []
+    with torch.random.fork_rng(own):
+        torch.default_generator.manual_seed(seed)
+        for gpu in own:
+            with torch.cuda.device(gpu):
+                torch.cuda.manual_seed(seed)
+        yield
+
+
 def _states(numpy: Any) -> tuple[Any, Tensor, Any]:
     return random.getstate(), torch.get_rng_state(), numpy.get_state() if numpy else None
 

@@ -77,7 +77,7 @@ def _classifier(model: nn.Module, name: str, source: str | Mapping[str, Tensor])
     inside = name.partition(":")[2]
     if _is_single_shot(model):  # attention is not in its network
         inside = inside.partition("+")[0]
-    with torch.random.fork_rng():
+    with torch.random.fork_rng([]):  # it is made on the CPU
         network = build(inside, num_classes=1000, start="identity")
     loaded, _ = begin_with(network, inside, source)
     return network, loaded

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from cbam.data import BoxedImages, Images, Shard, loader
 from cbam.data.images import draws
 from cbam.errors import ConfigError, DataError, MissingExtraError
-from cbam.surgery.effects import modes_restored
+from cbam.surgery.effects import modes_restored, seeded
 from cbam.train.distributed import World, world
 from cbam.train.recipe import Recipe
 from cbam.train.task import Task, percent
@@ -101,7 +101,10 @@ def fit(
         model.double()  # before a checkpoint is read into it
     _check_processes(here, where, recipe, val)
     shard = Shard(here.rank, here.size, recipe.accumulate)
-    batches = loader(train, recipe.batch_size, train=True, seed=seed, workers=workers, shard=shard)
+    gpu = where.type == "cuda"
+    batches = loader(
+        train, recipe.batch_size, train=True, seed=seed, workers=workers, shard=shard, pinned=gpu
+    )
     batches.sampler.set_epoch(first_epoch)  # type: ignore[attr-defined]
     steps = Steps(
         _task(model, train, recipe),
@@ -114,8 +117,8 @@ def fit(
         on_step=on_step,
         on_epoch=keeper.log_epoch if keeper else None,
     )
-    checks = _checks(val, 2 * recipe.batch_size // shard.parts, workers, here)  # no gradients are kept
-    with _seeded(_own(seed, here), where), modes_restored(model), _listening(keeper):
+    checks = _checks(val, 2 * recipe.batch_size // shard.parts, workers, gpu)  # no gradients are kept
+    with seeded(_own(seed, here), where), modes_restored(model), _listening(keeper):
         model.to(memory_format=torch.channels_last)  # what convolutions are fastest in
         try:
             _train(steps, batches, checks, where, keeper)
@@ -147,9 +150,10 @@ def _train(steps, batches: DataLoader, checks: DataLoader, where: torch.device, 
             loop.fit(steps, batches, checks)
 
 
-def _checks(images: Images | BoxedImages, batch_size: int, workers: int, here: World) -> DataLoader:
+def _checks(images: Images | BoxedImages, batch_size: int, workers: int, gpu: bool) -> DataLoader:
     """The part of a validation set that is this process's: every world-th picture."""
-    return loader(images, max(1, batch_size), train=False, workers=workers, shard=Shard(here.rank, here.size))
+    shard = Shard(world().rank, world().size)
+    return loader(images, max(1, batch_size), train=False, workers=workers, shard=shard, pinned=gpu)
 
 
 def _check_processes(here: World, where: torch.device, recipe: Recipe, val: Images | BoxedImages) -> None:
@@ -225,8 +229,8 @@ def _validated(
         raise ConfigError(f"{len(images)} pictures are too few for {here.size} processes")
     where = pick_device(device)
     steps = Steps(_task(model, images), on_step=on_step)
-    batches = _checks(images, batch_size, workers, here)
-    with trainer(where, 1) as loop, _seeded(0, where), modes_restored(model):
+    batches = _checks(images, batch_size, workers, where.type == "cuda")
+    with trainer(where, 1) as loop, seeded(0, where), modes_restored(model):
         try:
             loop.validate(steps, batches, verbose=False)
         finally:
@@ -281,11 +285,3 @@ def _own(seed: int, here: World) -> int:
 
 def _listening(keeper: "Keeper | None") -> contextlib.AbstractContextManager:
     return keeper.listening() if keeper else contextlib.nullcontext()
-
-
-@contextlib.contextmanager
-def _seeded(seed: int, where: torch.device) -> Iterator[None]:
-    """Draw by `seed`; the generators of the CPU and of this process's own GPU are given back as they were."""
-    with torch.random.fork_rng([torch.cuda.current_device()] if where.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield

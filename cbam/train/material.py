@@ -4,7 +4,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from cbam import hub
@@ -15,6 +14,7 @@ from cbam.hub.folder import CONFIG, WEIGHTS
 from cbam.models import build, freeze_norm
 from cbam.surgery import attached, load_weights
 from cbam.surgery.checkpoint import read
+from cbam.surgery.effects import seeded
 from cbam.surgery.weights import Loaded
 from cbam.train import checkpoint
 from cbam.train.average import average_of
@@ -65,8 +65,7 @@ def network(
     What it begins with is said.
     """
     start = config.settled().start or "paper"
-    with torch.random.fork_rng([]):  # it is made on the CPU
-        torch.manual_seed(config.seed)
+    with seeded(config.seed):
         if config.detects:
             model = make_detector(
                 config.model, classes, start=start, size=config.size, regions=config.regions

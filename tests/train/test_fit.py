@@ -278,13 +278,15 @@ def test_an_average_that_is_laid_out_in_a_validation_goes_on_in_training():
 
 
 def test_the_generators_of_other_gpus_are_not_asked(monkeypatch):
-    """A machine of 8 GPUs: a training on the CPU, or on one of them, is no affair of the others."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # memory cannot be pinned here
+    """A machine of 8 GPUs, all taken by others: a training on the CPU makes nothing of them."""
+    model = small()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("seeded"))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        fit(small(), Colours(12), Colours(6), SHORT, seed=0, device="cpu")
-        evaluate(small(), Colours(6), device="cpu")
+        fit(model, Colours(12), Colours(6), SHORT, seed=0, device="cpu")
+        evaluate(model, Colours(6), device="cpu")
 
 
 @pytest.mark.parametrize(("device", "moved"), [("cpu", True), ("cuda", False)])
@@ -331,6 +333,24 @@ def test_other_precisions_train_and_fp64_is_closest_to_itself(precision):
     assert model[0].weight.dtype == kind
     far = (model[0].weight - single[0].weight).abs().max().item()
     assert 0 < far < (1e-5 if precision == "fp64" else 0.05)
+
+
+class Louder(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 50 * x
+
+
+def test_first_steps_that_fp16_leaves_out_are_not_told_as_a_fault_of_the_schedule():
+    model = small().insert(5, Louder())  # the last layer's gradient, scaled by 65536, is no number of 16 bits
+    before, recipe = bits(model), Recipe(epochs=4, batch_size=8, lr=1e-4, precision="fp16")
+    scales, halve = [], torch.amp.GradScaler.update
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            torch.amp.GradScaler, "update", lambda self: (halve(self), scales.append(self.get_scale()))
+        )
+        fit(model, Colours(24), Colours(9), recipe, seed=0, device="cpu")
+    assert scales[0] == 2**15  # the first step was left out
+    assert not torch.equal(model[6].weight, before["6.weight"])  # and a later one was not
 
 
 @pytest.mark.parametrize("arithmetic", [True, False])

@@ -22,6 +22,7 @@ from cbam.studies.bench import gate, rivals
 from cbam.studies.bench.settings import Bench
 from cbam.studies.timing import NETWORK, Step, Timed, in_turns, without_host
 from cbam.surgery import attach
+from cbam.surgery.effects import seeded
 from cbam.train.fitting import pick_device
 
 STAGES = ((256, 56), (512, 28), (1024, 14), (2048, 7))  # channels and side of ResNet50's stages at 224
@@ -55,8 +56,7 @@ def benchmark(
     measure = _Measure(settings, device, dtype, batch, say)
     layouts = settings.layouts[:1] if settings.quick else settings.layouts
     rows: list[dict[str, Any]] = []
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
+    with seeded(0, device):
         checked = sum(gate.check(device, kind) for kind in dict.fromkeys((torch.float64, dtype)))
         kernels = "fused kernels" if _has_kernels(device, dtype) else "plain torch operations"
         say(f"{kernels} on {_name(device)}: {checked} results equal the equation")

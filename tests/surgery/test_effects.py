@@ -1,0 +1,20 @@
+"""What a forward or a draw does to the world around it, undone."""
+
+import warnings
+
+import pytest
+import torch
+
+from cbam.surgery.effects import seeded
+
+
+def test_a_seed_leaves_the_generators_as_they_were_and_gpus_alone(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("a GPU was seeded"))
+    before = torch.get_rng_state()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with seeded(5, torch.device("cpu")):
+            drawn = torch.rand(3)
+    assert torch.equal(drawn, torch.rand(3, generator=torch.Generator().manual_seed(5)))
+    assert torch.equal(torch.get_rng_state(), before)
