@@ -16,6 +16,7 @@ from cbam.ops.reference import FLOATS, transformed
 _log = logging.getLogger("cbam")
 _IMPLEMENTATIONS = ("reference", "fused")
 _MOST_TOLD = 100  # shapes are among the reasons
+_OLDEST = 7  # compute capability; the ticket that `convolve` draws needs it, and `probe` does not try that
 _known: dict[torch.device, str] = {}
 _told: set[str] = set()
 # Of the whole process: activation checkpointing computes a forward anew in a thread of autograd's.
@@ -117,6 +118,9 @@ def _missing(device: torch.device) -> str:
     if device.type != "cuda" or torch.version.hip:
         return f"there are no kernels for {'ROCm' if device.type == 'cuda' else device.type}"
     try:
+        major, minor = torch.cuda.get_device_capability(device)
+        if major < _OLDEST:
+            return f"the kernels need compute capability {_OLDEST}.0, and this GPU has {major}.{minor}"
         from cbam.ops import triton_kernels  # pyright: ignore[reportAttributeAccessIssue]
 
         triton_kernels.probe(device)

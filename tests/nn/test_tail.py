@@ -223,6 +223,12 @@ def test_a_device_without_kernels_says_so_once(monkeypatch, caplog):  # T35
     assert told == ["attention runs as plain torch operations on cpu: they were not built"]
 
 
+def test_a_gpu_too_old_for_one_of_the_kernels_is_told_before_any_is_tried(monkeypatch):  # T35
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (6, 1))
+    told = switch._missing(torch.device("cuda", 0))
+    assert told == "the kernels need compute capability 7.0, and this GPU has 6.1"
+
+
 @pytest.mark.parametrize("operators", [{}, {"OPERATORS": switch.cpu.OPERATORS + 1}])
 def test_kernels_of_another_version_are_not_used(monkeypatch, operators):  # T35
     other = SimpleNamespace(library=lambda: "kernels.so", **operators)
