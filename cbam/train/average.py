@@ -32,8 +32,8 @@ class Average:
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         floats = [name for name, tensor in self.tensors.items() if tensor.is_floating_point()]
         torch._foreach_lerp_([self.tensors[n] for n in floats], [live[n] for n in floats], 1 - decay)
-        for name in self.tensors.keys() - set(floats):
-            self.tensors[name].copy_(live[name])
+        if whole := list(self.tensors.keys() - set(floats)):
+            torch._foreach_copy_([self.tensors[n] for n in whole], [live[n] for n in whole])
 
     @torch.no_grad()
     def swap(self) -> None:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cbam.train import Recipe, fit
 from cbam.train.average import Average
@@ -47,6 +48,29 @@ def test_shared_weights_and_their_average_are_exchanged_and_put_back():
     average.swap()
     assert same(model.state_dict(), weights)
     assert same(average.tensors, averaged)
+
+
+class Counted(TorchDispatchMode):
+    """Counts operations: each is a launch on a GPU, or several."""
+
+    operations = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), named=None):
+        self.operations += 1
+        return function(*arguments, **(named or {}))
+
+
+def test_a_deeper_network_is_averaged_by_as_many_operations():
+    counts = []
+    for depth in (1, 8):
+        model = nn.Sequential(*(nn.BatchNorm2d(4) for _ in range(depth)))
+        average = Average(model, 0.9)
+        with Counted() as counted:
+            model[0].num_batches_tracked += 3
+            average.update()
+        counts.append(counted.operations)
+        assert average.tensors["0.num_batches_tracked"] == 3
+    assert counts[0] == counts[1]
 
 
 def test_a_network_with_shared_weights_trains_alike_with_and_without_an_average(digits):
