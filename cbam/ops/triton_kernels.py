@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from cbam.ops import triton_forward as forward
 from cbam.ops import triton_gate as gates
@@ -115,7 +116,7 @@ def _single(value: float) -> float:
 
 def probe(device: torch.device) -> None:
     """Compile and start one kernel on `device`; raises what the compiler or the driver raises."""
-    with on(device):
+    with on(device), _disable_current_modes():  # one of fake tensors would say nothing of the device
         a = Map.of(torch.ones(1, 1, 1, 1, device=device))
         _pool(a, None, moments=False, top=True, nans=False)
 

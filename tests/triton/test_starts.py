@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 pytest.importorskip("triton")
 import triton
@@ -123,3 +124,9 @@ def test_a_call_starts_what_triton_would_choose_for_it(tails, starts, monkeypatc
         starts.clear()
         call()
         assert starts == expected
+
+
+def test_what_is_tried_is_no_affair_of_the_mode_that_it_is_tried_in(starts):  # T35
+    with FakeTensorMode():
+        triton_kernels.probe(torch.device("cpu"))
+    assert [name for name, *_ in starts] == ["pool"]
