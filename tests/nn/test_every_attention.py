@@ -201,6 +201,7 @@ def test_one_value_per_channel_has_no_statistics_in_training(name):  # T7
     ("x", "error", "words"),
     [
         (torch.zeros(2, 8, 4, 4, dtype=torch.int64), DtypeError, r"int64; call x.float\(\)"),  # T2
+        (torch.zeros(2, 8, 4, 4, dtype=torch.bool), DtypeError, "bool"),
         (torch.zeros(2, 8, 4, 4, dtype=torch.complex64), DtypeError, "complex64"),
         (
             torch.zeros(2, 8, 4, 4).to(torch.float8_e4m3fn),
@@ -217,7 +218,7 @@ def test_one_value_per_channel_has_no_statistics_in_training(name):  # T7
         (torch.zeros(2, 8, 4, 4).numpy(), InputError, "expected a torch.Tensor, got ndarray"),
         (None, InputError, "expected a torch.Tensor, got NoneType"),
     ],
-    ids="int complex float8 2-D 5-D channels 3-D empty device dtype array None".split(),
+    ids="int bool complex float8 2-D 5-D channels 3-D empty device dtype array None".split(),
 )
 def test_bad_input_is_refused_at_the_door(name, x, error, words):
     if (name in FREE and "built for" in words) or (
