@@ -100,7 +100,9 @@ def test_what_is_written_beside_the_pixels_does_not_come_back(explainer):  # W14
     exif.get_ifd(0x8825)[1] = "N"
     key = explainer.take(picture(0, "JPEG", exif=exif), "photo.jpg")
     page = explainer.page(key, Shown())
-    for data in re.findall(r'src="data:image/png;base64,([^"]+)"', page):
+    pictures = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
+    assert pictures
+    for data in pictures:
         content = base64.b64decode(data)
         assert b"home address" not in content
         assert not Image.open(io.BytesIO(content)).getexif()

@@ -104,7 +104,9 @@ def test_the_change_is_that_of_the_map():
 
 def test_a_fresh_identity_start_does_nothing(images):
     model = cbam.build("resnet_tiny+cbam", start="identity")
-    for block in gate_statistics(model, [(images, None)]):
+    blocks = gate_statistics(model, [(images, None)])
+    assert blocks
+    for block in blocks:
         assert block.change == 0
         assert block.middle == block.what.mean == block.where.mean == 1
         assert block.word == "next to nothing"

@@ -39,6 +39,7 @@ def test_the_steps_are_exactly_what_the_forward_computed(build, images, training
     model = build().train(training)
     with record(model) as recording:
         model(images)
+    assert list(recording) == BLOCKS
     for step in recording.values():
         what, where = step.steps
         assert torch.equal(what.after, step.before * step.channel_gate)
@@ -246,6 +247,7 @@ def test_the_two_steps_of_gam_are_what_and_where(build, images):
     model = build(lambda channels: cbam.nn.GAM(channels).identity_())
     with record(model) as recording:
         model(images)
+    assert list(recording) == BLOCKS
     for step in recording.values():
         assert [own.kind for own in step.steps] == ["what", "where"]
         assert [own.middle for own in step.steps] == [1, 1]

@@ -434,9 +434,3 @@ def test_any_shape_dtype_and_layout_agrees_with_the_formula_in_double(data):  # 
 def test_an_unknown_implementation_is_refused():
     with pytest.raises(cbam.CBAMError, match="fastest"), cbam.ops.using("fastest"):
         pass
-
-
-def test_the_reference_can_be_asked_for():
-    module, x = active(cbam.CBAM(8)).eval(), torch.randn(2, 8, 5, 5)
-    with cbam.ops.using("reference"):
-        assert torch.equal(module(x), module(x))

@@ -125,7 +125,9 @@ def test_a_row_that_fails_is_left_out_and_the_others_go_on(tmp_path, monkeypatch
 def test_the_same_run_gives_the_same_numbers(filled, tmp_path):
     out, _ = filled
     conduct(study(tmp_path), seeds=1)
-    for name, record in Records(tmp_path, "order").all().items():
+    again = Records(tmp_path, "order").all()
+    assert again
+    for name, record in again.items():
         before = json.loads((out / "order" / name).read_text())
         assert [e["val_loss"] for e in record["epochs"]] == [e["val_loss"] for e in before["epochs"]]
         assert record["config"] == before["config"]
