@@ -213,7 +213,7 @@ def pictures_of(document: LocatedJSON, root: Path) -> Path:
     listed = document.elements("images") if "images" in document else None
     values = [element.value for element in (listed or [])[:100]]
     found = [value.get("file_name") for value in values if isinstance(value, dict)]
-    known = [name for name in found if isinstance(name, str) and name and "\0" not in name]
+    known = [name for name in found if isinstance(name, str)]
     having = (folder for folder in there if any(is_file(folder / name) for name in known))
     return next(having, there[0])
 

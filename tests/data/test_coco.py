@@ -298,6 +298,8 @@ def test_a_picture_of_another_size_than_stated_is_refused(write, folder, encoded
         ({"images": [3]}, "an element of 'images' has the id None"),
         ({"images": [{"id": "x"}]}, "has the id 'x', expected a whole number"),
         ({"images": [{"id": 1, "file_name": "a.jpg"}]}, "image 1 has height None and width None"),
+        ({"images": [{"id": 1, "file_name": "a.jpg", "height": 48, "width": 0}]}, "width 0, expected pixels"),
+        ({"images": [{"id": 1, "file_name": "a.jpg", "height": 0, "width": 64}]}, "height 0 and width 64"),
         ({"images": [{"id": 1, "height": 4, "width": 4}]}, "image 1 has the file_name None"),
         ({"categories": [{"id": 3}]}, "category 3 has the name None"),
     ],
