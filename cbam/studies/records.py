@@ -160,8 +160,7 @@ class Records:
         handle = None
         try:
             while True:
-                claim.parent.mkdir(parents=True, exist_ok=True)
-                handle = os.open(claim, os.O_CREAT | os.O_RDWR, 0o644)
+                handle = _opened(claim)
                 fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
                 mine = _is_at(handle, claim)
                 if mine or not wait:
@@ -181,6 +180,19 @@ class Records:
             for folder in (claim.parent, self.path):
                 with contextlib.suppress(OSError):  # not empty
                     folder.rmdir()
+
+
+def _opened(claim: Path) -> int:
+    """The file to lock. A process that ends takes empty folders away, these perhaps: they are made again."""
+    tries = 100
+    while True:
+        try:
+            claim.parent.mkdir(parents=True, exist_ok=True)
+            return os.open(claim, os.O_CREAT | os.O_RDWR, 0o644)
+        except (FileNotFoundError, FileExistsError):
+            tries -= 1
+            if not tries:
+                raise
 
 
 def _is_at(handle: int, path: Path) -> bool:

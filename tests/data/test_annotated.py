@@ -198,7 +198,7 @@ def test_an_annotation_of_no_image_is_named(pictures):  # D29
 
 @pytest.mark.parametrize("name", [None, 3, "", "a\0.jpg"])
 def test_an_image_whose_file_has_no_name_is_named(pictures, name):  # D21
-    with pytest.raises(DataError, match="image 4 has the file_name .*, expected text"):
+    with pytest.raises(DataError, match=r"image 4 has the file_name .*, expected text"):
         annotated(coco(pictures, images=[{"id": 4, "file_name": name}, {"id": 7, "file_name": "b.jpg"}]))
 
 

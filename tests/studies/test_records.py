@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -110,11 +111,51 @@ def test_a_run_is_at_one_process_and_its_claim_leaves_nothing(tmp_path):
     with records.claimed("a") as mine, records.claimed("b") as too:
         assert mine
         assert too
-        with records.claimed("a") as again:
-            assert not again
+        for _ in range(2):  # whoever is refused leaves the claim where it is
+            with records.claimed("a") as again:
+                assert not again
     assert list(tmp_path.iterdir()) == []
     with records.claimed("a") as mine:
         assert mine
+
+
+def test_folders_that_another_process_takes_away_at_that_moment_are_made_again(tmp_path, monkeypatch):
+    opened, really = [], os.open
+
+    def taken_away(path, *how):
+        opened.append(path)
+        if len(opened) < 3:
+            for folder in Path(path).parents[:2]:
+                folder.rmdir()
+        return really(path, *how)
+
+    monkeypatch.setattr(os, "open", taken_away)
+    with Records(tmp_path, "channel").claimed("a") as mine:
+        assert mine
+    assert len(opened) == 3
+
+
+def test_who_waits_for_a_claim_has_it_to_himself(tmp_path, monkeypatch):
+    fcntl = pytest.importorskip("fcntl")
+    records, waiting, flock, had = Records(tmp_path, "channel"), threading.Event(), fcntl.flock, []
+
+    def noted(handle, how):
+        if not how & fcntl.LOCK_NB:
+            waiting.set()
+        flock(handle, how)
+
+    def wait():
+        with records.claimed("a", wait=True) as mine, records.claimed("a") as another:
+            had.append((mine, another))
+
+    monkeypatch.setattr(fcntl, "flock", noted)
+    thread = threading.Thread(target=wait)
+    with records.claimed("a"):
+        thread.start()
+        assert waiting.wait(10)
+        time.sleep(0.05)  # so that it waits for the file that is about to be removed
+    thread.join(10)
+    assert had == [(True, False)]
 
 
 HOLD = """

@@ -59,11 +59,15 @@ def test_an_interrupted_comparison_pairs_only_the_seeds_that_both_finished(resul
     assert cells(results, "top-1 error, %") == ["11.00 ± 1.00", "-", "-"]
     assert "Nothing was finished" in " ".join(verdict(results))
     assert "did not come to its end (interrupted)" in markdown(results, None)
+    results["timing"] = {}
+    assert not any("time, plain = 1" in row[0] for row in table(results))
     page(results, None)
 
 
 def test_top_five_is_told_only_where_it_was_measured(results):
     assert any(row[0].startswith("top-5") for row in table(results))
+    results["runs"][0]["energy_inside"] = None  # plain of one seed: the others are pairs
+    assert summary(results)["cbam"]["energy_inside_difference"]["n"] == 2
     for run in results["runs"]:
         run["top5"] = run["energy_inside"] = None
     assert not any(row[0].startswith(("top-5", "Grad-CAM")) for row in table(results))

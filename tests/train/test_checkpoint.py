@@ -83,6 +83,7 @@ def test_each_of_a_thousand_flipped_bits_is_found(saved):
         (b"", "the file is empty"),
         (b"<html>404</html>", "probably a web page"),
         (b"PK\x03\x04", "% of its recorded"),
+        (b"PK\x03\x04" + bytes(100_000), "its SHA-256 is not at its end"),  # as a power cut leaves it
     ],
 )
 def test_what_is_no_checkpoint_is_told_and_passed_over(saved, content, told):
@@ -107,6 +108,8 @@ def test_no_valid_checkpoint_is_an_error_and_no_checkpoint_is_none(saved, tmp_pa
     assert newest(tmp_path_factory.mktemp("empty")) == (None, [])
     with pytest.raises(CheckpointNotFoundError, match="no such file"):
         checkpoint.load(saved / "nowhere.ckpt")
+    with pytest.raises(CheckpointError, match="cannot be read: Is a directory"):
+        checkpoint.load(saved)
 
 
 class Evil:

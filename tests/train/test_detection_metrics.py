@@ -270,6 +270,8 @@ def by_faster_coco_eval(dataset, results):
 @pytest.mark.parametrize("seed", range(4))
 def test_the_twelve_numbers_are_those_of_cocos_code(seed, make, oracle, capsys):
     detections, truth = make(seed)
+    for own in truth.values():
+        own["area"] *= 0.6  # of masks: less than of their boxes
     evaluation = oracle(*as_coco(detections, truth, 3))
     evaluation.evaluate()
     evaluation.accumulate()
