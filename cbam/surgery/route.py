@@ -75,12 +75,10 @@ def refine(block: nn.Module, route: Route, attention: nn.Module) -> None:
     block.__class__ = refined
 
 
-def restore(block: nn.Module) -> nn.Module:
-    """Take the attention out of `block` and return it."""
-    attention = block._modules.pop(SLOT)
+def restore(block: nn.Module) -> None:
+    """Take the attention out of `block`."""
+    del block._modules[SLOT]
     block.__class__ = vars(type(block))["_cbam_base"]
-    assert isinstance(attention, nn.Module)
-    return attention
 
 
 @contextlib.contextmanager
