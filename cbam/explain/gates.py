@@ -102,22 +102,22 @@ def gate_statistics(
         InputError: fewer than two pictures.
     """
     found: dict[str, list[_Seen]] = {}
-    classes: list[Tensor] = []
+    classes: list[Tensor | None] = []
     with torch.no_grad(), eval_mode(model), record(model) as recording:
         for images, targets in batches:
             recording.clear()
             model(images)
             for name, block in recording.items():
                 found.setdefault(name, []).append(_Seen.of(block))
-            if targets is not None:
-                classes.append(targets.cpu())
-            elif classes:
+            classes.append(None if targets is None else targets.cpu())
+            if (targets is None) != (classes[0] is None):
                 raise InputError("gate_statistics: classes must be given for all batches or for none")
             if not recording:
                 raise ConfigError("gate_statistics: the model has no attention; cbam.attach puts it in")
     if sum(len(one.change) for one in next(iter(found.values()), [])) < 2:
         raise InputError("gate_statistics: at least two pictures show what gates follow")
-    labels = torch.cat(classes) if classes else None
+    given = [own for own in classes if own is not None]
+    labels = torch.cat(given) if given else None
     return [_block(name, seen, labels) for name, seen in found.items()]
 
 

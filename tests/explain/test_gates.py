@@ -159,6 +159,13 @@ def test_what_has_no_gates_or_no_pictures_is_refused(plain, build, images):
         gate_figure([], "gates.png")
 
 
+@pytest.mark.parametrize("first", [0, 1])
+def test_classes_of_some_batches_only_are_refused(build, images, first):
+    batches = [(images, torch.arange(4)), (images, None)]
+    with pytest.raises(InputError, match="classes must be given for all batches or for none"):
+        gate_statistics(build(), [batches[first], batches[1 - first]])
+
+
 def test_the_table_says_what_the_statistics_say():
     gate = GateStatistics(0.5, (0.1, 0.2, 0.5, 0.8, 0.9), 0.25, 0.5, 0.3)
     block = BlockStatistics("layer4.1", 512, 0.123, 0.5, gate, None)
