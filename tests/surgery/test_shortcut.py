@@ -154,6 +154,13 @@ def test_a_shortcut_joins_where_the_code_only_calls_it(kind, layout, joined):  #
     assert any(joined) is JOINING[kind]
 
 
+@pytest.mark.parametrize("training", ["bn2", "cbam", "downsample"])
+def test_in_inference_with_a_part_that_takes_statistics_of_the_batch_it_is_computed_all_the_same(training):
+    block = shortened()
+    block.get_submodule(training).train()
+    alike(block, torch.randn(2, 8, 5, 5))
+
+
 LAYERS = {
     "no convolution": lambda: nn.Sequential(nn.Identity(), nn.BatchNorm2d(8)),
     "a norm alone": lambda: nn.Sequential(nn.BatchNorm2d(8)),
