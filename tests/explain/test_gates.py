@@ -56,6 +56,9 @@ def test_gates_that_follow_the_class_are_told_from_those_that_follow_the_picture
     assert by_picture.what.by_class < 0.1
     assert by_picture.what.by_picture > 0.9
     assert by_picture.word == "follows the picture"
+    unknown = run(lambda first: own[first.long() - 1, None].expand(-1, 4), 1 + torch.arange(40))
+    assert unknown.what.by_class is None
+    assert unknown.word == "follows the picture"
 
 
 def test_chance_is_taken_off_what_classes_explain():
@@ -180,6 +183,7 @@ def test_gates_that_hardly_differ_are_told_by_a_third_digit_and_drawn_on_no_fine
     gate = GateStatistics(0.4999, (0.4972, 0.4998, 0.4999, 0.5, 0.5001), 0.0, 0.5)
     block = BlockStatistics("layer4.1", 512, 0.5, 0.5, gate, gate)
     assert gate_table([block]).count("| 0.497 to 0.500 |") == 2
+    assert len({line.count("|") for line in gate_table([block]).splitlines()}) == 1
     figure = draw([block])
     figure.canvas.draw()
     panels = [figure.axes[i] for i in (1, 3)]
