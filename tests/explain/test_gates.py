@@ -56,7 +56,7 @@ def test_gates_that_follow_the_class_are_told_from_those_that_follow_the_picture
     assert by_picture.what.by_class < 0.1
     assert by_picture.what.by_picture > 0.9
     assert by_picture.word == "follows the picture"
-    unknown = run(lambda first: own[first.long() - 1, None].expand(-1, 4), 1 + torch.arange(40))
+    unknown = run(lambda first: FOUR + own[first.long() - 1, None], 1 + torch.arange(40))
     assert unknown.what.by_class is None
     assert unknown.word == "follows the picture"
 
