@@ -168,6 +168,8 @@ def test_a_published_run_counts_anew_what_its_card_claims(own, tmp_path, monkeyp
         told(Path("shared"), data=str(by_chance))
     with pytest.raises(ConfigError, match="give DATA"):
         score(Path("shared"), device="cpu")
+    with pytest.raises(ConfigError, match="says what network it is"):
+        told(Path("shared"), data=str(pictures), model="resnet18")
 
 
 def test_a_published_run_takes_pictures_as_they_are_stored_where_it_was_trained_on_them_so(trained, tmp_path):
@@ -203,14 +205,17 @@ def test_pictures_come_to_a_published_network_as_its_card_says(own, tmp_path):
 
 
 def test_a_checkpoint_under_another_name_is_that_of_its_run(own, tmp_path):
-    """Of its average, on what was held out, wherever a checkpoint is taken."""
+    """Of its average, on what was held out, at the size that it was trained at, wherever it is taken."""
     # K17
     _, pictures = own
-    run("folder", {**SETTINGS, "data": str(pictures), "ema": 0.5}, tmp_path / "run", Silent())
+    how = {**SETTINGS, "data": str(pictures), "ema": 0.5, "size": 40}
+    run("folder", how, tmp_path / "run", Silent())
     made = checkpoint.checkpoints(tmp_path / "run")[0]
     best = shutil.copy(made, tmp_path / "best.ckpt")
     assert told(best) == told(made)
-    assert score(best, device="cpu")[0].loss == score(made, device="cpu")[0].loss
+    losses = [score(p, device="cpu", size=s)[0].loss for p, s in ((made, None), (best, None), (best, 40))]
+    assert losses == losses[:1] * 3
+    assert score(best, device="cpu", size=64)[0].loss != losses[0]
     average = average_of(checkpoint.load(made))
     weights = material.weights_at(str(best))
     assert all(torch.equal(weights[name], tensor) for name, tensor in average.items())
