@@ -115,10 +115,6 @@ def trace_with_effects(block: nn.Module, *, training: bool) -> tuple[fx.Graph, l
         for value in tree_leaves([{**vars(m)} for m in block.modules()]):
             if isinstance(value, fx.Proxy):
                 value.node.meta["kept"] = True  # by the block, which may read it after its forward
-    for node in list(graph.nodes):
-        if node.op == "call_module" and node.target == "cbam":
-            node.replace_all_uses_with(node.args[0])
-            graph.erase_node(node)
     switches = ["switches gradients or autocast"] if len(tracer.modes) > 1 else []
     return graph, [*itertools.chain(*changes), *draws, *switches, *foreign]
 
