@@ -159,6 +159,11 @@ class ReturnsATuple(Host):
         return x + self.body(x), x
 
 
+class ReturnsADict(Host):
+    def forward(self, x):
+        return {"out": x + self.body(x), "x": x}
+
+
 ATTACHABLE = [
     (AfterTheLastChild, "after norm"),
     (InPlaceAdd, "after norm"),
@@ -175,10 +180,13 @@ ATTACHABLE = [
     (ListOfLayers, "after layers_1"),
     (NameUsedElsewhere, "after norm"),
     (ReturnsATuple, "after body"),
+    (ReturnsADict, "after body"),
 ]
 
 
 def first(out):
+    if isinstance(out, dict):
+        return out["out"]
     return out[0] if isinstance(out, tuple) else out
 
 
@@ -639,6 +647,14 @@ def test_what_is_left_out_is_listed_with_its_reason(kind, words):
     with pytest.raises(cbam.CBAMError, match="no place for attention"):
         cbam.attach(model)
     assert not attached(model)
+
+
+def test_a_block_that_adds_nothing_is_not_listed():
+    class Concatenates(Host):
+        def forward(self, x):
+            return torch.cat([x, self.body(x)], 1)
+
+    assert cbam.sites(nn.Sequential(Concatenates())) == []
 
 
 def test_an_error_that_says_nothing_is_told_by_its_class():
