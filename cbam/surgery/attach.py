@@ -19,7 +19,7 @@ from cbam.surgery.sites import Site, called, check_module, output_sites, sites
 from cbam.surgery.trial import Value
 
 _log = logging.getLogger("cbam")
-_WRAPPERS = {"DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "OptimizedModule"}
+_WRAPPERS = {"DistributedDataParallel", "DataParallel", "FullyShardedDataParallel"}
 # What `program.module()` and torch.export.unflatten make.
 _EXPORTED = {"_StatefulGraphModule", "UnflattenedModule"}
 
