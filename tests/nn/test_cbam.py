@@ -394,6 +394,7 @@ def test_traces_symbolically_and_by_example(tmp_path):  # S19
     traced = torch.jit.trace(module, x)
     torch.jit.save(traced, tmp_path / "traced.pt")
     assert torch.equal(torch.jit.load(tmp_path / "traced.pt")(x), module(x))
+    assert torch.equal(torch.jit.trace(module, x[0])(x[1]), module(x[1]))
 
 
 def test_copies_pickles_and_checkpoints(tmp_path):  # T37
