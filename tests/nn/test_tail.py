@@ -294,6 +294,24 @@ def test_the_operators_keep_torchs_rules():  # T34
                 torch.library.opcheck(torch.ops.cbam.tail_.default, tuple(given), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("lacking", ["nothing", "norm", "what", "where"])
+def test_a_compiler_is_told_the_shapes_that_come(lacking):  # T34
+    x, attention, norm = torch.randn(2, 6, 4, 5), cbam.CBAM(6, reduction=2), nn.BatchNorm2d(6)
+    for training, save in ((True, True), (True, False), (False, True), (False, False)):
+        channel, spatial = attention.train(training).operands(x)
+        args = [
+            x, None, norm.weight, norm.bias, norm.running_mean, norm.running_var, training, 1e-5,
+            *channel[:4], True, True, 1.0, spatial.kernel, *spatial.norm[:5], 1e-5, 2.0, True, save,
+        ]  # fmt: skip
+        empty = {"nothing": [], "norm": range(2, 6), "what": range(8, 12), "where": range(15, 20)}[lacking]
+        for i in empty:
+            args[i] = None
+        args[6], args[20] = training and lacking != "norm", training and lacking != "where"
+        with torch.no_grad():
+            came, told = torch.ops.cbam.tail(*args), library._fake_forward(*args)
+        assert [(t.shape, t.dtype) for t in came] == [(t.shape, t.dtype) for t in told]
+
+
 # --- the end of a residual block ---
 
 
