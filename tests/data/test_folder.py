@@ -16,6 +16,7 @@ from cbam.data import decode, image_folder, loader
 from cbam.data.folder import _Files
 from cbam.data.images import draws
 from cbam.data.pictures import augment, centre, random_crop
+from cbam.data.scan import find_pictures
 from cbam.errors import DataError, InputError
 
 
@@ -448,13 +449,24 @@ def test_links_that_loop_end_and_are_counted(split_folder):  # D17
     assert any("link to a folder already read" in note for note in train.notes)
 
 
+def test_the_disk_is_not_asked_for_each_picture(make_folder, monkeypatch):
+    asked, stat = [], os.stat
+    monkeypatch.setattr(os, "stat", lambda path, **how: asked.append(Path(path).name) or stat(path, **how))
+    root = make_folder({"a": 30, "b": 30})
+    asked.clear()
+    find_pictures(root)
+    assert {"a", "b"} <= set(asked), "folders are, and that is seen"
+    assert [name for name in asked if name.endswith(".jpg")] == []
+
+
 def test_broken_links_are_counted_and_links_to_pictures_followed(split_folder):  # D17
     cat = split_folder / "train/cat"
     (cat / "gone.jpg").symlink_to(cat / "nowhere.jpg")
+    (cat / "itself.jpg").symlink_to(cat / "itself.jpg")
     (cat / "linked.jpg").symlink_to(split_folder / "train/cat/0.jpg")
     train, _ = image_folder(split_folder)
     assert train.targets.count(0) == 6
-    assert any("1 broken link" in note for note in train.notes)
+    assert any("2 broken link" in note for note in train.notes)
 
 
 def test_what_systems_leave_behind_is_left_out_and_counted(split_folder):  # D18
