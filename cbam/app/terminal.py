@@ -4,6 +4,7 @@ import sys
 import time
 from typing import TextIO
 
+SETTLED = 300.0  # seconds after which even a hundredth of the whole says how long the rest takes
 _PLAIN = str.maketrans({"±": "+-", "×": "x", "…": "...", "–": "-", "→": "->"})
 
 
@@ -52,7 +53,7 @@ class Lines:
     every = 30.0  # seconds between two lines about the same phase
 
     def __init__(self) -> None:
-        self.done, self.began = 0.0, time.monotonic()
+        self.done, self.skipped, self.began = 0.0, 0.0, time.monotonic()
 
     def __enter__(self) -> "Lines":
         return self
@@ -69,12 +70,18 @@ class Lines:
     def advance(self, share: float) -> None:
         self.done += share
 
+    def skip(self, share: float) -> None:
+        self.done += share
+        self.skipped += share
+
     def _left(self) -> str:
-        if self.done < 0.02:
+        here, passed = self.done - self.skipped, time.monotonic() - self.began
+        if here <= 0 or (here < 0.02 and passed < SETTLED):
             return ""
         # The shares are floats: their sum may pass 1 by a hair.
-        seconds = round((time.monotonic() - self.began) * max(0.0, 1 - self.done) / self.done)
-        return f", {seconds // 60}:{seconds % 60:02} left"
+        minutes, seconds = divmod(round(passed * max(0.0, 1 - self.done) / here), 60)
+        hours, minutes = divmod(minutes, 60)
+        return f", {hours}:{minutes:02}:{seconds:02} left" if hours else f", {minutes}:{seconds:02} left"
 
 
 class Bar:
@@ -113,6 +120,8 @@ class Bar:
 
     def advance(self, share: float) -> None:
         self._bar.advance(self._task, share)
+
+    skip = advance  # rich takes no speed from what comes first
 
 
 class Nothing(Lines):

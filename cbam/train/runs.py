@@ -244,5 +244,5 @@ def _share(config: Config, train: _Set, val: _Set, state: dict | None, watch: Wa
     whole = config.epochs * (3 * len(train) + len(val))
     if state is not None:
         seen = min(state["seen"]["step"] * config.batch_size, len(train))
-        watch.advance((state["epoch"] * (3 * len(train) + len(val)) + 3 * seen) / whole)
+        watch.skip((state["epoch"] * (3 * len(train) + len(val)) + 3 * seen) / whole)
     return lambda work: watch.advance(work / whole)

@@ -15,6 +15,9 @@ class Watch(Protocol):
     def advance(self, share: float) -> None:
         """How much more of the whole, out of 1, is done."""
 
+    def skip(self, share: float) -> None:
+        """How much of the whole was done before: it says nothing of how long the rest takes."""
+
 
 class Silent:
     """A `Watch` that tells nobody."""
@@ -24,3 +27,5 @@ class Silent:
     def now(self, what: str) -> None: ...
 
     def advance(self, share: float) -> None: ...
+
+    def skip(self, share: float) -> None: ...

@@ -57,6 +57,26 @@ def test_the_time_left_is_never_negative_nor_sixty_seconds(seconds, shares, left
     assert f" %, {left} left] the end" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("skipped", "done", "seconds", "left"),
+    [
+        (0.5, 0.25, 3600, ", 1:00:00 left"),
+        (0.5, 0, 30, ""),
+        (0, 0.001, 600, ", 166:30:00 left"),
+        (0, 0.001, 9, ""),
+    ],
+)
+def test_the_time_left_is_told_of_a_run_of_a_week_and_of_one_that_goes_on(
+    skipped, done, seconds, left, monkeypatch, capsys
+):
+    watch = terminal.Lines()
+    watch.skip(skipped)
+    watch.advance(done)
+    monkeypatch.setattr(terminal.time, "monotonic", lambda: watch.began + seconds)
+    watch.now("epoch 9")
+    assert capsys.readouterr().out == f"[{100 * (skipped + done):3.0f} %{left}] epoch 9\n"
+
+
 def test_in_a_terminal_there_is_one_bar_that_goes_away(monkeypatch):
     class Screen(io.StringIO):
         encoding = "utf-8"

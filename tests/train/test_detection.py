@@ -242,6 +242,8 @@ class Watch:
 
     def advance(self, share: float) -> None: ...
 
+    def skip(self, share: float) -> None: ...
+
 
 @pytest.mark.large
 def test_a_run_of_the_recipe_is_stopped_resumed_and_scored(shapes_folder, tmp_path):

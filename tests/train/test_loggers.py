@@ -26,6 +26,8 @@ class Watch:
 
     def advance(self, share: float) -> None: ...
 
+    def skip(self, share: float) -> None: ...
+
 
 @pytest.fixture
 def small():

@@ -34,7 +34,7 @@ SMALL = {
 class Watch:
     def __init__(self) -> None:
         self.said: list[str] = []
-        self.done = 0.0
+        self.done = self.skipped = 0.0
 
     def say(self, line: str) -> None:
         self.said.append(line)
@@ -42,6 +42,10 @@ class Watch:
     now = say
 
     def advance(self, share: float) -> None:
+        self.done += share
+
+    def skip(self, share: float) -> None:
+        self.skipped += share
         self.done += share
 
 
@@ -91,6 +95,7 @@ def test_a_stopped_run_goes_on_with_its_own_settings_to_the_same_weights(finishe
     assert (folder / CONFIG).read_text() == (finished / CONFIG).read_text()
     assert watch.said[0].endswith("epoch 0, 1 steps of it done")
     assert watch.done == pytest.approx(1)
+    assert 0 < watch.skipped < 0.5
 
 
 def test_a_new_run_into_the_folder_of_another_is_refused(folder):
