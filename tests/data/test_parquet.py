@@ -72,6 +72,15 @@ def test_the_rows_are_trained_on_and_validated_as_pictures_of_a_folder(write, pi
     assert picture_set(root)[0].size == 224
 
 
+def test_the_labels_of_a_million_rows_are_not_asked_for_one_by_one(write, picture, monkeypatch):
+    write("train", [(i % 2, picture(i)) for i in range(6)])
+    root = write("validation", [(0, picture()), (1, picture())])
+    import datasets
+
+    monkeypatch.setattr(datasets.Dataset, "__iter__", lambda rows: pytest.fail("row by row"))
+    assert sorted(picture_set(root, size=32)[0].targets) == [0] * 3 + [1] * 3
+
+
 def test_a_broken_row_is_replaced_in_training_and_an_error_in_validation(write, picture):  # D1, D3
     write("train", [(0, picture()), (1, picture()), (0, b"<html>"), (1, picture(2))])
     root = write("validation", [(0, picture()), (1, picture())])
