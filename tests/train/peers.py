@@ -131,16 +131,17 @@ def flat(model: nn.Module) -> list[float]:
 
 
 def equal(size: int, accumulate: int, pictures: int) -> list:
-    """Weights, metrics and scores after a training in fp64."""
+    """Weights, metrics, scores and the work that was told after a training in fp64."""
 
     def body(here):
         model, recipe = plain(), dataclasses.replace(PLAIN, accumulate=accumulate)
-        history = train(None, model, Numbered(pictures), recipe)
+        work: list[int] = []
+        history = train(None, model, Numbered(pictures), recipe, on_step=work.append)
         weights = flat(model)
         scored = evaluate(model.float(), Numbered(11), batch_size=3, device="cpu")
         keys = ("train_loss", "train_top1", "val_loss", "val_top1", "val_top5")
         return [weights, [entry[key] for entry in history for key in keys], scored.targets.tolist(),
-                [scored.loss, scored.top1, scored.probabilities.sum().item()]]  # fmt: skip
+                [scored.loss, scored.top1, scored.probabilities.sum().item()], sum(work)]  # fmt: skip
 
     return ranks(size, body)
 
