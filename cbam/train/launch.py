@@ -50,26 +50,34 @@ def place() -> Place | None:
     try:
         if _OURS in said:
             return Place(**json.loads(said[_OURS]))
+        here = None
         if (
             "TORCHELASTIC_RUN_ID" in said
             or {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= said.keys()
         ):
             served = said.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-            return Place(
+            here = Place(
                 int(said["RANK"]), int(said["WORLD_SIZE"]),
                 int(said.get("LOCAL_RANK", 0)), int(said.get("LOCAL_WORLD_SIZE", 1)),
                 f"{'agent' if served else 'tcp'}:{said['MASTER_ADDR']}:{said['MASTER_PORT']}",
             )  # fmt: skip
-        if "SLURM_PROCID" in said and int(said.get("SLURM_STEP_NUM_TASKS", said.get("SLURM_NTASKS", 1))) > 1:
-            return _slurm()
-    except (KeyError, ValueError, TypeError) as error:
+        elif int(said.get("SLURM_STEP_NUM_TASKS", 1)) > 1:  # a job's script, beside srun, is alone
+            here = _slurm()
+    except (KeyError, ValueError, TypeError, ZeroDivisionError) as error:
         raise DistributedError(f"the processes' environment cannot be read: {error!r}") from error
-    return None
+    if here and not (
+        0 <= here.rank < here.size and here.local_rank >= 0 and 0 < here.local_size <= here.size
+    ):
+        raise DistributedError(
+            f"the processes' environment cannot be: process {here.rank} of {here.size}, on its machine "
+            f"{here.local_rank} of {here.local_size}; they count from 0"
+        )
+    return here
 
 
 def _slurm() -> Place:
     said = os.environ
-    size = int(said.get("SLURM_STEP_NUM_TASKS", said.get("SLURM_NTASKS", 1)))
+    size = int(said["SLURM_STEP_NUM_TASKS"])
     nodes = int(said.get("SLURM_STEP_NUM_NODES", said.get("SLURM_NNODES", 1)))
     host = first_host(said.get("SLURM_STEP_NODELIST", said.get("SLURM_NODELIST", "127.0.0.1")))
     port = 15000 + int(said["SLURM_JOB_ID"]) % 20000

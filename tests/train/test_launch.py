@@ -19,7 +19,7 @@ from cbam.train.runs import _places
 
 @pytest.fixture(autouse=True)
 def _nowhere(monkeypatch):
-    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "SLURM_PROCID", "SLURM_NTASKS"):
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -59,13 +59,33 @@ def test_torchrun_says_where_a_process_stands(monkeypatch):
 def test_srun_says_where_a_process_stands(monkeypatch):
     said = {
         "SLURM_PROCID": "9", "SLURM_LOCALID": "1", "SLURM_NTASKS": "16", "SLURM_NNODES": "2",
+        "SLURM_STEP_NUM_TASKS": "16",
         "SLURM_JOB_ID": "123456", "SLURM_NODELIST": "gpu[003-004]",
     }  # fmt: skip
     for name, value in said.items():
         monkeypatch.setenv(name, value)
     assert place() == Place(9, 16, 1, 8, f"tcp:gpu003:{15000 + 123456 % 20000}")
-    monkeypatch.setenv("SLURM_NTASKS", "1")  # a job of a single process
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")  # a job of a single process
     assert place() is None
+
+
+def test_the_script_of_a_slurm_job_is_a_process_of_its_own(monkeypatch):
+    said = {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "4", "SLURM_JOB_ID": "7"}
+    for name, value in said.items():
+        monkeypatch.setenv(name, value)
+    assert place() is None, "only srun has started the other three"
+
+
+@pytest.mark.parametrize(
+    "said",
+    [{"RANK": "2"}, {"RANK": "-1"}, {"LOCAL_RANK": "-1"}, {"LOCAL_WORLD_SIZE": "0"}, {"WORLD_SIZE": "0"}],
+)
+def test_a_place_that_cannot_be_is_told_before_anybody_waits_for_it(monkeypatch, said):
+    fit = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "a1", "MASTER_PORT": "29500"}
+    for name, value in (fit | said).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(DistributedError, match=r"cannot be: process -?\d of \d, on its machine -?\d of \d"):
+        place()
 
 
 @pytest.mark.parametrize(
