@@ -130,7 +130,7 @@ class Batches(Sampler[list[_Key]]):
 
 
 class _Loader(DataLoader):
-    """A DataLoader that outlives the death of a worker once, and tells a DataError as it was raised."""
+    """A DataLoader that outlives a worker's death, once in an epoch, and tells a DataError as it was raised."""
 
     batch_sampler: Batches
 
@@ -140,13 +140,16 @@ class _Loader(DataLoader):
         workers = how["num_workers"]
         super().__init__(images, batch_sampler=batches, timeout=_POLL if workers else 0, **how)
         object.__setattr__(self, "sampler", batches.sampler)  # a DataLoader lets nobody set it
-        self._patience, self._deaths = patience, 0
+        self._patience = patience
 
     def __iter__(self):  # pyright: ignore[reportIncompatibleMethodOverride]
-        done = 0
+        done, self._deaths = 0, 0
         while True:
             self.batch_sampler.skip = done
-            batches = self._started()
+            try:
+                batches = self._started()
+            except OSError as error:
+                raise _exhausted(error) or error from None
             try:
                 while True:
                     batch = self._next(batches, done)
@@ -196,6 +199,9 @@ class _Loader(DataLoader):
         )
 
     def _restart(self, batches, error: RuntimeError) -> None:
+        if self.num_workers and (told := _exhausted(error)):
+            self._end(batches)
+            raise told from None
         if not self.num_workers or "DataLoader worker" not in str(error):
             raise error
         self._end(batches)
@@ -216,6 +222,22 @@ class _Loader(DataLoader):
                 worker.kill()
             batches._shutdown_workers()
             self._iterator = None
+
+
+def _exhausted(error: Exception) -> DataError | None:
+    """What the workers ran out of, in our words; None of any other error."""
+    text = str(error)
+    if "Too many open files" in text:
+        return DataError("too many open files: raise the limit (ulimit -n 65536), or take fewer --workers")
+    # By signal, by the first batch that does not fit, by a semaphore that does not.
+    if any(
+        sign in text for sign in ("out of shared memory", "shared memory(shm)", "No space left on device")
+    ):
+        return DataError(
+            "no room in /dev/shm, through which the loader's processes hand over their batches: "
+            "give it more (docker run --shm-size 8g), or take fewer --workers"
+        )
+    return None
 
 
 def _end_with_parent(worker: int) -> None:
@@ -250,7 +272,7 @@ def loader(
     Args:
         batch_size: samples per step of all processes together, of which each gets N; for evaluation, N.
         train: shuffled if true; in plain order, always as in epoch 0, if false.
-        workers: processes that read ahead; they change the speed alone. One that dies is replaced, once.
+        workers: processes that read ahead; they change the speed alone. One that dies is replaced, once an epoch.
         shard: the part of this process.
         pinned: in memory that a GPU reads by itself while the processor goes on; takes a usable GPU.
         patience: seconds that a worker may take for a batch.

@@ -89,13 +89,43 @@ def test_a_worker_that_is_killed_is_replaced_once_and_no_picture_is_lost(tmp_pat
         assert indices(batches) == calm
     assert time.monotonic() - began < 20
     assert "died and is started anew" in caplog.text
-    assert indices(batches) == calm  # and the next epoch is whole
+    (tmp_path / "flag").unlink()
+    assert indices(batches) == calm  # in another epoch, of a week perhaps, one may die again
 
 
 def test_a_worker_that_is_killed_again_is_an_error(caplog):  # R4
     act = lambda index: os.kill(os.getpid(), signal.SIGKILL) if index == 5 else None  # noqa: E731
     with pytest.raises(DataError, match="for the second time"):
         list(loader(Numbered(12, act), 2, train=False, workers=1))
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (OSError(24, "Too many open files"), "too many open files: raise the limit"),
+        (
+            RuntimeError("unable to allocate shared memory(shm) for file </t>: No space"),
+            "no room in /dev/shm",
+        ),
+    ],
+)
+def test_what_the_workers_run_out_of_is_told_in_a_line_and_not_tried_again(error, told, caplog):
+    def act(index):
+        if index == 5:
+            raise error
+
+    with pytest.raises(DataError, match=f"^{told}.* or take fewer --workers$"):
+        list(loader(Numbered(12, act), 2, train=False, workers=2))
+    assert "started anew" not in caplog.text
+
+
+def test_workers_that_cannot_be_started_for_want_of_room_are_told(monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("torch.utils.data.dataloader._MultiProcessingDataLoaderIter", full)
+    with pytest.raises(DataError, match=r"^no room in /dev/shm"):
+        list(loader(Numbered(12), 2, train=False, workers=2))
 
 
 def test_a_worker_that_hangs_is_named_with_its_pictures_and_ended(tmp_path):  # R5
