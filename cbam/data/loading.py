@@ -130,7 +130,7 @@ class Batches(Sampler[list[_Key]]):
 
 
 class _Loader(DataLoader):
-    """A DataLoader that outlives a worker's death, once in an epoch, and tells a DataError as it was raised."""
+    """A DataLoader that outlives a worker's death once an epoch, and tells a DataError as it was raised."""
 
     batch_sampler: Batches
 
@@ -272,7 +272,7 @@ def loader(
     Args:
         batch_size: samples per step of all processes together, of which each gets N; for evaluation, N.
         train: shuffled if true; in plain order, always as in epoch 0, if false.
-        workers: processes that read ahead; they change the speed alone. One that dies is replaced, once an epoch.
+        workers: processes that read ahead, for speed alone. Once in an epoch, one that dies is replaced.
         shard: the part of this process.
         pinned: in memory that a GPU reads by itself while the processor goes on; takes a usable GPU.
         patience: seconds that a worker may take for a batch.

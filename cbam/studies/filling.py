@@ -250,7 +250,8 @@ class Filling:
     def _duration(self, todo: list[Run], known: list[dict[str, Any]]) -> str:
         if not todo:
             return ""
-        expected = [seconds for run in todo if (seconds := self._expected(run, known))]
+        rows = {run.arm: self._expected(run, known) for run in {run.arm: run for run in todo}.values()}
+        expected = [seconds for run in todo if (seconds := rows[run.arm])]
         if not expected:
             return "; how long the others take is not known, no such run was made on this device yet"
         some = "" if len(expected) == len(todo) else f"{len(expected)} of "

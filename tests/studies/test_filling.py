@@ -475,6 +475,13 @@ def test_the_plan_says_what_is_left_and_how_long_it_takes(filled):
     out, _ = filled
     assert study(out).plan(2) == "order on digits: 4 of 4 runs have a record"
     assert "4 of 6 runs have a record; the other 2 take about 0.0 hours" in study(out).plan(3)
+
+
+def test_the_plan_of_many_seeds_compares_a_row_and_not_each_run_with_all_records(filled, monkeypatch):
+    out, asked, expected = filled[0], [], filling_file.Filling._expected
+    monkeypatch.setattr(filling_file.Filling, "_expected", lambda *a: asked.append(a[1].arm) or expected(*a))
+    assert "the other 96 take" in study(out).plan(50)
+    assert len(asked) == len(set(asked)) == 2
     assert "not known" in study(out, "placement", arms=["plain"]).plan(1)
 
 
