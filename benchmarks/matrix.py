@@ -52,7 +52,10 @@ def networks() -> dict[str, int | None]:
 
 def versions() -> dict[str, str]:
     """What a row depends on: the libraries, and the code that attaches."""
-    names = [f"cbam/surgery/{name}.py" for name in ("attach", "effects", "graph", "route", "sites", "trial")]
+    names = [
+        f"cbam/surgery/{name}.py"
+        for name in ("attach", "effects", "graph", "route", "sites", "tracing", "trial")
+    ]
     files = [ROOT / name for name in [*names, "cbam/nn/cbam.py", "cbam/nn/gate.py"]]
     code = hashlib.sha256(b"".join(file.read_bytes() for file in files))
     return {

@@ -31,7 +31,7 @@ def names(base: type[nn.Module]) -> set[str]:
 def codes(base: type[nn.Module]) -> Iterator[types.CodeType]:
     """The code of `forward` and of what it reaches."""
     for function in _reached(base).values():
-        yield from _nested(function.__code__)
+        yield from nested(function.__code__)
 
 
 def all_codes(base: type[nn.Module]) -> Iterator[types.CodeType]:
@@ -45,7 +45,7 @@ def all_codes(base: type[nn.Module]) -> Iterator[types.CodeType]:
         if function.__module__ and function.__module__.partition(".")[0] in _LIBRARIES:
             continue
         seen.add(function)
-        found = [*_nested(function.__code__)]
+        found = [*nested(function.__code__)]
         yield from found
         with contextlib.suppress(ValueError):  # a cell that is still empty
             pending += [cell.cell_contents for cell in function.__closure__ or ()]
@@ -114,7 +114,7 @@ def redirected(base: type[nn.Module], others: dict[str, str]) -> dict[type[nn.Mo
     for (place, name), function in _reached(base).items():
         if isinstance(inspect.getattr_static(place, name), property):
             continue
-        named = {n for code in _nested(function.__code__) for n in code.co_names}
+        named = {n for code in nested(function.__code__) for n in code.co_names}
         here = {child: other for child, other in others.items() if child in named}
         for child in here:
             _check_code(function, child)
@@ -139,24 +139,25 @@ def _reached(base: type[nn.Module]) -> dict[tuple[type, str], types.FunctionType
         if key in reached or owner is nn.Module or not isinstance(function, types.FunctionType):
             continue
         reached[key] = function
-        names = {n for code in _nested(function.__code__) for n in code.co_names}
+        names = {n for code in nested(function.__code__) for n in code.co_names}
         pending += [(base, 0, n) for n in names]
         if "super" in names:
             pending += [(None, base.__mro__.index(owner) + 1, n) for n in names]
     return reached
 
 
-def _nested(code: types.CodeType) -> Iterator[types.CodeType]:
+def nested(code: types.CodeType) -> Iterator[types.CodeType]:
+    """`code`, and that of the functions that are written in it."""
     yield code
     for const in code.co_consts:
         if isinstance(const, types.CodeType):
-            yield from _nested(const)
+            yield from nested(const)
 
 
 def _check_code(function: types.FunctionType, child: str) -> None:
     """Every use of the name must be an attribute read from `self`: renaming reaches all uses alike."""
     receiver = function.__code__.co_varnames[0]
-    for code in _nested(function.__code__):
+    for code in nested(function.__code__):
         before = None
         for instruction in dis.get_instructions(code):
             if instruction.argval == child and instruction.opcode in dis.hasname:

@@ -11,8 +11,8 @@ from torch.fx import Node
 from cbam.errors import CheckpointError, InputError
 from cbam.nn import CBAM
 from cbam.surgery.dialect import NAMES, MisfitError, Target, some, under
-from cbam.surgery.graph import trace
 from cbam.surgery.route import SLOT, Route
+from cbam.surgery.tracing import trace
 
 _NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm)
 _FORWARDS = (nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward, nn.GroupNorm.forward)

@@ -1,27 +1,22 @@
 """Read a block's own forward: where its residual add is, and which value is the branch.
 
-A block is traced alone with every child kept whole, so the graph holds what its own `forward` does and
-nothing of the children. The trunk is walked from the output back; at every residual add it goes on along the
+The graph holds what the block's own `forward` does and nothing of the children, which are kept whole
+(`cbam.surgery.tracing`). The trunk is walked from the output back; at every residual add it goes on along the
 shortcut. What is found is a claim; `cbam.surgery.trial` checks it by running the block.
 """
 
-import contextlib
-import dis
 import inspect
-import itertools
 import operator
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import fx, nn
 from torch.fx import Node
 from torch.nn.modules.conv import _ConvNd
-from torch.utils._pytree import tree_leaves
 
-from cbam.surgery.effects import unchanged, undrawn
+from cbam.surgery.tracing import scalars
 
 _ADDS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 _ADDS_IN_PLACE = {operator.iadd, "add_"}
@@ -33,9 +28,8 @@ _ACTIVATION = re.compile(
     r"(leaky_|hard_?|log_?|[cprs])?(relu6?|[cs]?elu|gelu|glu|silu|swish|mish|sigmoid|tanh|softplus|softmax)_?"
 )
 _ACTIVATION_CLASS = re.compile(
-    r"relu|elu|silu|swish|mish|glu|sigmoid|tanh|softplus|softmax|evonorm|tlu", re.I
+    r"relu|elu|silu|swish|mish|glu|sigmoid|tanh|softplus|softmax|snake|evonorm|tlu", re.I
 )
-_SHAPE_READERS = {"size", "dim", "numel"}
 MAX_SHORTCUT_CONVS = 2
 
 
@@ -57,78 +51,6 @@ class Add:
     on_request: bool = False
 
 
-class _Value(fx.Proxy):
-    """A value in a trace; what is done to it in place is recorded as that, which fx leaves out."""
-
-
-def _in_place(function: Callable) -> Callable:
-    def recorded(self: fx.Proxy, other: Any) -> fx.Proxy:
-        return self.tracer.create_proxy("call_function", function, (self, other), {})
-
-    return recorded
-
-
-for _function in (operator.iadd, operator.isub, operator.imul, operator.itruediv):
-    setattr(_Value, f"__{_function.__name__}__", _in_place(_function))
-
-
-class _Shallow(fx.Tracer):
-    """Traces one module's own forward; children stay calls."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.modes: set[tuple[bool, bool, bool]] = set()
-
-    def proxy(self, node: Node) -> fx.Proxy:
-        return _Value(node, self)
-
-    def create_node(self, *args, **kwargs) -> Node:
-        autocast = torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")
-        self.modes.add((torch.is_grad_enabled(), *autocast))
-        return super().create_node(*args, **kwargs)
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return True
-
-
-def trace(block: nn.Module) -> fx.Graph:
-    """The graph of `block.forward` with default arguments, in eval mode; attention left out.
-
-    Neither what the forward keeps in `block` stays nor what it draws from random generators. Raises whatever
-    the forward raises when it meets values that are not there yet.
-    """
-    return trace_with_effects(block, training=False)[0]
-
-
-def trace_with_effects(block: nn.Module, *, training: bool) -> tuple[fx.Graph, list[str]]:
-    """`trace`, and what the forward does that no graph holds."""
-    parameters = inspect.signature(type(block).forward).parameters.values()
-    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
-    with contextlib.ExitStack() as stack:
-        changes = [stack.enter_context(unchanged(m, name)) for name, m in block.named_modules()]
-        draws = stack.enter_context(undrawn())
-        block.training = training
-        own = {*vars(block)}
-        tracer = _Shallow()
-        graph = tracer.trace(block, concrete_args=defaults)
-        foreign = _take_back(block, graph, own)
-        for value in tree_leaves([{**vars(m)} for m in block.modules()]):
-            if isinstance(value, fx.Proxy):
-                value.node.meta["kept"] = True  # by the block, which may read it after its forward
-    switches = ["switches gradients or autocast"] if len(tracer.modes) > 1 else []
-    return graph, [*itertools.chain(*changes), *draws, *switches, *foreign]
-
-
-def _take_back(block: nn.Module, graph: fx.Graph, own: set[str]) -> list[str]:
-    """Move the constants of a forward, which fx has put on `block`, to their nodes; says if there are any."""
-    nodes = [n for n in graph.nodes if n.op == "get_attr" and str(n.target) in {*vars(block)} - own]
-    for node in nodes:
-        node.meta["constant"] = getattr(block, str(node.target))
-    for name in {str(node.target) for node in nodes}:
-        delattr(block, name)
-    return ["uses a tensor that the block does not hold"] if nodes else []
-
-
 class Trunk:
     """The adds along the trunk of one block's graph.
 
@@ -143,7 +65,7 @@ class Trunk:
         self._children = dict(block.named_modules())
         self._names = {n: id(m) for n, m in block.named_modules(remove_duplicate=False)}
         self._order = {node: i for i, node in enumerate(graph.nodes)}
-        self._scalars = _scalars(graph)
+        self._scalars = scalars(graph)
         self._ancestors = self._all_ancestors(graph)
         self.adds: list[Add] = []
         self.note = ""
@@ -156,7 +78,7 @@ class Trunk:
     def _walk(self, node: Node | None) -> None:
         while node is not None and node.op != "placeholder":
             inputs = self.inputs(node)
-            if node.target in _ADDS and len(inputs) == 2:
+            if _is_add(node) and len(inputs) == 2:
                 add = self._classify(node, *inputs)
                 self.adds.append(add)
                 node = None if add.ends_trunk else add.shortcut
@@ -190,7 +112,7 @@ class Trunk:
 
     def _partial(self, node: Node) -> str:
         """Why the walk ends at a node of several inputs."""
-        sums = [p for p in self.inputs(node) if p.target in _ADDS and len(self.inputs(p)) == 2]
+        sums = [p for p in self.inputs(node) if _is_add(p) and len(self.inputs(p)) == 2]
         if node.target not in _CATS or not sums:
             return ""
         if any(_is_slice(n) for p in sums for n in self.inputs(p)):
@@ -296,10 +218,8 @@ class Trunk:
         return not isinstance(factor, Node)
 
 
-def adds_values(block: nn.Module) -> bool:
-    """Whether the forward of `block` has a `+` of its own; for those that cannot be traced."""
-    code = getattr(inspect.unwrap(type(block).forward), "__code__", None)
-    return code is not None and any(i.argrepr in ("+", "+=") for i in dis.get_instructions(code))
+def _is_add(node: Node) -> bool:
+    return node.op != "call_module" and node.target in _ADDS
 
 
 def convolutions(module: nn.Module) -> int:
@@ -328,21 +248,6 @@ def _is_nonlinear(module: nn.Module) -> bool:
 def _is_slice(node: Node) -> bool:
     index = node.args[1] if node.target is operator.getitem else None
     return isinstance(index, tuple) and any(isinstance(i, slice) for i in index)
-
-
-def _scalars(graph: fx.Graph) -> set[Node]:
-    """Nodes that are sizes or computed from sizes alone."""
-    scalars: set[Node] = set()
-    for node in graph.nodes:
-        reads_shape = (
-            node.target is getattr and len(node.args) > 1 and node.args[1] in ("shape", "ndim")
-        ) or (node.op == "call_method" and node.target in _SHAPE_READERS)
-        from_sizes = (
-            node.op == "call_function" and node.all_input_nodes and scalars.issuperset(node.all_input_nodes)
-        )
-        if reads_shape or from_sizes:
-            scalars.add(node)
-    return scalars
 
 
 def _name(node: Node) -> str:

@@ -22,10 +22,11 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
+from cbam.errors import first_line
 from cbam.nn.tail import begin, begin_shortcut, settled, watched
 from cbam.surgery import bytecode
 from cbam.surgery.bytecode import UnroutableError
-from cbam.surgery.graph import trace_with_effects
+from cbam.surgery.tracing import trace_with_effects
 
 SLOT = "cbam"  # the attribute that holds the attention, as in the authors' released checkpoints
 _REDIRECTED = "_cbam_call"
@@ -236,7 +237,11 @@ def _is_setting(value: Any) -> bool:
 
 
 def _with_attention(block: nn.Module, value: str, training: bool):
-    graph, effects = trace_with_effects(block, training=training)
+    try:
+        graph, effects = trace_with_effects(block, training=training)
+    except Exception as error:  # a forward may refuse to be traced in any way it likes
+        mode = "training" if training else "evaluation"
+        raise UnroutableError(f"its forward cannot be traced in {mode}: {first_line(error)}") from error
     if effects:
         raise UnroutableError(f"its forward {effects[0]}, which a generated one would leave out")
     node = next((n for n in graph.nodes if n.name == value), None)

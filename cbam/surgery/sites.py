@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
 from cbam.errors import AttachError, InputError, first_line
-from cbam.surgery import bytecode, graph
+from cbam.surgery import bytecode, graph, tracing
 from cbam.surgery.bytecode import UnroutableError, is_straight
 from cbam.surgery.effects import DRAWS, unchanged, undrawn
 from cbam.surgery.route import (
@@ -26,7 +26,15 @@ from cbam.surgery.route import (
     refined_class,
     restore,
 )
-from cbam.surgery.trial import Bench, MisfitError, Probe, Value, static_channels, without_hooks
+from cbam.surgery.trial import (
+    Bench,
+    MisfitError,
+    Probe,
+    Value,
+    static_channels,
+    traced_on_an_example,
+    without_hooks,
+)
 
 # Sides of the inputs that a model is tried with, by its dimensions; a cube grows fast.
 _INPUT_SIZES = {
@@ -125,11 +133,13 @@ def _places(name: str, block: nn.Module) -> list[Site]:
     if isinstance(block, fx.GraphModule):
         return [Site(name, None, "a graph of torch.fx, which writes its forward anew: attach, then trace")]
     try:
-        traced = graph.trace_with_effects(block, training=False)
+        traced = tracing.trace_with_effects(block, training=False)
     except Exception as error:  # a forward may refuse to be traced in any way it likes
-        if not graph.adds_values(block):
+        if not tracing.adds_values(block):
             return []
-        return [Site(name, None, f"cannot be traced: {first_line(error)}")]
+        traced = traced_on_an_example(block)
+        if traced is None:
+            return [Site(name, None, f"cannot be traced: {first_line(error)}")]
     trunk = graph.Trunk(block, *traced)
     places: list[Site] = []
     for add in trunk.adds:
@@ -222,10 +232,11 @@ def _with_tail(route: Route, block: nn.Module, trunk: graph.Trunk, add: graph.Ad
         return route
     name = str(relu.target) if relu.op == "call_module" else ""
     try:
-        trained = graph.Trunk(block, *graph.trace_with_effects(block, training=True))
+        trained = graph.Trunk(block, *tracing.trace_with_effects(block, training=True))
     except Exception:  # a forward may refuse to be traced in any way it likes
         return route
-    if DRAWS in trunk.effects + trained.effects or MODES & bytecode.names(type(block)):
+    chances = {DRAWS, tracing.DECIDES}.intersection(trunk.effects + trained.effects)
+    if chances or MODES & bytecode.names(type(block)):
         return route  # it may leave out a branch that it has computed, whose batch would not be counted
     same = [a for a in trained.adds if a.branch.target == route.child and trained.tail(a) is not None]
     if not same or "." in name:

@@ -7,6 +7,7 @@ two sizes do not.
 
 import contextlib
 import copy
+import itertools
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from cbam.errors import first_line
 from cbam.surgery.effects import undrawn
 from cbam.surgery.graph import Add
 from cbam.surgery.route import Route, refine, restore
+from cbam.surgery.tracing import trace_with_effects
 
 # Small first; then sizes that windows, patches and fixed position tables are made for.
 _SIZES = (
@@ -162,7 +164,7 @@ class Bench:
         return out
 
     def _find_inputs(self) -> list[Tensor]:
-        dims = next((len(m.kernel_size) for m in self.block.modules() if isinstance(m, _ConvNd)), 2)
+        dims = _dims(self.block)
         for sizes in _SIZES:
             for channels in _entry_channels(self.block, self._graph):
                 inputs = [_ramp(1, channels, *_fit(size, dims)) for size in sizes]
@@ -188,6 +190,21 @@ class Bench:
         if self._runs(_ramp(1, 60, channels)):
             return "works on tokens (N, L, C)"
         return f"cannot be run alone: {self._refusal}"
+
+
+def traced_on_an_example(block: nn.Module) -> tuple[fx.Graph, list[str]] | None:
+    """The graph of a forward that asks for sizes, as it goes for a small input; None if it goes for none."""
+    try:
+        clone = _detached_copy(block)
+    except Exception:  # what a block holds may refuse a copy in any way it likes
+        return None
+    channels = _entry_channels(clone, fx.Graph())[:3]  # of whole networks there are many, and none fits
+    for (size, *_), c in itertools.product(_SIZES, channels):
+        example = _ramp(1, c, *_fit(size, _dims(clone)))
+        with contextlib.suppress(Exception), warnings.catch_warnings(), _new_as_the_copy():
+            warnings.simplefilter("ignore")  # of no interest: nobody asked for this forward
+            return trace_with_effects(clone, training=False, example=example)
+    return None
 
 
 def static_channels(child: nn.Module) -> Value | None:
@@ -328,6 +345,10 @@ def _in_channels(module: nn.Module) -> int:
     if isinstance(module, nn.LayerNorm):
         return module.normalized_shape[-1]
     return module.in_features if isinstance(module, nn.Linear) else 0
+
+
+def _dims(block: nn.Module) -> int:
+    return next((len(m.kernel_size) for m in block.modules() if isinstance(m, _ConvNd)), 2)
 
 
 def _fit(size: tuple[int, ...], dims: int) -> tuple[int, ...]:

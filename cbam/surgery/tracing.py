@@ -1,0 +1,201 @@
+"""Trace a block's own forward, alone and with every child kept whole, and note what no graph holds."""
+
+import contextlib
+import dis
+import inspect
+import itertools
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx import Node
+from torch.fx.proxy import Attribute, TraceError
+from torch.utils._pytree import tree_leaves
+
+from cbam.surgery import bytecode
+from cbam.surgery.effects import unchanged, undrawn
+
+DECIDES = "decides by what it is given"
+_SHAPE_READERS = {"size", "dim", "numel"}
+_KINDS = {"shape", "ndim", "dtype", "device", "is_cuda", "requires_grad"}
+
+
+class _Counted(fx.Proxy):
+    tracer: "_Shallow"
+
+    def __len__(self) -> int:
+        return len(self.tracer.known(self))
+
+
+class _Attribute(_Counted, Attribute):
+    """What is read of a value in a trace: its shape, say."""
+
+    def __init__(self, root: fx.Proxy, attr: str) -> None:
+        Attribute.__init__(self, root, attr)
+
+
+class _Value(_Counted):
+    """A value in a trace; what is done to it in place is recorded as that, which fx leaves out."""
+
+    def __getattr__(self, k: str) -> _Attribute:
+        return _Attribute(self, k)
+
+
+def _in_place(function: Callable) -> Callable:
+    def recorded(self: fx.Proxy, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+    return recorded
+
+
+for _function in (operator.iadd, operator.isub, operator.imul, operator.itruediv):
+    setattr(_Value, f"__{_function.__name__}__", _in_place(_function))
+
+
+class _Shallow(fx.Tracer):
+    """Traces one module's own forward; children stay calls, but for those that do nothing but add.
+
+    With an `example`, what the forward asks about the shape or the kind of a value is answered as for that,
+    and spare arguments are none.
+    """
+
+    def __init__(self, example: Tensor | None) -> None:
+        super().__init__()
+        self.modes: set[tuple[bool, bool, bool]] = set()
+        self.effects: list[str] = []
+        self._example = example
+        self._evaluates = False
+
+    def proxy(self, node: Node) -> fx.Proxy:
+        return _Value(node, self)
+
+    def create_node(self, *args, **kwargs) -> Node:
+        autocast = torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")
+        self.modes.add((torch.is_grad_enabled(), *autocast))
+        return super().create_node(*args, **kwargs)
+
+    def create_args_for_root(self, root_fn, is_module, concrete_args=None):
+        function, given = super().create_args_for_root(root_fn, is_module, concrete_args)
+        names = [str(a.node.target) if isinstance(a, fx.Proxy) else "" for a in given]
+        if self._example is not None:
+            given = [
+                {} if name.startswith("**") else () if name.startswith("*") else value
+                for name, value in zip(names, given, strict=True)
+            ]
+        return function, given
+
+    def call_module(self, m, forward, args, kwargs):
+        values = [v for v in tree_leaves((args, kwargs)) if isinstance(v, fx.Proxy)]
+        adds = len(values) > 1 and _only_adds(m)
+        if adds:
+            self.effects.append(f"adds in self.{self.path_of_module(m)}")
+        return (
+            forward(*args, **kwargs)
+            if adds or self._evaluates
+            else super().call_module(m, forward, args, kwargs)
+        )
+
+    def getattr(self, attr, attr_val, parameter_proxy_cache):
+        return attr_val if self._evaluates else super().getattr(attr, attr_val, parameter_proxy_cache)
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return True
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        return bool(self.known(obj))
+
+    def known(self, value: fx.Proxy) -> Any:
+        """What `value`, of sizes and kinds alone, is for the example."""
+        node = value.node  # of an attribute it is made when it is asked for
+        if self._example is None or node not in scalars(self.graph):
+            raise TraceError(f"it {DECIDES}")
+        self.effects.append(DECIDES)
+        interpreter = fx.Interpreter(self.root, garbage_collect_values=False, graph=self.graph)
+        self._evaluates = True
+        try:
+            with torch.no_grad():
+                interpreter.run(self._example.clone())
+        finally:
+            self._evaluates = False
+        return interpreter.env[node]
+
+
+def trace(block: nn.Module) -> fx.Graph:
+    """The graph of `block.forward` with default arguments, in eval mode.
+
+    Neither what the forward keeps in `block` stays nor what it draws from random generators. Raises whatever
+    the forward raises when it meets values that are not there yet.
+    """
+    return trace_with_effects(block, training=False)[0]
+
+
+def trace_with_effects(
+    block: nn.Module, *, training: bool, example: Tensor | None = None
+) -> tuple[fx.Graph, list[str]]:
+    """`trace`, and what the forward does that no graph holds.
+
+    Args:
+        example: an input that `block` takes. A forward that asks for sizes is followed as it goes for this.
+    """
+    parameters = inspect.signature(type(block).forward).parameters.values()
+    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+    with contextlib.ExitStack() as stack:
+        changes = [stack.enter_context(unchanged(m, name)) for name, m in block.named_modules()]
+        draws = stack.enter_context(undrawn())
+        block.training = training
+        own = {*vars(block)}
+        tracer = _Shallow(example)
+        graph = tracer.trace(block, concrete_args=defaults)
+        foreign = _take_back(block, graph, own)
+        for value in tree_leaves([{**vars(m)} for m in block.modules()]):
+            if isinstance(value, fx.Proxy):
+                value.node.meta["kept"] = True  # by the block, which may read it after its forward
+    switches = ["switches gradients or autocast"] if len(tracer.modes) > 1 else []
+    return graph, [*itertools.chain(*changes), *draws, *switches, *foreign, *tracer.effects]
+
+
+def _take_back(block: nn.Module, graph: fx.Graph, own: set[str]) -> list[str]:
+    """Move the constants of a forward, which fx has put on `block`, to their nodes; says if there are any."""
+    nodes = [n for n in graph.nodes if n.op == "get_attr" and str(n.target) in {*vars(block)} - own]
+    for node in nodes:
+        node.meta["constant"] = getattr(block, str(node.target))
+    for name in {str(node.target) for node in nodes}:
+        delattr(block, name)
+    return ["uses a tensor that the block does not hold"] if nodes else []
+
+
+def adds_values(block: nn.Module) -> bool:
+    """Whether the forward of `block` has an addition of its own; for those that cannot be traced."""
+    code = getattr(inspect.unwrap(type(block).forward), "__code__", None)
+    return code is not None and any(
+        i.argrepr in ("+", "+=") or (i.argval in ("add", "add_") and i.opcode in dis.hasname)
+        for part in bytecode.nested(code)
+        for i in dis.get_instructions(part)
+    )
+
+
+def _only_adds(module: nn.Module) -> bool:
+    """Whether `module` is an addition and no more, put into a class of its own."""
+    held = itertools.chain(module.children(), module.parameters(), module.buffers())
+    if next(held, None) is not None or not adds_values(module):
+        return False
+    code = inspect.unwrap(type(module).forward).__code__
+    stores = {i.opname for i in dis.get_instructions(code) if i.opname.startswith("STORE_")}
+    return {"torch", "operator", "add"}.issuperset(code.co_names) and stores <= {"STORE_FAST"}
+
+
+def scalars(graph: fx.Graph) -> set[Node]:
+    """Nodes that are sizes and kinds, or computed from these alone."""
+    found: set[Node] = set()
+    for node in graph.nodes:
+        reads_shape = (node.target is getattr and len(node.args) > 1 and node.args[1] in _KINDS) or (
+            node.op == "call_method" and node.target in _SHAPE_READERS
+        )
+        from_sizes = (
+            node.op == "call_function" and node.all_input_nodes and found.issuperset(node.all_input_nodes)
+        )
+        if reads_shape or from_sizes:
+            found.add(node)
+    return found
