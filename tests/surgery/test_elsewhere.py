@@ -1,6 +1,6 @@
 """Networks of other projects, where these are installed: attach keeps their output, and every block is found.
 
-None of them is a dependency: `pip install segmentation-models-pytorch monai ultralytics` runs the rest.
+None of them is a dependency; `pip install segmentation-models-pytorch monai ultralytics diffusers` runs all.
 """
 
 import pytest
@@ -43,6 +43,16 @@ NETWORKS = {
         lambda yolo: yolo.DetectionModel("yolo11n.yaml"),
         PLANAR,
         12,
+    ),
+    "diffusers AutoencoderKL": (
+        "diffusers",
+        lambda d: d.AutoencoderKL(
+            block_out_channels=(32, 64),
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+        ),
+        PLANAR,
+        10,
     ),
 }
 
