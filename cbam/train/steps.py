@@ -22,6 +22,7 @@ from cbam.train.task import Part, Task
 
 CLOCK = ("seconds", "step_seconds", "wait_seconds", "images_per_second")  # of an epoch, no part of the run
 SKIPS = 10  # steps in a row that may be skipped
+LEAST_SCALE = 1.0  # of the loss in fp16: below, gradients are made smaller, which fp16 is too coarse for
 
 _log = logging.getLogger("cbam")
 
@@ -214,11 +215,25 @@ class Steps(pl.LightningModule):
             )
 
     def on_before_optimizer_step(self, optimizer) -> None:
+        self._check_scale()
         if self._skip:  # without a gradient the optimizer leaves a parameter and its momentum alone
             self._before.restore()
             optimizer.zero_grad(set_to_none=True)
         else:
             self._skipped = 0
+
+    def _check_scale(self) -> None:
+        """Stop where fp16 leaves out step after step, each of which halves its scale, and trains nothing.
+
+        Asked here a GPU is not waited for once more: the scaler waits for the same gradients next.
+        """
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        if scaler is not None and (scale := scaler.get_scale()) < LEAST_SCALE:
+            raise FloatingPointError(
+                f"the scale of the loss in fp16 fell to {scale:g} before epoch {self.epoch}, step "
+                f"{len(self._steps) + self.offset}: steps were left out, for their gradients were not finite, "
+                "whatever the scale; take --precision bf16 or fp32"
+            )
 
     def optimizer_step(self, *arguments, **named) -> None:
         super().optimizer_step(*arguments, **named)

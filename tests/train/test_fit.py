@@ -353,6 +353,33 @@ def test_first_steps_that_fp16_leaves_out_are_not_told_as_a_fault_of_the_schedul
     assert not torch.equal(model[6].weight, before["6.weight"])  # and a later one was not
 
 
+class Deaf(torch.autograd.Function):
+    """The output is finite, its gradient is not."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad_output):  # pyright: ignore[reportIncompatibleMethodOverride]
+        return grad_output * float("inf")
+
+
+class Unfit(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return Deaf.apply(x)  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_gradients_that_never_fit_into_fp16_end_the_run_after_a_few_steps(accumulate):
+    model = small().append(Unfit())
+    before = bits(model)["5.weight"]
+    recipe = Recipe(epochs=9, batch_size=8, accumulate=accumulate, precision="fp16")
+    with pytest.raises(NonFiniteError, match=r"fell to 0.5 before epoch 5, step 2: .* --precision bf16"):
+        fit(model, Colours(24), Colours(9), recipe, seed=0, device="cpu")
+    assert torch.equal(model[5].weight, before)
+
+
 @pytest.mark.parametrize("arithmetic", [True, False])
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_a_processor_that_lacks_the_arithmetic_of_a_precision_is_told_once(
