@@ -5,7 +5,9 @@ Imports no torch: `cbam train --devices N` waits for its processes without it.
 
 import contextlib
 import ctypes
+import functools
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -23,7 +25,10 @@ _OURS = "_CBAM_PLACE"  # from `launch` to the processes that it starts
 # This very package, and nothing that the folder it is started in happens to hold.
 _RUN = """import sys; sys.path.insert(0, sys.argv.pop(1)); import cbam; sys.path.append(sys.path.pop(0))
 from cbam.__main__ import main; sys.exit(main())"""
+_TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _HOME = str(Path(__file__).parents[2])
+
+_log = logging.getLogger("cbam")
 
 
 @dataclass(frozen=True)
@@ -51,10 +56,7 @@ def place() -> Place | None:
         if _OURS in said:
             return Place(**json.loads(said[_OURS]))
         here = None
-        if (
-            "TORCHELASTIC_RUN_ID" in said
-            or {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= said.keys()
-        ):
+        if "TORCHELASTIC_RUN_ID" in said or said.keys() >= set(_TORCHRUN):
             served = said.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
             here = Place(
                 int(said["RANK"]), int(said["WORLD_SIZE"]),
@@ -63,6 +65,8 @@ def place() -> Place | None:
             )  # fmt: skip
         elif int(said.get("SLURM_STEP_NUM_TASKS", 1)) > 1:  # a job's script, beside srun, is alone
             here = _slurm()
+        elif said.get("WORLD_SIZE", "1") not in ("", "0", "1"):
+            _tell_of_half(said["WORLD_SIZE"], tuple(name for name in _TORCHRUN if name not in said))
     except (KeyError, ValueError, TypeError, ZeroDivisionError) as error:
         raise DistributedError(f"the processes' environment cannot be read: {error!r}") from error
     if here and not (
@@ -73,6 +77,12 @@ def place() -> Place | None:
             f"{here.local_rank} of {here.local_size}; they count from 0"
         )
     return here
+
+
+@functools.cache
+def _tell_of_half(size: str, absent: tuple[str, ...]) -> None:
+    """Say, once, that nobody tells this process which of the others it is."""
+    _log.warning("WORLD_SIZE is %s, without %s: this process works alone", size, ", ".join(absent))
 
 
 def _slurm() -> Place:

@@ -231,8 +231,8 @@ class Steps(pl.LightningModule):
         if scaler is not None and (scale := scaler.get_scale()) < LEAST_SCALE:
             raise FloatingPointError(
                 f"the scale of the loss in fp16 fell to {scale:g} before epoch {self.epoch}, step "
-                f"{len(self._steps) + self.offset}: steps were left out, for their gradients were not finite, "
-                "whatever the scale; take --precision bf16 or fp32"
+                f"{len(self._steps) + self.offset}: steps were left out, for their gradients were not "
+                "finite, whatever the scale; take --precision bf16 or fp32"
             )
 
     def optimizer_step(self, *arguments, **named) -> None:

@@ -13,7 +13,7 @@ import torch
 from cbam.errors import ConfigError, DistributedError
 from cbam.train import Config
 from cbam.train.distributed import World, joined, world
-from cbam.train.launch import Place, _exit_code, first_host, launch, place
+from cbam.train.launch import Place, _exit_code, _tell_of_half, first_host, launch, place
 from cbam.train.runs import _places
 
 
@@ -74,6 +74,19 @@ def test_the_script_of_a_slurm_job_is_a_process_of_its_own(monkeypatch):
     for name, value in said.items():
         monkeypatch.setenv(name, value)
     assert place() is None, "only srun has started the other three"
+
+
+def test_a_process_that_knows_how_many_there_are_and_not_which_it_is_says_that_it_works_alone(
+    monkeypatch, caplog
+):
+    _tell_of_half.cache_clear()
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert place() is None
+    assert not caplog.messages
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("MASTER_ADDR", "a1")
+    assert place() is place() is None
+    assert caplog.messages == ["WORLD_SIZE is 4, without RANK, MASTER_PORT: this process works alone"]
 
 
 @pytest.mark.parametrize(
