@@ -31,11 +31,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class World:
-    """Process `rank` of `size`, the `local_rank`-th of `local_size` on its machine."""
+    """Process `rank` of `size`, one of `local_size` on its machine."""
 
     rank: int = 0
     size: int = 1
-    local_rank: int = 0
     local_size: int = 1
 
     @property
@@ -125,14 +124,15 @@ def joined(place: Place | None, *, cuda: bool = False, timeout: float = TIMEOUT)
         faulthandler.register(signal.SIGUSR1, all_threads=True)
     store, patience = _meet(place, timeout), datetime.timedelta(seconds=timeout)
     call = _RollCall(store, place)
-    _here = World(place.rank, place.size, place.local_rank, place.local_size)
+    _here = World(place.rank, place.size, place.local_size)
     try:
-        if cuda:
-            _take_gpu(place)
+        gpu = _take_gpu(place) if cuda else None
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         dist.init_process_group(
             backend, store=store, rank=place.rank, world_size=place.size, timeout=patience
         )
+        if gpu is not None:
+            _check_apart(_here.all(gpu))
         yield _here
     except BaseException as error:
         told = call.told(error)
@@ -143,15 +143,31 @@ def joined(place: Place | None, *, cuda: bool = False, timeout: float = TIMEOUT)
             dist.destroy_process_group()
 
 
-def _take_gpu(place: Place) -> None:
-    """Make this process's GPU, the one of its number on this machine, the current one."""
+def _take_gpu(place: Place) -> str:
+    """Make this process's GPU the current one, and return what it is known by everywhere.
+
+    It is the one of the process's number on this machine, or the only one that it sees: srun can show each
+    process another (`--gpus-per-task 1`).
+    """
     there = torch.cuda.device_count()
-    if place.local_size > there:
+    if max(place.local_size, place.local_rank + 1) > there > 1:
         raise ConfigError(
             f"{place.local_size} processes on this machine need a GPU each, and a process sees {there} here: "
-            f"start {there}, let each process see all GPUs, or take --device cpu"
+            f"start {there}, let each process see all GPUs or its own alone, or take --device cpu"
         )
-    torch.cuda.set_device(place.local_rank)
+    number = place.local_rank if there > 1 else 0
+    torch.cuda.set_device(number)
+    return str(torch.cuda.get_device_properties(number).uuid)
+
+
+def _check_apart(gpus: list[str]) -> None:
+    """Refuse processes that share a GPU: they would wait for each other, and NCCL for both."""
+    for rank, gpu in enumerate(gpus):
+        if (first := gpus.index(gpu)) < rank:
+            raise ConfigError(
+                f"processes {first} and {rank} have one and the same GPU ({gpu}), and need one each: "
+                f"start {len(set(gpus))}, let each see all GPUs or its own alone, or take --device cpu"
+            )
 
 
 def _meet(place: Place, timeout: float) -> dist.Store:

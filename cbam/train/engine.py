@@ -46,7 +46,10 @@ class _Shared(DDPStrategy):
 
 
 class _Joined(ClusterEnvironment):
-    """For Lightning: the processes are there, and have met (see distributed.py)."""
+    """For Lightning: the processes are there, and have met (see distributed.py).
+
+    Each is told that it is alone on its machine: which GPU is its own is settled.
+    """
 
     def __init__(self, here: World) -> None:
         super().__init__()
@@ -79,10 +82,10 @@ class _Joined(ClusterEnvironment):
     def set_global_rank(self, rank: int) -> None: ...
 
     def local_rank(self) -> int:
-        return self._here.local_rank
+        return 0
 
     def node_rank(self) -> int:
-        return self._here.rank // self._here.local_size
+        return self._here.rank
 
 
 @contextlib.contextmanager
@@ -135,7 +138,7 @@ def _devices(device: torch.device, recipe: Recipe) -> dict[str, Any]:
         kind = "bf16-mixed" if recipe.precision == "bf16" else "16-mixed"
         plugins.append(MixedPrecision(kind, device.type))
     if here.size > 1:
-        how |= {"devices": here.local_size, "num_nodes": here.size // here.local_size}
+        how |= {"devices": [torch.cuda.current_device()] if cuda else 1, "num_nodes": here.size}
         how["sync_batchnorm"] = recipe.sync_bn
         # Steps.on_validation_epoch_start spreads what BatchNorm has counted, once, before it evaluates.
         known = inspect.signature(DistributedDataParallel.__init__).parameters

@@ -12,8 +12,11 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import torch
+import torch.distributed as dist
 from kills import answers, digest
 from torch import nn
 
@@ -22,6 +25,7 @@ from cbam.data import Images
 from cbam.errors import CBAMError, DataError
 from cbam.train import Recipe, checkpoint, evaluate, fit
 from cbam.train.distributed import joined, world
+from cbam.train.engine import _devices
 from cbam.train.keeper import Keeper
 from cbam.train.launch import Place
 
@@ -97,7 +101,10 @@ def train(folder: Path | None, model: nn.Module, images: Images, recipe: Recipe,
     return fit(model, images, Numbered(11), recipe, seed=1, device="cpu", keeper=keeper, **how)
 
 
-def ranks(size: int, body, *, faults: dict[int, str] | None = None, timeout: float = 60, during=None) -> list:
+def ranks(
+    size: int, body, *, faults: dict[int, str] | None = None, timeout: float = 60, during=None,
+    cuda: bool = False,
+) -> list:  # fmt: skip
     """What `body(world)` returned in each process, or how the process ended; and the seconds it all took."""
     with tempfile.TemporaryDirectory() as scratch:
         pids, began = [], time.monotonic()
@@ -105,7 +112,8 @@ def ranks(size: int, body, *, faults: dict[int, str] | None = None, timeout: flo
             pid = os.fork()
             if pid == 0:
                 os.environ["CBAM_FAULT"] = (faults or {}).get(rank, "")
-                _process(Path(scratch), Place(rank, size, rank, size, f"file:{scratch}/store"), body, timeout)
+                place = Place(rank, size, rank, size, f"file:{scratch}/store")
+                _process(Path(scratch), place, body, timeout, cuda)
             pids.append(pid)
         ends = during(pids) if during else [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
         seconds = time.monotonic() - began
@@ -114,10 +122,10 @@ def ranks(size: int, body, *, faults: dict[int, str] | None = None, timeout: flo
         return [{"code": c, "seconds": seconds, **t} for c, t in zip(ends, told, strict=True)]
 
 
-def _process(scratch: Path, place: Place, body, timeout: float) -> None:
+def _process(scratch: Path, place: Place, body, timeout: float, cuda: bool) -> None:
     code, told = 0, {}
     try:
-        with joined(place, timeout=timeout) as here:
+        with joined(place, cuda=cuda, timeout=timeout) as here:
             told = {"value": body(here)}
     except BaseException as error:
         code = error.exit_code if isinstance(error, CBAMError) else 1
@@ -245,6 +253,22 @@ def told_to_stop(rank: int) -> list:
 def unused() -> list:
     """A network with a layer that has no part in the loss."""
     return ranks(2, lambda here: train(None, Half(), Numbered(20), Recipe(epochs=1, batch_size=8)) and None)
+
+
+def gpus(seen: list[list[str]]) -> list:
+    """Which GPU each process takes, and Lightning is given, of those that each sees."""
+    taken, began = [0], dist.init_process_group
+    stand_in = {
+        "device_count": lambda: len(seen[world().rank]),
+        "set_device": lambda number: taken.append(number),
+        "current_device": lambda: taken[-1],
+        "get_device_properties": lambda number: SimpleNamespace(uuid=seen[world().rank][number]),
+    }
+    with (
+        mock.patch.multiple(torch.cuda, **stand_in),
+        mock.patch.object(dist, "init_process_group", lambda _, **how: began("gloo", **how)),
+    ):
+        return ranks(len(seen), lambda here: _devices(torch.device("cuda"), PLAIN)["devices"], cuda=True)
 
 
 def main() -> None:

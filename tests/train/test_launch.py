@@ -33,9 +33,9 @@ def test_a_process_of_its_own_has_no_place_and_is_a_world():
 
 def test_more_processes_than_gpus_are_refused_before_they_share_one(monkeypatch, tmp_path):
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    here = Place(0, 2, 0, 2, f"file:{tmp_path / 'store'}")
-    with pytest.raises(ConfigError, match=r"2 processes on this machine .* sees 1 here: start 1"):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    here = Place(0, 3, 0, 3, f"file:{tmp_path / 'store'}")
+    with pytest.raises(ConfigError, match=r"3 processes on this machine .* sees 2 here: start 2"):
         joined(here, cuda=True).__enter__()
     assert world() == World()
 

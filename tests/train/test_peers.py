@@ -25,6 +25,13 @@ def ended(*scenarios: list) -> tuple[list, str]:
 
 WAYS = {19: [(1, 1), (2, 1), (1, 2), (2, 2), (4, 1)], 21: [(1, 1), (2, 4)]}
 CHANGES = [(1, 1), (1, 2), (2, 1)]
+GPUS = {  # what each process sees, by how it was started
+    "all to each": [["a", "b"], ["a", "b"]],
+    "its own to each": [["a"], ["b"]],
+    "two to each": [["a", "b"], ["c", "d"]],
+    "one to all": [["a"], ["a"]],
+    "too few": [["a", "b"]] * 3,
+}
 KILLS = ["bwd:3", "save:half:1@0", "pre_step:2@1"]
 ALL = [
     *(["equal", size, parts, pictures] for pictures, ways in WAYS.items() for size, parts in ways),
@@ -38,6 +45,7 @@ ALL = [
     ["told_to_stop", 0],
     ["told_to_stop", 1],
     ["unused"],
+    *(["gpus", seen] for seen in GPUS.values()),
 ]
 
 
@@ -165,3 +173,19 @@ def test_parameters_that_have_no_part_in_the_loss_are_named(ends):
     both = end_of(ends, "unused")
     assert [end["code"] for end in both] == [2, 2]
     assert "(unused.weight, unused.bias)" in both[0]["error"]
+
+
+@pytest.mark.parametrize(
+    ("how", "taken"), [("all to each", [0, 1]), ("its own to each", [0, 0]), ("two to each", [0, 1])]
+)
+def test_each_process_takes_the_gpu_of_its_number_or_the_only_one_that_it_sees(ends, how, taken):
+    assert [end.get("value") for end in end_of(ends, "gpus", GPUS[how])] == [[number] for number in taken]
+
+
+def test_processes_that_would_share_a_gpu_are_refused(ends):
+    shared, few = end_of(ends, "gpus", GPUS["one to all"]), end_of(ends, "gpus", GPUS["too few"])
+    assert [end["code"] for end in (*shared, *few)] == [2] * 5
+    assert all("processes 0 and 1 have one and the same GPU (a)" in end["error"] for end in shared)
+    assert sum(not end["silent"] for end in shared) == 1
+    told = "3 processes on this machine need a GPU each, and a process sees 2 here: start 2"
+    assert any(told in end["error"] for end in few)
