@@ -52,8 +52,9 @@ class Lines:
 
     every = 30.0  # seconds between two lines about the same phase
 
-    def __init__(self) -> None:
+    def __init__(self, stream: TextIO | None = None) -> None:
         self.done, self.skipped, self.began = 0.0, 0.0, time.monotonic()
+        self._stream = stream
 
     def __enter__(self) -> "Lines":
         return self
@@ -65,7 +66,7 @@ class Lines:
         show(line)
 
     def now(self, what: str) -> None:
-        show(f"[{100 * self.done:3.0f} %{self._left()}] {what}")
+        show(f"[{100 * self.done:3.0f} %{self._left()}] {what}", self._stream)
 
     def advance(self, share: float) -> None:
         self.done += share
@@ -134,13 +135,32 @@ class Nothing(Lines):
         pass
 
 
-def progress(*, quiet: bool = False) -> Lines | Bar:
-    """The bar where somebody watches, lines elsewhere; nothing if `quiet`."""
+def progress(*, quiet: bool = False, beside: TextIO | None = None) -> Lines | Bar:
+    """The bar where somebody watches, lines elsewhere; nothing if `quiet`.
+
+    `beside` is where the lines go of a command whose output is for another program.
+    """
     if quiet:
         return Nothing()
     if sys.stdout is None or not sys.stdout.isatty():
-        return Lines()
+        return Lines(beside)
     try:
         return Bar()
     except ImportError:
-        return Lines()
+        return Lines(beside)
+
+
+class Counter:
+    """Tells `watch` of pictures as they pass, now and then: there may be a million."""
+
+    def __init__(self, watch: Lines | Bar) -> None:
+        self._watch, self._count, self._share, self._last = watch, 0, 0.0, time.monotonic()
+
+    def passed(self, share: float) -> None:
+        """One more, which is so much of the whole."""
+        self._count, self._share = self._count + 1, self._share + share
+        if time.monotonic() < self._last + self._watch.every:
+            return
+        self._watch.advance(self._share)
+        self._watch.now(f"{counted(self._count, 'picture')} looked at")
+        self._share, self._last = 0.0, time.monotonic()

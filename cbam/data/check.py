@@ -3,14 +3,19 @@
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from cbam.data.boxed_folder import PARTS, differing, is_voc, voc_years
 from cbam.data.boxes import Finding, Picture, is_file, size_fault
 from cbam.data.coco import LISTS, CocoReader, pictures_of
 from cbam.data.decode import decode_bytes, header_of, not_an_image, orientation, read, shown
+from cbam.data.images import check_int
+from cbam.data.loading import in_order
 from cbam.data.located import LocatedJSON
 from cbam.data.parquet import has_parquet, parquet_rows
 from cbam.data.scan import EXTENSIONS, Classes, find_pictures
@@ -21,7 +26,13 @@ NO_END = "a JPEG without its end marker: decoders fill in what is missing, or re
 _START_OF_SCAN, _END_OF_IMAGE = b"\xff\xda", b"\xff\xd9"
 
 
-def check(path: str | os.PathLike, *, deep: bool = False) -> tuple[str, Iterator[Finding]]:
+def check(
+    path: str | os.PathLike,
+    *,
+    deep: bool = False,
+    workers: int = 0,
+    passed: Callable[[float], None] = lambda share: None,
+) -> tuple[str, Iterator[Finding]]:
     """What the folder at `path` is, and its faults, one by one as they are found.
 
     A folder with `Annotations` and `ImageSets/Main`, or with `VOC2007` or `VOC2012`, is VOC's; every split is
@@ -31,6 +42,8 @@ def check(path: str | os.PathLike, *, deep: bool = False) -> tuple[str, Iterator
     Args:
         deep: decode every picture, look for the end marker of every JPEG, and for files in both parts or in
             two classes.
+        workers: processes that look at pictures ahead, for speed alone.
+        passed: is told of every picture that was looked at, and how much of all that is.
 
     Raises:
         DataError: no such folder. MissingExtraError: of parquet files, as faults are asked for.
@@ -38,13 +51,31 @@ def check(path: str | os.PathLike, *, deep: bool = False) -> tuple[str, Iterator
     root = Path(path)
     if not root.is_dir():
         raise DataError(f"{shown(path)}: {'a file; give its folder' if root.exists() else 'no such folder'}")
+    look = _Look(deep, check_int("workers", workers, 0, 1024), passed)
     if years := voc_years(root) or ([root] if is_voc(root) else []):
-        return "VOC", _voc(years, deep)
+        return "VOC", _voc(years, look)
     if has_parquet(root):
-        return "pictures in parquet files", _parquet(root, deep)
+        return "pictures in parquet files", _parquet(root, look)
     if files := _coco_files(root):
-        return "COCO", _coco(root, files, deep)
-    return "class folders of pictures", _classes(root, deep)
+        return "COCO", _coco(root, files, look)
+    return "class folders of pictures", _classes(root, look)
+
+
+@dataclass(frozen=True)
+class _Look:
+    """How pictures are looked at: see `check`."""
+
+    deep: bool
+    workers: int
+    passed: Callable[[float], None]
+
+    def at(
+        self, items: Sequence[Any], faults: Callable[..., list[Finding]], share: float = 1.0
+    ) -> Iterator[Finding]:
+        """The `faults` of each of these, in order, which are so much of the whole."""
+        for found in in_order(partial(faults, deep=self.deep), items, self.workers):
+            self.passed(share / len(items))
+            yield from found
 
 
 def picture_fault(path: str | os.PathLike, *, deep: bool) -> Finding | None:
@@ -76,27 +107,25 @@ def _lacks_end(data: bytes) -> bool:
     return data.startswith(b"\xff\xd8") and data.rfind(_END_OF_IMAGE) < data.rfind(_START_OF_SCAN)
 
 
-def _pictures(paths: Iterator[str], deep: bool) -> Iterator[Finding]:
-    for path in paths:
-        fault = picture_fault(path, deep=deep)
-        if fault:
-            yield fault
+def _file_faults(path: str, *, deep: bool) -> list[Finding]:
+    fault = picture_fault(path, deep=deep)
+    return [fault] if fault else []
 
 
-def _classes(root: Path, deep: bool) -> Iterator[Finding]:
+def _classes(root: Path, look: _Look) -> Iterator[Finding]:
     try:
         train, val, _ = find_pictures(root)
     except DataError as error:
         yield Finding("", str(error))
-        files = (str(p) for p in sorted(root.rglob("*")) if p.suffix.lower() in EXTENSIONS and p.is_file())
-        yield from _pictures(files, deep)
+        files = [str(p) for p in sorted(root.rglob("*")) if p.suffix.lower() in EXTENSIONS and p.is_file()]
+        yield from look.at(files, _file_faults)
         return
-    yield from _pictures(chain(*train.values(), *val.values()), deep)
-    if deep:
+    yield from look.at(list(chain(*train.values(), *val.values())), _file_faults)
+    if look.deep:
         yield from _twins({"train": train, "validate": val})
 
 
-def _parquet(root: Path, deep: bool) -> Iterator[Finding]:
+def _parquet(root: Path, look: _Look) -> Iterator[Finding]:
     try:
         train, val = parquet_rows(root)
     except DataError as error:
@@ -104,12 +133,18 @@ def _parquet(root: Path, deep: bool) -> Iterator[Finding]:
         return
     if train.classes != val.classes:
         yield Finding(shown(root), "training and validation name different classes")
+    count = len(train.targets) + len(val.targets)
     for rows in (train, val):
-        if deep:
-            decoded = (_decoded_fault(rows.read(i), rows.name(i)) for i in range(len(rows.targets)))
-            yield from filter(None, decoded)
+        if look.deep:
+            own = len(rows.targets)
+            yield from look.at(range(own), partial(_row_faults, rows), own / max(1, count))
         else:
             yield from (Finding(rows.name(index), fault) for index, fault in rows.faults())
+
+
+def _row_faults(rows: Any, index: int, *, deep: bool) -> list[Finding]:
+    fault = _decoded_fault(rows.read(index), rows.name(index))
+    return [fault] if fault else []
 
 
 def _twins(splits: dict[str, Classes]) -> Iterator[Finding]:
@@ -136,13 +171,12 @@ def _twins(splits: dict[str, Classes]) -> Iterator[Finding]:
             yield Finding(shown(path), f"the same file is in class {shown(other_name)}: {shown(other)}")
 
 
-def _boxed(pictures: Iterable[Picture], deep: bool) -> Iterator[Finding]:
-    """Faults of the picture files, and of the sizes that their annotations state."""
-    for picture in pictures:
-        if fault := picture_fault(picture.path, deep=deep):
-            yield fault
-        if told := _stated_fault(picture):
-            yield Finding(shown(picture.path), told)
+def _boxed_faults(picture: Picture, *, deep: bool) -> list[Finding]:
+    """Faults of a picture file, and of the size that its annotation states."""
+    faults = _file_faults(picture.path, deep=deep)
+    if told := _stated_fault(picture):
+        faults.append(Finding(shown(picture.path), told))
+    return faults
 
 
 def _stated_fault(picture: Picture) -> str:
@@ -154,7 +188,7 @@ def _stated_fault(picture: Picture) -> str:
     return size_fault(picture, stored, orientation(read(picture.path)))  # a turn may make it the upright one
 
 
-def _voc(roots: list[Path], deep: bool) -> Iterator[Finding]:
+def _voc(roots: list[Path], look: _Look) -> Iterator[Finding]:
     """Every split once; what two splits share is told once. Lists of single classes repeat the whole ones."""
     told: set[Finding] = set()
     pictures: dict[str, Picture] = {}
@@ -182,8 +216,8 @@ def _voc(roots: list[Path], deep: bool) -> Iterator[Finding]:
             paths.setdefault(split, []).extend(picture.path for picture in reader.pictures)
     train, val = next((pair for pair in PARTS if paths.keys() >= set(pair)), ("", ""))
     yield from (fault for name, fault in parts.get(val, {}).items() if name not in parts[train])
-    yield from _boxed(pictures.values(), deep)
-    if deep and train:
+    yield from look.at(list(pictures.values()), _boxed_faults)
+    if look.deep and train:
         yield from _twins({"train": {"": paths[train]}, "validate": {"": paths[val]}})
 
 
@@ -205,9 +239,10 @@ def _is_coco(file: Path) -> bool:
     return any(b'"%s"' % key.encode() in head for key in (*LISTS, "info"))
 
 
-def _coco(root: Path, files: list[Path], deep: bool) -> Iterator[Finding]:
+def _coco(root: Path, files: list[Path], look: _Look) -> Iterator[Finding]:
     parts: dict[str, tuple[list[str], list[str]]] = {}  # of a purpose: classes, and paths of pictures
-    for file in files:
+    sizes = [file.stat().st_size for file in files]  # as many pictures, about, before a file is read
+    for file, size in zip(files, sizes, strict=True):
         try:
             document = LocatedJSON(file)
             reader = CocoReader(document, pictures_of(document, root))
@@ -217,13 +252,13 @@ def _coco(root: Path, files: list[Path], deep: bool) -> Iterator[Finding]:
         yield from reader.findings
         # the reader told of the others
         there = [picture for picture in reader.pictures if is_file(Path(picture.path))]
-        yield from _boxed(there, deep)
+        yield from look.at(there, _boxed_faults, size / max(1, sum(sizes)))
         purpose = _purpose(file)
         parts.setdefault(purpose, (reader.classes, [picture.path for picture in there]))
         trained = parts["train"][0] if purpose and "train" in parts else reader.classes
         if differ := differing(trained, reader.classes):
             yield Finding(shown(file), f"its categories are not those of the training file: {differ}")
-    if deep and parts.keys() >= {"train", "validate"}:
+    if look.deep and parts.keys() >= {"train", "validate"}:
         yield from _twins({purpose: {"": parts[purpose][1]} for purpose in ("train", "validate")})
 
 

@@ -11,18 +11,19 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from cbam.data.boxes import BoxedImages
 from cbam.data.images import MAX_SEED, Images, check_int, draws
 from cbam.errors import DataError, InputError
 
 PATIENCE = 300.0  # seconds that a process may take for a batch
+_AHEAD = 16  # results that a process brings at once
 _POLL = 1.0  # seconds after which it is looked whether the processes are alive
 _RAISED = f"{DataError.__module__}.{DataError.__name__}: "
 _Key = tuple[int, int]
@@ -134,9 +135,7 @@ class _Loader(DataLoader):
 
     batch_sampler: Batches
 
-    def __init__(
-        self, images: Images | BoxedImages, batches: Batches, *, patience: float, **how: Any
-    ) -> None:
+    def __init__(self, images: Dataset, batches: Batches, *, patience: float, **how: Any) -> None:
         workers = how["num_workers"]
         super().__init__(images, batch_sampler=batches, timeout=_POLL if workers else 0, **how)
         object.__setattr__(self, "sampler", batches.sampler)  # a DataLoader lets nobody set it
@@ -248,6 +247,46 @@ def _end_with_parent(worker: int) -> None:
     if sys.platform.startswith("linux"):
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+
+
+class _Results(Dataset):
+    """What `function` returns for each of these, by (epoch, number)."""
+
+    def __init__(self, function: Callable[[Any], Any], items: Sequence[Any]) -> None:
+        self.function, self.items = function, items
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, key: _Key) -> Any:
+        return self.function(self.items[key[1]])
+
+
+def in_order(function: Callable[[Any], Any], items: Sequence[Any], workers: int) -> Iterator[Any]:
+    """What `function` returns for each of these, in their order; `workers` are processes that go ahead.
+
+    Raises:
+        DataError: what it raises; a process that died again or brings nothing.
+    """
+    if workers == 0 or not items:
+        yield from map(function, items)
+        return
+    batches = Batches(EpochSampler(len(items), shuffle=False), _AHEAD, ALONE)
+    results = _Loader(
+        _Results(function, items),
+        batches,
+        patience=PATIENCE,
+        collate_fn=list,
+        num_workers=workers,
+        worker_init_fn=_end_with_parent,
+        persistent_workers=True,
+        generator=torch.Generator().manual_seed(0),
+    )
+    try:
+        for batch in results:
+            yield from batch
+    finally:
+        results.end()
 
 
 def loader(

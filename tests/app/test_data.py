@@ -1,9 +1,18 @@
 """`cbam data check`."""
 
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
 import numpy as np
 import pytest
 from PIL import Image
 
+import cbam
+from cbam.app import terminal
 from cbam.app.cli import main
 
 
@@ -32,6 +41,48 @@ def test_faults_are_printed_and_end_with_3(pictures, capsys):
     first, last = capsys.readouterr().out.splitlines()
     assert first.startswith(f"{file}: a JPEG without its end marker")
     assert last == f"{pictures}: class folders of pictures, 1 fault, 0 of them repaired when it is read"
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_what_was_looked_at_so_far_is_told_beside_the_report(pictures, capsys, monkeypatch, workers):
+    (pictures / "train/b/0.jpg").write_bytes(b"")
+    assert main(["data", "check", str(pictures), "--deep"]) == 3
+    report = capsys.readouterr()
+    assert report.err == ""
+    monkeypatch.setattr(terminal.Lines, "every", 0.0)
+    assert main(["data", "check", str(pictures), "--deep", "--workers", workers]) == 3
+    told = capsys.readouterr()
+    assert told.out == report.out
+    lines = told.err.splitlines()
+    assert len(lines) == 4
+    assert lines[0].startswith("[ 25 %")
+    assert lines[0].endswith("] 1 picture looked at")
+    assert lines[3].startswith("[100 %")
+    assert lines[3].endswith("] 4 pictures looked at")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="it looks into /proc")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_check_and_its_processes_with_a_line(pictures, number):
+    large = pictures / "train/b/large.png"
+    Image.fromarray(np.zeros((3000, 3000, 3), np.uint8)).save(large)
+    for index in range(2000):  # a minute, for two processes
+        (pictures / f"train/b/{index}.png").symlink_to(large)
+    command = [sys.executable, "-m", "cbam", "data", "check", str(pictures), "--deep", "--workers", "2"]
+    with subprocess.Popen(
+        command, cwd=Path(cbam.__file__).parents[1], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True, start_new_session=True,
+    ) as checking:  # fmt: skip
+        children = Path(f"/proc/{checking.pid}/task/{checking.pid}/children")
+        deadline = time.monotonic() + 60
+        while len(own := children.read_text().split()) < 2 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.5)
+        os.killpg(checking.pid, number)
+        out, err = checking.communicate(timeout=60)
+    assert checking.returncode == 128 + number
+    assert (out, err) == ("", "cbam: interrupted\n" if number == signal.SIGINT else "cbam: terminated\n")
+    assert not [pid for pid in own if Path(f"/proc/{pid}").exists()]
 
 
 def test_no_folder_and_no_action_are_one_line(tmp_path, capsys):

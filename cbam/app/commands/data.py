@@ -1,9 +1,10 @@
 """`cbam data`."""
 
 import argparse
+import sys
 
 from cbam.app.options import Parser, need, terminable
-from cbam.app.terminal import show
+from cbam.app.terminal import Counter, progress, show
 
 HELP = "say everything that is wrong with a data set"
 
@@ -19,6 +20,7 @@ def add(parser: Parser) -> None:
         action="store_true",
         help="decode every picture, too, and look for files in both parts or in two classes",
     )
+    parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes that look at pictures")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -26,11 +28,13 @@ def run(options: argparse.Namespace) -> int:
     need("cbam data check", {"vision": ("numpy", "PIL")})
     from cbam.data.check import check
 
-    with terminable():
-        kind, findings = check(options.data, deep=options.deep)
+    with terminable(), progress(beside=sys.stderr) as watch:
+        kind, findings = check(
+            options.data, deep=options.deep, workers=options.workers, passed=Counter(watch).passed
+        )
         count = repaired = 0
         for finding in findings:
-            show(str(finding))
+            watch.say(str(finding))
             count += finding.times
             repaired += finding.times if finding.counted else 0
     if not count:
