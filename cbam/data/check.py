@@ -150,7 +150,7 @@ def _row_faults(rows: Any, index: int, *, deep: bool) -> list[Finding]:
 def _twins(splits: dict[str, Classes]) -> Iterator[Finding]:
     """Files with the bytes of one that has another purpose or another class."""
     placed = [
-        (path, Path(path).stat().st_size, name, what)
+        (path, _size(path), name, what)
         for what, own in splits.items()
         for name, paths in own.items()
         for path in paths
@@ -163,12 +163,19 @@ def _twins(splits: dict[str, Classes]) -> Iterator[Finding]:
         try:
             digest = hashlib.sha256(read(path)).digest()
         except (OSError, DataError):
-            continue  # it was told of before
+            continue  # it was told of before, or is gone since
         other, other_name, other_what = first.setdefault(digest, (path, name, what))
         if what != other_what:
             yield Finding(shown(path), f"the same file is there to {other_what}: {shown(other)}")
         elif name != other_name:
             yield Finding(shown(path), f"the same file is in class {shown(other_name)}: {shown(other)}")
+
+
+def _size(path: str) -> int:
+    try:
+        return Path(path).stat().st_size
+    except OSError:
+        return -1
 
 
 def _boxed_faults(picture: Picture, *, deep: bool) -> list[Finding]:

@@ -65,6 +65,21 @@ def test_deep_finds_files_that_validate_what_they_trained_or_are_of_two_classes(
     ]
 
 
+def test_a_file_that_is_gone_by_the_time_it_is_compared_ends_nothing(classes):
+    (classes / "train/cat/0.jpg").write_bytes(b"")
+    shutil.copy(classes / "train/dog/1.jpg", classes / "val/dog/again.jpg")
+    left = 11  # all are looked at before the first is compared
+
+    def passed(share):
+        nonlocal left
+        left -= 1
+        if left == 0:
+            (classes / "val/cat/0.jpg").unlink()
+
+    faults = [str(finding) for finding in check(classes, deep=True, passed=passed)[1]]
+    assert [fault.rpartition("/")[2] for fault in faults] == ["0.jpg: not an image (empty file)", "1.jpg"]
+
+
 @pytest.mark.parametrize("more", [b"", b"\0" * 9, b"camera"])
 @pytest.mark.parametrize("progressive", [False, True])
 def test_a_jpeg_with_an_end_marker_and_more_is_sound(classes, encoded, pixels, more, progressive):  # D2
