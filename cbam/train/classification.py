@@ -4,6 +4,7 @@ Shapes: N pictures, K classes. A batch is a dict: "image" uint8 (N, 3, H, W), "t
 """
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -22,13 +23,14 @@ class Classification:
 
     Args:
         mean, std: of the data set, per channel, of values / 255.
-        recipe: says whether pictures are mixed and targets smoothed.
+        recipe: says whether pictures are mixed and targets smoothed; None where nothing is trained: an
+            evaluation keeps the logits of every picture, which a validation of many classes has no room for.
     """
 
     def __init__(
         self, model: nn.Module, mean: Sequence[float], std: Sequence[float], recipe: Recipe | None = None
     ) -> None:
-        self.model, self.recipe = model, recipe or Recipe()
+        self.model, self.recipe, self._keeps = model, recipe or Recipe(), recipe is None
         self.mean, self.std = tuple(mean), tuple(std)
 
     def loss(self, network: Callable[..., Tensor], batch: dict, part: Part) -> tuple[Tensor, Tensor]:
@@ -52,33 +54,34 @@ class Classification:
         """The training error."""
         return {"train_top1": 100 * tally}
 
-    def output(self, batch: dict) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits (N, K), targets (N,), indices (N,)."""
-        logits = self.model(normalise(batch["image"], self.mean, self.std))
-        return logits.float().cpu(), batch["target"].cpu(), batch["index"].cpu()
+    def output(self, batch: dict) -> tuple[Tensor, ...]:
+        """What is `judged` (N, 2 or 3), indices (N,); where they are kept, targets (N,) and logits (N, K)."""
+        logits = self.model(normalise(batch["image"], self.mean, self.std)).float().cpu()
+        targets, indices = batch["target"].cpu(), batch["index"].cpu()
+        return judged(logits, targets), indices, *((targets, logits) if self._keeps else ())
 
-    def collected(self, outputs: list[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
+    def collected(self, outputs: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
         """The same of all pictures, by index."""
-        parts = (torch.cat(part) for part in zip(*outputs, strict=True))
-        logits, targets, indices = (world().joined(part) for part in parts)
-        order = indices.argsort()
-        return logits[order], targets[order], indices[order]
+        parts = [world().joined(torch.cat(part)) for part in zip(*outputs, strict=True)]
+        order = parts[1].argsort()
+        return tuple(part[order] for part in parts)
 
-    def scores(self, collected: tuple[Tensor, Tensor, Tensor]) -> dict[str, float | None]:
+    def scores(self, collected: tuple[Tensor, ...]) -> dict[str, float | None]:
         """Loss and errors.
 
         Raises:
             NonFiniteError: the network gives NaN; its largest class would be no answer of the network's.
         """
-        logits, targets, indices = collected
-        if bad := indices[~logits.isfinite().all(1)].tolist():
+        values, indices, *_ = collected
+        if bad := indices[values[:, 0].isnan()].tolist():
             told = ", ".join(map(str, bad[:8])) + (", ..." if len(bad) > 8 else "")
             raise NonFiniteError(
                 f"the network gives NaN or infinity for {len(bad)} of {len(indices)} validation pictures "
                 f"({told}); they were not scored"
             )
-        loss, top1, top5 = scores(logits, targets)
-        return {"val_loss": loss, "val_top1": top1, "val_top5": top5}
+        # Rounded once: the same whatever the number of threads.
+        loss, top1, *top5 = (math.fsum(column) / len(values) for column in values.T.tolist())
+        return {"val_loss": loss, "val_top1": 100 * top1, "val_top5": 100 * top5[0] if top5 else None}
 
 
 def normalise(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
@@ -98,12 +101,12 @@ def _per_channel(values: tuple[float, ...], kind: torch.dtype, device: torch.dev
         return torch.tensor([255 * value for value in values], dtype=kind, device=device).view(3, 1, 1)
 
 
-def scores(logits: Tensor, targets: Tensor) -> tuple[float, float, float | None]:
-    """Mean cross-entropy, top-1 error and top-5 error in %; top-5 is None with five classes or fewer."""
-    loss = F.cross_entropy(logits.double(), targets).item()
-    top1 = 100 * (logits.argmax(1) != targets).double().mean().item()
-    if logits.shape[1] <= 5:
-        return loss, top1, None
-    best = logits.topk(5, dim=1).indices
-    top5 = 100 * (best != targets[:, None]).all(1).double().mean().item()
-    return loss, top1, top5
+def judged(logits: Tensor, targets: Tensor) -> Tensor:
+    """float64 (N, 2 or 3): of each picture the cross-entropy, NaN where an output is not finite; whether its
+    class is not the first; and, of more than five classes, whether it is not among the first five.
+    """
+    loss = F.cross_entropy(logits.double(), targets, reduction="none")
+    columns = [loss.where(logits.isfinite().all(1), torch.nan), logits.argmax(1) != targets]
+    if logits.shape[1] > 5:
+        columns.append((logits.topk(5, dim=1).indices != targets[:, None]).all(1))
+    return torch.stack([column.double() for column in columns], dim=1)

@@ -186,7 +186,7 @@ def evaluate(
         NonFiniteError: the network gives NaN. DataError: a bad picture. ConfigError: no such device.
     """
     steps = _validated(model, images, batch_size, device, workers, on_step)
-    logits, targets, indices = steps.collected
+    _, indices, targets, logits = steps.collected
     _check_whole(images, indices.tolist())
     loss, top1, top5 = (steps.validated[f"val_{name}"] for name in ("loss", "top1", "top5"))
     return Evaluation(top1, top5, loss, logits.double().softmax(1), targets)

@@ -19,7 +19,7 @@ from cbam.data import Images, loader
 from cbam.errors import ConfigError, DataError, InputError, NonFiniteError, OutOfMemoryError
 from cbam.train import Recipe, evaluate, fit, pick_device
 from cbam.train.average import Average
-from cbam.train.classification import Classification, normalise
+from cbam.train.classification import Classification, judged, normalise
 from cbam.train.engine import _Shared, _tell_of_emulation
 from cbam.train.optimizer import parameter_groups
 from cbam.train.steps import Steps
@@ -173,6 +173,38 @@ class BadWhenScored(nn.Module):
         if not self.training:
             out[1::2, 0] = float("nan")
         return out
+
+
+@pytest.mark.parametrize("classes", [5, 6, 400])
+def test_a_validation_keeps_a_few_numbers_of_a_picture_and_an_evaluation_its_outputs(classes):
+    network = nn.Sequential(nn.Flatten(), nn.Linear(192, classes))
+    batch = {
+        "image": torch.randint(256, (9, 3, 8, 8), dtype=torch.uint8),
+        "target": torch.arange(9) % classes,
+        "index": torch.arange(9),
+    }
+    kept = []
+    for recipe in (Recipe(), None):
+        task = Classification(network, MEAN, STD, recipe)
+        with torch.no_grad():
+            kept.append(task.collected([task.output(batch)]))
+    assert sum(part.numel() for part in kept[0]) == 9 * (3 if classes == 5 else 4)
+    logits = kept[1][-1]
+    assert logits.shape == (9, classes)
+    first = logits.topk(min(5, classes), dim=1).indices == batch["target"][:, None]
+    for scores in (task.scores(part) for part in kept):
+        expected = nn.functional.cross_entropy(logits.double(), batch["target"]).item()
+        assert scores["val_loss"] == pytest.approx(expected, rel=1e-14)
+        assert scores["val_top1"] == 100 * ((9 - first[:, 0].sum().item()) / 9)
+        assert scores["val_top5"] == (None if classes == 5 else 100 * ((9 - first.sum().item()) / 9))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("column", [0, 1])
+def test_one_output_that_is_not_finite_is_found_in_whatever_class(value, column):
+    logits = torch.zeros(3, 7)
+    logits[1, column] = value
+    assert judged(logits, torch.zeros(3, dtype=torch.long))[:, 0].isnan().tolist() == [False, True, False]
 
 
 def test_outputs_that_are_nan_are_no_top_1_error():
