@@ -1,6 +1,9 @@
 """Files that are whole or not there: what is on the disk at every moment."""
 
+import contextlib
+import errno
 import os
+import stat
 from pathlib import Path
 
 import pytest
@@ -106,3 +109,21 @@ def test_unusual_names_are_kept(name, tmp_path):
     with placed(tmp_path / name) as part:
         (part / name).write_text("1")
     assert there(tmp_path) == {name: "1"}
+
+
+@pytest.mark.parametrize(("number", "is_an_error"), [(errno.EINVAL, False), (errno.EIO, True)])
+def test_a_disk_that_syncs_no_folders_is_written_to_and_one_that_fails_is_not(
+    tmp_path, monkeypatch, number, is_an_error
+):
+    sync = os.fsync
+
+    def files_alone(handle):
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(number, os.strerror(number))
+        sync(handle)
+
+    monkeypatch.setattr(os, "fsync", files_alone)
+    with pytest.raises(OutputError) if is_an_error else contextlib.nullcontext():
+        with placed(tmp_path / "a") as part:
+            (part / "a").write_text("text")
+    assert (tmp_path / "a").read_text() == "text"
