@@ -51,7 +51,7 @@ def _sync(file: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the names in a folder outlast a power cut, where the disk has a way to: some mounted ones do not."""
+    """Make the names in a folder outlast a power cut; some mounted disks have no way to."""
     if os.name != "posix":
         return
     handle = os.open(folder, os.O_RDONLY)

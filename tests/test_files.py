@@ -123,7 +123,7 @@ def test_a_disk_that_syncs_no_folders_is_written_to_and_one_that_fails_is_not(
         sync(handle)
 
     monkeypatch.setattr(os, "fsync", files_alone)
-    with pytest.raises(OutputError) if is_an_error else contextlib.nullcontext():
-        with placed(tmp_path / "a") as part:
-            (part / "a").write_text("text")
+    told = pytest.raises(OutputError) if is_an_error else contextlib.nullcontext()
+    with told, placed(tmp_path / "a") as part:
+        (part / "a").write_text("text")
     assert (tmp_path / "a").read_text() == "text"
