@@ -1,11 +1,12 @@
 """Gates: attention that multiplies a feature map by a factor computed from it."""
 
 import math
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
 
-from cbam.errors import InputError
+from cbam.errors import ExportError, InputError
 from cbam.nn.tail import parts
 from cbam.ops import rescale
 
@@ -27,6 +28,12 @@ class Gate(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return rescale(x, self.gate(x))
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        raise ExportError(
+            f"torch.jit.script reads source, and {type(self).__name__} is more than that: take torch.jit.trace "
+            "with an example, or cbam.export"
+        )
 
     def reset_parameters(self) -> None:
         """Initialise every layer as torch does."""

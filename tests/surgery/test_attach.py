@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
 import cbam
-from cbam.errors import AttachError, InputError
+from cbam.errors import AttachError, ExportError, InputError
 from cbam.nn import squeeze_excitation
 from cbam.surgery import attached
 from tests.surgery.conftest import Block
@@ -243,8 +243,10 @@ def test_compiles_whole_in_training(net, images):
 
 def test_scripting_refuses_rather_than_drop_the_attention(net):
     cbam.attach(net)
-    with pytest.raises(OSError, match="source"):
+    before = {name: id(module) for name, module in net.named_modules()}
+    with pytest.raises(ExportError, match="ChannelAttention .* take torch.jit.trace"):
         torch.jit.script(net)
+    assert {name: id(module) for name, module in net.named_modules()} == before
 
 
 def test_parametrised_children_keep_their_parametrisation(net, images):  # S12
