@@ -31,8 +31,8 @@ class Gate(nn.Module):
 
     def __prepare_scriptable__(self) -> NoReturn:
         raise ExportError(
-            f"torch.jit.script reads source, and {type(self).__name__} is more than that: take torch.jit.trace "
-            "with an example, or cbam.export"
+            f"torch.jit.script reads source, and {type(self).__name__} is more than that: take "
+            "torch.jit.trace with an example, or cbam.export"
         )
 
     def reset_parameters(self) -> None:

@@ -244,7 +244,7 @@ def test_compiles_whole_in_training(net, images):
 def test_scripting_refuses_rather_than_drop_the_attention(net):
     cbam.attach(net)
     before = {name: id(module) for name, module in net.named_modules()}
-    with pytest.raises(ExportError, match="ChannelAttention .* take torch.jit.trace"):
+    with pytest.raises(ExportError, match=r"ChannelAttention .* take torch\.jit\.trace"):
         torch.jit.script(net)
     assert {name: id(module) for name, module in net.named_modules()} == before
 
