@@ -22,7 +22,7 @@ from cbam.train.task import Part, Task
 
 CLOCK = ("seconds", "step_seconds", "wait_seconds", "images_per_second")  # of an epoch, no part of the run
 SKIPS = 10  # steps in a row that may be skipped
-LEAST_SCALE = 1.0  # of the loss in fp16: below, gradients are made smaller, which fp16 is too coarse for
+LEAST_SCALE = 2.0**-10  # of the loss in fp16: what is not finite at a thousandth never is
 
 _log = logging.getLogger("cbam")
 
