@@ -144,6 +144,21 @@ def test_the_time_limit_stops_with_a_checkpoint_whatever_the_clock_on_the_wall_s
     assert bits(tmp_path) == bits(calm)
 
 
+def test_a_time_limit_that_comes_in_a_validation_stops_there(tmp_path, calm, monkeypatch):
+    # R19
+    clock = time.monotonic
+
+    def late(passes):
+        if passes == 4:
+            monkeypatch.setattr(time, "monotonic", lambda: clock() + 7200)
+
+    with pytest.raises(StoppedError, match="stopped by the time limit in the validation of epoch 0"):
+        train(tmp_path, Watched(late), max_time=3600)
+    monkeypatch.undo()
+    train(tmp_path)
+    assert bits(tmp_path) == bits(calm)
+
+
 def test_a_resumed_run_reads_no_picture_again_and_misses_none(tmp_path):
     # R3
     whole, first, second = Colours(12), Colours(12), Colours(12)
@@ -156,6 +171,18 @@ def test_a_resumed_run_reads_no_picture_again_and_misses_none(tmp_path):
     train(folder, images=second)
     assert len(first.asked) == 8
     assert first.asked + second.asked == whole.asked
+
+
+def test_a_run_in_fp64_loses_nothing_when_it_goes_on(tmp_path):
+    # R1
+    recipe, whole, cut = dataclasses.replace(RECIPE, precision="fp64"), tmp_path / "whole", tmp_path / "cut"
+    for folder in (whole, cut):
+        folder.mkdir()
+    train(whole, recipe=recipe)
+    with pytest.raises(StoppedError):
+        train(cut, Watched(sends(signal.SIGTERM, at=2)), recipe=recipe)
+    train(cut, recipe=recipe)
+    assert bits(cut) == bits(whole)
 
 
 def test_workers_do_not_change_a_resumed_run(tmp_path, calm):

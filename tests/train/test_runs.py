@@ -151,7 +151,8 @@ def test_files_that_are_not_a_runs_are_not_overwritten(tmp_path, monkeypatch, na
 
 def test_a_run_that_died_before_its_first_checkpoint_begins_anew(tmp_path):
     # R1
-    for name, text in ((CONFIG, '{"recipe": "digits"}'), (METRICS, '{"epoch": 0, "step": 1, "loss": 2}\n')):
+    lines = '{"epoch": 0, "step": 1, "loss": 2}\n{"epoch": 0, "step": 3, "train_loss": 2, "val_loss": 2}\n'
+    for name, text in ((CONFIG, '{"recipe": "digits"}'), (METRICS, lines)):
         (tmp_path / name).write_text(text)
     digits(tmp_path, epochs=1)
     assert len((tmp_path / METRICS).read_text().splitlines()) == 4
@@ -279,8 +280,12 @@ def test_a_checkpoint_of_a_cbam_that_knows_more_settings_is_refused(folder):
 
 def test_a_run_goes_on_with_another_rate_and_more_epochs_where_that_is_asked_for(folder):
     # R13
-    watch = Watch()
-    history = digits(folder, resume="auto", override=True, lr=0.2, epochs=4, schedule="constant", watch=watch)
+    watch, other = Watch(), {"momentum": 0.8, "weight_decay": 0.01}
+    history = digits(
+        folder, resume="auto", override=True, lr=0.2, epochs=4, schedule="constant", watch=watch, **other
+    )
+    (group,) = checkpoint.load(checkpoint.checkpoints(folder)[0])["optimizer"]["param_groups"]
+    assert {name: group[name] for name in other} == other
     assert [entry["epoch"] for entry in history] == [0, 1, 2, 3]
     assert [entry["lr"] for entry in history][2:] == [0.2, 0.2]
     assert "changed: lr 0.05 -> 0.2" in watch.said
