@@ -99,6 +99,18 @@ def test_a_fit_learns_and_tells_what_it_did_per_epoch():
     assert sum(work) == 4 * (3 * 48 + 9)
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_the_error_and_the_loss_of_an_epoch_of_training_are_those_of_all_its_pictures(accumulate):
+    model = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 3))
+    with torch.no_grad():
+        model[2].weight.zero_()
+        model[2].bias.copy_(torch.tensor([2.0, 1.0, 0.0]))  # it says that all pictures are of class 0
+    recipe = Recipe(epochs=1, batch_size=8, lr=0.0, accumulate=accumulate)
+    (entry,) = fit(model, Colours(22), Colours(22), recipe, seed=0, device="cpu")
+    assert entry["train_top1"] == entry["val_top1"] == pytest.approx(100 * 14 / 22)
+    assert entry["train_loss"] == pytest.approx(entry["val_loss"], rel=1e-6)
+
+
 def test_adamw_and_the_step_schedule_train_too():
     recipe = Recipe(epochs=3, batch_size=8, optimizer="adamw", lr=0.02, schedule="step", step_epochs=2)
     history = fit(small(), Colours(24), Colours(9), recipe, seed=0, device="cpu")

@@ -282,10 +282,19 @@ def test_a_run_goes_on_with_another_rate_and_more_epochs_where_that_is_asked_for
     # R13
     watch, other = Watch(), {"momentum": 0.8, "weight_decay": 0.01}
     history = digits(
-        folder, resume="auto", override=True, lr=0.2, epochs=4, schedule="constant", watch=watch, **other
+        folder,
+        resume="auto",
+        override=True,
+        lr=0.2,
+        epochs=4,
+        schedule="step",
+        step_epochs=9,
+        watch=watch,
+        **other,
     )
     (group,) = checkpoint.load(checkpoint.checkpoints(folder)[0])["optimizer"]["param_groups"]
     assert {name: group[name] for name in other} == other
+    assert watch.done == pytest.approx(1)
     assert [entry["epoch"] for entry in history] == [0, 1, 2, 3]
     assert [entry["lr"] for entry in history][2:] == [0.2, 0.2]
     assert "changed: lr 0.05 -> 0.2" in watch.said
