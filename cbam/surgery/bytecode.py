@@ -87,12 +87,11 @@ def is_straight(base: type[nn.Module], child: str) -> bool:
         _check_code(base.forward, child)
     except UnroutableError:
         return False
-    instructions = [*dis.get_instructions(base.forward.__code__), None]
-    for instruction, following in itertools.pairwise(instructions):
-        if instruction is None or instruction.argval != child or instruction.opcode not in dis.hasname:
+    for instruction, following in itertools.pairwise(dis.get_instructions(base.forward.__code__)):
+        if instruction.argval != child or instruction.opcode not in dis.hasname:
             continue
         called = instruction.opname == "LOAD_METHOD" or "NULL|self" in instruction.argrepr  # from 3.12
-        compared = following is not None and following.opname.endswith(("IF_NONE", "IF_NOT_NONE"))
+        compared = following.opname.endswith(("IF_NONE", "IF_NOT_NONE"))
         if not (called or compared):
             return False
     return True

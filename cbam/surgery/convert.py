@@ -138,12 +138,11 @@ def _affine_names(target: Target, affine: nn.Module | None) -> list[str]:
     """The names of the weight and bias of a layer; none if they are shared or computed from others."""
     if affine is None:
         return []
-    modules = target.model.named_modules(remove_duplicate=False)
-    names = [name for name, module in modules if module is affine]
-    tensors = [under(names[0], kind) for kind in ("weight", "bias") if getattr(affine, kind) is not None]
+    name = next(name for name, module in target.model.named_modules() if module is affine)
+    tensors = [under(name, kind) for kind in ("weight", "bias") if getattr(affine, kind) is not None]
     uses = [p for _, p in target.model.named_parameters(remove_duplicate=False)]
     own = all(sum(p is getattr(affine, kind) for p in uses) < 2 for kind in ("weight", "bias"))
-    return tensors if len(names) == 1 and own and all(name in target.tensors for name in tensors) else []
+    return tensors if own and all(tensor in target.tensors for tensor in tensors) else []
 
 
 def _scale(state: dict[str, Tensor], name: str, factor: float) -> None:

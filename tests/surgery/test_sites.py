@@ -1,6 +1,7 @@
 """Where attention belongs, by what a block's own forward computes."""
 
 import copy
+import math
 import pickle
 import random
 import re
@@ -13,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.functional import relu
 from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
@@ -50,7 +52,7 @@ class AfterTheLastChild(Host):
 
 
 class InPlaceAdd(Host):
-    def forward(self, x):
+    def forward(self, x, unused=math.inf):
         y = self.norm(self.b(self.act(self.a(x))))
         y += x
         return self.act(y)
@@ -154,6 +156,15 @@ def body_scale(x):
     return x * 1
 
 
+class FunctionsByTheirNames(Host):
+    def forward(self, x):
+        return x + relu(self.b(self.act(self.a(x)))) * math.sqrt(x.shape[1] / (factorial(3) + 2))
+
+
+def factorial(n):
+    return n if n < 3 else n * factorial(n - 1)
+
+
 class ReturnsATuple(Host):
     def forward(self, x):
         return x + self.body(x), x
@@ -179,6 +190,7 @@ ATTACHABLE = [
     (FunctionalEnd, "after relu"),
     (ListOfLayers, "after layers_1"),
     (NameUsedElsewhere, "after norm"),
+    (FunctionsByTheirNames, "after mul"),
     (ReturnsATuple, "after body"),
     (ReturnsADict, "after body"),
 ]
@@ -430,6 +442,18 @@ class UsesATensorOfItsOwn(Host):
         return x + F.relu(self.b(self.act(self.a(x))) + torch.ones(8, 1, 1))
 
 
+class NamesALayerOfAnother(Host):
+    """Its norm cannot be redirected by name: that of the other block has the same."""
+
+    def __init__(self):
+        super().__init__()
+        self.other, self.twice = Host(), False
+
+    def forward(self, x):
+        y, other = self.norm(self.b(self.act(self.a(x)))), self.other
+        return x + (other.norm(y) if self.twice else y)
+
+
 class Counts(CountsThenInherits):
     def forward(self, x):
         self.steps += 1
@@ -458,6 +482,7 @@ class Counts(CountsThenInherits):
         (KeepsInAChild, "changes self.a.kept"),
         (DropsItself, "draws random numbers"),
         (Keeps, "changes self.kept"),
+        (NamesALayerOfAnother, "reads self.twice"),
         (Counts, "changes self.steps"),
     ],
 )

@@ -857,6 +857,22 @@ class NoAffine(nn.Module):
         return x + self.act(self.conv(x))
 
 
+class EndsInAConvolution(NoAffine):
+    def forward(self, x):
+        return x + self.conv(self.act(x))
+
+
+def test_gains_fold_into_the_convolution_that_a_branch_without_norms_ends_in():
+    """K10"""
+
+    def network(start):
+        return cbam.attach(nn.Sequential(nn.Conv2d(3, 16, 1), EndsInAConvolution()), start=start)
+
+    model, folded = drawn(network("identity")), network("paper").eval()
+    load_weights(folded, convert_state_dict(model))
+    assert torch.equal(outputs(folded), outputs(model))
+
+
 class Elsewhere(NoAffine):
     """A residual block that uses the output of its last norm in one more place."""
 
