@@ -267,7 +267,10 @@ def test_the_trunk_of_a_fork_is_trained_once_however_often_the_study_is_stopped(
     with pytest.raises(KeyboardInterrupt):
         conduct(study(tmp_path, "start", stopped, arms=arms, small=False), seeds=1)
     assert len(Records(tmp_path, "start").all()) == 1
-    assert any(p.name.startswith("fork-") for p in (tmp_path / "start" / ".unfinished").iterdir())
+    (kept,) = (tmp_path / "start" / ".unfinished").glob("fork-*")
+    with Records(tmp_path, "start").claimed(kept.name):  # as a process that goes on from it has it
+        assert conduct(study(tmp_path, "start", arms=arms[:1], small=False), seeds=1) == 0
+    assert kept.exists()
     assert conduct(study(tmp_path, "start", arms=arms, small=False), seeds=1) == 0
     (_, trunk), (_, first), (_, again), (_, second) = passes
     assert [start for start, _ in passes] == [0, 1, 0, 1]
@@ -500,4 +503,7 @@ def test_the_plan_goes_by_whole_runs_of_the_same_settings_or_of_as_much_work(tmp
     assert "is not known" in study(tmp_path, network="resnet18").plan(1)
     for path in paths:
         change(path, status="NonFiniteError: nan")
+    assert "is not known" in study(tmp_path).plan(3)
+    for path in paths:
+        change(path, status="complete", device={"type": "cuda", "name": "another"})
     assert "is not known" in study(tmp_path).plan(3)
