@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from cbam.data import decode
-from cbam.data.decode import decode_bytes
+from cbam.data.decode import MAX_BYTES, decode_bytes
 from cbam.errors import DataError, InputError
 
 CORNERS = np.zeros((4, 6, 3), np.uint8)
@@ -278,6 +278,14 @@ def test_a_missing_file_a_folder_and_a_pipe_are_refused_by_name(tmp_path):
         with pytest.raises(DataError) as error:
             decode(tmp_path / "pipe.jpg")
         assert str(error.value) == f"{tmp_path / 'pipe.jpg'}: not a regular file"
+
+
+def test_a_file_that_is_too_long_for_a_picture_is_refused_before_it_is_read(tmp_path):
+    path = tmp_path / "long.jpg"
+    path.touch()
+    os.truncate(path, MAX_BYTES + 1)
+    with pytest.raises(DataError, match=r"long\.jpg: 536870913 bytes; .* up to 536870912"):
+        decode(path)
 
 
 def test_a_damaged_header_is_told_without_an_address_in_memory():  # D3
