@@ -1,7 +1,8 @@
 """What README.md says of the studies on photographs: one table with the rows of all tables that count.
 
-The table is of the training that is nearest to the protocol; of the others it is said what they show. What
-stands in several studies stands here once; a row with too few seeds stands in its own table alone.
+The table is of the training that is nearest to the protocol; of the others it is said what they show, and
+trainings on a part of a data set get a line. What stands in several studies stands here once; a row with too
+few seeds stands in its own table alone.
 """
 
 import json
@@ -23,7 +24,10 @@ def cited(judged: list[Table]) -> str:
         [table for table, own in zip(judged, about, strict=True) if own == one]
         for one in dict.fromkeys(about)
     ]
-    return "\n\n".join(_together(sorted(group, key=_closeness, reverse=True)) for group in groups)
+    groups = [sorted(group, key=_closeness, reverse=True) for group in groups]
+    whole = [group for group in groups if not group[0].shared.get("limit")]
+    parts = [group for group in groups if group[0].shared.get("limit")]
+    return "\n\n".join([*map(_together, whole), *map(_briefly, parts)])
 
 
 def parts(table: Table) -> list[str]:
@@ -67,6 +71,16 @@ def _together(tables: list[Table]) -> str:
         count += len(found)
         lines.append(as_markdown(_shown(f"With {apart}", by_word(title, found))) + "\n")
     return "\n".join([*lines, by_chance(count, " here"), "", _links(tables)])
+
+
+def _briefly(tables: list[Table]) -> str:
+    labels, first = _labels(tables), tables[0]
+    told = [
+        sentence for table in tables for sentence in by_word(table.first.title, _differences([table], labels))
+    ]
+    what = "detectors" if "AP" in first.first.title else "networks"
+    where = f"Of {what} trained on {first.about['train']} pictures of {first.shared['data']} alone"
+    return f"{as_markdown(_shown(where, told))} {_links(tables)}"
 
 
 def _labels(tables: list[Table]) -> dict[str, str]:
