@@ -271,7 +271,7 @@ def networks(job: Job) -> Rows:
     """Whole networks, eager."""
     names = ("resnet50", "resnet18", "mobilenet_v3_large", "convnext_tiny")
     for name in ("resnet_tiny",) if job.dry else names:
-        if job.has_time(name, needs=60):
+        if job.has_time(name, needs=90):
             yield from bench(job).network(name, "NHWC")
 
 
