@@ -25,9 +25,15 @@ def cited(judged: list[Table]) -> str:
         for one in dict.fromkeys(about)
     ]
     groups = [sorted(group, key=_closeness, reverse=True) for group in groups]
-    whole = [group for group in groups if not group[0].shared.get("limit")]
-    parts = [group for group in groups if group[0].shared.get("limit")]
-    return "\n\n".join([*map(_together, whole), *map(_briefly, parts)])
+    return "\n\n".join(
+        _briefly(group) if _is_of_a_part(group) else _together(group)
+        for group in sorted(groups, key=_is_of_a_part)
+    )
+
+
+def _is_of_a_part(tables: list[Table]) -> bool:
+    """Whether only a part of the data set was trained on."""
+    return bool(tables[0].shared.get("limit"))
 
 
 def parts(table: Table) -> list[str]:
