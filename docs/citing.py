@@ -45,7 +45,7 @@ def parts(table: Table) -> list[str]:
         f"{shared['epochs']} epochs",
         f"batch {shared['batch_size']}",
         shared["precision"],
-        f"rate {shared['lr']:g}",
+        f"learning rate {shared['lr']:g}",
         warm_up(shared) or "no warm-up",
     ]
 
@@ -69,7 +69,7 @@ def _together(tables: list[Table]) -> str:
     lines = [f"**{named}**: {how}; {title} in %, {told} seeds.", ""]
     lines += ["| | error | against plain | |", "|---|---|---|---|", *rows, ""]
     if between:
-        lines += [as_markdown(_shown("Between the attentions", by_word(title, between))), ""]
+        lines += [as_markdown(_shown("Between the attention modules", by_word(title, between))), ""]
     count = len(to_plain) + len(between)
     for told, own in others:
         apart = ", ".join(part for part in told.split(", ") if part not in how.split(", "))
@@ -85,7 +85,7 @@ def _briefly(tables: list[Table]) -> str:
         sentence for table in tables for sentence in by_word(table.first.title, _differences([table], labels))
     ]
     what = "detectors" if "AP" in first.first.title else "networks"
-    where = f"Of {what} trained on {first.about['train']} pictures of {first.shared['data']} alone"
+    where = f"For {what} trained on only {first.about['train']} pictures of {first.shared['data']}"
     return f"{as_markdown(_shown(where, told))} {_links(tables)}"
 
 
@@ -178,15 +178,15 @@ def _shown(where: str, every: list[str]) -> str:
     """What is shown there; the rest stands on the pages of the tables."""
     told = [sentence for sentence in every if sentence.startswith(("Better", "Worse"))]
     if not told:
-        return f"{where} no difference is shown."
+        return f"{where}, no difference is shown."
     rest = ["No difference is shown in the rest."] if len(told) < len(every) else []
     return f"{where}: {' '.join([told[0][0].lower() + told[0][1:], *told[1:], *rest])}"
 
 
 def _links(tables: list[Table]) -> str:
-    pages = [
-        f"[{table.study.name}{'' if _closeness(table) == _closeness(tables[0]) else ', ' + parts(table)[4]}]"
-        f"(results/{table.study.name}/{table.name}.md)"
-        for table in tables
-    ]
-    return f"The whole tables: {'; '.join(pages)}."
+    def told(table: Table) -> str:
+        usual = _closeness(table) == _closeness(tables[0])
+        return table.study.name if usual else ", ".join([table.study.name, *parts(table)[4:]])
+
+    pages = [f"[{told(table)}](results/{table.study.name}/{table.name}.md)" for table in tables]
+    return f"Full tables: {'; '.join(pages)}."

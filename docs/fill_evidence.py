@@ -25,49 +25,52 @@ PAGE, README = Path(__file__).parent / "evidence.md", ROOT / "README.md"
 BEGIN, END = "<!-- evidence:begin -->", "<!-- evidence:end -->"
 
 OPENING = """\
-# What the evidence is
+# The evidence
 
-`cbam study` trains the rows of the paper's tables, and of four more, and computes the tables from one record
-per run. This page says what they show so far, where attention does not help, and what it would take to
-settle what is open. `make evidence` writes it from the records in `results/`; no measured number is typed.
+`cbam study` trains the rows of the paper's tables and of four more, keeps one record per run, and computes
+the tables from the records. This page lists what they show so far, where attention does not help, and how
+many more runs would settle what is open. `make evidence` writes it from `results/`; no measured number is
+typed by hand.
 """
 
 DIGITS_ARE_NOT = """\
-**The digits are not the evidence.** They are handwriting of 8x8 pixels, enlarged, and a network of
-{parameters:,} parameters, trained for {steps} steps. They show that the studies run, and what an attention
-costs such a network at the start of its training; they say nothing about photographs, ImageNet or a network
-that has converged. Of these tables the README cites those on photographs alone.
+**The digits are not the evidence.** They are enlarged handwriting of 8x8 pixels, and a network of
+{parameters:,} parameters trained for {steps} steps. They show that the studies run, and what attention costs
+such a network early in training. They say nothing about photographs, ImageNet or a converged network. The
+README cites only the tables on photographs.
 """
 
 REDUCED = """\
-## On photographs, with less
+## On photographs, reduced
 
-Without a GPU the whole trainings take weeks. These were made on CPUs, with smaller pictures, fewer of them or
-fewer epochs. What they show is true of such a training; a longer one may end otherwise. A table is partial
-where less than half of its rows have {seeds} seeds; it is left out of what follows.
+Without a GPU the full trainings take weeks. These ran on CPUs, with smaller images, fewer of them or fewer
+epochs. What they show holds for such a training; a longer one may end differently. A table is partial if
+fewer than half of its rows have {seeds} seeds, and is then left out of the sections below.
 """
 
 STILL = """\
 ## Still to be run
 
-Of the whole trainings, as each data set's protocol has them. {missing}
+These full trainings, by the protocol of each data set, have no complete table yet. {missing}
 
-On one GPU, without a network; it stops with the time that it is given, and the same command goes on:
+On one GPU. The script needs no internet access, stops when the given time is over, and resumes when called
+again:
 
 ```sh
 benchmarks/gpu_studies.sh path/to/imagenette96 25
 ```
 
-ResNet18, 34 and 50, plain, SE and CBAM; then, on ResNet18, channel, spatial, order, peers and start;
-{epochs} epochs from scratch, {seeds} seeds of every row, the pictures on the device, in bfloat16. The
-settings are fixed before the first of these runs: rate, momentum and weight decay are the paper's, the batch
-is {batch}, and half a cosine stands in place of the steps that the paper makes over 90 epochs.
-{warmup:g} epochs of warm-up lead to the rate: the trainings on CPUs have shown that it takes them.
+It trains ResNet18, 34 and 50, plain, with SE and with CBAM; then, on ResNet18, the studies channel, spatial,
+order, peers and start. Each row takes {seeds} seeds of {epochs} epochs from scratch in bfloat16, with the
+images kept on the device. The settings were fixed before the first of these runs: learning rate, momentum and
+weight decay are the paper's, the batch size is {batch}, and a half-cosine schedule replaces the steps that
+the paper makes over 90 epochs. There are {warmup:g} epochs of warm-up, because the trainings on CPUs showed
+that this learning rate needs them.
 
 ## ImageNet on 8 GPUs
 
-One process per GPU; each takes a run that nobody is at. What has a record is not repeated, and a run that is
-stopped, or whose machine dies, goes on from its last checkpoint:
+One process per GPU; each takes a run that no other process works on. Runs that have a record are not
+repeated, and an interrupted run resumes from its last checkpoint:
 
 ```sh
 for gpu in 0 1 2 3 4 5 6 7; do
@@ -82,26 +85,26 @@ done; wait
 CHOICES = """\
 ## Choices that were made on validation sets
 
-- The learning rate of the digits, {lr:g}, is that of `cbam compare`. It was chosen there from trainings of
-  the plain network, whose validation error was seen.
-- The studies on the digits were planned with 6 epochs at batch 32, by the time that a run takes. {first} runs
-  of that plan were made; the plain network ended at {error:.0f} % error, far from trained, and epochs and
-  batch were changed, once, to {epochs} and {batch}. That was decided on validation errors, those of rows with
-  attention among them. The records of the first plan are kept, as a table of their own.
-- On the digits, ten rows of peers were run first; they were picked by the time that they take, before any of
-  them had a result. The start study was run there because the harm in the other tables was seen.
-- Beyond what this list says, no setting was changed after a result. The last epoch of every run
-  counts, not the best.
+- The learning rate of the digits, {lr:g}, is that of `cbam compare`. It was chosen there by the validation
+  error of the plain network.
+- The studies on the digits were planned with 6 epochs at batch size 32, a choice made by run time. After
+  {first} runs the plain network ended at {error:.0f} % error, far from trained, so epochs and batch size were
+  changed, once, to {epochs} and {batch}. That decision had seen validation errors, also of rows with
+  attention. The records of the first plan are kept, in a table of their own.
+- On the digits, ten rows of the study peers were run first. They were selected by run time, before any of
+  them had a result. The start study was run there after the harm in the other tables was seen.
+- Apart from this list, no setting was changed after a result. The last epoch of every run counts, not the
+  best.
 - {photographs}
 """
 NO_PHOTOGRAPHS = "Imagenette and ImageNet: none, no run has been made there."
 PHOTOGRAPHS = """\
-Imagenette: the size of the pictures and the number of epochs, by the time that a run takes on one core, and
-  before the first run. The table at a rate of 0.1 without a warm-up came first. There the plain network began
-  with a loss above that of guessing, and its error depended on the seed; a network that attention damps did
-  not. So the table at 0.02 was added, and two epochs of warm-up were put into the protocol: one plain
-  network, of seed 0, was tried with them first, and it is a run of the table at 0.1 that was then filled
-  with them. ImageNet: none, no run has been made there."""
+Imagenette: image size and number of epochs were chosen by run time on one core, before the first run. The
+  table at learning rate 0.1 without warm-up came first. There the plain network started with a loss above
+  that of guessing, and its error depended on the seed; a network damped by attention did not. Therefore the
+  table at 0.02 was added, and two epochs of warm-up became part of the protocol. One plain network, with seed
+  0, was tried with warm-up first; it is one of the runs in the table at 0.1 with warm-up. ImageNet: none, no
+  run has been made there."""
 
 
 def page(results: Path = RESULTS) -> str:
@@ -110,8 +113,10 @@ def page(results: Path = RESULTS) -> str:
     every = [table for own in found.values() for table in own]
     usual = [table for table in every if table.usual]
     reduced = [table for table in every if table not in usual and table.shared["data"] != DIGITS]
-    judged = [table for table in usual + reduced if not table.partial]
-    parts = [OPENING, _count(every), _listing(usual), _digits_note(usual), _reduced(reduced)]
+    on_digits = [table for table in usual if table.shared["data"] == DIGITS]
+    whole = [table for table in usual if table not in on_digits]
+    judged = [table for table in whole + reduced + on_digits if not table.partial]
+    parts = [OPENING, _count(every), _listing(whole), _reduced(reduced), _on_digits(on_digits)]
     parts += [_shown(judged), _open(judged), _choices(found, usual + reduced), _still(usual)]
     return "\n".join(part for part in parts if part)
 
@@ -141,25 +146,28 @@ def _count(every: list[Table]) -> str:
     )
     return (
         f"There are records of {len(distinct)} different runs, {hours / 3600:.1f} hours in all. A run whose "
-        "settings\nstand in several tables was trained once and enters each of them, so the tables are not "
-        "independent of each\nother.\n"
+        "settings\nappear in several tables was trained once and counts in each of them, so the tables are "
+        "not independent of\neach other.\n"
     )
 
 
-def _listing(usual: list[Table]) -> str:
+def _listing(tables: list[Table]) -> str:
+    if not tables:
+        return ""
     lines = ["| table | runs | state |", "| --- | --- | --- |"]
-    for table in usual:
+    for table in tables:
         link = f"[{as_markdown(title(table))}](../results/{table.study.name}/{table.name}.md)"
         lines.append(f"| {link} | {len(_runs(table))} | {status(table)} |")
     return "\n".join(lines) + "\n"
 
 
-def _digits_note(usual: list[Table]) -> str:
-    runs = [run for t in usual if t.shared["data"] == DIGITS for run in t.runs.get("plain", {}).values()]
+def _on_digits(tables: list[Table]) -> str:
+    runs = [run for table in tables for run in table.runs.get("plain", {}).values()]
     if not runs:
         return ""
     steps = runs[0]["config"]["epochs"] * -(-runs[0]["data"]["train"] // runs[0]["config"]["batch_size"])
-    return DIGITS_ARE_NOT.format(steps=steps, parameters=runs[0]["parameters"])
+    note = DIGITS_ARE_NOT.format(steps=steps, parameters=runs[0]["parameters"])
+    return f"## On the digits\n\n{note}\n{_listing(tables)}"
 
 
 def _reduced(tables: list[Table]) -> str:
@@ -183,12 +191,12 @@ def _where(table: Table) -> str:
 
 
 def _shown(judged: list[Table]) -> str:
-    """Differences whose interval leaves out zero, both ways."""
+    """Differences whose interval excludes zero, both ways."""
     count = sum("word" in row for table in judged for row in differences(table, table.first.key))
     lines = ["## What is shown", "", by_chance(count, " here"), ""]
     for word, told in (
         ("better", "Lower top-1 error, or higher average precision:"),
-        ("worse", "Higher error, or lower precision: attention, or what was changed of it, does harm"),
+        ("worse", "Higher error, or lower average precision (attention, or the change to it, does harm):"),
     ):
         rows = [line for table in judged for line in _rows(table, word)]
         lines += [told, "", *(rows or ["- nothing"]), ""]
@@ -218,8 +226,8 @@ def _open(judged: list[Table]) -> str:
     lines = [
         "## What is open",
         "",
-        "No difference is shown in these. Beside each: the smallest true difference that so many pairs",
-        "show in four cases of five, and how many would show one of the size found, if it is the true one.",
+        "No difference is shown in these. *Would show* is the smallest true difference that this many pairs",
+        "detect with 80 % power; *pairs to settle* is how many would detect one of the size found.",
         "",
         "| study | | against | points | pairs | would show | pairs to settle |",
         "| --- | --- | --- | --- | --- | --- | --- |",
@@ -235,7 +243,7 @@ def _open(judged: list[Table]) -> str:
                 lines.append(
                     f"| {names} | {row['mean']:+.2f} | {row['n']} | {row['resolution']:.2f} | {needed} |"
                 )
-    return "\n".join(lines) + "\n" if count else "\n".join(lines[:1]) + "\n\nNothing that was run.\n"
+    return "\n".join(lines) + "\n" if count else "\n".join(lines[:1]) + "\n\nNothing.\n"
 
 
 def _choices(found: dict[str, list[Table]], every: list[Table]) -> str:
@@ -286,9 +294,9 @@ def _hours() -> str:
     measured = sorted(MEASURED.glob("imagenet-*.json"))
     if not measured:
         return (
-            "How many hours that takes is computed from a throughput that is measured:\n"
-            "`python -m benchmarks.imagenet_hours` prints it and writes it down for this page. It has not\n"
-            "been measured on a GPU yet, so no number stands here."
+            "`python -m benchmarks.imagenet_hours` measures the throughput, computes how many hours this "
+            "takes, and\nwrites both down for this page. It has not run on a GPU yet, so there is no number "
+            "here."
         )
     told = json.loads(measured[-1].read_text("utf-8"))
     return "\n".join(imagenet_hours.lines(told, seeds=SEEDS, devices=8))

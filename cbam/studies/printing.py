@@ -104,12 +104,12 @@ def reading(table: Table) -> list[str]:
     """How to read the numbers, and what a reader must know of these."""
     count = sum("word" in row for row in differences(table, table.first.key))
     found = [
-        "± is the standard deviation over seeds. Of every run the last epoch counts, never the best.",
+        "± is the standard deviation over seeds. The last epoch of every run counts, never the best.",
         "Differences are in points, paired by seed: runs of a seed start from the same weights, as far as "
         "they have them in common, and see the same pictures in the same order. The interval is Student's t.",
         by_chance(count),
-        f'"Would show": the smallest true difference that so many pairs show in {100 * POWER:.0f} % of all '
-        'cases. "Pairs to settle": how many would show one of the size found, if that is the true one.',
+        f'"Would show": the smallest true difference that this many pairs detect with {100 * POWER:.0f} % '
+        'power. "Pairs to settle": how many pairs would detect a difference of the size found.',
         *table.study.notes,
     ]
     found += uncounted(table) + mixed(table)

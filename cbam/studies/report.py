@@ -137,22 +137,21 @@ def notes(results: dict) -> list[str]:
     found = []
     if results["status"] != "complete":
         found.append(
-            f"This comparison did not come to its end ({results['status']}); "
-            "the table holds what was finished."
+            f"This comparison did not finish ({results['status']}); the table holds what it completed."
         )
     found += [
         "± is the standard deviation over seeds. Differences are paired by seed: arms of one seed start from "
         "the same weights and see the same pictures in the same order.",
-        'The interval is Student\'s t over the seeds\' differences; "better" and "worse" are said where it '
-        "leaves out zero.",
+        'The interval is Student\'s t over the seeds\' differences; "better" and "worse" mean that it '
+        "excludes zero.",
         *_chance(results),
-        "Times are relative to plain, measured in turns on the machine below: median of the ratios round by "
-        "round, in brackets their quartiles.",
+        "Times are relative to plain, measured alternately on the machine below: the median of the ratios "
+        "per round, with their quartiles in brackets.",
     ]
     if results["data"]["has_boxes"]:
         found.append(
-            "Grad-CAM energy is the share of the map for the true class that lies inside the true box, mean "
-            "over the validation pictures."
+            "Grad-CAM energy is the share of the map for the true class that lies inside the true box, "
+            "averaged over the validation pictures."
         )
     found.append(_start_told(results))
     found += results["data"]["notes"]
@@ -160,18 +159,18 @@ def notes(results: dict) -> list[str]:
 
 
 def _chance(results: dict) -> list[str]:
-    """How many of the intervals leave out zero though nothing is there."""
+    """How many of the intervals exclude zero though nothing is there."""
     found = summary(results).values()
     count = sum(f"{key}_difference" in numbers for numbers in found for key, *_ in MEASURES)
     return [by_chance(count)] if count > 1 else []
 
 
 def by_chance(count: int, where: str = "") -> str:
-    """How many of so many intervals leave out zero though nothing is there, in words."""
-    looked = "1 difference is" if count == 1 else f"{count} differences are"
+    """How many of so many intervals exclude zero though nothing is there, in words."""
+    tested = "1 difference is" if count == 1 else f"{count} differences are"
     return (
-        f"{looked} looked at{where}. Where there is none at all, {count * (1 - CONFIDENCE):.2f} intervals of "
-        "so many leave out zero by chance."
+        f"{tested} tested{where}. If there were no true difference, {count * (1 - CONFIDENCE):.2f} of the "
+        "intervals would be expected to exclude zero by chance."
     )
 
 

@@ -83,7 +83,7 @@ def test_the_readme_has_a_row_for_each_kind_of_run_once_and_its_difference_to_th
     everything = cited()
     assert everything.count("With ") == 2  # the trainings without a warm-up
     assert "With no warm-up: better in top-1 error: CBAM, paper's start against plain (" in everything
-    assert "Of detectors trained on 96 pictures of bccd alone no difference is shown. The" in everything
+    assert "For detectors trained on only 96 pictures of bccd, no difference is shown. Full" in everything
     assert "| ResNet18-FPN" not in everything  # a part of a data set gets no table
     for path in RECORDS:
         config = read(path)["config"]
@@ -100,11 +100,11 @@ def test_the_readme_has_a_row_for_each_kind_of_run_once_and_its_difference_to_th
         mean = statistics.fmean(own[seed] - plain[seed] for seed in plain)
         assert f"| {name} | {statistics.fmean(own.values()):.2f} ± " in warmed
         assert f" | {mean:+.2f} (" in next(line for line in warmed.splitlines() if f"| {name} |" in line)
-    assert "Between the attentions no difference is shown." in warmed
-    assert "15 differences are looked at here" in warmed
+    assert "Between the attention modules, no difference is shown." in warmed
+    assert "15 differences are tested here" in warmed
     shutil.rmtree(tmp_path / "order")
     shutil.rmtree(tmp_path / "start")
-    assert "5 differences are looked at here" in cited(tmp_path)
+    assert "5 differences are tested here" in cited(tmp_path)
 
 
 def values(results, row):

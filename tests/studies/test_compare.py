@@ -138,7 +138,7 @@ def test_ctrl_c_reports_what_is_finished(tmp_path):
     results = json.loads((tmp_path / RESULTS).read_text())
     assert results["status"] == "interrupted"
     assert [(run["seed"], run["arm"]) for run in results["runs"]] == [(0, "plain"), (0, "cbam")]
-    assert "did not come to its end" in (tmp_path / PAGE).read_text()
+    assert "did not finish" in (tmp_path / PAGE).read_text()
     assert (tmp_path / PICTURE).exists()
 
 

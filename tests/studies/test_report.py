@@ -58,7 +58,7 @@ def test_an_interrupted_comparison_pairs_only_the_seeds_that_both_finished(resul
     results["runs"] = [run for run in results["runs"] if run["arm"] == "plain"]
     assert cells(results, "top-1 error, %") == ["11.00 ± 1.00", "-", "-"]
     assert "Nothing was finished" in " ".join(verdict(results))
-    assert "did not come to its end (interrupted)" in markdown(results, None)
+    assert "did not finish (interrupted)" in markdown(results, None)
     results["timing"] = {}
     assert not any("time, plain = 1" in row[0] for row in table(results))
     page(results, None)
@@ -138,12 +138,14 @@ def test_how_the_arms_began_is_told_of_what_was_broken_off_too(results):
     assert "from scratch" not in markdown(results, None)
 
 
-def test_the_report_says_how_many_differences_are_looked_at(results):
-    told = "6 differences are looked at. Where there is none at all, 0.30 intervals of so many leave out zero"
+def test_the_report_says_how_many_differences_are_tested(results):
+    told = (
+        "6 differences are tested. If there were no true difference, 0.30 of the intervals would be expected"
+    )
     assert told in markdown(results, None)
     assert told in page(results, None)
     results["runs"] = results["runs"][:1]
-    assert "are looked at" not in markdown(results, None)
+    assert "are tested" not in markdown(results, None)
 
 
 def test_the_markdown_table_has_equal_rows(results):

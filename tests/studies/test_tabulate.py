@@ -145,8 +145,8 @@ def test_the_page_says_what_was_computed(table):
     assert "| + average (= SE) | plain | -1.42 | -2.80 | -3.14 to -2.46 | better | 5 |" in page
     assert "Better in top-1 error: + average (= SE) against plain (-2.80 points, -3.14 to -2.46)." in page
     assert "No difference shown in top-1 error: + maximum against plain" in page
-    assert "5 differences are looked at" not in page
-    assert "3 differences are looked at. Where there is none at all, 0.15 intervals" in page
+    assert "5 differences are tested" not in page
+    assert "3 differences are tested. If there were no true difference, 0.15 of the intervals" in page
     assert "| + average and maximum | - | - | 0 | - | 22.80 | - | 6.52 |" in page
     assert "(channel-digits.svg)" in page
     assert f"{'c' * 40} (15)" in page
