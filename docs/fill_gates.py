@@ -40,14 +40,14 @@ def pair() -> str:
     known = gates_record()
     pictures, gates = known["pictures"], known["gates"]
     lines = [
-        f"EfficientNet-Lite0, its `{known['base']['file']}` frozen to the last bit, and ",
-        f"{gates['parameters']} parameters of CBAM, trained from the identity on one CPU thread, on ",
-        f"{pictures['train']} training pictures of Imagenette at 96 pixels, ",
-        f"{len(known['classes'])} of ImageNet's classes (`{known['command']}`). ",
-        f"On {pictures['val']} of its validation pictures:",
+        f"The default network is EfficientNet-Lite0 with the frozen weights of `{known['base']['file']}`. ",
+        f"Its copy with CBAM has {gates['parameters']} more parameters, trained from the identity start on ",
+        f"one CPU thread, on {pictures['train']} training images of Imagenette ({len(known['classes'])} of ",
+        f"ImageNet's classes) at 96 pixels (`{known['command']}`). ",
+        f"On {pictures['val']} of its validation images:",
     ]
     table = [
-        "| pixels a side | classes to choose from | plain, % right | with CBAM, % right "
+        "| input size, px | classes to choose from | top-1 accuracy, plain, % | with CBAM, % "
         "| difference, 95 % interval |",
         "|---|---|---|---|---|",
     ]
@@ -58,9 +58,9 @@ def pair() -> str:
                 of = key.removeprefix("top1_of_")
                 table.append(f"| {size} | {of} classes | {one['plain']:.2f} | {one['cbam']:.2f} | {span} |")
     note = (
-        "These are small pictures, enlarged, of classes that the gates were trained on: what they brought "
-        "there says nothing of other classes, of sharp photographs, or of a network that was trained with "
-        "attention from the start. The pair is there to be looked at."
+        "These are small, enlarged images of the classes that the gates were trained on. The numbers say "
+        "nothing about other classes, sharp photographs, or a network that was trained with attention from "
+        "the start. The pair is there as an example to look at."
     )
     return "\n".join(["".join(lines), "", *table, "", note])
 
@@ -75,8 +75,8 @@ def _scores(file: Path) -> str:
     names, against = list(found["scores"]), next(iter(found["differences"]))
     share, page = 100 * found["object_share"], f"../results/look/{file.parent.name}/score.md"
     lines = [
-        f"**{found['what']}**: {found['pictures']} pictures, of which the object takes {share:.0f} % "
-        f"([all that was measured]({page})).",
+        f"**{found['what']}**: {found['pictures']} images, of which the object covers {share:.0f} % on "
+        f"average ([all measurements]({page})).",
         "",
         f"|  | {' | '.join(names)} | {against} |",
         f"|---|{'---|' * (len(names) + 1)}",

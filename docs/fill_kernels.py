@@ -36,9 +36,9 @@ def fill(page: Path, results: Path) -> None:
     if drawn:
         draw(drawn, page.parent / PICTURE)
         parts.append(
-            f"![How fast the traffic that cannot be saved is moved, against a copy]({PICTURE})\n\n"
-            "Each point is attention alone or the end of a block at one shape: the bytes of the table above "
-            "over the time, as a share of the speed at which the same machine copies a map of that size. "
+            f"![Speed of the unavoidable memory traffic, against a copy]({PICTURE})\n\n"
+            "Each point is attention alone or the end of a block at one shape: the bytes of the traffic "
+            "table over the time, relative to the speed at which the same machine copies a map of that size. "
             "Filled marks are NCHW, open ones channels_last."
         )
     _put(page, parts)
@@ -53,8 +53,8 @@ def fill_readme(readme: Path, results: Path) -> None:
             first = own[0]
             where = f"{first['device']}, {first['threads']} threads, {first['dtype']}, torch {first['torch']}"
             parts.append(
-                f"{_table(own)}\n\n{where}, {_rounds(own)} in turns; time as a ratio to the plain "
-                "network, in brackets the least and the most."
+                f"{_table(own)}\n\n{where}. Times as ratios to the plain network: median [minimum, maximum] "
+                f"of {_rounds(own)} in alternation."
             )
     _put(readme, parts)
 
@@ -107,8 +107,7 @@ def _section(rows: list[Row]) -> str:
     title = (
         f"### {first['device']}, {first['dtype']}, torch {first['torch']}{kept}\n\n"
         f"{first['threads']} threads, {kernels}, commit {commits(rows)}, {_rounds(rows)} "
-        "in turns. Times are ratios to the first column of their line: the median of all rounds, the least, "
-        "the most."
+        "in alternation. Times are ratios to the first column: median [minimum, maximum] of the rounds."
     )
     tables = [_table([r for r in rows if r["op"] == op]) for op in ("attention", "end of a block")]
     networks = [r for r in rows if r["op"] not in ("attention", "end of a block")]

@@ -35,7 +35,7 @@ def attach(
 
     No key of the model changes and no weight is touched: the attention of a block lives beside its children
     under the name `cbam`. With `start="identity"` the outputs stay bit-equal
-    (where fused kernels run, see docs/kernels.md: in float32 on a CPU, and to rounding elsewhere).
+    (where fused kernels run, see docs/kernels.md: in float32 and float64 on a CPU, elsewhere to rounding).
 
     Args:
         model: not yet compiled, scripted or wrapped for distribution.

@@ -102,7 +102,7 @@ def test_what_differs_between_the_rows_of_a_machine_is_told(page):
         page.read_text()
     )
     fill_readme(page, results)
-    assert ", 5 rounds in turns" in page.read_text()
+    assert "of 5 rounds in alternation" in page.read_text()
     write(results / "a.csv", ROW, ROW | {"op": "end of a block", "threads": "1", "kernels": "False"})
     fill(page, results)
     assert "2 threads, fused kernels" in page.read_text()
