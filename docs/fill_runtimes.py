@@ -50,8 +50,8 @@ def _told(rows: list[Row]) -> str:
     versions = dict.fromkeys(f"{RUNTIMES[row['runtime']]} {row['version']}" for row in rows)
     return (
         f"{said['device']}, threads {said['threads']}, batch {said['batch']}, float32, 224 px, "
-        f"{said['rounds']} rounds in turns, load {said['load']}; {', '.join(versions)}; commit "
-        f"{commits(rows)}. Ratios to plain: the median of the rounds, and their quartiles."
+        f"{said['rounds']} rounds in alternation, load average {said['load']}; {', '.join(versions)}; commit "
+        f"{commits(rows)}. Ratios to plain: median (quartiles) of the rounds."
     )
 
 
