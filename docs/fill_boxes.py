@@ -47,11 +47,11 @@ def _studies() -> list[str]:
 
 def _told(table: Table) -> str:
     shared, about = table.shared, table.about
-    size = "" if shared["size"] is None else f" at a shorter side of {shared['size']} px"
-    regions = f", {shared['regions']} regions of a picture" if shared.get("regions") else ""
+    size = "" if shared["size"] is None else f" with a shorter side of {shared['size']} px"
+    regions = f", {shared['regions']} regions per image" if shared.get("regions") else ""
     devices = {run["device"]["name"] for runs in table.runs.values() for run in runs.values()}
     return (
-        f"{about['train']} pictures to train on and {about['val']} to score{size}{regions}; "
+        f"{about['train']} training and {about['val']} validation images{size}{regions}; "
         f"{shared['epochs']} epochs from scratch, {', '.join(sorted(devices))}."
     )
 
@@ -71,16 +71,16 @@ def _loop(table: Table) -> list[str]:
             apart = last["val_ap50"] - line["val_ap50"]
             word = "within" if abs(apart) <= NEAR else "not within"
             told.append(
-                f"seed {line['seed']}: AP50 {last['val_ap50']:.1f} by the engine, {line['val_ap50']:.1f} by "
+                f"seed {line['seed']}: AP50 {last['val_ap50']:.1f} with the engine, {line['val_ap50']:.1f} with "
                 f"the loop ({word} {NEAR:g} points); AP {last['val_ap']:.1f} and {line['val_ap']:.1f}"
             )
     if not told:
         return []
     return [
         "",
-        "The plain detector beside a loop written as torchvision's references have it, with a network, order "
-        f"and flips of its own (`benchmarks/detection_loop.py`): {'; '.join(told)}. Fed with the same "
-        "batches, the engine and a loop end bit-equal (`tests/train/test_detection.py`).",
+        "The plain detector against a separate training loop in the style of torchvision's references, with "
+        f"its own network, order and flips (`benchmarks/detection_loop.py`): {'; '.join(told)}. Given the "
+        "same batches, the engine and such a loop end bit-identical (`tests/train/test_detection.py`).",
     ]
 
 
@@ -91,10 +91,10 @@ def _steps() -> list[str]:
         regions = f", {told['regions']} regions" if told["regions"] else ""
         lines += [
             "",
-            f"A training step with attention against a plain one, {told['device']['name']} "
+            f"Time of a training step with attention against a plain one, {told['device']['name']} "
             f"({told['device']['type']}), torch {told['torch']}, batches of {told['batch']} at "
-            f"{told['size']} px{regions}; {told['turns']} steps of each in turns, median of the ratios and "
-            "their quartiles (`python -m benchmarks.detection`):",
+            f"{told['size']} px{regions}; median and quartiles of the ratios over {told['turns']} alternating "
+            "steps (`python -m benchmarks.detection`):",
             "",
             "| detector | attention | plain, ms | ratio | quartiles |",
             "| --- | --- | --- | --- | --- |",
