@@ -71,8 +71,8 @@ def _loop(table: Table) -> list[str]:
             apart = last["val_ap50"] - line["val_ap50"]
             word = "within" if abs(apart) <= NEAR else "not within"
             told.append(
-                f"seed {line['seed']}: AP50 {last['val_ap50']:.1f} with the engine, {line['val_ap50']:.1f} with "
-                f"the loop ({word} {NEAR:g} points); AP {last['val_ap']:.1f} and {line['val_ap']:.1f}"
+                f"seed {line['seed']}: AP50 {last['val_ap50']:.1f} with the engine, {line['val_ap50']:.1f} "
+                f"with the loop ({word} {NEAR:g} points); AP {last['val_ap']:.1f} and {line['val_ap']:.1f}"
             )
     if not told:
         return []
@@ -93,8 +93,8 @@ def _steps() -> list[str]:
             "",
             f"Time of a training step with attention against a plain one, {told['device']['name']} "
             f"({told['device']['type']}), torch {told['torch']}, batches of {told['batch']} at "
-            f"{told['size']} px{regions}; median and quartiles of the ratios over {told['turns']} alternating "
-            "steps (`python -m benchmarks.detection`):",
+            f"{told['size']} px{regions}; median and quartiles of the ratios over {told['turns']} "
+            "alternating steps (`python -m benchmarks.detection`):",
             "",
             "| detector | attention | plain, ms | ratio | quartiles |",
             "| --- | --- | --- | --- | --- |",

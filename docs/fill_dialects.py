@@ -393,7 +393,7 @@ def difference(module: Dialect, *, training: bool) -> str:
     """The largest difference to the released formula with the same weights, on the one input."""
     ours = put_into_released(module)
     if ours is None:
-        return "no place for them"
+        return "not comparable"
     with torch.no_grad():
         gap = (ours.train(training)(image()) - module.train(training)(image())).abs().max().item()
     module.eval()
@@ -404,7 +404,7 @@ def brought_over(module: Dialect) -> str:
     """What `cbam.load_weights` does with the weights."""
     ours = cbam.CBAM(CHANNELS, kernel_size=convolution(module).kernel_size[0]).double().eval()
     if isinstance(module, Paper):
-        return "no code, no names"
+        return "no code to load from"
     try:
         loaded = cbam.load_weights(ours, module.state_dict())
     except CheckpointError as error:
@@ -436,8 +436,8 @@ COMPUTES: dict[str, Callable[[Dialect], str]] = {
 FOLLOWS: dict[str, Callable[[Dialect], str]] = {
     "parameters": lambda m: f"{sum(p.numel() for p in m.parameters()):,}",
     "ResNet50 with it": lambda m: in_resnet50(type(m)),
-    "difference, evaluating": lambda m: difference(m, training=False),
-    "difference, training": lambda m: difference(m, training=True),
+    "difference, eval mode": lambda m: difference(m, training=False),
+    "difference, training mode": lambda m: difference(m, training=True),
     "`cbam.load_weights`": brought_over,
 }
 
@@ -451,7 +451,7 @@ def tables() -> Iterator[str]:
         for name, module in modules.items():
             yield f"| {name} | " + " | ".join(find(module) for find in columns.values()) + " |"
         yield ""
-    yield "What was read:"
+    yield "Sources:"
     yield ""
     for name, kind in DIALECTS.items():
         yield f"- {name}: {kind.source}"
