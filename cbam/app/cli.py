@@ -37,9 +37,9 @@ COMMANDS = {
 
 EXIT_CODES = """\
 exit codes: 0 done, 1 unexpected error, 2 usage, 3 data, 4 weights file or checkpoint, 5 loss not finite,
-6 out of memory, 7 no room or no permission, 8 optional package missing, 9 one of several processes gone,
-10 not exportable, 75 time limit, 130 interrupted, 143 terminated; --resume auto takes up what `cbam train`
-saved before 75, 130 or 143"""
+6 out of memory, 7 disk full or no permission, 8 optional package missing, 9 one of several processes gone,
+10 not exportable, 75 time limit, 130 interrupted, 143 terminated. After 75, 130 and 143, `cbam train ...
+--resume auto` continues from the checkpoint that was saved."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -86,7 +86,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         ConfigError: it is not one of ours, with the nearest of what is.
     """
     parser = Parser(
-        prog="cbam", description="What-and-where attention for any PyTorch CNN.", allow_abbrev=False
+        prog="cbam", description="Channel and spatial attention for any CNN in PyTorch.", allow_abbrev=False
     )
     parser.epilog, parser.formatter_class = EXIT_CODES, argparse.RawDescriptionHelpFormatter
     parser.add_argument("--version", action="version", version=f"cbam {cbam.__version__}")

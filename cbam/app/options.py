@@ -145,7 +145,7 @@ def add_normalisation(parser: Parser) -> None:
     for flag, kind, words in (("--mean", share, "mean"), ("--std", deviation, "standard deviation")):
         parser.add_argument(
             flag, nargs=3, type=kind, metavar=("R", "G", "B"),
-            help=f"{words} that a weights file was trained with, of values from 0 to 1 (default: ImageNet's)",
+            help=f"{words} that a weights file was trained with, for values in [0, 1] (default: ImageNet's)",
         )  # fmt: skip
 
 

@@ -21,11 +21,11 @@ class Settings:
     data: str | None = option(
         None,
         "image folder: train/ and val/ with one folder per class, or one folder, which is split "
-        "(default: cluttered_digits, handwritten digits among pieces of others)",
+        "(default: cluttered_digits, handwritten digits among fragments of others)",
     )
     attention: tuple[str, ...] = option(
         ("se", "cbam"),
-        f"what to compare with the plain network, out of: {', '.join(ATTENTION)}; DATA goes before it",
+        f"what to compare with the plain network: {', '.join(ATTENTION)}; put DATA before this option",
         "NAME",
     )
     model: str | None = option(
@@ -33,22 +33,20 @@ class Settings:
     )
     epochs: int | None = option(
         None,
-        "epochs of the plain training, and again of every arm after it (default: 8 without DATA, 10 with)",
+        "epochs of the plain training, and of every arm after it (default: 8 without DATA, 10 with)",
         "N",
     )
-    seeds: int = option(3, "number of repetitions; the differences are paired by seed", "N")
-    batch_size: int | None = option(
-        None, "pictures per training step (default: 32 without DATA, 64 with)", "N"
-    )
+    seeds: int = option(3, "number of seeds; differences are paired by seed", "N")
+    batch_size: int | None = option(None, "images per step (default: 32 without DATA, 64 with)", "N")
     lr: float | None = option(None, "highest learning rate (default: 0.05, with --pretrained 0.005)", "RATE")
     size: int | None = option(
-        None, "side of the pictures in pixels (default: chosen from the folder)", "PIXELS"
+        None, "side of the images, in pixels (default: chosen from the folder)", "PIXELS"
     )
     limit: int | None = option(
-        None, "use only about N training and N validation pictures, spread over the classes", "N"
+        None, "use only about N training and N validation images, spread over the classes", "N"
     )
     from_scratch: bool = option(
-        False, "the paper's protocol: every arm from scratch, by the paper's initialisation"
+        False, "the paper's protocol: train every arm from scratch, with the paper's initialisation"
     )
     pretrained: str | None = option(
         None,
@@ -58,7 +56,7 @@ class Settings:
     )
     save_weights: bool = option(False, "keep the weights of every arm and seed, as safetensors")
     device: str = option("auto", "auto, cpu or cuda", "NAME")
-    workers: int = option(0, "processes that load pictures", "N")
+    workers: int = option(0, "processes that load images", "N")
 
     def __post_init__(self) -> None:
         problems = [text for good, text in self._rules() if not good]

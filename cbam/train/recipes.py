@@ -29,79 +29,80 @@ class Config:
     data: str | None = option(
         None,
         "image folder: train/ and val/ with one folder per class, or one folder, which is split; or a folder "
-        "of train-*.parquet and validation-*.parquet; with detect/... a folder of COCO or Pascal VOC",
+        "of train-*.parquet and validation-*.parquet; for detect/... a folder in COCO or Pascal VOC layout",
     )
     model: str = option(
         "resnet_tiny+cbam",
         "network, see `cbam list`; with attention: resnet50+cbam; a detector: fasterrcnn:resnet50+cbam",
         "NAME",
     )
-    epochs: int = option(10, "passes over the training pictures", "N")
-    batch_size: int = option(64, "pictures per step, on all devices together", "N")
+    epochs: int = option(10, "passes over the training images", "N")
+    batch_size: int = option(64, "images per step, on all devices together", "N")
     optimizer: str = option("sgd", f"one of {', '.join(OPTIMIZERS)}", "NAME")
     lr: float = option(0.05, "highest learning rate", "RATE")
-    momentum: float = option(0.9, "momentum of sgd", "M")
-    weight_decay: float = option(1e-4, "on every parameter", "W")
-    decay_matrices_only: bool = option(False, "no weight decay on biases and norms")
+    momentum: float = option(0.9, "momentum of SGD", "M")
+    weight_decay: float = option(1e-4, "weight decay, on every parameter", "W")
+    decay_matrices_only: bool = option(False, "no weight decay on biases and norm layers")
     schedule: str = option("cosine", f"one of {', '.join(SCHEDULES)}", "NAME")
     step_epochs: int = option(30, "with the step schedule: epochs between divisions by 10", "N")
     milestones: tuple[int, ...] = option(
         (), "with the step schedule: divide by 10 after these epochs instead", "N"
     )
-    warmup_epochs: float = option(0.0, "in which the learning rate rises from almost nothing", "N")
+    warmup_epochs: float = option(0.0, "epochs in which the learning rate rises linearly to --lr", "N")
     attention_lr: float = option(1.0, "learning rate of attention, as a multiple of --lr", "FACTOR")
-    label_smoothing: float = option(0.0, "share of the target that all classes get", "SHARE")
-    mixup: float = option(0.0, "mix pictures, share drawn from Beta(A, A); 0: no", "A")
-    cutmix: float = option(0.0, "cut pictures into each other, as --mixup", "A")
-    ema: float = option(0.0, "decay of an average of the weights, which is evaluated; 0: none", "DECAY")
-    nonfinite: str = option("stop", f"at a loss that is not finite: {' or '.join(NONFINITE)}", "WHAT")
+    label_smoothing: float = option(0.0, "share of the target that is spread over all classes", "SHARE")
+    mixup: float = option(0.0, "mixup, with the share drawn from Beta(A, A); 0: off", "A")
+    cutmix: float = option(0.0, "CutMix, with the share drawn from Beta(A, A); 0: off", "A")
+    ema: float = option(
+        0.0, "decay of an exponential moving average of the weights, which is evaluated; 0: off", "DECAY"
+    )
+    nonfinite: str = option("stop", f"what to do at a NaN or infinite loss: {' or '.join(NONFINITE)}", "WHAT")
     size: int | None = option(
         None,
-        "side of the pictures in pixels; of a folder chosen from it; of a detector the shorter side",
+        "side of the images, in pixels (chosen from an image folder); for a detector the shorter side",
         "PIXELS",
     )
     exif: bool = option(
-        True, "turn pictures as their EXIF says; not so for torchvision's loaders and published numbers"
+        True, "rotate images as their EXIF says; torchvision's folders, and most published numbers, do not"
     )
     augment: str | None = option(None, f"for detectors: {', '.join(AUGMENTATIONS)}", "NAME")
     regions: int | None = option(
         None,
-        "with fasterrcnn: learn from N regions of a picture, and look at 2 N of them (512 and 1000; "
-        "fasterrcnn_c4: 128 and 300)",
+        "with fasterrcnn: train the second stage on N regions per image, and test on 2 N (without: 512 and "
+        "1000; fasterrcnn_c4: 128 and 300)",
         "N",
     )
-    limit: int | None = option(None, "use only about N training and N validation pictures", "N")
-    seed: int = option(0, "of the weights, the order and the augmentation", "N")
+    limit: int | None = option(None, "use only about N training and N validation images", "N")
+    seed: int = option(0, "seed of the weights, the order and the augmentation", "N")
     pretrained: str | None = option(
         None,
-        "begin with these weights, of a network with or without attention: a file, a run, a folder of "
-        "save_pretrained; the learning rate of a recipe from scratch is then divided by 10",
+        "start from these weights, of a network with or without attention: a file, a run, or a folder of "
+        "save_pretrained; a recipe from scratch then uses a tenth of its learning rate",
         "FILE",
     )
     start: str | None = option(
         None,
-        "how attention begins: paper, initialised as in the authors' code, or identity, multiplying by one "
+        "how attention starts: paper, initialised as in the authors' code, or identity, multiplying by one "
         "(default: paper; identity with --pretrained)",
         "paper|identity",
     )
     freeze_norm: bool = option(
-        False, "of a detector with --pretrained: its BatchNorms stay as the file has them, but attention's"
+        False,
+        "for a detector with --pretrained: freeze its BatchNorms as the file has them, except attention's",
     )
     precision: str = option("fp32", f"one of {', '.join(PRECISIONS)}", "NAME")
     compile: bool = option(False, "run the network through torch.compile")
-    sync_bn: bool = option(False, "BatchNorm over the pictures of all GPUs")
+    sync_bn: bool = option(False, "BatchNorm over the images of all GPUs")
     device: str = option("auto", "auto, cpu or cuda", "NAME")
-    devices: int = option(1, "processes on this machine, a GPU for each; they share every batch", "N")
-    nodes: int = option(1, "machines; start it on each by torchrun or srun", "N")
+    devices: int = option(1, "processes on this machine, one GPU each; they share every batch", "N")
+    nodes: int = option(1, "number of machines; start the command on each, with torchrun or srun", "N")
     accumulate: int = option(1, "compute every step in N parts, which takes less memory", "N")
-    workers: int = option(0, "processes that load pictures", "N")
-    save_every: int | None = option(
-        None, "save after every N steps too, not at the ends of epochs alone", "N"
-    )
+    workers: int = option(0, "processes that load images", "N")
+    save_every: int | None = option(None, "also save every N steps, not only after each epoch", "N")
     log_every: int = option(50, "write a line of metrics every N steps", "N")
-    keep: int = option(3, "how many checkpoints stay", "N")
+    keep: int = option(3, "how many checkpoints to keep", "N")
     loggers: tuple[str, ...] = option(
-        ("csv", "tensorboard"), f"where metrics go beside metrics.jsonl: {', '.join(LOGGERS)}", "NAME"
+        ("csv", "tensorboard"), f"where metrics go besides metrics.jsonl: {', '.join(LOGGERS)}", "NAME"
     )
 
     def __post_init__(self) -> None:
@@ -206,7 +207,7 @@ def imagenet_paper() -> Config:
 
 
 def imagenet_modern() -> Config:
-    """ImageNet-1k with what came after the paper: cosine, warm-up, smoothing, mixing, average, bf16."""
+    """ImageNet-1k with newer methods: cosine, warm-up, label smoothing, mixup and CutMix, EMA, bf16."""
     return Config(
         "imagenet/modern", model="resnet50+cbam", epochs=100, batch_size=1024, lr=0.5, weight_decay=2e-5,
         decay_matrices_only=True, warmup_epochs=5, label_smoothing=0.1, mixup=0.2, cutmix=1.0, ema=0.9999,
@@ -223,7 +224,7 @@ def imagenet_finetune() -> Config:
 
 
 def detect_coco() -> Config:
-    """COCO, Faster R-CNN without a pyramid, as for table 6; rate and steps are torchvision's reference."""
+    """COCO, Faster R-CNN without a pyramid, as for table 6; schedule of torchvision's reference."""
     return Config(
         "detect/coco", model="fasterrcnn_c4:resnet50+cbam", augment="flip", epochs=26, batch_size=16, lr=0.02,
         schedule="step", milestones=(16, 22), warmup_epochs=0.14, freeze_norm=True, save_every=1000,
@@ -239,7 +240,7 @@ def detect_voc() -> Config:
 
 
 def detect_short() -> Config:
-    """A few hundred pictures with boxes: half a cosine over 40 epochs."""
+    """A few hundred images with boxes: half-cosine schedule over 40 epochs."""
     return Config(
         "detect/short", model="fasterrcnn:resnet18+cbam", augment="flip", epochs=40, batch_size=8, lr=0.01,
         warmup_epochs=1, freeze_norm=True,

@@ -8,7 +8,7 @@ from cbam.app.options import Parser, add_setting, given, need, terminable
 from cbam.app.terminal import show
 from cbam.studies.bench.settings import Bench
 
-HELP = "measure what attention costs here, against plain networks and other codes"
+HELP = "measure the cost of attention here, against plain networks and other implementations"
 EXTRAS = {"vision": ("torchvision", "timm"), "train": ("pytorch_lightning",)}
 
 
@@ -16,8 +16,10 @@ def add(parser: Parser) -> None:
     """The options: the fields of Bench, and where the rows go."""
     for field in dataclasses.fields(Bench):
         add_setting(parser, field)
-    parser.add_argument("--config", metavar="FILE", help="YAML file with options above")
-    parser.add_argument("--out", metavar="DIR", help="folder for the rows as CSV (default: none is written)")
+    parser.add_argument("--config", metavar="FILE", help="YAML file with any of the options above")
+    parser.add_argument(
+        "--out", metavar="DIR", help="write the rows as CSV to this folder (default: print only)"
+    )
 
 
 def run(options: argparse.Namespace) -> int:

@@ -7,7 +7,7 @@ from cbam.app.options import Parser, add_setting, given, need, terminable
 from cbam.app.terminal import progress, show
 from cbam.studies.settings import Settings
 
-HELP = "train a network with and without attention and report what it brought"
+HELP = "train a network with and without attention, and report the difference"
 OUT = "cbam-report"
 EXTRAS = {
     "train": ("torchvision", "PIL", "sklearn", "pytorch_lightning"),
@@ -20,10 +20,12 @@ def add(parser: Parser) -> None:
     for field in dataclasses.fields(Settings):
         add_setting(parser, field)
     parser.add_argument(
-        "--config", metavar="FILE", help="YAML file with options above; the command line wins"
+        "--config",
+        metavar="FILE",
+        help="YAML file with any of the options above; the command line takes precedence",
     )
     parser.add_argument("--out", default=OUT, metavar="DIR", help=f"report folder (default: {OUT})")
-    parser.add_argument("--overwrite", action="store_true", help="replace an earlier report in it")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier report there")
 
 
 def run(options: argparse.Namespace) -> int:

@@ -6,21 +6,23 @@ import sys
 from cbam.app.options import Parser, need, terminable
 from cbam.app.terminal import Counter, progress, show
 
-HELP = "say everything that is wrong with a data set"
+HELP = "check a data set, and report every fault"
 
 
 def add(parser: Parser) -> None:
     """The options."""
-    parser.add_argument("action", choices=("check",), metavar="check", help="check: print every fault")
+    parser.add_argument("action", choices=("check",), metavar="check", help="report every fault")
     parser.add_argument(
-        "data", metavar="DIR", help="class folders of pictures, parquet files, a COCO or a VOC folder"
+        "data",
+        metavar="DIR",
+        help="image folder with one folder per class, parquet files, or a COCO or VOC folder",
     )
     parser.add_argument(
         "--deep",
         action="store_true",
-        help="decode every picture, too, and look for files in both parts or in two classes",
+        help="also decode every image, and look for files that are in both parts or in two classes",
     )
-    parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes that look at pictures")
+    parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read images")
 
 
 def run(options: argparse.Namespace) -> int:

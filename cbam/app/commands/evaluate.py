@@ -8,7 +8,7 @@ from cbam.app.options import Parser, count, need, terminable
 from cbam.app.terminal import show
 from cbam.train.launch import launch, place
 
-HELP = "evaluate a checkpoint, a folder for the hub, or the weights of a named network"
+HELP = "evaluate a checkpoint, a folder for the hub, or weights of a named network"
 
 
 def add(parser: Parser) -> None:
@@ -16,30 +16,34 @@ def add(parser: Parser) -> None:
     parser.add_argument(
         "file",
         metavar="FILE",
-        help="checkpoint or folder of a run, folder to publish, or weights with --model",
+        help="checkpoint or folder of a run, folder for the hub, or weights file with --model",
     )
     parser.add_argument(
         "data",
         nargs="?",
         metavar="DATA",
-        help="folder of pictures (default: that of the run): its validation pictures; where it is one of "
-        "classes, without train/ and val/, all of them, but of the run's own those that were held out",
+        help="image folder (default: that of the run). Scores its val/; of a folder without train/ and val/ "
+        "all images, or, if the run was trained on it, those that were held out",
     )
     parser.add_argument(
         "--held-out",
         action="store_true",
-        help="of any folder of classes, score those alone that a training on it holds out",
+        help="of any folder of classes, score only the images that training on it would hold out",
     )
     parser.add_argument(
-        "--model", metavar="NAME", help="network, see `cbam list`; a checkpoint knows its own"
+        "--model",
+        metavar="NAME",
+        help="network of a weights file, see `cbam list`; a checkpoint knows its own",
     )
-    parser.add_argument("--size", type=count, metavar="PIXELS", help="side of the pictures")
-    parser.add_argument("--batch-size", type=count, metavar="N", help="(default: 256; of a detector 8)")
+    parser.add_argument("--size", type=count, metavar="PIXELS", help="side of the images, in pixels")
+    parser.add_argument(
+        "--batch-size", type=count, metavar="N", help="images at once (default: 256; for a detector 8)"
+    )
     parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu or cuda (default: auto)")
     parser.add_argument(
-        "--devices", type=count, default=1, metavar="N", help="processes that share it (default: 1)"
+        "--devices", type=count, default=1, metavar="N", help="processes that share the work (default: 1)"
     )
-    parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes that load pictures")
+    parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes that load images")
 
 
 def run(options: argparse.Namespace) -> int:

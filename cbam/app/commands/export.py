@@ -12,7 +12,7 @@ from cbam.errors import ConfigError
 if TYPE_CHECKING:
     from cbam.app.source import Source
 
-HELP = "write a network for torch.export, ONNX or OpenVINO, or as a folder to share, with a model card"
+HELP = "export a network for torch.export, ONNX or OpenVINO, or as a folder to share, with a model card"
 SUFFIX = {"torch": ".pt2", "onnx": ".onnx", "openvino": ".xml", "hub": ""}
 EXTRAS = {
     "torch": {},
@@ -25,31 +25,40 @@ EXTRAS = {
 def add(parser: Parser) -> None:
     """The options."""
     parser.epilog = (
-        "The file is run against PyTorch on three inputs before it is put in place: values agree to 1e-5 of "
-        "the largest, classes are the same. It takes pictures as the network does, normalised; mean, "
-        "standard deviation and class names are told in the file, where they are known. --to hub writes a "
-        "folder for cbam.from_pretrained and the Hugging Face Hub; of a run its model card tells recipe and "
-        "results."
+        "Before the file is put in place it is compared with PyTorch on three inputs: values must agree to "
+        "1e-5 of the largest, and classes must be the same. The file takes normalised images, as the network "
+        "does, and states mean, standard deviation and class names if they are known. --to hub writes a "
+        "folder for cbam.from_pretrained and the Hugging Face Hub; for a run, its model card has the recipe "
+        "and the results."
     )
     parser.add_argument(
         "source",
         metavar="NAME|FILE",
-        help="network, see `cbam list`; a run of `cbam train` or its checkpoint, a folder of "
-        "save_pretrained, or weights with --model",
+        help="network, see `cbam list`; a run of `cbam train` or its checkpoint; a folder of "
+        "save_pretrained; or a weights file with --model",
     )
     parser.add_argument("--to", required=True, choices=SUFFIX, help="the format")
-    parser.add_argument("--model", metavar="NAME", help="network of a weights file")
-    parser.add_argument("--num-classes", type=count, metavar="N", help="of NAME or --model (default: 1000)")
-    parser.add_argument("--dynamic", action="store_true", help="leave batch, height and width free")
+    parser.add_argument("--model", metavar="NAME", help="network of the weights file")
     parser.add_argument(
-        "--size", type=count, metavar="PIXELS", help="side of the input (default: as trained, or 224)"
+        "--num-classes", type=count, metavar="N", help="classes of NAME or --model (default: 1000)"
+    )
+    parser.add_argument("--dynamic", action="store_true", help="leave batch size, height and width free")
+    parser.add_argument(
+        "--size",
+        type=count,
+        metavar="PIXELS",
+        help="side of the input, in pixels (default: as trained, or 224)",
     )
     add_normalisation(parser)
-    parser.add_argument("--batch", type=count, metavar="N", help="pictures at once (default: 1)")
-    parser.add_argument("--opset", type=count, metavar="N", help="of ONNX (default: the exporter's)")
-    parser.add_argument("--licence", metavar="SPDX", help="of the weights, for the model card: mit")
-    parser.add_argument("--out", metavar="PATH", help="the file (default: the name with the format's ending)")
-    parser.add_argument("--overwrite", action="store_true", help="replace a file that is there")
+    parser.add_argument("--batch", type=count, metavar="N", help="batch size (default: 1)")
+    parser.add_argument("--opset", type=count, metavar="N", help="ONNX opset (default: the exporter's)")
+    parser.add_argument(
+        "--licence", metavar="SPDX", help="licence of the weights, for the model card, such as mit"
+    )
+    parser.add_argument(
+        "--out", metavar="PATH", help="output file (default: the name with the format's suffix)"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
 
 
 def run(options: argparse.Namespace) -> int:

@@ -7,7 +7,7 @@ from cbam.app.options import Parser, add_normalisation, count, need, share, term
 from cbam.app.terminal import counted, progress, show
 from cbam.errors import ConfigError, DataError
 
-HELP = "show what networks look at in your pictures, with and without attention"
+HELP = "show where networks look in your images, with and without attention"
 OUT = "cbam-look"
 THRESHOLD = 0.5
 METHODS = ("gradcam", "gradcam++", "layercam", "scorecam")
@@ -17,33 +17,35 @@ EXTRAS = {"explain": ("torchvision", "timm", "PIL", "safetensors", "torchcam", "
 def add(parser: Parser) -> None:
     """The options."""
     parser.epilog = (
-        "Without --weights or --compare it looks with EfficientNet-Lite0, plain and with CBAM; their weights "
-        "are installed with cbam[explain], nothing is downloaded."
+        "Without --weights or --compare the networks are EfficientNet-Lite0, plain and with CBAM. "
+        "cbam[explain] installs their weights; nothing is downloaded."
     )
     parser.add_argument(
-        "images", nargs="*", metavar="IMAGE", help="pictures, or folders of them (a contact sheet)"
+        "images", nargs="*", metavar="IMAGE", help="images, or folders of images (drawn as contact sheets)"
     )
     add_networks(parser)
     parser.add_argument(
-        "--target", metavar="CLASS", help="show the evidence for this class, by name or number"
+        "--target",
+        metavar="CLASS",
+        help="show the evidence for this class, by name or number (default: the first network's prediction)",
     )
     parser.add_argument(
-        "--method", choices=METHODS, help="(default: gradcam; of a box, with --detect, layercam)"
+        "--method", choices=METHODS, help="how the maps are made (default: gradcam; with --detect layercam)"
     )
     parser.add_argument("--layer", metavar="NAME", help="layer of the maps (default: the last feature map)")
     parser.add_argument(
         "--score", metavar="DATA",
-        help="measure how well maps find objects: a folder of VOC XML, a COCO .json, a .csv, or, with "
-        "networks of your own, digits",
+        help="measure how well the maps find objects: a folder of VOC XML, a COCO .json, a .csv, or, with "
+        "your own networks, digits",
     )  # fmt: skip
     parser.add_argument(
         "--gates", metavar="DATA",
-        help="sum up what the gates do over pictures: a folder of them, or of a folder per class, or, with "
-        "networks of your own, digits",
+        help="summarise what the gates do over a set of images: an image folder, a folder per class, or, "
+        "with your own networks, digits",
     )  # fmt: skip
-    parser.add_argument("--label", metavar="NAME", help="with --score: the boxes of this label alone")
+    parser.add_argument("--label", metavar="NAME", help="with --score: only the boxes with this label")
     parser.add_argument(
-        "--limit", type=count, metavar="N", help="with --score and --gates: so many pictures, evenly spaced"
+        "--limit", type=count, metavar="N", help="with --score and --gates: use N images, evenly spaced"
     )
     add_detection(parser)
     parser.add_argument("--out", default=OUT, metavar="DIR", help=f"folder of the figures (default: {OUT})")
@@ -53,33 +55,35 @@ def add_detection(parser: Parser) -> None:
     """The options of detectors."""
     parser.add_argument(
         "--detect", action="store_true",
-        help="look with detectors (--model fasterrcnn:resnet50): their boxes, and the evidence for one",
+        help="for detectors (--model fasterrcnn:resnet50): draw their boxes, and the evidence for one",
     )  # fmt: skip
     parser.add_argument(
         "--box", type=count, metavar="N", help="with --detect: the box to show the evidence for (default: 1)"
     )
     parser.add_argument(
         "--threshold", type=share, metavar="SCORE",
-        help=f"with --detect: boxes from this score (default: {THRESHOLD})",
+        help=f"with --detect: the lowest score of a box (default: {THRESHOLD})",
     )  # fmt: skip
 
 
 def add_networks(parser: Parser) -> None:
     """The options that say which networks."""
     parser.add_argument(
-        "--model", metavar="NAME", help="network, see `cbam list`; a checkpoint knows its own"
+        "--model",
+        metavar="NAME",
+        help="network of weights files, see `cbam list`; a checkpoint knows its own",
     )
     parser.add_argument(
         "--weights",
         metavar="FILE",
-        help="weights of --model; a run of `cbam train`; a folder of save_pretrained",
+        help="weights for --model, a run of `cbam train`, or a folder of save_pretrained",
     )
     parser.add_argument(
         "--compare", nargs="+", default=[], metavar="NAME=FILE",
-        help="networks side by side: plain=FILE cbam=FILE",
+        help="several networks side by side: plain=FILE cbam=FILE",
     )  # fmt: skip
     parser.add_argument("--classes", metavar="FILE", help="class names, one per line (default: ImageNet's)")
-    parser.add_argument("--size", type=count, metavar="PIXELS", help="side of what the networks see")
+    parser.add_argument("--size", type=count, metavar="PIXELS", help="side of the network input, in pixels")
     add_normalisation(parser)
 
 

@@ -6,16 +6,21 @@ from cbam.app.commands.look import EXTRAS, add_networks
 from cbam.app.options import Parser, count, need, terminable
 from cbam.app.terminal import show
 
-HELP = "a web page on this machine: drop a picture, see what networks look at in it"
+HELP = "serve a local web page that shows where networks look in an image"
 
 
 def add(parser: Parser) -> None:
     """The options."""
     add_networks(parser)
     parser.add_argument(
-        "--host", default="127.0.0.1", metavar="NAME", help="(default: 127.0.0.1, this machine alone)"
+        "--host",
+        default="127.0.0.1",
+        metavar="NAME",
+        help="address to listen on (default: 127.0.0.1, only this machine)",
     )
-    parser.add_argument("--port", type=_port, default=7860, metavar="N", help="(default: 7860)")
+    parser.add_argument(
+        "--port", type=_port, default=7860, metavar="N", help="port to listen on (default: 7860)"
+    )
 
 
 def _port(text: str) -> int:

@@ -9,7 +9,7 @@ from cbam.errors import StoppedError
 from cbam.studies.study import PRECISIONS, SEEDS
 from cbam.studies.tables import STUDIES
 
-HELP = "fill tables of the paper: train what has no record yet, and compute the tables from the records"
+HELP = "fill tables of the paper: train the runs that have no record yet, and compute the tables"
 OUT = "results"
 EXTRAS = {"train": ("torchvision", "PIL", "sklearn", "pytorch_lightning")}
 _CHANGES = ("network", "epochs", "batch_size", "lr", "warmup_epochs", "size", "limit", "precision", "regions")
@@ -17,50 +17,56 @@ _CHANGES = ("network", "epochs", "batch_size", "lr", "warmup_epochs", "size", "l
 
 def add(parser: Parser) -> None:
     """The options: which study, on what, how much of it, and what to change of the usual training."""
-    parser.add_argument("name", nargs="*", metavar="NAME", help=f"of {', '.join(STUDIES)}; without: a list")
+    parser.add_argument("name", nargs="*", metavar="NAME", help=f"{', '.join(STUDIES)} (default: list them)")
     parser.add_argument(
         "--dataset",
         default="digits",
         metavar="D",
-        help="digits, or an image folder (default: digits); with coco a folder of COCO or Pascal VOC, "
-        "with voc one of Pascal VOC",
+        help="digits, or an image folder (default: digits); for the study coco a folder in COCO or Pascal "
+        "VOC layout, for voc one in Pascal VOC layout",
     )
     parser.add_argument(
         "--seeds", type=count, default=SEEDS, metavar="N", help=f"repetitions of every row (default: {SEEDS})"
     )
-    parser.add_argument("--arms", nargs="+", metavar="ROW", help="these rows alone")
+    parser.add_argument("--arms", nargs="+", metavar="ROW", help="train only these rows")
     parser.add_argument(
-        "--budget", type=duration, metavar="TIME", help="stop before this is over: 90m, 11.5h"
+        "--budget", type=duration, metavar="TIME", help="stop before this time is over: 90m, 11.5h"
     )
     parser.add_argument(
-        "--out", default=OUT, metavar="DIR", help=f"where the folder of the study is (default: {OUT})"
+        "--out", default=OUT, metavar="DIR", help=f"parent of the folders of the studies (default: {OUT})"
     )
     alone = parser.add_mutually_exclusive_group()
-    alone.add_argument("--plan", action="store_true", help="say what there is to do, and do nothing")
-    alone.add_argument("--tables", action="store_true", help="compute the tables anew, and train nothing")
+    alone.add_argument("--plan", action="store_true", help="print which runs are missing, and train nothing")
+    alone.add_argument("--tables", action="store_true", help="recompute the tables, and train nothing")
     parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu or cuda (default: auto)")
-    parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes that load pictures")
+    parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes that load images")
     parser.add_argument(
-        "--commit", metavar="SHA", help="what this code is a copy of, where it is no git checkout"
+        "--commit", metavar="SHA", help="the commit of this code, if it is a copy without git"
     )
     absent = argparse.SUPPRESS  # the usual value depends on the data set
     parser.add_argument("--network", default=absent, metavar="NAME", help="network, see `cbam list`")
     parser.add_argument("--epochs", type=count, default=absent, metavar="N", help="epochs of a run")
-    parser.add_argument("--batch-size", type=count, default=absent, metavar="N", help="pictures per step")
+    parser.add_argument("--batch-size", type=count, default=absent, metavar="N", help="images per step")
     parser.add_argument("--lr", type=float, default=absent, metavar="RATE", help="highest learning rate")
     parser.add_argument(
         "--warmup-epochs",
         type=float,
         default=absent,
         metavar="N",
-        help="in which the rate rises to it; 0: none",
-    )
-    parser.add_argument("--size", type=count, default=absent, metavar="PIXELS", help="side of the pictures")
-    parser.add_argument(
-        "--limit", type=count, default=absent, metavar="N", help="about N pictures of each set"
+        help="epochs in which the learning rate rises to --lr; 0: none",
     )
     parser.add_argument(
-        "--regions", type=count, default=absent, metavar="N", help="regions per picture of Faster R-CNN"
+        "--size", type=count, default=absent, metavar="PIXELS", help="side of the images, in pixels"
+    )
+    parser.add_argument(
+        "--limit",
+        type=count,
+        default=absent,
+        metavar="N",
+        help="use only about N training and N validation images",
+    )
+    parser.add_argument(
+        "--regions", type=count, default=absent, metavar="N", help="regions per image for Faster R-CNN"
     )
     parser.add_argument("--precision", default=absent, metavar="NAME", help=f"one of {', '.join(PRECISIONS)}")
 

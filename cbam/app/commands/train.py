@@ -12,7 +12,7 @@ from cbam.errors import ConfigError
 from cbam.train.launch import launch, place
 from cbam.train.recipes import RECIPES, Config, recipe
 
-HELP = "train a network by a recipe; a stopped run can be resumed"
+HELP = "train a network by a recipe; an interrupted run can be resumed"
 RUNS = "cbam-runs"
 EXTRAS = {"train": ("torchvision", "PIL", "sklearn", "pytorch_lightning")}
 
@@ -24,24 +24,28 @@ def add(parser: Parser) -> None:
         if field.name != "recipe":
             add_setting(parser, field, of_recipe=True)
     parser.add_argument(
-        "--config", metavar="FILE", help="YAML file with options above, as config.json of a run"
+        "--config",
+        metavar="FILE",
+        help="YAML file with any of the options above, such as the config.json of a run",
     )
     parser.add_argument("--out", metavar="DIR", help=f"folder of the run (default: {RUNS}/RECIPE)")
     parser.add_argument(
         "--resume",
         metavar="auto|PATH",
-        help="go on from the newest valid checkpoint of the folder, if it has one; or from this file or run",
+        help="auto: continue from the newest valid checkpoint in --out, if there is one; PATH: from this "
+        "checkpoint or run",
     )
     parser.add_argument(
         "--override",
         action="store_true",
-        help="let a resumed run go on with another learning rate, schedule or number of epochs",
+        help="let a resumed run change the epochs, learning rate, schedule, momentum, weight decay, label "
+        "smoothing, mixing and --nonfinite",
     )
     parser.add_argument(
         "--max-time",
         type=duration,
         metavar="TIME",
-        help="save and exit with 75 before this time is over: 90m, 11.5h, 11:30:00",
+        help="save and exit with code 75 before this time is over: 90m, 11.5h, 11:30:00",
     )
 
 

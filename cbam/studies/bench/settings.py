@@ -14,18 +14,20 @@ class Bench:
     """What `cbam bench` measures."""
 
     device: str = option("auto", "auto, cpu or cuda", "NAME")
-    dtype: str | None = option(None, f"{', '.join(DTYPES)}; float32 on a CPU, else bfloat16", "NAME")
+    dtype: str | None = option(
+        None, f"{', '.join(DTYPES)} (default: float32 on a CPU, else bfloat16)", "NAME"
+    )
     networks: tuple[str, ...] = option(
-        ("resnet18", "resnet50", "mobilenet_v3_large", "convnext_tiny"), "which networks", "NAME"
+        ("resnet18", "resnet50", "mobilenet_v3_large", "convnext_tiny"), "networks to measure", "NAME"
     )
-    batch_size: int | None = option(None, "pictures per step; 8 on a CPU, else 128", "N")
+    batch_size: int | None = option(None, "images per step (default: 8 on a CPU, else 128)", "N")
     layouts: tuple[str, ...] = option(("NCHW", "NHWC"), "NCHW, NHWC or both", "NAME")
-    compiled: bool = option(False, "whole networks compiled too (torch.compile)")
+    compiled: bool = option(False, "also measure whole networks under torch.compile")
     keep_memory: bool = option(
-        False, "the C library keeps what is freed: times without page faults (Linux, CPU)"
+        False, "let the C library keep freed memory: times without page faults (Linux, CPU)"
     )
-    rounds: int = option(11, "how often everything is timed, in turns", "N")
-    quick: bool = option(False, "one shape and one small network: about a minute")
+    rounds: int = option(11, "how often everything is timed, in alternation", "N")
+    quick: bool = option(False, "only one shape and one small network: about a minute")
 
     def __post_init__(self) -> None:
         problems = []
