@@ -29,8 +29,8 @@ It is `cbam.ChannelAttention(channels, pools=("avg",))`: the channel gate of CBA
 Reference: Hu, Shen, Sun, "Squeeze-and-Excitation Networks", CVPR 2018, arXiv 1709.01507, section 3.
 """
 ALONE = """\
-Of `cbam.nn.{kind}`, which does not ask for the channels. With others than these it is attached by
-`attention=lambda channels: cbam.nn.{kind}(kernel_size=3)`."""
+These are the arguments of `cbam.nn.{kind}`, which does not take the number of channels. To attach it with
+other values, use `attention=lambda channels: cbam.nn.{kind}(kernel_size=3)`."""
 
 
 class Card(NamedTuple):
@@ -151,9 +151,9 @@ def page(card: Card, plain: Cost) -> str:
     """One card."""
     with_it = card.network
     start = (
-        "`identity_()`: `cbam.attach` leaves the output of a network bit-equal."
+        "`identity_()`: `cbam.attach` leaves the output of a network bit-identical."
         if card.identity
-        else 'None exists; attach it with `start="paper"`, its own initialisation.'
+        else 'There is none; attach it with `start="paper"`, which keeps its own initialisation.'
     )
     parts = [
         f"# {title(card)}",
@@ -201,8 +201,8 @@ def index(all_cards: list[Card], plain: Cost) -> str:
     lines = [
         "# Attention modules",
         "",
-        "All take a feature map and give one of the same shape: `cbam.attach(model, attention=...)` puts any",
-        "of them into any network. Each is tested against its formula, written out independently.",
+        "All modules keep the shape of the feature map, so `cbam.attach(model, attention=...)` can put any",
+        "of them into any network. Tests compare each with an independent implementation of its formula.",
         "",
         "| module | name | parameters, C = 256 | ResNet50 with it | GMAC | identity start |",
         "|---|---|---|---|---|---|",
@@ -214,7 +214,7 @@ def index(all_cards: list[Card], plain: Cost) -> str:
             f"| [{title(card)}]({card.name}.md) | `{card.name}` | {card.parameters:,} | {count} | "
             f"{card.network.gmac:.4f} | {'yes' if card.identity else 'no'} |"
         )
-    lines += ["", "The cards are made from the docstrings by `make cards`; the numbers are counted."]
+    lines += ["", "`make cards` generates the cards from the docstrings. The numbers are counted."]
     return "\n".join(lines) + "\n"
 
 

@@ -26,7 +26,7 @@ class CoordAttention(SigmoidGate):
 
     Shape: (N, C, H, W) -> the same; unbatched (C, H, W) too.
 
-    Elsewhere: timm's CoordAttn has no biases and rounds the hidden layer to a multiple of 8.
+    Elsewhere: in timm, CoordAttn has no biases and rounds the hidden layer to a multiple of 8.
     """
 
     def __init__(self, channels: int, *, reduction: int = 32) -> None:

@@ -13,7 +13,7 @@ class ECA(SigmoidGate):
 
         F' = M(F) F     M(F) = g sigmoid(conv_k(avgpool F))
 
-    conv_k runs along the channels, without a bias. Unless said, k is the odd number nearest to
+    conv_k runs along the channels, without a bias. By default k is the odd number nearest to
     (log2(C) + 1) / 2, the larger of two equally near: 3 for 64 channels, 5 for 128 to 1024, 7 for 2048.
 
     Reference: Wang, Wu, Zhu, Li, Zuo, Hu, "ECA-Net: Efficient Channel Attention for Deep Convolutional Neural

@@ -14,7 +14,7 @@ class EMA(SigmoidGate):
         P = GN(F sigmoid(h) sigmoid(w))     [h; w] = f1([mean of each row; mean of each column])
         Q = f3(F)
 
-    for each of the groups alone, all with the same weights. f1 and f3 are 1x1 and 3x3 convolutions with
+    for each group separately, with shared weights. f1 and f3 are 1x1 and 3x3 convolutions with
     biases; GN normalises every channel of a sample by itself; softmax runs over the channels of a group, and
     the dot is a product over those channels. The identity start zeroes the affine of GN and f3.
 

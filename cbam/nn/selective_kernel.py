@@ -15,10 +15,10 @@ class SelectiveKernel(nn.Module):
         F' = a U1 + b U2        Um = relu(BN(f_m(F)))       [a, b] = softmax over m of [A z, B z]
         z = relu(BN(W avgpool(U1 + U2)))
 
-    f_m is a grouped 3x3 convolution, dilated by m, without a bias; A, B and W have none either. The whole
-    selective kernel convolution, split, fuse and select, is the module of equal shape: it puts other features
-    in the place of the map, which no weights make the map itself (a relu is passed). So there is no identity
-    start; where the map is the residual branch of a block, take start="paper".
+    f_m is a grouped 3x3 convolution, dilated by m, without a bias; A, B and W have none either. The module is
+    the whole selective kernel convolution: split, fuse and select. It replaces the map by other features,
+    behind a relu, and no weights make it return the map itself. So there is no identity start: attach it with
+    start="paper".
 
     Reference: Li, Wang, Hu, Yang, "Selective Kernel Networks", CVPR 2019, arXiv 1903.06586.
 

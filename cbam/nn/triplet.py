@@ -16,7 +16,7 @@ class TripletAttention(Gate):
         F' = (Mhw(F) + Mcw(F) + Mhc(F)) F / 3
         M(F) = g sigmoid(BN(conv([max; mean over the third axis])))
 
-    Mhw is the spatial gate of CBAM; Mcw has an own value for every channel and column, Mhc for every row and
+    Mhw is the spatial gate of CBAM; Mcw has a value for every channel and column, Mhc for every row and
     channel. The convolutions are k x k from two channels to one, without a bias. With g = 2 and BN at zero
     the gates sum to exactly 3, and 3 / 3 = 1.
 
