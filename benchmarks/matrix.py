@@ -169,21 +169,21 @@ def page(rows: dict[str, dict[str, Any]], expected: dict[str, int | None]) -> It
     attached_to = {n: r for n, r in rows.items() if r.get("attached")}
     counted = [n for n in rows if expected[n] is not None]
     minutes = sum(r["seconds"] for r in rows.values()) / 60
-    yield "# Networks that attention was attached to"
+    yield "# The networks that were tried"
     yield ""
     yield (
         f"{len(rows)} networks of torchvision {made['torchvision']} and timm {made['timm']}, torch "
-        f"{made['torch']}, one CPU thread, float32, freshly initialised, {made['date']}. `make matrix` makes "
-        f"this page (`benchmarks/matrix.py`); it took {minutes:.0f} minutes."
+        f"{made['torch']}, one CPU thread, float32, randomly initialised, {made['date']}. `make matrix` "
+        f"(`benchmarks/matrix.py`) computes this page; it took {minutes:.0f} minutes."
     )
     yield ""
     facts = {
         "with attention attached": len(attached_to),
-        "bit-equal after `cbam.attach(model)`": sum(r["equal"] for r in attached_to.values()),
-        "with a gradient at every parameter in a step of training (where the plain network has one)": sum(
+        "output bit-identical after `cbam.attach(model)`": sum(r["equal"] for r in attached_to.values()),
+        "with a gradient at every parameter in a training step (where the plain network has one)": sum(
             not r["without_gradient"] for r in attached_to.values()
         ),
-        "bit-equal, with the plain keys and classes, after the step, plain weights and `cbam.detach`": sum(
+        "bit-identical, with plain keys and classes, after that step, plain weights and `cbam.detach`": sum(
             r["detached"] for r in attached_to.values()
         ),
     }
@@ -192,19 +192,19 @@ def page(rows: dict[str, dict[str, Any]], expected: dict[str, int | None]) -> It
     for text, count in facts.items():
         yield f"| {text} | {count} |"
     right = sum(rows[n].get("sites") == expected[n] for n in counted)
-    yield f"| with as many places as were counted by hand from their definition | {right} of {len(counted)} |"
+    yield f"| with as many places as a count by hand of their definition | {right} of {len(counted)} |"
     yield f"| places in all | {sum(r['attached'] for r in attached_to.values())} |"
     yield ""
     yield (
-        "Input is the side of the two square images. Routes: "
+        "*Input* is the side of the two square input images. *Routes* say where in the block attention runs: "
         + "; ".join(f"{when} = {text}" for when, text in ROUTES.items())
-        + ". The reasons of what is left out are explained in [attaching](attaching.md#where-it-goes); a "
-        "network where nothing can be attached is refused with its reason, unchanged."
+        + ". [Attaching](attaching.md#where-it-goes) explains the reasons for places left out. If a network "
+        "has no place, `attach` refuses it with the reason, and leaves it unchanged."
     )
     yield ""
     yield "## Attached"
     yield ""
-    yield "| network | input | places | counted | routes | bit-equal | gradients | detached | left out |"
+    yield "| network | input | places | counted | routes | bit-identical | gradients | detached | left out |"
     yield "|---|---|---|---|---|---|---|---|---|"
     for name, row in attached_to.items():
         count = expected[name]
