@@ -13,6 +13,7 @@ from cbam.errors import CheckpointError, InputError
 LIBRARY = "cbam"
 FORMAT = 3  # of config.json; a newer one is refused. Cards of format 1 have no `resize`, of 2 no `exif`
 LARGEST = 4_000_000  # bytes of a config.json
+CBAM = "Attention: CBAM (Woo, Park, Lee and Kweon, ECCV 2018, arXiv 1807.06521)."
 _IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
 
@@ -182,11 +183,11 @@ def _card(told: Any) -> Card:
 
 def page(network: Network, card: Card, title: str) -> str:
     """The model card, Markdown with the header that the Hugging Face Hub reads."""
-    name = network.name or "a network of its author's own"
+    name = network.name or "a custom network"
     loaded = "" if network.name else ", model=your_network"
     costs = f"- parameters: {network.parameters:,}"
     if network.gmac is not None:
-        costs += f"\n- multiply-accumulates for one picture of {card.size} px: {network.gmac:.4f} G"
+        costs += f"\n- multiply-accumulates for one image of {card.size} px: {network.gmac:.4f} G"
     parts = [
         _header(card, title),
         f"# {_line(title)}",
@@ -194,7 +195,7 @@ def page(network: Network, card: Card, title: str) -> str:
         card.about,
         f"```python\nimport cbam\n\nmodel = cbam.from_pretrained({json.dumps(title)}{loaded})"
         "  # this folder, or org/name on the Hub\n```",
-        f"Pictures are RGB{_sides(card)}, scaled to [0, 1] and normalised with mean {_numbers(card.mean)} "
+        f"Images are RGB{_sides(card)}, scaled to [0, 1] and normalised with mean {_numbers(card.mean)} "
         f"and standard deviation {_numbers(card.std)}.",
         "## What it costs",
         costs,
@@ -204,7 +205,7 @@ def page(network: Network, card: Card, title: str) -> str:
         _results(card.results),
         "## Licence",
         _line(card.licence) or "Not given: ask the author before using the weights.",
-        "Attention: CBAM (Woo, Park, Lee and Kweon, ECCV 2018, arXiv 1807.06521).",
+        CBAM if "+cbam" in network.name else "",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -213,7 +214,7 @@ def _sides(card: Card) -> str:
     square = f"{card.size} x {card.size} px"
     if card.resize is None:
         return f" of {square}"
-    return f", brought to {card.resize} px on the shorter side, their middle {square} taken"
+    return f", resized to {card.resize} px on the shorter side and centre-cropped to {square}"
 
 
 def _header(card: Card, title: str) -> str:

@@ -87,7 +87,7 @@ def test_card_and_file_say_how_pictures_come_to_a_network_trained_on_a_folder(tm
     assert "as they are stored, not turned as their EXIF says" in cbam.hub.card_of("shared").about
     assert (cbam.hub.card_of("shared").size, cbam.hub.card_of("shared").resize) == (56, 64)
     page = Path("shared/README.md").read_text()
-    assert "brought to 64 px on the shorter side, their middle 56 x 56 px taken" in page
+    assert "resized to 64 px on the shorter side and centre-cropped to 56 x 56 px" in page
     assert page.count("shorter side") == page.count("56 x 56") == 1  # and nothing that contradicts it
     for named in ("mine", "shared"):
         assert cli.main(["export", named, "--to", "torch", "--out", f"{named}.pt2"]) == 0

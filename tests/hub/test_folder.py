@@ -79,6 +79,12 @@ def test_what_is_not_given_is_said_to_be_not_given(model, tmp_path):
     assert "license" not in page
 
 
+@pytest.mark.parametrize("name", ["resnet_tiny", "resnet_tiny+se", "resnet_tiny+cbam", "resnet_tiny+cbam-k3"])
+def test_the_card_cites_cbam_where_the_network_has_it(tmp_path, name):
+    folder = cbam.save_pretrained(cbam.build(name, num_classes=3), tmp_path / "net", network=name)
+    assert ("arXiv 1807.06521" in (folder / "README.md").read_text()) == ("+cbam" in name)
+
+
 def test_a_card_cannot_break_out_of_its_header_or_its_table(model, tmp_path):
     evil = Card(data="x\n---\n<script>", licence='mit"\ntags: [a]', results={"a | b": 1.0}, recipe="a\n# b")
     page = (cbam.save_pretrained(model, tmp_path / "mine", card=evil) / "README.md").read_text()
