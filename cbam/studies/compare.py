@@ -123,7 +123,7 @@ class _Comparison:
         equal = torch.equal(before, after)
         self.watch.say(
             f"seed {seed}: {LABELS[name]} attached at {len(attached(model))} places, logits on {len(images)} "
-            f"validation pictures {'bit-equal' if equal else 'NOT bit-equal'} before and after"
+            f"validation pictures {'bit-identical' if equal else 'NOT bit-identical'} before and after"
         )
         largest = (before - after).abs().max().item()
         return {"pictures": len(images), "bit_equal": equal, "largest_difference": largest}

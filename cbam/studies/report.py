@@ -183,7 +183,7 @@ def _start_told(results: dict) -> str:
     equal = sum(check["bit_equal"] for check in checks)
     pictures = checks[0]["pictures"]
     return (
-        f"Attached at the identity start: logits on {pictures} validation pictures bit-equal before and "
+        f"Attached at the identity start: logits on {pictures} validation pictures bit-identical before and "
         f"after in {equal} of {len(checks)} cases."
     )
 

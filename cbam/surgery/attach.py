@@ -34,7 +34,7 @@ def attach(
     """Put attention into `model`, in place, before the add of every residual block; returns `model`.
 
     No key of the model changes and no weight is touched: the attention of a block lives beside its children
-    under the name `cbam`. With `start="identity"` the outputs stay bit-equal
+    under the name `cbam`. With `start="identity"` the outputs stay bit-identical
     (where fused kernels run, see docs/kernels.md: in float32 and float64 on a CPU, elsewhere to rounding).
 
     Args:

@@ -91,7 +91,7 @@ def test_the_identity_start_is_checked_on_real_pictures_and_told(finished):
     checks = [run["identity"] for run in results["runs"] if run["arm"] != "plain"]
     assert checks == [{"pictures": 16, "bit_equal": True, "largest_difference": 0.0}] * 4
     assert sum("CBAM attached at 3 places, logits on 16" in line for line in watch.lines) == 2
-    assert sum("bit-equal before and after" in line for line in watch.lines) == 4
+    assert sum("bit-identical before and after" in line for line in watch.lines) == 4
 
 
 def test_costs_are_counted_and_timed_side_by_side(finished):
