@@ -225,16 +225,16 @@ def markdown(results: dict[str, Any]) -> str:
 
 
 _NOTES = (
-    "- Pointing game: is the map's largest value on the object. Energy: the share of the map's sum on it.",
-    "- IoU: of the object and of what is above a share of the map's largest value; one share for all "
-    "pictures, the best for each map, chosen on these pictures.",
+    "- Pointing game: whether the map's maximum is on the object. Energy: the share of the map's sum on it.",
+    "- IoU: of the object and the part of the map above a threshold, a share of the map's maximum. Each map "
+    "has one threshold for all pictures: the one that is best on these pictures.",
     "- Deletion (lower is better) and insertion (higher is better): the area under the probability of the "
-    f"class while the map's pixels are taken out, or put in, from the largest value on, in {STEPS} steps. "
-    "Each network judges its own map, the first one those of the centre prior and of the untrained network.",
-    "- Centre prior: a bell in the middle, the same for every picture. Untrained: the first network with "
-    "fresh weights.",
-    "- Intervals: Student's, 95 %, over the differences of single pictures; better and worse are said where "
-    "it leaves out zero. They say nothing of other trainings of the same networks.",
+    f"class while pixels are removed, or added, in descending order of the map, in {STEPS} steps. Each "
+    "network judges its own map; the first one also judges the centre prior and the untrained network.",
+    "- Centre prior: a Gaussian in the middle, the same for every picture. Untrained: the first network with "
+    "random weights.",
+    "- Intervals: Student's t, 95 %, over the differences per picture; better and worse mean that it "
+    "excludes zero. They say nothing about other trainings of the same networks.",
 )
 
 
