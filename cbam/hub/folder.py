@@ -10,7 +10,7 @@ from os import PathLike
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cbam.errors import (
     CBAMError,
@@ -266,8 +266,14 @@ def _bytes(model: nn.Module) -> bytes:
         from safetensors.torch import save
     except ImportError as error:
         raise MissingExtraError.of("save_pretrained", "vision") from error
-    state = {name: value.detach().cpu().contiguous().clone() for name, value in model.state_dict().items()}
-    return save(state, metadata={"format": "pt"})
+    state = model.state_dict()
+    for name, value in state.items():
+        if not isinstance(value, Tensor):
+            raise InputError(
+                f"{name} of the state dict is a {type(value).__name__}, and safetensors holds tensors alone"
+            )
+    plain = {name: value.detach().cpu().contiguous().clone() for name, value in state.items()}
+    return save(plain, metadata={"format": "pt"})
 
 
 def _gmac(model: nn.Module, size: int) -> float | None:

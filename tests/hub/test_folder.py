@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import ModelCard, errors
+from torch import nn
 
 import cbam
 from cbam.app import cli
@@ -168,6 +169,16 @@ def test_a_card_refuses_what_makes_no_sense(field):
         Card(**field)
 
 
+def test_a_state_that_is_no_tensor_is_refused(tmp_path):
+    class Counting(nn.Sequential):
+        def get_extra_state(self):
+            return {"seen": 3}
+
+    with pytest.raises(InputError, match=r"_extra_state of the state dict is a dict"):
+        cbam.save_pretrained(Counting(nn.Conv2d(3, 2, 1)), tmp_path / "mine")
+    assert not (tmp_path / "mine").exists()
+
+
 def test_several_dtypes_are_refused(model, tmp_path):
     model.fc.half()
     with pytest.raises(DtypeError, match="float16"):
@@ -286,6 +297,8 @@ def test_a_folder_of_torchs_distributed_checkpoints_is_not_unpickled(folder, mod
         {"card": {"run": "me"}},
         {"card": {"classes": ["a"]}},
         {"gmac": "a"},
+        {"gmac": 10**400},
+        {"card": {"std": [10**400, 1, 1]}},
     ],
 )
 def test_a_strange_configuration_is_refused_before_memory_is_taken(fields, folder, monkeypatch):
