@@ -31,15 +31,14 @@ def profile(model: nn.Module, size: int | tuple[int, int] = 224) -> Cost:
     Raises:
         InputError: a size that is no positive int, or a model without parameters.
     """
-    height, width = size if isinstance(size, tuple) else (size, size)
-    for side in (height, width):
-        if isinstance(side, bool) or not isinstance(side, int) or side < 1:
-            raise InputError(f"size must be a positive int or a pair of them, got {size!r}")
+    sides = size if isinstance(size, tuple) else (size, size)
+    if len(sides) != 2 or any(type(side) is not int or side < 1 for side in sides):
+        raise InputError(f"size must be a positive int or a pair of them, got {size!r}")
     like = next(model.parameters(), None)
     if like is None:
         raise InputError(f"{type(model).__name__} has no parameters, so there is nothing to count")
     counter = FlopCounterMode(display=False)
     with eval_mode(model), torch.no_grad(), counter:
-        model(torch.zeros(1, 3, height, width, dtype=like.dtype, device=like.device))
+        model(torch.zeros(1, 3, *sides, dtype=like.dtype, device=like.device))
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return Cost(parameters, counter.get_total_flops() / 2 / 1e9)

@@ -47,7 +47,7 @@ def test_a_half_precision_model_is_counted_in_its_dtype():
     assert profile(build("resnet_tiny").bfloat16(), 64) == profile(build("resnet_tiny"), 64)
 
 
-@pytest.mark.parametrize("size", [0, -3, 2.5, True, (8, 0), "224"])
+@pytest.mark.parametrize("size", [0, -3, 2.5, True, (8, 0), "224", (), (8,), (3, 8, 8)])
 def test_a_senseless_size_is_refused(size):
     with pytest.raises(InputError, match="size must be a positive int"):
         profile(build("resnet_tiny"), size)
