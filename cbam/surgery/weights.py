@@ -176,7 +176,7 @@ def _take_gains(tensors: dict[str, Tensor], target: Target) -> dict[str, float]:
     for gate in target.gates:
         if any(under(gate, name) in tensors for name, _ in target.gates[gate].named_parameters()):
             gain = tensors.pop(under(gate, "gain"), torch.ones(()))
-            if gain.numel() != 1 or not math.isfinite(gain.item()) or gain.item() <= 0:
+            if gain.numel() != 1 or gain.is_complex() or not 0 < gain.item() < math.inf:
                 raise MisfitError(f"{under(gate, 'gain')} must be one positive number, got {gain.tolist()}")
             gains[gate] = gain.item()
     return gains

@@ -226,7 +226,7 @@ def test_attention_in_a_users_own_network_takes_the_files_gain():
     assert model[1].channel.gain == 2
 
 
-@pytest.mark.parametrize("gain", [float("nan"), 0.0, -1.0, float("inf")])
+@pytest.mark.parametrize("gain", [float("nan"), 0.0, -1.0, float("inf"), 2 + 1j, [2.0, 2.0], []])
 def test_a_senseless_gain_is_refused(gain):
     state = tiny("identity").state_dict()
     state["layer1.0.cbam.channel.gain"] = torch.tensor(gain)
