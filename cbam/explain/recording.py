@@ -140,10 +140,11 @@ def _watch(name: str, attention: nn.Module, recording: dict[str, Refinement], un
         _keep_gate(gate, seen, undo)
         undo.callback(gate.register_forward_hook(keep_map).remove)
 
-    def keep(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
+    def keep(module: nn.Module, args: tuple[Tensor, ...], named: dict[str, Tensor], out: Tensor) -> None:
         if module is not attention:  # a copy of the model takes the hook along
             return
-        before, last = _batch(_copy(args[0]), dim), _batch(_copy(out), dim)
+        x, *_ = (*args, *named.values())
+        before, last = _batch(_copy(x), dim), _batch(_copy(out), dim)
         steps, current = [], before
         for own, value in seen.items():
             value, known = _batch(value, dim), after.get(own)
@@ -153,7 +154,7 @@ def _watch(name: str, attention: nn.Module, recording: dict[str, Refinement], un
         seen.clear()
         after.clear()
 
-    undo.callback(attention.register_forward_hook(keep).remove)
+    undo.callback(attention.register_forward_hook(keep, with_kwargs=True).remove)
 
 
 def _dim(attention: nn.Module) -> int:

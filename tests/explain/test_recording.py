@@ -138,6 +138,13 @@ def test_a_module_on_its_own_is_recorded_too():
     assert list(recording) == [""]
 
 
+def test_attention_that_is_called_by_keyword_is_recorded_too():
+    attention, x = cbam.CBAM(8), torch.randn(1, 8, 4, 4)
+    with record(attention) as recording:
+        attention(x=x)
+    assert torch.equal(recording[""].before, x)
+
+
 def test_attentions_that_share_a_parent_keep_their_full_names():
     model = nn.Sequential(cbam.SpatialAttention(), nn.Sequential(cbam.CBAM(8), cbam.CBAM(8)))
     with record(model) as recording:
