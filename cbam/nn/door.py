@@ -83,7 +83,8 @@ def check_fits(x: Tensor, channels: int | None, weight: Tensor | None, dim: int 
         return
     if x.device != weight.device:
         raise InputError(f"x is on {x.device}, the weights on {weight.device}; move one of them")
-    if x.dtype != weight.dtype and x.dtype in FLOATS and not torch.is_autocast_enabled(x.device.type):
+    other = x.dtype != weight.dtype and x.dtype in FLOATS
+    if other and (x.is_meta or not torch.is_autocast_enabled(x.device.type)):  # there is none for meta
         raise DtypeError(
             f"x is {x.dtype}, the weights are {weight.dtype}: use torch.autocast, or convert one of them"
         )

@@ -231,6 +231,14 @@ def test_bad_input_is_refused_at_the_door(name, x, error, words):
 
 
 @every
+def test_another_dtype_is_refused_on_the_meta_device_too(name):  # T1
+    if name == "simam":
+        pytest.skip("no weights that it would have to fit")
+    with torch.device("meta"), pytest.raises(DtypeError, match="autocast"):
+        MAKE[name](8).half()(torch.zeros(2, 8, 4, 4))
+
+
+@every
 @pytest.mark.parametrize("value", [0, -1, 2.5, True, "16"])
 def test_channels_must_be_a_positive_int(name, value):  # T10
     if name not in FREE:
