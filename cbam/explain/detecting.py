@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from cbam.errors import ConfigError, DataError, InputError, NonFiniteError
 from cbam.explain.layers import Place, last_map
 from cbam.explain.maps import gradcam_at
-from cbam.explain.watching import is_detection
+from cbam.explain.watching import check_images, is_detection
 from cbam.surgery.effects import eval_mode
 
 SAME = 0.5  # overlap from which boxes of two detectors mean the same object
@@ -208,6 +208,7 @@ def _read_from(score: _ScoreOfBox, images: Tensor) -> str | None:
 
 
 def _found(label: str, model: nn.Module, image: Tensor, name: str, threshold: float) -> Finds:
+    check_images(image[None], model)
     _refuse_narrow(model, image.shape[1:], name)
     with torch.no_grad(), eval_mode(model):
         output = model([image])

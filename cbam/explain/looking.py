@@ -16,7 +16,7 @@ from cbam.errors import ConfigError, InputError
 from cbam.explain import pair
 from cbam.explain.maps import gradcam
 from cbam.explain.recording import Refinement, record
-from cbam.explain.watching import dtypes_told, logits_of
+from cbam.explain.watching import check_images, dtypes_told, logits_of
 from cbam.surgery.effects import eval_mode
 
 CBAM_NAME = "CBAM"
@@ -171,6 +171,7 @@ def look_at_view(
     scores: dict[str, Tensor] = {}
     blocks: dict[str, dict[str, Refinement]] = {}
     for label, model in viewer.networks.items():
+        check_images(images, model)
         with (
             torch.no_grad(),
             eval_mode(model),

@@ -195,6 +195,8 @@ def test_what_cannot_be_looked_at_is_refused():
         looked(Quarters(), method="scorecam")
     with pytest.raises(ConfigError, match="no layer 'nowhere'"):
         looked(Quarters(), layer="nowhere")
+    with pytest.raises(InputError, match="images are on cpu, the model on meta; move one of them"):
+        looked(Quarters().to("meta"))
     with pytest.raises(InputError, match="a dict of boxes, labels and scores"):
         looked(nn.Identity())
     model = Quarters()

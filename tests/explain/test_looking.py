@@ -367,6 +367,12 @@ def test_a_model_of_another_dtype_than_the_pictures_is_told(viewer, plain, pictu
         assert gradcam(viewer.networks["CBAM"], images).shape == (4, 32, 24)
 
 
+def test_a_network_on_another_device_than_the_pictures_is_told(plain, picture):
+    elsewhere = Viewer({"plain": plain.to("meta")}, CLASSES, size=32, resized=36)
+    with pytest.raises(InputError, match="images are on cpu, the model on meta; move one of them"):
+        look(elsewhere, picture)
+
+
 def test_what_cannot_be_drawn_is_refused(viewer, picture, plain, tmp_path):
     alone = look(Viewer({"plain": plain}, CLASSES, size=32, resized=36), picture)
     with pytest.raises(InputError, match="no gates to show of any network"):
