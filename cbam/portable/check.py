@@ -3,13 +3,14 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from cbam.errors import ExportError, NonFiniteError, first_line
 
-TOLERANCE = 1e-5  # of the largest value of an output, in float32
+# Of the largest value of an output. Outputs that agree to this have the same largest class, unless the two
+# best of the network lie within twice this of each other.
+TOLERANCE = 1e-5
 Run = Callable[[Tensor], list[Tensor]]
 
 
@@ -18,8 +19,8 @@ class Agreement:
     """How a file and the network compare.
 
     Attributes:
-        shapes: of the inputs that both computed.
-        difference: the largest difference of two values, as a share of the largest value of that output.
+        shapes: of the inputs that both were run on.
+        difference: the largest absolute difference, relative to the largest absolute value of that output.
     """
 
     shapes: tuple[tuple[int, ...], ...]
@@ -29,13 +30,14 @@ class Agreement:
 def agreement(
     model: nn.Module, run: Run, inputs: Sequence[Tensor], where: str, advice: str = ""
 ) -> Agreement:
-    """Compare every output of the settled `model` with those of `run`, in value and in the class they name.
+    """Compare every output of `model`, which is `settled`, with that of `run`.
 
-    `advice` is what to do where the file does not run at all.
+    Args:
+        where: the file, for messages. advice: what to do if it does not run; the end of a message.
 
     Raises:
-        ExportError: they differ by more than TOLERANCE, in the largest class, or in shape.
-        NonFiniteError: the network itself computes NaN or infinity, so that nothing can be compared.
+        ExportError: the file does not run, or an output differs in shape, or by more than TOLERANCE.
+        NonFiniteError: the network itself computes NaN or infinity.
     """
     worst = 0.0
     for x in inputs:
@@ -67,16 +69,5 @@ def _difference(wanted: Sequence[Tensor], found: Sequence[Tensor], where: str) -
             raise ExportError(
                 f"{where}: differs from the network by {share:.1e} of the largest value, over {TOLERANCE}"
             )
-        _refuse_other_class(one, other, where, scale)
         worst = max(worst, share)
     return worst
-
-
-def _refuse_other_class(one: Tensor, other: Tensor, where: str, scale: float) -> None:
-    """Where the two best are nearer to each other than the tolerance, neither is the largest class."""
-    if one.dim() < 2 or one.shape[1] < 2 or not one.is_floating_point():
-        return
-    best = one.topk(2, dim=1).values
-    decided = best.select(1, 0) - best.select(1, 1) > 2 * TOLERANCE * scale
-    if torch.any((one.argmax(1) != other.argmax(1)) & decided):
-        raise ExportError(f"{where}: names other classes than the network")

@@ -52,8 +52,8 @@ def export(
     """Write `model` as a file for torch.export, ONNX or OpenVINO, without any operator of ours.
 
     The file is read back and run against the network on three inputs before it is put in place: outputs agree
-    to 1e-5 of their largest value and name the same class, or there is no file. The model itself is not
-    changed; it is exported in eval mode, without the wrappers of `torch.compile` and DistributedDataParallel.
+    to 1e-5 of their largest value, or there is no file. The model itself is not changed; it is exported in
+    eval mode, without the wrappers of `torch.compile` and DistributedDataParallel.
 
     Args:
         path: `.pt2`, `.onnx` or `.xml`; the folder must exist.
@@ -76,7 +76,6 @@ def export(
     _check(shape, opset, about, name)
     network = plain(model)
     targets = [path.with_suffix(suffix) for suffix in made.suffixes]
-    targets[-1] = path
     # The network is on the CPU, and torch reads files to the device that somebody chose for the process.
     with placed(*targets, overwrite=overwrite) as part, torch.device("cpu"), settled(network):
         graph = program(network, shape, dynamic=dynamic)

@@ -156,7 +156,7 @@ def _read_onnx(path: Path) -> Run:
 def _write_openvino(made: ExportedProgram, path: Path, about: Mapping[str, Any], opset: int | None) -> None:
     import openvino  # pyright: ignore[reportMissingImports]
 
-    onnx = path.with_name(f".{path.stem}.onnx")
+    onnx = path.with_name(f".{path.stem}.onnx")  # goes with the folder, which is a temporary one
     _write_onnx(made, onnx, {}, opset)
     try:
         model = openvino.Core().read_model(onnx)
@@ -168,8 +168,6 @@ def _write_openvino(made: ExportedProgram, path: Path, about: Mapping[str, Any],
         openvino.save_model(model, path, compress_to_fp16=False)  # or it would halve the weights' precision
     except RuntimeError as error:
         raise OutputError(f"{path.name} cannot be written: {first_line(error, 300)}") from error
-    del model  # it holds the file that it was read from
-    onnx.unlink()
 
 
 def _read_openvino(path: Path) -> Run:

@@ -1,4 +1,4 @@
-"""A network as a graph of torch's own operators: what every format is made from."""
+"""A network as a graph of torch's own operators, from which every format is made."""
 
 import contextlib
 import copy
@@ -18,14 +18,14 @@ from cbam.surgery.effects import eval_mode
 
 OURS = "cbam"  # the namespace of our operators, which no other runtime has
 _TALKATIVE = ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")
-STEP = 32  # pixels by which the sides of two sizes differ: networks halve a side five times
+STEP = 32  # pixels between two sizes: networks halve a side five times
 
 
 def plain(model: nn.Module) -> nn.Module:
-    """The network inside wrappers, on the CPU; refused where no runtime could compute it as torch does.
+    """The network inside its wrappers, on the CPU; a copy only if it has to be moved there.
 
     Raises:
-        InputError: no module, or one without parameters. ExportError: it is scripted.
+        InputError: not a module, or one without parameters or without memory. ExportError: it is scripted.
         DtypeError: it is quantised, or its weights are not float32.
     """
     if not isinstance(model, nn.Module):
@@ -58,7 +58,7 @@ def _refuse_dtypes(model: nn.Module) -> None:
 
 @contextlib.contextmanager
 def settled(model: nn.Module) -> Iterator[None]:
-    """`model` in eval mode, and not compiled in place, inside the block; as it was after it."""
+    """For a `with`: `model` in eval mode, without gradients, autocast and `module.compile()`."""
     before = [(module, module._compiled_call_impl) for module in model.modules()]
     try:
         for module, _ in before:
@@ -77,15 +77,19 @@ def inputs(shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
 
 
 def traced_shape(shape: tuple[int, ...], *, dynamic: bool) -> tuple[int, ...]:
-    """What the graph is traced with: dimensions that shall stay free must not be 1, nor equal by accident."""
+    """The shape to trace with: free dimensions must not be 1, nor equal, or the graph may depend on that."""
     if not dynamic:
         return shape
-    sides = (side + STEP * place for place, side in enumerate(shape[2:]))
-    return (max(2, shape[0]), shape[1], *sides)
+    free = [max(2, shape[0])]
+    for side in shape[2:]:
+        while side in free:
+            side += STEP
+        free.append(side)
+    return (free[0], shape[1], *free[1:])
 
 
 def unseen_shapes(shape: tuple[int, ...], *, dynamic: bool) -> list[tuple[int, ...]]:
-    """Three shapes to check a graph with; of a dynamic one, three that it was not traced with."""
+    """Three shapes to check a graph at; for a dynamic graph, three that it was not traced with."""
     if not dynamic:
         return [shape] * 3
     channels, first, *rest = shape[1:]
@@ -97,11 +101,11 @@ def unseen_shapes(shape: tuple[int, ...], *, dynamic: bool) -> list[tuple[int, .
 
 
 def program(model: nn.Module, shape: tuple[int, ...], *, dynamic: bool) -> ExportedProgram:
-    """The graph of a settled `model`, with torch's operators alone.
+    """The graph of `model`, which is `settled`, in torch's own operators.
 
     Raises:
-        ExportError: torch.export refuses the model, or an operator of ours is in its graph.
-        InputError: the model itself refuses such an input.
+        ExportError: torch.export refuses the model, or its graph holds an operator of this package.
+        InputError: the model itself refuses the input.
     """
     (x,) = inputs([traced_shape(shape, dynamic=dynamic)])
     try:
@@ -113,7 +117,7 @@ def program(model: nn.Module, shape: tuple[int, ...], *, dynamic: bool) -> Expor
         raise InputError(f"{type(model).__name__} refuses an input {tuple(x.shape)}: {told}") from error
     free = {place: Dim.DYNAMIC for place in range(len(shape)) if place != 1} if dynamic else {}
     try:
-        named = inspect.signature(model.forward).bind(x).arguments  # x, or the *args that it is in
+        named = inspect.signature(model.forward).bind(x).arguments  # x, or the *args that hold it
         shapes = tree_map(lambda _: free, named)
         with quiet():
             made = torch.export.export(model, (x,), dynamic_shapes=shapes, strict=False)
@@ -136,7 +140,7 @@ def _nodes(made: ExportedProgram) -> Iterator[torch.fx.Node]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Silences the exporters' logs and warnings, which are about their own code and not the user's."""
+    """For a `with`: silences the logs and warnings of the exporters, which concern their own code."""
     loggers = [logging.getLogger(name) for name in _TALKATIVE]
     levels = [logger.level for logger in loggers]
     try:

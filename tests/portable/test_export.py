@@ -24,7 +24,7 @@ from cbam.errors import (
 )
 from cbam.ops.dispatch import tail
 from cbam.portable import check, export, formats
-from cbam.portable.program import program, settled
+from cbam.portable.program import inputs, program, quiet, settled, traced_shape, unseen_shapes
 
 SMALL = (1, 3, 32, 32)
 NEEDS = {"a.pt2": (), "a.onnx": ("onnxscript", "onnxruntime"), "a.xml": ("onnxscript", "openvino")}
@@ -94,6 +94,17 @@ def test_an_operator_of_ours_in_the_graph_is_refused(tmp_path, kernels):
 
 
 # E1
+def test_an_operator_of_ours_in_a_branch_of_the_graph_is_refused(tmp_path, kernels):
+    class Branches(Fused):
+        def forward(self, x):
+            features = self.conv(x)
+            return torch.cond(features.sum() > 0, lambda map: tail(map, relu=True), torch.neg, (features,))
+
+    with pytest.raises(ExportError, match="operators that only this package has: cbam"):
+        export(Branches(), tmp_path / "a.pt2", shape=SMALL)
+
+
+# E1
 def test_asking_for_kernels_while_exporting_is_refused(tiny, tmp_path):
     with cbam.ops.using("fused"), pytest.raises((ExportError, ConfigError)):
         export(tiny, tmp_path / "a.pt2", shape=SMALL)
@@ -115,6 +126,29 @@ def test_the_onnx_graph_has_standard_operators_only_and_names_its_dimensions(els
     told = {entry.key: entry.value for entry in model.metadata_props}
     assert json.loads(told["classes"]) == ["a", "b"]
     assert told["note"] == "c"
+
+
+# E2
+@pytest.mark.parametrize(
+    "shape", [(1, 3, 64), (2, 3, 64, 64), (3, 3, 64, 96), (4, 3, 96, 64), (64, 3, 64, 64), (1, 2, 8, 8, 8)]
+)
+def test_a_graph_of_any_size_is_checked_at_three_that_it_was_not_traced_with(shape):
+    traced = traced_shape(shape, dynamic=True)
+    unseen = unseen_shapes(shape, dynamic=True)
+    assert len({*unseen, traced}) == 4
+    assert len({traced[0], *traced[2:]}) == len(traced) - 1  # equal sizes would be taken for one
+    assert traced[0] > 1
+    assert {seen[1] for seen in (traced, *unseen)} == {shape[1]}
+    free = [axis for axis in range(len(shape)) if axis != 1]
+    assert all(len({seen[axis] for seen in unseen}) > 1 for axis in free)
+    assert (traced_shape(shape, dynamic=False), unseen_shapes(shape, dynamic=False)) == (shape, [shape] * 3)
+
+
+# E3
+def test_every_export_is_checked_with_the_same_values():
+    for one, other in zip(inputs([SMALL] * 3), inputs([SMALL] * 3), strict=True):
+        assert torch.equal(one, other)
+    assert not torch.equal(*inputs([SMALL] * 2))
 
 
 # E2
@@ -223,11 +257,54 @@ def test_a_file_that_computes_something_else_is_not_put_in_place(wrong, tiny, tm
 
 
 # E3
-def test_another_class_is_found_where_values_nearly_agree():
-    scores = torch.tensor([[1.0, 0.9, -100.0]])
-    with pytest.raises(ExportError, match="names other classes"):
-        check._refuse_other_class(scores, scores[:, [1, 0, 2]], "here", scale=1.0)
-    check._refuse_other_class(scores, scores[:, [1, 0, 2]], "here", scale=1e4)  # as good as equal
+def test_another_class_is_refused_unless_the_two_are_as_good_as_equal():
+    def swapped(x):
+        return [x.flip(1)]
+
+    for best in (100.0, -100.0):
+        scores = torch.tensor([[best, best - 3e-3], [best, best]])
+        with pytest.raises(ExportError, match=r"here at \(2, 2\): differs from the network by 3\.\de-05"):
+            check.agreement(nn.Identity(), swapped, [scores], "here")
+        near = torch.tensor([[best, best - 5e-4], [best, best]])
+        assert check.agreement(nn.Identity(), swapped, [near], "here").difference < check.TOLERANCE
+
+
+# E3
+@pytest.mark.parametrize(
+    ("found", "told"),
+    [
+        ([torch.ones(1, 4)], r"outputs of shapes \[\(1, 4\)\], the network's are \[\(1, 4\), \(1, 2\)\]"),
+        ([torch.ones(1, 4), torch.ones(2, 1)], r"outputs of shapes"),
+        ([torch.ones(1, 4), torch.tensor([[2.0, 2.1]])], "differs from the network by 5.0e-02"),
+        ([torch.ones(1, 4), torch.full((1, 2), float("nan"))], "differs from the network by nan"),
+    ],
+)
+def test_every_output_is_compared(found, told):
+    class Two(nn.Module):
+        def forward(self, x):
+            return {"first": x, "second": 2 * x[:, :2], "none": None}
+
+    with pytest.raises(ExportError, match=told):
+        check.agreement(Two(), lambda x: found, [torch.ones(1, 4)], "here")
+
+
+# E3
+def test_the_largest_difference_of_all_inputs_and_outputs_is_told():
+    def run(x):
+        return [x * 1.000005, x]
+
+    class Twice(nn.Module):
+        def forward(self, x):
+            return x, x
+
+    found = check.agreement(Twice(), run, [torch.zeros(1, 4), torch.ones(1, 4), torch.ones(0, 4)], "here")
+    assert found.difference == pytest.approx(5e-6, rel=0.1)
+    assert found.shapes == ((1, 4), (1, 4), (0, 4))
+
+
+def test_what_the_network_says_of_its_input_is_handed_on(tmp_path):
+    with pytest.raises(InputError, match=r"^built for 4 channels, got 3"):
+        export(cbam.CBAM(4), tmp_path / "a.pt2", shape=SMALL)
 
 
 # E3
@@ -258,6 +335,7 @@ def test_a_module_compiled_in_place_stays_compiled(tiny):
     compiled = tiny._compiled_call_impl
     with settled(tiny):
         assert not tiny.training
+        assert not torch.is_grad_enabled()
         assert tiny._compiled_call_impl is None
         program(tiny, SMALL, dynamic=False)
     assert tiny._compiled_call_impl is compiled
@@ -421,9 +499,20 @@ def test_no_torch_module_and_no_memory_are_refused(tmp_path):
         empty = nn.Conv2d(3, 2, 1)
     with pytest.raises(InputError, match="without memory"):
         export(empty, tmp_path / "a.pt2")
+    half_empty = nn.Sequential(nn.Conv2d(3, 2, 1), nn.BatchNorm2d(2))
+    half_empty[1].running_mean = torch.empty(2, device="meta")
+    with pytest.raises(InputError, match="without memory"):
+        export(half_empty, tmp_path / "a.pt2")
+    with pytest.raises(InputError, match="ReLU has no parameters"):
+        export(nn.ReLU(), tmp_path / "a.pt2")
 
 
-def test_the_exporters_loggers_get_their_levels_back(tiny, tmp_path):
-    before = logging.getLogger("torch.onnx").level
-    export(tiny, tmp_path / "a.pt2", shape=SMALL)
-    assert logging.getLogger("torch.onnx").level == before
+def test_what_the_exporters_say_of_their_own_code_is_not_heard(caplog):
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript.optimizer")]
+    before = [logger.getEffectiveLevel() for logger in loggers]
+    with quiet():
+        warnings.warn("an exporter's own", DeprecationWarning, stacklevel=1)
+        for logger in loggers:
+            logger.error("an exporter's own")
+    assert not caplog.records
+    assert [logger.getEffectiveLevel() for logger in loggers] == before

@@ -106,7 +106,7 @@ def _file(found: "Source", out: Path, options: argparse.Namespace) -> str:
     shapes = ", ".join("x".join(map(str, shape)) for shape in sorted({*agreed.shapes}))
     return (
         f"{made.path} ({made.size / 1e6:.1f} MB): differs from PyTorch by {agreed.difference:.1e} "
-        f"of the largest value at most, names the same classes; checked at {shapes}"
+        f"of the largest value at most; checked at {shapes}"
     )
 
 
