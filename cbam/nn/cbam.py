@@ -28,7 +28,7 @@ _CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 _NORM = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 _log = logging.getLogger("cbam")
 
-# A symbolic trace keeps these whole: they look at shapes and dtypes, which a trace does not know.
+# A symbolic trace keeps these whole: they read shapes and dtypes, which a trace does not know.
 torch.fx.wrap("channel_descriptor")
 torch.fx.wrap("spatial_descriptor")
 torch.fx.wrap("rescale")
@@ -36,10 +36,10 @@ torch.fx.wrap("over_pixels")
 
 
 class _FusableGate(SigmoidGate):
-    """A gate that runs by fused kernels where its layers are what those know."""
+    """A gate that runs as a fused kernel if its layers are of the kinds that kernels compute."""
 
     dim: int
-    known_gate: Callable  # what `gate` is where kernels and `over` know what becomes of x
+    known_gate: Callable  # the `gate` that kernels and `over` stand for; a subclass may have another
 
     def forward(self, x: Tensor) -> Tensor:
         out = refined(self, x)
@@ -48,7 +48,7 @@ class _FusableGate(SigmoidGate):
     known_forward = forward
 
     def over(self, x: Tensor) -> Tensor:
-        """`forward` of an `x` that nothing reads again, no backward either; it may be written over."""
+        """`forward` for an `x` that nothing reads afterwards, no backward either: it may be overwritten."""
         if not self._has_known_gate():
             return self(x)
         gate = self.gate(x)
@@ -56,9 +56,9 @@ class _FusableGate(SigmoidGate):
         return x.mul_(gate) if fits else rescale(x, gate)
 
     def obstacle(self) -> str:
-        """What of this module no kernel knows, or nothing."""
+        """Why no kernel computes this module; empty if one does."""
         if not self._has_known_gate():
-            return "its gate is computed in another way"
+            return "its gate() is not the one that kernels compute"
         return f"kernels take images, and it has dim={self.dim}" if self.dim != 2 else self._layer_obstacle()
 
     def _has_known_gate(self) -> bool:
@@ -68,11 +68,11 @@ class _FusableGate(SigmoidGate):
         raise NotImplementedError
 
     def check(self, x: Tensor) -> None:
-        """Refuse an `x` (N, C, H, W) that does not fit, before any work."""
+        """Raise if `x` (N, C, H, W) does not fit the module."""
         raise NotImplementedError
 
     def operands(self, x: Tensor) -> tuple[Channel | None, Spatial | None]:
-        """What kernels are given; counts a batch where statistics are tracked."""
+        """The operands of the kernels; counts a batch if statistics are tracked."""
         raise NotImplementedError
 
 
@@ -136,23 +136,23 @@ class ChannelAttention(_FusableGate):
     def _layer_obstacle(self) -> str:
         one, two = parts(self, "fc1", "fc2")
         if type(one) is not nn.Linear or type(two) is not nn.Linear:
-            return "its layers are no plain nn.Linear"
+            return "its layers are not plain nn.Linear"
         weights = *parts(one, *_WEIGHTS), *parts(two, *_WEIGHTS)
         if weights[1] is None or weights[3] is None:
             return "its layers have no bias"
         if self.pools != POOLS and not set(POOLS).issuperset(self.pools):
-            return f"no kernel has all of the pools {self.pools}"
+            return f"kernels have no pools but {POOLS}, and it has {self.pools}"
         if not plain(*weights):
-            return "its weights are no plain tensors"
-        return "somebody has hooks on its layers" if watched(one, two) else ""
+            return "its weights are not plain tensors"
+        return "its layers have hooks" if watched(one, two) else ""
 
     def check(self, x: Tensor) -> None:
-        """Refuse an `x` (N, C, H, W) that does not fit, before any work."""
+        """Raise if `x` (N, C, H, W) does not fit the module."""
         (layer,) = parts(self, "fc2")
         door.check_fits(x, self.channels, parts(layer, "weight")[0], self.dim)
 
     def operands(self, x: Tensor) -> tuple[Channel | None, Spatial | None]:
-        """What kernels are given."""
+        """The operands of the kernels."""
         one, two = parts(self, "fc1", "fc2")
         (w1, b1), (w2, b2) = parts(one, *_WEIGHTS), parts(two, *_WEIGHTS)
         return Channel(w1, b1, w2, b2, self.pools, self.gain_value()), None
@@ -213,27 +213,27 @@ class SpatialAttention(_FusableGate):
         known = type(conv) is nn.Conv2d and type(norm) is nn.BatchNorm2d
         of_norm = parts(norm, *OF_NORM) if known else [None]
         if of_norm[0] is None:
-            return "its layers are no plain nn.Conv2d and nn.BatchNorm2d"
+            return "its layers are not a plain nn.Conv2d and nn.BatchNorm2d"
         side = conv.kernel_size[0]
         around = (side, side), (side // 2, side // 2), (1, 1), (1, 1), "zeros"
         if (conv.kernel_size, conv.padding, conv.stride, conv.dilation, conv.padding_mode) != around:
-            return "its convolution is dilated, strided or padded in another way"
+            return "its convolution has a dilation, a stride or another padding"
         kernel, bias = parts(conv, *_WEIGHTS)
         if side % 2 == 0 or bias is not None:
             return "its convolution has a bias or an even side"
         if not plain(kernel, *of_norm):
-            return "its weights are no plain tensors"
-        return "somebody has hooks on its layers" if watched(conv, norm) else ""
+            return "its weights are not plain tensors"
+        return "its layers have hooks" if watched(conv, norm) else ""
 
     def check(self, x: Tensor) -> None:
-        """Refuse an `x` (N, C, H, W) that does not fit, before any work."""
+        """Raise if `x` (N, C, H, W) does not fit the module."""
         conv, norm = parts(self, "conv", "bn")
         door.check_fits(x, None, parts(conv, "weight")[0], self.dim)
         if by_batch(norm) and x.numel() == x.shape[1]:
             door.check_statistics(x[:, :1])
 
     def operands(self, x: Tensor) -> tuple[Channel | None, Spatial | None]:
-        """What kernels are given; counts a batch where statistics are tracked."""
+        """The operands of the kernels; counts a batch if statistics are tracked."""
         conv, norm = parts(self, "conv", "bn")
         return None, Spatial(parts(conv, "weight")[0], normalising(norm), self.gain_value())
 
@@ -296,31 +296,31 @@ class CBAM(nn.Module):
     known_forward = forward
 
     def over(self, x: Tensor) -> Tensor:
-        """`forward` of an `x` that nothing reads again, no backward either; it may be written over."""
+        """`forward` for an `x` that nothing reads afterwards, no backward either: it may be overwritten."""
         return self.spatial.over(self.channel.over(x)) if self._unseen(x) else self(x)
 
     def _unseen(self, x: Tensor) -> bool:
-        """Whether only this code meets `x` on its way from what to where, and no backward follows."""
+        """Whether nothing but this code sees `x` between the two gates, and no backward follows."""
         ours = type(self.channel) is ChannelAttention and type(self.spatial) is SpatialAttention
         return ours and type(x) is Tensor and unseen(self)
 
     def obstacle(self) -> str:
-        """What of this module no kernel knows, or nothing."""
+        """Why no kernel computes this module; empty if one does."""
         what, where = parts(self, "channel", "spatial")
         if type(what) is not ChannelAttention or type(where) is not SpatialAttention:
-            return "its parts are of other classes"
+            return "its parts are of classes that kernels do not compute"
         if watched(what, where):
-            return "somebody has hooks on its parts"
+            return "its parts have hooks"
         return what.obstacle() or where.obstacle()
 
     def check(self, x: Tensor) -> None:
-        """Refuse an `x` (N, C, H, W) that does not fit, before any work."""
+        """Raise if `x` (N, C, H, W) does not fit the module."""
         what, where = parts(self, "channel", "spatial")
         what.check(x)
         where.check(x)
 
     def operands(self, x: Tensor) -> tuple[Channel | None, Spatial | None]:
-        """What kernels are given; counts a batch where statistics are tracked."""
+        """The operands of the kernels; counts a batch if statistics are tracked."""
         what, where = parts(self, "channel", "spatial")
         return what.operands(x)[0], where.operands(x)[1]
 

@@ -1,7 +1,7 @@
-"""What every attention module refuses, before any work is done.
+"""The checks that all attention modules make of their arguments and inputs, before any work is done.
 
-The names are called through this module, `door.check_fits(x, ...)`: a symbolic trace keeps them whole then,
-since they look at shapes and dtypes, which a trace does not know.
+Call them through this module, as `door.check_fits(x, ...)`: they read shapes and dtypes, which a symbolic
+trace does not know, and `torch.fx.wrap` keeps them whole only if their names are looked up here.
 """
 
 import logging
@@ -20,32 +20,32 @@ torch.fx.wrap("check_statistics")
 
 
 def check_count(name: str, value: int) -> None:
-    """Refuse what is no positive int."""
+    """Raise unless `value` is a positive int."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise InputError(f"{name} must be a positive int, got {value!r}")
 
 
 def check_odd(name: str, value: int) -> None:
-    """Refuse what is no positive odd int: the side of a kernel with a middle."""
+    """Raise unless `value` is a positive odd int, the side of a kernel that has a centre."""
     check_count(name, value)
     if value % 2 == 0:
         raise InputError(f"{name} must be odd, got {value}")
 
 
 def check_dim(dim: int) -> None:
-    """Refuse what is no number of spatial dimensions that a convolution has."""
+    """Raise unless `dim` is a number of spatial dimensions that convolutions exist for."""
     if type(dim) is not int or dim not in (1, 2, 3):
         raise InputError(f"dim, the number of spatial dimensions, must be 1, 2 or 3, got {dim!r}")
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    """Refuse a name that is none of `choices`."""
+    """Raise unless `value` is one of `choices`."""
     if value not in choices:
         raise InputError(f"{name} must be {' or '.join(map(repr, choices))}, got {value!r}")
 
 
 def divisor(name: str, value: int, channels: int) -> int:
-    """The largest divisor of `channels` that is not above `value`; said once where it is not `value`."""
+    """The largest divisor of `channels` up to `value`; logged if it differs from `value`."""
     check_count(name, value)
     found = next(d for d in range(min(value, channels), 0, -1) if channels % d == 0)
     if found != value:
@@ -54,21 +54,21 @@ def divisor(name: str, value: int, channels: int) -> int:
 
 
 def feature_map(x: Tensor, channels: int, weight: Tensor | None) -> Tensor:
-    """`x` as (N, C, H, W); refused if it is no feature map or does not fit the module.
+    """`x` as (N, C, H, W), once it has been checked against the module.
 
     Raises:
-        InputError: no feature map, an empty one, or one of other channels or device than the module's.
-        DtypeError: no float16, bfloat16, float32 or float64, or another than the module's.
+        InputError: not a feature map, an empty one, or one whose channels or device differ from the module's.
+        DtypeError: not float16, bfloat16, float32 or float64; or, outside autocast, not the module's dtype.
     """
     check_fits(x, channels, weight)
     return batched(x)
 
 
 def check_fits(x: Tensor, channels: int | None, weight: Tensor | None, dim: int = 2) -> None:
-    """Refuse an input of other channels, device or dtype than the module's, before any work.
+    """Raise if the channels, device or dtype of `x` differ from the module's.
 
-    `weight` is that of a layer that no ReLU follows. With a ReLU, a layer of a traced graph may be fused into
-    another, as quantising does, and the graph would miss it here.
+    `weight` must belong to a layer that no ReLU follows: quantisation fuses such a layer with its ReLU, and a
+    traced graph that still reads its weight here would break.
     """
     if torch.jit.is_tracing():
         return
@@ -91,7 +91,7 @@ def check_fits(x: Tensor, channels: int | None, weight: Tensor | None, dim: int 
 
 
 def check_statistics(x: Tensor) -> None:
-    """Refuse (N, C, ...) with one value per channel, of which BatchNorm cannot take a variance."""
+    """Raise if (N, C, ...) has only one value per channel, which leaves BatchNorm without a variance."""
     if not torch.jit.is_tracing() and x.numel() == x.shape[1]:
         raise InputError(
             f"Expected more than 1 value per channel when training, got shape {tuple(x.shape)} to normalise; "

@@ -45,8 +45,8 @@ class Gate(nn.Module):
 class SigmoidGate(Gate):
     """A gate made of sigmoids, with a gain g: 1 as in its paper, another for an identity start.
 
-    Nearly all multiply by the gain: it is the reciprocal of what the gate is where its last layers are zero,
-    and makes it exactly 1 there; 2 for sigmoid(0) = 1/2. It is kept in the state dict where it is not 1.
+    Nearly all multiply by the gain. It is the reciprocal of the gate's value when its last layers are zero,
+    so that the gate is then exactly 1: 2 for sigmoid(0) = 1/2. It is in the state dict unless it is 1.
     """
 
     gain: Tensor | None
@@ -59,8 +59,8 @@ class SigmoidGate(Gate):
     def gain_value(self) -> float:
         """The gain as a number.
 
-        It is read from a GPU once for every tensor that `gain` becomes, and again after `load_state_dict`: to
-        look at it in each step would make the CPU wait. Change it by `set_gain`, not in place.
+        On a GPU it is read once per tensor, and again after `load_state_dict`: reading it in every step would
+        make the CPU wait. So change it with `set_gain`, not in place.
         """
         (gain,), read = parts(self, "gain"), self._read
         if gain is None:
@@ -76,11 +76,11 @@ class SigmoidGate(Gate):
         self._read = None
 
     def set_gain(self, gain: float) -> None:
-        """Make `gain`, a positive number, the gain of this gate; 1 takes its key out of the state dict."""
+        """Set the gain, a positive number; 1 removes its key from the state dict."""
         if not 0 < gain < math.inf:
             raise InputError(f"a gain must be a positive number, got {gain}")
         like = next(self.parameters())
-        with torch.inference_mode(False):  # weights may be loaded there, and trained later
+        with torch.inference_mode(False):  # a tensor made in inference mode could not be trained later
             self.gain = None if gain == 1 else torch.full((), gain, dtype=like.dtype, device=like.device)
         self._read = None if self.gain is None else (self.gain, _version(self.gain), float(gain))
 
@@ -90,7 +90,7 @@ class SigmoidGate(Gate):
         self.set_gain(1)
 
     def _shown_gain(self) -> str:
-        """What `extra_repr` says of the gain; nothing of 1."""
+        """The gain as `extra_repr` shows it; empty for 1."""
         return "" if self.gain is None or self.gain.is_meta else f", gain={self.gain_value():g}"
 
     def _open(self, logits: Tensor) -> Tensor:
@@ -101,7 +101,7 @@ class SigmoidGate(Gate):
 
 
 def _version(t: Tensor) -> float:
-    """How often `t` was written to. An inference tensor has no count and never equals an earlier one."""
+    """The version counter of `t`; of an inference tensor, which has none, NaN, which equals nothing."""
     return math.nan if t.is_inference() else t._version
 
 

@@ -53,7 +53,7 @@ def _saliency(x: Tensor, regularization: float) -> Tensor:
     """1 / e: (N, C, H, W) -> the same."""
     deviation = x - x.mean((2, 3), keepdim=True)
     spare = x.shape[2] * x.shape[3] - 1
-    if not torch.jit.is_tracing():  # which has no ints to compare
+    if not torch.jit.is_tracing():  # sizes are tensors there
         spare = max(1, spare)
     dtype = x.dtype if x.dtype == torch.float64 else torch.float32
     norm = torch.linalg.vector_norm(deviation, dim=(2, 3), keepdim=True, dtype=dtype)

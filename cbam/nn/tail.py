@@ -1,9 +1,9 @@
-"""Attention by fused kernels: alone, and as one operation with what stands around it in a residual block.
+"""Fused attention: alone, or as one operation with the norm, the add and the ReLU of a residual block.
 
-The end of a residual block, `relu(attention(norm(x)) + shortcut)`, is four operations that read the same map
-again and again. Here the norm and the attention wait as a `Pending` until the add and the ReLU have told what
-they are; then all of it runs as one. In inference a norm that the shortcut ends in waits and joins them, too.
-Whatever else meets a `Pending` gets the tensor it stands for.
+The end of a residual block, `relu(attention(norm(x)) + shortcut)`, is four operations, each of which reads
+the whole map. Here the norm and the attention are deferred as a `Pending` until the add and the ReLU have
+been called; then all four run as one. In inference the norm at the end of the shortcut is deferred too, and
+joins them. Any other use of a `Pending` gets the tensor that it stands for.
 """
 
 import sys
@@ -23,7 +23,7 @@ _ADDS_IN_PLACE = {Tensor.add_, Tensor.__iadd__}
 _ADDS = {torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__} | _ADDS_IN_PLACE
 _RELUS = {F.relu, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_}
 _HALVES = (torch.float16, torch.bfloat16)
-# What kernels compute; somebody may put something else there, or have done so by now.
+# What the kernels compute. Somebody may have patched it already, or may do so later.
 _FORWARD, _FUNCTION = (
     function if function.__module__.startswith("torch.nn.") else None
     for function in (nn.BatchNorm2d.forward, F.batch_norm)
@@ -31,34 +31,34 @@ _FORWARD, _FUNCTION = (
 
 
 class Fusable(Protocol):
-    """Attention that kernels know."""
+    """Attention that kernels compute."""
 
-    known_forward: Any  # what kernels compute instead; a subclass with a forward of its own is called
+    known_forward: Any  # the forward that kernels stand for; a subclass with another is called as it is
 
     def obstacle(self) -> str:
-        """What of this module no kernel knows, or nothing."""
+        """Why no kernel computes this module; empty if one does."""
         ...
 
     def check(self, x: Tensor) -> None:
-        """Refuse an `x` that does not fit, before any work."""
+        """Raise if `x` does not fit the module."""
         ...
 
     def operands(self, x: Tensor) -> tuple[Channel | None, Spatial | None]:
-        """What kernels are given; counts a batch where statistics are tracked."""
+        """The operands of the kernels; counts a batch if statistics are tracked."""
         ...
 
     def over(self, x: Tensor) -> Tensor:
-        """`forward` of an `x` that nothing reads again, no backward either; it may be written over."""
+        """`forward` for an `x` that nothing reads afterwards, no backward either: it may be overwritten."""
         ...
 
 
 def refined(attention: Fusable, x: Tensor) -> Tensor | None:
-    """`attention` on a map (N, C, H, W) or (C, H, W) by fused kernels; None where the equation must do."""
+    """`attention` on a map (N, C, H, W) or (C, H, W) by fused kernels; None if they cannot take it."""
     if not isinstance(x, Tensor):
         return None
     obstacle = attention.obstacle()
     if not obstacle and x.dim() not in (3, 4):
-        return None  # the equation says what is wrong
+        return None  # the equation raises, and says what is wrong
     maps = x.unsqueeze(0) if x.dim() == 3 else x
     if not ops.fused(maps, obstacle):
         return None
@@ -69,13 +69,13 @@ def refined(attention: Fusable, x: Tensor) -> Tensor | None:
 
 
 def begin(norm: nn.Module, attention: nn.Module, x: Tensor, block: nn.Module | None = None) -> Tensor:
-    """`attention(norm(x))`: a `Pending` where the add and the ReLU behind it can join, else computed at once.
+    """`attention(norm(x))`: a `Pending` if the add and the ReLU that follow can join it, else computed now.
 
-    The value may be used once only, since computing it counts a batch in the running statistics.
+    The value may be used only once, since computing it counts a batch in the running statistics.
 
     Args:
-        block: where given, the block that ends so; nothing else in it reads that value or the sum. The
-            result may then take the memory of `x` where nobody else holds it.
+        block: the block that ends this way, if nothing else in it reads the value or the sum. The result may
+            then be written to the memory of `x`, if nobody else holds it.
     """
     if (
         getattr(type(attention), "known_forward", None) is not type(attention).forward
@@ -98,12 +98,12 @@ def begin(norm: nn.Module, attention: nn.Module, x: Tensor, block: nn.Module | N
 
 
 def begin_shortcut(layers: nn.Module, x: Tensor) -> Tensor:
-    """`layers(x)`; in inference, where they end in a convolution and its norm, a `Pending` for the add."""
+    """`layers(x)`; in inference, if they end in a convolution and its norm, a `Pending` for the add."""
     if torch.is_grad_enabled() or type(layers) is not nn.Sequential or type(x) is not Tensor:
         return layers(x)
     *before, norm = layers._modules.values() or [None]
     last = before[-1] if before else None
-    # What a convolution gives is new: nobody writes to it while the norm waits.
+    # The output of a convolution is new memory: nobody writes to it while the norm is deferred.
     if getattr(type(last), "forward", None) is not nn.Conv2d.forward or watched(layers, last):
         return layers(x)
     if type(norm) is not nn.BatchNorm2d or by_batch(norm) or _has_function_mode():
@@ -116,7 +116,7 @@ def begin_shortcut(layers: nn.Module, x: Tensor) -> Tensor:
 
 
 def _has_function_mode() -> bool:
-    """Whether a mode of somebody's sees each function that is called; torch's own default device may."""
+    """Whether a function mode, other than that of torch's default device, sees every call."""
     count = 0 if torch.compiler.is_compiling() else torch._C._len_torch_function_stack()
     return count > 0 and any(
         type(torch._C._get_function_stack_at(i)) is not DeviceContext for i in range(count)
@@ -124,7 +124,7 @@ def _has_function_mode() -> bool:
 
 
 def unseen(block: nn.Module) -> bool:
-    """Whether no backward follows and no hook, tracer or mode can see the values between the children."""
+    """Whether no backward follows, and no hook, tracer or mode can see the values between the children."""
     return not (
         torch.is_grad_enabled()
         or torch.compiler.is_compiling()
@@ -137,10 +137,10 @@ def unseen(block: nn.Module) -> bool:
 
 
 class Pending:
-    """`attention(norm(x))`, and then plus a shortcut, not computed yet; or of a shortcut, `norm(x)`.
+    """A deferred `attention(norm(x))`, later with a shortcut added; or a shortcut's deferred `norm(x)`.
 
-    A ReLU computes all of it in one operation; every other use computes what is there so far and goes on with
-    the tensor. That one is the same for all uses. Gradients are recorded only if they were where it was made.
+    A ReLU computes all of it as one operation. Any other use computes what is deferred so far, once, and goes
+    on with that tensor. Gradients are recorded if they were enabled when this was made.
     """
 
     __slots__ = ("_attention", "_grad", "_norm", "_shortcut", "_unseen", "_value", "_x")
@@ -153,10 +153,10 @@ class Pending:
         self._x: Any = x  # None once the ReLU has been computed from it
         self._value: Tensor | None = None
         self._grad = torch.is_grad_enabled()
-        self._unseen = unseen  # nobody reads this again after the ReLU
+        self._unseen = unseen  # nobody reads this after the ReLU
 
     def tensor(self) -> Tensor:
-        """What this stands for."""
+        """The tensor that this stands for."""
         if self._value is None:
             with torch.set_grad_enabled(self._grad):
                 self._value = self._run(relu=False)
@@ -165,7 +165,7 @@ class Pending:
     def _run(self, relu: bool) -> Tensor:
         if self._attention is None:
             return self._norm(self._x)
-        if self._x is None:  # its memory may hold the result, and its batch is counted
+        if self._x is None:  # its memory may hold the result by now, and its batch has been counted
             raise RuntimeError(
                 "a value before the last ReLU of a residual block was read after that ReLU, which runs as "
                 'one operation with it; compute inside `with cbam.ops.using("reference")` to read both'
@@ -183,7 +183,7 @@ class Pending:
         return ops.tail(x, shortcut, **given, overwrite=overwrite)
 
     def _owns(self) -> bool:
-        """Whether nobody else holds x or its memory: Python, torch, a view, a library or another process."""
+        """Whether nothing else holds x or its memory: Python, torch, a view, a library or another process."""
         if self._holders() != _ALONE:
             return False
         memory = self._x.untyped_storage()
@@ -195,13 +195,13 @@ class Pending:
         return sys.getrefcount(x), sys.getrefcount(memory), *in_torch
 
     def relu(self) -> Tensor:
-        """The ReLU of what this stands for."""
+        """The ReLU of the tensor that this stands for."""
         if self._waits() and self._attention is not None:
             return self._run(relu=True)
         return torch.relu(self.tensor())
 
     def plus(self, other: Any) -> "Pending | Tensor":
-        """This and a shortcut, still waiting where it can."""
+        """The sum with a shortcut, still deferred if possible."""
         if self._attention is None and isinstance(other, Pending) and other._attention is not None:
             return other.plus(self)
         joins = isinstance(other, Pending) and other._attention is None and other._waits()
@@ -229,7 +229,7 @@ class Pending:
         if func in _ADDS and len(args) == 2 and not kwargs:
             if isinstance(args[0], cls):
                 return args[0].plus(args[1])
-            if func not in _ADDS_IN_PLACE:  # whoever else holds that tensor sees the sum in it
+            if func not in _ADDS_IN_PLACE:  # else the sum must appear in the tensor itself
                 return args[1].plus(args[0])
         return func(*tree_map(_tensor, args), **tree_map(_tensor, kwargs or {}))
 
@@ -260,12 +260,12 @@ def _tensor(value: Any) -> Any:
 
 
 def settled(out: Any) -> Any:
-    """What a forward returns, with a tensor for each value that still waits."""
+    """The result of a forward, with a tensor for each value that is still deferred."""
     return tree_map(_tensor, out) if isinstance(out, tuple | list | dict) else _tensor(out)
 
 
 def normalising(norm: nn.BatchNorm2d) -> Norm:
-    """What kernels are given of `norm`; counts a batch where statistics are tracked, as its forward does."""
+    """The operands of `norm` for the kernels; like its forward, counts a batch if statistics are tracked."""
     momentum = norm.momentum
     weight, bias, mean, var, counted = parts(norm, *OF_NORM, "num_batches_tracked")
     if norm.training and norm.track_running_stats and counted is not None:
@@ -288,7 +288,7 @@ def _norm_obstacle(norm: nn.Module, x: Tensor) -> bool:
         return True
     terms, C, dtype = parts(norm, *OF_NORM), x.shape[1], x.dtype
     weight, _, mean, var = terms
-    # What torch refuses is left to the norm's own forward: one value per channel, other lengths and types.
+    # What torch refuses is left to the norm's own forward: one value per channel, wrong lengths or dtypes.
     if weight is None or (mean is None) != (var is None):
         return True
     if (norm.training or mean is None) and x.numel() == C:
@@ -304,8 +304,8 @@ OF_NORM = ("weight", "bias", "running_mean", "running_var")
 
 
 def parts(module: nn.Module, *names: str) -> list[Any]:
-    """Parameters, buffers and children of a module; its own lookup takes four times as long."""
-    if torch.compiler.is_dynamo_compiling():  # which knows of these alone what to check before each call
+    """Parameters, buffers and children of a module; `getattr` takes four times as long."""
+    if torch.compiler.is_dynamo_compiling():  # its guards come from attribute reads
         return [getattr(module, name) for name in names]
     own, found = module.__dict__, []
     parameters, buffers, modules = own["_parameters"], own["_buffers"], own["_modules"]
@@ -320,7 +320,7 @@ def parts(module: nn.Module, *names: str) -> list[Any]:
 
 
 def plain(*tensors: Tensor | None) -> bool:
-    """Whether none is of a subclass, as the weights of quantised and sharded layers are."""
+    """Whether none is of a tensor subclass, as the weights of quantised and sharded layers are."""
     for t in tensors:  # noqa: SIM110  (a generator takes four times as long)
         if t is not None and type(t) is not Tensor and type(t) is not nn.Parameter:
             return False
@@ -328,7 +328,7 @@ def plain(*tensors: Tensor | None) -> bool:
 
 
 def watched(*modules: nn.Module | None) -> bool:
-    """Whether somebody has hooks or a forward of his own on these modules, which only their own calls run."""
+    """Whether any module has hooks or a forward of the instance, which run only when the module is called."""
     if nn.modules.module._has_any_global_hook():
         return True
     for module in modules:

@@ -4,13 +4,13 @@ import importlib
 
 import torch
 
-OPERATORS = 1  # of the schemas in library.py: another number whenever one of them changes
-# With no isolation it is compiled for the torch that is there, and hatchling has to be there too.
+OPERATORS = 1  # the version of the schemas in library.py: raise it whenever one of them changes
+# Without build isolation it is compiled for the installed torch, and hatchling has to be installed too.
 _INSTALL = "in a checkout: pip install hatchling; pip install --no-build-isolation ./native"
 
 
 def missing() -> str:
-    """Why the CPU kernels are not there, or nothing where they are; loads them."""
+    """Load the CPU kernels; why they are missing, empty if they are not."""
     try:
         module = importlib.import_module("cbam_native")
         path, operators = module.library(), getattr(module, "OPERATORS", 0)

@@ -1,6 +1,6 @@
-"""The tail of a block by fused operators: what is asked for is made into a call of the right one.
+"""The tail of a block by the fused operators: which of them is called, and with what.
 
-Inference has an operator of its own, which returns one tensor, and one that takes the place of its input.
+Inference has two operators of its own: one that returns a single tensor, and one that overwrites its input.
 """
 
 from typing import Any
@@ -37,18 +37,18 @@ def tail(
     relu: bool = False,
     overwrite: bool = False,
 ) -> Tensor:
-    """`reference.tail` by the kernels of the device that `x` is on; running statistics follow as in torch.
+    """`reference.tail` by the kernels of the device of `x`; running statistics are updated as torch does.
 
     Args:
-        x: (N, C, H, W), N at least 1. Whichever of NCHW and channels_last it has, the result has.
+        x: (N, C, H, W), N at least 1. The result has its layout, NCHW or channels_last.
         shortcut: of the shape and dtype of `x`.
-        shortcut_norm: what the shortcut still has to pass; a step of its own where a backward follows.
-        overwrite: nobody reads `x` afterwards, nor any memory that it shares: the result may take its place
-            where no backward and no statistics of a batch are wanted. Memory that is new costs the CPU more
-            than the kernels do.
+        shortcut_norm: applied to the shortcut first; as a separate step if a backward follows.
+        overwrite: nobody reads `x` afterwards, nor any tensor that shares its memory. The result may then be
+            written to it, if neither a backward nor batch statistics are wanted: new memory costs a CPU
+            more than the kernels do.
 
     Raises:
-        NotImplementedError: no kernel is there for the device of `x`; see `switch.fused`.
+        NotImplementedError: there is no kernel for the device of `x`; see `switch.fused`.
     """
     x, layout = dense(x)
     added = shortcut_norm or _NO_NORM
@@ -73,7 +73,7 @@ def tail(
         x, shortcut, *bn[:5], bn.eps, *weights, where.kernel, *where.norm[:5], where.norm.eps, where.gain,
         relu, wanted,
     )  # fmt: skip
-    # A graph that is traced holds it as one node; else it is called past the dispatcher, which is faster.
+    # A traced graph holds it as one node. Otherwise it is called past the dispatcher, which is faster.
     out, *saved = forward_op(*args) if torch.compiler.is_compiling() else differentiably(wanted, args)
     if bn.batch or where.norm.batch:
         _, _, _, mu, v, _, _, s_mu, s_v = saved
@@ -82,7 +82,7 @@ def tail(
 
 
 def _follow(batches: tuple[tuple[Norm, Tensor, Tensor], ...], count: int) -> None:
-    """Move running statistics to the mean and the biased variance of a batch, as `nn.BatchNorm2d` does."""
+    """Update running statistics as `nn.BatchNorm2d` does, from a batch's mean and biased variance."""
     running, new, momenta = [], [], []
     for norm, mean, var in batches:
         if norm.batch and norm.running_mean is not None and norm.running_var is not None and norm.momentum:
@@ -95,7 +95,7 @@ def _follow(batches: tuple[tuple[Norm, Tensor, Tensor], ...], count: int) -> Non
         with torch._C._AutoDispatchBelowAutograd():
             track_op(running, new, momenta, count)
         return
-    # A compiler merges these with what stands around them.
+    # A compiler fuses these with what is around them.
     pairs = zip(running[::2], running[1::2], new[::2], new[1::2], momenta, strict=True)
     for mean, var, batch_mean, batch_var, momentum in pairs:
         mean.lerp_(typed_as(mean, batch_mean), momentum)
@@ -103,11 +103,11 @@ def _follow(batches: tuple[tuple[Norm, Tensor, Tensor], ...], count: int) -> Non
 
 
 def _infer(x: Tensor, *args: Any, overwrite: bool) -> Tensor:
-    """The operators of inference: in the memory of `x` where that may be."""
+    """The operators of inference; in the memory of `x` if it may be overwritten."""
     if torch.compiler.is_compiling():
         if not x.is_cpu:
             return inference_op(x, *args)
-        out = x.clone()  # a copy that the compiler drops where nothing reads x afterwards
+        out = x.clone()  # the compiler drops this copy if nothing reads x afterwards
         in_place_op(out, *args)
         return out
     with torch._C._AutoDispatchBelowAutograd():

@@ -1,12 +1,11 @@
-"""The fused operators: schemas, shapes for tracing, and their one autograd function; dispatch.py calls them.
+"""The fused operators: their schemas, fake kernels and autograd function; dispatch.py calls them.
 
 `cbam::tail` is all that attention adds to a block, every part of it optional:
 
     y = BN(x)   z = Mc y   v = Ms z + shortcut   out = relu(v)
 
-Kernels register themselves for a device: cpu.py loads those for the CPU, triton_kernels.py and
-triton_gradients.py start those for CUDA. `reference.tail` is the same equation in plain torch, against which
-they are tested.
+Kernels are registered by device: cpu.py loads those for the CPU, triton_kernels.py and triton_gradients.py
+launch those for CUDA. They are tested against `reference.tail`, the same equation in plain torch.
 
 Shapes: N samples, C channels, H x W pixels; `x`, `shortcut` and `out` are (N, C, H, W).
 """
@@ -27,10 +26,10 @@ _SPATIAL = "Tensor? kernel, Tensor? s_gamma, Tensor? s_beta, {statistics}float s
 
 
 class _Saved(NamedTuple):
-    """What the forward keeps for the backward, in order; empty tensors where there is nothing.
+    """What the forward saves for the backward, in order; an empty tensor for what is not needed.
 
     Attributes:
-        m: mean of every plane of x, (N, C). e, k: the x that makes y largest in it, and its pixel, (N, C).
+        m: mean of each plane of x, (N, C). e, k: the x at which y is largest there, and its pixel, (N, C).
         mu, v: mean and biased variance of the norm, (C,). gate: channel gate, (N, C).
         s: input of the spatial norm, (N, 1, H, W). s_mu, s_v: its mean and biased variance, (1,).
     """
@@ -58,8 +57,7 @@ _FORWARD = (
     + _parts("Tensor? mean, Tensor? var, bool bn_batch, ", "Tensor? s_mean, Tensor? s_var, bool s_batch, ")
     + f"bool relu, bool save) -> (Tensor out, {_SAVED})"
 )
-# What a forward takes that no backward follows, with statistics that are there already: such a one may have a
-# norm of the shortcut too.
+# The arguments of a forward without backward and without batch statistics; it may normalise the shortcut too.
 _INFERENCE = (
     "Tensor? shortcut, Tensor? shortcut_gamma, Tensor? shortcut_beta, Tensor? shortcut_mean, "
     "Tensor? shortcut_var, float shortcut_eps, "
@@ -74,12 +72,12 @@ _BACKWARD = (
     "Tensor ds_beta)"
 )
 
-# Running statistics, mean and variance of one norm or two, moved towards those of a batch of `count` values
-# per channel, as nn.BatchNorm2d does; the new variances are the biased ones.
+# Updates running statistics, mean and variance of one norm or two, from those of a batch of `count` values
+# per channel, as nn.BatchNorm2d does; the batch's variances are the biased ones.
 _TRACK = "track_(Tensor(a!)[] running, Tensor[] new, float[] momenta, int count) -> ()"
 
 _library = torch.library.Library("cbam", "DEF")
-# flexible_layout: torch.compile may hand over maps in the layout that it chose for the network.
+# flexible_layout: torch.compile may pass maps in the layout that it chose for the network.
 _library.define(_FORWARD, tags=torch.Tag.flexible_layout)
 _library.define(f"tail_inference(Tensor x, {_INFERENCE}) -> Tensor out", tags=torch.Tag.flexible_layout)
 _library.define(f"tail_(Tensor(a!) x, {_INFERENCE}) -> ()", tags=torch.Tag.flexible_layout)
@@ -93,7 +91,7 @@ track_op = torch.ops.cbam.track_.default
 
 
 def dense(x: Tensor) -> tuple[Tensor, torch.memory_format]:
-    """`x` in one of the two layouts that kernels take: its own where it has one, else a copy."""
+    """`x` itself if it has a layout that kernels take, NCHW or channels_last; else a contiguous copy."""
     if x.is_contiguous():
         return x, torch.contiguous_format
     if x.is_contiguous(memory_format=torch.channels_last):
@@ -131,7 +129,7 @@ class _Args(NamedTuple):
     save: Any
 
 
-# What has a gradient, in the order of what `cbam::tail_backward` returns.
+# The arguments that have a gradient, in the order in which `cbam::tail_backward` returns them.
 _DIFFERENTIABLE = ("x", "shortcut", "gamma", "beta", "w1", "b1", "w2", "b2", "kernel", "s_gamma", "s_beta")
 _GRADIENTS = tuple(_Args._fields.index(name) for name in _DIFFERENTIABLE)
 _RELU = _Args._fields.index("relu")
@@ -146,7 +144,7 @@ class _Tail(torch.autograd.Function):
         ctx.mark_non_differentiable(*results[1:])
         ctx.set_materialize_grads(False)
         ctx.plain = [None if isinstance(a, Tensor) else a for a in args]
-        out = results[0] if args[_RELU] else None  # tells what the ReLU let through
+        out = results[0] if args[_RELU] else None  # shows where the ReLU passed its input
         ctx.save_for_backward(*[args[place] for place in _KEPT], out, *results[1:])
         return results
 
@@ -156,24 +154,24 @@ class _Tail(torch.autograd.Function):
             return (None,) * len(_Args._fields)
         args, out, saved = _restored(ctx)
         needs = {n for n, i in zip(_DIFFERENTIABLE, _GRADIENTS, strict=True) if ctx.needs_input_grad[i]}
-        # With gradients enabled, a gradient of this gradient is wanted.
+        # Gradients are enabled here only if this gradient is to be differentiated itself.
         how = _differentiable_gradients if torch.is_grad_enabled() else _gradients
         found = how(grad, args, out, saved, needs)
         gradients: list[Tensor | None] = [None] * len(_Args._fields)
         for name, place in zip(_DIFFERENTIABLE, _GRADIENTS, strict=True):
             if name in needs:
-                like = grad if name in ("x", "shortcut") else args[place]  # those have their type already
+                like = grad if name in ("x", "shortcut") else args[place]  # maps have the dtype of grad
                 gradients[place] = typed_as(like, found[name])
         return tuple(gradients)
 
 
 def typed_as(like: Tensor, t: Tensor) -> Tensor:
-    """`t` in the type of `like`; a conversion that has nothing to do takes its time too."""
+    """`t` in the dtype of `like`; `to` takes time even if there is nothing to convert."""
     return t if t.dtype == like.dtype else t.to(like.dtype)
 
 
 def _restored(ctx: Any) -> tuple[_Args, Tensor | None, _Saved]:
-    """The arguments of the forward but for the shortcut and running statistics, and what it returned."""
+    """The arguments of the forward, without shortcut and running statistics, and its results."""
     tensors = ctx.saved_tensors
     args = list(ctx.plain)
     for place, value in zip(_KEPT, tensors, strict=False):
@@ -185,7 +183,7 @@ def _restored(ctx: Any) -> tuple[_Args, Tensor | None, _Saved]:
 def _gradients(
     grad: Tensor, a: _Args, out: Tensor | None, saved: _Saved, needs: set[str]
 ) -> dict[str, Tensor]:
-    """The gradients by the kernels, by the name of the argument."""
+    """The gradients, by name of the argument, from the kernels."""
     layout = dense(a.x)[1]
     values = backward_op(
         grad.contiguous(memory_format=layout), a.x, out,
@@ -203,7 +201,7 @@ def _gradients(
 def _differentiable_gradients(
     grad: Tensor, a: _Args, out: Tensor | None, saved: _Saved, needs: set[str]
 ) -> dict[str, Tensor]:
-    """The gradients as functions of all that they depend on: by the equation, in the kernels' inner type."""
+    """Gradients that can be differentiated again: from the equation, in the kernels' accumulation dtype."""
     masked = grad if out is None else torch.where(out <= 0, torch.zeros_like(grad), grad)
     wide = torch.float64 if a.x.dtype == torch.float64 else torch.float32
     leaves = {
@@ -230,18 +228,18 @@ def _differentiable_gradients(
 
 
 def _norm(weight: Tensor, bias: Tensor | None, mean: Tensor, var: Tensor, batch: bool, eps: float) -> Norm:
-    """The norm of a forward that found these statistics; the batch's follow from it anew."""
+    """The norm of a forward with these statistics; batch statistics are computed again."""
     known = (None, None) if batch else (mean.to(weight.dtype), var.to(weight.dtype))
     return Norm(weight, bias, *known, batch, 0.0, eps)
 
 
 def _autograd(*args: Any) -> tuple[Tensor, ...]:
-    """The operator with gradients, where one is asked for."""
+    """The autograd kernel of `cbam::tail`."""
     return differentiably(wants_gradient(*(args[place] for place in _GRADIENTS)), args)
 
 
 def differentiably(wanted: bool, args: tuple) -> tuple[Tensor, ...]:
-    """`cbam::tail` called past the dispatcher, which is faster; with a gradient where one is wanted."""
+    """`cbam::tail` called past the dispatcher, which is faster; with a backward if one is wanted."""
     if wanted:
         return _Tail.apply(*args)  # pyright: ignore[reportReturnType]
     with torch._C._AutoDispatchBelowAutograd():
@@ -249,7 +247,7 @@ def differentiably(wanted: bool, args: tuple) -> tuple[Tensor, ...]:
 
 
 def wants_gradient(*values: Tensor | None) -> bool:
-    """Whether autograd has to record what becomes of these."""
+    """Whether autograd must record an operation on these."""
     if not torch.is_grad_enabled():
         return False
     for value in values:  # noqa: SIM110  (a generator takes four times as long)

@@ -22,7 +22,7 @@ ALL_POOLS = (*POOLS, "lp", "lse")
 class Norm(NamedTuple):
     """A BatchNorm: weight, bias and running statistics (C,), as `torch.nn.functional.batch_norm` takes them.
 
-    `batch`: normalise by the batch's statistics, and move the running ones, where there are, by `momentum`.
+    `batch`: normalise by the statistics of the batch, and update the running ones, if any, by `momentum`.
     """
 
     weight: Tensor | None
@@ -66,12 +66,12 @@ def tail(
     spatial: Spatial | None = None,
     relu: bool = False,
 ) -> Tensor:
-    """What attention makes of a block's end, every part optional; `x` is a batch of maps.
+    """The end of a residual block with attention, every part optional; `x` is a batch of maps.
 
         y = BN(x)   z = Mc(y) y   v = Ms(z) z + shortcut   out = relu(v)
 
-    Mc and Ms are those of `cbam.CBAM` (paper section 3, equations 2 and 3), times their gains. With a
-    `shortcut_norm`, the shortcut is that BN of what is given.
+    Mc and Ms are those of `cbam.CBAM` (paper section 3, equations 2 and 3), times their gains. A
+    `shortcut_norm` is applied to the shortcut first.
     """
     if norm is not None:
         x = normalised(x, norm)
@@ -108,7 +108,7 @@ _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
 def over_pixels(gate: Tensor, dim: int) -> Tensor:
-    """A factor for each channel, (N, C), as (N, C, 1, 1): with `dim` ones."""
+    """One factor per channel, (N, C) -> (N, C, 1, 1), with `dim` ones."""
     return gate.reshape(*gate.shape, *(1,) * dim)
 
 
@@ -168,9 +168,9 @@ def rescale(x: Tensor, gate: Tensor) -> Tensor:
 def max_and_mean(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     """The maximum and the mean along `dim`; the maximum's gradient goes to the first index that attains it.
 
-    On CPU the maximum is `amax`, a fraction of the cost of `torch.max(dim)`, and the index is looked for in
-    the backward only, which writes the gradient of both in one pass. Where values along `dim` lie far apart
-    in memory torch would take ten times as long for the index, and max pooling finds both at the cost of one.
+    The maximum is `amax`, which on a CPU costs a fraction of `torch.max(dim)`; the index is found in the
+    backward only, which writes the gradient of both in one pass. If values along `dim` lie far apart in
+    memory, finding the index takes torch ten times as long; there max pooling finds both at the cost of one.
     """
     if torch.jit.is_tracing() or torch.compiler.is_compiling():
         # The same values and the same gradients, by operations that a trace and a compiler know.
@@ -183,18 +183,18 @@ def max_and_mean(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
 
 
 def _is_plain(x: Tensor) -> bool:
-    """Whether `x` is a tensor on the CPU that has values, which nothing follows but autograd."""
+    """Whether `x` is an ordinary CPU tensor, under no mode or transform but autograd."""
     return x.is_cpu and type(x) is Tensor and not torch._C._len_torch_dispatch_stack() and not transformed()
 
 
 def transformed() -> bool:
-    """Whether this runs inside a transform of torch.func or a forward-mode derivative."""
+    """Whether a torch.func transform or forward-mode differentiation is active."""
     level = torch._C._functorch.maybe_current_level()  # pyright: ignore[reportAttributeAccessIssue]
     return level is not None or forward_ad._current_level >= 0
 
 
 class _MaxAndMean(torch.autograd.Function):
-    """Maximum and mean, and the first index that attains the maximum where the forward finds it: `apart`."""
+    """Maximum and mean; and, if `apart`, the first index that attains the maximum."""
 
     generate_vmap_rule = True
 
@@ -216,7 +216,7 @@ class _MaxAndMean(torch.autograd.Function):
     def backward(ctx, grad_max, grad_mean, _):  # pyright: ignore[reportIncompatibleMethodOverride]
         x, first = _first(ctx)
         every = (grad_mean / x.shape[ctx.dim]).unsqueeze(ctx.dim)
-        # One dense write: the mean's share everywhere, and both shares where the maximum was.
+        # One dense write: the mean's share everywhere, plus the maximum's where it was attained.
         grad = every.expand_as(x).scatter(ctx.dim, first, every + grad_max.unsqueeze(ctx.dim))
         return grad, None, None
 
@@ -235,11 +235,11 @@ def _first(ctx) -> tuple[Tensor, Tensor]:
 def _max_and_first(x: Tensor) -> tuple[Tensor, Tensor]:
     """The maximum of a contiguous (N, L, ...) along L, and the first index that attains it."""
     rest = x.shape[2:]
-    # The same memory as a channels_last map of L x 1 pixels, whose pooling works on many channels at once.
+    # The same memory as a channels_last map of L x 1 pixels, which is pooled many channels at a time.
     columns = x.flatten(2).unsqueeze(2).permute(0, 3, 1, 2)
     top, first = F.adaptive_max_pool2d(columns, 1, return_indices=True)
     top, first = top.reshape(-1, *rest), first.reshape(-1, *rest)
-    if (unknown := top.isnan()).any():  # of several NaN, pooling tells the last
+    if (unknown := top.isnan()).any():  # of several NaN, pooling returns the last
         first = torch.where(unknown, x.argmax(1), first)
     return top, first
 
@@ -280,7 +280,7 @@ def _plane_log_sum_exp(x: Tensor) -> Tensor:
 
 
 def _sum_dtype(x: Tensor) -> torch.dtype:
-    """Where sums over the pixels of `x` neither overflow nor lose their last terms."""
+    """A dtype in which sums over the pixels of `x` neither overflow nor drop terms."""
     return x.dtype if x.dtype == torch.float64 else torch.float32
 
 
@@ -312,7 +312,7 @@ def batched(x: Tensor, dim: int = 2) -> Tensor:
 
 
 def other_dim(x: Tensor, dim: int) -> str:
-    """What takes a batch of as many dimensions as `x` has, where that is not `dim`: the end of a message."""
+    """A hint that ends a message: which `dim` would take `x`, if `x` has another number of dimensions."""
     own = x.dim() - 2
     if own == dim or own not in _PIXELS:
         return ""

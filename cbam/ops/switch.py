@@ -1,4 +1,4 @@
-"""Which implementation computes the operations: fused kernels, or the equations in plain torch."""
+"""The choice of implementation: fused kernels, or the equations in plain torch."""
 
 import logging
 import threading
@@ -15,22 +15,22 @@ from cbam.ops.reference import FLOATS, transformed
 
 _log = logging.getLogger("cbam")
 _IMPLEMENTATIONS = ("reference", "fused")
-_MOST_TOLD = 100  # shapes are among the reasons
-_OLDEST = 7  # compute capability; the ticket that `convolve` draws needs it, and `probe` does not try that
+_MOST_TOLD = 100  # reasons name shapes, so there is no end of them
+_OLDEST = 7  # compute capability that the atomic of `convolve` needs; `probe` does not run that kernel
 _known: dict[torch.device, str] = {}
 _told: set[str] = set()
-# Of the whole process: activation checkpointing computes a forward anew in a thread of autograd's.
+# Global to the process: activation checkpointing recomputes a forward in a thread of autograd.
 _choice = ""
-_choices: dict[object, str] = {}  # of the blocks that are open, in whatever order threads leave them
+_choices: dict[object, str] = {}  # of the open blocks; threads may leave them in any order
 _lock = threading.Lock()
 
 
 @contextmanager
 def using(implementation: str) -> Iterator[None]:
-    """Compute attention inside the `with` block by "reference" or by "fused", in all threads.
+    """Inside the `with` block, compute attention with "reference" or with "fused", in all threads.
 
-    The default, outside any block, is the fastest that the input allows. An explicit choice never falls
-    back: with "fused", what no kernel takes is refused with the reason.
+    Outside any block the fastest implementation that the input allows is used. An explicit choice never falls
+    back: with "fused", an input that no kernel takes raises, with the reason.
 
     Raises:
         ConfigError: an unknown implementation; inside the block, an input that no kernel takes.
@@ -46,7 +46,7 @@ def using(implementation: str) -> Iterator[None]:
 
 
 def _choose(block: object, implementation: str) -> None:
-    """Open a block with a choice, or close it by none; the newest that is open has its way."""
+    """Open a block with a choice, or close it with none; the newest open block decides."""
     global _choice
     with _lock:
         if implementation:
@@ -60,10 +60,10 @@ def fused(x: Tensor, obstacle: str = "") -> bool:
     """Whether attention on `x`, (N, C, H, W), runs by fused kernels.
 
     Args:
-        obstacle: what of the module no kernel knows, if anything.
+        obstacle: why no kernel computes the module; empty if one does.
 
     Raises:
-        ConfigError: `using("fused")` is in effect, and they cannot.
+        ConfigError: no kernel can, and `using("fused")` is in effect.
     """
     if _choice == "reference":
         return False
@@ -76,39 +76,39 @@ def fused(x: Tensor, obstacle: str = "") -> bool:
 
 
 def _tell(reason: str) -> None:
-    """Why the equation runs, once for each reason."""
+    """Log why the equation is used, once for each reason."""
     if reason not in _told and len(_told) < _MOST_TOLD:
         _told.add(reason)
         _log.info("attention runs as plain torch operations: %s", reason)
 
 
 def _obstacle(x: Tensor) -> str:
-    """Why kernels do not take `x`, or nothing."""
+    """Why no kernel takes `x`; empty if one does."""
     # The flag itself: to the compiler of torch 2.10 is_exporting() is always true.
     if torch.jit.is_tracing() or torch.compiler._is_exporting_flag:
-        return "what is exported holds no operator of ours"
+        return "exported graphs hold no operators of this package"
     if type(x) is not Tensor and type(x) is not nn.Parameter:
-        return f"x is a {type(x).__name__}, no plain tensor"
+        return f"x is a {type(x).__name__}, not a plain tensor"
     if x.dtype not in FLOATS or x.dim() != 4 or x.numel() == 0:
         return f"x is {x.dtype} of shape {tuple(x.shape)}"
-    # A compiler knows how to trace every transform but the derivative in forward mode.
+    # A compiler traces every transform but forward-mode differentiation.
     if forward_ad._current_level >= 0 or (not torch.compiler.is_compiling() and transformed()):
-        return "inside torch.func and forward-mode transforms the equation is used"
+        return "torch.func transforms and forward-mode differentiation use the equation"
     return _device_obstacle(x.device)
 
 
 def _device_obstacle(device: torch.device) -> str:
-    """Why no kernels run on `device`, or nothing; found out once, and said then."""
+    """Why no kernels run on `device`, empty if they do; found out, and logged, once."""
     if device not in _known:
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            return ""  # nothing can be tried while a graph is captured
+            return ""  # nothing can be probed while a graph is captured
         _known[device] = reason = _missing(device)
         if reason and device.type in ("cpu", "cuda"):
             _log.warning("attention runs as plain torch operations on %s: %s", device, reason)
     return _known[device]
 
 
-# What torch.compiler.assume_constant_result does, without its import of the whole compiler.
+# As torch.compiler.assume_constant_result does, without importing the whole compiler.
 _device_obstacle._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
@@ -125,7 +125,7 @@ def _missing(device: torch.device) -> str:
 
         triton_kernels.probe(device)
     except torch.OutOfMemoryError:
-        raise  # it says nothing about the kernels
-    except Exception as error:  # a compiler, a driver or a cache folder fails in any way it likes
+        raise  # this says nothing about the kernels
+    except Exception as error:  # a compiler, a driver or a cache folder may raise anything
         return f"the kernels do not run ({type(error).__name__}: {first_line(error, 200)})"
     return ""

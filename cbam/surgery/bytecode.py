@@ -1,7 +1,7 @@
-"""Read the code of a forward, and make a copy of it that reads other attributes of `self`.
+"""Inspect the bytecode of a forward, and copy it so that it reads other attributes of `self`.
 
-Only names of a code object are changed, so no source text is needed, and branches, closures and helper
-methods stay what they are.
+Only the names in a code object are changed. So no source text is needed, and branches, closures and helper
+methods are preserved.
 """
 
 import contextlib
@@ -16,26 +16,26 @@ from typing import Any
 from torch import nn
 
 _ENTERS = ("BEFORE_WITH", "LOAD_SPECIAL")  # a `with`, until Python 3.13 and from 3.14
-_LIBRARIES = {"torch", "numpy", "builtins"}  # whose functions read nothing of a block
+_LIBRARIES = {"torch", "numpy", "builtins"}  # their functions read no attributes of a block
 
 
 class UnroutableError(Exception):
-    """The code of a block does not allow a route; the text says why."""
+    """The code of a block does not permit a route; the message says why."""
 
 
 def names(base: type[nn.Module]) -> set[str]:
-    """Every name in the code of `forward` and of what it reaches."""
+    """Every name in the code of `forward` and of the methods it reaches."""
     return {name for code in codes(base) for name in code.co_names}
 
 
 def codes(base: type[nn.Module]) -> Iterator[types.CodeType]:
-    """The code of `forward` and of what it reaches."""
+    """The code of `forward` and of the methods it reaches."""
     for function in _reached(base).values():
         yield from nested(function.__code__)
 
 
 def all_codes(base: type[nn.Module]) -> Iterator[types.CodeType]:
-    """`codes`, and those of the functions that they call or are wrapped in, but for those of libraries."""
+    """`codes`, and those of the functions that they call or are wrapped in, libraries excepted."""
     pending: list[Any] = [*_reached(base).values(), base.forward]
     seen: set[types.FunctionType] = set()
     while pending:
@@ -58,25 +58,25 @@ def _global_names(code: types.CodeType) -> set[str]:
 
 
 def enters_context(code: types.CodeType) -> bool:
-    """Whether there is a `with` in it."""
+    """Whether the code contains a `with`."""
     return any(i.opname in _ENTERS for i in dis.get_instructions(code))
 
 
 def catches(code: types.CodeType) -> bool:
-    """Whether there is a `try` or a `with` in it."""
+    """Whether the code contains a `try` or a `with`."""
     return any(i.opname == "PUSH_EXC_INFO" for i in dis.get_instructions(code))
 
 
 def makes_text(code: types.CodeType) -> bool:
-    """Whether there is an f-string in it."""
+    """Whether the code contains an f-string."""
     return any(i.opname.startswith(("FORMAT_", "BUILD_STRING")) for i in dis.get_instructions(code))
 
 
 def is_straight(base: type[nn.Module], child: str) -> bool:
-    """Whether `forward` itself and nothing else names `child`, to call it or to compare it with None.
+    """Whether `child` is named in `forward` itself alone, and only called or compared with None.
 
-    What waits for the end of a block must meet it where it was made: inside a `with`, or in a function that
-    gets `child` to call it, as `checkpoint` does, it would be computed by other rules.
+    A deferred value must reach the end of the block under the conditions it was made in. Inside a `with`, or
+    in a function that is passed `child`, as `checkpoint` is, it would be computed under others.
     """
     code = getattr(base.forward, "__code__", None)
     if code is None or enters_context(code):
@@ -100,13 +100,13 @@ def is_straight(base: type[nn.Module], child: str) -> bool:
 def redirected(base: type[nn.Module], others: dict[str, str]) -> dict[type[nn.Module], dict[str, Any]]:
     """Copies of the methods that `forward` reaches and that call a child, with that call redirected.
 
-    By class: those of `base`, and those that are found through `super()` in a class behind it.
+    By class: methods of `base`, and those found through `super()` in classes after it in the MRO.
 
     Args:
-        others: what the code is to read of the block in place of each child.
+        others: for each child, the attribute that the code is to read instead.
 
     Raises:
-        UnroutableError: there is no such call, or more than calls.
+        UnroutableError: no method names the child, or one uses the name for something else.
     """
     methods: dict[type[nn.Module], dict[str, Any]] = {}
     missing = set(others)
@@ -132,7 +132,7 @@ def _reached(base: type[nn.Module]) -> dict[tuple[type, str], types.FunctionType
     while pending:
         place, start, name = pending.pop()
         owner = next((c for c in base.__mro__[start:] if name in vars(c)), object)
-        function = vars(owner).get(name)  # as it is written: static and class methods are none
+        function = vars(owner).get(name)  # unbound: static and class methods are not functions here
         function = function.fget if isinstance(function, property) else function
         key = place or owner, name
         if key in reached or owner is nn.Module or not isinstance(function, types.FunctionType):
@@ -146,7 +146,7 @@ def _reached(base: type[nn.Module]) -> dict[tuple[type, str], types.FunctionType
 
 
 def nested(code: types.CodeType) -> Iterator[types.CodeType]:
-    """`code`, and that of the functions that are written in it."""
+    """`code`, and that of the functions defined in it."""
     yield code
     for const in code.co_consts:
         if isinstance(const, types.CodeType):
@@ -154,7 +154,7 @@ def nested(code: types.CodeType) -> Iterator[types.CodeType]:
 
 
 def _check_code(function: types.FunctionType, child: str) -> None:
-    """Every use of the name must be an attribute read from `self`: renaming reaches all uses alike."""
+    """Raise unless every use of the name reads an attribute of `self`: renaming changes all uses."""
     receiver = function.__code__.co_varnames[0]
     for code in nested(function.__code__):
         before = None

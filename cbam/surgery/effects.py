@@ -1,7 +1,7 @@
-"""What a forward does beside computing values: found, and undone.
+"""The side effects of a forward: detected, and undone.
 
-A user's forward runs here to be looked at. It may draw random numbers, count in a buffer or keep what it has
-computed; none of that may stay, and a forward generated from its graph would leave it out.
+A user's forward is run here for inspection. It may draw random numbers, update a buffer or store what it has
+computed. None of that may remain, and a forward generated from its graph would leave it out.
 """
 
 import contextlib
@@ -20,16 +20,16 @@ DRAWS = "draws random numbers"
 
 @contextlib.contextmanager
 def undrawn(seed: int | None = None) -> Iterator[list[str]]:
-    """For a `with`: what draws random numbers leaves the generators of Python, NumPy and torch as they were.
+    """For a `with`: restores the random generators of Python, NumPy and, on the CPU, torch.
 
     Args:
-        seed: where given, what they begin with.
+        seed: what they are seeded with inside, if given.
 
-    Returns:
-        a list that says, after the `with`, whether anything was drawn.
+    Yields:
+        a list, which holds DRAWS after the `with` if anything was drawn.
     """
     effects: list[str] = []
-    numpy: Any = sys.modules.get("numpy.random")  # where somebody has imported it
+    numpy: Any = sys.modules.get("numpy.random")  # if it has been imported
     python, torchs, numpys = _states(numpy)
     if seed is not None:
         random.seed(seed)
@@ -50,10 +50,10 @@ def undrawn(seed: int | None = None) -> Iterator[list[str]]:
 
 @contextlib.contextmanager
 def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
-    """For a `with`: torch draws by `seed` on the CPU, and on `device` if that is a GPU.
+    """For a `with`: seeds torch's generators of the CPU, and of `device` if that is a GPU.
 
-    Their generators are given back as they were; those of other GPUs, which `torch.manual_seed` would set
-    too, are left alone.
+    They are restored afterwards. Those of other GPUs, which `torch.manual_seed` would seed too, are left
+    alone.
     """
     own = [device] if device is not None and device.type == "cuda" else []
     with torch.random.fork_rng(own):
@@ -76,12 +76,12 @@ def _same_states(a: tuple[Any, Tensor, Any], b: tuple[Any, Tensor, Any]) -> bool
 
 @contextlib.contextmanager
 def unchanged(module: nn.Module, called: str = "") -> Iterator[list[str]]:
-    """For a `with`: what a forward keeps in `module` itself is put back, the values of its buffers too.
+    """For a `with`: restores the attributes of `module` itself, and the values of its buffers.
 
-    A cache that a trace has filled would poison the next run. `called` is the name of a child in the block.
+    A cache that a trace has filled would poison the next run. `called` is the module's name in its block.
 
-    Returns:
-        a list that says, after the `with`, what was changed.
+    Yields:
+        a list, which says after the `with` what was changed.
     """
     effects: list[str] = []
     attributes = dict(vars(module))
@@ -113,7 +113,7 @@ def unchanged(module: nn.Module, called: str = "") -> Iterator[list[str]]:
 
 @contextlib.contextmanager
 def modes_restored(model: nn.Module) -> Iterator[None]:
-    """For a `with`: every module trains, or evaluates, afterwards as it did before."""
+    """For a `with`: restores the training or eval mode of every module."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         yield
@@ -124,14 +124,14 @@ def modes_restored(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """`model.eval()` for a `with`; every module's own mode again after it."""
+    """For a `with`: `model.eval()`; the mode of every module is restored afterwards."""
     with modes_restored(model):
         model.eval()
         yield
 
 
 def _items(container: Any) -> list[tuple[Any, int]]:
-    """What a container holds, by identity: the values may be tensors, which do not compare."""
+    """The contents of a container, by identity: they may be tensors, which do not compare."""
     if isinstance(container, dict):
         return [(key, id(value)) for key, value in container.items()]
     return [(None, id(value)) for value in container]

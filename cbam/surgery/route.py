@@ -1,10 +1,10 @@
-"""Put attention on a block's branch without touching a child, a key or a hook.
+"""Put attention on a block's branch without changing a child, a key or a hook.
 
-The block's class is swapped for a subclass of the same name whose forward is the block's own code with one
-call redirected: `self.bn3(x)` runs as `self._cbam_call(x)`, which is `self.cbam(self.bn3(x))`. It renames one
-entry of the code object, so it needs no source text and follows the branches, closures and helper methods of
-the original. Children stay what they are: conversion to SyncBatchNorm, hooks and state dicts do not notice.
-Where no child can be redirected, the forward is generated from the block's traced graph.
+The block's class is replaced by a subclass of the same name. Its forward is the block's own code with one
+call redirected: `self.bn3(x)` runs as `self._cbam_call(x)`, which is `self.cbam(self.bn3(x))`. One name in
+the code object is changed, so no source text is needed, and the branches, closures and helper methods of the
+original are kept. Children are untouched, so conversion to SyncBatchNorm, hooks and state dicts work as
+before. If no child can be redirected, the forward is generated from the block's traced graph.
 """
 
 import abc
@@ -84,7 +84,7 @@ def restore(block: nn.Module) -> None:
 
 @contextlib.contextmanager
 def paused(block: nn.Module) -> Iterator[None]:
-    """For a `with`: `block` runs the code of its base; the attention stays its child."""
+    """For a `with`: `block` runs the code of its base class; the attention remains a child."""
     refined = type(block)
     block.__class__ = _without(vars(refined)["_cbam_base"], vars(refined)["_cbam_route"])
     try:
@@ -95,7 +95,7 @@ def paused(block: nn.Module) -> Iterator[None]:
 
 @functools.cache
 def _without(base: type[nn.Module], route: Route) -> type[nn.Module]:
-    """`base`, or where its forward may run all of its children in turn, one that leaves the attention out."""
+    """A class that runs as `base` does though the attention is a child: `base` itself, where it can."""
     if route.when == "graph":
         return _subclass(base, {"forward": _generated_forward(route), SLOT: staticmethod(lambda x: x)})
     if base.forward is nn.Sequential.forward:
@@ -110,22 +110,22 @@ def _skipping(self, x):
 
 
 def is_refined(block: nn.Module) -> bool:
-    """Whether `refine` was applied to `block`; a slice of a refined sequence is one without attention."""
+    """Whether `block` has attention from `refine`; a slice of a refined sequence has its class alone."""
     return hasattr(type(block), "_cbam_route") and SLOT in block._modules
 
 
 def is_last_refined(block: nn.Module) -> bool:
-    """Whether nobody changed the class of a refined `block` after that, so that `restore` can undo it."""
+    """Whether the class of a refined `block` is still the one that `refine` set, so that `restore` works."""
     return "_cbam_route" in vars(type(block))
 
 
 def plain_class(block: nn.Module) -> type[nn.Module]:
-    """The class of `block` as it would be without attention."""
+    """The class that `block` has without attention."""
     return vars(type(block)).get("_cbam_base", type(block))
 
 
 def refined_class(base: type[nn.Module], route: Route) -> type[nn.Module]:
-    """The subclass of `base` that runs `self.cbam` at `route`; one for all blocks of the same code.
+    """The subclass of `base` that runs `self.cbam` at `route`; all blocks with the same code share it.
 
     Raises:
         UnroutableError: the code of `base` does not allow the route.
@@ -154,21 +154,21 @@ def _refined_class(base: type[nn.Module], route: Route, _: tuple[types.CodeType,
     return _subclass(
         base,
         methods | {"_cbam_base": base, "_cbam_route": route, "__reduce_ex__": _reduce_ex},
-        # `super()` of a method of `base` meets each of these right before the class that it is made of
+        # `super()` in a method of `base` finds each of these right before the class that it copies
         *(_subclass(c, behind[c]) for c in base.__mro__ if c in behind),
     )
 
 
 class _Silent(nn.Module):
-    """Keeps `__init_subclass__` of the bases after it from running: registries are to know `base` alone."""
+    """Keeps `__init_subclass__` of later bases from running: registries must not see the subclass."""
 
     def __init_subclass__(cls) -> None:
         pass
 
 
 def _subclass(base: type, namespace: dict[str, Any], *others: type) -> type:
-    """A subclass of `base` and `others` by the name of `base`, of whose making nobody hears."""
-    kind = type(base)  # a metaclass may keep a registry, too
+    """A subclass of `base` and `others`, named like `base`, made without notifying registries."""
+    kind = type(base)  # a metaclass may keep a registry too
     make = abc.ABCMeta if issubclass(kind, abc.ABCMeta) else type
     named = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
     made = make.__new__(kind, base.__name__, (_Silent, base, *others), namespace | named)
@@ -177,7 +177,7 @@ def _subclass(base: type, namespace: dict[str, Any], *others: type) -> type:
 
 
 def child_route(block: nn.Module, when: str, child: str) -> Route:
-    """The route before or after the call of a direct child, by whatever name the code calls it."""
+    """The route before or after the call of a direct child, under whatever name the code calls it."""
     names = bytecode.names(type(block))
     if child not in names:
         for name in sorted(names):
@@ -192,8 +192,8 @@ def graph_route(block: nn.Module, value: str) -> Route:
     """A route by a forward generated from the graph of `block`, with attention on the value named `value`.
 
     Raises:
-        UnroutableError: the forward does what no graph holds, the train and eval graphs differ (dropout would
-            be baked), or the graph uses an object that a pickle cannot name.
+        UnroutableError: the forward does something that a graph does not hold, the graphs of training and
+            evaluation differ (dropout would be fixed), or the graph uses an object that cannot be imported.
     """
     _refuse_lost(block)
     code = [_with_attention(block, value, training) for training in (False, True)]
@@ -205,7 +205,7 @@ def graph_route(block: nn.Module, value: str) -> Route:
 
 
 def _refuse_lost(block: nn.Module) -> None:
-    """Refuse a forward that a trace would strip of a `with`, an argument, or reading a setting each time."""
+    """Raise if a trace would drop a `with`, a `try` or an argument of the forward, or freeze a setting."""
     for parameter in inspect.signature(type(block).forward).parameters.values():
         if parameter.default is not parameter.empty:
             raise UnroutableError(
@@ -223,7 +223,7 @@ def _refuse_lost(block: nn.Module) -> None:
         if "getattr" in names:
             texts = tuple(c for c in code.co_consts if isinstance(c, str) and c)
             names |= {*texts}
-            if bytecode.makes_text(code):  # of a name that begins with what is written
+            if bytecode.makes_text(code):  # a name may begin with a text in the code
                 names |= {name for name in dir(block) if name.startswith(texts)}
         for name in sorted(names - _OWN):
             if _is_setting(inspect.getattr_static(block, name, None)):
@@ -231,7 +231,7 @@ def _refuse_lost(block: nn.Module) -> None:
 
 
 def _is_setting(value: Any) -> bool:
-    """Whether a trace takes down what `value` says, and not that it is read."""
+    """Whether a trace records the value of an attribute, and not that it is read."""
     code = isinstance(value, property | staticmethod | classmethod) or callable(value)
     return not (value is None or code or isinstance(value, Tensor | nn.Module))
 
@@ -255,7 +255,7 @@ def _with_attention(block: nn.Module, value: str, training: bool):
 
 
 def _refuse_types(block: nn.Module, graph: fx.Graph) -> None:
-    """Refuse the dtype or device of a weight, which `to()` may change after it was taken down."""
+    """Raise if the graph holds the dtype or device of a tensor, which `to()` may change later."""
     values = tree_leaves([(n.args, n.kwargs) for n in graph.nodes])
     found = [value for value in values if isinstance(value, torch.dtype | torch.device)]
     codes = [*bytecode.all_codes(type(block))] if found else []
@@ -294,12 +294,12 @@ def _generated_forward(route: Route) -> Callable:
 
 def _output_forward(base: type[nn.Module]) -> Callable:
     if base.forward is nn.Sequential.forward:
-        return base.forward  # it runs its children in order, and the attention is the last of them
+        return base.forward  # it runs its children in order, and the attention is the last
     return _declared(base.forward, "{self}.cbam(_cbam_base.forward({given}))", _cbam_base=base)
 
 
 def _redirected_call(route: Route) -> Callable:
-    child = route.alias or route.child  # a property may have another child another time
+    child = route.alias or route.child  # a property may return another child another time
     if route.tail:
 
         def begin_tail(self, x):
@@ -323,7 +323,7 @@ def _redirected_call(route: Route) -> Callable:
 
 
 def _redirected_shortcut(child: str) -> property:
-    """What the code finds in place of `child`, which it calls or compares with None."""
+    """What the code reads in place of `child`, which it calls or compares with None."""
 
     def shortcut(self):
         layers = getattr(self, child)
@@ -333,25 +333,25 @@ def _redirected_shortcut(child: str) -> property:
 
 
 def _settled(forward: Callable) -> Callable:
-    """`forward` returning a tensor also where no ReLU came to what was waiting for it."""
+    """`forward`, returning a tensor even if a deferred value met no ReLU."""
     return _declared(
         forward, "_cbam_settled(_cbam_plain({given}))", _cbam_settled=settled, _cbam_plain=forward
     )
 
 
 def _declared(forward: Callable, body: str, **names: Any) -> Callable:
-    """What returns `body`, with the parameters of `forward`: tracers read them from the code itself.
+    """A function that returns `body`, with the parameters of `forward`: tracers read them from its code.
 
-    `{self}` in it is the first of them, `{given}` stands for all; `names` are those of other things in it.
+    In `body`, `{self}` is the first parameter and `{given}` stands for all; `names` are its other names.
     """
     parameters = _parameters(forward)
     given = ", ".join(_PASSED.get(p.kind, "{0}").format(p.name) for p in parameters)
     first = parameters[0].name + ("[0]" if parameters[0].kind is inspect.Parameter.VAR_POSITIONAL else "")
-    # Of defaults it is written only that there are some.
+    # The source shows only which parameters have defaults; the values are set below.
     shown = [p if p.default is p.empty else p.replace(default=None) for p in parameters]
     declared = inspect.Signature([p.replace(annotation=p.empty) for p in shown])
     source = f"def forward{declared}: return " + body.format(self=first, given=given)
-    # Scripting must find no source.
+    # The file name is that of no file, so that scripting finds no source.
     exec(compile(source, f"<cbam: {getattr(forward, '__name__', 'forward')} with attention>", "exec"), names)
     made = names["forward"]
     optional = [p for p in parameters if p.default is not p.empty]
@@ -361,7 +361,7 @@ def _declared(forward: Callable, body: str, **names: Any) -> Callable:
 
 
 def _parameters(forward: Callable) -> list[inspect.Parameter]:
-    """Those that `forward` takes, itself included; any, of what does not say."""
+    """The parameters of `forward`, `self` included; *args and **kwargs if it has no signature."""
     try:
         if found := [*inspect.signature(forward, follow_wrapped=False).parameters.values()]:
             return found
@@ -380,7 +380,7 @@ _PASSED = {
 
 
 def _reduce_ex(self, protocol):
-    """Pickle and copy by the importable base and the route: the class itself has no importable name."""
+    """Pickle and copy by base class and route: the refined class itself cannot be imported."""
     cls = type(self)
     if not is_last_refined(self):
         raise TypeError(f"{cls.__name__} was made of a class with attention; undo that before pickling")

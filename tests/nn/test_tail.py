@@ -640,7 +640,7 @@ def test_why_the_equation_runs_is_said_once(monkeypatch, caplog):  # T35
     for _ in range(3):
         module(x)
     assert [r.message for r in caplog.records] == [
-        "attention runs as plain torch operations: somebody has hooks on its parts"
+        "attention runs as plain torch operations: its parts have hooks"
     ]
 
 
