@@ -1,4 +1,4 @@
-"""Put attention into a model in place, take it out again, and say where it can go."""
+"""Put attention into a model in place, take it out again, or bypass it."""
 
 import contextlib
 import difflib
@@ -58,7 +58,7 @@ def attach(
     chosen = _choose(model, where)
     modules = dict(model.named_modules())
     with torch.inference_mode(False) if torch.is_inference_mode_enabled() else contextlib.nullcontext():
-        # of tensors that can be trained later
+        # so that the tensors can be trained later
         parts = [(modules[s.name], s, _build(modules[s.name], model, s, made, start)) for s in chosen]
     done: list[nn.Module] = []
     try:
@@ -101,11 +101,11 @@ def bypassed(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def _refined_blocks(model: nn.Module, verb: str) -> list[nn.Module]:
-    """The blocks with attention, all of which can be made plain."""
+    """The blocks with attention, once it is known that it can be taken out of all of them."""
     _refuse_wrapped(model, verb)
     blocks = {name: m for name, m in model.named_modules() if is_refined(m)}
     if not blocks:
-        raise AttachError(f"nothing to {verb}: the model has no attached attention")
+        raise AttachError(f"nothing to {verb}: the model has no attached attention, or it is bypassed already")
     for name, block in blocks.items():
         if not is_last_refined(block):
             raise AttachError(
@@ -200,7 +200,7 @@ def _attention(attention: str | Callable[[int], nn.Module]) -> Callable[[int], n
 def _build(
     block: nn.Module, model: nn.Module, site: Site, attention: Callable[[int], nn.Module], start: str
 ) -> nn.Module:
-    """The attention of one site: made, started, run once, and fitted to its host, or else to the model."""
+    """The attention of one site: made, started, run once, and moved to the device and dtype of its block."""
     channels = site.channels
     assert channels is not None
     try:
@@ -228,7 +228,7 @@ def _build(
 
 
 def _of_dim(attention: Callable[..., nn.Module], channels: int, dim: int) -> nn.Module:
-    """The attention for a map of `dim` spatial dimensions, told to one that can be told."""
+    """The attention for a map of `dim` spatial dimensions, passed as `dim` if it has that parameter."""
     try:
         told = "dim" in inspect.signature(attention).parameters
     except ValueError:  # some callables have no signature
@@ -251,7 +251,7 @@ def _start_at_identity(part: nn.Module) -> None:
 
 
 def _check_part(part: nn.Module, name: str, value: Value, start: str) -> None:
-    """Run the attention alone: a wrong shape or a start that is none is found before anything changes."""
+    """Run the attention alone, to find a wrong shape or start before anything changes."""
     weight = next(part.parameters(), None)
     if weight is not None and weight.is_meta:
         return

@@ -1,4 +1,4 @@
-"""Read a weights file without running code from it, and say what is wrong with one that is none."""
+"""Read a weights file without running code from it, and say what is wrong with any other file."""
 
 import pickle
 import re
@@ -14,11 +14,11 @@ from cbam.surgery.dialect import some
 
 
 def read(path: Path) -> Any:
-    """What the file holds: safetensors, or anything of plain tensors that `torch.save` wrote.
+    """The contents of a safetensors file, or of a `torch.save` file that holds plain data.
 
     Raises:
         CheckpointNotFoundError: no such file.
-        CheckpointError: unreadable, damaged, no weights file, or one that asks to run code.
+        CheckpointError: unreadable, damaged, not a weights file, or one that asks to run code.
         MissingExtraError: the file is safetensors, and the package to read it is absent.
     """
     try:
@@ -61,14 +61,14 @@ def _read_safetensors(path: Path, size: int) -> dict[str, Tensor]:
         return load_file(path)
     except OSError:
         raise
-    except Exception as error:  # the library has one error class for everything, outside OSError
+    except Exception as error:  # the library has one class for all other errors
         raise CheckpointError(
             f"{path}: damaged or cut off ({size} bytes, read as safetensors): {error}"
         ) from error
 
 
 def _check_archive(path: Path, size: int) -> None:
-    """Refuse a zip archive that is cut, fails its checksums, or unpacks to more than it holds."""
+    """Raise if a zip archive is cut off, fails its checksums, or claims to unpack to more than its size."""
     try:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
@@ -107,10 +107,10 @@ def _read_torch(path: Path) -> Any:
 
 
 def _unsafe_globals(path: Path, error: Exception) -> list[str]:
-    """What a pickle names that plain weights do not need."""
+    """The globals in a pickle that plain weights do not need."""
     try:
         found = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except Exception:  # not an archive, or one that cannot be disassembled: the refusal names one
+    except Exception:  # not an archive, or one that cannot be disassembled: the error names one global
         found = []
     return sorted(found) or re.findall(r"(?:GLOBAL|class|function) ([\w.]+) ", str(error))
 

@@ -1,4 +1,4 @@
-"""What weights are called in each format, and which tensors, attached blocks and gates a model has."""
+"""The names of weights in each format, and the tensors, attached blocks and gates of a model."""
 
 import itertools
 from collections.abc import Mapping
@@ -27,14 +27,14 @@ NAMES = [
 
 
 class MisfitError(Exception):
-    """Why weights do not fit; the caller adds where they come from."""
+    """Weights do not fit; the message says why, and the caller adds their source."""
 
 
 class Target:
     """The tensors, attached blocks and gates of a model, by name.
 
-    A wrapper that only lends its module (DistributedDataParallel, torch.compile) is looked through. A gain is
-    no tensor here: its key comes and goes with its value.
+    The model inside a wrapper (DistributedDataParallel, torch.compile) is taken. Gains are not among the
+    tensors: their keys come and go with their values.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -51,13 +51,13 @@ class Target:
             )
         attached = tuple(under(block, f"{SLOT}.") for block in self.blocks)
         self.attention = {name for name in self.tensors if name.startswith(attached)}
-        # what the names of attention begin with: where it is attached, and where a network has its own
+        # prefixes of attention: where it is attached, and where a network has a CBAM of its own
         self.slots = {*attached, *(under(n, "") for n, m in modules if isinstance(m, CBAM))}
 
     def head(self) -> set[str]:
-        """The tensors of the classifier: the last linear layer or convolution that is no attention's.
+        """The tensors of the classifier: the last linear layer or convolution outside attached attention.
 
-        Of a network of timm with two classifiers, as distilled ones have, the last of each.
+        A timm network may have two classifiers, as distilled ones do: then the last layer of each.
         """
         modules = list(self.model.named_modules())
         layers = [
@@ -70,13 +70,13 @@ class Target:
         return {name for name in self.tensors if name.startswith(tuple(itertools.chain(*last)))}
 
     def copy(self, values: Mapping[str, Tensor], gains: Mapping[str, float]) -> None:
-        """Copy checked values; put everything back if that fails none the less."""
+        """Copy values that have been checked; if that fails all the same, restore everything."""
         before = {name: value.clone() for name, value in self.tensors.items()}
         gains_before = {gate: gate.gain for gate in self.gates.values()}
         try:
             for name, gain in gains.items():
                 self.gates[name].set_gain(gain)
-            state = self.model.state_dict()  # its metadata says that the names are today's
+            state = self.model.state_dict()  # with metadata, which says that the names are current
             state.update(values)
             self.model.load_state_dict(state)
         except BaseException:
@@ -93,7 +93,7 @@ def _told_heads(model: Any) -> tuple[nn.Module, ...]:
 
 
 def bare(model: nn.Module) -> nn.Module:
-    """The network inside wrappers that only lend it: DistributedDataParallel, DataParallel, torch.compile."""
+    """The network inside DistributedDataParallel, DataParallel and torch.compile."""
     while isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel) or _compiled(model):
         model = model._orig_mod if _compiled(model) else model.module  # pyright: ignore
     return model
@@ -104,11 +104,11 @@ def _compiled(model: nn.Module) -> bool:
 
 
 def under(module: str, name: str) -> str:
-    """The name of what `module` calls `name`; a model calls itself ""."""
+    """The full name of `name` in `module`; the model itself is ""."""
     return f"{module}.{name}" if module else name
 
 
 def some(names: list[str]) -> str:
-    """The first five of a list, and how many more there are."""
+    """The first five names, and how many more there are."""
     more = f", and {len(names) - 5} more" if len(names) > 5 else ""
     return ", ".join(names[:5]) + more

@@ -1,8 +1,8 @@
-"""Read a block's own forward: where its residual add is, and which value is the branch.
+"""Find the residual add in the forward of a block, and which of its sides is the branch.
 
-The graph holds what the block's own `forward` does and nothing of the children, which are kept whole
-(`cbam.surgery.tracing`). The trunk is walked from the output back; at every residual add it goes on along the
-shortcut. What is found is a claim; `cbam.surgery.trial` checks it by running the block.
+The graph holds the operations of the block's own `forward`, with every child as one call
+(`cbam.surgery.tracing`). The trunk is followed back from the output, at each residual add along the shortcut.
+The result is a conjecture, which `cbam.surgery.trial` checks by running the block.
 """
 
 import inspect
@@ -38,9 +38,9 @@ class Add:
     """An add on a block's trunk, and why attention does not belong before it.
 
     Attributes:
-        reason: "" where it does.
-        ends_trunk: whether neither side is a shortcut, to follow to the add before.
-        on_request: whether attention goes there all the same where the user names the block.
+        reason: empty if it does.
+        ends_trunk: whether neither side is a shortcut that could be followed further back.
+        on_request: whether attention may go there if the user names the block.
     """
 
     node: Node
@@ -55,9 +55,9 @@ class Trunk:
     """The adds along the trunk of one block's graph.
 
     Attributes:
-        graph, effects: of the block, as `trace_with_effects` has them.
-        adds: from the output back.
-        note: what the trunk ends in, where that is a sum of another kind; else "".
+        graph, effects: of the block, from `trace_with_effects`.
+        adds: the last one first.
+        note: a sum of another kind in which the trunk ends; else empty.
     """
 
     def __init__(self, block: nn.Module, graph: fx.Graph, effects: list[str]) -> None:
@@ -134,16 +134,16 @@ class Trunk:
         return _ACTIVATION.fullmatch(_name(node)) is not None
 
     def _all_ancestors(self, graph: fx.Graph) -> dict[Node, set[Node]]:
-        """Every node with itself and all tensors it is computed from."""
+        """For each node, itself and all nodes that it is computed from."""
         ancestors: dict[Node, set[Node]] = {}
         for node in graph.nodes:
             ancestors[node] = {node}.union(*(ancestors[n] for n in self.inputs(node)))
         return ancestors
 
     def steps_back(self, branch: Node) -> Iterator[tuple[str, str]]:
-        """Places on the branch's end as (child, "after" | "before"), best first.
+        """Places at the end of the branch, as (child, "after" | "before"), best first.
 
-        Steps over dropout, drop path, identities and scalar factors to the last child that computes.
+        Dropout, drop path, identities and scalar factors are skipped, back to the last child that computes.
         """
         passed: list[str] = []
         node = branch
@@ -160,10 +160,10 @@ class Trunk:
             yield child, "before"
 
     def tail(self, add: Add) -> Node | None:
-        """The ReLU of a block that ends in relu(norm + shortcut), where nothing else reads either value.
+        """The ReLU of a block that ends in relu(norm + shortcut), if nothing else reads either value.
 
-        Norm and add wait for the ReLU, so nothing may write to what they read until then: the norm's input
-        has no other reader and shares no memory, and the ReLU follows the add at once.
+        Norm and add are deferred until the ReLU, so nothing may write to their inputs before it: the norm's
+        input has no other reader and shares no memory, and the ReLU directly follows the add.
         """
         after = list(add.node.users)
         relu = after[0] if len(after) == 1 else None
@@ -182,13 +182,13 @@ class Trunk:
         return relu if found else None
 
     def _is_new(self, node: Node) -> bool:
-        """Whether no other name has the memory of a value: each that it may share it with is read once."""
+        """Whether nothing else can hold the memory of a value: all values that may share it are read once."""
         if len(node.users) != 1 or node.op not in ("call_module", "call_function", "call_method"):
             return False
         return self._convs({node}) > 0 or all(self._is_new(n) for n in self.inputs(node))
 
     def shortcut(self, add: Add) -> str:
-        """The direct child, a sequence, that makes the shortcut; empty where another reads that as well."""
+        """The direct child, a Sequential, that computes the shortcut; empty if anything else reads it."""
         node = add.shortcut
         found = (
             self._is_a(node, nn.Sequential, None)
@@ -239,7 +239,7 @@ def _is_nonlinear(module: nn.Module) -> bool:
         return True
     if next(module.children(), None) is None and _ACTIVATION_CLASS.search(type(module).__name__):
         return True
-    own = vars(type(module)).get("_cbam_base", type(module))  # as it is without attention
+    own = vars(type(module)).get("_cbam_base", type(module))  # its class without attention
     code = getattr(inspect.unwrap(own.forward), "__code__", None)
     library = own.__module__.startswith("torch.nn.")
     return code is not None and not library and any(_ACTIVATION.fullmatch(name) for name in code.co_names)

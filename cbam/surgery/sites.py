@@ -36,7 +36,7 @@ from cbam.surgery.trial import (
     without_hooks,
 )
 
-# Sides of the inputs that a model is tried with, by its dimensions; a cube grows fast.
+# Sides of the inputs that a model is tried with, by number of spatial dimensions.
 _INPUT_SIZES = {
     1: ((64, 96), (1024, 1536)),
     2: ((64, 96), (224, 256), (299, 331)),
@@ -56,8 +56,8 @@ class Site:
         default: whether `attach` without `where` takes it.
         attached: whether it has attention now.
         dims: dimensions of the feature map (4 for images).
-        route: how the block's forward reaches the attention; None where it cannot.
-        name_taken: whether it is an attribute of the user's, of the attention's name, that keeps it away.
+        route: how the block's forward reaches the attention; None if it cannot.
+        name_taken: whether what prevents it is an attribute of the block by the name of the attention.
     """
 
     name: str
@@ -77,7 +77,7 @@ class Site:
 
 
 def called(name: str) -> str:
-    """A module in a sentence: the model's own name is empty."""
+    """The name of a module for a message; that of the model itself is empty."""
     return name or "the model"
 
 
@@ -104,7 +104,7 @@ def sites(model: nn.Module) -> list[Site]:
 
 
 def check_module(model: nn.Module) -> None:
-    """Refuse what is no model, before anything is looked for in it."""
+    """Raise unless `model` is an nn.Module."""
     if not isinstance(model, nn.Module):
         raise InputError(
             f"expected an nn.Module, got {type(model).__name__}; build one with cbam.build(name)"
@@ -117,7 +117,7 @@ def attached(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Modules that might hold a residual add of their own, outside attached attention."""
+    """Modules outside attached attention that may have a residual add in their own forward."""
     inside = {m for part in attached(model).values() for m in part.modules()}
     for name, module in model.named_modules():
         own_forward = type(module).forward not in (nn.Sequential.forward, nn.Module.forward)
@@ -127,7 +127,7 @@ def _blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _places(name: str, block: nn.Module) -> list[Site]:
-    """The residual adds of one block, from its output back."""
+    """The residual adds of one block, the last one first."""
     if is_refined(block):
         return _attached_places(name, block)
     if isinstance(block, fx.GraphModule):
@@ -150,7 +150,7 @@ def _places(name: str, block: nn.Module) -> list[Site]:
 
 
 def _attached_places(name: str, block: nn.Module) -> list[Site]:
-    """The places of a block with attention, looked for in a copy without."""
+    """The places of a block with attention, found in a copy without it."""
     route: Route = type(block)._cbam_route  # pyright: ignore[reportAttributeAccessIssue]
     with contextlib.suppress(Exception):  # what a block holds may refuse a copy in any way it likes
         plain = copy.deepcopy(block)
@@ -194,7 +194,7 @@ def _place(name: str, block: nn.Module, trunk: graph.Trunk, add: graph.Add, take
 
 
 def _unrun(name: str, block: nn.Module, trunk: graph.Trunk, add: graph.Add, misfit: MisfitError) -> Site:
-    """A block that does not run alone: taken where its last layer fixes the channel axis by definition."""
+    """A block that does not run alone: taken if its last layer determines the channel axis."""
     if "forward" in vars(block):
         return Site(name, None, f"has {_ON_INSTANCE}")
     for child, when in trunk.steps_back(add.branch):
@@ -226,7 +226,7 @@ def _routes(block: nn.Module, trunk: graph.Trunk, add: graph.Add) -> Iterator[Ro
 
 
 def _with_tail(route: Route, block: nn.Module, trunk: graph.Trunk, add: graph.Add) -> Route:
-    """`route`, and whether it begins an end of the block that may run as one operation, in training too."""
+    """`route`, marked if the end of the block that begins there may run as one operation, in training too."""
     relu = trunk.tail(add)
     if relu is None or route.child != add.branch.target or not is_straight(type(block), route.child):
         return route
@@ -237,7 +237,7 @@ def _with_tail(route: Route, block: nn.Module, trunk: graph.Trunk, add: graph.Ad
         return route
     chances = {DRAWS, tracing.DECIDES}.intersection(trunk.effects + trained.effects)
     if chances or MODES & bytecode.names(type(block)):
-        return route  # it may leave out a branch that it has computed, whose batch would not be counted
+        return route  # it may drop a branch that it has computed, whose batch would not be counted
     same = [a for a in trained.adds if a.branch.target == route.child and trained.tail(a) is not None]
     if not same or "." in name:
         return route
@@ -247,7 +247,7 @@ def _with_tail(route: Route, block: nn.Module, trunk: graph.Trunk, add: graph.Ad
 
 
 def output_sites(model: nn.Module, names: list[str]) -> list[Site]:
-    """Sites on the outputs of modules that are no residual blocks."""
+    """Sites on the outputs of modules that are not residual blocks."""
     modules = dict(model.named_modules())
     for name in names:
         module = modules[name]
@@ -274,7 +274,7 @@ def output_sites(model: nn.Module, names: list[str]) -> list[Site]:
 
 
 def _observed(model: nn.Module, names: list[str]) -> dict[str, Value]:
-    """What flows out of modules, by running the model on inputs of two sizes."""
+    """The outputs of modules, found by running the model on inputs of two sizes."""
     first = next((m for m in model.modules() if isinstance(m, _ConvNd)), None)
     if first is None:
         raise AttachError("the model has no convolution")
@@ -308,15 +308,15 @@ def _fixed_channels(name: str, *runs: list[torch.Size]) -> Value:
 
 
 def _output_shapes(model: nn.Module, names: list[str], x: Tensor) -> dict[str, list[torch.Size]]:
-    """What attention on the output of the named modules would be given in one run, in eval mode.
+    """The shapes that attention on the output of the named modules would get in one run, in eval mode.
 
-    No hook of the user fires. What stands there notes shapes alone, and is gone afterwards.
+    Probes stand there for this run only. No hook of the user fires.
     """
     probes = {name: Probe() for name in names}
     modules = dict(model.named_modules())
     with without_hooks(model), torch.no_grad(), undrawn(), contextlib.ExitStack() as stack:
         for m in modules.values():
-            stack.enter_context(unchanged(m))  # its mode among it
+            stack.enter_context(unchanged(m))  # its mode included
         for name, probe in probes.items():
             refine(modules[name], Route("output"), probe)
             stack.callback(restore, modules[name])

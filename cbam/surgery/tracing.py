@@ -1,4 +1,4 @@
-"""Trace a block's own forward, alone and with every child kept whole, and note what no graph holds."""
+"""Trace the forward of one block, with every child kept as a call, and note what a graph cannot hold."""
 
 import contextlib
 import dis
@@ -30,14 +30,14 @@ class _Counted(fx.Proxy):
 
 
 class _Attribute(_Counted, Attribute):
-    """What is read of a value in a trace: its shape, say."""
+    """An attribute of a value in a trace, such as its shape."""
 
     def __init__(self, root: fx.Proxy, attr: str) -> None:
         Attribute.__init__(self, root, attr)
 
 
 class _Value(_Counted):
-    """A value in a trace; what is done to it in place is recorded as that, which fx leaves out."""
+    """A value in a trace; operations in place are recorded as such, which fx does not do."""
 
     def __getattr__(self, k: str) -> _Attribute:
         return _Attribute(self, k)
@@ -55,10 +55,10 @@ for _function in (operator.iadd, operator.isub, operator.imul, operator.itruediv
 
 
 class _Shallow(fx.Tracer):
-    """Traces one module's own forward; children stay calls, but for those that do nothing but add.
+    """Traces the forward of one module; children remain calls, except those that only add.
 
-    With an `example`, what the forward asks about the shape or the kind of a value is answered as for that,
-    and spare arguments are none.
+    With an `example`, questions about the shape, dtype or device of a value get the example's answer, and
+    *args and **kwargs are empty.
     """
 
     def __init__(self, example: Tensor | None) -> None:
@@ -107,7 +107,7 @@ class _Shallow(fx.Tracer):
         return bool(self.known(obj))
 
     def known(self, value: fx.Proxy) -> Any:
-        """What `value`, of sizes and kinds alone, is for the example."""
+        """The value that `value`, which depends on sizes, dtypes and devices alone, has for the example."""
         node = value.node  # of an attribute it is made when it is asked for
         if self._example is None or node not in scalars(self.graph):
             raise TraceError(f"it {DECIDES}")
@@ -125,8 +125,8 @@ class _Shallow(fx.Tracer):
 def trace(block: nn.Module) -> fx.Graph:
     """The graph of `block.forward` with default arguments, in eval mode.
 
-    Neither what the forward keeps in `block` stays nor what it draws from random generators. Raises whatever
-    the forward raises when it meets values that are not there yet.
+    Whatever the forward changes in `block` and in random generators is restored. Raises whatever the forward
+    raises on symbolic values.
     """
     return trace_with_effects(block, training=False)[0]
 
@@ -134,10 +134,10 @@ def trace(block: nn.Module) -> fx.Graph:
 def trace_with_effects(
     block: nn.Module, *, training: bool, example: Tensor | None = None
 ) -> tuple[fx.Graph, list[str]]:
-    """`trace`, and what the forward does that no graph holds.
+    """`trace`, and a list of what the forward does that a graph cannot hold.
 
     Args:
-        example: an input that `block` takes. A forward that asks for sizes is followed as it goes for this.
+        example: an input for `block`. A forward that depends on sizes is followed as it runs for this input.
     """
     parameters = inspect.signature(type(block).forward).parameters.values()
     defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
@@ -151,13 +151,13 @@ def trace_with_effects(
         foreign = _take_back(block, graph, own)
         for value in tree_leaves([{**vars(m)} for m in block.modules()]):
             if isinstance(value, fx.Proxy):
-                value.node.meta["kept"] = True  # by the block, which may read it after its forward
+                value.node.meta["kept"] = True  # stored in the block, which may read it after its forward
     switches = ["switches gradients or autocast"] if len(tracer.modes) > 1 else []
     return graph, [*itertools.chain(*changes), *draws, *switches, *foreign, *tracer.effects]
 
 
 def _take_back(block: nn.Module, graph: fx.Graph, own: set[str]) -> list[str]:
-    """Move the constants of a forward, which fx has put on `block`, to their nodes; says if there are any."""
+    """Move the constants of a forward, which fx sets on `block`, to their nodes; report if there are any."""
     nodes = [n for n in graph.nodes if n.op == "get_attr" and str(n.target) in {*vars(block)} - own]
     for node in nodes:
         node.meta["constant"] = getattr(block, str(node.target))
@@ -167,7 +167,7 @@ def _take_back(block: nn.Module, graph: fx.Graph, own: set[str]) -> list[str]:
 
 
 def adds_values(block: nn.Module) -> bool:
-    """Whether the forward of `block` has an addition of its own; for those that cannot be traced."""
+    """Whether the code of `block.forward` has an addition; for blocks that cannot be traced."""
     code = getattr(inspect.unwrap(type(block).forward), "__code__", None)
     return code is not None and any(
         i.argrepr in ("+", "+=") or (i.argval in ("add", "add_") and i.opcode in dis.hasname)
@@ -177,7 +177,7 @@ def adds_values(block: nn.Module) -> bool:
 
 
 def _only_adds(module: nn.Module) -> bool:
-    """Whether `module` is an addition and no more, put into a class of its own."""
+    """Whether `module` does nothing but add."""
     held = itertools.chain(module.children(), module.parameters(), module.buffers())
     if next(held, None) is not None or not adds_values(module):
         return False
@@ -187,7 +187,7 @@ def _only_adds(module: nn.Module) -> bool:
 
 
 def scalars(graph: fx.Graph) -> set[Node]:
-    """Nodes that are sizes and kinds, or computed from these alone."""
+    """Nodes that are sizes, dtypes or devices, or computed from these alone."""
     found: set[Node] = set()
     for node in graph.nodes:
         reads_shape = (node.target is getattr and len(node.args) > 1 and node.args[1] in _KINDS) or (

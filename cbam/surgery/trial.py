@@ -1,8 +1,8 @@
-"""Run a copy of a block alone: which axis holds the channels, and does a route keep the function?
+"""Run a copy of a block alone: which axis holds the channels, and does a route preserve the function?
 
-The copy is on CPU in float32 and eval mode, without the user's hooks, so nothing of the model changes and no
-input of the whole network has to be guessed. An identity start would hide a wrong channel axis; two runs at
-two sizes do not.
+The copy is on the CPU, in float32 and eval mode, without the user's hooks. So nothing in the model changes,
+and no input of the whole network has to be guessed. An identity start would hide a wrong channel axis; runs
+at two sizes reveal it.
 """
 
 import contextlib
@@ -29,11 +29,11 @@ _SIZES = (
     *(((6, 10), (10, 4)), ((16, 24), (24, 8)), ((56, 112), (112, 56))),
     *(((side, side),) for side in (7, 14, 8, 16, 32)),
 )
-_DRAWS = 32  # steps of training in which stochastic depth must leave the branch in once
+_DRAWS = 32  # training steps in which stochastic depth must keep the branch at least once
 
 
 class MisfitError(Exception):
-    """A block cannot carry attention at a place; the text says why."""
+    """A block cannot carry attention at a place; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Value:
 
 
 class Probe(nn.Module):
-    """Stands where attention would: counts calls, notes shapes, multiplies by `factor`."""
+    """Stands in for attention: notes the shape of each input, and multiplies by `factor`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ class Bench:
         ]
         if len(arguments) != 1:
             raise MisfitError(f"its forward needs {len(arguments)} inputs")
-        self._plain: list[Any] = []  # what the plain block makes of each of the inputs
+        self._plain: list[Any] = []  # the output of the plain block for each input
         self.inputs = self._find_inputs()
         if not self.inputs:
             raise MisfitError(self._why_not())
@@ -134,31 +134,33 @@ class Bench:
             restore(self.block)
 
     def _check_training(self, route: Route, probe: Probe) -> None:
-        """Refuse a block that trains by another path: the attention would act without having learned."""
-        self.block.training = True  # alone: its children compute what they do in evaluation
+        """Raise if training takes another path: the attention would act without having been trained."""
+        self.block.training = True  # only its own: children compute as in evaluation
         try:
             for seed in range(_DRAWS):
                 self._probed(route, probe, self.inputs[0], seed)
                 if len(probe.shapes) == 1:
                     return
-                if not self._drew:  # stochastic depth may end a forward early, now and then
+                if (
+                    not self._drew
+                ):  # else it may be stochastic depth, which skips the branch at times
                     break
         finally:
             self.block.training = False
         raise MisfitError(f"{route} runs {len(probe.shapes)} times in training")
 
     def _probed(self, route: Route, probe: Probe, x: Tensor, seed: int = 0):
-        """What the block puts out with the probe in it."""
+        """The output of the block with the probe in it."""
         probe.shapes.clear()
         try:
             return self._run(x, seed)
-        except Exception as error:  # a block may look at itself, or at what called it
+        except Exception as error:  # a block may inspect itself, or its caller
             raise MisfitError(f"{route} stops its forward: {first_line(error)}") from error
 
     def _run(self, x: Tensor, seed: int = 0):
         with torch.no_grad(), warnings.catch_warnings(), _new_as_the_copy(), undrawn(seed) as draws:
-            warnings.simplefilter("ignore")  # of no interest: nobody asked for this forward
-            x = x.clone()  # which it may write to, and somebody may read that
+            warnings.simplefilter("ignore")  # nobody asked for this forward
+            x = x.clone()  # the block may write to its input, which is then a result too
             out = self.block(x), x
         self._drew = bool(draws)
         return out
@@ -193,22 +195,22 @@ class Bench:
 
 
 def traced_on_an_example(block: nn.Module) -> tuple[fx.Graph, list[str]] | None:
-    """The graph of a forward that asks for sizes, as it goes for a small input; None if it goes for none."""
+    """The graph, for a small input, of a forward that depends on sizes; None if it takes none."""
     try:
         clone = _detached_copy(block)
     except Exception:  # what a block holds may refuse a copy in any way it likes
         return None
-    channels = _entry_channels(clone, fx.Graph())[:3]  # of whole networks there are many, and none fits
+    channels = _entry_channels(clone, fx.Graph())[:3]  # whole networks have many, and none fits
     for (size, *_), c in itertools.product(_SIZES, channels):
         example = _ramp(1, c, *_fit(size, _dims(clone)))
         with contextlib.suppress(Exception), warnings.catch_warnings(), _new_as_the_copy():
-            warnings.simplefilter("ignore")  # of no interest: nobody asked for this forward
+            warnings.simplefilter("ignore")  # nobody asked for this forward
             return trace_with_effects(clone, training=False, example=example)
     return None
 
 
 def static_channels(child: nn.Module) -> Value | None:
-    """What a convolution or BatchNorm puts out, by its definition; None for all other modules."""
+    """The output of a convolution or BatchNorm, by its definition; None for all other modules."""
     layer = child
     while isinstance(layer, nn.Sequential) and len(layer) and type(layer).forward is nn.Sequential.forward:
         if "forward" in vars(layer):
@@ -230,7 +232,7 @@ def _is_of_torch(function: object) -> bool:
 
 @contextlib.contextmanager
 def without_hooks(module: nn.Module) -> Iterator[None]:
-    """Run `module` with no forward hook of its user firing."""
+    """For a `with`: `module` runs without the forward hooks of its user."""
     kept = []
     for m in module.modules():
         for name in ("_forward_hooks", "_forward_pre_hooks"):
@@ -245,7 +247,7 @@ def without_hooks(module: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _new_as_the_copy() -> Iterator[None]:
-    """For a `with`: a tensor that a forward makes is by default as the copy is, float32 on the CPU."""
+    """For a `with`: new tensors are by default float32 on the CPU, as the copy is."""
     dtype, device = torch.get_default_dtype(), torch.get_default_device()
     torch.set_default_dtype(torch.float32)
     try:
@@ -256,8 +258,8 @@ def _new_as_the_copy() -> Iterator[None]:
 
 
 def _detached_copy(block: nn.Module) -> nn.Module:
-    """`block` alone on CPU in float32 and eval mode, without hooks, with no branch at zero."""
-    # Pruning, and weight norms of the old kind, keep computed weights, which torch does not copy.
+    """A copy of `block` on the CPU, in float32 and eval mode, without hooks, with random weights."""
+    # Pruning and old weight norms keep computed weights as attributes, which torch does not deepcopy.
     attributes = [v for m in block.modules() for v in vars(m).values() if isinstance(v, Tensor)]
     with without_hooks(block):
         clone = copy.deepcopy(block, {id(v): v.detach().clone() for v in attributes if not v.is_leaf})
@@ -276,7 +278,7 @@ def _detached_copy(block: nn.Module) -> nn.Module:
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in clone.parameters():
-            # Affine scales that start at zero would make every test of the branch pass.
+            # With affine scales that start at zero every test of the branch would pass.
             p.uniform_(0.5, 1.5, generator=generator) if p.dim() < 2 else p.uniform_(
                 -0.3, 0.3, generator=generator
             )
@@ -290,7 +292,7 @@ class _ShapeNotes(fx.Interpreter):
         self._constants = {n.target: n.meta["constant"] for n in graph.nodes if "constant" in n.meta}
 
     def call_module(self, target, args, kwargs):
-        # a child may append to a list that it is given, and those of a graph refuse that
+        # a child may append to a list argument, and the lists of a graph are immutable
         args = tuple(list(a) if isinstance(a, list) else a for a in args)
         return super().call_module(target, args, kwargs)
 
@@ -322,13 +324,13 @@ def _noted_shapes(block: nn.Module, graph: fx.Graph, x: Tensor) -> dict[str, tor
     try:
         with torch.no_grad(), _new_as_the_copy(), undrawn():
             interpreter.run(x.clone())
-    except Exception as error:  # a graph leaves out what its forward does beside computing values
+    except Exception as error:  # a graph lacks the side effects of its forward
         raise MisfitError(f"its traced forward does not run: {first_line(error)}") from error
     return interpreter.noted
 
 
 def _entry_channels(block: nn.Module, graph: fx.Graph) -> list[int]:
-    """The channels the block may take, likeliest first: those of the layers it calls, then others."""
+    """The input channels that the block may take, likeliest first: of layers that it calls, then others."""
     children = dict(block.named_modules())
     readers = [children[str(n.target)] for n in graph.nodes if n.op == "call_module"]
     found = [_in_channels(m) for reader in [*readers, block] for m in reader.modules()]
@@ -356,7 +358,7 @@ def _fit(size: tuple[int, ...], dims: int) -> tuple[int, ...]:
 
 
 def _ramp(*shape: int) -> Tensor:
-    """A tensor of no two equal neighbours, the same every time."""
+    """A deterministic tensor without equal neighbours."""
     steps = torch.linspace(-2, 2, torch.Size(shape).numel(), dtype=torch.float32, device="cpu")
     return steps.sin().mul(3).reshape(shape)
 

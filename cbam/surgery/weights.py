@@ -1,4 +1,4 @@
-"""Weights from files of other shapes: plain networks, ours, the authors' released checkpoints, other codes'.
+"""Load weights of plain networks, of ours, of the authors' released checkpoints and of other codes.
 
 Loading is all or nothing: everything is read, renamed and checked before the first value is copied.
 Other codes' files mean gain 1, ours say their gain where it is not 1: the model computes what the file's
@@ -24,7 +24,7 @@ from cbam.surgery.translate import dialect_of, translated
 __all__ = ["Loaded", "check_weights", "load_weights"]
 
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "model_state", "net", "network", "params", "weights")
-_MAX_DEPTH = 4  # of dicts around a state dict; one that holds itself has no end
+_MAX_DEPTH = 4  # of dicts around a state dict; a dict may hold itself
 _OWN_HEAD = 'cbam.load_weights(..., head="skip") keeps the model\'s own last layer. The model is unchanged'
 _COUNTER = ".num_batches_tracked"  # absent in files older than torch 0.4.1, and no part of the function
 
@@ -91,14 +91,14 @@ def load_weights(
 
 
 def check_weights(model: nn.Module, source: str | PathLike[str] | Mapping[str, Any]) -> Loaded:
-    """What `load_weights` would do, which is not done; it raises the same."""
+    """What `load_weights` would do, and raise, without doing it."""
     return _fitted(model, source, "load")[-1]
 
 
 def _fitted(
     model: nn.Module, source: str | PathLike[str] | Mapping[str, Any], head: str
 ) -> tuple[Target, dict[str, Tensor], dict[str, float], Loaded]:
-    """What is to be copied where, once all of it is checked."""
+    """What is to be copied, and where to, once all of it has been checked."""
     if head not in ("load", "skip"):
         raise InputError(f'head must be "load" or "skip", got {head!r}')
     if isinstance(source, Mapping):
@@ -127,7 +127,7 @@ def _fitted(
 
 
 def _tensors(content: Any, target: Target) -> dict[str, Tensor]:
-    """The state dict inside `content`, without wrapper dicts and prefixes."""
+    """The state dict in `content`, without wrapper dicts and prefixes."""
     for _ in range(_MAX_DEPTH):
         inner = [w for w in _WRAPPERS if _holds_tensors(content.get(w))] if _is_dict(content) else []
         content = content[inner[0]] if inner else content
@@ -152,7 +152,7 @@ def _is_dict(value: Any) -> bool:
 
 
 def _holds_tensors(value: Any) -> bool:
-    """Whether a dict has a tensor, or may have one further down; a configuration has none."""
+    """Whether a dict holds a tensor, or may hold one further down; a configuration does not."""
     return _is_dict(value) and any(
         isinstance(inner, Tensor) or (key in _WRAPPERS and _is_dict(inner)) for key, inner in value.items()
     )
@@ -171,7 +171,7 @@ def _stripped(name: str) -> str:
 
 
 def _take_gains(tensors: dict[str, Tensor], target: Target) -> dict[str, float]:
-    """The gain of every gate whose weights are in `tensors`: 1 unless said; what is said is removed there."""
+    """The gain of every gate whose weights are in `tensors`, 1 by default; gains are removed from these."""
     gains = {}
     for gate in target.gates:
         if any(under(gate, name) in tensors for name, _ in target.gates[gate].named_parameters()):
@@ -183,7 +183,7 @@ def _take_gains(tensors: dict[str, Tensor], target: Target) -> dict[str, float]:
 
 
 def _without_counters(tensors: dict[str, Tensor], target: Target) -> dict[str, Tensor]:
-    """Leave out the counters of BatchNorms that are frozen in the model."""
+    """The tensors without the counters of BatchNorms that are frozen in the model."""
 
     def frozen(name: str) -> bool:
         mean = name.removesuffix(_COUNTER) + ".running_mean"
@@ -213,7 +213,7 @@ def _check_names(values: Collection[str], target: Target, kept: set[str]) -> lis
 
 
 def _hint(missing: list[str], unexpected: list[str], target: Target) -> str:
-    """What would have worked, as far as the names tell."""
+    """What would have worked, as far as the names show."""
     if not target.slots and (dialect_of(unexpected) or any(f".{SLOT}." in f".{name}" for name in unexpected)):
         return (
             ". The file has attention: call cbam.attach(model) first, or name the network with it, as in "
@@ -230,7 +230,7 @@ def _hint(missing: list[str], unexpected: list[str], target: Target) -> str:
 
 
 def _prefix(longer: list[str], shorter: Iterable[str]) -> str:
-    """What most of the longer names have before a shorter one."""
+    """The prefix that turns most of the longer names into shorter ones; empty if there is none."""
     ends = set(shorter)
     for name in longer[:1]:
         parts = name.split(".")

@@ -60,6 +60,8 @@ def elsewhere(tmp_path_factory, in_a_fresh_process):
         made = export(model, folder / file, shape=SMALL, dynamic=True, about=ABOUT)
         assert made.agreement.difference <= 1e-5
         assert not {*made.agreement.shapes} & {*UNSEEN}
+        written = [made.path.with_suffix(suffix) for suffix in formats.FORMATS[made.format].suffixes]
+        assert made.size == sum(path.stat().st_size for path in written)
         assert len({*made.agreement.shapes}) == 3
     return folder, in_a_fresh_process(folder, there)
 
@@ -286,6 +288,16 @@ def test_every_output_is_compared(found, told):
 
     with pytest.raises(ExportError, match=told):
         check.agreement(Two(), lambda x: found, [torch.ones(1, 4)], "here")
+
+
+# E3
+def test_nan_in_any_output_of_the_network_is_told():
+    class Twice(nn.Module):
+        def forward(self, x):
+            return x, x / 0 * 0
+
+    with pytest.raises(NonFiniteError, match=r"NaN or infinity for an input \(1, 4\)"):
+        check.agreement(Twice(), lambda x: [x, x], [torch.ones(1, 4)], "here")
 
 
 # E3
