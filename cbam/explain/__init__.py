@@ -1,4 +1,4 @@
-"""See what and where a network attends: recorded gates, class activation maps, and figures of them."""
+"""What and where a network attends: recorded gates, class activation maps, and figures of both."""
 
 from cbam.explain.comparison import compare_rows
 from cbam.explain.detecting import Detection, Detectors, Finds, detect, gradcam_of_box

@@ -1,4 +1,4 @@
-"""Which layer's feature map is looked at, and where in it the channels lie.
+"""The layer whose feature map is shown, and which of its axes holds the channels.
 
 Shapes: N samples of C channels, H x W pixels of the input, h x w pixels of the layer's map, T tokens.
 """
@@ -18,10 +18,10 @@ from cbam.surgery.effects import eval_mode
 
 _TRUNKS = ("backbone.body.", "backbone.features.", "backbone.")  # of torchvision's detectors
 
-# They change the size of a map and not what it says, so they are no place to look at.
+# They change the size of a map and not its content, so they are not chosen.
 _POOLS = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.AvgPool2d, nn.MaxPool2d)
 
-_Shapes = dict[str, tuple[int, ...]]  # of what modules give, by name, in the order in which they finish
+_Shapes = dict[str, tuple[int, ...]]  # of the outputs of modules, by name, in the order they finish
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,8 @@ def last_map(model: nn.Module, images: Tensor) -> Place:
     """Where `gradcam` looks by default; runs the model three times, on the images and on larger ones.
 
     Raises:
-        InputError: no module gives a feature map of more than one pixel, or what is made of the last one is
-            no map any more, as in a transformer.
+        InputError: no module returns a feature map of more than one pixel; or the network goes on with tokens
+            after the last one, as a transformer does.
     """
     seen = _Seen(model, images)
     pools = {name for name, module in model.named_modules() if isinstance(module, _POOLS)}
@@ -62,16 +62,16 @@ def last_map(model: nn.Module, images: Tensor) -> Place:
 
 
 def place_of(model: nn.Module, images: Tensor, layer: str | nn.Module) -> Place:
-    """The layer that a user names; what it gives is looked at as in `last_map`.
+    """The layer that a user names; its output is examined as in `last_map`.
 
     Raises:
         ConfigError: the model has no such layer.
-        InputError: its output has four dimensions and is no feature map: heads, tokens, windows.
+        InputError: its output has four dimensions but is not a feature map: heads, tokens, windows.
     """
     name = _name_of(model, layer)
     seen = _Seen(model, images)
     if len(seen.shapes.get(name, ())) != 4:
-        return Place(name)  # whoever runs it says what is wrong
+        return Place(name)  # an error is raised where it is run
     channels_last = seen.channels_last(name)
     if channels_last is None:
         raise InputError(
@@ -82,7 +82,7 @@ def place_of(model: nn.Module, images: Tensor, layer: str | nn.Module) -> Place:
 
 
 class _Seen:
-    """The shapes that modules give for the images, for images twice as wide, and for some twice as high."""
+    """The output shapes of modules for the images, for ones twice as wide and for ones twice as high."""
 
     def __init__(self, model: nn.Module, images: Tensor) -> None:
         self.size = tuple(images.shape[-2:])
@@ -93,11 +93,11 @@ class _Seen:
             if not self.detects:
                 try:
                     self._larger = [_run(model, torch.cat([images, images], d))[0] for d in (3, 2)]
-                except Exception:  # a network that takes one size only raises what it likes
+                except Exception:  # a network that takes one size only may raise anything
                     self._larger = []
 
     def channels_last(self, name: str) -> bool | None:
-        """Whether the channels of a map are its last dimension; None where the output is no map."""
+        """Whether the channels of a map are its last dimension; None if the output is not a map."""
         own = self.shapes[name]
         if self.detects:
             return False  # pyramids and heads take (N, C, h, w) alone
@@ -105,7 +105,7 @@ class _Seen:
         if not self._larger:
             return by_stride
         others = [shapes.get(name, ()) for shapes in self._larger]
-        if own == others[0] == others[1]:  # the model brings pictures, or this map, to a size of its own
+        if own == others[0] == others[1]:  # the model resizes its images, or this map, to a fixed size
             squares = _by_sides(own, int.__eq__)
             return by_stride if squares is None else squares
         grown = [[d for d, (a, b) in enumerate(zip(own, other, strict=False)) if a != b] for other in others]
@@ -116,7 +116,7 @@ class _Seen:
         return next((last for last, dims in known.items() if dims == grown), None)
 
     def tokens_after(self, name: str) -> str | None:
-        """A module that gives tokens, (N, T, C), after `name`, in none that makes something else of them."""
+        """A module that returns tokens, (N, T, C), after `name`, outside modules that turn them into maps."""
         later = list(self.shapes)[list(self.shapes).index(name) + 1 :]
         for one in reversed(later):
             shape = self.shapes[one]
@@ -127,7 +127,7 @@ class _Seen:
 
 
 def _run(model: nn.Module, images: Tensor) -> tuple[_Shapes, object]:
-    """The shapes of what the modules give, each as it last did, and what the model gives."""
+    """The shape of the last output of each module, and the output of the model."""
     shapes: _Shapes = {}
 
     def note(name: str, output: object) -> None:
@@ -144,19 +144,19 @@ def _run(model: nn.Module, images: Tensor) -> tuple[_Shapes, object]:
 
 
 def _by_sides(shape: tuple[int, ...], fits) -> bool | None:
-    """Where the pixels of a map are by its sides alone; None where no place fits, or both do."""
+    """`channels_last` of a map, from its sides alone; None if neither or both layouts fit."""
     last, first = (bool(fits(h, w)) for h, w in pairwise(shape[1:]))
     return None if last == first else last
 
 
 def _strided(h: int, w: int, H: int, W: int) -> bool:
-    """Whether both sides are those of the picture at one whole stride, rounded down or up."""
+    """Whether both sides are those of the picture divided by the same integer stride, rounded down or up."""
     stride = max(1, round(H / h))
     return all(n in (N // stride, -(-N // stride)) for n, N in ((h, H), (w, W)))
 
 
 def _around(name: str) -> Iterator[str]:
-    """The modules that one lies in, by name: of "a.b.c" "a.b" and "a"."""
+    """The names of the modules around one: for "a.b.c", "a.b" and "a"."""
     while name := name.rpartition(".")[0]:
         yield name
 

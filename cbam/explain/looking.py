@@ -1,4 +1,4 @@
-"""One picture, one or several networks: what each says, what it looks at, and what its gates do.
+"""One picture, one or more networks: what each predicts, where it looks, and what its gates do.
 
 Shapes: H x W pixels of the picture as the networks see it, h x w of a block's feature map.
 """
@@ -24,14 +24,14 @@ CBAM_NAME = "CBAM"
 
 @dataclass(frozen=True, eq=False)
 class Viewer:
-    """Networks that see the same pictures in the same way.
+    """Networks that get the same pictures, preprocessed in the same way.
 
     Attributes:
         networks: name -> network of K classes, all with the same ones.
         classes: K names.
         about: one line per network, which weights it has.
-        size, resized: the shorter side of a picture becomes `resized`, its middle `size` pixels are seen;
-            None for 256 at a size of 224, and as much more at any other.
+        size, resized: the shorter side of a picture is resized to `resized`, and its centre, `size` pixels,
+            is cropped; None for 256 at a size of 224, and in proportion at any other.
         mean, std: per channel, of values in [0, 1].
         mode: how pictures are resized, "bicubic" or "bilinear".
 
@@ -80,12 +80,12 @@ class Viewer:
 
 @dataclass(frozen=True, eq=False)
 class Glance:
-    """What one network makes of one picture."""
+    """The result of one network for one picture."""
 
     network: str
     heat: Tensor  # (H, W) in [0, 1]: where the evidence for the target lies
     probability: float  # of the target
-    best: str  # the class it finds most probable, as `Viewer.called` says it
+    best: str  # the most probable class, as `Viewer.called` names it
     best_probability: float
     best_index: int
 
@@ -164,7 +164,7 @@ def look_at_view(
     method: str = "gradcam",
     layer: str | None = None,
 ) -> Look:
-    """`look` for what `viewer.view` gave."""
+    """`look` for a picture from `viewer.view`."""
     if target is not None and not 0 <= target < len(viewer.classes):
         raise InputError(f"target must be a class in 0..{len(viewer.classes) - 1}, got {target}")
     images = viewer.normalised(seen)[None]

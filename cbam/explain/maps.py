@@ -1,4 +1,4 @@
-"""Class activation maps of a classifier, through torchcam, and how much of a map lies inside a box.
+"""Class activation maps by torchcam, and how much of a map lies inside a box.
 
 Shapes: N samples of C channels, H x W pixels of the input, h x w pixels of the watched layer.
 """
@@ -73,7 +73,7 @@ def gradcam(
 
 
 def gradcam_at(model: nn.Module, images: Tensor, target, place: Place, method: str) -> Tensor:
-    """`gradcam` where the layer is known."""
+    """`gradcam` at a known layer."""
     check_images(images, model)
     extractor_type = _extractor_type(method)
     with torch.inference_mode(False), torch.enable_grad(), eval_mode(model):
@@ -140,7 +140,7 @@ def _raw_maps(model, images: Tensor, target, place: Place, extractor_type) -> Te
             if "not connected" not in str(error):
                 raise
             raise InputError(f"the class score does not depend on layer {name!r}; choose another") from error
-        # torchcam's sum leaves NaN out, so the operands are looked at.
+        # torchcam's sum skips NaN, so its operands are checked.
         _refuse_nonfinite(scores, *extractor.hook_a, *(g for g in extractor.hook_g if g is not None), maps)
     if len(maps) != len(images):
         raise InputError(f"layer {name!r} gives {len(maps)} maps for {len(images)} images; choose another")
@@ -171,7 +171,7 @@ def _start_graph(place: Place):
 
 
 def _hand_on(place: Place):
-    """A forward hook that gives a copy to what follows, which may write into it in place.
+    """A forward hook that passes on a copy: what follows may write to it in place.
 
     The copy is in the graph even where the model runs this layer in a `no_grad` of its own.
     """
@@ -241,7 +241,7 @@ def _classes(target, scores: Tensor) -> list[int]:
 
 
 def _index(number) -> int:
-    """A whole number of any library; a bool is none."""
+    """An integer of any library; a bool is not one."""
     if isinstance(number, bool) or getattr(number, "dtype", None) in (torch.bool, "bool"):
         raise TypeError
     return operator.index(number)

@@ -1,6 +1,6 @@
-"""The page that figures are drawn on: cells laid out in inches, words, colour bars, and writing it whole.
+"""A page for figures: cells laid out in inches, text, colour bars; and writing it to a file.
 
-Figures only draw: they are given arrays, no network.
+Figures only draw: they take arrays, not networks.
 """
 
 import io

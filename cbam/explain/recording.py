@@ -18,7 +18,7 @@ from cbam.nn.gate import Gate
 from cbam.ops import rescale
 from cbam.surgery import attached
 
-# Found by hand-written networks too; what is attached is found whatever it is.
+# These are found in hand-written networks too; attached attention is found whatever its class.
 _OURS = (Gate, CBAM, GAM, GlobalContext, SelectiveKernel)
 _ONE_SIGMOID = (ChannelAttention, SpatialAttention, ECA, gam._What, gam._Where)
 
@@ -32,8 +32,8 @@ class Step:
         gate: (N, C, 1, 1), (N, 1, H, W) or (N, C, H, W): what the map is multiplied by. GAM's what and where
             are of the last form.
         after: (N, C, H, W).
-        middle: the gate's value where it has nothing to say; for CBAM half the gain, so 1 after an identity
-            start, where that changes nothing, and 1/2 in the paper's form, where it halves the map.
+        middle: the neutral value of the gate; for CBAM half the gain, so 1 after an identity start, where it
+            changes nothing, and 1/2 in the paper's form, where it halves the map.
     """
 
     kind: str
@@ -84,11 +84,10 @@ def record(model: nn.Module) -> Iterator[dict[str, Refinement]]:
             model(images)
         recording["layer4.1"].spatial_gate      # (N, 1, H, W)
 
-    The dict is filled by block name, in the order the blocks run; a later pass replaces an earlier one. All
-    that `cbam.attach` attached is found, and every attention of `cbam.nn` that is written into the network by
-    hand; it is named by the module that holds it. Values are those the forward computed, in train mode too:
-    nothing is computed twice. The model is left as it was, also when the body raises; recordings may be
-    nested.
+    The dict is filled by block name, in the order in which the blocks run; a later pass replaces an earlier
+    one. It has all attention attached by `cbam.attach`, and every module of `cbam.nn` that the network itself
+    uses, by the name of the module that holds it. Values are those of the forward itself, in training too:
+    nothing is computed twice. The model is left as it was, also when the body raises. Recordings nest.
 
     Raises:
         ConfigError: the model is compiled or scripted.
@@ -102,7 +101,7 @@ def record(model: nn.Module) -> Iterator[dict[str, Refinement]]:
 
 
 def _blocks(model: nn.Module) -> dict[str, nn.Module]:
-    """Block name -> its attention: what is attached there, else an outermost module of ours."""
+    """Block name -> its attention: attached there, or else an outermost module of `cbam.nn`."""
     units = list(attached(model).values())
     found: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
@@ -117,7 +116,7 @@ def _blocks(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _gates(attention: nn.Module) -> list[Gate]:
-    """The gates of an attention, those that another one is made of left out."""
+    """The outermost gates of an attention."""
     found: dict[str, Gate] = {}
     for name, module in attention.named_modules():
         inside = any(not outer or name.startswith(f"{outer}.") for outer in found)
@@ -127,7 +126,7 @@ def _gates(attention: nn.Module) -> list[Gate]:
 
 
 def _watch(name: str, attention: nn.Module, recording: dict[str, Refinement], undo: ExitStack) -> None:
-    """Write a `Refinement` under `name` each time `attention` has run; `undo` takes all of it back."""
+    """Record a `Refinement` under `name` each time `attention` runs; `undo` removes all hooks."""
     seen: dict[Gate, Tensor] = {}  # in the order of the calls
     after: dict[Gate, Tensor] = {}
     dim = _dim(attention)
@@ -158,7 +157,7 @@ def _watch(name: str, attention: nn.Module, recording: dict[str, Refinement], un
 
 
 def _dim(attention: nn.Module) -> int:
-    """Of how many dimensions the maps are that an attention is made for, channels and samples aside."""
+    """The number of spatial dimensions of the maps that an attention is made for."""
     sized = (ChannelAttention, SpatialAttention)
     return next((part.dim for part in attention.modules() if isinstance(part, sized)), 2)
 
@@ -215,5 +214,5 @@ def _batch(x: Tensor, dim: int) -> Tensor:
 
 
 def _copy(x: Tensor) -> Tensor:
-    """A copy out of the graph: the block may go on to add into the same memory."""
+    """A detached copy: the block may write to the same memory afterwards."""
     return x.detach().clone()

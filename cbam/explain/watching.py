@@ -1,4 +1,4 @@
-"""Watching a model without changing it: what is switched or hooked on is taken back, come what may."""
+"""Checks and helpers for observing a model: images, class scores, and models that hide their layers."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +11,7 @@ from cbam.errors import CBAMError, ConfigError, DtypeError, InputError
 
 
 def refuse_unwatchable(model: nn.Module) -> None:
-    """Refuse a model that runs past its hooks, where a recording would silently stay empty.
+    """Raise if a model bypasses its hooks, which would leave a recording silently empty.
 
     Raises:
         ConfigError: the model is compiled or scripted.
@@ -43,7 +43,7 @@ def logits_of(output: object) -> Tensor:
 
 
 def is_detection(output: object) -> TypeGuard[list[dict[str, Tensor]]]:
-    """Whether this is what a detector returns: boxes, labels and scores, a dict of them per image."""
+    """Whether this is the output of a detector: a dict of boxes, labels and scores per image."""
     named = {"boxes", "labels", "scores"}
     return (
         isinstance(output, list)
@@ -62,7 +62,7 @@ def _scores_of_boxes(found: list[dict[str, Tensor]]) -> Tensor:
 
 
 def check_images(images: Tensor, model: nn.Module) -> None:
-    """Refuse what is not a batch of normalised images, float (N, C, H, W), beside the model's weights."""
+    """Raise unless `images` is a float batch (N, C, H, W) on the device of the model's weights."""
     if images.dim() != 4 or not images.is_floating_point() or 0 in images.shape:
         raise InputError(
             f"images must be a normalised float batch (N, C, H, W), got {images.dtype} {tuple(images.shape)}"
@@ -74,12 +74,12 @@ def check_images(images: Tensor, model: nn.Module) -> None:
 
 @contextmanager
 def dtypes_told(images: Tensor, model: nn.Module) -> Iterator[None]:
-    """Say that images and weights are of different dtypes where that is why the model raises.
+    """For a `with`: a RuntimeError becomes a DtypeError if images and weights have different dtypes.
 
-    It may take them all the same, as under autocast, so they are not refused before.
+    This is not checked beforehand, since a model may take them all the same, as under autocast.
 
     Raises:
-        DtypeError: they are.
+        DtypeError: the dtypes differ, and the model raised.
     """
     try:
         yield

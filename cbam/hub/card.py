@@ -1,4 +1,4 @@
-"""What is told of a trained network: the configuration that rebuilds it, and the page that people read."""
+"""The description of a trained network: the configuration that rebuilds it, and the model card."""
 
 import dataclasses
 import json
@@ -11,7 +11,7 @@ from typing import Any
 from cbam.errors import CheckpointError, InputError
 
 LIBRARY = "cbam"
-FORMAT = 3  # of config.json; a newer one is refused. Cards of format 1 have no `resize`, of 2 no `exif`
+FORMAT = 3  # of config.json; newer ones are refused. Format 1 has no `resize` in its card, format 2 no `exif`
 LARGEST = 4_000_000  # bytes of a config.json
 CBAM = "Attention: CBAM (Woo, Park, Lee and Kweon, ECCV 2018, arXiv 1807.06521)."
 _IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
@@ -19,21 +19,21 @@ _IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
 @dataclass(frozen=True)
 class Card:
-    """What people have to know to use a network, and to judge it. What is not given is said to be not given.
+    """What people need to know to use and to judge a network; the model card says what is not given.
 
     Attributes:
         classes: the name of each output.
         size: side of the pictures that it was trained on, in pixels.
-        resize: what the shorter side of a picture becomes before its middle `size` pixels are taken; None:
-            not given.
-        mean, std: per channel, of values in [0, 1]; pictures are normalised with them.
-        exif: whether pictures are turned as their EXIF says.
+        resize: what the shorter side of a picture is resized to before its centre, `size` pixels, is cropped;
+            None: not given.
+        mean, std: per channel, for values in [0, 1], of the normalisation.
+        exif: whether pictures are rotated as their EXIF tag says.
         data: what it was trained on.
-        pictures: what tells those from others, as `cbam train` has it: counts, and a digest of their names.
+        pictures: what identifies those pictures, as `cbam train` records it: counts, a digest of names.
         recipe: how it was trained: a name, or settings by name.
-        results: numbers that were measured, by name: `{"top-1 error, %": 7.4}`.
+        results: measured numbers by name: `{"top-1 error, %": 7.4}`.
         licence: of the weights, as its SPDX identifier: "mit".
-        about: what else is to say, in Markdown.
+        about: anything else, in Markdown.
     """
 
     classes: tuple[str, ...] = ()
@@ -70,7 +70,7 @@ def _is_numbers(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    """Whether it is a number that a float can be, too: JSON's integers have no end."""
+    """Whether `value` is a finite number that a float can hold: integers in JSON have no limit."""
     known = isinstance(value, int | float) and not isinstance(value, bool)
     return known and abs(value) <= sys.float_info.max
 
@@ -101,14 +101,14 @@ _FITS = {
 
 @dataclass(frozen=True)
 class Network:
-    """What rebuilds a network, and what its weights are known by.
+    """What rebuilds a network, and what identifies its weights.
 
     Attributes:
         name: for `cbam.build`, or empty for a network of the user's own.
         outputs: number of classes.
         dtype: of its weights, "float32".
         sha256: of the weights file.
-        parameters, gmac: what it costs; for one picture.
+        parameters, gmac: its size, and 10^9 multiply-accumulates for one picture, if known.
     """
 
     name: str
@@ -123,7 +123,7 @@ def config(network: Network, card: Card) -> str:
     """The text of config.json.
 
     Raises:
-        InputError: the card holds something that JSON has not.
+        InputError: the card holds something that JSON cannot express.
     """
     told = {"library_name": LIBRARY, "format": FORMAT, **dataclasses.asdict(network)}
     try:
@@ -133,10 +133,10 @@ def config(network: Network, card: Card) -> str:
 
 
 def read_config(path: Path) -> tuple[Network, Card]:
-    """What a config.json says, every field checked.
+    """The contents of a config.json, every field checked.
 
     Raises:
-        CheckpointError: it is none of ours, damaged, or of a newer version.
+        CheckpointError: not written by cbam, damaged, or of a newer version.
     """
     try:
         if path.stat().st_size > LARGEST:
@@ -220,7 +220,7 @@ def _sides(card: Card) -> str:
 
 
 def _header(card: Card, title: str) -> str:
-    """YAML; written as JSON, which is YAML too, so that no text can break out of it."""
+    """YAML, with every value written as JSON, which is YAML too: no text can break out of it."""
     told: dict[str, Any] = {
         "library_name": LIBRARY,
         "pipeline_tag": "image-classification",

@@ -1,7 +1,7 @@
-"""A trained network as a folder, or as a repository of the Hugging Face Hub: written, and read again.
+"""A trained network as a folder or a repository of the Hugging Face Hub: written, and read back.
 
-No code of a folder is run: the weights are safetensors alone, checked by their SHA-256, and the network is
-one that `cbam.build` knows, or one that the caller has built.
+No code from a folder is run: the weights are safetensors only, checked against their SHA-256, and the network
+is built by `cbam.build` or by the caller.
 """
 
 import contextlib
@@ -48,18 +48,19 @@ def save_pretrained(
 ) -> Path:
     """Write `model` as a folder that `from_pretrained` reads, and that can be put on the Hugging Face Hub.
 
-    The folder is made where it is missing. `model.safetensors` holds the weights, `config.json` what the
-    network is and the SHA-256 of the weights, `README.md` the model card.
+    The folder is created if it is missing. `model.safetensors` holds the weights, `config.json` the network's
+    name, its card and the SHA-256 of the weights, and `README.md` is the model card.
 
     Args:
-        network: what `cbam.build` makes such a network from, "resnet50+cbam"; left out for a network of your
-            own, which `from_pretrained` then wants to be given.
-        card: what to tell of it.
-        overwrite: replace files that are there.
+        network: the name for `cbam.build`, such as "resnet50+cbam"; leave it out for a network of your own,
+            which then has to be passed to `from_pretrained`.
+        card: the description of the network.
+        overwrite: replace existing files.
 
     Raises:
-        ConfigError: `network` is unknown, or builds a network with other tensors; or files exist.
-        DtypeError: weights of several dtypes, or of whole numbers. OutputError: no room or no permission.
+        ConfigError: `network` is unknown, or builds a network that differs from `model`; or files exist.
+        InputError: the card does not fit the network; or the state dict holds something that is no tensor.
+        DtypeError: weights of several dtypes, or integers. OutputError: no space or no permission.
         MissingExtraError: safetensors is not installed.
     """
     card = card or Card()
@@ -102,16 +103,17 @@ def from_pretrained(
 ) -> nn.Module:
     """The network of a folder, or of the repository "org/name" of the Hugging Face Hub, in eval mode.
 
-    Weights arrive bit for bit, in the dtype that they have there.
+    The weights are those of the file, bit for bit, in its dtype.
 
     Args:
-        model: a network to load the weights into, where the folder is that of a network of one's own. What
-            does not fit leaves it as it is.
-        revision: branch, tag or commit of a repository; a commit can not change under you.
+        model: the network to load the weights into, if the folder names none that `cbam.build` knows. It is
+            unchanged if they do not fit.
+        revision: branch, tag or commit of a repository; only a commit never changes.
 
     Raises:
         CheckpointNotFoundError: no such folder, repository, revision or file.
-        CheckpointError: not reachable, damaged, no safetensors, or it does not fit.
+        CheckpointError: not reachable, damaged, not safetensors, or it does not fit.
+        ConfigError: the folder names no network and `model` is not given; or a folder with a revision.
         MissingExtraError: safetensors or huggingface_hub, or the library of the network, is not installed.
     """
     folder = _located(source, revision)
@@ -137,12 +139,12 @@ def _refuse_lacking(loaded: Loaded, weights: Path, name: str) -> None:
 
 
 def is_published(path: str | PathLike[str]) -> bool:
-    """Whether a folder on this machine is one of `save_pretrained`."""
+    """Whether `path` is a local folder with the files that `save_pretrained` writes."""
     return all((Path(path) / name).is_file() for name in (CONFIG, WEIGHTS))
 
 
 def card_of(source: str | PathLike[str], *, revision: str | None = None) -> Card:
-    """What the author tells of the network of a folder or repository: classes, size, normalisation, ...
+    """The card of the network in a folder or repository: classes, size, normalisation, ...
 
     Raises: as `from_pretrained`.
     """
@@ -189,7 +191,7 @@ def _refuse_damage(weights: Path, digest: str) -> None:
 
 
 def _built(network: Network, weights: Path) -> nn.Module:
-    """The network that a configuration names; refused if it would be larger than its weights."""
+    """The network that a configuration names; raises if it would be larger than its weights."""
     if not network.name:
         raise ConfigError("the folder is that of a network of its author's own: give model=")
     try:
@@ -202,7 +204,7 @@ def _built(network: Network, weights: Path) -> nn.Module:
 
 
 def _refuse_larger(network: Network, weights: Path) -> None:
-    """A few letters in a file must not make us take all memory: sizes are counted before any is taken."""
+    """Raise before any memory is taken: a name in a file must not make us allocate all of it."""
     size = weights.stat().st_size
     room = size // _DTYPES[network.dtype].itemsize
     if network.outputs > room:
@@ -211,7 +213,7 @@ def _refuse_larger(network: Network, weights: Path) -> None:
         with torch.device("meta"):
             counted = build(network.name, num_classes=network.outputs)
     except NotImplementedError:
-        return  # some networks read their own weights while they are made
+        return  # some networks read their own weights in their constructor
     wanted = sum(p.numel() for p in counted.parameters())
     if wanted > room:
         raise CheckpointError(f"{wanted} parameters do not fit into {size} bytes of weights")
@@ -226,7 +228,7 @@ def _outputs(target: Target) -> int:
 
 
 def _refuse_other_network(model: nn.Module, network: str, outputs: int, size: int) -> None:
-    """Refuse a name that builds something else: other tensors, or other things done with the same ones."""
+    """Raise if the name builds a network with other tensors, or with another function of the same ones."""
     like = next(model.parameters())
     built = build(network, num_classes=outputs).to(like.device, like.dtype)
     has = {name: tuple(value.shape) for name, value in Target(model).tensors.items()}
@@ -246,7 +248,7 @@ def _refuse_other_network(model: nn.Module, network: str, outputs: int, size: in
                 f"{network} does not take pictures of {size} px: {first_line(error, 300)}"
             ) from error
     apart = (found - wanted).abs().max() / wanted.abs().max()
-    if apart > 0.01:  # reduced precision stays below; NaN, as of a diverged network, says nothing
+    if apart > 0.01:  # reduced precision stays below; NaN, as from overflow, proves nothing
         raise ConfigError(
             f'network="{network}" builds a network that computes something else from the same weights; leave '
             "network out, and give from_pretrained the model"
@@ -277,7 +279,7 @@ def _bytes(model: nn.Module) -> bytes:
 
 
 def _gmac(model: nn.Module, size: int) -> float | None:
-    """What one picture costs; None for a network that takes something else than pictures of that size."""
+    """10^9 multiply-accumulates for one picture; None if the network does not take pictures of that size."""
     try:
         return profile(model, size).gmac
     except Exception:  # a network of one's own raises what it likes

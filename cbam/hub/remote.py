@@ -1,4 +1,4 @@
-"""The Hugging Face Hub: a repository's files, brought here once by huggingface_hub and kept in its cache."""
+"""The Hugging Face Hub: files of a repository, downloaded once to the cache of huggingface_hub."""
 
 import re
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def downloaded(repository: str, names: Sequence[str], revision: str | None) -> Path:
-    """The folder of the cache that holds these files of "org/name", all of one commit.
+    """The cache folder with these files of "org/name", all from one commit.
 
     Raises:
         CheckpointNotFoundError: no such folder, repository or revision.
@@ -34,7 +34,7 @@ def downloaded(repository: str, names: Sequence[str], revision: str | None) -> P
         return Path(snapshot_download(repository, allow_patterns=list(names), revision=revision))
     except GatedRepoError as error:
         raise CheckpointError(
-            f"{repository}: its author lets in who asked; ask on its page, then `hf auth login`"
+            f"{repository}: access has to be requested on its page; then `hf auth login`"
         ) from error
     except RevisionNotFoundError as error:
         raise CheckpointNotFoundError(f"{repository}: has no revision {revision!r}") from error
@@ -42,7 +42,7 @@ def downloaded(repository: str, names: Sequence[str], revision: str | None) -> P
         raise CheckpointNotFoundError(
             f"{repository}: no such folder, and no repository of the Hub (or a private one: `hf auth login`)"
         ) from error
-    except Exception as error:  # of the network below, whatever it is built on
+    except Exception as error:  # of whatever HTTP client huggingface_hub uses
         told = str(error).strip().partition("\n")[0][:200] or type(error).__name__
         raise CheckpointError(
             f"{repository}: no such folder, and the Hugging Face Hub cannot be reached ({told}); a folder "

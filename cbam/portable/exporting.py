@@ -1,4 +1,4 @@
-"""A network into a file that another runtime computes the same from."""
+"""Write a network as a file from which another runtime computes the same."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ from cbam.portable.formats import Format, format_of
 from cbam.portable.program import inputs, plain, program, settled, unseen_shapes
 
 SHAPE = (1, 3, 224, 224)
-# A graph is made for an axis of length one or for longer ones, never for both.
+# A graph holds for an axis of length one or for longer ones, never for both.
 SMALL_MAP = "; with dynamic no map may be one pixel high or wide: give a larger size, or leave dynamic out"
 
 
@@ -59,24 +59,25 @@ def export(
         path: `.pt2`, `.onnx` or `.xml`; the folder must exist.
         to: "torch", "onnx" or "openvino"; by default what `path` ends in.
         shape: of the input, float32: (N, C, H, W), or of a signal (N, C, W), or of a volume (N, C, D, H, W).
-        dynamic: leave all of it but C free; it is then checked at three shapes that it was not traced with.
+        dynamic: leave all dimensions but C free; the file is then checked at three shapes that are not the
+            traced one.
         opset: of ONNX; by default the exporter's.
-        about: what to tell in the file, by name: texts, or values that JSON has.
-        overwrite: replace a file that is there.
+        about: metadata for the file, by name: strings, or values that JSON can express.
+        overwrite: replace an existing file.
 
     Raises:
         ExportError: the network cannot be exported, or the file computes something else.
         DtypeError: the weights are not float32, or quantised. ConfigError: an unknown format, or a file that
-            exists. InputError: the model refuses the shape, or `about` holds what JSON has not.
+            exists. InputError: the model refuses the shape, or JSON cannot express `about`.
         NonFiniteError: the network computes NaN.
-        OutputError: no room or no permission. MissingExtraError: a package is missing.
+        OutputError: no space or no permission. MissingExtraError: a package is missing.
     """
     path = Path(path)
     name, made = format_of(to, path)
     _check(shape, opset, about, name)
     network = plain(model)
     targets = [path.with_suffix(suffix) for suffix in made.suffixes]
-    # The network is on the CPU, and torch reads files to the device that somebody chose for the process.
+    # The network is on the CPU, and torch reads files to the process's default device.
     with placed(*targets, overwrite=overwrite) as part, torch.device("cpu"), settled(network):
         graph = program(network, shape, dynamic=dynamic)
         made.write(graph, part / path.name, about or {}, opset)

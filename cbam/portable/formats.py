@@ -1,4 +1,4 @@
-"""The formats: how a graph becomes a file, and how the file is run."""
+"""The file formats: how a graph is written, and how the file is run."""
 
 import contextlib
 import importlib.util
@@ -21,7 +21,7 @@ from cbam.portable.program import quiet
 
 INPUT = "x"
 SIDES = ("depth", "height", "width")
-LARGEST = 1_900_000_000  # bytes; protocol buffers end at 2 GiB
+LARGEST = 1_900_000_000  # bytes; the limit of protocol buffers is 2 GiB
 PRECISION = {"INFERENCE_PRECISION_HINT": "f32"}  # without it OpenVINO computes in bfloat16 where it can
 
 Write = Callable[[ExportedProgram, Path, Mapping[str, Any], int | None], None]
@@ -32,9 +32,9 @@ class Format:
     """One format.
 
     Attributes:
-        suffixes: of its files; the last is the one that is opened.
-        needs: packages that writing and checking take.
-        write: (program, path of the last file, what is told in it, opset).
+        suffixes: of its files; the last is the one that a runtime opens.
+        needs: packages required to write and to check.
+        write: (program, path of the last file, metadata for it, opset).
         read: path of the last file -> a function that runs it on the CPU in float32.
     """
 
@@ -45,10 +45,10 @@ class Format:
 
 
 def format_of(to: str | None, path: Path) -> tuple[str, Format]:
-    """The format that is named, or that the suffix of `path` says.
+    """The format by name, or by the suffix of `path`.
 
     Raises:
-        ConfigError: neither does, or they contradict. MissingExtraError: its packages are not installed.
+        ConfigError: neither is known, or they differ. MissingExtraError: its packages are not installed.
     """
     by_suffix = {made.suffixes[-1]: name for name, made in FORMATS.items()}
     if to is None:
@@ -106,10 +106,10 @@ def _onnx(made: ExportedProgram, opset: int | None) -> Any:
             f"onnxscript does not fit torch {torch.__version__} ({error}): pip install --upgrade onnxscript"
         ) from error
     except Exception as error:
-        raise ExportError(f"ONNX cannot say this network: {_cause(error)}") from error
+        raise ExportError(f"ONNX cannot express this network: {_cause(error)}") from error
     got = {entry.domain: entry.version for entry in proto.opset_import}
     if opset is not None and got.get("") != opset:
-        raise ExportError(f"this network cannot be said in opset {opset}, but in {got.get('')}")
+        raise ExportError(f"this network needs opset {got.get('')}, and cannot be written in opset {opset}")
     foreign = [f"{n.name} ({n.domain}::{n.op_type})" for n in proto.graph.node if n.domain]
     if foreign or proto.functions:
         raise ExportError(f"the ONNX graph holds operators that are not standard: {', '.join(foreign[:5])}")
@@ -118,7 +118,7 @@ def _onnx(made: ExportedProgram, opset: int | None) -> Any:
 
 
 def _name_free(proto: Any) -> None:
-    """Call the free dimensions what they are: torch's names for them are numbers."""
+    """Name the free dimensions batch, height, ...: torch numbers them."""
     dims = proto.graph.input[0].type.tensor_type.shape.dim
     called = ["batch", "", *SIDES[5 - len(dims) :]]
     names = {dim.dim_param: name for dim, name in zip(dims, called, strict=True) if dim.dim_param}
@@ -129,7 +129,7 @@ def _name_free(proto: Any) -> None:
 
 
 def _cause(error: BaseException) -> str:
-    """The operator or node that the exporter stumbled over, out of the chain of its errors."""
+    """The operator or node that the exporter failed on, from the chain of its errors."""
     texts, seen = [], error
     while seen is not None:
         texts.append(str(seen))
@@ -145,7 +145,7 @@ def _read_onnx(path: Path) -> Run:
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = 4  # what fails is raised as well
+    options.log_severity_level = 4  # errors are raised as well
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     return lambda x: [torch.from_numpy(value) for value in session.run(None, {INPUT: x.numpy()})]
 

@@ -105,7 +105,9 @@ def _refined_blocks(model: nn.Module, verb: str) -> list[nn.Module]:
     _refuse_wrapped(model, verb)
     blocks = {name: m for name, m in model.named_modules() if is_refined(m)}
     if not blocks:
-        raise AttachError(f"nothing to {verb}: the model has no attached attention, or it is bypassed already")
+        raise AttachError(
+            f"nothing to {verb}: the model has no attached attention, or it is bypassed already"
+        )
     for name, block in blocks.items():
         if not is_last_refined(block):
             raise AttachError(

@@ -141,9 +141,7 @@ class Bench:
                 self._probed(route, probe, self.inputs[0], seed)
                 if len(probe.shapes) == 1:
                     return
-                if (
-                    not self._drew
-                ):  # else it may be stochastic depth, which skips the branch at times
+                if not self._drew:  # else it may be stochastic depth, which skips the branch at times
                     break
         finally:
             self.block.training = False
