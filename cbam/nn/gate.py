@@ -59,13 +59,13 @@ class SigmoidGate(Gate):
     def gain_value(self) -> float:
         """The gain as a number.
 
-        On a GPU it is read once per tensor, and again after `load_state_dict`: reading it in every step would
-        make the CPU wait. So change it with `set_gain`, not in place.
+        It is read when it is loaded or moved, and on a GPU not again: reading it in every step would make the
+        CPU wait. So change it with `set_gain`, not in place.
         """
         (gain,), read = parts(self, "gain"), self._read
         if gain is None:
             return 1.0
-        if read is not None and torch.compiler.is_compiling():
+        if read is not None and read[0] is gain and torch.compiler.is_compiling():
             return read[2]
         if read is None or read[0] is not gain or (gain.device.type == "cpu" and read[1] != _version(gain)):
             self._read = read = (gain, _version(gain), gain.item())
@@ -73,7 +73,18 @@ class SigmoidGate(Gate):
 
     def _load_from_state_dict(self, *args, **kwargs) -> None:
         super()._load_from_state_dict(*args, **kwargs)
+        self._read_anew()
+
+    def _apply(self, *args, **kwargs) -> "SigmoidGate":
+        super()._apply(*args, **kwargs)
+        self._read_anew()
+        return self
+
+    def _read_anew(self) -> None:
+        """Read the gain now, for a compiler cannot: it would break the graph at every gate."""
         self._read = None
+        if type(self.gain) is Tensor and not self.gain.is_meta:
+            self.gain_value()
 
     def set_gain(self, gain: float) -> None:
         """Set the gain, a positive number; 1 removes its key from the state dict."""

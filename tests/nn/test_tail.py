@@ -650,6 +650,38 @@ def test_a_gain_that_is_no_positive_number_is_refused(gain):
         cbam.ChannelAttention(6).set_gain(gain)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda module: module.load_state_dict(module.state_dict()),
+        lambda module: module.load_state_dict(module.state_dict(), assign=True),
+        lambda module: cbam.load_weights(module, module.state_dict()),
+        lambda module: module.double(),
+    ],
+    ids=["loaded", "assigned", "weights", "converted"],
+)
+def test_weights_that_were_loaded_or_moved_compile_whole(change):  # T33
+    module = cbam.CBAM(6).identity_().eval()
+    change(module)
+    x = torch.randn(2, 6, 4, 4).to(module.channel.fc1.weight)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        assert torch.equal(torch.compile(module, fullgraph=True, backend="eager")(x), x)
+    torch._dynamo.reset()
+
+
+def test_a_gain_that_is_put_there_by_hand_is_the_one_that_is_compiled():  # T33
+    module = cbam.CBAM(6).identity_().eval()
+    x = torch.randn(2, 6, 4, 4)
+    torch._dynamo.reset()
+    compiled = torch.compile(module, backend="eager")
+    with torch.no_grad():
+        for gain in (2.0, 4.0, 6.0):
+            module.channel.gain = torch.tensor(gain)
+            torch.testing.assert_close(compiled(x), x * (gain / 2))
+    torch._dynamo.reset()
+
+
 @pytest.mark.parametrize("how", ["fused", "reference"])
 def test_a_gain_of_inference_mode_is_read(how):
     x = torch.randn(2, 6, 4, 4)
