@@ -175,9 +175,7 @@ class SpatialAttention(_FusableGate):
     def __init__(self, *, kernel_size: int = 7, dim: int = 2) -> None:
         super().__init__()
         door.check_dim(dim)
-        door.check_count("kernel_size", kernel_size)
-        if kernel_size % 2 == 0:
-            raise InputError(f"the spatial kernel must be odd, got kernel_size={kernel_size}")
+        door.check_odd("kernel_size", kernel_size)
         self.kernel_size, self.dim = kernel_size, dim
         self.conv = _CONV[dim](2, 1, kernel_size, padding=kernel_size // 2, bias=False)
         self.bn = _NORM[dim](1, momentum=0.01)

@@ -67,8 +67,8 @@ def feature_map(x: Tensor, channels: int, weight: Tensor | None) -> Tensor:
 def check_fits(x: Tensor, channels: int | None, weight: Tensor | None, dim: int = 2) -> None:
     """Raise if the channels, device or dtype of `x` differ from the module's.
 
-    `weight` must belong to a layer that no ReLU follows: quantisation fuses such a layer with its ReLU, and a
-    traced graph that still reads its weight here would break.
+    `weight` must belong to a layer that no ReLU follows: quantisation fuses a layer with the ReLU after it,
+    and a traced graph that still reads the weight of that layer here would break.
     """
     if torch.jit.is_tracing():
         return

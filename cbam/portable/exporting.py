@@ -100,12 +100,10 @@ def _read_back(made: Format, path: Path, name: str) -> Run:
 
 
 def _check(shape: tuple[int, ...], opset: int | None, about: Mapping[str, Any] | None, name: str) -> None:
-    if not isinstance(shape, Sequence):
+    fits = isinstance(shape, Sequence) and 3 <= len(shape) <= 5
+    if not fits or any(type(n) is not int or n < 1 for n in shape):
         raise InputError(f"shape must be three to five positive ints, as (N, C, H, W), got {shape!r}")
-    whole = [isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in shape]
-    if not 3 <= len(shape) <= 5 or not all(whole):
-        raise InputError(f"shape must be three to five positive ints, as (N, C, H, W), got {shape!r}")
-    if opset is not None and (isinstance(opset, bool) or not isinstance(opset, int) or opset < 1):
+    if opset is not None and (type(opset) is not int or opset < 1):
         raise ConfigError(f"opset must be a positive int, got {opset!r}")
     if opset is not None and name == "torch":
         raise ConfigError("opset is ONNX's; a file for torch has none")
