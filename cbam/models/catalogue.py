@@ -19,7 +19,7 @@ from cbam.models.mobilenet_v1 import MobileNetV1
 from cbam.models.resnet_tiny import ResNetTiny
 from cbam.models.stride import stride_in_1x1
 from cbam.models.variants import VARIANTS
-from cbam.nn import ATTENTION
+from cbam.nn import ATTENTION, door
 from cbam.surgery import attach
 
 ATTENTIONS = ATTENTION | VARIANTS
@@ -51,8 +51,7 @@ def build(name: str, *, num_classes: int = 1000, start: str = "paper", stride_in
         MissingExtraError: torchvision or timm is needed and absent.
     """
     network, attention = _split(name)
-    if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
-        raise InputError(f"num_classes must be a positive int, got {num_classes!r}")
+    door.check_count("num_classes", num_classes)
     if start not in ("paper", "identity"):
         raise ConfigError(f'start must be "paper" or "identity", got {start!r}')
     if stride_in not in ("3x3", "1x1"):

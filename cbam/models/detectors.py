@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from cbam.errors import ConfigError, InputError, MissingExtraError
+from cbam.errors import ConfigError, MissingExtraError
 from cbam.models.catalogue import ATTENTIONS, build
+from cbam.nn import door
 from cbam.surgery import attach
 
 if TYPE_CHECKING:
@@ -46,8 +47,7 @@ def detector(name: str, *, num_classes: int, start: str = "paper") -> nn.Module:
         raise ConfigError(
             f"unknown detector {name!r}; expected DETECTOR:NETWORK, one of {', '.join(DETECTORS)}"
         )
-    if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
-        raise InputError(f"num_classes must be a positive int, got {num_classes!r}")
+    door.check_count("num_classes", num_classes)
     if kind in _OVER_VGG_OR_MOBILENET:
         return _single_shot(kind, network, num_classes, start)
     make = {"fasterrcnn": faster_rcnn, "fasterrcnn_c4": faster_rcnn_c4, "retinanet": retinanet}[kind]
