@@ -312,7 +312,7 @@ class Keeper(pl.Callback):
             "step": self._step,
             "steps_per_epoch": steps.steps_per_epoch,
             "seen": {**steps.seen(), "step": done},
-            "history": steps.history,
+            "history": [*steps.history],  # as it is now, should this be written after the next validation
         }
         if len(states) > 1:
             state["more_rng"] = states[1:]
@@ -355,7 +355,7 @@ class Keeper(pl.Callback):
 
     def _hear(self, number: int, frame) -> None:
         name, code = signal.Signals(number).name, 128 + number
-        if self._stop:
+        if self._stop not in (None, LIMIT):
             raise StoppedError(f"stopped at once by a second signal ({name}); the checkpoints stay", code)
         self._stop = (name, code)
 

@@ -144,6 +144,20 @@ def test_the_time_limit_stops_with_a_checkpoint_whatever_the_clock_on_the_wall_s
     assert bits(tmp_path) == bits(calm)
 
 
+def test_a_first_signal_after_the_time_limit_lets_the_checkpoint_be_written(tmp_path, monkeypatch):
+    # R17, R19
+    save = checkpoint.save
+
+    def interrupted(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return save(*arguments)
+
+    monkeypatch.setattr(checkpoint, "save", interrupted)
+    with pytest.raises(StoppedError, match=r"saved as .*step-00000001\.ckpt"):
+        train(tmp_path, max_time=1e-3)
+    assert checkpoint.load(tmp_path / "step-00000001.ckpt")["step"] == 1
+
+
 def test_a_time_limit_that_comes_in_a_validation_stops_there(tmp_path, calm, monkeypatch):
     # R19
     clock = time.monotonic
@@ -342,6 +356,8 @@ def test_a_run_whose_last_weights_are_not_on_the_disk_does_not_end_well(tmp_path
     if until == 8:
         train(tmp_path, model, say=said.append, save_every=None)
         assert bits(tmp_path) == bits(calm)
+        assert [entry["epoch"] for entry in train(tmp_path)] == [0, 1]  # the last one is validated again
+        assert epochs(tmp_path) == epochs(calm)
     else:
         with pytest.raises(OutputError, match="after step 6 cannot be written"):
             train(tmp_path, model, say=said.append, save_every=None)
