@@ -89,6 +89,11 @@ def load(path: Path) -> dict[str, Any]:
     """
     if fault_found := damage(path):
         raise CheckpointError(f"{path}: {fault_found}")
+    return _intact(path)
+
+
+def _intact(path: Path) -> dict[str, Any]:
+    """What a checkpoint without damage holds."""
     state = read(path)
     if not isinstance(state, dict) or type(state.get("schema")) is not int:
         raise CheckpointError(f"{path}: not a checkpoint of cbam train")
@@ -100,17 +105,17 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def damage(path: Path) -> str:
-    """What is wrong with the bytes of a checkpoint, or nothing.
+    """What is wrong with the bytes of a checkpoint, or why they cannot be read; empty if nothing is wrong.
 
     Raises:
-        CheckpointNotFoundError: no such file. CheckpointError: it cannot be read.
+        CheckpointNotFoundError: no such file.
     """
     try:
         data = path.read_bytes()
     except FileNotFoundError as error:
         raise CheckpointNotFoundError(f"{path}: no such file") from error
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
+        return f"cannot be read: {error.strerror or error}"
     comment = data[-_COMMENT:]
     if not data or not comment.startswith(_MARK):
         return _cut(path, data)
@@ -168,8 +173,9 @@ def is_ours(path: Path) -> bool:
 def newest(folder: Path, say: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
     """The newest valid checkpoint of a folder and what it holds, or None where there are no checkpoints.
 
-    Damaged ones are passed over in favour of older ones, and `say` is told so in one line. One that is intact
-    and yet refused (it asks to run code, or is of a newer version) is no accident: nothing replaces it.
+    One that is damaged, or that the disk does not give back, is passed over in favour of an older one, and
+    `say` is told so in one line. One that is intact and yet refused (it asks to run code, or is of a newer
+    version) is no accident: nothing replaces it.
 
     Raises:
         CheckpointError: there are checkpoints, but none is valid; a run never starts afresh in silence.
@@ -179,7 +185,7 @@ def newest(folder: Path, say: Callable[[str], None]) -> tuple[Path, dict[str, An
         if fault_found := damage(path):
             damaged.append(f"{path.name}: {fault_found}")
             continue
-        state = load(path)
+        state = _intact(path)
         if damaged:
             say(f"{'; '.join(damaged)}; using {path.name} (step {step_of(path)})")
         return path, state

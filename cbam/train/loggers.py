@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
+from cbam.errors import StoppedError
 from cbam.train.checkpoint import write
 from cbam.train.folder import TABLE, WANDB, epochs
 from cbam.train.task import is_epoch
@@ -56,6 +57,8 @@ class Loggers:
     def _guarded(self, name: str, act: Callable[[], None]) -> None:
         try:
             act()
+        except StoppedError:  # a second signal came meanwhile: it is not the logger's
+            raise
         except (Exception, SystemExit) as error:
             self._loggers.pop(name, None)
             self._say(f"{name}: {type(error).__name__}: {error}; training goes on without it")

@@ -1,5 +1,6 @@
 """Checkpoint files: what is damaged is found, what is valid is never lost (rows K1 to K22)."""
 
+import errno
 import os
 import random
 import resource
@@ -96,6 +97,26 @@ def test_what_is_no_checkpoint_is_told_and_passed_over(saved, content, told):
     assert state is not None
     assert state["step"] == 5
     assert told in said
+
+
+def test_a_checkpoint_that_the_disk_does_not_give_back_is_passed_over(saved, monkeypatch):
+    # K1
+    read = Path.read_bytes
+
+    def failing(path):
+        if path.name == "step-00000009.ckpt":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", failing)
+    state, said = newest(saved)
+    assert state is not None
+    assert state["step"] == 5
+    assert said == [
+        "step-00000009.ckpt: cannot be read: Input/output error; using step-00000005.ckpt (step 5)"
+    ]
+    with pytest.raises(CheckpointError, match=r"step-00000009\.ckpt: cannot be read: Input/output error"):
+        checkpoint.load(saved / "step-00000009.ckpt")
 
 
 def test_no_valid_checkpoint_is_an_error_and_no_checkpoint_is_none(saved, tmp_path_factory):

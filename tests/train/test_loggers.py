@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from cbam.errors import StoppedError
 from cbam.train import run
 from cbam.train.folder import METRICS
 from cbam.train.loggers import Line, Loggers
@@ -76,6 +77,20 @@ def test_a_logger_that_fails_is_told_once_and_the_run_goes_on(tmp_path, small, m
     told = [line for line in watch.said if "wandb" in line]
     assert told == ["wandb: ConnectionError: no network; training goes on without it"]
     assert (tmp_path / "run" / "epochs.csv").exists()
+
+
+def test_a_second_signal_that_comes_while_a_logger_works_ends_the_run_at_once(tmp_path):
+    # R17, R18
+    class Slow(Broken):
+        def log_metrics(self, metrics, step=None):
+            raise StoppedError("stopped at once by a second signal", 143)
+
+    said: list[str] = []
+    loggers = Loggers((), tmp_path, {}, said.append)
+    loggers.put("slow", Slow())
+    with pytest.raises(StoppedError, match="at once"):
+        loggers.add({"loss": 1.0}, 1)
+    assert said == []
 
 
 def test_wandb_knows_a_run_by_a_name_of_its_own_that_stays(tmp_path, small, monkeypatch):
