@@ -246,13 +246,20 @@ class _RollCall:
         return f"{names} {'does not answer' if hung else 'is gone'} ({_line(error)[:200]})"
 
     def _who(self, rank: int) -> str:
+        host, pid = self._place_of(rank)
+        return f"process {rank} (pid {pid} on {host})" if pid else f"process {rank}, which never started,"
+
+    def _place_of(self, rank: int) -> tuple[str, str]:
+        """Host and process number; empty for one that never started, whose key would be waited for."""
+        if not self._store.check([f"who/{rank}"]):
+            return "", ""
         host, _, pid = self._store.get(f"who/{rank}").decode().rpartition(":")
-        return f"process {rank} (pid {pid} on {host})"
+        return host, pid
 
     def _dump_stacks(self, absent: list[int]) -> None:
         """Let those of this machine that do not answer say on stderr where they are."""
         for rank in absent:
-            host, _, pid = self._store.get(f"who/{rank}").decode().rpartition(":")
+            host, pid = self._place_of(rank)
             if host == socket.gethostname() and hasattr(signal, "SIGUSR1"):
                 with contextlib.suppress(OSError):
                     os.kill(int(pid), signal.SIGUSR1)
@@ -264,7 +271,10 @@ def is_of_a_peer(error: BaseException) -> bool:
         return False
     if isinstance(error, dist.DistError):
         return True
-    signs = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")
+    signs = (
+        *("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer"),
+        *("Wait timeout", "Timeout waiting for key"),  # a FileStore's, of one that does not come
+    )
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
 
 

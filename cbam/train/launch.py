@@ -9,6 +9,7 @@ import functools
 import json
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -98,8 +99,9 @@ def _slurm() -> Place:
 
 def first_host(nodes: str) -> str:
     """The first name of a SLURM list of nodes: "gpu[003-006,9],login" -> "gpu003"."""
-    name, bracket, rest = nodes.partition(",")[0].partition("[")
-    return name + rest.partition("-")[0].rstrip("]") if bracket else name
+    first = re.match(r"(\[[^]]*\]|[^,[])*", nodes)
+    assert first is not None  # it may be empty
+    return re.sub(r"\[([^],-]*)[^]]*\]", r"\1", first[0])
 
 
 def launch(arguments: Sequence[str], processes: int) -> int:

@@ -40,6 +40,17 @@ def test_more_processes_than_gpus_are_refused_before_they_share_one(monkeypatch,
     assert world() == World()
 
 
+def test_a_process_that_never_started_is_named_and_not_waited_for_twice(monkeypatch, tmp_path):
+    # R6, R25
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    here = Place(0, 2, 0, 2, f"file:{tmp_path / 'store'}")
+    began = time.monotonic()
+    with pytest.raises(DistributedError, match=r"^process 1, which never started, does not answer"):
+        joined(here, timeout=1.0).__enter__()
+    assert time.monotonic() - began < 10
+    assert world() == World()
+
+
 def test_torchrun_says_where_a_process_stands(monkeypatch):
     said = {
         "RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4", "MASTER_ADDR": "a1",
@@ -103,7 +114,15 @@ def test_a_place_that_cannot_be_is_told_before_anybody_waits_for_it(monkeypatch,
 
 @pytest.mark.parametrize(
     ("nodes", "first"),
-    [("a", "a"), ("a,b", "a"), ("n[7,9]", "n7"), ("gpu[003-006,9],login", "gpu003"), ("x-1,y", "x-1")],
+    [
+        ("a", "a"),
+        ("a,b", "a"),
+        ("n[7,9]", "n7"),
+        ("gpu[003-006,9],login", "gpu003"),
+        ("x-1,y", "x-1"),
+        ("gpu[1-2]-ib", "gpu1-ib"),
+        ("rack[0-1]n[3,7],a", "rack0n3"),
+    ],
 )
 def test_the_first_of_a_list_of_nodes_is_found(nodes, first):
     assert first_host(nodes) == first
