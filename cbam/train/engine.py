@@ -97,7 +97,7 @@ def trainer(
     Raises:
         NonFiniteError, DataError, OutOfMemoryError, InputError: see `cbam.train.fit`.
     """
-    recipe = recipe or Recipe()
+    settings = recipe or Recipe()
     with _quiet(), _interruptible(), tempfile.TemporaryDirectory() as scratch:
         try:
             yield pl.Trainer(
@@ -110,10 +110,10 @@ def trainer(
                 num_sanity_val_steps=0,
                 use_distributed_sampler=False,
                 callbacks=list(callbacks),
-                accumulate_grad_batches=recipe.accumulate,
+                accumulate_grad_batches=settings.accumulate,
                 # Asks anew how long an epoch is: a resumed one is shorter.
                 reload_dataloaders_every_n_epochs=1 if callbacks else 0,
-                **_devices(device, recipe),
+                **_devices(device, settings),
             )
         except FloatingPointError as error:
             raise NonFiniteError(f"{error}; a lower learning rate usually helps") from None
@@ -159,20 +159,14 @@ def _tell_of_emulation(precision: str) -> None:
         )
 
 
-def _told(error: BaseException, device: torch.device, recipe: Recipe) -> BaseException | None:
-    """The error in our words, or None for one that has them or that we know nothing of."""
+def _told(error: BaseException, device: torch.device, recipe: Recipe | None) -> BaseException | None:
+    """The error in our words, or None for one that we have no words for."""
     text = " ".join(str(error).split())
     if "DataLoader worker" in text:
         return DataError(f"a process that loads pictures died: {text}")
     memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
     if memory or "can't allocate memory" in text:
-        peak = ""
-        if device.type == "cuda":
-            peak = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB at the peak"
-        return OutOfMemoryError(
-            f"out of memory on {device.type} with batches of {recipe.batch_size // recipe.accumulate}{peak}; "
-            f"--accumulate {2 * recipe.accumulate} computes the same steps in smaller parts ({text[:200]})"
-        )
+        return OutOfMemoryError(f"out of memory on {device.type}{_smaller(device, recipe)} ({text[:200]})")
     if "Expected more than 1 value per channel" in text:
         return InputError(
             "a part of a step is a single picture, and a map of it has one pixel, of which BatchNorm "
@@ -181,6 +175,20 @@ def _told(error: BaseException, device: torch.device, recipe: Recipe) -> BaseExc
     if "Expected to have finished reduction" in text:
         return InputError(f"parameters of the network had no part in the loss: {text[:300]}")
     return None
+
+
+def _smaller(device: torch.device, recipe: Recipe | None) -> str:
+    """With how much, and what takes less memory, in words."""
+    peak = ""
+    if device.type == "cuda":
+        peak = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB at the peak"
+    if recipe is None:  # an evaluation
+        return f"{peak}; a smaller --batch-size needs less"
+    batch = recipe.batch_size // (world().size * recipe.accumulate)
+    return (
+        f" with batches of {batch}{peak}; --accumulate {2 * recipe.accumulate} computes the same steps in "
+        "smaller parts"
+    )
 
 
 @contextlib.contextmanager

@@ -291,6 +291,13 @@ def test_memory_that_does_not_suffice_is_told_with_what_to_do(ask):
     assert isinstance(caught.value, MemoryError)
 
 
+def test_an_evaluation_without_enough_memory_is_told_what_it_can_change():
+    # R15
+    with pytest.raises(OutOfMemoryError, match="on cpu; a smaller --batch-size needs less") as caught:
+        evaluate(Hungry(gpu_is_full), Colours(6), batch_size=3, device="cpu")
+    assert "--accumulate" not in str(caught.value)
+
+
 def test_a_single_picture_of_a_single_pixel_is_told_with_what_to_do():
     # T7
     model = nn.Sequential(nn.Conv2d(3, 4, 8), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 3))
