@@ -115,7 +115,8 @@ def _fail(error: BaseException, *, debug: bool) -> int:
     if isinstance(error, ModuleNotFoundError) and error.name == "torch":
         error = MissingExtraError.torch()
     if not _told_elsewhere(error):
-        show(f"cbam: {_one_line(error)}", sys.stderr)
+        with contextlib.suppress(OSError):  # a full disk leaves the exit code
+            show(f"cbam: {_one_line(error)}", sys.stderr)
     return _exit_code(error)
 
 

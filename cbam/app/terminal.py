@@ -1,5 +1,6 @@
 """What a comparison looks like while it runs: one bar in a terminal, plain lines anywhere else."""
 
+import contextlib
 import sys
 import time
 from typing import TextIO
@@ -47,6 +48,16 @@ def silence(stream: TextIO | None) -> None:
         pass
 
 
+def _log(line: str, stream: TextIO | None = None) -> None:
+    """Print a line of progress. A full disk is told once: it ends no work of hours."""
+    try:
+        show(line, stream)
+    except OSError as error:
+        silence(stream or sys.stdout)
+        with contextlib.suppress(OSError):  # it may lie on the same disk
+            show(f"cbam: {error.strerror}: no more lines of progress, the work goes on", sys.stderr)
+
+
 class Lines:
     """For logs and pipes: a line per phase, with the share done and the time left."""
 
@@ -63,10 +74,10 @@ class Lines:
         pass
 
     def say(self, line: str) -> None:
-        show(line)
+        _log(line)
 
     def now(self, what: str) -> None:
-        show(f"[{100 * self.done:3.0f} %{self._left()}] {what}", self._stream)
+        _log(f"[{100 * self.done:3.0f} %{self._left()}] {what}", self._stream)
 
     def advance(self, share: float) -> None:
         self.done += share

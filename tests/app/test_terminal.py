@@ -1,5 +1,6 @@
 import io
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -29,6 +30,19 @@ def test_a_closed_or_absent_output_is_no_error(monkeypatch):
     monkeypatch.setattr(sys, "stdout", None)
     terminal.show("text")
     assert isinstance(terminal.progress(), terminal.Lines)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_log_on_a_full_disk_is_told_once_and_ends_no_training(monkeypatch, capsys):
+    # R14
+    with Path("/dev/full").open("w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        watch = terminal.progress()
+        for step in range(3):
+            watch.say(f"step {step}")
+            watch.now("a phase")
+    told = "cbam: No space left on device: no more lines of progress, the work goes on\n"
+    assert capsys.readouterr().err == told
 
 
 def test_without_a_terminal_there_is_a_line_per_phase(capsys):
