@@ -5,6 +5,7 @@ is: a picture that is missing is left out and counted.
 """
 
 import csv
+import io
 import math
 import os
 from collections.abc import Iterator
@@ -93,8 +94,9 @@ class _Table:
             self.things.append(Thing(index, inside, self.classes.index(label) + 1, area))
 
     def _rows(self, file: Path) -> Iterator[tuple[str, Path, tuple[float, float, float, float], str]]:
-        for number, row in enumerate(csv.DictReader(read_text(file).splitlines(), skipinitialspace=True), 2):
-            where = f"{shown(file)} line {number}"
+        table = csv.DictReader(io.StringIO(read_text(file), newline=""), skipinitialspace=True)
+        for row in table:
+            where = f"{shown(file)} line {table.line_num}"
             if absent := [name for name in COLUMNS if not row.get(name)]:
                 told = f"no {', '.join(absent)}; the columns are {', '.join(COLUMNS)} and label"
                 self.findings.append(Finding(where, told))

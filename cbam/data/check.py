@@ -232,7 +232,7 @@ def _coco_files(root: Path) -> list[Path]:
     """The JSON files in a folder, and in the folders right below, that look like COCO's instances."""
     found = []
     for folder in (root, root / "annotations", *sorted(p for p in root.iterdir() if p.is_dir())):
-        files = sorted(folder.glob("*.json")) if folder.is_dir() else []
+        files = sorted(filter(Path.is_file, folder.glob("*.json")))
         found += [file for file in files if file not in found and _is_coco(file)]
     return found
 

@@ -173,6 +173,7 @@ def test_a_document_type_is_refused_before_any_entity_grows(pictures):  # D32
         ("a.csv", "file,x0,y0,x1,y1\na.jpg,1,2,3\n", "line 2: no y1"),
         ("a.csv", "file,x0,y0,x1,y1\na.jpg,1,2,3,many\n", "line 2: could not convert"),
         ("a.csv", "file,x0,y0,x1,y1\na.jpg,1,2,nan,4\n", "line 2: a box is not finite"),
+        ("a.csv", "file,x0,y0,x1,y1\n\na.jpg,1,2,nan,4\n", "line 3: a box is not finite"),
         ("a.csv", f"file,x0,y0,x1,y1\n{'a' * 200_000},1,2,3,4\n", r"a\.csv: field larger than"),
         ("a.csv", "", "no picture with a box"),
         ("a.csv", "file,x0,y0,x1,y1\nnone.jpg,1,2,3,4\n", "a picture is not there"),
@@ -185,6 +186,13 @@ def test_what_cannot_be_read_is_refused_with_its_place(pictures, name, content, 
         annotated(pictures if name.endswith(".xml") else pictures / name)
     with pytest.raises(DataError, match="no such file or folder"):
         annotated(pictures / "none")
+
+
+@pytest.mark.parametrize("name", ["a\N{LINE SEPARATOR}b.jpg", "a\x1cb.jpg"])
+def test_a_sign_that_only_text_takes_for_the_end_of_a_line_is_part_of_a_name(tmp_path, name):  # D16
+    draw(tmp_path / name)
+    (tmp_path / "a.csv").write_text(f"file,x0,y0,x1,y1,label\n{name},1,2,3,4,cat\n")
+    assert found(annotated(tmp_path / "a.csv")) == ([(name, "cat", [(1, 2, 3, 4)])], [])
 
 
 def test_an_annotation_of_no_image_is_named(pictures):  # D29

@@ -101,6 +101,12 @@ def test_a_fault_of_the_folders_does_not_hide_those_of_the_files(classes):  # D1
     assert faults[1].startswith(f"{classes}/train/cat/0.jpg: not an image")
 
 
+def test_what_is_only_called_like_a_coco_file_is_passed_over(classes):  # D17
+    (classes / "labels.json").mkdir()
+    (classes / "gone.json").symlink_to(classes / "nowhere.json")
+    assert told(classes) == ("class folders of pictures", [])
+
+
 def test_no_folder_is_an_error(tmp_path):
     with pytest.raises(DataError, match="no such folder"):
         check(tmp_path / "no")
