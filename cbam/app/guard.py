@@ -30,6 +30,13 @@ App = Callable[
 ]
 
 
+def addresses(host: str, port: int) -> list[str]:
+    """What browsers may call a server on `host`, as they write it; what they are told first."""
+    names = dict.fromkeys([host, "127.0.0.1", "localhost"]) if host in ("127.0.0.1", "localhost") else [host]
+    called = [f"[{name}]" if ":" in name else name for name in names]  # IPv6
+    return [f"{name}:{port}" for name in called] + (called if port == 80 else [])  # 80 goes without saying
+
+
 class Guard:
     """`app`, for requests that name one of `hosts` ("127.0.0.1:7860") and come from a page of theirs."""
 

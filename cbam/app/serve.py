@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from cbam.app.explanation import CHOICES, MAX_BYTES, Explainer, said, shown_of
-from cbam.app.guard import Guard
+from cbam.app.guard import Guard, addresses
 from cbam.errors import InputError, MissingExtraError, OutputError
 from cbam.explain.looking import Viewer
 from cbam.explain.maps import METHODS
@@ -64,7 +64,9 @@ def serve(
         os.environ["GRADIO_TEMP_DIR"] = folder  # where Gradio receives uploads
         os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
         app = application(Explainer(viewer), host, port)
-        server = _server(app, host, port, lambda: say(f"http://{host}:{port}/  (Ctrl-C ends it)"))
+        server = _server(
+            app, host, port, lambda: say(f"http://{addresses(host, port)[0]}/  (Ctrl-C ends it)")
+        )
         try:
             server.run()
         except SystemExit as stop:
@@ -98,8 +100,7 @@ def application(explainer: Explainer, host: str = "127.0.0.1", port: int = 7860)
         server_name=host, server_port=port, max_file_size=MAX_BYTES, show_error=False, ssr_mode=False,
         footer_links=[], css=_CSS, theme=_theme(), pwa=False, enable_monitoring=False, mcp_server=False,
     )  # fmt: skip
-    names = {host, "127.0.0.1", "localhost"} if host in ("127.0.0.1", "localhost") else {host}
-    return Guard(mounted, [f"{name}:{port}" for name in names])
+    return Guard(mounted, addresses(host, port))
 
 
 def _theme():

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from cbam.app.guard import MAX_BODY, Guard
+from cbam.app.guard import MAX_BODY, Guard, addresses
 
 HOST = "127.0.0.1:7860"
 
@@ -181,3 +181,15 @@ def test_a_crash_of_the_application_stays_its_own():
 
     with pytest.raises(ZeroDivisionError):
         ask({"Host": HOST}, app=broken)
+
+
+@pytest.mark.parametrize(
+    ("host", "port", "called"),
+    [
+        ("127.0.0.1", 7860, ["127.0.0.1:7860", "localhost:7860"]),
+        ("::1", 7860, ["[::1]:7860"]),
+        ("example.org", 80, ["example.org:80", "example.org"]),
+    ],
+)
+def test_a_server_answers_to_its_name_as_browsers_write_it(host, port, called):  # W8
+    assert addresses(host, port) == called
