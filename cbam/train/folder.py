@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from cbam.errors import ConfigError
+from cbam.errors import ConfigError, OutputError
 from cbam.files import sync_folder
 from cbam.train.checkpoint import LAST, checkpoints, write
 from cbam.train.fault import fault
@@ -31,8 +31,20 @@ WRITTEN = ("step-*.ckpt", LAST, CONFIG, METRICS, TABLE, NONFINITE, LOCK, WANDB)
 
 
 def write_config(folder: Path, config: dict[str, Any]) -> None:
-    """Write the settings in effect as JSON, which is YAML too: `--config` reads it."""
-    write(folder / CONFIG, (json.dumps(config, indent=1) + "\n").encode())
+    """Write the settings in effect as JSON, which is YAML too: `--config` reads it.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    _put(folder / CONFIG, (json.dumps(config, indent=1) + "\n").encode())
+
+
+def _put(path: Path, data: bytes) -> None:
+    """Write a file that no run begins without."""
+    try:
+        write(path, data)
+    except OSError as error:
+        raise OutputError.at(path.parent, error) from error
 
 
 def settings_in(folder: Path) -> dict[str, Any]:
@@ -98,11 +110,14 @@ class Metrics:
 
         A line that was torn when the process died is dropped with it. Of the epochs `before`, which the
         checkpoint holds, those without a line get it back: a run may go on in another folder.
+
+        Raises:
+            OutputError: they cannot be written.
         """
         kept = [line for line in self._lines() if self._is_before(line, epoch, step)]
         there = {entry["epoch"] for entry in map(json.loads, kept) if is_epoch(entry)}
         lost = [_written(entry) for entry in before if entry["epoch"] not in there]
-        write(self._path, b"".join([*lost, *kept]))
+        _put(self._path, b"".join([*lost, *kept]))
 
     def _lines(self) -> list[bytes]:
         try:

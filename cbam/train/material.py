@@ -177,13 +177,19 @@ def began_with(state: dict[str, Any]) -> Config:
 
 def ours(path: Path) -> dict[str, Any]:
     """What a checkpoint of `cbam train` holds, or the newest valid one of a folder."""
-    if path.is_dir():
-        found = checkpoint.newest(path, lambda _: None)
-        if found is None:
-            raise CheckpointNotFoundError(f"{path}: no checkpoint in this folder")
-        return found[1]
-    state = checkpoint.load(path)
-    absent = {"config", "data", "model", "seen"} - state.keys()
-    if absent:
-        raise CheckpointError(f"{path}: not a checkpoint of cbam train, it lacks {', '.join(sorted(absent))}")
-    return state
+    return found_at(path, lambda _: None)[1]
+
+
+def found_at(path: Path, say: Callable[[str], None]) -> tuple[Path, dict[str, Any]]:
+    """The same with its file; `say` is told of damaged ones that are passed over.
+
+    Raises:
+        CheckpointNotFoundError: there is none. CheckpointError: it is damaged, or not of `cbam train`.
+    """
+    found = checkpoint.newest(path, say) if path.is_dir() else (path, checkpoint.load(path))
+    if found is None:
+        raise CheckpointNotFoundError(f"{path}: no checkpoint in this folder")
+    file, state = found
+    if absent := {"config", "data", "model", "seen"} - state.keys():
+        raise CheckpointError(f"{file}: not a checkpoint of cbam train, it lacks {', '.join(sorted(absent))}")
+    return file, state

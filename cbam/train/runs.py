@@ -11,14 +11,14 @@ import torch
 
 from cbam.data import BoxedImages, Images
 from cbam.data.parquet import refuse_among
-from cbam.errors import CheckpointNotFoundError, ConfigError
+from cbam.errors import ConfigError
 from cbam.train import checkpoint, material
 from cbam.train.distributed import World, world
 from cbam.train.fitting import fit, lightning, pick_device
 from cbam.train.folder import WANDB, check_free, write_config
 from cbam.train.lock import is_mine, locked
 from cbam.train.loggers import Line, Loggers
-from cbam.train.material import began_with, network, ours, pictures
+from cbam.train.material import began_with, found_at, network, pictures
 from cbam.train.recipes import (
     FINE_TUNING,
     OVERRIDABLE,
@@ -139,16 +139,13 @@ def _state(folder: Path, resume: str | None, say: Callable[[str], None]) -> dict
         if there:
             raise ConfigError(f"{folder} holds a run: --resume auto goes on with it, or give another --out")
         return None
-    source = folder if resume == "auto" else Path(resume)
-    found = checkpoint.newest(source, say) if source == folder or source.is_dir() else (source, ours(source))
-    if found is None and resume == "auto":
+    if resume == "auto" and not there:
         say(f"no checkpoint in {folder}: a new run")
         return None
-    if found is None:
-        raise CheckpointNotFoundError(f"{source}: no checkpoint in this folder")
-    path, state = found
-    itself = source.absolute() == folder.absolute()
-    if there and not itself and path.absolute() != there[0].absolute():
+    source = folder if resume == "auto" else Path(resume)
+    path, state = found_at(source, say)
+    itself = source.resolve() == folder.resolve()
+    if there and not itself and path.resolve() != there[0].resolve():
         raise ConfigError(f"{folder} holds the checkpoint {there[0].name}: give another --out")
     say(f"going on from {path}: epoch {state['epoch']}, {state['seen']['step']} steps of it done")
     return state

@@ -5,7 +5,10 @@ import json
 import resource
 from pathlib import Path
 
-from cbam.train.folder import METRICS, Metrics
+import pytest
+
+from cbam.errors import OutputError
+from cbam.train.folder import CONFIG, METRICS, Metrics, write_config
 
 
 def lines(folder: Path) -> list[dict]:
@@ -51,6 +54,19 @@ def test_metrics_that_found_no_room_are_written_when_there_is_some(tmp_path):
     metrics.add(entries[3])
     assert lines(tmp_path) == entries
     assert len(said) == 1
+
+
+def test_a_disk_that_is_full_before_the_first_step_is_an_output_error(tmp_path):
+    # K16
+    metrics = Metrics(tmp_path, print)
+    for name, begin in (
+        (CONFIG, lambda: write_config(tmp_path, {})),
+        (METRICS, lambda: metrics.cut(1, 2, [{"epoch": 0, "train_loss": 1.0}])),
+    ):
+        (tmp_path / f".{name}.part").symlink_to("/dev/full")
+        with pytest.raises(OutputError, match=rf"cannot write to {tmp_path}: No space left.*another --out"):
+            begin()
+        assert not [*tmp_path.iterdir()]
 
 
 def too_many(*_, **__):

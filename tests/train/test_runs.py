@@ -197,6 +197,24 @@ def test_a_run_goes_on_from_the_newest_valid_checkpoint_of_a_folder_that_is_name
         digits(tmp_path / "new", resume=str(tmp_path))
 
 
+def test_a_run_goes_on_in_its_own_folder_by_whatever_path_that_is_named(folder, finished, tmp_path):
+    # K19
+    (tmp_path / "link").symlink_to(folder)
+    for named in (tmp_path / "link", tmp_path / "link" / checkpoint.checkpoints(folder)[0].name):
+        digits(folder, resume=str(named))
+    assert all(torch.equal(weights(folder)[name], tensor) for name, tensor in weights(finished).items())
+
+
+def test_a_folder_of_checkpoints_of_something_else_is_no_run(tmp_path):
+    # K19: as a study keeps what it has not finished
+    checkpoint.save(tmp_path, 3, {"step": 3, "run": "networks", "model": {}})
+    for use in (lambda: digits(tmp_path / "new", resume=str(tmp_path)), lambda: score(tmp_path)):
+        with pytest.raises(
+            CheckpointError, match="not a checkpoint of cbam train, it lacks config, data, seen"
+        ):
+            use()
+
+
 def test_fewer_epochs_than_have_begun_are_refused(folder):
     # R13
     with pytest.raises(ConfigError, match="epochs is 1, but 2 have begun already: give 2 or more"):
