@@ -140,12 +140,10 @@ def _runs(table: Table) -> list[dict[str, Any]]:
 
 
 def _count(every: list[Table]) -> str:
-    distinct = {json.dumps(run["config"], sort_keys=True) for table in every for run in _runs(table)}
-    hours = sum(
-        run["seconds"] for run in {r["created"] + r["arm"]: r for t in every for r in _runs(t)}.values()
-    )
+    runs = {json.dumps(run["config"], sort_keys=True): run for table in every for run in _runs(table)}
+    hours = sum(run["seconds"] for run in runs.values()) / 3600
     return (
-        f"There are records of {len(distinct)} different runs, {hours / 3600:.1f} hours in all. A run whose "
+        f"There are records of {len(runs)} different runs, {hours:.1f} hours in all. A run whose "
         "settings\nappear in several tables was trained once and counts in each of them, so the tables are "
         "not independent of\neach other.\n"
     )

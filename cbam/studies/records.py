@@ -244,8 +244,8 @@ def _wrong(record: dict[str, Any]) -> str:
 
 
 def same_pictures(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Whether the "data" of two records is of the same pictures; older ones do not tell their files."""
-    told = ("train", "val", "sha256", *(["files"] if "files" in one and "files" in other else []))
+    """Whether the "data" of two records is of the same pictures; older ones do not tell files nor objects."""
+    told = ("train", "val", "sha256", *({"files", "objects"} & one.keys() & other.keys()))
     return all(one.get(key) == other.get(key) for key in told)
 
 

@@ -69,10 +69,8 @@ class Settings:
             optional = type(self).__dataclass_fields__[name].default is None
             good = (value is None and optional) or (type(value) is int and value > 0)
             yield good, f"{name} must be a whole number above 0, got {value!r}"
-        yield (
-            type(self.workers) is int and self.workers >= 0,
-            f"workers must be 0 or more, got {self.workers!r}",
-        )
+        good = type(self.workers) is int and 0 <= self.workers <= 1024
+        yield good, f"workers must be 0 to 1024, got {self.workers!r}"
         good = self.lr is None or (type(self.lr) in (int, float) and 0 < self.lr < 1e6)
         yield good, f"lr must be a number above 0, got {self.lr!r}"
         yield self.device in ("auto", "cpu", "cuda"), f"device must be auto, cpu or cuda, got {self.device!r}"

@@ -109,8 +109,7 @@ def tables(study: Study, records: Iterable[dict[str, Any]]) -> list[Table]:
                 f"{record['config']['seed']} is not of the pictures of those before it: give each data set a "
                 "folder of its own"
             )
-        if "files" in record["data"]:
-            table.about = record["data"]  # tells the pictures better than an older record does
+        table.about = record["data"] | table.about  # an older record tells less of the same pictures
         if counts(record):
             table.runs.setdefault(arm, {})[record["config"]["seed"]] = record
         elif record["status"] != "complete" and not record["dirty"]:

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from cbam.data import BoxedImages, Images, Resident, cluttered_digits, digest_of_names, image_folder
+from cbam.data.images import check_int
 from cbam.errors import AttachError, ConfigError, NonFiniteError
 from cbam.models import MobileNetV1, build, profile
 from cbam.models.detectors import DETECTORS
@@ -152,7 +153,8 @@ class Training:
         *,
         workers: int = 0,
     ) -> None:
-        self.protocol, self.pictures, self.device, self.workers = protocol, pictures, device, workers
+        self.protocol, self.pictures, self.device = protocol, pictures, device
+        self.workers = check_int("workers", workers, 0, 1024)
         self._forked: tuple[dict[str, Any], nn.Module, list[dict]] | None = None
         self._diverged: tuple[dict[str, Any], str] | None = None
         self._costs: dict[str, dict[str, Any]] = {}

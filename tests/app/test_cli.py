@@ -59,7 +59,7 @@ BAD = [
     (["compare", "--lr", "nan"], 2, "lr must be a number above 0"),
     (["compare", "--lr", "inf"], 2, "lr must be a number above 0"),
     (["compare", "--lr", "-1"], 2, "lr must be a number above 0"),
-    (["compare", "--workers", "-1"], 2, "workers must be 0 or more"),
+    (["compare", "--workers", "-1"], 2, "workers must be 0 to 1024"),
     (["compare", "--size", "64"], 2, "size belongs to an image folder"),
     (["compare", "--limit", "0"], 2, "limit must be"),
     (["compare", "--device", "gpu"], 2, "device must be auto, cpu or cuda"),

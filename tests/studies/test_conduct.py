@@ -5,9 +5,10 @@ import json
 
 import pytest
 
-from cbam.errors import ConfigError
+from cbam.errors import ConfigError, InputError
+from cbam.studies.boxes import BoxedPictures
 from cbam.studies.conduct import conduct, find_pictures, prepare
-from cbam.studies.records import Records
+from cbam.studies.records import Records, same_pictures
 from cbam.studies.study import digits
 from cbam.studies.tables import STUDIES
 from cbam.studies.tabulate import tables
@@ -47,15 +48,41 @@ def test_a_network_that_diverges_is_trained_once_for_all_that_go_on_from_it(tmp_
     assert all(status.startswith("NonFiniteError: ") for status in told)
 
 
-def test_a_study_by_the_rules_of_voc_is_not_filled_on_cocos_form(tmp_path):
+def coco_folder(root, *, label=1):
+    """A folder of COCO's form with a picture for training and one for validation, of two classes."""
     image = {"id": 1, "file_name": "a.jpg", "height": 9, "width": 9}
-    box = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [1, 1, 4, 4], "area": 16, "iscrowd": 0}
-    whole = {"images": [image], "annotations": [box], "categories": [{"id": 1, "name": "x"}]}
-    (tmp_path / "annotations").mkdir()
+    box = {"id": 1, "image_id": 1, "category_id": label, "bbox": [1, 1, 4, 4], "area": 16, "iscrowd": 0}
+    whole = {
+        "images": [image],
+        "annotations": [box],
+        "categories": [{"id": i, "name": f"x{i}"} for i in (1, 2)],
+    }
+    (root / "annotations").mkdir(parents=True)
     for part in ("train", "val"):
-        (tmp_path / part).mkdir()
-        (tmp_path / part / "a.jpg").touch()
-        (tmp_path / "annotations" / f"instances_{part}.json").write_text(json.dumps(whole))
+        (root / part).mkdir()
+        (root / part / "a.jpg").touch()
+        (root / "annotations" / f"instances_{part}.json").write_text(json.dumps(whole))
+    return str(root)
+
+
+def test_pictures_whose_objects_have_other_labels_are_other_pictures(tmp_path):
+    one, same, other = (
+        BoxedPictures(coco_folder(tmp_path / str(i) / "own", label=label)).about
+        for i, label in enumerate((1, 1, 2))
+    )
+    assert one["sha256"] == other["sha256"]  # of names and boxes, by which older records are known
+    assert same_pictures(one, same)
+    assert not same_pictures(one, other)
+    assert same_pictures({name: value for name, value in one.items() if name != "objects"}, other)
+
+
+def test_processes_that_cannot_be_are_refused_before_any_run(tmp_path):
+    with pytest.raises(InputError, match="workers must be an integer from 0 to 1024, got -1"):
+        prepare("channel", find_pictures("digits", TINY), TINY, out=str(tmp_path), device="cpu", workers=-1)
+
+
+def test_a_study_by_the_rules_of_voc_is_not_filled_on_cocos_form(tmp_path):
+    coco_folder(tmp_path)
     assert find_pictures(str(tmp_path), {}, ["coco"]).name == tmp_path.name
     with pytest.raises(
         ConfigError, match=r"study voc is measured by Pascal VOC's rules, and .* is of COCO's"

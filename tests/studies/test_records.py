@@ -67,11 +67,13 @@ def test_a_run_of_the_same_settings_is_taken_over_from_another_study_to_the_byte
     assert other.take_over("x", {"seed": 1, "lr": 0.1}, RECORD["data"]) is None
 
 
-@pytest.mark.parametrize("change", [{"train": 9}, {"val": 5}, {"sha256": "y"}, {"files": "b"}])
+@pytest.mark.parametrize(
+    "change", [{"train": 9}, {"val": 5}, {"sha256": "y"}, {"files": "b"}, {"objects": "b"}]
+)
 def test_a_run_on_other_pictures_is_not_taken_over(tmp_path, change):
     from cbam.studies.study import run_key
 
-    about = RECORD["data"] | {"files": "a"}
+    about = RECORD["data"] | {"files": "a", "objects": "a"}
     name = f"digits-avg-s0-{run_key(RECORD['config'])}"
     Records(tmp_path, "channel").add(name, RECORD | {"data": about})
     assert Records(tmp_path, "order").take_over("x", RECORD["config"], about | change) is None
