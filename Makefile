@@ -26,7 +26,7 @@ demo: $(NATIVE) ## train a small network with and without attention, and show wh
 	@echo "The report is in demo-report/: open report.html, or read report.md"
 
 readme: $(NATIVE) ## put the picture and the table of the last demo into README.md
-	$(BIN)/python docs/fill_readme.py demo-report
+	$(BIN)/python -m docs.fill_readme demo-report
 
 cards: $(READY) ## write docs/methods/, a card for each attention module, and the tables of docs/dialects.md
 	$(BIN)/python -m docs.fill_methods

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import cbam
 from cbam.errors import CheckpointError
+from docs.markers import between
 
 PAGE = Path(__file__).parent / "dialects.md"
 RESNET50 = (*3 * (256,), *4 * (512,), *6 * (1024,), *3 * (2048,))  # channels of its sixteen blocks
@@ -459,9 +460,7 @@ def tables() -> Iterator[str]:
 
 def filled(page: str) -> str:
     """The page with the table as it comes out now."""
-    before, rest = page.split(BEGIN)
-    _, after = rest.split(END)
-    return f"{before}{BEGIN}\n" + "\n".join(tables()) + f"\n{END}{after}"
+    return between(page, BEGIN, END, "\n".join(tables()))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from cbam.studies.study import DIGITS, SEEDS, digits, imagenette
 from cbam.studies.tables import STUDIES
 from cbam.studies.tabulate import Table, differences, tables
 from docs.citing import cited, parts
+from docs.markers import between
 
 ROOT = Path(__file__).parents[1]
 RESULTS, MEASURED = ROOT / "results", ROOT / "benchmarks" / "results"
@@ -125,10 +126,7 @@ def readme(text: str, results: Path = RESULTS) -> str:
     """The README, with what the tables on photographs show."""
     every = [table for own in _found(results).values() for table in own]
     judged = [table for table in every if table.shared["data"] != DIGITS and not table.partial]
-    before, rest = text.split(BEGIN)
-    _, after = rest.split(END)
-    said = cited(judged) or "No table on photographs is there yet."
-    return f"{before}{BEGIN}\n{said}\n{END}{after}"
+    return between(text, BEGIN, END, cited(judged) or "No table on photographs is there yet.")
 
 
 def _found(results: Path) -> dict[str, list[Table]]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from cbam.data import decode
 from cbam.explain import default_viewer, look, look_figure, stages_figure
 from cbam.explain.pair import gates_record
+from docs.markers import between
 
 ROOT = Path(__file__).parents[1]
 RESULTS, IMAGES, PAGE = ROOT / "results" / "look", ROOT / "docs" / "img", ROOT / "docs" / "gates.md"
@@ -93,10 +94,7 @@ def _scores(file: Path) -> str:
 
 def fill(text: str, name: str, shown: str) -> str:
     """`text` with what stands between the markers of `name` replaced."""
-    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
-    before, rest = text.split(begin)
-    _, after = rest.split(end)
-    return f"{before}{begin}\n{shown}\n{end}{after}"
+    return between(text, f"<!-- {name}:begin -->", f"<!-- {name}:end -->", shown)
 
 
 if __name__ == "__main__":

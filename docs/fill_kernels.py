@@ -10,6 +10,7 @@ import math
 from pathlib import Path
 
 from docs.commits import commits
+from docs.markers import between
 
 ROOT = Path(__file__).parents[1]
 PAGE, README = ROOT / "docs/kernels.md", ROOT / "README.md"
@@ -61,9 +62,7 @@ def fill_readme(readme: Path, results: Path) -> None:
 
 def _put(page: Path, parts: list[str]) -> None:
     text = "\n\n".join(parts) or "No machine's results are in `benchmarks/results/` yet."
-    before, rest = page.read_text("utf-8").split(BEGIN)
-    _, after = rest.split(END)
-    page.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
+    page.write_text(between(page.read_text("utf-8"), BEGIN, END, text), encoding="utf-8")
 
 
 def machines(results: Path) -> list[list[Row]]:

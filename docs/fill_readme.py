@@ -1,4 +1,4 @@
-"""Put a demo report into README.md, picture and table: `python docs/fill_readme.py demo-report`.
+"""Put a demo report into README.md, picture and table: `python -m docs.fill_readme demo-report`.
 
 What stands between the two markers of the README is replaced: the verdicts and the picture, and, folded, the
 table and what was run. The picture is copied to docs/img/demo.png.
@@ -8,6 +8,8 @@ import json
 import shutil
 import sys
 from pathlib import Path
+
+from docs.markers import between
 
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- demo:begin -->", "<!-- demo:end -->"
@@ -29,11 +31,9 @@ def fill(report: Path, readme: Path, picture: Path) -> None:
         _folded("What was run", facts.strip()),
     ]
     shown = "\n\n".join(parts)
-    before, rest = readme.read_text("utf-8").split(BEGIN)
-    _, after = rest.split(END)
     picture.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(report / "picture.png", picture)
-    readme.write_text(f"{before}{BEGIN}\n{shown}\n{END}{after}", encoding="utf-8")
+    readme.write_text(between(readme.read_text("utf-8"), BEGIN, END, shown), encoding="utf-8")
 
 
 def _folded(title: str, text: str) -> str:

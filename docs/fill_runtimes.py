@@ -8,6 +8,7 @@ from itertools import groupby
 from pathlib import Path
 
 from docs.commits import commits
+from docs.markers import between
 
 ROOT = Path(__file__).parents[1]
 PAGE, RESULTS = ROOT / "docs/export.md", ROOT / "benchmarks/results"
@@ -20,9 +21,7 @@ Row = dict[str, str]
 def page(said: str, results: Path = RESULTS) -> str:
     """What the page says, with a table for every machine that has results."""
     text = "\n\n".join(section(_read(path)) for path in sorted(results.glob("runtimes-*.csv")))
-    before, rest = said.split(BEGIN)
-    _, after = rest.split(END)
-    return f"{before}{BEGIN}\n{text or 'Nothing is measured yet.'}\n{END}{after}"
+    return between(said, BEGIN, END, text or "Nothing is measured yet.")
 
 
 def _read(path: Path) -> list[Row]:
