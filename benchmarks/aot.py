@@ -21,7 +21,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -227,15 +227,7 @@ def compiled(launch: Launch, sm: int) -> Result:
     used = resources(binary.asm["cubin"])
     shared = max(used["SHARED"], binary.metadata.shared)
     result = Result(launch, sm, used["REG"], used["STACK"], used["LOCAL"], shared)
-    return Result(
-        launch,
-        sm,
-        used["REG"],
-        used["STACK"],
-        used["LOCAL"],
-        shared,
-        tuple(faults(result, binary.asm["ptx"])),
-    )
+    return replace(result, faults=tuple(faults(result, binary.asm["ptx"])))
 
 
 def faults(result: Result, ptx: str) -> Iterator[str]:

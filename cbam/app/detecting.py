@@ -18,7 +18,7 @@ from cbam.models.detectors import DETECTORS
 from cbam.train import checkpoint
 from cbam.train.average import average_of
 from cbam.train.detector import make_detector
-from cbam.train.material import load_trained, ours
+from cbam.train.material import began_with, load_trained, ours
 
 LISTED = 5  # boxes that a line tells
 FIGURES = r"detect(-\d+)?\.(png|svg)"
@@ -160,8 +160,8 @@ def _load(
         name, weights, known = f"{model}+{label}" if arms and label != "plain" else model, file, names
         regions = None
     else:
-        config = state["config"]
-        name, weights = config["model"], average_of(state)
+        config = began_with(state)
+        name, weights = config.model, average_of(state)
         if name.partition(":")[0] not in DETECTORS:
             raise ConfigError(f"{file} holds a classifier, {name}: leave --detect out")
         own = list(state["data"]["classes"])
@@ -170,7 +170,7 @@ def _load(
                 f"--classes has {len(names)} names where {file} has {len(own)}; "
                 "leave it out for the names of the training"
             )
-        known, size, regions = names or own, size or config["size"], config["regions"]
+        known, size, regions = names or own, size or config.size, config.regions
     net = make_detector(name, len(known), start="paper", size=size, regions=regions)
     try:
         load_trained(net, weights, name, file)

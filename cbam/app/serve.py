@@ -197,7 +197,7 @@ class _Handlers:
     def _take(self, read: Callable[[], tuple[bytes, str]], method, stage, threshold, opacity):
         """Key, class and page of a new picture, and nothing for the other way to give one.
 
-        What was shown before goes also where the new picture cannot be shown: it is none of that name.
+        What was shown before is removed even where the new picture cannot be shown: it is another one.
         """
         try:
             key = self._explainer.take(*read())

@@ -1,4 +1,4 @@
-"""What is done to pictures with boxes for training, by torchvision's transforms.
+"""Augmentation of pictures with boxes, by torchvision's transforms.
 
     none   nothing
     flip   left and right exchanged, one time in two

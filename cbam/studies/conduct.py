@@ -26,7 +26,7 @@ def find_study(name: str) -> Study:
     """The study of that name.
 
     Raises:
-        ConfigError: there is none; the nearest is told.
+        ConfigError: there is none; the message has the nearest name.
     """
     if name not in STUDIES:
         near = difflib.get_close_matches(name, STUDIES, 1, 0.0)

@@ -3,9 +3,9 @@
 results/<study>/<data>-<row>-s<seed>-<settings>.json   a run of a clean commit
 results/<study>/<...>.dirty-<source>.json               a run of changed code; never counted
 results/<study>/.claims/                                who is at which run; not there when nobody is
-results/<study>/.unfinished/<run>/                      checkpoints of a run of many hours, till its record
-results/<study>/.unfinished/<run>.<digest>/             those of another state of the code, till then too
-results/<study>/.unfinished/fork-<settings>/            those of a network that forks begin with, till theirs
+results/<study>/.unfinished/<run>/                      checkpoints of a long run, until it has a record
+results/<study>/.unfinished/<run>.<digest>/             those made by another state of the code, likewise
+results/<study>/.unfinished/fork-<settings>/            those of a network that forks begin with, likewise
 """
 
 import contextlib
@@ -217,7 +217,7 @@ def read(path: Path) -> dict[str, Any]:
     if absent:
         raise DataError(f"{path}: not a record of a run, it lacks {', '.join(absent)}; move it away")
     if wrong := _wrong(record):
-        raise DataError(f"{path}: not a record of a run, its {wrong} is none; move it away")
+        raise DataError(f"{path}: not a record of a run, its {wrong} is not valid; move it away")
     if record["schema"] > SCHEMA:
         raise DataError(f"{path}: written by a newer cbam (format {record['schema']}); upgrade cbam")
     return record

@@ -90,14 +90,14 @@ class Pictures:
 
 @dataclass
 class Keep:
-    """Where a training of many hours is kept till its record, so that it goes on and is not begun anew.
+    """Where a long training is saved until it has a record, so that it can be resumed.
 
     Args:
         folder: of this training alone.
         run: the run that it is for, whose time is counted.
         about: what must be the same for it to go on: settings, pictures and code.
         end: when it must stop, by the monotonic clock; None for never.
-        say: is told, in a line, how it goes.
+        say: called with a line on how it goes.
         trunk: the same for the network that a forked run begins with; all forks of it share the folder.
     """
 

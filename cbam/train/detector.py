@@ -25,7 +25,7 @@ def make_detector(name: str, classes: int, *, start: str, size: int | None, regi
     proposals, and classifies twice as many in evaluation; torchvision's numbers are 512, 2000 and 1000.
 
     Raises:
-        ConfigError: no such detector, or a size or regions that it has not.
+        ConfigError: no such detector, or one that takes no size or no regions.
     """
     if size is not None and name.startswith(("ssd300", "stairnet300")):
         raise ConfigError(f"{name} takes pictures of 300 pixels: leave the size out")
@@ -64,7 +64,7 @@ def begin_with(model: nn.Module, name: str, source: str | Mapping[str, Tensor]) 
             if inside:
                 network, loaded = _classifier(model, name, source)
                 put_body(model, network, attention=loaded.format != "plain")
-                return replace(loaded, head_skipped=False), True  # whose classes those are is of no account
+                return replace(loaded, head_skipped=False), True  # its head is not used
             return load_weights(model, source, head="skip"), False
         except CheckpointError as misfit:
             if not inside or str(misfit) == str(error):  # it says all: of the same network, or of the file

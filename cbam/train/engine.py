@@ -92,7 +92,7 @@ class _Joined(ClusterEnvironment):
 def trainer(
     device: torch.device, epochs: int, callbacks: Sequence[pl.Callback] = (), recipe: Recipe | None = None
 ) -> Iterator[pl.Trainer]:
-    """A Trainer for `recipe`, or for an evaluation; what it trips over is told in our words.
+    """A Trainer for `recipe`, or for an evaluation; errors are raised as ours.
 
     Raises:
         NonFiniteError, DataError, OutOfMemoryError, InputError: see `cbam.train.fit`.
@@ -160,7 +160,7 @@ def _tell_of_emulation(precision: str) -> None:
 
 
 def _told(error: BaseException, device: torch.device, recipe: Recipe | None) -> BaseException | None:
-    """The error in our words, or None for one that we have no words for."""
+    """Our error in place of this one, or None where this one stays."""
     text = " ".join(str(error).split())
     if "DataLoader worker" in text:
         return DataError(f"a process that loads pictures died: {text}")

@@ -85,7 +85,7 @@ def fit(
     Args:
         seed: of the order and of whatever is random in the model (the caller's generator is left alone).
         first_epoch: the number of the first epoch, for a model that has been trained before.
-        on_step: is told the work of every step in forward passes of a picture; training counts three.
+        on_step: called with the work of every step, in forward passes of a picture; training counts three.
         keeper: saves checkpoints, and goes on from the one it was given, bit for bit on a CPU.
 
     Raises:

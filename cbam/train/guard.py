@@ -1,4 +1,4 @@
-"""Numbers of a step that are brought to the CPU without stopping a GPU, and the way back to before a step."""
+"""Scalars of a step, copied to the CPU without stalling a GPU; and undoing the forward pass of a step."""
 
 from typing import Any
 

@@ -38,7 +38,7 @@ _log = logging.getLogger("cbam")
 
 
 def _line(entry: dict[str, Any], step: int) -> dict[str, Any]:
-    """The line of an epoch; what the clock says of it is no part of the run and stays out."""
+    """The line of an epoch, without the timings, which differ from run to run."""
     return {**{name: value for name, value in entry.items() if name not in CLOCK}, "step": step}
 
 
@@ -57,10 +57,10 @@ class Keeper(pl.Callback):
         copies: how many checkpoints stay.
         max_time: seconds from `began`; the stop comes earlier by a margin for saving.
         began: as `time.monotonic` has it; None is now.
-        say: is told, in a line, what the user should know.
-        overrides: whether the recipe's learning rate, schedule, weight decay and momentum count, not those of
+        say: called with each line for the user.
+        overrides: whether learning rate, schedule, weight decay and momentum are the recipe's, not those of
             `state`.
-        loggers: are given every line of metrics, with what the clock says.
+        loggers: get every line of metrics, timings included.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class Keeper(pl.Callback):
     # --- going on ---
 
     def take_up(self, steps: Steps, batches: DataLoader, common: int = 0) -> bool:
-        """Put all but the optimizer where the checkpoint has it; whether its epoch waits for validation.
+        """Restore all but the optimizer; returns whether the epoch still has to be validated.
 
         `common` is the number of batches that every process validates.
         """
@@ -131,7 +131,7 @@ class Keeper(pl.Callback):
             self.metrics.cut(epoch, step, before)
 
     def _take_up_rng(self, state: dict[str, Any]) -> None:
-        """Its own state, where there were as many processes; else one made from the place in the run."""
+        """Restore this process's random state; with another number of processes, one made from the step."""
         states = [state["rng"], *state.get("more_rng", [])]
         if len(states) == self._here.size:
             set_rng(states[self._here.rank])
@@ -154,7 +154,7 @@ class Keeper(pl.Callback):
             self.state = None
 
     def _override(self, optimizer, schedule, bases: list[Any], fresh: list[tuple[float, float]]) -> None:
-        """Let the settings that the run goes on with count, not those that it began with."""
+        """Put the settings that the run is resumed with in place of the restored ones."""
         schedule.base_lrs = bases
         momentum = self._steps.recipe.momentum
         for group, base, (_, decay), factor in zip(
@@ -219,7 +219,7 @@ class Keeper(pl.Callback):
             self._raise(stop, f"in the validation of epoch {self._steps.epoch}")
 
     def on_train_end(self, trainer, pl_module) -> None:
-        """Write what could not be when it was reached: no run ends well without its last weights."""
+        """Retry a last save that failed: without its last weights no run ends well."""
         if self._unsaved is not None and self._unsaved["step"] == self._step:
             check_lock(self.folder)
             self._write(self._unsaved, last=True)
@@ -239,7 +239,7 @@ class Keeper(pl.Callback):
             self._save_last(trainer)
 
     def _is_new(self) -> bool:
-        """Whether a step was taken that no checkpoint has."""
+        """Whether there is a step that no checkpoint holds."""
         saved = checkpoint.step_of(self._saved) if self._saved else self._began_at
         return self._step > saved
 
@@ -335,7 +335,7 @@ class Keeper(pl.Callback):
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Take the signals that ask to stop, and give them back."""
+        """Handle the stop signals inside the block, and restore their handlers after it."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -367,11 +367,11 @@ class Keeper(pl.Callback):
             self._stop = LIMIT
 
     def _flags(self) -> list[float]:
-        """What this process has heard, for all to agree on when to stop."""
+        """The stop requests of this process, to be summed over all."""
         return [float(self._stop == stop) for stop in _STOPS]
 
     def _agreed(self, flags: Sequence[float]) -> _Stop | None:
-        """What all processes stop for after this step: several have to be told by each other."""
+        """Why to stop after this step, the same in all processes."""
         if self._here.size == 1:
             return self._stop
         return next((stop for stop, flag in zip(_STOPS, flags, strict=False) if flag), None)

@@ -1,4 +1,4 @@
-"""Where a process stands among those that train one network, and starting them on one machine.
+"""The place of a process among those that train one network, and how one machine starts them.
 
 Imports no torch: `cbam train --devices N` waits for its processes without it.
 """

@@ -1,4 +1,4 @@
-"""Metrics for other programs: a table, TensorBoard, W&B, MLflow. What fails there is told once and left out.
+"""Metrics for other programs: a table, TensorBoard, W&B, MLflow. One that fails is reported once and dropped.
 
 None of them is the record of a run: that is metrics.jsonl, which knows nothing of the clock and is resumed
 to the byte.

@@ -62,7 +62,7 @@ def network(
 ) -> nn.Module:
     """The network of a run, initialised by its seed; unless it is `loaded` later, with its first weights.
 
-    What it begins with is said.
+    `say` is told what it begins with.
     """
     start = config.settled().start or "paper"
     with seeded(config.seed):

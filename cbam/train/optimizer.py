@@ -1,4 +1,4 @@
-"""What of a network learns how fast: its parameters in groups, and the optimizer over them."""
+"""The parameter groups of a network, by learning rate and weight decay, and the optimizer over them."""
 
 import torch
 from torch import nn

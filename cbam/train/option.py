@@ -1,4 +1,4 @@
-"""What a setting is to the command line. Imports no torch: the help is made from it."""
+"""Fields of settings that are options of the command line. Imports no torch: the help is made from it."""
 
 from dataclasses import field
 from typing import Any

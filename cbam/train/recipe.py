@@ -1,4 +1,4 @@
-"""How a network is trained: the numbers, and nothing that knows a framework."""
+"""The hyperparameters of a training; no framework is imported."""
 
 import math
 from dataclasses import dataclass
@@ -17,8 +17,7 @@ class Recipe:
 
     Args:
         epochs: passes over the training images.
-        batch_size: images per step, on all devices together; the last, smaller batch of an epoch is the
-            loader's affair.
+        batch_size: images per step, on all devices together; of the last one see `cbam.data.loader`.
         optimizer: "sgd" (with `momentum`) or "adamw".
         lr: the highest learning rate.
         weight_decay: on every parameter, as in the paper; with `decay_matrices_only` not on biases and norms.
@@ -30,7 +29,7 @@ class Recipe:
         mixup, cutmix: the parameter of the Beta distribution that the share of the second picture is drawn
             from (arXiv 1710.09412, 1905.04899); 0 leaves it out, and with both each batch draws one.
         ema: decay per step of the average of the weights that is evaluated, 0 for none.
-        precision: "fp32", or "bf16" or "fp16" by autocast, the weights staying fp32; "fp64" for proofs.
+        precision: "fp32", or "bf16" or "fp16" by autocast, the weights staying fp32; "fp64" for tests.
         accumulate: batches that a step is computed in, one after the other, to save memory.
         compile: run the network through torch.compile.
         sync_bn: BatchNorm over the batches of all devices (GPUs only).

@@ -273,7 +273,7 @@ def recipe(name: str) -> Config:
     """The settings of the recipe of that name.
 
     Raises:
-        ConfigError: there is none; the nearest name is told.
+        ConfigError: there is none; the message has the nearest name.
     """
     if name not in RECIPES:
         near = difflib.get_close_matches(name, RECIPES, 1, 0.0)

@@ -53,7 +53,7 @@ def run(
 
     Args:
         resume: None for a new run; "auto" for the newest valid checkpoint of `folder`, or a new run where
-            there is none; or the path of a checkpoint, or of a run's folder, whose newest it is then.
+            there is none; or the path of a checkpoint, or of a run's folder for its newest.
         max_time: seconds after which to save and raise StoppedError, counted from `began` as
             `time.monotonic` has it; from now where it is None.
 

@@ -1,4 +1,4 @@
-"""How a checkpoint, a published folder, or a file of weights, does on the pictures that validate."""
+"""Evaluation of a checkpoint, a published folder or a weights file on the validation pictures."""
 
 import dataclasses
 from pathlib import Path
@@ -89,7 +89,7 @@ def _published(
     val, which = _pictures(config, held_out=held_out or own, began_with=known if own else None)
     assert not isinstance(val, BoxedImages)
     if not card.classes:
-        raise ConfigError(f"{path}: its card does not name the classes, so no answer of its can be judged")
+        raise ConfigError(f"{path}: its card does not name the classes, so its answers cannot be judged")
     _check_classes(val, card.classes, str(path))
     val.mean, val.std = card.mean, card.std
     if card.resize and side == card.size and isinstance(val, Validation):

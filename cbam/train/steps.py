@@ -46,7 +46,7 @@ class Steps(pl.LightningModule):
         samples: of the training set.
         seed: of what is drawn for mixing.
         shard: this process's part of a step.
-        on_step: is told the work of every batch; on_epoch, the metrics of every epoch.
+        on_step: called with the work of every batch; on_epoch, with the metrics of every epoch.
     """
 
     def __init__(
@@ -114,7 +114,7 @@ class Steps(pl.LightningModule):
         return self.first_epoch + self.current_epoch
 
     def seen(self) -> dict:
-        """What of the running epoch is done, as plain values: see `take_up`."""
+        """How far the current epoch is, as plain values for `take_up`."""
         return {
             "step": self.offset + len(self._steps),
             "lr": self._lr,
@@ -122,7 +122,7 @@ class Steps(pl.LightningModule):
         }
 
     def take_up(self, epoch: int, seen: dict, history: list[dict]) -> None:
-        """Go on in `epoch`, of which `seen` is done."""
+        """Resume in `epoch`, of which `seen` is done."""
         self.first_epoch, self._seen, self.history = epoch, seen, list(history)
         self._begin(seen)
 
@@ -174,7 +174,7 @@ class Steps(pl.LightningModule):
         return loss
 
     def on_after_backward(self) -> None:
-        """Take in the loss, and see with all processes whether there may be a step."""
+        """Collect the loss, and agree with all processes whether to take the step."""
         pending, count, samples = self._pending
         value, tally = pending.numbers()
         total = value * (count if self._shard.parts == 1 else samples / self._shard.parts)

@@ -1,4 +1,4 @@
-"""What one kind of training has of its own; the steps themselves are the same for all (steps.py)."""
+"""What differs between kinds of training; the steps are the same for all (steps.py)."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol

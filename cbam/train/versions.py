@@ -10,7 +10,7 @@ PACKAGES = ("torch", "triton", "torchvision", "timm", "pytorch-lightning", "torc
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python, of cbam and of what it stands on."""
+    """Versions of Python, cbam and its dependencies."""
     found = {"cbam": cbam.__version__, "python": platform.python_version()}
     for name in PACKAGES:
         try:

@@ -1,10 +1,10 @@
-"""Who is told how a training, a comparison or a study goes."""
+"""The progress of a training, a comparison or a study."""
 
 from typing import Protocol
 
 
 class Watch(Protocol):
-    """What is told while it runs."""
+    """Is kept informed while it runs."""
 
     def say(self, line: str) -> None:
         """A line of lasting interest."""
@@ -13,10 +13,10 @@ class Watch(Protocol):
         """What is running from here on."""
 
     def advance(self, share: float) -> None:
-        """How much more of the whole, out of 1, is done."""
+        """Another `share` of the whole, out of 1, is done."""
 
     def skip(self, share: float) -> None:
-        """How much of the whole was done before: it says nothing of how long the rest takes."""
+        """The same of work that was done earlier, which says nothing of the speed."""
 
 
 class Silent:

@@ -197,7 +197,9 @@ def test_the_claim_of_a_killed_process_is_free(tmp_path):
 def test_a_record_that_was_edited_by_hand_is_named_and_refused(tmp_path, part, value):
     path = tmp_path / "edited.json"
     path.write_text(json.dumps(RECORD | {part: value}))
-    with pytest.raises(DataError, match=rf"edited.json: not a record of a run, its .*{part}.* is none; move"):
+    with pytest.raises(
+        DataError, match=rf"edited.json: not a record of a run, its .*{part}.* is not valid; move"
+    ):
         read(path)
     path.write_text(json.dumps(RECORD))
     assert read(path) == RECORD

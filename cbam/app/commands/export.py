@@ -82,7 +82,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _refuse_strangers(options: argparse.Namespace) -> None:
-    """Refuse options that the format has not."""
+    """Refuse options that do not apply to the format."""
     of_files = {
         "--dynamic": options.dynamic,
         "--size": options.size,

@@ -77,7 +77,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def to_start(settings: dict[str, Any]) -> int:
-    """How many processes this one shall start, if it is none of several already."""
+    """How many processes to start; 1 where this is one of several already."""
     if place() is not None:
         return 1
     if settings.get("nodes", 1) > 1:
