@@ -146,7 +146,7 @@ def _of_weights(
 def lines_of(path: str) -> list[str]:
     """The names in a file, one per line."""
     try:
-        lines = Path(path).read_text("utf-8").splitlines()
+        lines = Path(path).read_text("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
             f"{path}: cannot be read ({getattr(error, 'strerror', None) or 'no text'})"

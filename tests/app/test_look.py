@@ -10,6 +10,7 @@ import torch
 import cbam
 from cbam.app.cli import main
 from cbam.app.look import Wanted, look_at
+from cbam.app.networks import lines_of
 from cbam.errors import ConfigError, DataError, OutputError
 from cbam.explain import Viewer
 
@@ -246,6 +247,11 @@ def test_networks_of_files_are_compared(photo, tmp_path, monkeypatch, capsys):
     out = capsys.readouterr().out
     assert "cbam: resnet_tiny+cbam, weights of resnet_tiny+cbam.pt" in out
     assert "cbam-look/stages-photo.svg" in out
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_class(tmp_path):  # D16
+    (tmp_path / "classes.txt").write_text("ant\n\n bee \n", encoding="utf-8-sig")
+    assert lines_of(str(tmp_path / "classes.txt")) == ["ant", "bee"]
 
 
 def test_weights_for_other_classes_are_refused_with_what_the_command_has(
