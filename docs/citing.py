@@ -67,7 +67,8 @@ def _together(tables: list[Table]) -> str:
     seeds = sorted({len(table.runs[name]) for table, name in _counted(main)})
     told = str(seeds[0]) if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
     lines = [f"**{named}**: {how}; {title} in %, {told} seeds.", ""]
-    lines += ["| | error | against plain | |", "|---|---|---|---|", *rows, ""]
+    column = "error" if main[0].first.lower_is_better else title
+    lines += [f"| | {column} | against plain | |", "|---|---|---|---|", *rows, ""]
     if between:
         lines += [as_markdown(_shown("Between the attention modules", by_word(title, between))), ""]
     count = len(to_plain) + len(between)

@@ -1,5 +1,6 @@
 """What results/ holds: records of clean commits; tables, figures and a page that are computed from them."""
 
+import json
 import shutil
 import statistics
 import subprocess
@@ -105,6 +106,15 @@ def test_the_readme_has_a_row_for_each_kind_of_run_once_and_its_difference_to_th
     shutil.rmtree(tmp_path / "order")
     shutil.rmtree(tmp_path / "start")
     assert "5 differences are tested here" in cited(tmp_path)
+
+
+def test_the_readme_names_the_measure_of_a_table_of_detectors(tmp_path):
+    (tmp_path / "coco").mkdir()
+    for path in (path for path in RECORDS if path.parent.name == "coco"):
+        record = read(path)
+        whole = record | {"config": record["config"] | {"limit": None}}
+        (tmp_path / "coco" / path.name).write_text(json.dumps(whole))
+    assert "| | AP | against plain | |" in cited(tmp_path)
 
 
 def values(results, row):
