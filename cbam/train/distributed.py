@@ -59,14 +59,14 @@ class World:
         return values
 
     def from_first(self, function: Callable[[], T]) -> T:
-        """What `function` returns, or raises, in the first process."""
+        """What `function` returns, or raises, in the first process; the others wait for it."""
         if self.size == 1:
             return function()
         said: list[Any] = [None]
         if self.is_first:
             try:
                 said = [(function(), None)]
-            except CBAMError as error:
+            except (CBAMError, FloatingPointError) as error:
                 said = [(None, error)]
         dist.broadcast_object_list(said, 0)
         value, error = said[0]

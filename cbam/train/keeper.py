@@ -272,10 +272,12 @@ class Keeper(pl.Callback):
     # --- saving ---
 
     def _save(self, trainer: pl.Trainer, done: int) -> None:
-        others = self._here.all(rng())  # of every process: all of them come here
-        if not self._here.is_first:
-            return
-        state = self._state(trainer, done, others)
+        """Save in the first process. All come here, and none goes on, or ends, before that is done."""
+        states = self._here.all(rng())
+        self._here.from_first(lambda: self._save_all(trainer, done, states))
+
+    def _save_all(self, trainer: pl.Trainer, done: int, states: list[dict[str, Any]]) -> None:
+        state = self._state(trainer, done, states)
         if broken := [name for name, value in state["model"].items() if not value.isfinite().all()]:
             raise FloatingPointError(
                 f"{len(broken)} tensors of the network hold NaN or infinity after step {self._step} "

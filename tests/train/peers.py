@@ -237,7 +237,13 @@ def hung() -> list:
 
 
 def told_to_stop(rank: int) -> list:
-    """SIGTERM comes to one of two processes."""
+    """SIGTERM comes to one of two processes, on a slow disk; what is saved when each of them leaves."""
+    save = checkpoint.save
+
+    def slow(*arguments):
+        time.sleep(1)
+        return save(*arguments)
+
     with tempfile.TemporaryDirectory() as name:
 
         def body(here):
@@ -245,9 +251,15 @@ def told_to_stop(rank: int) -> list:
                 if here.rank == rank:
                     os.kill(os.getpid(), signal.SIGTERM)
 
-            train(Path(name), rich(), Numbered(20), Recipe(epochs=2, batch_size=8), on_step=stop)
+            try:
+                with mock.patch.object(checkpoint, "save", slow):
+                    train(Path(name), rich(), Numbered(20), Recipe(epochs=2, batch_size=8), on_step=stop)
+            finally:
+                Path(name, f"left-{here.rank}").write_text(str(len(checkpoint.checkpoints(Path(name)))))
 
         ends = ranks(2, body)
+        for number, end in enumerate(ends):
+            end["saved"] = int(Path(name, f"left-{number}").read_text())
         found = checkpoint.newest(Path(name), print)
         ends[0]["step"] = found[1]["step"] if found else None
         return ends

@@ -166,6 +166,7 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(ends, rank):
     assert [end["silent"] for end in stopped] == [False, True]
     assert stopped[0]["step"] in (1, 2)
     assert "saved as" in stopped[0]["error"]
+    assert [end["saved"] for end in stopped] == [1, 1]  # who leaves first has the others killed
 
 
 def test_parameters_that_have_no_part_in_the_loss_are_named(ends):
