@@ -101,17 +101,17 @@ class EpochSampler(Sampler[_Key]):
 class Batches(Sampler[list[_Key]]):
     """The batches of one process: steps of `size` samples out of `sampler`, and of each the part of `shard`.
 
-    A last training step of one sample is left out, unless it is the only one. `skip` batches are left out of
-    the next iteration, and of no other.
+    A last training step of one sample is left out, unless it is the only one.
     """
 
+    skip = 0  # batches that iterations leave out at their beginning
+
     def __init__(self, sampler: EpochSampler, size: int, shard: Shard) -> None:
-        self.sampler, self.size, self.shard, self.skip = sampler, size, shard, 0
+        self.sampler, self.size, self.shard = sampler, size, shard
         self._leaves_one = sampler.shuffle and sampler.length > size and sampler.length % size == 1
 
     def __iter__(self) -> Iterator[list[_Key]]:
-        skip, self.skip = self.skip, 0
-        return itertools.islice(self._all(), skip, None)
+        return itertools.islice(self._all(), self.skip, None)
 
     def _all(self) -> Iterator[list[_Key]]:
         keys = list(self.sampler)
@@ -149,6 +149,8 @@ class _Loader(DataLoader):
                 batches = self._started()
             except OSError as error:
                 raise _exhausted(error) or error from None
+            finally:
+                self.batch_sampler.skip = 0
             try:
                 while True:
                     batch = self._next(batches, done)
@@ -189,8 +191,7 @@ class _Loader(DataLoader):
 
     def _hung(self, batches, done: int) -> str:
         worker = batches._task_info[batches._rcvd_idx][0]
-        self.batch_sampler.skip = done
-        pictures = [index for _, index in next(iter(self.batch_sampler), [])]
+        pictures = [index for _, index in next(itertools.islice(self.batch_sampler, done, None), [])]
         told = ", ".join(map(str, pictures[:8])) + (", ..." if len(pictures) > 8 else "")
         return (
             f"process {batches._workers[worker].pid} (loader worker {worker}) brought nothing for "

@@ -74,9 +74,12 @@ def test_a_step_that_cannot_be_shared_evenly_is_refused():
         loader(Numbered(9), 6, train=True, shard=Shard(0, 2, 2))
 
 
-def kill_once(flag):
+def kill_once(flag, wanted):
+    """Kills its process at that sample, once the batches before it have been taken."""
+
     def act(index):
-        if index == 5 and not flag.exists():
+        if index == wanted and not flag.exists():
+            time.sleep(0.5)
             flag.touch()
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -84,9 +87,12 @@ def kill_once(flag):
 
 
 @pytest.mark.parametrize("train", [True, False])
-def test_a_worker_that_is_killed_is_replaced_once_and_no_picture_is_lost(tmp_path, caplog, train):  # R4
+@pytest.mark.parametrize("place", [0, 5, 11])
+def test_a_worker_that_is_killed_is_replaced_once_and_no_picture_comes_twice(tmp_path, caplog, train, place):
+    """R4"""
     calm = indices(loader(Numbered(12), 2, train=train, seed=1))
-    batches = loader(Numbered(12, kill_once(tmp_path / "flag")), 2, train=train, seed=1, workers=2)
+    act = kill_once(tmp_path / "flag", calm[place // 2][place % 2])
+    batches = loader(Numbered(12, act), 2, train=train, seed=1, workers=2)
     began = time.monotonic()
     with caplog.at_level(logging.WARNING, "cbam"):
         assert indices(batches) == calm
