@@ -2,6 +2,7 @@
 
 import pickle
 import re
+import stat
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -22,13 +23,9 @@ def read(path: Path) -> Any:
         MissingExtraError: the file is safetensors, and the package to read it is absent.
     """
     try:
-        if not path.exists():
-            raise CheckpointNotFoundError(f"{path}: no such file")
-        if not path.is_file():
-            raise CheckpointError(f"{path}: not a file")
+        size = _size(path)
         with path.open("rb") as file:
             start = file.read(64)
-        size = path.stat().st_size
         if size == 0:
             raise CheckpointError(f"{path}: the file is empty")
         if start[8:9] == b"{" and not start.startswith(b"PK"):
@@ -38,10 +35,21 @@ def read(path: Path) -> Any:
         elif not start.startswith(b"\x80"):
             raise CheckpointError(f"{path}: not a weights file, it starts with {start[:20]!r}{_guess(start)}")
         return _read_torch(path)
+    except CheckpointNotFoundError:
+        raise
     except OSError as error:
-        if isinstance(error, CheckpointNotFoundError):
-            raise
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def _size(path: Path) -> int:
+    """Bytes of a file; `Path.exists` would call one that cannot be reached absent, from Python 3.14."""
+    try:
+        found = path.stat()
+    except (FileNotFoundError, NotADirectoryError, ValueError) as error:  # ValueError: a zero byte
+        raise CheckpointNotFoundError(f"{path}: no such file") from error
+    if not stat.S_ISREG(found.st_mode):
+        raise CheckpointError(f"{path}: not a file")
+    return found.st_size
 
 
 def _guess(start: bytes) -> str:
