@@ -25,6 +25,9 @@ from cbam.errors import DataError, InputError
 PATIENCE = 300.0  # seconds that a process may take for a batch
 _AHEAD = 16  # results that a process brings at once
 _POLL = 1.0  # seconds after which it is looked whether the processes are alive
+# Workers share the list of the images with the process that forks them; from Python 3.14 each would import
+# torch and get a copy of it.
+_START = "fork" if sys.platform.startswith("linux") else None
 _RAISED = f"{DataError.__module__}.{DataError.__name__}: "
 _Key = tuple[int, int]
 
@@ -136,8 +139,9 @@ class _Loader(DataLoader):
     batch_sampler: Batches
 
     def __init__(self, images: Dataset, batches: Batches, *, patience: float, **how: Any) -> None:
-        workers = how["num_workers"]
-        super().__init__(images, batch_sampler=batches, timeout=_POLL if workers else 0, **how)
+        if how["num_workers"]:
+            how |= {"timeout": _POLL, "multiprocessing_context": _START}
+        super().__init__(images, batch_sampler=batches, **how)
         object.__setattr__(self, "sampler", batches.sampler)  # a DataLoader lets nobody set it
         self._patience = patience
 
