@@ -121,7 +121,7 @@ BAD = [
     (["export", "text.pth", "--to", "torch"], 4, "probably a web page"),
     (["export", "text.pth", "--to", "torch", "--model", "resnet_tiny"], 4, "text.pth"),
     (["export", "resnet_tiny", "--to", "torch", "--model", "resnet18"], 2, "--model goes with one"),
-    (["export", "x" * 300, "--to", "torch"], 2, "File name too long"),
+    (["export", "x" * 300, "--to", "torch"], 2, "x" * 80),  # too long a file name, or from 3.14 no network
     (["export", "nul\0byte", "--to", "torch"], 2, "nul"),
     (["export", "full", "--to", "torch"], 4, "no checkpoint in this folder"),
     (["export", "full", "--to", "torch", "--num-classes", "3"], 2, "leave --model and --num-classes out"),
