@@ -82,7 +82,7 @@ class _Scale:
 def _heading(table: Table) -> str:
     told = (
         f"dots: seeds; bar: mean with {CONFIDENCE:.0%} interval, ".replace("%", " %")
-        + f"blue where it leaves out zero; diamond: the paper's difference ({table.study.paper_data})"
+        + f"blue where it excludes zero; diamond: the paper's difference ({table.study.paper_data})"
     )
     name = title(table)
     size = round(min(15, 15 * 90 / len(name)), 1)  # 90 bold letters of 15 px are as wide as the drawing

@@ -23,7 +23,7 @@ def paired_difference(values: Sequence[float], plain: Sequence[float], *, lower_
 
     Returns:
         {"n", "mean", "low", "high", "word"}; the word is "better" or "worse" where the interval
-        leaves out zero, else "no difference shown", and for a single run "not known".
+        excludes zero, else "no difference shown", and for a single run "not known".
     """
     differences = [a - b for a, b in zip(values, plain, strict=True)]
     mean, deviation = statistics.fmean(differences), spread(differences)
