@@ -103,7 +103,7 @@ def faster_rcnn_c4(network: nn.Module, num_classes: int) -> FasterRCNN:
         rpn_post_nms_top_n_train=2000, rpn_post_nms_top_n_test=300,
         box_roi_pool=MultiScaleRoIAlign(["0"], 14, 2),
         box_head=Conv5(network),
-        box_predictor=FastRCNNPredictor(network.fc.in_features, num_classes + 1),
+        box_predictor=FastRCNNPredictor(_width(network.layer4), num_classes + 1),
         box_batch_size_per_image=128,
     )  # fmt: skip
 
@@ -127,7 +127,7 @@ class Conv4(nn.Module):
         from torchvision.models._utils import IntermediateLayerGetter
 
         self.body = IntermediateLayerGetter(network, {"layer3": "0"})
-        self.out_channels = network.fc.in_features // 2
+        self.out_channels = _width(network.layer3)
 
     def forward(self, x: Tensor) -> OrderedDict[str, Tensor]:
         return self.body(x)
@@ -190,9 +190,8 @@ def _body(network: nn.Module, levels: int) -> tuple[nn.Module, list[int]]:
 
     if isinstance(network, ResNet):
         stages = [f"layer{k}" for k in range(5 - levels, 5)]
-        widest = network.fc.in_features
-        getter = IntermediateLayerGetter(network, {stage: stage for stage in stages})
-        return getter, [widest >> (levels - 1 - i) for i in range(levels)]
+        channels = [_width(getattr(network, stage)) for stage in stages]
+        return IntermediateLayerGetter(network, {stage: stage for stage in stages}), channels
     maps: Callable | None = getattr(network, "forward_intermediates", None)
     described: Any = getattr(network, "feature_info", None)
     if maps is None or described is None or len(described) < levels:
@@ -202,6 +201,12 @@ def _body(network: nn.Module, levels: int) -> tuple[nn.Module, list[int]]:
         )
     channels = [level["num_chs"] for level in list(described)[-levels:]]
     return TimmMaps(network, levels), channels
+
+
+def _width(stage: Any) -> int:
+    """The channels of a ResNet's stage; its classifier, which may be another one, does not say them."""
+    block = stage[-1]
+    return (block.conv3 if hasattr(block, "conv3") else block.conv2).out_channels
 
 
 def _single_shot(kind: str, network: str, num_classes: int, start: str) -> nn.Module:

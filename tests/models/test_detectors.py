@@ -7,7 +7,7 @@ import torch
 
 from cbam import ops
 from cbam.errors import ConfigError, InputError
-from cbam.models import build, detector, faster_rcnn, freeze_norm, retinanet
+from cbam.models import build, detector, faster_rcnn, faster_rcnn_c4, freeze_norm, retinanet
 from cbam.models.detectors import DETECTORS, TimmMaps
 from cbam.nn import CBAM, ChannelAttention
 from cbam.ops import cpu
@@ -265,6 +265,17 @@ def test_a_classifiers_checkpoint_goes_into_the_backbone(make, name, tmp_path):
     kept, given = body.state_dict(), trained.state_dict()
     assert {key for key in given if key not in kept} == {"fc.weight", "fc.bias"}
     assert all(torch.equal(value, given[key]) for key, value in kept.items())
+
+
+@pytest.mark.parametrize("make", [faster_rcnn, faster_rcnn_c4, retinanet])
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "wide_resnet18_1.1", "resnext50_32x4d+cbam"])
+def test_a_network_with_a_classifier_of_its_users_own_is_a_backbone(make, name):
+    with torch.device("meta"):
+        network, other = build(name), build(name)
+        expected = {key: value.shape for key, value in make(network, 3).state_dict().items()}
+        other.fc = torch.nn.Sequential(torch.nn.Dropout(), torch.nn.Linear(other.fc.in_features, 5))
+        model = make(other, 3)
+    assert {key: value.shape for key, value in model.state_dict().items()} == expected
 
 
 def test_any_timm_network_with_maps_is_a_backbone():
