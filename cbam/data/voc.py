@@ -54,6 +54,7 @@ def voc(
     Raises:
         DataError: a file is missing or damaged, an XML file has a document type, an object has no class, a
             class that is not in `classes`, or no box of four finite numbers. File and line are told.
+        InputError: no folder, or a name that is in `classes` twice.
     """
     if isinstance(folders, (str, os.PathLike)):
         folders = [folders]
@@ -62,7 +63,10 @@ def voc(
     readers = [VocReader(folder, split) for folder in folders]
     findings = [finding for reader in readers for finding in reader.findings]
     found = sorted({name for reader in readers for name in reader.classes})
-    labels = {shown(name): label for label, name in enumerate(found if classes is None else classes, 1)}
+    labels: dict[str, int] = {}
+    for label, name in enumerate(map(shown, found if classes is None else classes), 1):
+        if labels.setdefault(name, label) != label:
+            raise InputError(f"classes: {name!r} is there twice; every label needs a name of its own")
     for reader in readers:
         unknown = [name for name in reader.classes if name not in labels]
         findings += [reader.classes[name].of(f"class {name!r} is not one of the classes") for name in unknown]

@@ -79,6 +79,13 @@ def test_a_class_with_a_sign_that_cannot_be_seen_is_the_same_in_both_sets(folder
         assert voc(root, "val", classes=classes)[0]["labels"].tolist() == [1]
 
 
+def test_a_list_of_classes_with_a_name_twice_is_refused(folder):
+    """Labels beyond the list of names would come of it, or those of other names."""
+    root = folder({"a": xml(thing("dog"))})
+    with pytest.raises(InputError, match="classes: 'cat' is there twice"):
+        voc(root, "train", classes=["cat", "cat", "dog"])
+
+
 def test_several_folders_are_one_set(folder):
     roots = [folder({"a": xml(thing("dog"))}, inside="one"), folder({"a": xml(thing("cat"))}, inside="two")]
     images = voc(roots, "train")
