@@ -23,6 +23,9 @@ COCO_NUMBERS = (
 )  # fmt: skip
 POINTS = ("area", "11")
 LISTED = 10
+# The kit's 0:0.1:1. MATLAB counts from both ends, and 3 x 0.1 is above 0.3: a recall of exactly 0.3 is not
+# enough for the fourth point.
+_TENTHS = (*(0.1 * k for k in range(6)), *(1 - 0.1 * k for k in range(4, -1, -1)))
 
 Found = Mapping[int, Mapping[str, Tensor]]
 Truth = Mapping[int, Mapping[str, Tensor]]
@@ -185,8 +188,7 @@ def _curve(right: np.ndarray, objects: int) -> tuple[np.ndarray, np.ndarray]:
 
 def _eleven(right: np.ndarray, objects: int) -> float:
     recall, precision = _curve(right, objects)
-    # Tenths as the kit has them, 0:0.1:1; one built by sums misses a recall of exactly 0.3.
-    return sum(precision[recall >= tenth / 10].max(initial=0.0) for tenth in range(11)) / 11
+    return sum(precision[recall >= tenth].max(initial=0.0) for tenth in _TENTHS) / 11
 
 
 def _area(right: np.ndarray, objects: int) -> float:

@@ -66,6 +66,14 @@ def test_three_detections_by_hand():
     assert voc_ap(detections, truth, ["x"], points="11").mean == pytest.approx(100 * (4 * 1 + 3 * 2 / 3) / 11)
 
 
+@pytest.mark.parametrize(("first", "points"), [(2, 3), (3, 3), (4, 5), (6, 7), (7, 8), (9, 10)])
+def test_a_recall_of_whole_tenths_reaches_its_point_but_three_tenths(first, points):
+    """MATLAB's 0:0.1:1, which the kit walks along, has 0.30000000000000004 in its fourth place."""
+    truth = {1: there([[20 * i, 0, 20 * i + 10, 10] for i in range(10)])}
+    some = {1: found(truth[1]["boxes"][:first].tolist(), [0.9] * first)}
+    assert voc_ap(some, truth, ["x"], points="11").mean == pytest.approx(100 * points / 11)
+
+
 def test_an_object_is_matched_once():
     truth = {1: there([A, B])}
     twice = {1: found([A, A, B], [0.9, 0.8, 0.7])}
@@ -134,7 +142,8 @@ def by_the_kit(detections, truth, label, points):
     recall, tp, fp = np.cumsum(hits) / count, np.cumsum(hits), np.cumsum(misses)
     precision = tp / np.maximum(tp + fp, 1)
     if points == "11":
-        return sum(max(precision[recall >= t / 10], default=0) for t in range(11)) / 11 * 100
+        tenths = [0, 0.1, 0.2, 0.30000000000000004, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1]  # MATLAB's 0:0.1:1
+        return sum(max(precision[recall >= t], default=0) for t in tenths) / 11 * 100
     recall, precision = np.array([0, *recall, 1]), np.array([0, *precision, 0])
     for i in range(len(precision) - 2, -1, -1):
         precision[i] = max(precision[i], precision[i + 1])
