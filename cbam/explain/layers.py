@@ -21,6 +21,8 @@ _TRUNKS = ("backbone.body.", "backbone.features.", "backbone.")  # of torchvisio
 # They change the size of a map and not its content, so they are not chosen.
 _POOLS = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.AvgPool2d, nn.MaxPool2d)
 
+_LONG = 128  # pixels: four strides of most networks
+
 _Shapes = dict[str, tuple[int, ...]]  # of the outputs of modules, by name, in the order they finish
 
 
@@ -82,7 +84,7 @@ def place_of(model: nn.Module, images: Tensor, layer: str | nn.Module) -> Place:
 
 
 class _Seen:
-    """The output shapes of modules for the images, for ones twice as wide and for ones twice as high."""
+    """The output shapes of modules for the images, for wider ones and for higher ones."""
 
     def __init__(self, model: nn.Module, images: Tensor) -> None:
         self.size = tuple(images.shape[-2:])
@@ -92,7 +94,7 @@ class _Seen:
             self._larger: list[_Shapes] = []
             if not self.detects:
                 try:
-                    self._larger = [_run(model, torch.cat([images, images], d))[0] for d in (3, 2)]
+                    self._larger = [_run(model, _longer(images, d))[0] for d in (3, 2)]
                 except Exception:  # a network that takes one size only may raise anything
                     self._larger = []
 
@@ -112,7 +114,7 @@ class _Seen:
         known = {
             False: [[3], [2]],
             True: [[2], [1]],
-        }  # of what is twice as wide, and of what is twice as high
+        }  # of what is wider, and of what is higher
         return next((last for last, dims in known.items() if dims == grown), None)
 
     def tokens_after(self, name: str) -> str | None:
@@ -124,6 +126,11 @@ class _Seen:
             if len(shape) == 3 and shape[1] > 1 and all(len(self.shapes[a]) == 3 for a in around):
                 return one
         return None
+
+
+def _longer(images: Tensor, dim: int) -> Tensor:
+    """Images that repeat along `dim`, at least twice, and so often that the deepest of maps is longer too."""
+    return torch.cat([images] * max(2, -(-_LONG // images.shape[dim])), dim)
 
 
 def _run(model: nn.Module, images: Tensor) -> tuple[_Shapes, object]:

@@ -23,6 +23,15 @@ def test_the_default_layer_is_the_last_block_output_of_the_trunk(build, images):
     assert last_map(torchvision.models.mobilenet_v3_small(), picture).name == "features"
 
 
+@pytest.mark.parametrize("size", [(1, 200), (16, 128), (128, 16), (33, 31)])
+def test_a_map_of_a_single_row_or_column_is_a_map(size):
+    """A picture twice as high as 16 pixels still has one row of 32."""
+    model = pytest.importorskip("torchvision").models.resnet18().eval()
+    picture = torch.randn(1, 3, *size)
+    assert last_map(model, picture) == Place("layer4")
+    assert torch.equal(gradcam(model, picture, 0), gradcam(model, picture, 0, "layer4"))
+
+
 def test_the_default_layer_of_timm_networks_is_the_end_of_their_trunk():
     timm = pytest.importorskip("timm")
     picture = torch.randn(1, 3, 64, 64)
