@@ -99,12 +99,15 @@ def gate_statistics(
 
     Raises:
         ConfigError: the model has no attention, or is compiled.
-        InputError: fewer than two pictures.
+        InputError: fewer than two pictures, pictures of several sizes, or not one class for each.
     """
     found: dict[str, list[_Seen]] = {}
     classes: list[Tensor | None] = []
+    size: torch.Size | None = None
     with torch.no_grad(), eval_mode(model), record(model) as recording:
         for images, targets in batches:
+            size = size or images.shape[1:]
+            _check(images, targets, size)
             recording.clear()
             model(images)
             for name, block in recording.items():
@@ -119,6 +122,17 @@ def gate_statistics(
     given = [own for own in classes if own is not None]
     labels = torch.cat(given) if given else None
     return [_block(name, seen, labels) for name, seen in found.items()]
+
+
+def _check(images: Tensor, targets: Tensor | None, size: torch.Size) -> None:
+    if images.shape[1:] != size:  # places of one map are not those of another
+        raise InputError(
+            f"gate_statistics: pictures of one size, got {tuple(size)} and {tuple(images.shape[1:])}"
+        )
+    if targets is not None and targets.shape != (len(images),):
+        raise InputError(
+            f"gate_statistics: a class for each of {len(images)} pictures, got {tuple(targets.shape)}"
+        )
 
 
 @dataclass(frozen=True, eq=False)

@@ -169,6 +169,13 @@ def test_classes_of_some_batches_only_are_refused(build, images, first):
         gate_statistics(build(), [batches[first], batches[1 - first]])
 
 
+def test_pictures_of_several_sizes_and_classes_of_other_pictures_are_refused(build, images):
+    with pytest.raises(InputError, match=r"pictures of one size, got \(3, 32, 24\) and \(3, 32, 20\)"):
+        gate_statistics(build(), [(images, None), (images[..., :20], None)])
+    with pytest.raises(InputError, match=r"a class for each of 4 pictures, got \(5,\)"):
+        gate_statistics(build(), [(images, torch.arange(5))])
+
+
 def test_the_table_says_what_the_statistics_say():
     gate = GateStatistics(0.5, (0.1, 0.2, 0.5, 0.8, 0.9), 0.25, 0.5, 0.3)
     block = BlockStatistics("layer4.1", 512, 0.123, 0.5, gate, None)
