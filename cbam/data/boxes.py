@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from cbam.data.augment import augment_boxed, known
-from cbam.data.decode import decode_bytes, orientation, read, shown
+from cbam.data.decode import decode_turned, read, shown
 from cbam.data.images import MAX_SEED, check_int, draws
 from cbam.errors import DataError
 
@@ -285,7 +285,7 @@ def _upright(picture: Picture, boxes: np.ndarray, where: str) -> tuple[Tensor, n
         data = read(picture.path)
     except OSError as error:
         raise DataError(f"{where}: {error.strerror or error}") from error
-    image, turn = decode_bytes(data, where), orientation(data)
+    image, turn = decode_turned(data, where)
     height, width = image.shape[1:]
     stored = (width, height) if turn >= 5 else (height, width)
     if fault := size_fault(picture, stored, turn):

@@ -109,6 +109,11 @@ def decode_bytes(data: bytes, where: str, *, exif: bool = True) -> Tensor:
     `where` begins the message of a DataError. Without `exif` no turn is applied (but to a TIFF, which Pillow
     turns itself).
     """
+    return decode_turned(data, where, exif=exif)[0]
+
+
+def decode_turned(data: bytes, where: str, *, exif: bool = True) -> tuple[Tensor, int]:
+    """As `decode_bytes`, and the turn that the picture got, 1 to 8 as EXIF counts; 1 for none."""
     try:
         from PIL import Image, UnidentifiedImageError
     except ImportError as error:
@@ -157,10 +162,9 @@ def orientation(data: bytes) -> int:
 
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            said = image.getexif().get(_ORIENTATION, 1)
-    except Exception:  # a damaged EXIF block states no orientation; the picture itself may be sound
+            return _turn(image)
+    except Exception:  # the reader of the picture itself says what is wrong with it
         return 1
-    return said if said in _TURNS else 1
 
 
 def not_an_image(head: bytes) -> str | None:
@@ -182,17 +186,21 @@ def shown(path: str | os.PathLike | bytes) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
 
 
-def _decode(data: bytes, where: str, exif: bool) -> Tensor:
+def _decode(data: bytes, where: str, exif: bool) -> tuple[Tensor, int]:
+    """The picture, and how it was turned."""
     from PIL import Image
 
     with Image.open(io.BytesIO(data), formats=FORMATS) as image:
         _check_pixels(image, where)
+        done = _turn(image) if image.format == "TIFF" else 1  # Pillow turns it as it loads it
         image.load()
-        picture = _to_rgb(image)
-        return _to_tensor(_upright(picture, image) if exif else picture)
+        picture, turn = _to_rgb(image), _turn(image) if exif else 1
+        if turn != 1:
+            picture = picture.transpose(Image.Transpose[_TURNS[turn]])
+        return _to_tensor(picture), done if turn == 1 else turn
 
 
-def _decode_without_end(data: bytes, where: str, exif: bool) -> Tensor | None:
+def _decode_without_end(data: bytes, where: str, exif: bool) -> tuple[Tensor, int] | None:
     """A JPEG that lacks nothing but the two bytes of its end marker; None for any other.
 
     Nor for a progressive one, which shows a picture, if a coarse one, after any of its scans. Given a
@@ -210,7 +218,7 @@ def _decode_without_end(data: bytes, where: str, exif: bool) -> Tensor | None:
         first, second = (_decode(data + end, where, exif) for end in ends)
     except Exception:
         return None
-    return first if torch.equal(first, second) else None
+    return first if torch.equal(first[0], second[0]) else None
 
 
 def _check_pixels(image: "Image.Image", where: str) -> None:
@@ -248,15 +256,13 @@ def _deep_grey(image: "Image.Image") -> np.ndarray:
     return grey
 
 
-def _upright(picture: "Image.Image", source: "Image.Image") -> "Image.Image":
-    """Apply the orientation of `source`; read after loading, for Pillow has turned a TIFF by then."""
-    from PIL import Image
-
+def _turn(image: "Image.Image") -> int:
+    """The turn that is left to do, as EXIF counts; Pillow has turned a TIFF that is loaded."""
     try:
-        turn = _TURNS.get(source.getexif().get(_ORIENTATION, 1))
-    except Exception:  # a damaged EXIF block states no orientation; the picture itself is sound
-        turn = None
-    return picture.transpose(Image.Transpose[turn]) if turn else picture
+        said = image.getexif().get(_ORIENTATION, 1)
+        return said if said in _TURNS else 1
+    except Exception:  # a damaged EXIF block states no orientation; the picture itself may be sound
+        return 1
 
 
 def _to_tensor(picture: "Image.Image") -> Tensor:

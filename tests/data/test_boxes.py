@@ -52,6 +52,15 @@ def test_a_box_on_the_upright_picture_stays(rotated, orientation):  # D6
     assert sample["boxes"].tolist() == [white(sample["image"])]
 
 
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF", "WEBP"])
+def test_a_picture_is_read_once_for_its_pixels_and_its_turn(rotated, kind, monkeypatch):
+    """Of a PNG Pillow has to decode all pixels to tell the turn."""
+    images, opened, whole = rotated(6, kind), [], Image.open
+    monkeypatch.setattr(Image, "open", lambda *a, **k: (opened.append(1), whole(*a, **k))[1])
+    assert images[0]["boxes"].tolist() == [white(images[0]["image"])]
+    assert len(opened) == 2
+
+
 def test_a_stated_size_that_fits_neither_way_is_refused(rotated):  # D6
     with pytest.raises(DataError, match="48x32 pixels, its annotation says 48x33"):
         rotated(6, size=(33, 48))[0]
