@@ -75,9 +75,12 @@ class Detection:
     method: str = "gradcam"
 
     def class_of(self, label: Tensor) -> str:
-        """The name of a label; its number where it has none."""
+        """The name of a label; its number where it has none, and beside it where others have that name."""
         k = int(label)
-        return self.classes[k - 1] if 1 <= k <= len(self.classes) else f"label {k}"
+        if not 1 <= k <= len(self.classes):
+            return f"label {k}"
+        name = self.classes[k - 1]
+        return name if list(self.classes).count(name) == 1 else f"{name} ({k})"
 
 
 def detect(

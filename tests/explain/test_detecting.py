@@ -48,6 +48,12 @@ def coloured():
 CLASSES = ["red", "green", "blue"]
 
 
+def test_labels_of_one_name_are_told_apart_by_their_numbers():
+    seen = detect(Detectors({"plain": Quarters()}, ["cell", "cell", "blue"]), coloured())
+    assert [seen.class_of(label) for label in seen.finds[0].labels] == ["cell (1)", "cell (2)", "blue"]
+    assert seen.class_of(torch.tensor(4)) == "label 4"
+
+
 def looked(*models, picture=None, **how):
     names = ("plain", "cbam", "third")
     detectors = Detectors(dict(zip(names, models, strict=False)), CLASSES)
