@@ -54,8 +54,12 @@ _Measured = dict[str, dict[str, list[float]]]  # map -> measure -> a value per p
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """A picture as the networks see it, uint8 (3, H, W), and where its object is, (H, W) in [0, 1]."""
+    """A picture as the networks see it, uint8 (3, H, W), and where its object is, (H, W) in [0, 1].
 
+    A picture with objects of several labels, by its number, is as many samples.
+    """
+
+    picture: int
     name: str
     image: Tensor
     area: Tensor
@@ -74,7 +78,8 @@ def score(
 ) -> dict[str, Any]:
     """Score the maps of every network of `viewer` on the pictures of `data`; everything that came out.
 
-    The class of a map is that of the label where the networks know it, else what the first network says.
+    The class of a map is that of the label where the networks know it, else what the first network says. A
+    picture with objects of several labels has a map for each, and their mean as its value.
 
     Args:
         data: a file or folder for `cbam.data.annotated`, or "digits".
@@ -87,7 +92,8 @@ def score(
         ConfigError: a label that several classes have as their name.
     """
     found, notes = samples(viewer, data, limit, label)
-    watch.say("; left out: ".join([f"{counted(len(found), 'picture')} with boxes", *notes]))
+    names = {sample.picture: sample.name for sample in found}
+    watch.say("; left out: ".join([f"{counted(len(names), 'picture')} with boxes", *notes]))
     named, first = next(iter(viewer.networks.items()))
     calm = untrained(first, viewer.normalised(torch.stack([one.image for one in found[:16]])))
     values, labelled = _Values(), 0
@@ -99,12 +105,13 @@ def score(
             values.add(name, heat, sample.area, viewer.networks.get(name, first), image, target)
         watch.advance(1 / len(found))
     of = f" of {layer}" if layer else ""
-    thresholds, measured = values.at_the_best_thresholds()
+    thresholds, measured = values.at_the_best_thresholds([sample.picture for sample in found])
     return {
         "what": f"{METHODS[method]}{of} on {Path(data).name}" + (f", boxes of {label}" if label else ""),
         "layer": layer,
         "networks": list(viewer.about),
-        "pictures": len(found),
+        "pictures": len(names),
+        "maps": len(found),
         "left_out": [note.replace(f"{Path(data).parent}/", "") for note in notes],  # no place of this machine
         "class": {"of the label": labelled, f"what {named} says": len(found) - labelled},
         "object_share": statistics.fmean(float(one.area.mean()) for one in found),
@@ -115,7 +122,7 @@ def score(
         "versions": versions(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "values": _each(measured, lambda own: [round(value, 5) for value in own]),
-        "names": [one.name for one in found],
+        "names": list(names.values()),
     }
 
 
@@ -139,29 +146,25 @@ def samples(
     if label is not None and label not in classes:
         raise ConfigError(f"no box of the label {label!r}; there are {', '.join(classes[:10])}")
     wanted = [
-        (picture.path, index, k)
+        (picture.path, index, own)
         for index, picture in enumerate(images.pictures)
-        for k in images.labels(index)
-        if label in (None, classes[k - 1])
+        if (own := [k for k in images.labels(index) if label in (None, classes[k - 1])])
     ]
     found, hidden, unreadable = [], 0, []
-    for path, index, k in spaced(sorted(wanted), limit):
+    for path, index, labels in spaced(sorted(wanted), limit):
         try:
             item = images[index]
         except DataError as error:
             unreadable.append(str(error))
             continue
-        own = item["boxes"][(item["labels"] == k) & ~item["crowd"]]
-        boxes = viewer.boxes_in_view(own.tolist(), *item["image"].shape[1:])
-        area = box_area(boxes, viewer.size, viewer.size)
-        whole = sum((x1 - x0) * (y1 - y0) for x0, y0, x1, y1 in boxes)
-        seen = sum(float(box_area([box], viewer.size, viewer.size).sum()) for box in boxes)
-        if seen < VISIBLE * whole:
-            hidden += 1
-            continue
-        found.append(Sample(Path(path).name, viewer.view(item["image"]), area, classes[k - 1]))
+        for k in labels:
+            if (area := _area_in_view(viewer, item, k)) is None:
+                hidden += 1
+                continue
+            view = viewer.view(item["image"])
+            found.append(Sample(index, Path(path).name, view, area, classes[k - 1]))
     if hidden:
-        notes.append(f"{counted(hidden, 'picture')} with less than half of the object in view")
+        notes.append(f"{counted(hidden, 'object')} of which less than half is in view")
     if unreadable:
         of_them = ", the first" if len(unreadable) > 1 else ""
         notes.append(f"{counted(len(unreadable), 'picture')} that cannot be read{of_them}: {unreadable[0]}")
@@ -170,13 +173,22 @@ def samples(
     return found, notes
 
 
+def _area_in_view(viewer: Viewer, item: dict[str, Any], label: int) -> Tensor | None:
+    """Where the objects of a label are, as the networks see the picture; None where most of it is cut off."""
+    own = item["boxes"][(item["labels"] == label) & ~item["crowd"]]
+    boxes = viewer.boxes_in_view(own.tolist(), *item["image"].shape[1:])
+    whole = sum((x1 - x0) * (y1 - y0) for x0, y0, x1, y1 in boxes)
+    seen = sum(float(box_area([box], viewer.size, viewer.size).sum()) for box in boxes)
+    return None if seen < VISIBLE * whole else box_area(boxes, viewer.size, viewer.size)
+
+
 def _digits(viewer: Viewer, limit: int | None) -> list[Sample]:
     val = digits_for(viewer)
     found = []
     for i in spaced(range(len(val)), limit):
         item = val[i]
         area = box_area([item["box"].tolist()], val.size, val.size)
-        found.append(Sample(f"digit {i}", item["image"], area, val.classes[item["target"]]))
+        found.append(Sample(i, f"digit {i}", item["image"], area, val.classes[item["target"]]))
     return found
 
 
@@ -211,8 +223,12 @@ def markdown(results: dict[str, Any]) -> str:
     share, pictures = 100 * results["object_share"], counted(results["pictures"], "picture")
     lines += [f"- {pictures}; the object takes {share:.1f} % of them on average"]
     lines += [f"- left out: {note}" for note in results["left_out"]]
-    of_class = [(which, counted(n, "picture")) for which, n in results["class"].items() if n]
-    lines += [f"- the map is for the class {which}: {pictures}" for which, pictures in of_class]
+    maps = results.get("maps", results["pictures"])  # a record of before had one of each picture
+    noun = "picture" if maps == results["pictures"] else "map"
+    if noun == "map":
+        lines += [f"- a map for every label in a picture, {maps} in all; a picture has the mean of its maps"]
+    of_class = [(which, counted(n, noun)) for which, n in results["class"].items() if n]
+    lines += [f"- the map is for the class {which}: {many}" for which, many in of_class]
     lines += ["", f"|  | {' | '.join(names)} |", f"|---|{'---|' * len(names)}"]
     for key, (words, factor, _) in MEASURES.items():
         cells = [f"{factor * results['scores'][name][key]:.{1 if factor == 100 else 3}f}" for name in names]
@@ -280,15 +296,26 @@ class _Values:
             self._of.setdefault(name, {}).setdefault(key, []).append(float(value))
         self._overlaps.setdefault(name, []).append(overlap(heat[None], area[None])[0])
 
-    def at_the_best_thresholds(self) -> tuple[dict[str, float], _Measured]:
-        """The threshold of each map whose mean IoU is the highest; and all measures, with the IoU at it."""
+    def at_the_best_thresholds(self, pictures: list[int]) -> tuple[dict[str, float], _Measured]:
+        """The threshold of each map whose mean IoU is the highest; and all measures, with the IoU at it.
+
+        `pictures` has the picture of each map that was added; the measures are of pictures.
+        """
         thresholds, measured = {}, {}
         for name, rows in self._overlaps.items():
-            table = torch.stack(rows)
+            table = _of_pictures(torch.stack(rows), pictures)
             best = int(table.mean(0).argmax())
             thresholds[name] = round(THRESHOLDS[best].item(), 2)
-            measured[name] = {**self._of[name], "iou": table[:, best].tolist()}
+            own = {key: torch.tensor(kept, dtype=torch.float64) for key, kept in self._of[name].items()}
+            measured[name] = {key: _of_pictures(kept, pictures).tolist() for key, kept in own.items()}
+            measured[name]["iou"] = table[:, best].tolist()
         return thresholds, measured
+
+
+def _of_pictures(values: Tensor, pictures: list[int]) -> Tensor:
+    """The mean over the maps of each picture, which come in a row: (maps, ...) -> (pictures, ...)."""
+    _, counts = torch.tensor(pictures).unique_consecutive(return_counts=True)
+    return torch.stack([own.mean(0) for own in values.split(counts.tolist())])
 
 
 def _each(measured: _Measured, what: Callable[[list[float]], Any]) -> dict[str, dict[str, Any]]:

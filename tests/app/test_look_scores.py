@@ -109,6 +109,25 @@ def test_a_label_that_is_the_name_of_two_classes_is_refused(viewer, boxes):
         score(twice, str(boxes), Lines(), limit=2)
 
 
+def test_a_picture_with_objects_of_several_labels_is_one_picture(viewer, boxes):
+    """An interval over its labels, as over pictures of their own, would be too narrow."""
+    one = score(viewer, str(boxes), Lines())
+    lines = boxes.read_text().splitlines()
+    boxes.write_text("\n".join([*lines, *(f"{i}.png,0,0,5,5,corner" for i in range(6))]))
+    both, corner = score(viewer, str(boxes), Lines()), score(viewer, str(boxes), Lines(), label="corner")
+    assert (both["pictures"], both["maps"], both["names"]) == (6, 12, one["names"])
+    for key in ("pointing", "energy", "deletion", "insertion"):
+        a, b, mean = (found["values"]["plain"][key] for found in (one, corner, both))
+        assert mean == pytest.approx([(x + y) / 2 for x, y in zip(a, b, strict=True)], abs=1e-4)
+    page = markdown(both)
+    assert "- 6 pictures; the object takes" in page
+    assert "- a map for every label in a picture, 12 in all; a picture has the mean of its maps" in page
+    assert "- the map is for the class of the label: 6 maps" in page
+    assert "in all" not in markdown(one)
+    few = score(viewer, str(boxes), Lines(), limit=3)
+    assert few["names"] == ["0.png", "2.png", "4.png"]
+
+
 def test_the_page_says_what_the_results_say(viewer, boxes):
     results = score(viewer, str(boxes), Lines(), limit=4)
     page = markdown(results)
@@ -145,7 +164,7 @@ def test_an_object_out_of_view_is_left_out_and_counted(tmp_path):
     wide = Viewer({"plain": Bright()}, ["a", "b"], size=40, resized=40)
     (one,), notes = samples(wide, str(tmp_path / "b.csv"), None, None)
     assert one.label == "in"
-    assert notes == ["1 picture with less than half of the object in view"]
+    assert notes == ["1 object of which less than half is in view"]
     with pytest.raises(DataError, match="no picture with its object in view"):
         samples(wide, str(tmp_path / "b.csv"), None, "out")
     with pytest.raises(ConfigError, match="no box of the label 'cat'; there are in, out"):
