@@ -115,7 +115,7 @@ def page(explainer: Explainer):
     import gradio as gr  # pyright: ignore[reportMissingImports]
 
     viewer = explainer.viewer
-    classes = [(viewer.called(index), index) for index in range(len(viewer.classes))]
+    classes = [(name, index) for index, name in enumerate(viewer.all_called())]
     blocks = explainer.stage_names()
     with gr.Blocks(title="cbam look", analytics_enabled=False, delete_cache=(60, 60)) as demo:
         key, data = gr.State(""), gr.Textbox(visible=False)

@@ -1,4 +1,5 @@
 import re
+import time
 
 import pytest
 import torch
@@ -115,6 +116,14 @@ def test_what_is_no_picture_or_no_class_is_refused(viewer, picture):
     few = Viewer(viewer.networks, CLASSES[:3], size=32, resized=36)
     with pytest.raises(ConfigError, match="plain has 5 classes, there are 3 names"):
         look(few, picture)
+
+
+def test_all_classes_are_named_at_once_as_each_is_alone():
+    few = Viewer({}, ["crane", "x", "crane"])
+    assert few.all_called() == [few.called(i) for i in range(3)] == ["crane (0)", "x", "crane (2)"]
+    began = time.process_time()
+    assert len(Viewer({}, [f"class {i}" for i in range(20_000)]).all_called()) == 20_000
+    assert time.process_time() - began < 1
 
 
 def test_a_class_is_named_by_number_or_by_name():
