@@ -73,7 +73,9 @@ def _match(found: Boxes, there: Boxes, ignored: np.ndarray) -> tuple[np.ndarray,
     """Whether a detection is matched, and whether with an object that is ignored: (A, T, N) bool, twice."""
     matched = np.zeros((len(AREAS), len(OVERLAPS), len(found.key)), bool)
     void, taken = np.zeros_like(matched), np.zeros((*matched.shape[:2], len(there.key)), bool)
-    d, o, overlap = (np.concatenate(part) for part in zip(*_pairs(found, there), strict=True))
+    d, o, overlap = (
+        np.concatenate(part) for part in zip(*overlapping(found, there, OVERLAPS[0]), strict=True)
+    )
     # The rank of a detection among those of its image and class that overlap an object.
     first = np.flatnonzero(np.diff(d, prepend=-1))
     groups = found.key[d[first]]
@@ -104,8 +106,13 @@ def _take_turn(d, o, overlap, ignored, crowd, matched, void, taken) -> None:
     taken[a, t, chosen] = True
 
 
-def _pairs(found: Boxes, there: Boxes) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Indices of detections and of objects of their image and class, and overlaps that count."""
+def overlapping(
+    found: Boxes, there: Boxes, least: float
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Indices of detections and of objects of their image and class, and overlaps of `least` or more.
+
+    All pairs of a detection come together, in the order of the objects.
+    """
     start = np.searchsorted(there.key, found.key)
     count = np.searchsorted(there.key, found.key, side="right") - start
     total = count.cumsum()
@@ -114,7 +121,7 @@ def _pairs(found: Boxes, there: Boxes) -> Iterator[tuple[np.ndarray, np.ndarray,
         d = np.repeat(own, count[own])
         o = np.arange(len(d)) - np.repeat(count[own].cumsum() - count[own], count[own]) + start[d]
         overlap = _overlap(found.boxes[d], there.boxes[o], there.crowd[o])
-        near = overlap >= OVERLAPS[0]
+        near = overlap >= least
         yield d[near], o[near], overlap[near]
 
 

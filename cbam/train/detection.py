@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cbam.train.detection_metrics import COCO_NUMBERS, coco_numbers, voc_ap
+from cbam.train.detection_metrics import COCO_NUMBERS, coco_numbers, voc_scores
 from cbam.train.distributed import world
 from cbam.train.task import Part
 
@@ -74,12 +74,13 @@ def _coco(found: _ByIndex, truth: _ByIndex, classes: list[str]) -> dict[str, flo
 
 
 def _voc(found: _ByIndex, truth: _ByIndex, classes: list[str]) -> dict[str, float | None]:
-    areas = {overlap: voc_ap(found, truth, classes, iou=overlap).mean for overlap in OVERLAPS}
+    asked = [*((overlap, "area") for overlap in OVERLAPS), (0.5, "11")]
+    *areas, eleven = (score.mean for score in voc_scores(found, truth, classes, asked))
     return {
-        "val_ap": _known(sum(areas.values()) / len(areas)),
-        "val_ap50": _known(areas[0.5]),
-        "val_ap75": _known(areas[0.75]),
-        "val_ap50_11points": _known(voc_ap(found, truth, classes, points="11").mean),
+        "val_ap": _known(sum(areas) / len(areas)),
+        "val_ap50": _known(areas[0]),
+        "val_ap75": _known(areas[OVERLAPS.index(0.75)]),
+        "val_ap50_11points": _known(eleven),
     }
 
 

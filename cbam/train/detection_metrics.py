@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from cbam.errors import DataError, InputError, NonFiniteError
-from cbam.train.coco_protocol import Boxes, twelve
+from cbam.train.coco_protocol import Boxes, overlapping, twelve
 
 COCO_NUMBERS = (
     "AP", "AP50", "AP75", "AP small", "AP medium", "AP large",
@@ -79,26 +79,34 @@ def voc_ap(
     Raises:
         As `coco_numbers`.
     """
-    if points not in POINTS:
-        raise InputError(f'points must be "area" or "11", got {points!r}')
+    return voc_scores(found, truth, classes, [(iou, points)])[0]
+
+
+def voc_scores(
+    found: Found, truth: Truth, classes: Sequence[str], asked: Sequence[tuple[float, str]]
+) -> list[VocScore]:
+    """`voc_ap` for several pairs of `iou` and `points`, in the time of one: objects are looked for once."""
+    if wrong := [points for _, points in asked if points not in POINTS]:
+        raise InputError(f'points must be "area" or "11", got {wrong[0]!r}')
     check_detections(found, truth, len(classes))
-    score = _area if points == "area" else _eleven
     numbers = {image: number for number, image in enumerate(truth)}
     detections, objects = (_flat(mapping, len(classes), numbers) for mapping in (found, truth))
-    right = _matches(detections, objects, iou)
-    falling = np.argsort(-detections.score, kind="stable")
-    falling = falling[right[falling] >= 0]
-    label, wanted = (
-        detections.key[falling] % (len(classes) + 1),
-        objects.key[~objects.difficult] % (len(classes) + 1),
-    )
-    values = []
-    for k in range(1, len(classes) + 1):
-        count = int((wanted == k).sum())
-        values.append(100 * score(right[falling][label == k] == 1, count) if count else float("nan"))
-    known = [value for value in values if value == value]
-    mean = sum(known) / len(known) if known else float("nan")
-    return VocScore(mean, dict(zip(classes, values, strict=True)))
+    best, most = _best(detections, objects, min(iou for iou, _ in asked))
+    counts = np.bincount(objects.key[~objects.difficult] % (len(classes) + 1), minlength=len(classes) + 1)
+    own = _by_class(detections, len(classes))
+    scores = []
+    for iou, points in asked:
+        right = _right(best, most, objects.difficult, iou)
+        score = _area if points == "area" else _eleven
+        judged = [right[mine] for mine in own]
+        values = [
+            100 * score(one[one >= 0] == 1, count) if count else float("nan")
+            for one, count in zip(judged, counts[1:].tolist(), strict=True)
+        ]
+        known = [value for value in values if value == value]
+        mean = sum(known) / len(known) if known else float("nan")
+        scores.append(VocScore(mean, dict(zip(classes, values, strict=True))))
+    return scores
 
 
 def check_detections(found: Found, truth: Truth, classes: int) -> None:
@@ -142,42 +150,39 @@ def _flat(mapping: Found | Truth, classes: int, numbers: Mapping[int, int]) -> B
     return Boxes(key[order], boxes[order], score[order], area[order], *flags)
 
 
-def _matches(found: Boxes, objects: Boxes, iou: float) -> np.ndarray:
-    """Of each detection: 1 right, 0 wrong, -1 on a difficult object."""
-    right = np.zeros(len(found.key), np.int64)
-    keys, starts = np.unique(found.key, return_index=True)
-    ends = np.append(starts[1:], len(found.key))
-    first = np.searchsorted(objects.key, keys)
-    last = np.searchsorted(objects.key, keys, side="right")
-    for i in np.flatnonzero(last > first):
-        mine, theirs = slice(starts[i], ends[i]), slice(first[i], last[i])
-        difficult = objects.difficult[theirs]
-        right[mine] = _right(found.boxes[mine], objects.boxes[theirs], difficult, iou)
+def _by_class(found: Boxes, classes: int) -> list[np.ndarray]:
+    """The detections of each class, by falling score."""
+    falling = np.argsort(-found.score, kind="stable")
+    label = found.key[falling] % (classes + 1)
+    ends = np.bincount(label, minlength=classes + 1)[1:].cumsum()
+    return np.split(falling[np.argsort(label, kind="stable")], ends[:-1])
+
+
+def _best(found: Boxes, objects: Boxes, least: float) -> tuple[np.ndarray, np.ndarray]:
+    """Of each detection the object that it overlaps most, the first of equals, and how much; -1 for none."""
+    best, most = np.full(len(found.key), -1), np.zeros(len(found.key))
+    objects = objects._replace(crowd=np.zeros_like(objects.crowd))  # VOC has none
+    for d, o, overlap in overlapping(found, objects, least):
+        first = np.flatnonzero(np.diff(d, prepend=-1))
+        if len(first):
+            top = np.maximum.reduceat(overlap, first)
+            is_top = overlap == np.repeat(top, np.diff(first, append=len(d)))
+            place = np.minimum.reduceat(np.where(is_top, np.arange(len(d)), len(d)), first)
+            best[d[first]], most[d[first]] = o[place], top
+    return best, most
+
+
+def _right(best: np.ndarray, most: np.ndarray, difficult: np.ndarray, iou: float) -> np.ndarray:
+    """Of each detection: 1 right, 0 wrong, -1 on a difficult object.
+
+    Those of a class on an image come in falling order of score, so the first on an object is the right one.
+    """
+    right = np.zeros(len(best), np.int64)
+    near = np.flatnonzero((best >= 0) & (most >= iou))
+    _, first = np.unique(best[near], return_index=True)
+    right[near[first]] = 1
+    right[near[difficult[best[near]]]] = -1
     return right
-
-
-def _right(boxes: np.ndarray, objects: np.ndarray, difficult: np.ndarray, iou: float) -> np.ndarray:
-    """The same for the detections of one class on one image, in falling order of score."""
-    right = np.zeros(len(boxes), np.int64)
-    overlaps = _overlaps(boxes, objects)
-    taken = np.zeros(len(objects), bool)
-    best = overlaps.argmax(1)
-    for i in np.flatnonzero(overlaps.max(1) >= iou):
-        right[i] = -1 if difficult[best[i]] else not taken[best[i]]
-        taken[best[i]] = True
-    return right
-
-
-def _overlaps(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Intersection over union of every pair: (N, 4), (M, 4) -> (N, M)."""
-    low, high = np.maximum(a[:, None, :2], b[None, :, :2]), np.minimum(a[:, None, 2:], b[None, :, 2:])
-    shared = (high - low).clip(0).prod(2)
-    union = _areas(a)[:, None] + _areas(b)[None] - shared
-    return np.divide(shared, union, out=np.zeros_like(shared), where=union > 0)
-
-
-def _areas(boxes: np.ndarray) -> np.ndarray:
-    return (boxes[:, 2:] - boxes[:, :2]).clip(0).prod(1)
 
 
 def _curve(right: np.ndarray, objects: int) -> tuple[np.ndarray, np.ndarray]:

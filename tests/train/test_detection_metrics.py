@@ -318,6 +318,33 @@ def test_5000_images_of_coco_are_scored_in_two_seconds():
     assert time.process_time() - began < 2
 
 
+def test_all_of_vocs_measures_take_the_time_of_one():
+    """Time of the processor: 0.4 s where it was written; 200 detections of 20 classes on each image."""
+    import time
+
+    from cbam.train.detection import Detection
+
+    torch.manual_seed(0)
+    classes = [str(k) for k in range(20)]
+    truth, detections = {}, {}
+    for i in range(2000):
+        corner = 400 * torch.rand(3, 2)
+        truth[i] = there(torch.cat([corner, corner + 100], 1).tolist(), torch.randint(1, 21, (3,)).tolist())
+        near = torch.arange(200) % 3
+        detections[i] = {
+            "boxes": truth[i]["boxes"][near] + 9 * torch.randn(200, 4),
+            "labels": truth[i]["labels"][near],
+            "scores": torch.rand(200),
+        }
+    began = time.process_time()
+    scores = Detection(torch.nn.Identity(), classes, "voc").scores((detections, truth))
+    assert time.process_time() - began < 2
+    assert scores["val_ap50"] == voc_ap(detections, truth, classes).mean
+    assert scores["val_ap75"] == voc_ap(detections, truth, classes, iou=0.75).mean
+    assert scores["val_ap50_11points"] == voc_ap(detections, truth, classes, points="11").mean
+    assert 0 < scores["val_ap75"] < scores["val_ap"] < scores["val_ap50"]
+
+
 @pytest.mark.parametrize("first", [1, 2])
 def test_an_area_that_is_not_stated_is_that_of_the_box(first):
     truth = {image: there([[0, 0, 40, 40]]) for image in (first, 3 - first)}
