@@ -13,12 +13,14 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from cbam.errors import ConfigError, MissingExtraError
 from cbam.models.catalogue import ATTENTIONS, build
 from cbam.nn import door
 from cbam.surgery import attach
+from cbam.surgery.effects import eval_mode
 
 if TYPE_CHECKING:
     from torchvision.models.detection import FasterRCNN, RetinaNet
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 _OVER_VGG_OR_MOBILENET = ("ssd300", "stairnet300")
 DETECTORS = ("fasterrcnn", "fasterrcnn_c4", "retinanet", *_OVER_VGG_OR_MOBILENET)
 _WIDTH = 256  # of the feature pyramid
+_TRIED = (128, 160)  # height and width of a picture, a multiple of 32 as detectors pad to
 
 
 def detector(name: str, *, num_classes: int, start: str = "paper") -> nn.Module:
@@ -65,7 +68,7 @@ def faster_rcnn(network: nn.Module, num_classes: int) -> FasterRCNN:
         num_classes: without the background.
 
     Raises:
-        ConfigError: a network of another kind.
+        ConfigError: a network of another kind, or one that takes pictures of one size alone.
     """
     _need_torchvision()
     from torchvision.models.detection import FasterRCNN
@@ -199,8 +202,25 @@ def _body(network: nn.Module, levels: int) -> tuple[nn.Module, list[int]]:
             f"{type(network).__name__} gives no feature maps; a detector takes torchvision's ResNets and "
             "timm's networks that have forward_intermediates"
         )
+    _refuse_one_size(network)
     channels = [level["num_chs"] for level in list(described)[-levels:]]
     return TimmMaps(network, levels), channels
+
+
+def _refuse_one_size(network: Any) -> None:
+    """Raise for a network of timm's that takes pictures of one size alone; a detector's have many.
+
+    timm says which may, and some of those take others all the same.
+    """
+    if not (getattr(network, "pretrained_cfg", None) or {}).get("fixed_input_size"):
+        return
+    like = next(network.parameters())
+    try:
+        with eval_mode(network), torch.no_grad():
+            network.forward_intermediates(like.new_zeros(1, 3, *_TRIED), intermediates_only=True)
+    except Exception as error:  # of its own kind in every network
+        told = f"{type(network).__name__} takes pictures of one size alone, and a detector's have many"
+        raise ConfigError(f"{told}: {str(error) or type(error).__name__}") from error
 
 
 def _width(stage: Any) -> int:

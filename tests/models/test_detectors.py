@@ -74,16 +74,16 @@ def assert_equal(a, b):
 
 
 @pytest.mark.parametrize(
-    "name",
+    ("name", "places"),
     [
-        "fasterrcnn:resnet18",
-        "fasterrcnn_c4:resnet18",
-        "retinanet:resnet18",
-        "fasterrcnn:timm:test_resnet",
-        "stairnet300:mobilenet_v1",
+        ("fasterrcnn:resnet18", 8),
+        ("fasterrcnn_c4:resnet18", 8),
+        ("retinanet:resnet18", 8),
+        ("fasterrcnn:timm:test_resnet", 4),
+        ("stairnet300:mobilenet_v1", 6),
     ],
 )
-def test_attention_at_the_identity_leaves_detections_bit_equal_and_learns(name):
+def test_attention_at_the_identity_leaves_detections_bit_equal_and_learns(name, places):
     torch.manual_seed(0)
     plain = small(name)
     torch.manual_seed(0)
@@ -101,13 +101,7 @@ def test_attention_at_the_identity_leaves_detections_bit_equal_and_learns(name):
         maps.append(model.roi_heads.box_head(torch.rand(3, 256, 14, 14)))
     sum((m * torch.randn_like(m)).sum() for m in maps).backward()
     parts = attached(model)
-    assert (
-        len(parts)
-        == {"fasterrcnn:resnet18": 8, "fasterrcnn_c4:resnet18": 8, "retinanet:resnet18": 8}.get(
-            name, len(parts)
-        )
-        > 1
-    )
+    assert len(parts) == places
     for part in parts.values():
         assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in part.parameters())
     model.load_state_dict(plain.state_dict(), strict=False)  # training moved the statistics
@@ -283,6 +277,25 @@ def test_any_timm_network_with_maps_is_a_backbone():
         model = small(f"fasterrcnn:{name}")
         losses = model.train()(pictures(), targets())
         assert all(loss.isfinite() for loss in losses.values())
+
+
+@pytest.mark.parametrize("name", ["timm:vit_tiny_patch16_224", "timm:levit_128s"])
+def test_a_network_of_one_size_of_pictures_is_refused_as_it_was(name):
+    with torch.device("meta"):
+        network = build(name, num_classes=3).train()
+        keys = list(network.state_dict())
+        with pytest.raises(ConfigError, match="takes pictures of one size alone, and a detector's have many"):
+            retinanet(network, 3)
+    assert list(network.state_dict()) == keys
+    assert network.training
+
+
+def test_a_network_that_timm_trained_at_one_size_and_takes_others_is_a_backbone():
+    with torch.device("meta"):
+        network = build("timm:twins_svt_small", num_classes=3)
+        assert network.pretrained_cfg["fixed_input_size"]
+        maps = faster_rcnn(network, 3).backbone(torch.zeros(1, 3, 64, 96))
+    assert [tuple(m.shape[2:]) for m in maps.values()] == [(16, 24), (8, 12), (4, 6), (2, 3), (1, 2)]
 
 
 def test_the_maps_of_a_pyramid_halve_from_a_quarter_of_the_picture():
