@@ -44,8 +44,8 @@ def last_map(model: nn.Module, images: Tensor) -> Place:
     seen = _Seen(model, images)
     pools = {name for name, module in model.named_modules() if isinstance(module, _POOLS)}
     names = [name for name, shape in seen.shapes.items() if len(shape) == 4 and name not in pools]
-    if seen.detects:
-        names = next(filter(None, ([n for n in names if n.startswith(part)] for part in _TRUNKS)), [])
+    if seen.detects and not (names := _of_trunk(names)):
+        raise InputError("the detector has no `backbone` that gives a feature map; name a layer that does")
     for name in reversed(names):
         channels_last = seen.channels_last(name)
         pixels = seen.shapes[name][1:3] if channels_last else seen.shapes[name][2:]
@@ -148,6 +148,12 @@ def _run(model: nn.Module, images: Tensor) -> tuple[_Shapes, object]:
                 hook = module.register_forward_hook(lambda m, _, out, name=name: note(name, out))
                 undo.callback(hook.remove)
         return shapes, model(images)
+
+
+def _of_trunk(names: list[str]) -> list[str]:
+    """Those of the layers inside the trunk of a detector, or the trunk itself where it is a single layer."""
+    inside = ([name for name in names if name.startswith(part)] for part in _TRUNKS)
+    return next(filter(None, inside), [name for name in names if name == "backbone"])
 
 
 def _by_sides(shape: tuple[int, ...], fits) -> bool | None:

@@ -129,7 +129,7 @@ def _raw_maps(model, images: Tensor, target, place: Place, extractor_type) -> Te
         if is_detection(output) and not _takes_detectors(extractor):
             raise ConfigError("scorecam asks a classifier for its scores; take another method for a detector")
         scores = logits_of(output)
-        if is_detection(output) and not scores.requires_grad:
+        if is_detection(output) and not any(len(one["scores"]) for one in output):
             raise InputError("the detector finds nothing in these images, so there is no evidence to show")
         if extractor.hook_a[0] is None:
             raise InputError(f"layer {name!r} takes no part in the forward pass; choose another")

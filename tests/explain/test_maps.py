@@ -383,6 +383,42 @@ def test_a_detector_that_finds_nothing_and_scorecam_of_one_are_refused(monkeypat
         gradcam(model, images)
 
 
+class CutOff(Detector):
+    """One whose scores keep no graph."""
+
+    def forward(self, x):
+        return [{key: value.detach() for key, value in one.items()} for one in super().forward(x)]
+
+
+def test_a_detector_that_cuts_its_scores_off_is_not_said_to_find_nothing():
+    with pytest.raises(InputError, match=r"the class score does not depend on layer 'backbone\.1'"):
+        gradcam(CutOff().eval(), torch.randn(1, 3, 16, 16), 1)
+
+
+class SingleTrunk(nn.Module):
+    """A detector of one box whose trunk is a single layer of that name."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+        self.add_module(name, nn.Conv2d(3, 4, 3, padding=1))
+
+    def forward(self, x):
+        scores = self.get_submodule(self.name)(x).relu().mean((1, 2, 3))
+        boxes, labels = x.new_tensor([[0, 0, 9, 9]]), torch.tensor([3])
+        return [{"boxes": boxes, "labels": labels, "scores": score[None]} for score in scores]
+
+
+def test_the_trunk_of_a_detector_may_be_one_layer_and_one_without_a_trunk_is_told():
+    model, images = SingleTrunk("backbone").eval(), torch.randn(1, 3, 16, 16)
+    assert last_map(model, images).name == "backbone"
+    assert gradcam(model, images, 3).shape == (1, 16, 16)
+    other = SingleTrunk("trunk").eval()
+    with pytest.raises(InputError, match="the detector has no `backbone` that gives a feature map; name a"):
+        gradcam(other, images, 3)
+    assert gradcam(other, images, 3, "trunk").shape == (1, 16, 16)
+
+
 @pytest.mark.parametrize("name", ["fasterrcnn_mobilenet_v3_large_320_fpn", "ssdlite320_mobilenet_v3_large"])
 def test_detectors_of_torchvision_are_explained(name):
     detection = pytest.importorskip("torchvision.models.detection")
