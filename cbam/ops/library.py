@@ -10,11 +10,13 @@ launch those for CUDA. They are tested against `reference.tail`, the same equati
 Shapes: N samples, C channels, H x W pixels; `x`, `shortcut` and `out` are (N, C, H, W).
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from cbam.errors import InputError
 from cbam.ops import reference
 from cbam.ops.reference import Channel, Norm, Spatial
 
@@ -300,6 +302,7 @@ def _fake_backward(grad, x, out, gamma, beta, bn_batch, bn_eps, w1, b1, w2, b2, 
 def _on_cuda(x: Tensor, shortcut: Tensor | None, *args: Any):
     from cbam.ops import triton_kernels  # pyright: ignore[reportAttributeAccessIssue]
 
+    _check_devices(x, args)
     x, layout = dense(x)
     return triton_kernels.tail(x, _laid_out(shortcut, layout), *map(_contiguous, args))
 
@@ -307,6 +310,7 @@ def _on_cuda(x: Tensor, shortcut: Tensor | None, *args: Any):
 def _inference_on_cuda(x: Tensor, shortcut: Tensor | None, *args: Any) -> Tensor:
     from cbam.ops import triton_kernels  # pyright: ignore[reportAttributeAccessIssue]
 
+    _check_devices(x, args)
     x, layout = dense(x)
     return triton_kernels.tail_inference(x, _laid_out(shortcut, layout), *map(_contiguous, args))
 
@@ -322,7 +326,29 @@ def _backward_on_cuda(grad: Tensor, x: Tensor, out: Tensor | None, *args: Any):
 def _track_on_cuda(running: list[Tensor], new: list[Tensor], momenta: list[float], count: int) -> None:
     from cbam.ops import triton_kernels  # pyright: ignore[reportAttributeAccessIssue]
 
-    triton_kernels.track(running, new, momenta, count)
+    ours = [t.contiguous() for t in running]
+    triton_kernels.track(ours, [t.contiguous() for t in new], momenta, count)
+    for theirs, moved in zip(running, ours, strict=True):
+        if moved is not theirs:
+            theirs.copy_(moved)
+
+
+def _check_devices(x: Tensor, args: tuple) -> None:
+    """Raise if a parameter is not on the device of `x`: a kernel would read memory that is not its own."""
+    device = x.device
+    for value in args:
+        if isinstance(value, Tensor) and value.device != device:
+            raise InputError(f"x is on {device}, a parameter on {value.device}; move one of them")
+
+
+def _meta(fake: Callable) -> Callable:
+    """The Meta kernel of an operator. torch calls it for a map with data too, if a parameter has none."""
+
+    def checked(x: Tensor, *args: Any) -> Any:
+        _check_devices(x, args)
+        return fake(x, *args)
+
+    return checked
 
 
 def _laid_out(t: Any, layout: torch.memory_format) -> Any:
@@ -339,7 +365,8 @@ _library.impl("tail_inference", _inference_on_cuda, "CUDA")
 _library.impl("tail_backward", _backward_on_cuda, "CUDA")
 _library.impl("track_", _track_on_cuda, "CUDA")
 # Meta kernels serve fake tensors too; register_fake would import half of torch's compiler.
-_library.impl("tail", _fake_forward, "Meta")
-_library.impl("tail_inference", lambda x, *_: torch.empty_like(dense(x)[0]), "Meta")
+_library.impl("tail", _meta(_fake_forward), "Meta")
+_library.impl("tail_inference", _meta(lambda x, *_: torch.empty_like(dense(x)[0])), "Meta")
+_library.impl("tail_", _meta(lambda *_: None), "Meta")
 _library.impl("tail_backward", _fake_backward, "Meta")
 _library.impl("track_", lambda *_: None, "Meta")

@@ -265,6 +265,23 @@ def test_a_tensor_that_does_not_fit_is_refused_at_the_door():  # T6, T7
             cbam.CBAM(6)(torch.zeros(1, 6, 1, 1))
 
 
+@pytest.mark.parametrize("elsewhere", ["norm", "attention.channel.fc1", "attention.spatial.bn"])
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_a_parameter_on_another_device_is_refused_before_a_kernel_reads_it(elsewhere, training):  # T31
+    parts = nn.ModuleDict({"norm": nn.BatchNorm2d(6), "attention": cbam.CBAM(6)}).train(training)
+    parts.get_submodule(elsewhere).to("meta")
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad), pytest.raises(InputError, match="x is on cpu, .* on meta"):
+            torch.relu(begin(parts["norm"], parts["attention"], torch.randn(2, 6, 4, 5)))
+
+
+def test_no_kernel_overwrites_a_map_by_parameters_of_another_device():  # T31
+    x, gamma = torch.randn(2, 6, 4, 5), torch.ones(6, device="meta")
+    norm = ops.Norm(gamma, gamma, gamma, gamma, False, 0.1, 1e-5)
+    with torch.no_grad(), pytest.raises(InputError, match="x is on cpu, .* on meta"):
+        ops.tail(x, norm=norm, overwrite=True)
+
+
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # opcheck's own
 def test_the_operators_keep_torchs_rules():  # T34
     x = torch.randn(2, 6, 4, 5)
@@ -475,6 +492,30 @@ def test_gpu_kernels_get_one_layout_whatever_a_compiler_chose(monkeypatch):  # T
     assert (rest, flag) == ([None, 1.0], True)
     assert all(t.is_contiguous() for t in (w, grad, x_of_gaps, out, w_again))
     assert x_of_gaps.equal(gaps)
+
+
+def test_gpu_kernels_get_no_parameter_of_another_device(monkeypatch):  # T31
+    module = "cbam.ops.triton_kernels"
+    monkeypatch.setitem(sys.modules, module, SimpleNamespace(tail=None, tail_inference=None))
+    x, w = torch.randn(2, 6, 5, 4), torch.ones(6, device="meta")
+    for run in (library._on_cuda, library._inference_on_cuda):
+        with pytest.raises(InputError, match="x is on cpu, .* on meta"):
+            run(x, None, None, w, 1.0)
+
+
+def test_gpu_kernels_move_running_statistics_that_are_apart_in_memory(monkeypatch):
+    def track(running, new, momenta, count):
+        assert all(t.is_contiguous() for t in (*running, *new))
+        for old, batch in zip(running, new, strict=True):
+            old.copy_(batch)
+
+    module = "cbam.ops.triton_kernels"
+    monkeypatch.setitem(sys.modules, module, SimpleNamespace(track=track))
+    monkeypatch.setattr(module, SimpleNamespace(track=track), raising=False)
+    table = torch.zeros(3, 4)  # its columns, of which two are running statistics
+    new = torch.arange(1.0, 7).view(3, 2).unbind(1)
+    library._track_on_cuda([table[:, 0], table[:, 2]], [*new], [0.1], 60)
+    assert table.equal(torch.tensor([[1.0, 0, 2, 0], [3, 0, 4, 0], [5, 0, 6, 0]]))
 
 
 def test_an_exported_graph_has_no_operator_of_ours():  # E1
