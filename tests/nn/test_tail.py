@@ -271,14 +271,14 @@ def test_a_parameter_on_another_device_is_refused_before_a_kernel_reads_it(elsew
     parts = nn.ModuleDict({"norm": nn.BatchNorm2d(6), "attention": cbam.CBAM(6)}).train(training)
     parts.get_submodule(elsewhere).to("meta")
     for grad in (True, False):
-        with torch.set_grad_enabled(grad), pytest.raises(InputError, match="x is on cpu, .* on meta"):
+        with torch.set_grad_enabled(grad), pytest.raises(InputError, match=r"x is on cpu, .* on meta"):
             torch.relu(begin(parts["norm"], parts["attention"], torch.randn(2, 6, 4, 5)))
 
 
 def test_no_kernel_overwrites_a_map_by_parameters_of_another_device():  # T31
     x, gamma = torch.randn(2, 6, 4, 5), torch.ones(6, device="meta")
     norm = ops.Norm(gamma, gamma, gamma, gamma, False, 0.1, 1e-5)
-    with torch.no_grad(), pytest.raises(InputError, match="x is on cpu, .* on meta"):
+    with torch.no_grad(), pytest.raises(InputError, match=r"x is on cpu, .* on meta"):
         ops.tail(x, norm=norm, overwrite=True)
 
 
@@ -499,7 +499,7 @@ def test_gpu_kernels_get_no_parameter_of_another_device(monkeypatch):  # T31
     monkeypatch.setitem(sys.modules, module, SimpleNamespace(tail=None, tail_inference=None))
     x, w = torch.randn(2, 6, 5, 4), torch.ones(6, device="meta")
     for run in (library._on_cuda, library._inference_on_cuda):
-        with pytest.raises(InputError, match="x is on cpu, .* on meta"):
+        with pytest.raises(InputError, match=r"x is on cpu, .* on meta"):
             run(x, None, None, w, 1.0)
 
 
