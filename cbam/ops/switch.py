@@ -101,7 +101,8 @@ def _device_obstacle(device: torch.device) -> str:
     """Why no kernels run on `device`, empty if they do; found out, and logged, once."""
     if device not in _known:
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            return ""  # nothing can be probed while a graph is captured
+            # The driver loads no kernel of Triton's during a capture, and the attempt would spoil the graph.
+            return "a CUDA graph is being captured, and no kernel has been loaded yet; run it once before"
         _known[device] = reason = _missing(device)
         if reason and device.type in ("cpu", "cuda"):
             _log.warning("attention runs as plain torch operations on %s: %s", device, reason)

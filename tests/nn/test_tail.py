@@ -231,6 +231,19 @@ def test_a_gpu_too_old_for_one_of_the_kernels_is_told_before_any_is_tried(monkey
     assert told == "the kernels need compute capability 7.0, and this GPU has 6.1"
 
 
+def test_kernels_are_not_loaded_while_a_graph_is_captured(monkeypatch):  # T35
+    gpu, tried = torch.device("cuda", 0), []
+    monkeypatch.setattr(switch, "_known", {})
+    monkeypatch.setattr(switch, "_missing", lambda device: tried.append(device) or "")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert "run it once before" in switch._device_obstacle(gpu)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert switch._device_obstacle(gpu) == ""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert switch._device_obstacle(gpu) == ""
+    assert tried == [gpu]
+
+
 @pytest.mark.parametrize("operators", [{}, {"OPERATORS": switch.cpu.OPERATORS + 1}])
 def test_kernels_of_another_version_are_not_used(monkeypatch, operators):  # T35
     other = SimpleNamespace(library=lambda: "kernels.so", **operators)
