@@ -129,8 +129,9 @@ def _spread(
     """The spatial step."""
     tile, side, sums = a.plan.spread, kernel.shape[-1], found.sums
     assert sums is not None
-    if len(sums) > MANY:
-        sums = a.empty(1, 2, dtype=torch.float64)
+    most = len(sums) // a.N * power(a.N)  # of a batch with the same plan, so that none compiles anew
+    if most > MANY:
+        sums, most = a.empty(1, 2, dtype=torch.float64), 1
         a.kernels.launch(backward.totals, 1, found.sums, sums, len(found.sums), BR=1024)  # pyright: ignore
     found.d = a.empty(a.N, 2, a.L)
     found.parts_of_dw = a.empty(tile.programs, 2 * side * side)
@@ -139,7 +140,7 @@ def _spread(
         backward.spatial_gradient, tile.programs * blocks(2 * side * side, BT), found.du, s, spatial.gamma,
         spatial.mean, spatial.var, sums, found.q, kernel, found.d, found.parts_of_dw, *found.ds,
         a.N, a.C, a.L, a.W, len(sums), tile.steps, S_EPS=eps, S_BATCH=batch, KS=side, ACC=a.constants["ACC"],
-        BQ=a.plan.conv, BP=tile.pixels, BT=BT, BR=min(1024, power(len(sums))), num_warps=tile.warps,
+        BQ=a.plan.conv, BP=tile.pixels, BT=BT, BR=min(1024, power(most)), num_warps=tile.warps,
     )  # fmt: skip
 
 

@@ -63,6 +63,14 @@ def test_an_unaligned_map_is_not_taken_for_an_aligned_one():
     assert "X" not in unaligned.divisible
 
 
+@pytest.mark.parametrize("full", [128, 8])
+def test_a_shorter_last_batch_compiles_nothing_anew(full):
+    for C, side in ((256, 56), (512, 28), (2048, 7)):
+        known = set(aot.launches((full, C, side, side), torch.bfloat16, True, TRAINING))
+        for N in range(full // 2 + 1, full):
+            assert known >= set(aot.launches((N, C, side, side), torch.bfloat16, True, TRAINING)), N
+
+
 @pytest.mark.parametrize(
     ("kernel", "ptx", "resources", "fault"),
     [
