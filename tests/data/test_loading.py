@@ -87,7 +87,7 @@ def kill_once(flag, wanted):
 
 
 @pytest.mark.parametrize("train", [True, False])
-@pytest.mark.parametrize("place", [0, 5, 11])
+@pytest.mark.parametrize("place", [5, 11])
 def test_a_worker_that_is_killed_is_replaced_once_and_no_picture_comes_twice(tmp_path, caplog, train, place):
     """R4"""
     calm = indices(loader(Numbered(12), 2, train=train, seed=1))
