@@ -157,11 +157,11 @@ def samples(
         except DataError as error:
             unreadable.append(str(error))
             continue
+        view = viewer.view(item["image"])
         for k in labels:
             if (area := _area_in_view(viewer, item, k)) is None:
                 hidden += 1
                 continue
-            view = viewer.view(item["image"])
             found.append(Sample(index, Path(path).name, view, area, classes[k - 1]))
     if hidden:
         notes.append(f"{counted(hidden, 'object')} of which less than half is in view")
