@@ -1,6 +1,6 @@
 """What attention adds to a training step of a detector: `python -m benchmarks.detection [--device cuda]`.
 
-Plain and with attention take steps in turns on the same pictures (generated, with boxes drawn at random), so
+Plain and with attention take steps in turns on the same images (generated, with boxes drawn at random), so
 that whatever else the machine does falls on both alike; the number is the median of the ratios, and on a CPU
 the time is the processor's. The line goes to benchmarks/results/, from where the docs have it.
 """
@@ -38,7 +38,7 @@ def batch(count: int, size: int) -> tuple[list[Tensor], list[dict[str, Tensor]]]
 
 
 def stepper(name: str, options: argparse.Namespace, pictures: list[Tensor], targets: list[dict]) -> Step:
-    """One step of SGD on these pictures with a detector of that name."""
+    """One step of SGD on these images with a detector of that name."""
     torch.manual_seed(0)
     own = None if name.startswith(("ssd300", "stairnet300")) else options.size
     regions = options.regions if name.startswith("fasterrcnn") else None

@@ -2,7 +2,7 @@
 
     python -m benchmarks.detection_loop BCCD --size 128 --regions 64 --limit 96 --epochs 3 --batch-size 4
 
-The settings mean what they mean to `cbam study coco`; the pictures are the same, and nothing else is shared:
+The settings mean what they mean to `cbam study coco`; the images are the same, and nothing else is shared:
 network, order, flips and schedule are torchvision's and PyTorch's own. A line per seed goes to
 benchmarks/results/detection-loop.jsonl, from where docs/detection.md has it.
 """

@@ -1,8 +1,8 @@
 """How long the ImageNet tables take on machines like this one: `python -m benchmarks.imagenet_hours`.
 
-Training steps and inferences of every row are timed in turns on pictures of noise, in the precision of the
-study, and the hours of a run follow from ImageNet's number of pictures. A row per network and device goes to
-benchmarks/results/imagenet-<device>-torch<version>.json, which docs/evidence.md reads. Reading pictures is
+Training steps and inferences of every row are timed in turns on images of noise, in the precision of the
+study, and the hours of a run follow from ImageNet's number of images. A row per network and device goes to
+benchmarks/results/imagenet-<device>-torch<version>.json, which docs/evidence.md reads. Reading images is
 not in it: they must come as fast as the last column says, on every device.
 """
 
@@ -105,7 +105,7 @@ def lines(told: dict[str, Any], *, seeds: int, devices: int) -> list[str]:
     found += [
         "",
         f"All {len(rows)} rows with {seeds} seeds: {whole:,.0f} hours of one {name}, "
-        f"{whole / devices:,.0f} hours of {devices}, a run on each. Pictures must come at up to "
+        f"{whole / devices:,.0f} hours of {devices}, a run on each. Images must come at up to "
         f"{fastest:,.0f} a second for every device. Precision: {told['precision']}.",
     ]
     return found

@@ -3,11 +3,11 @@
     python -m benchmarks.loader PICTURES [--rounds 7] [--count 256] [--short 0]
 
 PICTURES is an image folder. Ours decodes, crops and flips in 8 bits and normalises the batch on the device;
-the usual pipeline crops in PIL, converts to float and normalises picture by picture. Both load, in one thread
-and one process, the same pictures into batches of 64, in turn within each round; ours is timed to the end of
+the usual pipeline crops in PIL, converts to float and normalises image by image. Both load, in one thread
+and one process, the same images into batches of 64, in turn within each round; ours is timed to the end of
 the 8-bit batch, which is what a worker does, and to the normalised float batch on the CPU. The gate: on
 validation, without a random crop, both give the same numbers but for rounding. `--short N` first enlarges the
-pictures to a short side of N, as JPEG, for sizes like ImageNet's. One row per case goes to
+images to a short side of N, as JPEG, for sizes like ImageNet's. One row per case goes to
 benchmarks/results/loader-<device>-torch<version>.csv.
 """
 
@@ -33,7 +33,7 @@ BATCH = 64
 
 
 def usual(train: bool, size: int) -> Callable[[str], Tensor]:
-    """torchvision's reference transforms on a PIL picture: path -> float (3, size, size)."""
+    """torchvision's reference transforms on a PIL image: path -> float (3, size, size)."""
     from PIL import Image
     from torchvision import transforms as tv
 
@@ -70,7 +70,7 @@ def seconds(run: Callable[[], None]) -> float:
 
 
 def enlarged(source: Path, to: Path, short: int, count: int) -> Path:
-    """About `count` pictures of each split, with a short side of `short`, as JPEG of quality 90."""
+    """About `count` images of each split, with a short side of `short`, as JPEG of quality 90."""
     from PIL import Image
 
     for split in image_folder(source, size=64):

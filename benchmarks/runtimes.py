@@ -7,7 +7,7 @@
 Every network is exported by `cbam.export`, which is the gate: a file that computes something else is never
 written. With --files it stays in that folder, and one that is there is not exported again. Plain, SE and
 CBAM are then timed in turn, one after the other in every round, every other round backwards; the ratio is
-that of a round's two times. In float32, on the CPU, pictures of 224 px. PyTorch itself, with the kernels that
+that of a round's two times. In float32, on the CPU, images of 224 px. PyTorch itself, with the kernels that
 are there, is timed in the same way. A row per runtime, network and attention goes to
 benchmarks/results/runtimes-<device>-torch<version>.csv; one of the same runtime, network, attention, batch
 and number of threads is replaced.

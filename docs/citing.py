@@ -41,7 +41,7 @@ def parts(table: Table) -> list[str]:
     shared = table.shared
     size = shared["size"] or table.about["size"]
     return [
-        f"{table.about['train']} pictures" + (f" of {size} px" if size else ""),
+        f"{table.about['train']} images" + (f" of {size} px" if size else ""),
         f"{shared['epochs']} epochs",
         f"batch {shared['batch_size']}",
         shared["precision"],
@@ -86,7 +86,7 @@ def _briefly(tables: list[Table]) -> str:
         sentence for table in tables for sentence in by_word(table.first.title, _differences([table], labels))
     ]
     what = "detectors" if "AP" in first.first.title else "networks"
-    where = f"For {what} trained on only {first.about['train']} pictures of {first.shared['data']}"
+    where = f"For {what} trained on only {first.about['train']} images of {first.shared['data']}"
     return f"{as_markdown(_shown(where, told))} {_links(tables)}"
 
 

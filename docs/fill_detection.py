@@ -23,7 +23,7 @@ NETWORK = "fasterrcnn:resnet18"
 
 
 def shapes(seed: int) -> tuple[Tensor, dict[str, Tensor]]:
-    """A picture, uint8 (3, SIDE, SIDE), of two to four shapes on noise, and their boxes and labels."""
+    """An image, uint8 (3, SIDE, SIDE), of two to four shapes on noise, and their boxes and labels."""
     random = np.random.default_rng(seed)
     y, x = np.mgrid[:SIDE, :SIDE] + 0.5
     pixels = random.normal(random.uniform(80, 170), 25, (SIDE, SIDE, 3))
@@ -70,7 +70,7 @@ def train(name: str, steps: int, peak: float, weights: dict[str, Tensor] | None 
 
 
 def draw() -> None:
-    """Train, look, and put the picture into the docs."""
+    """Train, look, and put the image into the docs."""
     from PIL import Image
 
     with tempfile.TemporaryDirectory() as folder:

@@ -1,7 +1,7 @@
-"""Put a demo report into README.md, picture and table: `python -m docs.fill_readme demo-report`.
+"""Put a demo report into README.md, image and table: `python -m docs.fill_readme demo-report`.
 
-What stands between the two markers of the README is replaced: the verdicts and the picture, and, folded, the
-table and what was run. The picture is copied to docs/img/demo.png.
+What stands between the two markers of the README is replaced: the verdicts and the image, and, folded, the
+table and what was run. The image is copied to docs/img/demo.png.
 """
 
 import json

@@ -33,7 +33,7 @@ def shared_data() -> Path:
     """The folder with imagenette96.zip and bccd.zip, beside the checkout."""
     folder = Path(__file__).parents[2] / "shared" / "data"
     if not folder.is_dir():
-        pytest.skip("the folder shared/data with real pictures is not beside this checkout")
+        pytest.skip("the folder shared/data with real images is not beside this checkout")
     return folder
 
 

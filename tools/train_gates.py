@@ -7,7 +7,7 @@ class, named by its WordNet id; Imagenette (imagenette96) is what the gates of t
 The loss is the cross-entropy over the classes at hand, which are ten of the thousand, plus the divergence
 from the plain network over all thousand: the first asks for better, the second to leave the others alone.
 
-It writes the gates and a record of what was run and what came out, validation pictures plain against CBAM.
+It writes the gates and a record of what was run and what came out, validation images plain against CBAM.
 With `--minutes` it stops in time (exit code 75), and the same command goes on where it was.
 """
 
@@ -32,7 +32,7 @@ import cbam
 from cbam.data import decode
 from cbam.explain import pair
 
-SIZES = (128, 160, 192)  # of training, in turn by chance; the pictures have 96 pixels
+SIZES = (128, 160, 192)  # of training, in turn by chance; the images have 96 pixels
 KEEP = 0.5  # weight of the divergence from the plain network
 SCORED = (160, pair.SIZE)
 
@@ -169,18 +169,18 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--per-class", type=int, metavar="N", help="the first N training pictures of each class"
+        "--per-class", type=int, metavar="N", help="the first N training images of each class"
     )
-    parser.add_argument("--val-per-class", type=int, metavar="N", help="the same of the validation pictures")
+    parser.add_argument("--val-per-class", type=int, metavar="N", help="the same of the validation images")
     parser.add_argument(
-        "--earlier", type=Path, metavar="FILE", help="other gates, scored on the same pictures beside these"
+        "--earlier", type=Path, metavar="FILE", help="other gates, scored on the same images beside these"
     )
     parser.add_argument("--minutes", type=float, metavar="M", help="stop after this time, to be called again")
     return parser.parse_args()
 
 
 def _pictures(folder: Path, per_class: int | None) -> tuple[list[Tensor], Tensor, Tensor]:
-    """The pictures, uint8 (3, H, W), their ImageNet classes (N,), and the classes that occur (K,)."""
+    """The images, uint8 (3, H, W), their ImageNet classes (N,), and the classes that occur (K,)."""
     index = {name: i for i, name in enumerate(ImageNetInfo("imagenet-1k").label_names())}
     found = [
         (path, index[path.parent.name])
@@ -280,7 +280,7 @@ def _loss(model: nn.Module, teacher: nn.Module, train, chosen: Tensor, generator
 
 
 def _logits(network: nn.Module, val, size: int, name: str, progress: Progress) -> Tensor:
-    """(N, 1000) of the validation pictures at this size, computed once."""
+    """(N, 1000) of the validation images at this size, computed once."""
     pictures, targets, _ = val
     parts: list[Tensor] = progress.state.get(name, [])
     with torch.inference_mode():
@@ -292,7 +292,7 @@ def _logits(network: nn.Module, val, size: int, name: str, progress: Progress) -
 
 
 def compare(base: Tensor, other: Tensor, val, names: tuple[str, str] = ("plain", "cbam")) -> dict:
-    """The second logits against the first, picture by picture."""
+    """The second logits against the first, image by image."""
     _, targets, classes = val
     right = {
         "top1_of_1000": lambda logits: logits.argmax(1) == targets,

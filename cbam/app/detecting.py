@@ -1,4 +1,4 @@
-"""The work of `cbam look --detect`: detectors from files, what they find in pictures, and its figures."""
+"""The work of `cbam look --detect`: detectors from files, what they find in images, and its figures."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ class Asked:
     """What to look at and how.
 
     Attributes:
-        paths: pictures, and folders of them.
+        paths: images, and folders of them.
         out: the folder of the figures.
         box, threshold, method, layer: as in `detect`.
     """
@@ -78,16 +78,16 @@ def detectors(
 
 
 def look_for_objects(eyes: Detectors, asked: Asked, say: Callable[[str], None]) -> Told:
-    """Look at every picture and draw a row each. A picture that cannot be read is told and passed over.
+    """Look at every image and draw a row each. An image that cannot be read is told and passed over.
 
     Raises:
-        DataError: there are no pictures at all, or none can be read.
-        ConfigError: no picture has a box of that number.
+        DataError: there are no images at all, or none can be read.
+        ConfigError: no image has a box of that number.
         OutputError: the figures cannot be written.
     """
     files = picture_files(asked.paths)
     told = Told([], [])
-    waiting: list[tuple[str, list[Detection]]] = []  # figures, until some picture has the box
+    waiting: list[tuple[str, list[Detection]]] = []  # figures, until some image has the box
     most = 0 if asked.box > 1 else 1
     with making(asked.out):
         for number, start in enumerate(range(0, len(files), ROWS), 1):
@@ -97,9 +97,9 @@ def look_for_objects(eyes: Detectors, asked: Asked, say: Callable[[str], None]) 
             if most >= asked.box:
                 _draw(waiting, asked.out, told)
         if not told.looked:
-            raise DataError(f"no picture can be read, of {len(files)} tried")
+            raise DataError(f"no image can be read, of {len(files)} tried")
         if most < asked.box:
-            raise ConfigError(f"--box {asked.box}: no picture has more than {most} boxes of --threshold")
+            raise ConfigError(f"--box {asked.box}: no image has more than {most} boxes of --threshold")
     return told
 
 

@@ -1,6 +1,6 @@
-"""What the page of `cbam serve` shows: one picture explained, as HTML that holds its images in itself.
+"""What the page of `cbam serve` shows: one image explained, as HTML that holds its images in itself.
 
-No file is written: images are data in the page, and pictures stay in memory, the oldest go first.
+No file is written: images are data in the page, and images stay in memory, the oldest go first.
 """
 
 import base64
@@ -28,19 +28,19 @@ from cbam.explain.stages import Channel, channel_gates, over_picture, top_channe
 MAX_BYTES = 10_000_000
 MAX_PIXELS = 25_000_000
 LONGEST = 400  # letters of what is said of an error
-KEPT = 64  # pictures, and what was found in them
+KEPT = 64  # images, and what was found in them
 CHOICES = tuple(name for name in METHODS if name not in SLOW)
 
 _log = logging.getLogger("cbam")
 
 
 class GoneError(InputError):
-    """A picture that is no longer kept."""
+    """An image that is no longer kept."""
 
 
 @dataclass(frozen=True)
 class Shown:
-    """How a picture is shown.
+    """How an image is shown.
 
     Attributes:
         target: class, None for what the first network says.
@@ -73,7 +73,7 @@ def shown_of(target, method, stage, threshold, opacity) -> Shown:
 
 
 class Explainer:
-    """Explains pictures with the networks of a `Viewer`, one at a time; safe to call from many threads."""
+    """Explains images with the networks of a `Viewer`, one at a time; safe to call from many threads."""
 
     def __init__(self, viewer: Viewer) -> None:
         self.viewer = viewer
@@ -83,10 +83,10 @@ class Explainer:
         self._looks: OrderedDict[tuple, Look] = OrderedDict()
 
     def take(self, data: bytes, name: str) -> str:
-        """Keep a picture, given as the bytes of a file; returns the key by which it is asked for.
+        """Keep an image, given as the bytes of a file; returns the key by which it is asked for.
 
         Raises:
-            DataError: too large, not a picture, an animation, or damaged.
+            DataError: too large, not an image, an animation, or damaged.
         """
         if len(data) > MAX_BYTES:
             raise DataError(f"the file has {len(data) / 1e6:.1f} MB; at most {MAX_BYTES // 10**6} are taken")
@@ -94,9 +94,9 @@ class Explainer:
         if header is not None and header.height * header.width > MAX_PIXELS:
             millions = header.height * header.width / 1e6
             most = MAX_PIXELS // 10**6
-            raise DataError(f"the picture has {millions:.0f} megapixels; at most {most} are taken")
+            raise DataError(f"the image has {millions:.0f} megapixels; at most {most} are taken")
         if header is not None and header.animated:
-            raise DataError("the picture is an animation; give a still one")
+            raise DataError("the image is an animation; give a still one")
         try:
             picture = self.viewer.view(decode(data))
         except DataError as error:
@@ -107,7 +107,7 @@ class Explainer:
         return key
 
     def look(self, key: str, shown: Shown) -> Look:
-        """The picture as the networks see it.
+        """The image as the networks see it.
 
         Raises:
             GoneError: it is not kept any more. InputError, ConfigError: `shown` does not fit.
@@ -115,14 +115,14 @@ class Explainer:
         what = (key, shown.target, shown.method)
         with self._store:
             if not isinstance(key, str) or key not in self._pictures:
-                raise GoneError("the picture is no longer here: please give it again")
+                raise GoneError("the image is no longer here: please give it again")
             name, picture = self._pictures[key]
             self._pictures.move_to_end(key)
             found = self._looks.get(what)
         if found is None:
             with self._models:
                 found = look_at_view(self.viewer, picture, name, target=shown.target, method=shown.method)
-            with self._store:  # what gates do on a picture is kept once, and of the stages that are shown
+            with self._store:  # what gates do on an image is kept once, and of the stages that are shown
                 blocks = next((one.blocks for (own, *_), one in self._looks.items() if own == key), None)
                 if blocks is None:
                     blocks = {network: stages(own) for network, own in found.blocks.items()}
@@ -135,7 +135,7 @@ class Explainer:
         return explained(self.look(key, shown), shown)
 
     def figure(self, key: str, shown: Shown) -> bytes:
-        """The paper's figure of the picture, its maps as they are shown, a PNG; gates are not in it."""
+        """The paper's figure of the image, its maps as they are shown, a PNG; gates are not in it."""
         drawn = draw([self.look(key, shown)], opacity=shown.opacity, threshold=shown.threshold)
         return paper.rendered(drawn, "png")
 
@@ -154,11 +154,11 @@ def said(error: BaseException) -> str:
         return text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}\N{HORIZONTAL ELLIPSIS}"
     number = uuid.uuid4().hex[:8]
     _log.error("explanation %s failed", number, exc_info=error)
-    return f"This picture could not be explained (error {number}). The log of the server says more."
+    return f"This image could not be explained (error {number}). The log of the server says more."
 
 
 def explained(seen: Look, shown: Shown) -> str:
-    """A picture, its maps, and the gates of one stage, as HTML."""
+    """An image, its maps, and the gates of one stage, as HTML."""
     parts = [f'<div class="cbam-row">{_figure(_png(seen.image), "input", html.escape(seen.target))}']
     parts += [_heat(seen, glance, shown) for glance in seen.glances]
     parts.append("</div>")

@@ -1,4 +1,4 @@
-"""The work of `cbam look --gates`: what the gates of every network do over a set of pictures."""
+"""The work of `cbam look --gates`: what the gates of every network do over a set of images."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,14 +22,14 @@ _BATCH = 32
 def gates(viewer: Viewer, data: str, out: Path, watch: Watch, *, limit: int | None = None) -> list[Path]:
     """Sum up the gates of every network that has any, as a table and a figure in `out`; their paths.
 
-    A picture that cannot be read is told, left out and counted.
+    An image that cannot be read is told, left out and counted.
 
     Args:
-        data: a folder of pictures, or of one folder per class; or "digits".
-        limit: take so many pictures, evenly spaced.
+        data: a folder of images, or of one folder per class; or "digits".
+        limit: take so many images, evenly spaced.
 
     Raises:
-        DataError: fewer than two pictures that can be read, or some beside folders of others. ConfigError: no
+        DataError: fewer than two images that can be read, or some beside folders of others. ConfigError: no
             network has attention. OutputError: `out` cannot be written.
     """
     pictures = _Pictures(viewer, data, out, limit, watch)
@@ -67,17 +67,17 @@ def _attended(viewer: Viewer, pictures: "_Pictures") -> dict[str, nn.Module]:
 _NOTES = (
     "- Change: the norm of what the attention adds to its map, as a share of the map's norm.",
     f"- Saturated: the share of gates in the first or last {100 * SATURATED:.0f} % of their range.",
-    "- Fixed, class, picture: shares of the gates' variance that are the same in every picture, that the "
-    "class of the picture explains (both corrected for chance), and that single pictures add.",
+    "- Fixed, class, image: shares of the gates' variance that are the same in every image, that the "
+    "class of the image explains (both corrected for chance), and that single images add.",
     f"- In short, in this order: next to nothing, a change below {100 * IDLE:.0f} %; saturated, more than "
-    f"{100 * MOSTLY:.0f} % of the channel gates; the same channels for every picture, more than "
-    f"{100 * FIXED:.0f} % of their variance fixed; else what explains more of it, the class or the picture. "
+    f"{100 * MOSTLY:.0f} % of the channel gates; the same channels for every image, more than "
+    f"{100 * FIXED:.0f} % of their variance fixed; else what explains more of it, the class or the image. "
     "Without channel gates the spatial ones are taken.",
 )
 
 
 class _Pictures:
-    """The pictures of a folder as the networks see them; those that cannot be read are told once."""
+    """The images of a folder as the networks see them; those that cannot be read are told once."""
 
     def __init__(self, viewer: Viewer, data: str, out: Path, limit: int | None, watch: Watch) -> None:
         self._viewer, self._data, self._watch = viewer, data, watch
@@ -85,24 +85,24 @@ class _Pictures:
         self._unreadable: set[int] = set()
         watch.say(self.told())
         if len(self._found) < 2:
-            raise DataError(f"{data}: one picture cannot show what gates follow; two or more are needed")
+            raise DataError(f"{data}: one image cannot show what gates follow; two or more are needed")
 
     def told(self) -> str:
         """How many there are, of how many classes."""
         labels = [label for i, (_, label) in enumerate(self._found) if i not in self._unreadable]
         of = "" if labels[0] is None else f" of {len(set(labels))} classes"
-        return f"{counted(len(labels), 'picture')}{of}"
+        return f"{counted(len(labels), 'image')}{of}"
 
     def left_out(self) -> list[str]:
         """Lines on those that cannot be read."""
         count = len(self._unreadable)
-        return [f"{counted(count, 'picture')} that cannot be read"] if count else []
+        return [f"{counted(count, 'image')} that cannot be read"] if count else []
 
     def first(self) -> Tensor:
         """The first that can be read."""
         images = (self._load(i) for i in range(len(self._found)))
         if (image := next((image for image in images if image is not None), None)) is None:
-            raise DataError(f"{self._data}: no picture can be read, of {len(self._found)} tried")
+            raise DataError(f"{self._data}: no image can be read, of {len(self._found)} tried")
         return image
 
     def batches(self, share: float) -> Iterator[tuple[Tensor, Tensor | None]]:
@@ -118,7 +118,7 @@ class _Pictures:
             read += len(group)
             self._watch.advance(len(numbers) / total * share)
         if read < 2:
-            raise DataError(f"{self._data}: of {total} pictures {read} can be read; two or more are needed")
+            raise DataError(f"{self._data}: of {total} images {read} can be read; two or more are needed")
 
     def _load(self, index: int) -> Tensor | None:
         if index in self._unreadable:
@@ -139,7 +139,7 @@ def _found(viewer: Viewer, data: str, out: Path, limit: int | None) -> list[tupl
         return [(val[i]["image"], val.targets[i]) for i in spaced(range(len(val)), limit)]
     folder = Path(data)
     if folder.is_file():
-        raise DataError(f"{folder} is a file: --gates takes a folder of pictures")
+        raise DataError(f"{folder} is a file: --gates takes a folder of images")
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder")
     loose = list(found_in([folder]))
@@ -149,11 +149,11 @@ def _found(viewer: Viewer, data: str, out: Path, limit: int | None) -> list[tupl
     classes = {path.name: own for path in inside if (own := list(found_in([path])))}
     if loose and classes:
         raise DataError(
-            f"{folder}: pictures beside folders of pictures ({', '.join(list(classes)[:LISTED])}); name a "
+            f"{folder}: images beside folders of images ({', '.join(list(classes)[:LISTED])}); name a "
             "folder that holds the one or the other"
         )
     found: list[tuple[Path | Tensor, int | None]] = [(path, None) for path in loose]
     found += [(path, k) for k, own in enumerate(classes.values()) for path in own]
     if not found:
-        raise DataError(f"{folder}: no pictures in it, nor in folders of classes in it")
+        raise DataError(f"{folder}: no images in it, nor in folders of classes in it")
     return spaced(found, limit)

@@ -11,7 +11,7 @@ import re
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, NoReturn
 
-MAX_BODY = 10_000_000 + 100_000  # a picture and what surrounds it in a form
+MAX_BODY = 10_000_000 + 100_000  # an image and what surrounds it in a form
 _MAX_JSON = 1_000_000
 PATIENCE = 30.0  # seconds in which the whole of a request must have arrived
 _FETCH = re.compile(rb'"path"\s*:\s*"\s*[A-Za-z][A-Za-z0-9+.-]*:')  # a scheme where a file of ours belongs

@@ -1,4 +1,4 @@
-"""The work of `cbam look`: pictures from files and folders, looked at, and drawn into a folder."""
+"""The work of `cbam look`: images from files and folders, looked at, and drawn into a folder."""
 
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -15,8 +15,8 @@ from cbam.explain.maps import METHODS, SLOW
 from cbam.explain.sheet import look_figure
 from cbam.explain.stages import stages_figure
 
-ROWS = 6  # more pictures than that become contact sheets
-SHEET = 16  # pictures on one, in two blocks
+ROWS = 6  # more images than that become contact sheets
+SHEET = 16  # images on one, in two blocks
 FIGURES = r"(look|sheet-\d+|stages-.+)\.(png|svg)"
 LISTED = 6  # files that a line names
 
@@ -26,7 +26,7 @@ class Wanted:
     """What to look at and how.
 
     Attributes:
-        paths: pictures, and folders of them.
+        paths: images, and folders of them.
         out: the folder of the figures.
         target: a class by name or number, None for what the first network predicts.
         method, layer: as in `gradcam`.
@@ -41,7 +41,7 @@ class Wanted:
 
 @dataclass
 class Told:
-    """What came out: the figures, and the lines about pictures that could not be read."""
+    """What came out: the figures, and the lines about images that could not be read."""
 
     figures: list[Path]
     unreadable: list[str]
@@ -49,12 +49,12 @@ class Told:
 
 
 def look_at(viewer: Viewer, wanted: Wanted, say: Callable[[str], None]) -> Told:
-    """Look at every picture and draw: a row each, and its stages; or contact sheets where there are many.
+    """Look at every image and draw: a row each, and its stages; or contact sheets where there are many.
 
-    A picture that cannot be read is told and passed over.
+    An image that cannot be read is told and passed over.
 
     Raises:
-        DataError: there are no pictures at all, or none can be read.
+        DataError: there are no images at all, or none can be read.
         OutputError: the figures cannot be written.
     """
     target = None if wanted.target is None else class_index(viewer.classes, wanted.target)
@@ -73,7 +73,7 @@ def look_at(viewer: Viewer, wanted: Wanted, say: Callable[[str], None]) -> Told:
             if not many:
                 _draw_stages(looks, wanted.out, told)
         if not told.looked:
-            raise DataError(f"no picture can be read, of {len(files)} tried")
+            raise DataError(f"no image can be read, of {len(files)} tried")
     return told
 
 
@@ -125,7 +125,7 @@ def file_stem(text: str, taken: set[str]) -> str:
 
 
 def picture_files(paths: Sequence[Path]) -> list[Path]:
-    """The pictures named, and in folders those with the ending of one, in order of their names.
+    """The images named, and in folders those with the ending of one, in order of their names.
 
     Raises:
         DataError: there are none.
@@ -133,12 +133,12 @@ def picture_files(paths: Sequence[Path]) -> list[Path]:
     files = list(found_in(paths))
     if not files:
         where = ", ".join(shown(path) for path in paths)
-        raise DataError(f"no pictures in {where}: expected {', '.join(EXTENSIONS)}{_inside(paths)}")
+        raise DataError(f"no images in {where}: expected {', '.join(EXTENSIONS)}{_inside(paths)}")
     return files
 
 
 def _inside(paths: Sequence[Path]) -> str:
-    """Where pictures are that were perhaps meant."""
+    """Where images are that were perhaps meant."""
     for path in paths:
         for folder in sorted(path.iterdir()):
             with suppress(DataError):  # what cannot be read is not what was meant
@@ -148,7 +148,7 @@ def _inside(paths: Sequence[Path]) -> str:
 
 
 def found_in(paths: Sequence[Path]) -> Iterator[Path]:
-    """The files among the paths, and the pictures right in the folders among them.
+    """The files among the paths, and the images right in the folders among them.
 
     Raises:
         DataError: a folder cannot be read.

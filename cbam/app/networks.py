@@ -41,7 +41,7 @@ def viewer(
             another NAME is `model` with that attention.
         classes: a file with a class name per line; by default those of the checkpoint, or ImageNet's.
         size: side of what the networks see; by default that of the checkpoint, or 224.
-        digits: the pictures are the cluttered digits, and so are classes, size and normalisation by default.
+        digits: the images are the cluttered digits, and so are classes, size and normalisation by default.
         mean, std: that weights files were trained with, per channel; by default ImageNet's.
 
     Raises:
@@ -67,7 +67,7 @@ def viewer(
     if len({label for label, _ in parts}) < len(parts):
         raise ConfigError("--compare: each network needs a name of its own")
     if any(about != loaded[0][2] for *_, about in loaded):
-        raise ConfigError("--compare: the networks were trained on different classes or sizes of pictures")
+        raise ConfigError("--compare: the networks were trained on different classes or sizes of images")
     networks = {label: net for (label, _), (_, net, _) in zip(parts, loaded, strict=True)}
     about = [f"{label}: {told}" for (label, _), (told, *_) in zip(parts, loaded, strict=True)]
     return Viewer(networks, about=about, mode="bilinear", **loaded[0][2])
@@ -92,7 +92,7 @@ def _load(
     mean: Sequence[float] | None,
     std: Sequence[float] | None,
 ) -> tuple[str, nn.Module, dict[str, Any]]:
-    """What it is in words, the network, and how pictures come to it: the fields of a `Viewer`."""
+    """What it is in words, the network, and how images come to it: the fields of a `Viewer`."""
     if not file.exists():
         raise CheckpointNotFoundError(f"{file}: no such file")
     if file.is_dir() or checkpoint.is_ours(file):

@@ -141,7 +141,7 @@ def duration(text: str) -> float:
 
 
 def add_normalisation(parser: Parser) -> None:
-    """How pictures come to weights that do not say it."""
+    """How images come to weights that do not say it."""
     for flag, kind, words in (("--mean", share, "mean"), ("--std", deviation, "standard deviation")):
         parser.add_argument(
             flag, nargs=3, type=kind, metavar=("R", "G", "B"),

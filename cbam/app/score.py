@@ -1,7 +1,7 @@
 """The work of `cbam look --score`: how well the maps of networks find objects whose boxes are known.
 
-Every measure is a value per picture, so networks are compared picture by picture. Beside them stand two maps
-that every honest score must beat: a bell in the middle of the picture, and the map of the network untrained.
+Every measure is a value per image, so networks are compared image by image. Beside them stand two maps
+that every honest score must beat: a bell in the middle of the image, and the map of the network untrained.
 """
 
 import json
@@ -40,7 +40,7 @@ from cbam.train.versions import versions
 from cbam.train.watch import Watch
 
 DIGITS = "digits"  # in place of a file: the validation digits, which know their boxes
-VISIBLE = 0.5  # a picture counts if at least this share of its boxes is in view
+VISIBLE = 0.5  # an image counts if at least this share of its boxes is in view
 CENTRE, UNTRAINED = "centre prior", "untrained"
 MEASURES = {  # key -> words, unit factor, whether lower is better
     "pointing": ("pointing game, %", 100, False),
@@ -49,14 +49,14 @@ MEASURES = {  # key -> words, unit factor, whether lower is better
     "deletion": ("deletion area", 1, True),
     "insertion": ("insertion area", 1, False),
 }
-_Measured = dict[str, dict[str, list[float]]]  # map -> measure -> a value per picture
+_Measured = dict[str, dict[str, list[float]]]  # map -> measure -> a value per image
 
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """A picture as the networks see it, uint8 (3, H, W), and where its object is, (H, W) in [0, 1].
+    """An image as the networks see it, uint8 (3, H, W), and where its object is, (H, W) in [0, 1].
 
-    A picture with objects of several labels, by its number, is as many samples.
+    An image with objects of several labels, by its number, is as many samples.
     """
 
     picture: int
@@ -76,24 +76,24 @@ def score(
     limit: int | None = None,
     label: str | None = None,
 ) -> dict[str, Any]:
-    """Score the maps of every network of `viewer` on the pictures of `data`; everything that came out.
+    """Score the maps of every network of `viewer` on the images of `data`; everything that came out.
 
     The class of a map is that of the label where the networks know it, else what the first network says. A
-    picture with objects of several labels has a map for each, and their mean as its value.
+    image with objects of several labels has a map for each, and their mean as its value.
 
     Args:
         data: a file or folder for `cbam.data.annotated`, or "digits".
         method, layer: as in `gradcam`; of the untrained network too.
-        limit: take so many pictures, evenly spaced.
+        limit: take so many images, evenly spaced.
         label: take the boxes of this label alone.
 
     Raises:
-        DataError: no pictures, or none with its object in view.
+        DataError: no images, or none with its object in view.
         ConfigError: a label that several classes have as their name.
     """
     found, notes = samples(viewer, data, limit, label)
     names = {sample.picture: sample.name for sample in found}
-    watch.say("; left out: ".join([f"{counted(len(names), 'picture')} with boxes", *notes]))
+    watch.say("; left out: ".join([f"{counted(len(names), 'image')} with boxes", *notes]))
     named, first = next(iter(viewer.networks.items()))
     calm = untrained(first, viewer.normalised(torch.stack([one.image for one in found[:16]])))
     values, labelled = _Values(), 0
@@ -138,7 +138,7 @@ def _maps(
 def samples(
     viewer: Viewer, data: str, limit: int | None, label: str | None
 ) -> tuple[list[Sample], list[str]]:
-    """The pictures of a set whose object is in view, and lines on what was left out."""
+    """The images of a set whose object is in view, and lines on what was left out."""
     if data == DIGITS:
         return _digits(viewer, limit), []
     images = annotated(data)
@@ -167,14 +167,14 @@ def samples(
         notes.append(f"{counted(hidden, 'object')} of which less than half is in view")
     if unreadable:
         of_them = ", the first" if len(unreadable) > 1 else ""
-        notes.append(f"{counted(len(unreadable), 'picture')} that cannot be read{of_them}: {unreadable[0]}")
+        notes.append(f"{counted(len(unreadable), 'image')} that cannot be read{of_them}: {unreadable[0]}")
     if not found:
-        raise DataError("; left out: ".join([f"{data}: no picture with its object in view", *notes]))
+        raise DataError("; left out: ".join([f"{data}: no image with its object in view", *notes]))
     return found, notes
 
 
 def _area_in_view(viewer: Viewer, item: dict[str, Any], label: int) -> Tensor | None:
-    """Where the objects of a label are, as the networks see the picture; None where most of it is cut off."""
+    """Where the objects of a label are, as the networks see the image; None where most of it is cut off."""
     own = item["boxes"][(item["labels"] == label) & ~item["crowd"]]
     boxes = viewer.boxes_in_view(own.tolist(), *item["image"].shape[1:])
     whole = sum((x1 - x0) * (y1 - y0) for x0, y0, x1, y1 in boxes)
@@ -193,7 +193,7 @@ def _digits(viewer: Viewer, limit: int | None) -> list[Sample]:
 
 
 def digits_for(viewer: Viewer):
-    """The validation digits, where the networks see pictures as large as theirs.
+    """The validation digits, where the networks see images as large as theirs.
 
     Raises:
         ConfigError: they do not.
@@ -220,13 +220,13 @@ def markdown(results: dict[str, Any]) -> str:
     names = list(results["scores"])
     lines = [f"# Do the maps find the object? {results['what']}", ""]
     lines += [f"- {line}" for line in results["networks"]]
-    share, pictures = 100 * results["object_share"], counted(results["pictures"], "picture")
+    share, pictures = 100 * results["object_share"], counted(results["pictures"], "image")
     lines += [f"- {pictures}; the object takes {share:.1f} % of them on average"]
     lines += [f"- left out: {note}" for note in results["left_out"]]
-    maps = results.get("maps", results["pictures"])  # a record of before had one of each picture
-    noun = "picture" if maps == results["pictures"] else "map"
+    maps = results.get("maps", results["pictures"])  # a record of before had one of each image
+    noun = "image" if maps == results["pictures"] else "map"
     if noun == "map":
-        lines += [f"- a map for every label in a picture, {maps} in all; a picture has the mean of its maps"]
+        lines += [f"- a map for every label in an image, {maps} in all; an image has the mean of its maps"]
     of_class = [(which, counted(n, noun)) for which, n in results["class"].items() if n]
     lines += [f"- the map is for the class {which}: {many}" for which, many in of_class]
     lines += ["", f"|  | {' | '.join(names)} |", f"|---|{'---|' * len(names)}"]
@@ -234,7 +234,7 @@ def markdown(results: dict[str, Any]) -> str:
         cells = [f"{factor * results['scores'][name][key]:.{1 if factor == 100 else 3}f}" for name in names]
         lines.append(f"| {words} | {' | '.join(cells)} |")
     for pair, found in results["differences"].items():
-        lines += ["", f"**{pair}**, paired picture by picture:", ""]
+        lines += ["", f"**{pair}**, paired image by image:", ""]
         lines += [f"- {_told(key, found[key])}" for key in MEASURES]
     lines += ["", *_NOTES, ""]
     return "\n".join(lines)
@@ -243,13 +243,13 @@ def markdown(results: dict[str, Any]) -> str:
 _NOTES = (
     "- Pointing game: whether the map's maximum is on the object. Energy: the share of the map's sum on it.",
     "- IoU: of the object and the part of the map above a threshold, a share of the map's maximum. Each map "
-    "has one threshold for all pictures: the one that is best on these pictures.",
+    "has one threshold for all images: the one that is best on these images.",
     "- Deletion (lower is better) and insertion (higher is better): the area under the probability of the "
     f"class while pixels are removed, or added, in descending order of the map, in {STEPS} steps. Each "
     "network judges its own map; the first one also judges the centre prior and the untrained network.",
-    "- Centre prior: a Gaussian in the middle, the same for every picture. Untrained: the first network with "
+    "- Centre prior: a Gaussian in the middle, the same for every image. Untrained: the first network with "
     "random weights.",
-    "- Intervals: Student's t, 95 %, over the differences per picture; better and worse mean that it "
+    "- Intervals: Student's t, 95 %, over the differences per image; better and worse mean that it "
     "excludes zero. They say nothing about other trainings of the same networks.",
 )
 
@@ -277,7 +277,7 @@ def _differences(viewer: Viewer, values: _Measured) -> dict[str, Any]:
 
 
 class _Values:
-    """What is measured of every map, picture by picture."""
+    """What is measured of every map, image by image."""
 
     def __init__(self) -> None:
         self._of: _Measured = {}
@@ -286,7 +286,7 @@ class _Values:
     def add(
         self, name: str, heat: Tensor, area: Tensor, judge: nn.Module, image: Tensor, target: int
     ) -> None:
-        """Measure one map, (H, W), of a picture with its object at `area`; `judge` sees what is deleted."""
+        """Measure one map, (H, W), of an image with its object at `area`; `judge` sees what is deleted."""
         deletion, insertion = deletion_insertion(judge, image, heat, target)
         found = {
             "pointing": pointing(heat[None], area[None]), "energy": energy(heat[None], area[None]),
@@ -299,7 +299,7 @@ class _Values:
     def at_the_best_thresholds(self, pictures: list[int]) -> tuple[dict[str, float], _Measured]:
         """The threshold of each map whose mean IoU is the highest; and all measures, with the IoU at it.
 
-        `pictures` has the picture of each map that was added; the measures are of pictures.
+        `pictures` has the image of each map that was added; the measures are of images.
         """
         thresholds, measured = {}, {}
         for name, rows in self._overlaps.items():
@@ -313,7 +313,7 @@ class _Values:
 
 
 def _of_pictures(values: Tensor, pictures: list[int]) -> Tensor:
-    """The mean over the maps of each picture, which come in a row: (maps, ...) -> (pictures, ...)."""
+    """The mean over the maps of each image, which come in a row: (maps, ...) -> (images, ...)."""
     _, counts = torch.tensor(pictures).unique_consecutive(return_counts=True)
     return torch.stack([own.mean(0) for own in values.split(counts.tolist())])
 

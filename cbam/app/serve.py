@@ -1,4 +1,4 @@
-"""The web page of `cbam serve`, on Gradio: a picture, what networks look at in it, and what gates do."""
+"""The web page of `cbam serve`, on Gradio: an image, what networks look at in it, and what gates do."""
 
 import base64
 import html
@@ -48,8 +48,8 @@ _CSS = """
 """
 _DOWNLOAD = """(data) => { if (data) { const a = document.createElement('a'); a.href = data;
   a.download = 'look.png'; document.body.append(a); a.click(); a.remove(); } return data; }"""
-_EMPTY = "<p>Drop a picture, or take an example.</p>"
-_NOTHING = "", None, _EMPTY  # key, class and page where no picture is shown
+_EMPTY = "<p>Drop an image, or take an example.</p>"
+_NOTHING = "", None, _EMPTY  # key, class and page where no image is shown
 
 
 def serve(
@@ -155,7 +155,7 @@ def page(explainer: Explainer):
         }
         handlers = _Handlers(explainer)
         how, taken = [method, stage, threshold, opacity], [key, target, result]
-        # Each way to give a picture takes back what the other one shows.
+        # Each way to give an image takes back what the other one shows.
         file.upload(handlers.upload, [file, *how], [*taken, example], **one)
         file.clear(lambda: (*_NOTHING, None), None, [*taken, example], api_visibility="private")
         example.input(handlers.example, [example, *how], [*taken, file], **one)
@@ -177,7 +177,7 @@ class _Handlers:
     def upload(self, path: str | None, method, stage, threshold, opacity):
         def read() -> tuple[bytes, str]:
             if not path:
-                raise InputError("no picture was given")
+                raise InputError("no image was given")
             file = Path(path)
             try:
                 return file.read_bytes(), file.name
@@ -195,9 +195,9 @@ class _Handlers:
         return self._take(read, method, stage, threshold, opacity)
 
     def _take(self, read: Callable[[], tuple[bytes, str]], method, stage, threshold, opacity):
-        """Key, class and page of a new picture, and nothing for the other way to give one.
+        """Key, class and page of a new image, and nothing for the other way to give one.
 
-        What was shown before is removed even where the new picture cannot be shown: it is another one.
+        What was shown before is removed even where the new image cannot be shown: it is another one.
         """
         try:
             key = self._explainer.take(*read())
@@ -239,7 +239,7 @@ def _lasting(error: Exception):
 
 
 def _examples() -> dict[str, Path]:
-    """Name -> picture, of those that scikit-image brings along."""
+    """Name -> image, of those that scikit-image brings along."""
     try:
         folder = importlib.resources.files("skimage") / "data"
     except ImportError:

@@ -50,9 +50,9 @@ class Source:
     normalised: bool = True
 
     def about(self, size: int) -> dict[str, Any]:
-        """What the file of another runtime, for pictures of `size`, tells by name.
+        """What the file of another runtime, for images of `size`, tells by name.
 
-        What is not known is left out: how pictures are brought to another size than the card's, too.
+        What is not known is left out: how images are brought to another size than the card's, too.
         """
         card = self.card
         told: dict[str, Any] = {"network": self.name, "classes": card.classes}
@@ -131,7 +131,7 @@ def normalised(
     if all(theirs) and theirs != own:
         ways = [f"--mean {_spaced(m)} --std {_spaced(s)}" for m, s in (theirs, own)]
         raise ConfigError(
-            f"weights of {name} do not say how pictures are normalised: give {ways[0]} for timm's own, "
+            f"weights of {name} do not say how images are normalised: give {ways[0]} for timm's own, "
             f"{ways[1]} for those of `cbam train`"
         )
     return card
@@ -140,7 +140,7 @@ def normalised(
 def refuse_normalisation(path: Path, mean: Sequence[float] | None, std: Sequence[float] | None) -> None:
     """Runs and folders of save_pretrained know theirs."""
     if mean is not None or std is not None:
-        raise ConfigError(f"{path} says how pictures are normalised: leave --mean and --std out")
+        raise ConfigError(f"{path} says how images are normalised: leave --mean and --std out")
 
 
 def _spaced(values: Sequence[float]) -> str:
@@ -203,10 +203,10 @@ def _about(state: dict[str, Any], config: Config) -> str:
     done = state["epoch"] + state["seen"]["step"] / state["steps_per_epoch"]
     lines = [
         f"Trained by `cbam train {config.recipe}`, {done:.4g} of {config.epochs} epochs, on "
-        f"{data['training']} pictures; {data['validation']} validated it."
+        f"{data['training']} images; {data['validation']} validated it."
     ]
     if not config.exif:
-        lines.append("Its pictures were taken as they are stored, not turned as their EXIF says.")
+        lines.append("Its images were taken as they are stored, not turned as their EXIF says.")
     if versions := state.get("versions"):
         lines.append(f"Made with {', '.join(f'{name} {version}' for name, version in versions.items())}.")
     return " ".join(lines)

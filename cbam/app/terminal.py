@@ -22,7 +22,7 @@ def show(line: str, stream: TextIO | None = None) -> None:
 
 
 def counted(n: int, noun: str) -> str:
-    """ "1 picture", "2 pictures"."""
+    """ "1 image", "2 images"."""
     return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
 
 
@@ -162,7 +162,7 @@ def progress(*, quiet: bool = False, beside: TextIO | None = None) -> Lines | Ba
 
 
 class Counter:
-    """Tells `watch` of pictures as they pass, now and then: there may be a million."""
+    """Tells `watch` of images as they pass, now and then: there may be a million."""
 
     def __init__(self, watch: Lines | Bar) -> None:
         self._watch, self._count, self._share, self._last = watch, 0, 0.0, time.monotonic()
@@ -173,5 +173,5 @@ class Counter:
         if time.monotonic() < self._last + self._watch.every:
             return
         self._watch.advance(self._share)
-        self._watch.now(f"{counted(self._count, 'picture')} looked at")
+        self._watch.now(f"{counted(self._count, 'image')} looked at")
         self._share, self._last = 0.0, time.monotonic()

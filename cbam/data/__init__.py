@@ -1,4 +1,4 @@
-"""Disk -> batches: pictures as uint8 tensors, image folders, COCO, VOC, cluttered digits, and the loader.
+"""Disk -> batches: images as uint8 tensors, image folders, COCO, VOC, cluttered digits, and the loader.
 
 Everything random is a function of (seed, epoch, index) alone, so neither the number of workers
 nor an interruption changes what a run sees.

@@ -1,7 +1,7 @@
-"""One set of pictures with boxes, in whatever form it lies on the disk: VOC XML, COCO JSON, or a table.
+"""One set of images with boxes, in whatever form it lies on the disk: VOC XML, COCO JSON, or a table.
 
 Beside `voc` and `coco`, which read the data of a training and refuse what is not whole, this takes what there
-is: a picture that is missing is left out and counted.
+is: an image that is missing is left out and counted.
 """
 
 import csv
@@ -22,13 +22,13 @@ COLUMNS = ("file", "x0", "y0", "x1", "y1")
 
 
 def annotated(source: str | os.PathLike) -> BoxedImages:
-    """The pictures of a set and their boxes; `notes` counts what was left out and repaired.
+    """The images of a set and their boxes; `notes` counts what was left out and repaired.
 
     Args:
         source: a folder of VOC (`Annotations/*.xml` beside `JPEGImages/`, or `*.xml` beside their
-            pictures), a COCO .json, or a .csv with the columns file, x0, y0, x1, y1 and perhaps label. Files
+            images), a COCO .json, or a .csv with the columns file, x0, y0, x1, y1 and perhaps label. Files
             of a JSON or CSV are looked for beside it, and in images/ beside it. The boxes of a CSV are in
-            pixels of the picture as it is seen, pixel (i, j) covering [j, j+1] x [i, i+1].
+            pixels of the image as it is seen, pixel (i, j) covering [j, j+1] x [i, i+1].
 
     Raises:
         DataError: it cannot be read, a box is not finite, or nothing is left.
@@ -42,7 +42,7 @@ def annotated(source: str | os.PathLike) -> BoxedImages:
     reader = read(path)
     notes = accept(reader.findings, shown(source))
     if not reader.things:
-        raise DataError(f"{shown(source)}: no picture with a box" + "".join(f"; {note}" for note in notes))
+        raise DataError(f"{shown(source)}: no image with a box" + "".join(f"; {note}" for note in notes))
     return BoxedImages(shown(path.name), reader.classes, reader.pictures, reader.things, notes)
 
 
@@ -82,7 +82,7 @@ class _Table:
             if not is_file(path):
                 self.findings.append(Finding(where, f"{MISSING} ({shown(path)})", MISSING))
                 continue
-            inside, done = tidied(box, 1 << 30, 1 << 30)  # how large the picture is shows when it is read
+            inside, done = tidied(box, 1 << 30, 1 << 30)  # how large the image is shows when it is read
             if done:
                 self.findings.append(Finding(where, done, done))
             if inside is None:

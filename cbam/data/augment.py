@@ -1,4 +1,4 @@
-"""Augmentation of pictures with boxes, by torchvision's transforms.
+"""Augmentation of images with boxes, by torchvision's transforms.
 
     none   nothing
     flip   left and right exchanged, one time in two
@@ -35,7 +35,7 @@ def augment_boxed(sample: dict[str, Any], how: str, random: np.random.Generator)
     try:
         from torchvision import tv_tensors
     except ImportError as error:
-        raise MissingExtraError.of("augmenting pictures", "vision") from error
+        raise MissingExtraError.of("augmenting images", "vision") from error
     size = tuple(sample["image"].shape[-2:])
     boxes = tv_tensors.BoundingBoxes(sample["boxes"], format="XYXY", canvas_size=size)  # pyright: ignore[reportCallIssue]
     with _drawing(random):

@@ -1,4 +1,4 @@
-"""A folder of COCO or Pascal VOC -> a training and a validation set of pictures with boxes."""
+"""A folder of COCO or Pascal VOC -> a training and a validation set of images with boxes."""
 
 import os
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from cbam.errors import DataError
 
 LAYOUTS = (
     "VOC2007 (and VOC2012), JPEGImages with Annotations and ImageSets, annotations/instances_*.json beside "
-    "their folders of pictures, or train/_annotations.coco.json"
+    "their folders of images, or train/_annotations.coco.json"
 )
 
 
@@ -24,10 +24,10 @@ def boxed_folder(path: str | os.PathLike) -> tuple[BoxedImages, BoxedImages]:
 
         VOC2007/, VOC2012/   trainval of both, and the test of VOC2007; one alone is the next
         JPEGImages/, ...     one folder like VOC's: trainval and test, or train and val
-        annotations/         instances_train*.json and instances_val*.json; pictures in train*/ and val*/
-        train/, valid/       pictures and their _annotations.coco.json, as Roboflow exports them
+        annotations/         instances_train*.json and instances_val*.json; images in train*/ and val*/
+        train/, valid/       images and their _annotations.coco.json, as Roboflow exports them
 
-    Training has no boxes of crowds and no picture without a box, as is usual; validation has everything.
+    Training has no boxes of crowds and no image without a box, as is usual; validation has everything.
 
     Raises:
         DataError: no such folder, none of these forms, or faults in it: see `coco` and `voc`.
@@ -41,7 +41,7 @@ def boxed_folder(path: str | os.PathLike) -> tuple[BoxedImages, BoxedImages]:
     train = train.without_crowds().with_objects()
     if not len(train) or not len(val):
         raise DataError(
-            f"{shown(path)}: no {'validation pictures' if len(train) else 'training pictures with a box'}"
+            f"{shown(path)}: no {'validation images' if len(train) else 'training images with a box'}"
         )
     return train, val
 
@@ -121,4 +121,4 @@ def differing(train: Sequence[str], val: Sequence[str]) -> str:
 
 def _none(root: Path) -> tuple[BoxedImages, BoxedImages]:
     there = ", ".join(shown(path.name) for path in sorted(root.iterdir())[:5]) or "nothing"
-    raise DataError(f"{shown(root)}: no pictures with boxes in a known form ({LAYOUTS}); there is {there}")
+    raise DataError(f"{shown(root)}: no images with boxes in a known form ({LAYOUTS}); there is {there}")

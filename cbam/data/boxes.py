@@ -1,10 +1,10 @@
 """Pictures with boxes, and what is wrong with them; the readers of COCO and VOC make both.
 
-Boxes are x0 y0 x1 y1 in pixels, ends exclusive: a box over the whole picture is 0 0 W H. Labels count from 1,
+Boxes are x0 y0 x1 y1 in pixels, ends exclusive: a box over the whole image is 0 0 W H. Labels count from 1,
 for detectors keep 0 for the background.
 
-EXIF turns a picture and its boxes alike. An annotation belongs to the pixels as they are stored, unless the
-size that it states is that of the upright picture alone.
+EXIF turns an image and its boxes alike. An annotation belongs to the pixels as they are stored, unless the
+size that it states is that of the upright image alone.
 """
 
 import copy
@@ -29,8 +29,8 @@ RESOLUTION = 0.01  # pixels: what COCO's files are written to
 SHOWN = 3  # faults that one message tells
 PER_BOX = ("boxes", "labels", "area", "crowd", "difficult")
 
-CLIPPED = "a box reaches outside its picture: clipped"
-OUTSIDE = "a box lies outside its picture: dropped"
+CLIPPED = "a box reaches outside its image: clipped"
+OUTSIDE = "a box lies outside its image: dropped"
 DEGENERATE = "a box has no width or no height: dropped"
 
 
@@ -55,7 +55,7 @@ class Finding:
 
 
 class Picture(NamedTuple):
-    """A picture file; height and width are what its annotation states, 0 for one on the upright picture."""
+    """An image file; height and width are what its annotation states, 0 for one on the upright image."""
 
     id: int
     name: str
@@ -65,7 +65,7 @@ class Picture(NamedTuple):
 
 
 class Thing(NamedTuple):
-    """An annotated object of picture `image` (its index)."""
+    """An annotated object of image `image` (its index)."""
 
     image: int
     box: tuple[float, float, float, float]
@@ -82,12 +82,12 @@ class BoxedImages(Dataset):
         name: of the set, for reports.
         classes: the names; label k is `classes[k - 1]`.
         pictures: in order.
-        things: their objects, in any order; boxes inside their picture, with width and height.
+        things: their objects, in any order; boxes inside their image, with width and height.
         notes: counted oddities, to be shown once.
         rules: by whose rules detections are scored, "voc" or "coco".
     """
 
-    size = None  # each picture has its own
+    size = None  # each image has its own
 
     def __init__(
         self,
@@ -124,11 +124,11 @@ class BoxedImages(Dataset):
             epoch, index); an index alone means epoch 0.
 
         Raises:
-            DataError: the picture cannot be read, or is not of the size that its annotation states.
+            DataError: the image cannot be read, or is not of the size that its annotation states.
         """
         epoch, index = map(operator.index, key if isinstance(key, tuple) else (0, key))
         if epoch < 0 or not 0 <= index < len(self):
-            raise IndexError(f"epoch {epoch}, index {index}: {self.name} has {len(self)} pictures")
+            raise IndexError(f"epoch {epoch}, index {index}: {self.name} has {len(self)} images")
         picture = self.pictures[index]
         own = slice(int(self._starts[index]), int(self._starts[index + 1]))
         image, boxes = _upright(picture, self._boxes[own], f"{shown(picture.path)} (image {picture.id})")
@@ -174,7 +174,7 @@ class BoxedImages(Dataset):
 
     @property
     def all_boxes(self) -> np.ndarray:
-        """Every box as its annotation has it: float64 (N, 4), those of the first picture first."""
+        """Every box as its annotation has it: float64 (N, 4), those of the first image first."""
         return self._boxes
 
     def digest(self) -> str:
@@ -185,7 +185,7 @@ class BoxedImages(Dataset):
         return whole.hexdigest()
 
     def inner_name(self, index: int) -> str:
-        """The file of a picture, wherever the set lies."""
+        """The file of an image, wherever the set lies."""
         return self.pictures[index].name
 
     @property
@@ -194,33 +194,33 @@ class BoxedImages(Dataset):
         return int((~(self._crowd | self._difficult)).sum())
 
     def count(self, index: int) -> int:
-        """How many objects picture `index` has."""
+        """How many objects image `index` has."""
         return int(self._starts[index + 1] - self._starts[index])
 
     def labels(self, index: int) -> list[int]:
-        """The labels in picture `index`, sorted, each once; those of crowds left out."""
+        """The labels in image `index`, sorted, each once; those of crowds left out."""
         own = slice(int(self._starts[index]), int(self._starts[index + 1]))
         return self._labels[own][~self._crowd[own]].unique().tolist()
 
     def with_objects(self) -> "BoxedImages":
-        """The pictures that have an object: the choice of many training recipes, none of an evaluation."""
+        """The images that have an object: the choice of many training recipes, none of an evaluation."""
         return self._chosen([i for i in range(len(self)) if self.count(i)], "without objects left out")
 
     def without_crowds(self) -> "BoxedImages":
-        """The same pictures without the boxes of crowds, which are no single object to learn."""
+        """The same images without the boxes of crowds, which are no single object to learn."""
         things = [self._thing(j, i) for i in range(len(self)) for j in self._range(i) if not self._crowd[j]]
         left_out = len(self._labels) - len(things)
         return self._made(self.pictures, things, f"{left_out} boxes of crowds left out" if left_out else "")
 
     def subset(self, n: int) -> "BoxedImages":
-        """n pictures, or all if there are fewer, evenly spaced; always the same."""
+        """n images, or all if there are fewer, evenly spaced; always the same."""
         n = min(check_int("n", n, 1, MAX_SEED), len(self))
         return self._chosen([i * len(self) // n for i in range(n)], "left out, the others evenly spaced")
 
     def _chosen(self, indices: Sequence[int], why: str) -> "BoxedImages":
         things = [self._thing(j, new) for new, i in enumerate(indices) for j in self._range(i)]
         left_out = len(self) - len(indices)
-        note = f"{left_out} of {len(self)} pictures {why}" if left_out else ""
+        note = f"{left_out} of {len(self)} images {why}" if left_out else ""
         return self._made([self.pictures[i] for i in indices], things, note)
 
     def _made(self, pictures: Sequence[Picture], things: Iterable[Thing], note: str) -> "BoxedImages":
@@ -239,7 +239,7 @@ class BoxedImages(Dataset):
 def tidied(
     box: tuple[float, float, float, float], height: int, width: int
 ) -> tuple[tuple[float, float, float, float] | None, str]:
-    """A finite box brought into its picture, None if nothing is left of it; and what was done, or ""."""
+    """A finite box brought into its image, None if nothing is left of it; and what was done, or ""."""
     x0, y0, x1, y1 = box
     if x1 - x0 < RESOLUTION or y1 - y0 < RESOLUTION:
         return None, DEGENERATE
@@ -251,7 +251,7 @@ def tidied(
 
 
 def turned(boxes: np.ndarray, turn: int, height: int, width: int) -> np.ndarray:
-    """Boxes (N, 4) on a stored picture of height x width -> on the upright one; `turn` as EXIF counts."""
+    """Boxes (N, 4) on a stored image of height x width -> on the upright one; `turn` as EXIF counts."""
     x0, y0, x1, y1 = boxes.T
     if turn in (2, 3, 7, 8):
         x0, x1 = width - x1, width - x0
@@ -280,7 +280,7 @@ def accept(findings: Sequence[Finding], what: str) -> list[str]:
 
 
 def _upright(picture: Picture, boxes: np.ndarray, where: str) -> tuple[Tensor, np.ndarray]:
-    """The picture, uint8 (3, H, W), and its boxes on it."""
+    """The image, uint8 (3, H, W), and its boxes on it."""
     try:
         data = read(picture.path)
     except OSError as error:
@@ -295,7 +295,7 @@ def _upright(picture: Picture, boxes: np.ndarray, where: str) -> tuple[Tensor, n
 
 
 def size_fault(picture: Picture, stored: tuple[int, int], turn: int) -> str:
-    """What is wrong with the size that the annotation of a picture `stored` so states; "" if nothing."""
+    """What is wrong with the size that the annotation of an image `stored` so states; "" if nothing."""
     said = (picture.height, picture.width)
     upright = stored[::-1] if turn >= 5 else stored
     if said in ((0, 0), stored, upright):

@@ -37,13 +37,13 @@ def check(
 
     A folder with `Annotations` and `ImageSets/Main`, or with `VOC2007` or `VOC2012`, is VOC's; every split is
     read. One with parquet files is read as `picture_set` reads it. One with JSON files of COCO's lists, or
-    whose folders hold some, is COCO's. Any other is taken for class folders of pictures.
+    whose folders hold some, is COCO's. Any other is taken for class folders of images.
 
     Args:
-        deep: decode every picture, look for the end marker of every JPEG, and for files in both parts or in
+        deep: decode every image, look for the end marker of every JPEG, and for files in both parts or in
             two classes.
-        workers: processes that look at pictures ahead, for speed alone.
-        passed: is told of every picture that was looked at, and how much of all that is.
+        workers: processes that look at images ahead, for speed alone.
+        passed: is told of every image that was looked at, and how much of all that is.
 
     Raises:
         DataError: no such folder. MissingExtraError: of parquet files, as faults are asked for.
@@ -58,12 +58,12 @@ def check(
         return "pictures in parquet files", _parquet(root, look)
     if files := _coco_files(root):
         return "COCO", _coco(root, files, look)
-    return "class folders of pictures", _classes(root, look)
+    return "class folders of images", _classes(root, look)
 
 
 @dataclass(frozen=True)
 class _Look:
-    """How pictures are looked at: see `check`."""
+    """How images are looked at: see `check`."""
 
     deep: bool
     workers: int
@@ -79,7 +79,7 @@ class _Look:
 
 
 def picture_fault(path: str | os.PathLike, *, deep: bool) -> Finding | None:
-    """What is wrong with one picture file."""
+    """What is wrong with one image file."""
     try:
         if deep:
             return _decoded_fault(read(path), shown(path))
@@ -179,7 +179,7 @@ def _size(path: str) -> int:
 
 
 def _boxed_faults(picture: Picture, *, deep: bool) -> list[Finding]:
-    """Faults of a picture file, and of the size that its annotation states."""
+    """Faults of an image file, and of the size that its annotation states."""
     faults = _file_faults(picture.path, deep=deep)
     if told := _stated_fault(picture):
         faults.append(Finding(shown(picture.path), told))
@@ -205,7 +205,7 @@ def _voc(roots: list[Path], look: _Look) -> Iterator[Finding]:
         lists = root / "ImageSets" / "Main"
         splits = sorted(path.stem for path in lists.glob("*.txt") if "_" not in path.stem)
         if not splits:
-            yield Finding(shown(lists), "no list of pictures (train.txt, val.txt, ...)")
+            yield Finding(shown(lists), "no list of images (train.txt, val.txt, ...)")
         for split in splits:
             try:
                 reader = VocReader(root, split)
@@ -216,9 +216,7 @@ def _voc(roots: list[Path], look: _Look) -> Iterator[Finding]:
             told |= set(reader.findings)
             own = parts.setdefault(split, {})
             for name, node in reader.classes.items():
-                own.setdefault(
-                    name, node.of(f"class {name!r} is in {split} and not in the training pictures")
-                )
+                own.setdefault(name, node.of(f"class {name!r} is in {split} and not in the training images"))
             pictures |= {picture.path: picture for picture in reader.pictures}
             paths.setdefault(split, []).extend(picture.path for picture in reader.pictures)
     train, val = next((pair for pair in PARTS if paths.keys() >= set(pair)), ("", ""))
@@ -247,8 +245,8 @@ def _is_coco(file: Path) -> bool:
 
 
 def _coco(root: Path, files: list[Path], look: _Look) -> Iterator[Finding]:
-    parts: dict[str, tuple[list[str], list[str]]] = {}  # of a purpose: classes, and paths of pictures
-    sizes = [file.stat().st_size for file in files]  # as many pictures, about, before a file is read
+    parts: dict[str, tuple[list[str], list[str]]] = {}  # of a purpose: classes, and paths of images
+    sizes = [file.stat().st_size for file in files]  # as many images, about, before a file is read
     for file, size in zip(files, sizes, strict=True):
         try:
             document = LocatedJSON(file)

@@ -1,6 +1,6 @@
-"""A COCO file of instances and its folder of pictures -> pictures with boxes.
+"""A COCO file of instances and its folder of images -> images with boxes.
 
-`bbox` is x y w h from the upper left corner of the picture. Classes are in the order of their ids.
+`bbox` is x y w h from the upper left corner of the image. Classes are in the order of their ids.
 """
 
 import math
@@ -18,20 +18,20 @@ from cbam.errors import DataError
 LISTS = ("images", "annotations", "categories")
 FILLED_AREA = "an annotation has no area: taken is width times height"
 FILLED_CROWD = "an annotation has no iscrowd: taken is 0"
-TWICE = "a picture is there again, under another id, with boxes of its own: both are kept"
+TWICE = "an image is there again, under another id, with boxes of its own: both are kept"
 ID_ZERO = "an annotation has the id 0, which COCO's evaluation takes for no match: numbered anew"
 
 
 def coco(annotations: str | os.PathLike, pictures: str | os.PathLike) -> BoxedImages:
-    """The data set of a COCO file, such as instances_val2017.json, and the folder of its pictures.
+    """The data set of a COCO file, such as instances_val2017.json, and the folder of its images.
 
     Boxes that reach outside are clipped, those without width or height or wholly outside dropped, a missing
-    `area` or `iscrowd` is filled in; `notes` counts all that. Crowds are kept and flagged, pictures without
+    `area` or `iscrowd` is filled in; `notes` counts all that. Crowds are kept and flagged, images without
     boxes are kept.
 
     Raises:
         DataError: the file is missing, cut off or no JSON; an id is there twice or unknown; a box is no four
-            finite numbers; a mask is damaged; a picture is missing. Line, column and id are told.
+            finite numbers; a mask is damaged; an image is missing. Line, column and id are told.
     """
     reader = CocoReader(LocatedJSON(annotations), pictures)
     notes = accept(reader.findings, str(Path(annotations).parent))
@@ -43,7 +43,7 @@ class CocoReader:
     """What a COCO file holds, and `findings`: all that is wrong with it.
 
     Args:
-        missing: count pictures that are not there, and images without a size, whose files have it, under
+        missing: count images that are not there, and images without a size, whose files have it, under
             this name; empty refuses them.
 
     Raises:
@@ -133,7 +133,7 @@ class CocoReader:
                 self._count(elements[0], kind, times=len(elements))
 
     def _place(self, id: int, element: Element, unknown: dict) -> tuple[int, int] | None:
-        """Index of the picture and label of an annotation."""
+        """Index of the image and label of an annotation."""
         place = []
         for key, known in (("image_id", self._indices), ("category_id", self._labels)):
             value = element.value.get(key)
@@ -150,7 +150,7 @@ class CocoReader:
             self._refuse(users[0][1], f"{what} {'images' if key == 'image_id' else 'categories'}")
 
     def _add(self, id: int, element: Element, image: int, label: int) -> None:
-        """Keep an annotation; its mask and its box are compared with its picture first."""
+        """Keep an annotation; its mask and its box are compared with its image first."""
         picture = self.pictures[image]
         mask = element.value.get("segmentation")
         fault = "" if mask is None else mask_fault(mask, picture.height, picture.width)
@@ -196,13 +196,13 @@ def _said(image: dict) -> tuple[Any, Any]:
 
 
 def _said_or_seen(image: dict, path: Path) -> tuple[Any, Any]:
-    """The same, or where the file says nothing those of the picture."""
+    """The same, or where the file says nothing those of the image."""
     header = header_of(path) if _said(image) == (None, None) else None
     return (header.height, header.width) if header else _said(image)
 
 
 def pictures_of(document: LocatedJSON, root: Path) -> Path:
-    """The folder with the pictures of a COCO file: the candidate that has one of its first, else the first.
+    """The folder with the images of a COCO file: the candidate that has one of its first, else the first.
 
     For annotations/instances_val2017.json those are val2017, images/val2017, images and the folder itself.
     """

@@ -1,11 +1,11 @@
-"""A picture file -> a uint8 RGB tensor. Every oddity of picture files is met here, once.
+"""An image file -> a uint8 RGB tensor. Every oddity of image files is met here, once.
 
 - The orientation that EXIF states is applied, unless pixels are wanted as they are stored.
-- Grey, palette, 1-bit and CMYK pictures become RGB; transparency is composed on white (BACKGROUND).
+- Grey, palette, 1-bit and CMYK images become RGB; transparency is composed on white (BACKGROUND).
 - 16-bit values are divided by 257 (65535 / 257 = 255), not clipped. 32-bit integers are taken as 16-bit
   values. Floats state no scale: they are taken as 0..1, 0..255 or 0..65535, the first that holds them all.
 - Of an animation the first frame is taken.
-- A picture above MAX_PIXELS, or of a format that is not in FORMATS, is refused before it is decoded.
+- An image above MAX_PIXELS, or of a format that is not in FORMATS, is refused before it is decoded.
 """
 
 import io
@@ -59,10 +59,10 @@ class Header:
 
 
 def decode(source: str | os.PathLike | bytes) -> Tensor:
-    """The picture in a file, or in the bytes of one -> uint8 (3, H, W) in RGB.
+    """The image in a file, or in the bytes of one -> uint8 (3, H, W) in RGB.
 
     Raises:
-        DataError: no such file, not a picture, a format that is not in FORMATS, damaged, cut off, or more
+        DataError: no such file, not an image, a format that is not in FORMATS, damaged, cut off, or more
             than MAX_PIXELS. The message starts with the path.
     """
     if isinstance(source, (bytes, bytearray, memoryview)):
@@ -104,7 +104,7 @@ def read_text(path: str | os.PathLike) -> str:
 
 
 def decode_bytes(data: bytes, where: str, *, exif: bool = True) -> Tensor:
-    """The bytes of a picture file -> uint8 (3, H, W), a pixel's channels side by side in memory.
+    """The bytes of an image file -> uint8 (3, H, W), a pixel's channels side by side in memory.
 
     `where` begins the message of a DataError. Without `exif` no turn is applied (but to a TIFF, which Pillow
     turns itself).
@@ -113,11 +113,11 @@ def decode_bytes(data: bytes, where: str, *, exif: bool = True) -> Tensor:
 
 
 def decode_turned(data: bytes, where: str, *, exif: bool = True) -> tuple[Tensor, int]:
-    """As `decode_bytes`, and the turn that the picture got, 1 to 8 as EXIF counts; 1 for none."""
+    """As `decode_bytes`, and the turn that the image got, 1 to 8 as EXIF counts; 1 for none."""
     try:
         from PIL import Image, UnidentifiedImageError
     except ImportError as error:
-        raise MissingExtraError.of("reading pictures", "vision") from error
+        raise MissingExtraError.of("reading images", "vision") from error
     fault = not_an_image(data)
     if fault:
         raise DataError(f"{where}: {fault}")
@@ -126,14 +126,14 @@ def decode_turned(data: bytes, where: str, *, exif: bool = True) -> tuple[Tensor
     except DataError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise DataError(f"{where}: a picture of more than {MAX_PIXELS // 10**6} megapixels") from error
+        raise DataError(f"{where}: an image of more than {MAX_PIXELS // 10**6} megapixels") from error
     except Exception as error:  # damaged bytes surface as whatever the decoder tripped over
         picture = _decode_without_end(data, where, exif)
         if picture is not None:
             return picture
         unknown = isinstance(error, UnidentifiedImageError)  # its text shows an address in memory
         reason = "its header cannot be read" if unknown else str(error) or type(error).__name__
-        raise DataError(f"{where}: damaged or unsupported picture ({reason})") from error
+        raise DataError(f"{where}: damaged or unsupported image ({reason})") from error
 
 
 def header_of(path: str | os.PathLike | io.BytesIO) -> Header | None:
@@ -141,7 +141,7 @@ def header_of(path: str | os.PathLike | io.BytesIO) -> Header | None:
     try:
         from PIL import Image
     except ImportError as error:
-        raise MissingExtraError.of("reading pictures", "vision") from error
+        raise MissingExtraError.of("reading images", "vision") from error
     try:
         with Image.open(path, formats=FORMATS) as image:
             several = getattr(image, "is_animated", False)
@@ -152,23 +152,23 @@ def header_of(path: str | os.PathLike | io.BytesIO) -> Header | None:
             if image.format == "TIFF":  # Pillow turns its size as EXIF says
                 width, height = image.tag_v2[_WIDTH], image.tag_v2[_HEIGHT]  # pyright: ignore
             return Header(height, width, animated)
-    except Exception:  # the reader of the picture itself says what is wrong with it
+    except Exception:  # the reader of the image itself says what is wrong with it
         return None
 
 
 def orientation(data: bytes) -> int:
-    """The turn, 1 to 8 as EXIF counts, that `decode_bytes` gives the picture in these bytes; 1 for none."""
+    """The turn, 1 to 8 as EXIF counts, that `decode_bytes` gives the image in these bytes; 1 for none."""
     from PIL import Image
 
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             return _turn(image)
-    except Exception:  # the reader of the picture itself says what is wrong with it
+    except Exception:  # the reader of the image itself says what is wrong with it
         return 1
 
 
 def not_an_image(head: bytes) -> str | None:
-    """What is wrong with a file that starts with `head` (16 bytes suffice), None if it may be a picture."""
+    """What is wrong with a file that starts with `head` (16 bytes suffice), None if it may be an image."""
     if not head:
         return "not an image (empty file)"
     if _SIGNATURES.match(head):
@@ -187,7 +187,7 @@ def shown(path: str | os.PathLike | bytes) -> str:
 
 
 def _decode(data: bytes, where: str, exif: bool) -> tuple[Tensor, int]:
-    """The picture, and how it was turned."""
+    """The image, and how it was turned."""
     from PIL import Image
 
     with Image.open(io.BytesIO(data), formats=FORMATS) as image:
@@ -203,9 +203,9 @@ def _decode(data: bytes, where: str, exif: bool) -> tuple[Tensor, int]:
 def _decode_without_end(data: bytes, where: str, exif: bool) -> tuple[Tensor, int] | None:
     """A JPEG that lacks nothing but the two bytes of its end marker; None for any other.
 
-    Nor for a progressive one, which shows a picture, if a coarse one, after any of its scans. Given a
+    Nor for a progressive one, which shows an image, if a coarse one, after any of its scans. Given a
     marker the decoder makes up grey for what is missing. So it is asked twice, once with noise before the
-    marker: the pictures are equal only if neither the grey nor the noise was needed.
+    marker: the images are equal only if neither the grey nor the noise was needed.
     """
     from PIL import Image
 
@@ -261,10 +261,10 @@ def _turn(image: "Image.Image") -> int:
     try:
         said = image.getexif().get(_ORIENTATION, 1)
         return said if said in _TURNS else 1
-    except Exception:  # a damaged EXIF block states no orientation; the picture itself may be sound
+    except Exception:  # a damaged EXIF block states no orientation; the image itself may be sound
         return 1
 
 
 def _to_tensor(picture: "Image.Image") -> Tensor:
-    # A view: the crop that follows is faster so, and the picture need not be copied.
+    # A view: the crop that follows is faster so, and the image need not be copied.
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1)

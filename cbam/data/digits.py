@@ -120,7 +120,7 @@ def _ends(mask: np.ndarray) -> tuple[int, int]:
 
 
 def _enlargements() -> np.ndarray:
-    """(sizes, LARGEST, 8): the first `side` rows of each times an 8x8 picture enlarge it bilinearly."""
+    """(sizes, LARGEST, 8): the first `side` rows of each times an 8x8 image enlarge it bilinearly."""
     matrices = np.zeros((len(_SIZES), LARGEST, 8), dtype=np.float32)
     for matrix, side in zip(matrices, _SIZES, strict=True):
         enlarged = F.interpolate(torch.eye(8)[None], size=side, mode="linear", align_corners=False)

@@ -1,4 +1,4 @@
-"""A folder of pictures, one folder per class -> a training and a validation set."""
+"""A folder of images, one folder per class -> a training and a validation set."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -11,34 +11,34 @@ from cbam.data.images import MAX_SEED, Images, check_int
 from cbam.data.pictures import Training, Validation
 from cbam.data.scan import Classes, find_pictures, find_unsplit
 
-PEEKS = 20_000  # headers read of so many pictures at the start; all the others as they come
+PEEKS = 20_000  # headers read of so many images at the start; all the others as they come
 TINY, NARROW = 10, 10  # pixels on the short side; times as long as wide
 
 
 def image_folder(
     path: str | os.PathLike, *, size: int | None = None, unreadable: int | None = None, exif: bool = True
 ) -> tuple[Images, Images]:
-    """The training and the validation set of a folder of pictures, one folder per class.
+    """The training and the validation set of a folder of images, one folder per class.
 
     `path` holds `train` and one of `val`, `validation`, `valid`, `test`; or it holds the class folders, and
-    of every class the 1st, 6th, 11th, ... picture by name validates. Class folders may have folders
-    inside. Hidden files and files without the ending of a picture are left out and counted in `notes`.
+    of every class the 1st, 6th, 11th, ... image by name validates. Class folders may have folders
+    inside. Hidden files and files without the ending of an image are left out and counted in `notes`.
 
-    Animations, of which the first frame is taken, and tiny or very narrow pictures are counted there too.
+    Animations, of which the first frame is taken, and tiny or very narrow images are counted there too.
 
-    A training picture that cannot be read is named once and replaced by the next of its class, until there
+    A training image that cannot be read is named once and replaced by the next of its class, until there
     are too many. In validation it is an error, for the set would silently be another one.
 
     Args:
-        size: side of the square that the network gets. None: the median short side of the training pictures
+        size: side of the square that the network gets. None: the median short side of the training images
             (200 of them, evenly spaced) to the nearest multiple of 32, but 32 to 224.
-        unreadable: number of training pictures that may be unreadable. None: 0.1 % of them, but 1 to 100.
-        exif: whether pictures are turned as their EXIF says; torchvision's folders, which published numbers
+        unreadable: number of training images that may be unreadable. None: 0.1 % of them, but 1 to 100.
+        exif: whether images are turned as their EXIF says; torchvision's folders, which published numbers
             come from, do not.
 
     Raises:
-        DataError: no such folder, no pictures, an empty class, fewer than two classes, classes that differ
-            between training and validation, a broken validation picture, too many broken training pictures.
+        DataError: no such folder, no images, an empty class, fewer than two classes, classes that differ
+            between training and validation, a broken validation image, too many broken training images.
     """
     if size is not None:
         size = check_int("size", size, 8, 4096)
@@ -56,7 +56,7 @@ def image_folder(
 def unsplit_folder(
     path: str | os.PathLike, *, size: int | None = None, exif: bool = True
 ) -> Validation | None:
-    """Every picture of a folder of classes, as they are validated; None where `train` and `val` are in it.
+    """Every image of a folder of classes, as they are validated; None where `train` and `val` are in it.
 
     Args and errors: as those of `image_folder`.
     """
@@ -76,7 +76,7 @@ def _name(path: str | os.PathLike) -> str:
 
 
 class _Files:
-    """The pictures of class folders; `notes` counts what is read, but may not be what was meant."""
+    """The images of class folders; `notes` counts what is read, but may not be what was meant."""
 
     def __init__(self, classes: Classes, split: str) -> None:
         self.classes = [shown(name) for name in classes]
@@ -98,7 +98,7 @@ class _Files:
         return self._paths[index][len(self._root) + 1 :]
 
     def faults(self) -> Iterator[tuple[int, str]]:
-        """Those whose first bytes show that they are no pictures."""
+        """Those whose first bytes show that they are no images."""
         looked_at, odd = range(0, len(self._paths), -(-len(self._paths) // PEEKS)), _Odd()
         for index in looked_at:
             try:
@@ -134,7 +134,7 @@ class _Paths:
 
 
 class _Odd:
-    """Counts the pictures that are read, but may not be what was meant; the first of each kind is named."""
+    """Counts the images that are read, but may not be what was meant; the first of each kind is named."""
 
     def __init__(self) -> None:
         self._found: dict[str, list[str]] = {}
@@ -152,7 +152,7 @@ class _Odd:
 
     def told(self) -> list[str]:
         return [
-            f"{len(paths)} picture{'s' * (len(paths) > 1)} {kind}; the first: {shown(paths[0])}"
+            f"{len(paths)} image{'s' * (len(paths) > 1)} {kind}; the first: {shown(paths[0])}"
             for kind, paths in self._found.items()
         ]
 
@@ -162,5 +162,5 @@ def _input_size(classes: Classes, notes: list[str]) -> int:
     headers = [header_of(paths[i]) for i in range(0, len(paths), -(-len(paths) // 200))]
     short = float(np.median([min(header.height, header.width) for header in headers if header] or [224]))
     size = int(min(224, max(32, round(short / 32) * 32)))
-    notes.append(f"the network gets {size} x {size} pixels (median short side of the pictures: {short:g})")
+    notes.append(f"the network gets {size} x {size} pixels (median short side of the images: {short:g})")
     return size

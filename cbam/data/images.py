@@ -1,4 +1,4 @@
-"""A set of labelled pictures, and the draws that its random choices come from.
+"""A set of labelled images, and the draws that its random choices come from.
 
 What a sample looks like is a function of (seed, epoch, index): the set draws from a generator that these
 numbers start.
@@ -34,7 +34,7 @@ def draws(purpose: str, *numbers: int) -> np.random.Generator:
 
 
 class Images(Dataset):
-    """Labelled pictures, all brought to S x S pixels; a subclass says what sample (epoch, index) is.
+    """Labelled images, all brought to S x S pixels; a subclass says what sample (epoch, index) is.
 
     Args:
         name: of the set, for reports.
@@ -88,7 +88,7 @@ class Images(Dataset):
         }
 
     def sample(self, epoch: int, index: int) -> tuple[Tensor, Sequence[float]]:
-        """The picture, uint8 (3, S, S), and its box."""
+        """The image, uint8 (3, S, S), and its box."""
         raise NotImplementedError
 
     def inner_name(self, index: int) -> str:
@@ -96,8 +96,8 @@ class Images(Dataset):
         return ""
 
     def whole(self, index: int) -> Tensor:
-        """The middle square of a picture, brought to uint8 (3, S, S) without any random choice."""
-        raise DataError(f"{self.name} makes its pictures anew in every epoch, so none can be kept")
+        """The middle square of an image, brought to uint8 (3, S, S) without any random choice."""
+        raise DataError(f"{self.name} makes its images anew in every epoch, so none can be kept")
 
     def loaded(self, batches: Any) -> Any:
         """The batches that `loading.Batches` names, of a set that loads them itself; None of any other."""

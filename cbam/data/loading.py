@@ -1,7 +1,7 @@
-"""Batches of a set of pictures, for one process or for each of several.
+"""Batches of a set of images, for one process or for each of several.
 
 Where a sample comes in an epoch is a function of (seed, epoch, index), and of nothing else: a step of N
-pictures is the same N pictures however many processes, and however many parts of a step, share them.
+images is the same N images however many processes, and however many parts of a step, share them.
 """
 
 import ctypes
@@ -38,8 +38,8 @@ _log = logging.getLogger("cbam")
 class Shard:
     """Which part of every step is this process's: `rank` of `world`, in `accumulate` batches one by one.
 
-    A step is cut into world x accumulate equal parts. Where its pictures, the last of an epoch, do not fill
-    them, a part is filled up with pictures that do not count; `share` says how many do.
+    A step is cut into world x accumulate equal parts. Where its images, the last of an epoch, do not fill
+    them, a part is filled up with images that do not count; `share` says how many do.
     """
 
     rank: int = 0
@@ -199,7 +199,7 @@ class _Loader(DataLoader):
         told = ", ".join(map(str, pictures[:8])) + (", ..." if len(pictures) > 8 else "")
         return (
             f"process {batches._workers[worker].pid} (loader worker {worker}) brought nothing for "
-            f"{self._patience:g} s; it was reading the pictures {told}"
+            f"{self._patience:g} s; it was reading the images {told}"
         )
 
     def _restart(self, batches, error: RuntimeError) -> None:
@@ -211,8 +211,8 @@ class _Loader(DataLoader):
         self._end(batches)
         self._deaths += 1
         if self._deaths > 1:
-            raise DataError(f"a process that loads pictures died, for the second time: {error}") from error
-        _log.warning("a process that loads pictures died and is started anew: %s", error)
+            raise DataError(f"a process that loads images died, for the second time: {error}") from error
+        _log.warning("a process that loads images died and is started anew: %s", error)
 
     def end(self) -> None:
         """End the workers, if there are any."""
@@ -306,7 +306,7 @@ def loader(
     patience: float = PATIENCE,
 ) -> DataLoader:
     """Batches of `images` as dicts: image uint8 (N, 3, S, S), target (N,), index (N,), box (N, 4).
-    Those of pictures with boxes are as `BoxedImages.collate` says.
+    Those of images with boxes are as `BoxedImages.collate` says.
 
     For training the order and the random choices are functions of (seed, epoch, index); call
     `loader.sampler.set_epoch(epoch)` before each epoch, as Lightning does. Every sample comes once in an
@@ -323,7 +323,7 @@ def loader(
 
     Raises:
         InputError: the samples of a step cannot be shared evenly.
-        DataError: no samples; while it runs: a bad picture, a worker that died again or brings nothing.
+        DataError: no samples; while it runs: a bad image, a worker that died again or brings nothing.
     """
     batch_size = check_int("batch_size", batch_size, 1, MAX_SEED)
     workers = check_int("workers", workers, 0, 1024)

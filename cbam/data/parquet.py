@@ -1,7 +1,7 @@
-"""ImageNet-1k, or any set of pictures, as Hugging Face keeps it in parquet files -> two sets of pictures.
+"""ImageNet-1k, or any set of images, as Hugging Face keeps it in parquet files -> two sets of images.
 
 The files are read through the package `datasets`, which turns them into Arrow files in its cache once, and
-maps those into memory: a picture is then read from its place, in any order, by any number of processes.
+maps those into memory: an image is then read from its place, in any order, by any number of processes.
 """
 
 import os
@@ -17,7 +17,7 @@ from cbam.data.scan import class_roots
 from cbam.errors import ConfigError, DataError, MissingExtraError
 
 TRAIN, VALIDATION = ("train",), ("validation", "val", "valid", "test")
-PEEKS = 1000  # pictures whose first bytes are looked at, evenly spaced
+PEEKS = 1000  # images whose first bytes are looked at, evenly spaced
 
 
 def picture_set(
@@ -37,7 +37,7 @@ def picture_set(
 
 
 def unsplit_set(path: str | os.PathLike, *, size: int | None = None, exif: bool = True) -> Validation | None:
-    """Every picture of a folder, as they are validated; None where it says itself which ones validate.
+    """Every image of a folder, as they are validated; None where it says itself which ones validate.
 
     Args and errors: as those of `image_folder`.
     """
@@ -47,7 +47,7 @@ def unsplit_set(path: str | os.PathLike, *, size: int | None = None, exif: bool 
 
 
 def refuse_among(path: str | os.PathLike, folder: Path) -> None:
-    """Refuse to write to a `folder` that would be read as a class of the pictures under `path`, or in one.
+    """Refuse to write to a `folder` that would be read as a class of the images under `path`, or in one.
 
     Raises:
         ConfigError: it would. DataError: as `image_folder`.
@@ -70,7 +70,7 @@ def parquet_images(
     the square that the network gets, 224 where it is None.
 
     Raises:
-        DataError: no such files, other columns, labels without names, a broken validation picture.
+        DataError: no such files, other columns, labels without names, a broken validation image.
         MissingExtraError: the package `datasets` is not installed.
     """
     size = 224 if size is None else check_int("size", size, 8, 4096)
@@ -83,7 +83,7 @@ def parquet_images(
 
 
 def has_parquet(path: str | os.PathLike) -> bool:
-    """Whether the pictures of this folder are taken from parquet files."""
+    """Whether the images of this folder are taken from parquet files."""
     return bool(_files(Path(path), TRAIN))
 
 

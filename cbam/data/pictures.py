@@ -1,7 +1,7 @@
-"""Encoded pictures, wherever they lie -> samples for training and for validation.
+"""Encoded images, wherever they lie -> samples for training and for validation.
 
-Training pictures: a random-resized crop (8 to 100 % of the area, 3:4 to 4:3) and a flip.
-Validation pictures: short side to 256/224 of the network's input, then the centre.
+Training images: a random-resized crop (8 to 100 % of the area, 3:4 to 4:3) and a flip.
+Validation images: short side to 256/224 of the network's input, then the centre.
 """
 
 import logging
@@ -21,7 +21,7 @@ _log = logging.getLogger("cbam")
 
 
 class Source(Protocol):
-    """Where encoded pictures come from. `notes` are what `faults` found worth telling."""
+    """Where encoded images come from. `notes` are what `faults` found worth telling."""
 
     classes: list[str]
     targets: list[int]
@@ -40,7 +40,7 @@ class Source(Protocol):
         ...
 
     def faults(self) -> Iterator[tuple[int, str]]:
-        """Index and reason of those that are seen at once to be no pictures."""
+        """Index and reason of those that are seen at once to be no images."""
         ...
 
 
@@ -49,7 +49,7 @@ class _Pictures(Images):
         try:
             import torchvision  # noqa: F401
         except ImportError as error:
-            raise MissingExtraError.of("reading pictures", "vision") from error
+            raise MissingExtraError.of("reading images", "vision") from error
         super().__init__(name, source.classes, source.targets, size=size, notes=notes)
         self._source, self._exif = source, exif
 
@@ -77,7 +77,7 @@ class _Pictures(Images):
 
 
 class Validation(_Pictures):
-    """The pictures of a source as they are validated: one that cannot be read is an error.
+    """The images of a source as they are validated: one that cannot be read is an error.
 
     `resized` is what the shorter side becomes before the middle is taken.
     """
@@ -90,7 +90,7 @@ class Validation(_Pictures):
         broken = list(self._faults())
         if broken:
             raise DataError(
-                f"validation pictures that cannot be read: {len(broken)}, the first: {broken[0][1]}"
+                f"validation images that cannot be read: {len(broken)}, the first: {broken[0][1]}"
             )
 
     def sample(self, epoch: int, index: int) -> tuple[Tensor, Sequence[float]]:
@@ -98,7 +98,7 @@ class Validation(_Pictures):
 
 
 class Training(_Pictures):
-    """The pictures of a source as they are trained on: an unreadable one is replaced, up to `unreadable`.
+    """The images of a source as they are trained on: an unreadable one is replaced, up to `unreadable`.
 
     `_broken` marks those in memory that the loader's workers share.
     """
@@ -135,7 +135,7 @@ class Training(_Pictures):
         return tv.resize(tv.center_crop(picture, [side, side]), [self.size, self.size], antialias=True)
 
     def _readable(self, index: int) -> Tensor:
-        """The picture, or the next readable one of its class, the first following the last."""
+        """The image, or the next readable one of its class, the first following the last."""
         if not self._broken[index]:
             try:
                 return self._picture(index)
@@ -148,7 +148,7 @@ class Training(_Pictures):
                 return self._picture(other)
             except DataError as error:
                 self._mark(other, str(error))
-        raise DataError(f"class {self.classes[self.targets[index]]} has no readable picture")
+        raise DataError(f"class {self.classes[self.targets[index]]} has no readable image")
 
     def _candidates(self, index: int) -> Iterator[int]:
         own = np.flatnonzero(np.asarray(self.targets) == self.targets[index]).tolist()
@@ -160,10 +160,10 @@ class Training(_Pictures):
         count = int(self._broken.sum())
         if count > self._allowed:
             raise DataError(
-                f"{count} of {len(self)} training pictures cannot be read, {self._allowed} may be; "
+                f"{count} of {len(self)} training images cannot be read, {self._allowed} may be; "
                 f"the last: {message}"
             )
-        _log.warning("unreadable, replaced by the next picture of its class: %s", message)
+        _log.warning("unreadable, replaced by the next image of its class: %s", message)
 
 
 def augment(picture: Tensor, size: int, random: np.random.Generator) -> Tensor:
@@ -200,5 +200,5 @@ def centre(picture: Tensor, size: int, resized: int) -> Tensor:
 
 
 def short_side(size: int) -> int:
-    """What the shorter side of a validation picture becomes, before its middle `size` pixels are taken."""
+    """What the shorter side of a validation image becomes, before its middle `size` pixels are taken."""
     return round(size * 256 / 224)

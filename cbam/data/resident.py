@@ -1,9 +1,9 @@
 """Pictures that stay on a device, cropped and flipped there: for data sets that fit beside the network.
 
-A small network on small pictures waits for the processor that decodes and crops them. Here every picture is
+A small network on small images waits for the processor that decodes and crops them. Here every image is
 decoded once; an epoch is a few tensor operations per batch, the same on a CPU and on a GPU.
 
-Shapes: N pictures in the set, B in a batch, S x S pixels.
+Shapes: N images in the set, B in a batch, S x S pixels.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,25 +18,25 @@ from torch import Tensor
 from cbam.data.images import UNKNOWN_BOX, Images, draws
 from cbam.data.loading import Batches
 
-_AT_ONCE = 256  # pictures that are read until a broken one or Ctrl-C shows
+_AT_ONCE = 256  # images that are read until a broken one or Ctrl-C shows
 TRIES = 10  # as torchvision's RandomResizedCrop
 AREA, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
 
 
 class Resident(Images):
-    """The pictures of another set as one tensor on `device`.
+    """The images of another set as one tensor on `device`.
 
-    Training pictures are the middle square of each at S x S, of which a random-resized crop is made (8 to
+    Training images are the middle square of each at S x S, of which a random-resized crop is made (8 to
     100 % of the area, 3:4 to 4:3) and flipped: a function of (seed, epoch, index), whatever the batch and the
     device. Crops lie on whole pixels and are enlarged bilinearly, so there is nothing to smooth. Validation
-    pictures are those of the other set, unchanged.
+    images are those of the other set, unchanged.
 
     Args:
-        images: a set of pictures that lie on a disk, such as `image_folder` makes.
+        images: a set of images that lie on a disk, such as `image_folder` makes.
         augment: whether to crop and flip, as for training.
 
     Raises:
-        DataError: a picture cannot be read, or the set makes its pictures anew in every epoch.
+        DataError: an image cannot be read, or the set makes its images anew in every epoch.
     """
 
     def __init__(self, images: Images, device: torch.device | str, *, augment: bool) -> None:
@@ -52,7 +52,7 @@ class Resident(Images):
         self.augment, self.device = augment, torch.device(device)
         self.pixels = torch.empty((len(images), 3, images.size, images.size), dtype=torch.uint8)
         load = images.whole if augment else lambda index: images.sample(0, index)[0]
-        with ThreadPoolExecutor() as pool:  # pictures are decoded outside Python's lock
+        with ThreadPoolExecutor() as pool:  # images are decoded outside Python's lock
             for first in range(0, len(images), _AT_ONCE):
                 some = range(first, min(first + _AT_ONCE, len(images)))
                 for index, picture in zip(some, pool.map(load, some), strict=True):
@@ -65,7 +65,7 @@ class Resident(Images):
         return self.at(epoch, torch.tensor([index], device=self.device))[0], UNKNOWN_BOX
 
     def at(self, epoch: int, indices: Tensor) -> Tensor:
-        """The pictures of these indices in an epoch: (B,) -> uint8 (B, 3, S, S)."""
+        """The images of these indices in an epoch: (B,) -> uint8 (B, 3, S, S)."""
         pictures = self.pixels[indices]
         return crop_and_flip(pictures, self._crops(epoch)[indices]) if self.augment else pictures
 
@@ -107,7 +107,7 @@ class ResidentBatches:
 def draw_crops(seed: int, epoch: int, count: int, size: int) -> np.ndarray:
     """The crops of an epoch: int64 (count, 5) of top, left, height, width and whether flipped.
 
-    They follow torchvision's RandomResizedCrop: the first of TRIES shapes that fits, else the whole picture.
+    They follow torchvision's RandomResizedCrop: the first of TRIES shapes that fits, else the whole image.
     Row i is a function of (seed, epoch, i) alone, for the numbers are drawn row by row.
     """
     u = draws("augmentation", seed, epoch).random((count, 2 * TRIES + 3))
@@ -142,7 +142,7 @@ def crop_and_flip(pictures: Tensor, crops: Tensor) -> Tensor:
 
 
 def _places(first: Tensor, length: Tensor, size: int) -> Tensor:
-    """Where the `size` pixels of an enlarged crop lie in the picture, in pixels: (B,) -> (B, S)."""
+    """Where the `size` pixels of an enlarged crop lie in the image, in pixels: (B,) -> (B, S)."""
     steps = torch.arange(size, device=first.device, dtype=torch.float32) + 0.5
     inside = steps * (length / size)[:, None] - 0.5
     return first[:, None] + torch.minimum(inside.clamp(min=0), (length - 1)[:, None])

@@ -1,7 +1,7 @@
-"""A folder -> the pictures of every class, for training and for validation. No picture is opened.
+"""A folder -> the images of every class, for training and for validation. No image is opened.
 
 PATH/train/CLASS/picture.jpg beside PATH/val/CLASS/picture.jpg, or PATH/CLASS/picture.jpg, which is split:
-the 1st, 6th, 11th, ... picture of every class, in the order of their names, validate.
+the 1st, 6th, 11th, ... image of every class, in the order of their names, validate.
 """
 
 import os
@@ -18,21 +18,21 @@ EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif",
 VAL_NAMES = ("val", "validation", "valid", "test")
 EVERY = 5
 
-Classes = dict[str, list[str]]  # name of a class -> paths of its pictures, both in order
+Classes = dict[str, list[str]]  # name of a class -> paths of its images, both in order
 
 
 def find_pictures(path: str | os.PathLike) -> tuple[Classes, Classes, list[str]]:
-    """The training and the validation pictures under `path`, and what a reader of the result should know.
+    """The training and the validation images under `path`, and what a reader of the result should know.
 
     Raises:
-        DataError: no such folder, no pictures, an empty class, fewer than two classes, or classes that
+        DataError: no such folder, no images, an empty class, fewer than two classes, or classes that
             differ between training and validation.
     """
     notes: list[str] = []
     root, splits = _layout(_folder(path), notes)
     if splits is None:
         train, val = _every_fifth(_scan(root, notes))
-        notes.append("no val folder: of every class the 1st, 6th, 11th, ... picture by name validates")
+        notes.append("no val folder: of every class the 1st, 6th, 11th, ... image by name validates")
     else:
         train, val = (_scan(folder, notes) for folder in splits)
         _check_same_classes(train, val, root)
@@ -40,10 +40,10 @@ def find_pictures(path: str | os.PathLike) -> tuple[Classes, Classes, list[str]]
 
 
 def find_unsplit(path: str | os.PathLike) -> tuple[Classes, list[str]] | None:
-    """Every picture under `path` and notes as above; None where the folders of both splits are there.
+    """Every image under `path` and notes as above; None where the folders of both splits are there.
 
     Raises:
-        DataError: as `find_pictures`, but that one picture of a class is enough.
+        DataError: as `find_pictures`, but that one image of a class is enough.
     """
     notes: list[str] = []
     root, splits = _layout(_folder(path), notes)
@@ -70,7 +70,7 @@ def _folder(path: str | os.PathLike) -> Path:
     except (OSError, ValueError) as error:  # a ValueError is a zero byte in the name
         raise DataError(f"{shown(path)}: {getattr(error, 'strerror', None) or error}") from error
     if not stat.S_ISDIR(kind):
-        raise DataError(f"{shown(path)}: a file; give the folder that holds the pictures (unpack an archive)")
+        raise DataError(f"{shown(path)}: a file; give the folder that holds the images (unpack an archive)")
     return Path(path)
 
 
@@ -96,7 +96,7 @@ def _layout(root: Path, notes: list[str]) -> tuple[Path, tuple[Path, Path] | Non
 def _refuse_half(folders: Sequence[Path], root: Path) -> None:
     """Refuse to take `train` and a second part of another name for two classes.
 
-    They hold folders and no pictures; a class that is called so, of trains or of tests, holds pictures.
+    They hold folders and no images; a class that is called so, of trains or of tests, holds images.
     """
     for folder in folders:
         if folder.name.lower() not in ("train", "training", *VAL_NAMES):
@@ -120,7 +120,7 @@ def _split_folders(root: Path) -> tuple[tuple[Path, Path] | None, list[Path]]:
 
 
 def _scan(folder: Path, notes: list[str]) -> Classes:
-    """Every class folder of `folder` and its pictures; adds to `notes` what was left out."""
+    """Every class folder of `folder` and its images; adds to `notes` what was left out."""
     left_out: Counter[str] = Counter()
     classes: Classes = {}
     for entry in _entries(folder):
@@ -138,7 +138,7 @@ def _scan(folder: Path, notes: list[str]) -> Classes:
 
 
 def _pictures(top: str, left_out: Counter[str]) -> list[str]:
-    """The paths of the pictures under `top`, in order. Links are followed, to each folder once."""
+    """The paths of the images under `top`, in order. Links are followed, to each folder once."""
     seen: set[tuple[int, int]] = set()
     found: list[str] = []
     waiting = [top]
@@ -197,10 +197,10 @@ def _check_classes(classes: Classes, folder: Path) -> None:
         files = (shown(Path(top) / name) for top, _, names in os.walk(folder) for name in sorted(names))
         first = ", ".join(islice(files, 5))
         found = f"the first files there: {first}" if first else "it holds no files"
-        raise DataError(f"{where}: no pictures in class folders ({', '.join(EXTENSIONS)}); {found}")
+        raise DataError(f"{where}: no images in class folders ({', '.join(EXTENSIONS)}); {found}")
     empty = [shown(name) for name, paths in classes.items() if not paths]
     if empty:
-        raise DataError(f"{where}: no pictures in class {_some(empty)}; fill the folder or remove it")
+        raise DataError(f"{where}: no images in class {_some(empty)}; fill the folder or remove it")
     if len(classes) < 2:
         raise DataError(f"{where}: one class only ({shown(next(iter(classes)))}); there must be two or more")
 
@@ -224,6 +224,6 @@ def _some(names: Sequence[str]) -> str:
 def _every_fifth(classes: Classes) -> tuple[Classes, Classes]:
     single = [shown(name) for name, paths in classes.items() if len(paths) < 2]
     if single:
-        raise DataError(f"one picture only in class {_some(single)}; to train and to validate takes two")
+        raise DataError(f"one image only in class {_some(single)}; to train and to validate takes two")
     train = {name: [p for i, p in enumerate(paths) if i % EVERY] for name, paths in classes.items()}
     return train, {name: paths[::EVERY] for name, paths in classes.items()}

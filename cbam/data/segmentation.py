@@ -10,20 +10,20 @@ MAX_SIDE = 1 << 20
 
 
 def mask_fault(mask: Any, height: int, width: int) -> str:
-    """What is wrong with the `segmentation` of an object in a picture of height x width; "" if nothing."""
+    """What is wrong with the `segmentation` of an object in an image of height x width; "" if nothing."""
     if isinstance(mask, list):
         return _polygons_fault(mask)
     if not isinstance(mask, dict):
         return f"segmentation is a {type(mask).__name__}, expected polygons or runs"
     size = mask.get("size")
     if size != [height, width]:
-        return f"segmentation is for a picture of height and width {size}, this one has {[height, width]}"
+        return f"segmentation is for an image of height and width {size}, this one has {[height, width]}"
     try:
         runs = _runs(mask.get("counts"))
     except ValueError as error:
         return f"segmentation: {error}"
     if sum(runs) != height * width:
-        return f"segmentation has runs of {sum(runs)} pixels in all, the picture has {height * width}"
+        return f"segmentation has runs of {sum(runs)} pixels in all, the image has {height * width}"
     return ""
 
 

@@ -1,4 +1,4 @@
-"""A folder in the form of Pascal VOC -> pictures with boxes.
+"""A folder in the form of Pascal VOC -> images with boxes.
 
     FOLDER/ImageSets/Main/SPLIT.txt    names, one a line
     FOLDER/Annotations/NAME.xml
@@ -31,7 +31,7 @@ from cbam.errors import DataError, InputError
 
 MAX_XML = 1 << 24  # bytes; VOC's own files have a few thousand
 SIDES = ("xmin", "ymin", "xmax", "ymax")
-MISSING = "a picture is not there: left out"
+MISSING = "an image is not there: left out"
 MANY = 10  # names that one message lists
 
 
@@ -44,7 +44,7 @@ def voc(
     """One split of a VOC folder, or of several in a row: `voc([VOC2007, VOC2012], "trainval")`.
 
     Boxes that reach outside are clipped, those without width or height or wholly outside dropped; `notes`
-    counts that. Objects marked difficult are kept and flagged, pictures without objects are kept.
+    counts that. Objects marked difficult are kept and flagged, images without objects are kept.
 
     Args:
         split: name of a file in ImageSets/Main, without its ending.
@@ -99,7 +99,7 @@ class Node:
 class VocReader:
     """What one split of a VOC folder holds, and `findings`: all that is wrong with it.
 
-    Without a split it is every XML file of Annotations, or of the folder itself; a file may name its picture,
+    Without a split it is every XML file of Annotations, or of the folder itself; a file may name its image,
     which lies in JPEGImages or beside it, and one that is not there is left out and counted.
 
     `objects` pairs the name of a class with an object whose label is not known yet; `classes` has under each
@@ -141,7 +141,7 @@ class VocReader:
                 self._take(root, file.stem, self._folder / picture)
 
     def _names(self, path: Path) -> Iterator[tuple[str, str]]:
-        """Place and name of every picture of the split."""
+        """Place and name of every image of the split."""
         seen: set[str] = set()
         for number, line in enumerate(_text(path).splitlines(), 1):
             name = self._name(line.strip())
@@ -152,16 +152,16 @@ class VocReader:
                 seen.add(name)
                 yield where, name
         if not seen:
-            raise DataError(f"{shown(path)}: names no picture")
+            raise DataError(f"{shown(path)}: names no image")
 
     def _name(self, line: str) -> str:
-        """The picture of a line. The lists of one class have a second column, and a name may have spaces."""
+        """The image of a line. The lists of one class have a second column, and a name may have spaces."""
         before, first = line.rsplit(maxsplit=1)[:1], line.split()[:1]
         return next((name for name in (line, *before, *first) if name in self._files), line)
 
     def _read(self, where: str, name: str) -> None:
         if name not in self._files:
-            told = f"there is no picture {shown(name)} in {shown(self._folder)}"
+            told = f"there is no image {shown(name)} in {shown(self._folder)}"
             self.findings.append(Finding(where, told))
             return
         try:
@@ -179,12 +179,12 @@ class VocReader:
         if len(files) < 2:
             return next(iter(files), None)
         if (named := _named(root)) not in files:
-            told = f"its picture may be {' or '.join(map(shown, files))}, and no filename says which"
+            told = f"its image may be {' or '.join(map(shown, files))}, and no filename says which"
             raise DataError(str(root.of(told)))
         return named
 
     def _take(self, root: Node, name: str, path: Path) -> None:
-        """Keep the picture at `path` and the objects that its annotation has."""
+        """Keep the image at `path` and the objects that its annotation has."""
         try:
             height, width = _size(root, path)
         except DataError as error:
@@ -274,7 +274,7 @@ def parse(path: Path) -> Node:
 
 
 def _size(root: Node, picture: Path) -> tuple[int, int]:
-    """Height and width as the file says, or where it says nothing as the picture does."""
+    """Height and width as the file says, or where it says nothing as the image does."""
     size = root.child("size")
     height, width = (_number(size, key) if size else 0.0 for key in ("height", "width"))
     if all(side.is_integer() and 0 < side < 1 << 20 for side in (height, width)):
@@ -290,7 +290,7 @@ def _size(root: Node, picture: Path) -> tuple[int, int]:
 
 
 def _named(root: Node) -> str:
-    """The picture file that an annotation names, without its folders; "" if none."""
+    """The image file that an annotation names, without its folders; "" if none."""
     return Path(_said(root, "filename")).name
 
 
@@ -307,7 +307,7 @@ def _number(node: Node | None, tag: str) -> float:
 
 
 def _by_stem(names: set[str]) -> dict[str, list[str]]:
-    """The picture files of a folder by their names without the ending."""
+    """The image files of a folder by their names without the ending."""
     found: dict[str, list[str]] = {}
     for name in sorted(names):
         if name.lower().endswith(EXTENSIONS):

@@ -115,12 +115,12 @@ def _check_lengths(images: Tensor, shown: Tensor, targets: Tensor, classes: Sequ
     N = len(images)
     if shown.dim() != 4 or len(shown) != N or targets.shape != (N,):
         raise InputError(
-            f"expected {N} pictures (N, 3, H, W) and {N} targets to go with the {N} images, "
+            f"expected {N} images (N, 3, H, W) and {N} targets to go with the {N} images, "
             f"got {tuple(shown.shape)} and {tuple(targets.shape)}"
         )
     if shown.shape[-2:] != images.shape[-2:]:
         size = tuple(images.shape[-2:])
-        raise InputError(f"pictures must be as large as the images, {size}, got {tuple(shown.shape[-2:])}")
+        raise InputError(f"images must be as large as the images, {size}, got {tuple(shown.shape[-2:])}")
     if boxes is not None and boxes.shape != (N, 4):
         raise InputError(f"expected {N} boxes (N, 4), got {tuple(boxes.shape)}")
     if int(targets.min()) < 0 or int(targets.max()) >= len(classes):

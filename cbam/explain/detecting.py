@@ -1,6 +1,6 @@
-"""One picture, one or several detectors: what each finds, and where the evidence for one box lies.
+"""One image, one or several detectors: what each finds, and where the evidence for one box lies.
 
-Shapes: H x W pixels of the picture, K boxes x0, y0, x1, y1 in its pixels, the most certain first.
+Shapes: H x W pixels of the image, K boxes x0, y0, x1, y1 in its pixels, the most certain first.
 """
 
 from collections import OrderedDict
@@ -24,10 +24,10 @@ SEEN = 16  # pixels of the shorter side, as the detector sees it, below which th
 
 @dataclass(frozen=True, eq=False)
 class Detectors:
-    """Detectors that look at the same pictures, as torchvision's do.
+    """Detectors that look at the same images, as torchvision's do.
 
     Attributes:
-        networks: name -> detector of pictures (3, H, W) in [0, 1].
+        networks: name -> detector of images (3, H, W) in [0, 1].
         classes: their names; label k is `classes[k - 1]`, for 0 is the background.
         about: one line per detector, which weights it has.
     """
@@ -39,7 +39,7 @@ class Detectors:
 
 @dataclass(frozen=True, eq=False)
 class Finds:
-    """What one detector finds in one picture.
+    """What one detector finds in one image.
 
     Attributes:
         network: its name.
@@ -58,10 +58,10 @@ class Finds:
 
 @dataclass(frozen=True, eq=False)
 class Detection:
-    """One picture and what every one of `Detectors` finds in it; the maps are of one object.
+    """One image and what every one of `Detectors` finds in it; the maps are of one object.
 
     Attributes:
-        name: of the picture.
+        name: of the image.
         image: uint8 (3, H, W).
         finds: one per detector.
         classes: their names, from label 1.
@@ -93,14 +93,14 @@ def detect(
     method: str = "layercam",
     layer: str | None = None,
 ) -> Detection:
-    """Find objects in a picture with every one of `detectors`, and the evidence for one of them.
+    """Find objects in an image with every one of `detectors`, and the evidence for one of them.
 
     The box is counted among those of the first detector that finds any. The others show the evidence for
     their own box of the same object: of the same class, and overlapping it by half or more.
 
     Args:
         picture: uint8 (3, H, W).
-        name: of the picture, for captions.
+        name: of the image, for captions.
         box: which one, from 1, the most certain. Where there are fewer no evidence is shown.
         threshold: boxes of a lower score are left out.
         method: as in `gradcam`. Grad-CAM weighs whole channels, which for one box of many light up elsewhere
@@ -108,11 +108,11 @@ def detect(
         layer: as in `gradcam_of_box`.
 
     Raises:
-        InputError: not such a picture. DataError: one too narrow for the detector to see.
+        InputError: not such an image. DataError: one too narrow for the detector to see.
         ConfigError, NonFiniteError: as in `gradcam`.
     """
     if picture.dim() != 3 or picture.shape[0] != 3 or picture.dtype != torch.uint8 or 0 in picture.shape:
-        raise InputError(f"a picture is uint8 (3, H, W), got {picture.dtype} {tuple(picture.shape)}")
+        raise InputError(f"an image is uint8 (3, H, W), got {picture.dtype} {tuple(picture.shape)}")
     if method == "scorecam":
         raise ConfigError("scorecam asks a classifier for its scores; take another method for a detector")
     image = picture / 255
@@ -252,4 +252,4 @@ def _refuse_narrow(model: nn.Module, size: Sequence[int], name: str) -> None:
         return
     short, long = sorted(size)
     if min(transform.min_size[-1], transform.max_size * short / long) < SEEN:
-        raise DataError(f"{name or 'a picture'}: {size[1]} x {size[0]} pixels are too narrow for a detector")
+        raise DataError(f"{name or 'an image'}: {size[1]} x {size[0]} pixels are too narrow for a detector")

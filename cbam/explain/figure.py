@@ -67,7 +67,7 @@ def comparison_figure(rows: Sequence[Row], path: str | Path, *, refined: str = "
 
 
 class _Grid(Page):
-    """A page with one row of cells per picture."""
+    """A page with one row of cells per image."""
 
     def __init__(self, rows: Sequence[Row], columns: int) -> None:
         self.tall = [_CELL * row.image.shape[-2] / row.image.shape[-1] for row in rows]

@@ -1,11 +1,11 @@
-"""What the gates of a network do over a set of pictures: anything, always the same, or each class its own.
+"""What the gates of a network do over a set of images: anything, always the same, or each class its own.
 
-Shapes: N pictures of K classes, a block's C channels, its h x w pixels.
+Shapes: N images of K classes, a block's C channels, its h x w pixels.
 
 The variance of a block's channel gates g[n, c] is the sum of three parts: how far channels differ in the mean
-of all pictures, what classes add to that, and what single pictures add. A block whose gates vary by channel
+of all images, what classes add to that, and what single images add. A block whose gates vary by channel
 alone multiplies by the same numbers whatever it sees, which the convolution before it could do as well. The
-variance of the spatial gates g[n, p] is that of the mean map (the same in every picture), and the rest.
+variance of the spatial gates g[n, p] is that of the mean map (the same in every image), and the rest.
 """
 
 from collections.abc import Iterable, Sequence
@@ -26,19 +26,19 @@ IDLE = 0.01  # a block that changes its map by less than 1 % does next to nothin
 MOSTLY = 0.5  # a block with more saturated gates than that is called so
 FIXED = 0.95  # gates with more of their variance fixed are called the same
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
-_SAMPLE = 4096  # values kept of each picture's spatial gate, evenly spaced
+_SAMPLE = 4096  # values kept of each image's spatial gate, evenly spaced
 
 
 @dataclass(frozen=True)
 class GateStatistics:
-    """One kind of gate of one block, over all pictures.
+    """One kind of gate of one block, over all images.
 
     Attributes:
         mean: of the values.
         quantiles: of the values, at QUANTILES.
         saturated: share of values in the first or last SATURATED of the range 0 to twice the middle; None
             for gates that have no such range.
-        fixed: share of the variance that is the same in every picture (by channel, or by place), corrected
+        fixed: share of the variance that is the same in every image (by channel, or by place), corrected
             for chance.
         by_class: share of the variance that classes explain beyond that, corrected for chance; None without
             classes, and for spatial gates.
@@ -61,7 +61,7 @@ class BlockStatistics:
     """What the attention of one block does.
 
     Attributes:
-        change: the norm of what it adds to its map, as a share of the map's norm; mean over pictures.
+        change: the norm of what it adds to its map, as a share of the map's norm; mean over images.
         middle: the gates' value where they have nothing to say.
     """
 
@@ -83,14 +83,14 @@ class BlockStatistics:
         if main.saturated is not None and main.saturated > MOSTLY:
             return "saturated"
         if main.fixed > FIXED:
-            return "the same channels for every picture" if self.what else "the same for every picture"
-        return "follows the class" if (main.by_class or 0) > main.by_picture else "follows the picture"
+            return "the same channels for every image" if self.what else "the same for every image"
+        return "follows the class" if (main.by_class or 0) > main.by_picture else "follows the image"
 
 
 def gate_statistics(
     model: nn.Module, batches: Iterable[tuple[Tensor, Tensor | None]]
 ) -> list[BlockStatistics]:
-    """Run the pictures through `model`, in eval mode, and sum up what its gates did, block by block.
+    """Run the images through `model`, in eval mode, and sum up what its gates did, block by block.
 
     Args:
         model: with attention; left as it was.
@@ -99,7 +99,7 @@ def gate_statistics(
 
     Raises:
         ConfigError: the model has no attention, or is compiled.
-        InputError: fewer than two pictures, pictures of several sizes, or not one class for each.
+        InputError: fewer than two images, images of several sizes, or not one class for each.
     """
     found: dict[str, list[_Seen]] = {}
     classes: list[Tensor | None] = []
@@ -118,7 +118,7 @@ def gate_statistics(
             if not recording:
                 raise ConfigError("gate_statistics: the model has no attention; cbam.attach puts it in")
     if sum(len(one.change) for one in next(iter(found.values()), [])) < 2:
-        raise InputError("gate_statistics: at least two pictures show what gates follow")
+        raise InputError("gate_statistics: at least two images show what gates follow")
     given = [own for own in classes if own is not None]
     labels = torch.cat(given) if given else None
     return [_block(name, seen, labels) for name, seen in found.items()]
@@ -127,11 +127,11 @@ def gate_statistics(
 def _check(images: Tensor, targets: Tensor | None, size: torch.Size) -> None:
     if images.shape[1:] != size:  # places of one map are not those of another
         raise InputError(
-            f"gate_statistics: pictures of one size, got {tuple(size)} and {tuple(images.shape[1:])}"
+            f"gate_statistics: images of one size, got {tuple(size)} and {tuple(images.shape[1:])}"
         )
     if targets is not None and targets.shape != (len(images),):
         raise InputError(
-            f"gate_statistics: a class for each of {len(images)} pictures, got {tuple(targets.shape)}"
+            f"gate_statistics: a class for each of {len(images)} images, got {tuple(targets.shape)}"
         )
 
 
@@ -204,9 +204,9 @@ def _gate(values: Tensor, limit: float | None, labels: Tensor | None) -> GateSta
 
 
 def _fixed(values: Tensor) -> float:
-    """The variance of what is the same in every picture, by channel.
+    """The variance of what is the same in every image, by channel.
 
-    The mean of N pictures still holds 1/N of the variance that channels have among themselves in single ones.
+    The mean of N images still holds 1/N of the variance that channels have among themselves in single ones.
     """
     N, C = values.shape
     mean = values.mean(0)
@@ -217,7 +217,7 @@ def _fixed(values: Tensor) -> float:
 def _by_class(values: Tensor, labels: Tensor) -> float:
     """The variance that classes explain of what is not fixed, mean over channels, as in epsilon squared.
 
-    Of N pictures of K classes, chance alone explains (K - 1) / (N - 1) of the variance.
+    Of N images of K classes, chance alone explains (K - 1) / (N - 1) of the variance.
     """
     N, K = len(values), int(labels.unique().numel())
     centred = values - values.mean(0)
@@ -235,7 +235,7 @@ def _by_class(values: Tensor, labels: Tensor) -> float:
 def gate_table(blocks: Sequence[BlockStatistics]) -> str:
     """The statistics as a table in Markdown; shares of variance in %."""
     lines = [
-        "| block | channels | change, % | what, 5 to 95 % | saturated, % | fixed, % | class, % | picture, % "
+        "| block | channels | change, % | what, 5 to 95 % | saturated, % | fixed, % | class, % | image, % "
         "| where, 5 to 95 % | saturated, % | fixed, % | in short |",
         "|---|" + "---|" * 11,
     ]
@@ -338,7 +338,7 @@ def _shares(ax, r: int, gate: GateStatistics) -> None:
 def _legend(page: Page, top: float, middles: list[float]) -> None:
     left = _LEFT
     for colour, words in (
-        (_FIXED, "channel or place: the same in every picture"), (_CLASS, "class"), (_PICTURE, "picture"),
+        (_FIXED, "channel or place: the same in every image"), (_CLASS, "class"), (_PICTURE, "image"),
     ):  # fmt: skip
         ax = page.axes(left, top - 0.05, 0.1, 0.1)
         ax.set_facecolor(colour)

@@ -78,7 +78,7 @@ def place_of(model: nn.Module, images: Tensor, layer: str | nn.Module) -> Place:
     if channels_last is None:
         raise InputError(
             f"layer {name!r} must return a feature map (N, C, h, w) or (N, h, w, C), got shape "
-            f"{seen.shapes[name]}, which does not grow with the picture as a map does; choose another"
+            f"{seen.shapes[name]}, which does not grow with the image as a map does; choose another"
         )
     return Place(name, channels_last)
 
@@ -163,7 +163,7 @@ def _by_sides(shape: tuple[int, ...], fits) -> bool | None:
 
 
 def _strided(h: int, w: int, H: int, W: int) -> bool:
-    """Whether both sides are those of the picture divided by the same integer stride, rounded down or up."""
+    """Whether both sides are those of the image divided by the same integer stride, rounded down or up."""
     stride = max(1, round(H / h))
     return all(n in (N // stride, -(-N // stride)) for n, N in ((h, H), (w, W)))
 

@@ -16,7 +16,7 @@ from cbam.surgery.effects import eval_mode, seeded
 
 THRESHOLDS = torch.arange(1, 100) / 100  # of a map's largest value
 STEPS = 10  # of deletion and insertion
-_BLUR = 11  # pixels at a side of 224: insertion begins from a picture of which nothing can be told
+_BLUR = 11  # pixels at a side of 224: insertion begins from an image of which nothing can be told
 
 
 def box_area(boxes: Sequence[Sequence[float]], height: int, width: int) -> Tensor:
@@ -46,7 +46,7 @@ def pointing(maps: Tensor, area: Tensor) -> Tensor:
 def energy(maps: Tensor, area: Tensor) -> Tensor:
     """The share of each map's energy, the sum of its non-negative values, on the object: (N,) in [0, 1].
 
-    A map without energy says nothing: it scores as an even one would, the object's share of the picture.
+    A map without energy says nothing: it scores as an even one would, the object's share of the image.
     """
     _check(maps, area)
     weight = maps.double().clamp(min=0)
@@ -58,7 +58,7 @@ def overlap(maps: Tensor, area: Tensor, thresholds: Tensor = THRESHOLDS) -> Tens
     """Intersection over union of the object and what of a map is at least a share of its largest value.
 
     Returns:
-        (N, T): for each of T thresholds in (0, 1]. One threshold is chosen for all pictures of a set:
+        (N, T): for each of T thresholds in (0, 1]. One threshold is chosen for all images of a set:
         `overlap(...).mean(0).max()`.
     """
     _check(maps, area)
@@ -77,7 +77,7 @@ def deletion_insertion(
     """The areas under the deletion and the insertion curve of a map (RISE, arXiv 1806.07421).
 
     The probability of `target` while the pixels of the map are taken out in order of their value, put to the
-    picture's mean colour (smaller is better), and while they are put into a blurred picture (larger is
+    image's mean colour (smaller is better), and while they are put into a blurred image (larger is
     better); by the trapezium rule over `steps` equal steps. Pixels of equal value go in reading order.
 
     Args:
@@ -85,7 +85,7 @@ def deletion_insertion(
         image: normalised, (3, H, W).
         heat: (H, W).
         target: class.
-        steps: the picture is `steps` + 1 times judged on each curve.
+        steps: the image is `steps` + 1 times judged on each curve.
     """
     _check(heat[None], heat[None].double().clamp(0, 1))
     order = heat.flatten().argsort(descending=True, stable=True)
@@ -103,7 +103,7 @@ def deletion_insertion(
 
 
 def centre_prior(height: int, width: int) -> Tensor:
-    """A map that knows nothing of the picture: a bell in its middle, a quarter of each side wide."""
+    """A map that knows nothing of the image: a bell in its middle, a quarter of each side wide."""
     rows, columns = (
         torch.exp(-0.5 * (((torch.arange(n) + 0.5) / n - 0.5) / 0.25) ** 2) for n in (height, width)
     )

@@ -1,6 +1,6 @@
-"""One picture, one or more networks: what each predicts, where it looks, and what its gates do.
+"""One image, one or more networks: what each predicts, where it looks, and what its gates do.
 
-Shapes: H x W pixels of the picture as the networks see it, h x w of a block's feature map.
+Shapes: H x W pixels of the image as the networks see it, h x w of a block's feature map.
 """
 
 import difflib
@@ -25,16 +25,16 @@ CBAM_NAME = "CBAM"
 
 @dataclass(frozen=True, eq=False)
 class Viewer:
-    """Networks that get the same pictures, preprocessed in the same way.
+    """Networks that get the same images, preprocessed in the same way.
 
     Attributes:
         networks: name -> network of K classes, all with the same ones.
         classes: K names.
         about: one line per network, which weights it has.
-        size, resized: the shorter side of a picture is resized to `resized`, and its centre, `size` pixels,
+        size, resized: the shorter side of an image is resized to `resized`, and its centre, `size` pixels,
             is cropped; None for 256 at a size of 224, and in proportion at any other.
         mean, std: per channel, of values in [0, 1].
-        mode: how pictures are resized, "bicubic" or "bilinear".
+        mode: how images are resized, "bicubic" or "bilinear".
 
     Raises:
         InputError: `resized` is less than `size`.
@@ -54,7 +54,7 @@ class Viewer:
 
     @property
     def side(self) -> int:
-        """What the shorter side of a picture becomes."""
+        """What the shorter side of an image becomes."""
         return short_side(self.size) if self.resized is None else self.resized
 
     def called(self, index: int) -> str:
@@ -72,11 +72,11 @@ class Viewer:
         return (seen / 255 - mean) / std
 
     def view(self, picture: Tensor) -> Tensor:
-        """What the networks see of a picture, uint8 (3, size, size)."""
+        """What the networks see of an image, uint8 (3, size, size)."""
         return pair.view(picture, self.size, self.side, self.mode)
 
     def boxes_in_view(self, boxes: Sequence[Sequence[float]], height: int, width: int) -> list[list[float]]:
-        """Boxes of a picture of this height and width as they lie in its view; they may reach out of it."""
+        """Boxes of an image of this height and width as they lie in its view; they may reach out of it."""
         side = min(height, width)
         scale, margin = self.side / side, (self.side - self.size) // 2
         left, top = (width - side) // 2, (height - side) // 2
@@ -86,7 +86,7 @@ class Viewer:
 
 @dataclass(frozen=True, eq=False)
 class Glance:
-    """The result of one network for one picture."""
+    """The result of one network for one image."""
 
     network: str
     heat: Tensor  # (H, W) in [0, 1]: where the evidence for the target lies
@@ -98,10 +98,10 @@ class Glance:
 
 @dataclass(frozen=True, eq=False)
 class Look:
-    """One picture as all networks of a `Viewer` see it.
+    """One image as all networks of a `Viewer` see it.
 
     Attributes:
-        name: of the picture.
+        name: of the image.
         image: uint8 (3, H, W), what the networks see.
         target, index: the class whose evidence the maps show, as `Viewer.called` says it, and its number.
         glances: one per network.
@@ -146,16 +146,16 @@ def look(
     method: str = "gradcam",
     layer: str | None = None,
 ) -> Look:
-    """Look at a picture with every network of `viewer`; all show the evidence for the same class.
+    """Look at an image with every network of `viewer`; all show the evidence for the same class.
 
     Args:
         picture: uint8 (3, H, W), of any size.
-        name: of the picture, for captions.
+        name: of the image, for captions.
         target: the class to show the evidence for; by default the first network's prediction.
         method, layer: as in `gradcam`.
 
     Raises:
-        InputError: not such a picture, or no such class.
+        InputError: not such an image, or no such class.
         ConfigError, DtypeError, NonFiniteError: as in `gradcam`.
     """
     return look_at_view(viewer, viewer.view(picture), name, target=target, method=method, layer=layer)
@@ -170,7 +170,7 @@ def look_at_view(
     method: str = "gradcam",
     layer: str | None = None,
 ) -> Look:
-    """`look` for a picture from `viewer.view`."""
+    """`look` for an image from `viewer.view`."""
     if target is not None and not 0 <= target < len(viewer.classes):
         raise InputError(f"target must be a class in 0..{len(viewer.classes) - 1}, got {target}")
     images = viewer.normalised(seen)[None]

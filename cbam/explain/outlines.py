@@ -1,4 +1,4 @@
-"""The figure of detections: what each detector finds in a picture, and the evidence for one of its boxes."""
+"""The figure of detections: what each detector finds in an image, and the evidence for one of its boxes."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -16,8 +16,8 @@ from cbam.explain.page import SMALL, Page
 
 # Inches. Two columns are as wide as a column of a page, four as the page.
 _WIDE, _LEFT, _GAP, _HEAD, _CAPTION, _FOOT = 1.66, 0.22, 0.05, 0.36, 0.30, 0.40
-_FLAT, _TALL = 0.4, 1.5  # height of a cell to its width; pictures beyond stand smaller in theirs
-_DRAWN = 900  # pixels of the longer side of a picture in the figure
+_FLAT, _TALL = 0.4, 1.5  # height of a cell to its width; images beyond stand smaller in theirs
+_DRAWN = 900  # pixels of the longer side of an image in the figure
 
 _TAG, _LETTER, _LINE = 5.5, 0.043, 0.095  # points of the words at a box; inches of their letters and lines
 # Okabe and Ito: told apart with any colour vision. Black and white are left to the chosen box.
@@ -26,7 +26,7 @@ _DARK = ("#009E73", "#D55E00", "#0072B2")  # white letters are read on these
 
 
 def detection_figure(detections: Sequence[Detection], path: str | Path) -> Path:
-    """Draw one row per picture and write it to `path`, as PNG, SVG or PDF by its ending; returns the path.
+    """Draw one row per image and write it to `path`, as PNG, SVG or PDF by its ending; returns the path.
 
     Columns: the boxes of each detector, with number, class and score as far as there is room, the chosen
     one thick; then each detector's map of the evidence for that box.
@@ -42,10 +42,10 @@ def detection_figure(detections: Sequence[Detection], path: str | Path) -> Path:
     """
     path = paper.check_format(path)
     if not detections:
-        raise InputError("detection_figure: no picture to draw")
+        raise InputError("detection_figure: no image to draw")
     names = [one.network for one in detections[0].finds]
     if any([one.network for one in detection.finds] != names for detection in detections):
-        raise InputError("detection_figure: the pictures were looked at with different detectors")
+        raise InputError("detection_figure: the images were looked at with different detectors")
     return paper.save(_Rows([_reduced(one) for one in detections], names).figure, path)
 
 
@@ -80,7 +80,7 @@ class _Rows(Page):
     def _boxes(self, ax, detection: Detection, finds: Finds, high: float) -> None:
         paper.show(ax, detection.image)
         H, W = detection.image.shape[1:]
-        pixels = max(W / _WIDE, H / high)  # of the picture to an inch
+        pixels = max(W / _WIDE, H / high)  # of the image to an inch
         order = sorted(range(len(finds.boxes)), key=lambda i: i != finds.chosen)  # the chosen one first
         for i in reversed(order):
             paper.outline(ax, _box(finds, i), _colour(finds, i), 2.2 if i == finds.chosen else 0.9)
@@ -110,7 +110,7 @@ class _Rows(Page):
 def _free(
     box: Sequence[float], text: str, pixels: float, size: tuple[int, int], taken: Sequence[Sequence[float]]
 ) -> tuple[float, float, float, float] | None:
-    """A place in the picture for words at a box, where there are none yet: x0, y0, x1, y1 in pixels."""
+    """A place in the image for words at a box, where there are none yet: x0, y0, x1, y1 in pixels."""
     wide, high = (_LETTER * len(text) + 0.03) * pixels, _LINE * pixels
     for x, y in _corners(box, wide, high):
         place = (x, y, x + wide, y + high)
@@ -166,7 +166,7 @@ def _proportion(detection: Detection) -> float:
 
 
 def _reduced(detection: Detection) -> Detection:
-    """The same with a picture no larger than the figure shows."""
+    """The same with an image no larger than the figure shows."""
     H, W = detection.image.shape[1:]
     scale = min(1.0, _DRAWN / max(H, W))
     if scale == 1:

@@ -21,7 +21,7 @@ TEXT, SMALL = 7.0, 6.0  # points
 HEAT, STRENGTH, GATE = "inferno", "viridis", "PuOr_r"  # told apart with any colour vision, and in grey
 # Maps come scaled to their own minimum and maximum.
 EVIDENCE: dict[float, str] = {0: "least", 1: "most of the map"}
-OPACITY = 0.6  # of a map over its picture
+OPACITY = 0.6  # of a map over its image
 LEAST = 0.01  # reach of a scale of gates: rounding is not blown up to a pattern
 FINE = 0.03  # gates this near to their middle are alike in two digits
 CHARACTER = 0.055  # inches, of a word of TEXT points on average
@@ -121,19 +121,19 @@ def rendered(figure, kind: str) -> bytes:
 
 
 def cells(ax, shape: tuple[int, int], values: Tensor, colours: str, low: float, high: float) -> None:
-    """Draw (h, w) as cells over the area of a picture of H x W pixels."""
+    """Draw (h, w) as cells over the area of an image of H x W pixels."""
     H, W = shape
     over = (-0.5, W - 0.5, H - 0.5, -0.5)
     ax.imshow(values.float().numpy(), cmap=colours, vmin=low, vmax=high, interpolation="nearest", extent=over)
 
 
 def show(ax, image: Tensor) -> None:
-    """Draw a picture, (3, H, W) or (1, H, W)."""
+    """Draw an image, (3, H, W) or (1, H, W)."""
     ax.imshow(pixels(image), vmin=0, vmax=1, interpolation="nearest")
 
 
 def show_heat(ax, image: Tensor, heat: Tensor, *, opacity: float = OPACITY, threshold: float = 0.0) -> None:
-    """Draw a map (H, W) in [0, 1] over its picture, which turns grey."""
+    """Draw a map (H, W) in [0, 1] over its image, which turns grey."""
     blended = blend(image, heat, opacity=opacity, threshold=threshold)
     ax.imshow(blended, vmin=0, vmax=1, interpolation="nearest")
 
@@ -141,7 +141,7 @@ def show_heat(ax, image: Tensor, heat: Tensor, *, opacity: float = OPACITY, thre
 def blend(
     image: Tensor, heat: Tensor, colours: str = HEAT, *, opacity: float = OPACITY, threshold: float = 0.0
 ):
-    """A map (H, W) in [0, 1] in colour over the picture in grey: float array (H, W, 3) in [0, 1].
+    """A map (H, W) in [0, 1] in colour over the image in grey: float array (H, W, 3) in [0, 1].
 
     What is below `threshold` stays grey.
     """
@@ -156,7 +156,7 @@ def blend(
 def outline(
     ax, box: tuple[float, float, float, float], colour: str = "white", thickness: float = 0.8
 ) -> None:
-    """Draw a box, x0, y0, x1, y1 in pixels, in points of thickness; a black seam shows it on any picture."""
+    """Draw a box, x0, y0, x1, y1 in pixels, in points of thickness; a black seam shows it on any image."""
     from matplotlib.patches import Rectangle
 
     x0, y0, x1, y1 = box

@@ -90,26 +90,26 @@ def class_names() -> list[str]:
 
 
 def view(picture: Tensor, size: int = SIZE, resized: int = RESIZED, mode: str = "bicubic") -> Tensor:
-    """What a classifier sees of a picture: uint8 (3, H, W) -> uint8 (3, size, size).
+    """What a classifier sees of an image: uint8 (3, H, W) -> uint8 (3, size, size).
 
     The shorter side is resized to `resized`, with antialiasing, and the middle is cut out. What lies
-    far outside of it is cut off before, so that a picture of 1 x 20000 does not grow to gigabytes.
+    far outside of it is cut off before, so that an image of 1 x 20000 does not grow to gigabytes.
 
     Raises:
-        InputError: not a uint8 picture (3, H, W), or `resized` is less than `size`.
+        InputError: not a uint8 image (3, H, W), or `resized` is less than `size`.
     """
     check_sides(size, resized)
     if picture.dim() != 3 or picture.shape[0] != 3 or picture.dtype != torch.uint8 or 0 in picture.shape:
-        raise InputError(f"a picture is uint8 (3, H, W), got {picture.dtype} {tuple(picture.shape)}")
+        raise InputError(f"an image is uint8 (3, H, W), got {picture.dtype} {tuple(picture.shape)}")
     square = _middle(picture, min(picture.shape[1:]))
     square = F.interpolate(square[None], (resized, resized), mode=mode, antialias=True, align_corners=False)
     return _middle(square[0], size)
 
 
 def check_sides(size: int, resized: int) -> None:
-    """Refuse a middle that is larger than the picture it is cut from."""
+    """Refuse a middle that is larger than the image it is cut from."""
     if resized < size:
-        raise InputError(f"the middle {size} pixels of a picture resized to {resized} cannot be taken")
+        raise InputError(f"the middle {size} pixels of an image resized to {resized} cannot be taken")
 
 
 def _middle(picture: Tensor, side: int) -> Tensor:

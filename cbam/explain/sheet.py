@@ -1,4 +1,4 @@
-"""The paper's figure: pictures, and where each network finds the evidence; rows, or a contact sheet."""
+"""The paper's figure: images, and where each network finds the evidence; rows, or a contact sheet."""
 
 import math
 from collections.abc import Sequence
@@ -16,9 +16,9 @@ _HEAD, _LINE, _FOOT = 0.36, 0.14, 0.40
 
 
 def look_figure(looks: Sequence[Look], path: str | Path, *, across: int = 1) -> Path:
-    """Draw one row per picture and write it to `path`, as PNG, SVG or PDF by its ending; returns the path.
+    """Draw one row per image and write it to `path`, as PNG, SVG or PDF by its ending; returns the path.
 
-    Columns: the picture and the class, then each network's map of the evidence for it, with its probability;
+    Columns: the image and the class, then each network's map of the evidence for it, with its probability;
     where a network would have said another class, that too.
 
     Args:
@@ -38,10 +38,10 @@ def look_figure(looks: Sequence[Look], path: str | Path, *, across: int = 1) -> 
 def draw(looks: Sequence[Look], across: int = 1, *, opacity: float = paper.OPACITY, threshold: float = 0.0):
     """The figure of `look_figure`, not yet written anywhere; maps as `page.blend` paints them."""
     if not looks:
-        raise InputError("look_figure: no picture to draw")
+        raise InputError("look_figure: no image to draw")
     names = [glance.network for glance in looks[0].glances]
     if any([glance.network for glance in look.glances] != names for look in looks):
-        raise InputError("look_figure: the pictures were looked at with different networks")
+        raise InputError("look_figure: the images were looked at with different networks")
     return _Sheet(looks, names, across, {"opacity": opacity, "threshold": threshold}).figure
 
 

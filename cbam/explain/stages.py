@@ -1,4 +1,4 @@
-"""What and where, stage by stage: the gates of one network on one picture."""
+"""What and where, stage by stage: the gates of one network on one image."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ _HEAD, _PITCH, _FOOT = 0.42, 1.05, 0.40
 def stages_figure(look: Look, path: str | Path, *, network: str | None = None) -> Path:
     """Draw the gates of `network`, a row for the last attended block of each size, and write it to `path`.
 
-    Columns: where, the spatial gate over the picture, white in the middle of its range and with colours that
+    Columns: where, the spatial gate over the image, white in the middle of its range and with colours that
     reach as far in all rows; what, the histogram of the channel gates; the channels that the block raises
     most and lowers most, as it found them. Those of gates that no block has are left out.
 
@@ -51,7 +51,7 @@ def draw(look: Look, network: str | None = None):
 
 
 def over_picture(image: Tensor, gate: Tensor, scale: tuple[float, float], opacity: float = 0.65):
-    """A gate (h, w) in colour over its picture in grey: float array (H, W, 3) in [0, 1].
+    """A gate (h, w) in colour over its image in grey: float array (H, W, 3) in [0, 1].
 
     Args:
         scale: the gate's value in the middle of the colours, and how far they reach to either side.

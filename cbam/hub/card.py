@@ -23,13 +23,13 @@ class Card:
 
     Attributes:
         classes: the name of each output.
-        size: side of the pictures that it was trained on, in pixels.
-        resize: what the shorter side of a picture is resized to before its centre, `size` pixels, is cropped;
+        size: side of the images that it was trained on, in pixels.
+        resize: what the shorter side of an image is resized to before its centre, `size` pixels, is cropped;
             None: not given.
         mean, std: per channel, for values in [0, 1], of the normalisation.
-        exif: whether pictures are rotated as their EXIF tag says.
+        exif: whether images are rotated as their EXIF tag says.
         data: what it was trained on.
-        pictures: what identifies those pictures, as `cbam train` records it: counts, a digest of names.
+        pictures: what identifies those images, as `cbam train` records it: counts, a digest of names.
         recipe: how it was trained: a name, or settings by name.
         results: measured numbers by name: `{"top-1 error, %": 7.4}`.
         licence: of the weights, as its SPDX identifier: "mit".
@@ -108,7 +108,7 @@ class Network:
         outputs: number of classes.
         dtype: of its weights, "float32".
         sha256: of the weights file.
-        parameters, gmac: its size, and 10^9 multiply-accumulates for one picture, if known.
+        parameters, gmac: its size, and 10^9 multiply-accumulates for one image, if known.
     """
 
     name: str

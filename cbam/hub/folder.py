@@ -245,7 +245,7 @@ def _refuse_other_network(model: nn.Module, network: str, outputs: int, size: in
             found, wanted = built(x), model(x)
         except Exception as error:  # of the network, whatever it is
             raise InputError(
-                f"{network} does not take pictures of {size} px: {first_line(error, 300)}"
+                f"{network} does not take images of {size} px: {first_line(error, 300)}"
             ) from error
     apart = (found - wanted).abs().max() / wanted.abs().max()
     if apart > 0.01:  # reduced precision stays below; NaN, as from overflow, proves nothing
@@ -279,7 +279,7 @@ def _bytes(model: nn.Module) -> bytes:
 
 
 def _gmac(model: nn.Module, size: int) -> float | None:
-    """10^9 multiply-accumulates for one picture; None if the network does not take pictures of that size."""
+    """10^9 multiply-accumulates for one image; None if the network does not take images of that size."""
     try:
         return profile(model, size).gmac
     except Exception:  # a network of one's own raises what it likes

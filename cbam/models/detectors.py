@@ -2,7 +2,7 @@
 
 A name is `detector:network[+attention]`: "fasterrcnn:resnet50+cbam", "fasterrcnn_c4:resnet101+se",
 "retinanet:timm:convnext_tiny", "ssd300:vgg16", "stairnet300:mobilenet_v1+se". They are torchvision's: in
-training they take a list of pictures (3, H, W) in 0..1 and a list of targets (`boxes`, `labels` from 1) and
+training they take a list of images (3, H, W) in 0..1 and a list of targets (`boxes`, `labels` from 1) and
 give losses, else a list of detections. Nothing is downloaded: weights of a classifier go into the network
 first: `faster_rcnn`.
 """
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 _OVER_VGG_OR_MOBILENET = ("ssd300", "stairnet300")
 DETECTORS = ("fasterrcnn", "fasterrcnn_c4", "retinanet", *_OVER_VGG_OR_MOBILENET)
 _WIDTH = 256  # of the feature pyramid
-_TRIED = (128, 160)  # height and width of a picture, a multiple of 32 as detectors pad to
+_TRIED = (128, 160)  # height and width of an image, a multiple of 32 as detectors pad to
 
 
 def detector(name: str, *, num_classes: int, start: str = "paper") -> nn.Module:
@@ -68,7 +68,7 @@ def faster_rcnn(network: nn.Module, num_classes: int) -> FasterRCNN:
         num_classes: without the background.
 
     Raises:
-        ConfigError: a network of another kind, or one that takes pictures of one size alone.
+        ConfigError: a network of another kind, or one that takes images of one size alone.
     """
     _need_torchvision()
     from torchvision.models.detection import FasterRCNN
@@ -82,7 +82,7 @@ def faster_rcnn_c4(network: nn.Module, num_classes: int) -> FasterRCNN:
 
     Region proposals and boxes read one map, of conv4 (`layer3`, stride 16), and conv5 (`layer4`) is the head
     of every box, at 14x14 (He et al., arXiv 1512.03385, appendix A). Proposals are as many as in Faster R-CNN
-    (Ren et al., 1506.01497): 2000 to train, 300 to test, and 128 of a picture to learn from.
+    (Ren et al., 1506.01497): 2000 to train, 300 to test, and 128 of an image to learn from.
 
     Args:
         network: a ResNet of torchvision's kind.
@@ -208,7 +208,7 @@ def _body(network: nn.Module, levels: int) -> tuple[nn.Module, list[int]]:
 
 
 def _refuse_one_size(network: Any) -> None:
-    """Raise for a network of timm's that takes pictures of one size alone; a detector's have many.
+    """Raise for a network of timm's that takes images of one size alone; a detector's have many.
 
     timm says which may, and some of those take others all the same.
     """
@@ -219,7 +219,7 @@ def _refuse_one_size(network: Any) -> None:
         with eval_mode(network), torch.no_grad():
             network.forward_intermediates(like.new_zeros(1, 3, *_TRIED), intermediates_only=True)
     except Exception as error:  # of its own kind in every network
-        told = f"{type(network).__name__} takes pictures of one size alone, and a detector's have many"
+        told = f"{type(network).__name__} takes images of one size alone, and a detector's have many"
         raise ConfigError(f"{told}: {str(error) or type(error).__name__}") from error
 
 

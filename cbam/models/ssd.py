@@ -5,7 +5,7 @@
               smoothed; attention, where it is, sits on the smoothed map right before the classifier
 
 torchvision's SSD does the rest: default boxes, matching, hard negative mining, suppression. It takes a list
-of pictures (3, H, W) of any size, and resizes them to 300 x 300.
+of images (3, H, W) of any size, and resizes them to 300 x 300.
 
 CBAM's table 7 prints the parameters of eight such networks, to three digits, but not their layers. What is
 built here has those counts to the last printed digit, with 21 classes: six default boxes on each of the first

@@ -1,4 +1,4 @@
-"""The pictures with boxes of a study of detectors."""
+"""The images with boxes of a study of detectors."""
 
 import hashlib
 from pathlib import Path
@@ -17,7 +17,7 @@ class BoxedPictures:
     Args:
         folder: see `cbam.data.boxed_folder`.
         size: shorter side that a detector brings them to; None: its own.
-        limit: so many training and validation pictures; None for all.
+        limit: so many training and validation images; None for all.
     """
 
     def __init__(self, folder: str, *, size: int | None = None, limit: int | None = None) -> None:
@@ -44,7 +44,7 @@ class BoxedPictures:
 
 
 def _digest(*sets: BoxedImages) -> str:
-    """Of the classes, the names of the pictures and their boxes, but no labels: records are known by it."""
+    """Of the classes, the names of the images and their boxes, but no labels: records are known by it."""
     whole = hashlib.sha256()
     for images in sets:
         names = [(p.name, p.height, p.width, images.count(i)) for i, p in enumerate(images.pictures)]

@@ -3,7 +3,7 @@
 Per seed a plain network is trained (the start), then forked; attention is attached to the forks at the
 identity start, so that every arm begins with the same function, and every arm, the plain one too, is trained
 for as many epochs again. `pretrained` replaces the first training by weights from a file; `from_scratch` is
-the paper's protocol: no start, every arm from the same seed. Arms of one seed see the same pictures,
+the paper's protocol: no start, every arm from the same seed. Arms of one seed see the same images,
 augmented alike, in the same order. What is scored is the last epoch, never the best.
 """
 
@@ -73,7 +73,7 @@ class _Comparison:
         self.names = ["plain", *settings.attention]
         self.start = "paper" if settings.from_scratch else "identity"  # of attention
         self.results = _new_record(settings, self.task, self.device)
-        self.kept: dict[str, nn.Module] = {}  # the models that the picture shows
+        self.kept: dict[str, nn.Module] = {}  # the models that the image shows
         self.rows: list[Row] = []
         self.began = time.monotonic()
 
@@ -123,7 +123,7 @@ class _Comparison:
         equal = torch.equal(before, after)
         self.watch.say(
             f"seed {seed}: {LABELS[name]} attached at {len(attached(model))} places, logits on {len(images)} "
-            f"validation pictures {'bit-identical' if equal else 'NOT bit-identical'} before and after"
+            f"validation images {'bit-identical' if equal else 'NOT bit-identical'} before and after"
         )
         largest = (before - after).abs().max().item()
         return {"pictures": len(images), "bit_equal": equal, "largest_difference": largest}
@@ -178,7 +178,7 @@ class _Comparison:
         """Say what runs where; refuse a weights file that does not fit before any work."""
         data = self.results["data"]
         self.watch.say(
-            f"{data['name']}: {data['train']} training and {data['val']} validation pictures of "
+            f"{data['name']}: {data['train']} training and {data['val']} validation images of "
             f"{data['size']} px, {len(data['classes'])} classes; {self.task.network} on "
             f"{self.results['device']['name']} ({self.device.type})"
         )
@@ -203,7 +203,7 @@ class _Comparison:
         self.results["timing"] = interleaved(arms, images, targets, self.task.recipe, self.device)
 
     def _advance(self, passes: float) -> None:
-        """Some more forward passes of one picture are done; a training step counts as three."""
+        """Some more forward passes of one image are done; a training step counts as three."""
         n_train, n_val = len(self.task.train), len(self.task.val)
         training = self.task.recipe.epochs * (3 * n_train + n_val)
         scoring = n_val * (1 + GRADCAM_WORK * self.task.val.has_boxes)
@@ -214,13 +214,13 @@ class _Comparison:
     # --- what is written ---
 
     def _draw(self) -> None:
-        """Look at the picture's rows with the models of the first seed."""
-        self.watch.now("drawing the picture")
+        """Look at the image's rows with the models of the first seed."""
+        self.watch.now("drawing the image")
         shown = self.results["picture"]
         try:
             self.rows = look(self.kept["plain"], self.kept[shown["arm"]], self.task.val, shown["indices"])
-        except CBAMError as error:  # a picture is no reason to lose the numbers
-            self.watch.say(f"there is no picture: {error}")
+        except CBAMError as error:  # an image is no reason to lose the numbers
+            self.watch.say(f"there is no image: {error}")
         self.kept.clear()
 
     def _write_results(self) -> None:

@@ -37,17 +37,17 @@ def find_study(name: str) -> Study:
 def find_pictures(
     dataset: str, changes: dict[str, Any], names: Sequence[str] = ()
 ) -> Pictures | BoxedPictures:
-    """The pictures of "digits", or of a folder; several studies can share them.
+    """The images of "digits", or of a folder; several studies can share them.
 
     Args:
-        names: of the studies; those of detectors need pictures with boxes.
+        names: of the studies; those of detectors need images with boxes.
 
     Raises:
         ConfigError, DataError: no such data set, a size for the digits, or studies that need different ones.
     """
     boxed = [name for name in names if find_study(name).boxed]
     if boxed and len(boxed) < len(names):
-        raise ConfigError(f"{', '.join(boxed)} need pictures with boxes: fill them in a call of their own")
+        raise ConfigError(f"{', '.join(boxed)} need images with boxes: fill them in a call of their own")
     if boxed:
         if dataset == DIGITS:
             raise ConfigError(f"study {boxed[0]} needs --dataset, a folder of COCO or Pascal VOC")
@@ -83,7 +83,7 @@ def prepare(
         out: the folder that holds a folder for every study.
 
     Raises:
-        ConfigError, DataError: names, settings or pictures that do not go together.
+        ConfigError, DataError: names, settings or images that do not go together.
     """
     study, where = find_study(name), pick_device(device)
     if study.many_networks and changes.get("network"):

@@ -33,12 +33,12 @@ class Filling:
     """The runs of a study by one protocol, on one device.
 
     Args:
-        arms: names of rows; None for all that so many pictures ask for.
+        arms: names of rows; None for all that so many images ask for.
         commit: of what this code is a copy, where git cannot say.
 
     Raises:
         ConfigError: an unknown row, or one that cannot be built.
-        DataError: the folder holds records of other pictures under the same name.
+        DataError: the folder holds records of other images under the same name.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class Filling:
             alike = own["data"] == protocol.data and own.get("limit") == protocol.limit
             if alike and not same_pictures(record["data"], about):
                 raise DataError(
-                    f"{records.path / name} is of other pictures of the same name: give another --out"
+                    f"{records.path / name} is of other images of the same name: give another --out"
                 )
 
     def runs(self, seeds: int) -> Iterator[Run]:
@@ -204,7 +204,7 @@ class Filling:
     def _expected(self, run: Run, known: Iterable[dict[str, Any]]) -> float:
         """Seconds that a run of these settings took on such a device, by these records; 0 where none tells.
 
-        Where there is none, those of a pass of the same network over pictures of the same size, as often as
+        Where there is none, those of a pass of the same network over images of the same size, as often as
         this run makes one. The median: the first run of a process also compiles kernels and looks for the
         fastest convolutions.
         """
@@ -271,7 +271,7 @@ def _but_seed(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _passes(config: dict[str, Any], about: dict[str, Any]) -> float:
-    """How often a run passes a picture through its network; a step of training counts as three."""
+    """How often a run passes an image through its network; a step of training counts as three."""
     return (1 + config["forked"]) * config["epochs"] * (3 * about["train"] + about["val"])
 
 
@@ -299,7 +299,7 @@ def origin(commit: str | None) -> dict[str, Any]:
 
 
 def _chosen(study: Study, about: dict[str, Any], arms: Iterable[str] | None) -> dict[str, Arm]:
-    """The rows of that name, or those of the whole table, which a few pictures of a large set make small."""
+    """The rows of that name, or those of the whole table, which a few images of a large set make small."""
     if arms is None:
         return study.chosen(small=study.is_small(about["train"]))
     names = list(arms)

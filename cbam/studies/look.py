@@ -1,4 +1,4 @@
-"""Where trained networks look: Grad-CAM's energy in the true box, and the rows of the picture."""
+"""Where trained networks look: Grad-CAM's energy in the true box, and the rows of the image."""
 
 from collections.abc import Callable
 
@@ -10,11 +10,11 @@ from cbam.explain import Row, compare_rows, energy_inside, gradcam
 from cbam.train.classification import normalise
 
 ROWS = 5
-GRADCAM_WORK = 4  # forward passes of a picture that its Grad-CAM takes
+GRADCAM_WORK = 4  # forward passes of an image that its Grad-CAM takes
 
 
 def first_batch(images: Images, count: int) -> tuple[Tensor, Tensor]:
-    """The first pictures of a set: normalised (N, 3, S, S), and targets (N,)."""
+    """The first images of a set: normalised (N, 3, S, S), and targets (N,)."""
     batch = next(iter(loader(images, min(count, len(images)), train=False)))
     return normalise(batch["image"], images.mean, images.std), batch["target"]
 
@@ -52,7 +52,7 @@ def mean_energy_inside(
 
 
 def rows_of_picture(images: Images) -> list[int]:
-    """The first picture of up to ROWS classes, evenly spaced over the class list."""
+    """The first image of up to ROWS classes, evenly spaced over the class list."""
     present = sorted(set(images.targets))
     count = min(ROWS, len(present))
     chosen = [present[i * len(present) // count] for i in range(count)]
@@ -60,7 +60,7 @@ def rows_of_picture(images: Images) -> list[int]:
 
 
 def look(plain: nn.Module, refined: nn.Module, images: Images, indices: list[int]) -> list[Row]:
-    """Both networks on these pictures, for `cbam.explain.comparison_figure`."""
+    """Both networks on these images, for `cbam.explain.comparison_figure`."""
     samples = [images[index] for index in indices]
     shown = torch.stack([sample["image"] for sample in samples])
     return compare_rows(

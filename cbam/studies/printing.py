@@ -106,7 +106,7 @@ def reading(table: Table) -> list[str]:
     found = [
         "± is the standard deviation over seeds. The last epoch of every run counts, never the best.",
         "Differences are in points, paired by seed: runs of a seed start from the same weights, as far as "
-        "they have them in common, and see the same pictures in the same order. The interval is Student's t.",
+        "they have them in common, and see the same images in the same order. The interval is Student's t.",
         by_chance(count),
         f'"Would show": the smallest true difference that this many pairs detect with {100 * POWER:.0f} % '
         'power. "Pairs to settle": how many pairs would detect a difference of the size found.',
@@ -164,7 +164,7 @@ def facts(table: Table) -> list[tuple[str, str]]:
     return [
         (
             "data",
-            f"{about['name']}: {about['train']:,} training and {about['val']:,} validation pictures of "
+            f"{about['name']}: {about['train']:,} training and {about['val']:,} validation images of "
             f"{size}, {about['classes']} classes",
         ),
         ("network", shared.get("network", "named in each row")),
@@ -197,10 +197,10 @@ def _implementations(runs: list[dict[str, Any]]) -> list[tuple[str, str]]:
 def _besides(shared: dict[str, Any]) -> str:
     """What not every training has."""
     told = (
-        ("resident", ", pictures cropped and flipped on the device"),
+        ("resident", ", images cropped and flipped on the device"),
         ("milestones", ", divided by 10 after epochs {}"),
         ("augment", ", augmentation {}"),
-        ("regions", ", {} regions of a picture"),
+        ("regions", ", {} regions of an image"),
     )
     warm = warm_up(shared)
     every = [f", {warm}"] if warm else []

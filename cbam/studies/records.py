@@ -76,10 +76,10 @@ class Records:
             (self.path / UNFINISHED).rmdir()
 
     def elsewhere(self, config: dict[str, Any], about: dict[str, Any]) -> Path | None:
-        """The record of the same settings and pictures in another study beside this one, if any.
+        """The record of the same settings and images in another study beside this one, if any.
 
         Args:
-            about: what tells the pictures from others, as records have it under "data".
+            about: what tells the images from others, as records have it under "data".
         """
         ending = f"-s{config['seed']}-{run_key(config)}.json"
         for path in sorted(self.root.glob(f"*/*{ending}")):
@@ -244,7 +244,7 @@ def _wrong(record: dict[str, Any]) -> str:
 
 
 def same_pictures(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Whether the "data" of two records is of the same pictures; older ones do not tell files nor objects."""
+    """Whether the "data" of two records is of the same images; older ones do not tell files nor objects."""
     told = ("train", "val", "sha256", *({"files", "objects"} & one.keys() & other.keys()))
     return all(one.get(key) == other.get(key) for key in told)
 

@@ -101,7 +101,7 @@ def table(results: dict) -> list[list[str]]:
             rows.append(["  95 % interval", *(_interval(d) for d in differences)])
             rows.append(["  verdict", *(d["word"] if d else "" for d in differences)])
     rows.append(["parameters", *(f"{numbers['parameters']:,}" for numbers in found.values())])
-    rows.append(["GMAC per picture", *(f"{numbers['gmac']:.4f}" for numbers in found.values())])
+    rows.append(["GMAC per image", *(f"{numbers['gmac']:.4f}" for numbers in found.values())])
     for kind, title in (("train", "training time, plain = 1"), ("inference", "inference time, plain = 1")):
         if results["timing"]:
             rows.append([title, *(_ratio(numbers.get(kind)) for numbers in found.values())])
@@ -141,7 +141,7 @@ def notes(results: dict) -> list[str]:
         )
     found += [
         "± is the standard deviation over seeds. Differences are paired by seed: arms of one seed start from "
-        "the same weights and see the same pictures in the same order.",
+        "the same weights and see the same images in the same order.",
         'The interval is Student\'s t over the seeds\' differences; "better" and "worse" mean that it '
         "excludes zero.",
         *_chance(results),
@@ -151,7 +151,7 @@ def notes(results: dict) -> list[str]:
     if results["data"]["has_boxes"]:
         found.append(
             "Grad-CAM energy is the share of the map for the true class that lies inside the true box, "
-            "averaged over the validation pictures."
+            "averaged over the validation images."
         )
     found.append(_start_told(results))
     found += results["data"]["notes"]
@@ -183,7 +183,7 @@ def _start_told(results: dict) -> str:
     equal = sum(check["bit_equal"] for check in checks)
     pictures = checks[0]["pictures"]
     return (
-        f"Attached at the identity start: logits on {pictures} validation pictures bit-identical before and "
+        f"Attached at the identity start: logits on {pictures} validation images bit-identical before and "
         f"after in {equal} of {len(checks)} cases."
     )
 
@@ -194,7 +194,7 @@ def facts(results: dict) -> list[tuple[str, str]]:
     pairs = [
         (
             "data",
-            f"{data['name']}: {data['train']} training and {data['val']} validation pictures of "
+            f"{data['name']}: {data['train']} training and {data['val']} validation images of "
             f"{data['size']} px, {len(data['classes'])} classes",
         ),
         ("network", f"{config['model']}, attention at {max(arm['sites'] for arm in results['arms'])} places"),
@@ -230,10 +230,10 @@ def title(results: dict) -> str:
 
 
 def picture_caption(results: dict) -> str:
-    """What the picture shows, and by which rule its rows were chosen."""
+    """What the image shows, and by which rule its rows were chosen."""
     shown = results["picture"]
     return (
-        f"Seed {shown['seed']}, {LABELS[shown['arm']]} beside plain. Rows: the first validation picture of "
+        f"Seed {shown['seed']}, {LABELS[shown['arm']]} beside plain. Rows: the first validation image of "
         f"{shown['rows']} classes, evenly spaced over the class list, chosen before training. Under each "
         "map: the probability of the true class."
     )
@@ -251,7 +251,7 @@ def text(results: dict) -> str:
 
 
 def markdown(results: dict, picture: str | None) -> str:
-    """report.md; `picture` is the name of the picture beside it."""
+    """report.md; `picture` is the name of the image beside it."""
     header, *rows = table(results)
     lines = [
         f"# {as_markdown(title(results))}",

@@ -85,7 +85,7 @@ class Settings:
             )
             told = f"nearest: {', '.join(near)}"
             if self.data is None and Path(str(name)).exists():
-                told = "if that is the folder of pictures, it goes before --attention"
+                told = "if that is the folder of images, it goes before --attention"
             yield name in ATTENTION, f"unknown attention {name!r}; {told}"
         for name in ("data", "model", "pretrained"):
             value = getattr(self, name)

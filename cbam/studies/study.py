@@ -63,7 +63,7 @@ class Measure:
 
 
 ERRORS = (Measure("val_top1", "top-1 error"), Measure("val_top5", "top-5 error"))
-# Training pictures from which a data set is taken for ImageNet, for COCO, for VOC 07+12.
+# Training images from which a data set is taken for ImageNet, for COCO, for VOC 07+12.
 LARGE, LARGE_COCO, LARGE_VOC = 1_000_000, 100_000, 10_000
 
 
@@ -75,9 +75,9 @@ class Study:
         small: the rows for data sets smaller than the paper's; None for all.
         large: the rows for the paper's data set; None for all.
         measures: what is compared, the first one in the sentences and in the figure.
-        whole: training pictures from which a data set is taken for the paper's.
-        usual: the protocol for a data set, of its name, its number of training pictures and their size.
-        boxed: whether it is of detectors, on pictures with boxes.
+        whole: training images from which a data set is taken for the paper's.
+        usual: the protocol for a data set, of its name, its number of training images and their size.
+        boxed: whether it is of detectors, on images with boxes.
         rules: those that its measures are by, "voc" or "coco"; None where both have them.
         paper_data: what the paper's numbers were measured on.
     """
@@ -96,7 +96,7 @@ class Study:
     paper_data: str = "ImageNet"
 
     def is_small(self, train: int) -> bool:
-        """Whether so many training pictures are fewer than the paper's data set has."""
+        """Whether so many training images are fewer than the paper's data set has."""
         return train < self.whole
 
     def chosen(self, *, small: bool) -> dict[str, Arm]:
@@ -116,9 +116,9 @@ class Protocol:
 
     Args:
         data: "digits", or the name of an image folder.
-        size: side of the pictures in pixels; None: chosen from the folder.
-        limit: about so many training and validation pictures; None for all.
-        resident: the pictures lie on the device, and are cropped and flipped there.
+        size: side of the images in pixels; None: chosen from the folder.
+        limit: about so many training and validation images; None for all.
+        resident: the images lie on the device, and are cropped and flipped there.
         small: the data set is smaller than the paper's.
         warmup_epochs, milestones: see `cbam.train.Recipe`; None for none.
         augment, regions: of detectors, see `cbam.train.recipes.Config`.
@@ -178,7 +178,7 @@ def digits() -> Protocol:
 
 
 def imagenette() -> Protocol:
-    """An image folder of some ten thousand pictures, from scratch, on one GPU: the rate of the paper, and
+    """An image folder of some ten thousand images, from scratch, on one GPU: the rate of the paper, and
     half a cosine in place of its steps, which are made for 90 epochs.
 
     It is warmed up to that rate: started at it, plain networks fall behind by the luck of the seed, and what
@@ -194,11 +194,11 @@ def imagenet() -> Protocol:
     return Protocol("", "resnet50", epochs=90, batch_size=256, lr=0.1, schedule="step", size=224, small=False)
 
 
-ROOM = 8 << 30  # bytes of pictures that may lie on a device
+ROOM = 8 << 30  # bytes of images that may lie on a device
 
 
 def usual(data: str, train: int, size: int | None) -> Protocol:
-    """The protocol for a data set of that name, number of training pictures and size of pictures."""
+    """The protocol for a data set of that name, number of training images and size of images."""
     assert size is not None
     if data == DIGITS:
         return digits()

@@ -94,7 +94,7 @@ def tables(study: Study, records: Iterable[dict[str, Any]]) -> list[Table]:
     """The tables that these records fill, the one with most runs first.
 
     Raises:
-        DataError: records of equal settings are of different pictures.
+        DataError: records of equal settings are of different images.
     """
     found: dict[str, Table] = {}
     for record in records:
@@ -106,10 +106,10 @@ def tables(study: Study, records: Iterable[dict[str, Any]]) -> list[Table]:
         if not same_pictures(table.about, record["data"]):
             raise DataError(
                 f"study {study.name}: two data sets named {shared['data']} have records here, and {arm} seed "
-                f"{record['config']['seed']} is not of the pictures of those before it: give each data set a "
+                f"{record['config']['seed']} is not of the images of those before it: give each data set a "
                 "folder of its own"
             )
-        table.about = record["data"] | table.about  # an older record tells less of the same pictures
+        table.about = record["data"] | table.about  # an older record tells less of the same images
         if counts(record):
             table.runs.setdefault(arm, {})[record["config"]["seed"]] = record
         elif record["status"] != "complete" and not record["dirty"]:

@@ -1,4 +1,4 @@
-"""What a comparison works on: the pictures, the network and the recipe that its settings name.
+"""What a comparison works on: the images, the network and the recipe that its settings name.
 
 The recipe, fixed before any arm was compared, from the plain network's training alone:
 - SGD with momentum 0.9 and weight decay 1e-4 on every parameter is the paper's. Half a cosine to zero
@@ -28,7 +28,7 @@ from cbam.train.material import misfit_of, network_at, weights_at
 
 DIGITS, FOLDER = {"epochs": 8, "batch_size": 32}, {"epochs": 10, "batch_size": 64}
 LR, FINE_TUNING_LR = 0.05, 0.005
-MEMORY = 256 << 20  # bytes of validation pictures that are kept
+MEMORY = 256 << 20  # bytes of validation images that are kept
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def load(model: nn.Module, path: str) -> Loaded:
 
 
 class _Remembered(Images):
-    """A validation set that keeps its pictures once they have been read, as far as MEMORY reaches."""
+    """A validation set that keeps its images once they have been read, as far as MEMORY reaches."""
 
     def __init__(self, images: Images) -> None:
         super().__init__(

@@ -1,4 +1,4 @@
-"""One run of a study: the network of a row, trained on the pictures of the study, and its record."""
+"""One run of a study: the network of a row, trained on the images of the study, and its record."""
 
 import contextlib
 import datetime
@@ -35,12 +35,12 @@ SAVE_EVERY = 1000  # steps
 
 
 class Pictures:
-    """The training and the validation pictures of a study, read when they are first needed.
+    """The training and the validation images of a study, read when they are first needed.
 
     Args:
         folder: an image folder; None for the digits.
         size: side in pixels; None: chosen from the folder.
-        limit: about so many training and validation pictures; None for all.
+        limit: about so many training and validation images; None for all.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Pictures:
 
     @cached_property
     def about(self) -> dict[str, Any]:
-        """What tells these pictures from others, without their place on the disk.
+        """What tells these images from others, without their place on the disk.
 
         "sha256" is of classes and targets, "files" of the names of the files, where they have any.
         """
@@ -95,7 +95,7 @@ class Keep:
     Args:
         folder: of this training alone.
         run: the run that it is for, whose time is counted.
-        about: what must be the same for it to go on: settings, pictures and code.
+        about: what must be the same for it to go on: settings, images and code.
         end: when it must stop, by the monotonic clock; None for never.
         say: called with a line on how it goes.
         trunk: the same for the network that a forked run begins with; all forks of it share the folder.
@@ -143,7 +143,7 @@ class Keep:
 
 
 class Training:
-    """Trains one run after another on the same pictures and device."""
+    """Trains one run after another on the same images and device."""
 
     def __init__(
         self,
@@ -170,7 +170,7 @@ class Training:
             keep: saves it while it goes on, and takes up what was saved.
 
         Raises:
-            ConfigError, DataError: settings or pictures that do not go together.
+            ConfigError, DataError: settings or images that do not go together.
             StoppedError: `keep` was told to stop; it is saved.
         """
         train, val = self._pictures()  # read once for all runs, so no part of the first one's time
@@ -319,7 +319,7 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def cost_of(config: dict[str, Any], classes: int, size: int | None) -> dict[str, Any]:
-    """Parameters, 10^9 multiply-accumulates for one picture, and places of attention; nothing is computed.
+    """Parameters, 10^9 multiply-accumulates for one image, and places of attention; nothing is computed.
 
     What a detector computes depends on what it finds, so it has no such number: None.
 

@@ -1,6 +1,6 @@
-"""Classification: uint8 pictures of one class each, normalised on the device; cross-entropy and errors.
+"""Classification: uint8 images of one class each, normalised on the device; cross-entropy and errors.
 
-Shapes: N pictures, K classes. A batch is a dict: "image" uint8 (N, 3, H, W), "target" (N,), "index" (N,).
+Shapes: N images, K classes. A batch is a dict: "image" uint8 (N, 3, H, W), "target" (N,), "index" (N,).
 """
 
 import functools
@@ -23,8 +23,8 @@ class Classification:
 
     Args:
         mean, std: of the data set, per channel, of values / 255.
-        recipe: says whether pictures are mixed and targets smoothed; None where nothing is trained: an
-            evaluation keeps the logits of every picture, which a validation of many classes has no room for.
+        recipe: says whether images are mixed and targets smoothed; None where nothing is trained: an
+            evaluation keeps the logits of every image, which a validation of many classes has no room for.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class Classification:
         self.mean, self.std = tuple(mean), tuple(std)
 
     def loss(self, network: Callable[..., Tensor], batch: dict, part: Part) -> tuple[Tensor, Tensor]:
-        """The cross-entropy, and how many of the pictures that count are taken for another class."""
+        """The cross-entropy, and how many of the images that count are taken for another class."""
         target, smooth = batch["target"], self.recipe.label_smoothing
         mixed = mix(normalise(batch["image"], self.mean, self.std), self.recipe, part.key)
         logits = network(mixed.image)
@@ -61,7 +61,7 @@ class Classification:
         return judged(logits, targets), indices, *((targets, logits) if self._keeps else ())
 
     def collected(self, outputs: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-        """The same of all pictures, by index."""
+        """The same of all images, by index."""
         parts = [world().joined(torch.cat(part)) for part in zip(*outputs, strict=True)]
         order = parts[1].argsort()
         return tuple(part[order] for part in parts)
@@ -76,7 +76,7 @@ class Classification:
         if bad := indices[values[:, 0].isnan()].tolist():
             told = ", ".join(map(str, bad[:8])) + (", ..." if len(bad) > 8 else "")
             raise NonFiniteError(
-                f"the network gives NaN or infinity for {len(bad)} of {len(indices)} validation pictures "
+                f"the network gives NaN or infinity for {len(bad)} of {len(indices)} validation images "
                 f"({told}); they were not scored"
             )
         # Rounded once: the same whatever the number of threads.
@@ -102,7 +102,7 @@ def _per_channel(values: tuple[float, ...], kind: torch.dtype, device: torch.dev
 
 
 def judged(logits: Tensor, targets: Tensor) -> Tensor:
-    """float64 (N, 2 or 3): of each picture the cross-entropy, NaN where an output is not finite; whether its
+    """float64 (N, 2 or 3): of each image the cross-entropy, NaN where an output is not finite; whether its
     class is not the first; and, of more than five classes, whether it is not among the first five.
     """
     loss = F.cross_entropy(logits.double(), targets, reduction="none")

@@ -1,9 +1,9 @@
-"""Detection: uint8 pictures of any size with labelled boxes; the detector's losses, and average precision.
+"""Detection: uint8 images of any size with labelled boxes; the detector's losses, and average precision.
 
 A batch is a dict of lists: "image" uint8 (3, H, W), "target" with boxes (N, 4), labels (N,), area, crowd and
 difficult; and "index", a tensor. Networks are torchvision's kind: see `cbam.models.detector`.
 
-A detector's loss is a mean over the pictures of its part of a step, or nearly so: SSD divides by the number
+A detector's loss is a mean over the images of its part of a step, or nearly so: SSD divides by the number
 of boxes that were matched in the part. So how many processes share a step matters a little.
 """
 
@@ -33,7 +33,7 @@ class Detection:
         self.model, self.classes, self.rules = model, list(classes), rules
 
     def loss(self, network: Callable[..., Any], batch: dict, part: Part) -> tuple[Tensor, Tensor]:
-        """The sum of the detector's losses. Pictures that only fill up a part are left out, but two stay."""
+        """The sum of the detector's losses. Images that only fill up a part are left out, but two stay."""
         count = max(part.count, min(2, len(batch["target"])))
         targets = [{name: target[name] for name in ("boxes", "labels")} for target in batch["target"][:count]]
         losses = network(_pictures(batch)[:count], targets)
@@ -41,11 +41,11 @@ class Detection:
         return loss * part.weight, loss.new_zeros(())
 
     def trained(self, tally: float) -> dict[str, float]:
-        """Nothing: detections on training pictures would have to be computed apart."""
+        """Nothing: detections on training images would have to be computed apart."""
         return {}
 
     def output(self, batch: dict) -> list[tuple[int, dict[str, Tensor], dict[str, Tensor]]]:
-        """Index, detections and objects of each picture."""
+        """Index, detections and objects of each image."""
         found = self.model(_pictures(batch))
         return [
             (index, _on_cpu(own), _on_cpu(target))
@@ -53,7 +53,7 @@ class Detection:
         ]
 
     def collected(self, outputs: list[list[tuple[int, dict, dict]]]) -> tuple[_ByIndex, _ByIndex]:
-        """Detections and objects of all pictures, by index."""
+        """Detections and objects of all images, by index."""
         mine = [item for batch in outputs for item in batch]
         every = sorted((item for part in world().all(mine) for item in part), key=lambda item: item[0])
         return {i: found for i, found, _ in every}, {i: target for i, _, target in every}

@@ -1,4 +1,4 @@
-"""A detector for a run: how it sees pictures, and the weights that it begins with."""
+"""A detector for a run: how it sees images, and the weights that it begins with."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -19,7 +19,7 @@ _VGG_CONV5 = 23  # the place of the fourth pooling in torchvision's VGG16: what 
 
 
 def make_detector(name: str, classes: int, *, start: str, size: int | None, regions: int | None) -> nn.Module:
-    """The detector of that name, with pictures brought to a shorter side of `size`, and so many regions.
+    """The detector of that name, with images brought to a shorter side of `size`, and so many regions.
 
     With `regions`, the second stage of Faster R-CNN learns from that many out of four times as many
     proposals, and classifies twice as many in evaluation; torchvision's numbers are 512, 2000 and 1000.
@@ -28,7 +28,7 @@ def make_detector(name: str, classes: int, *, start: str, size: int | None, regi
         ConfigError: no such detector, or one that takes no size or no regions.
     """
     if size is not None and name.startswith(("ssd300", "stairnet300")):
-        raise ConfigError(f"{name} takes pictures of 300 pixels: leave the size out")
+        raise ConfigError(f"{name} takes images of 300 pixels: leave the size out")
     if regions is not None and not name.startswith("fasterrcnn"):
         raise ConfigError(f"regions are Faster R-CNN's, and this is {name}")
     model = detector(name, num_classes=classes, start=start)

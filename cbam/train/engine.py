@@ -163,14 +163,14 @@ def _told(error: BaseException, device: torch.device, recipe: Recipe | None) -> 
     """Our error in place of this one, or None where this one stays."""
     text = " ".join(str(error).split())
     if "DataLoader worker" in text:
-        return DataError(f"a process that loads pictures died: {text}")
+        return DataError(f"a process that loads images died: {text}")
     memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
     if memory or "can't allocate memory" in text:
         return OutOfMemoryError(f"out of memory on {device.type}{_smaller(device, recipe)} ({text[:200]})")
     if "Expected more than 1 value per channel" in text:
         return InputError(
-            "a part of a step is a single picture, and a map of it has one pixel, of which BatchNorm "
-            "has no variance: take a larger --batch-size, a lower --accumulate, or larger pictures"
+            "a part of a step is a single image, and a map of it has one pixel, of which BatchNorm "
+            "has no variance: take a larger --batch-size, a lower --accumulate, or larger images"
         )
     if "Expected to have finished reduction" in text:
         return InputError(f"parameters of the network had no part in the loss: {text[:300]}")

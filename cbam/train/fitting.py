@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """How a network does on a data set of N pictures and K classes.
+    """How a network does on a data set of N images and K classes.
 
     top1, top5: errors in %; top5 is None with five classes or fewer. loss: mean cross-entropy.
     probabilities: (N, K), by index. targets: (N,).
@@ -44,7 +44,7 @@ class Evaluation:
 class Detections:
     """How a detector does on a data set.
 
-    scores: by name, in %, see `cbam.train.detection`. found, truth: by the index of the picture, see
+    scores: by name, in %, see `cbam.train.detection`. found, truth: by the index of the image, see
     `cbam.train.detection_metrics`.
     """
 
@@ -72,11 +72,11 @@ def fit(
 ) -> list[dict]:
     """Train `model` in place and return one dict of metrics per epoch.
 
-    The order of the pictures and their augmentation are functions of (seed, epoch, index): two models
+    The order of the images and their augmentation are functions of (seed, epoch, index): two models
     trained with the same seed and epochs see the same batches. On a CPU the same call gives the same
     weights, bit for bit. Errors are in %, `seconds` is the training part of the epoch, `step_seconds`
-    the median step, `wait_seconds` what was waited for pictures. With an average (`ema`) it is what is
-    evaluated, and what `model` holds in the end. Pictures with boxes train a detector, any others a
+    the median step, `wait_seconds` what was waited for images. With an average (`ema`) it is what is
+    evaluated, and what `model` holds in the end. Images with boxes train a detector, any others a
     classifier.
 
     In several processes (see distributed.py), each of which calls this alike, the steps are the same, but for
@@ -85,11 +85,11 @@ def fit(
     Args:
         seed: of the order and of whatever is random in the model (the caller's generator is left alone).
         first_epoch: the number of the first epoch, for a model that has been trained before.
-        on_step: called with the work of every step, in forward passes of a picture; training counts three.
+        on_step: called with the work of every step, in forward passes of an image; training counts three.
         keeper: saves checkpoints, and goes on from the one it was given, bit for bit on a CPU.
 
     Raises:
-        ConfigError: no such device, or processes that cannot share the batches. DataError: a bad picture.
+        ConfigError: no such device, or processes that cannot share the batches. DataError: a bad image.
         NonFiniteError: a loss or an output is not finite. OutOfMemoryError.
         DistributedError: another process is gone.
         StoppedError: the keeper was told to stop. OutputError: it can no longer save.
@@ -151,7 +151,7 @@ def _train(steps, batches: DataLoader, checks: DataLoader, where: torch.device, 
 
 
 def _checks(images: Images | BoxedImages, batch_size: int, workers: int, gpu: bool) -> DataLoader:
-    """The part of a validation set that is this process's: every world-th picture."""
+    """The part of a validation set that is this process's: every world-th image."""
     shard = Shard(world().rank, world().size)
     return loader(images, max(1, batch_size), train=False, workers=workers, shard=shard, pinned=gpu)
 
@@ -164,7 +164,7 @@ def _check_processes(here: World, where: torch.device, recipe: Recipe, val: Imag
             f"{recipe.accumulate} batches each; take a multiple of {parts}"
         )
     if here.size > len(val):
-        raise ConfigError(f"{len(val)} validation pictures are too few for {here.size} processes")
+        raise ConfigError(f"{len(val)} validation images are too few for {here.size} processes")
     if recipe.sync_bn and where.type == "cpu":
         raise ConfigError("sync_bn: torch has a synchronised BatchNorm for GPUs only; leave it out")
 
@@ -178,12 +178,12 @@ def evaluate(
     workers: int = 0,
     on_step: Callable[[int], None] | None = None,
 ) -> Evaluation:
-    """Errors and probabilities of `model` on `images`, in eval mode, every picture exactly once.
+    """Errors and probabilities of `model` on `images`, in eval mode, every image exactly once.
 
     In several processes (see distributed.py) each takes its part, and all return the whole.
 
     Raises:
-        NonFiniteError: the network gives NaN. DataError: a bad picture. ConfigError: no such device.
+        NonFiniteError: the network gives NaN. DataError: a bad image. ConfigError: no such device.
     """
     steps = _validated(model, images, batch_size, device, workers, on_step)
     _, indices, targets, logits = steps.collected
@@ -204,7 +204,7 @@ def evaluate_detector(
     """Scores and detections of `model` on `images`: see `evaluate`.
 
     Raises:
-        NonFiniteError: a box or a score is NaN. DataError: a bad picture. ConfigError: no such device.
+        NonFiniteError: a box or a score is NaN. DataError: a bad image. ConfigError: no such device.
     """
     steps = _validated(model, images, batch_size, device, workers, on_step)
     found, truth = steps.collected
@@ -226,7 +226,7 @@ def _validated(
         from cbam.train.steps import Steps
     here = world()
     if here.size > len(images):
-        raise ConfigError(f"{len(images)} pictures are too few for {here.size} processes")
+        raise ConfigError(f"{len(images)} images are too few for {here.size} processes")
     where = pick_device(device)
     steps = Steps(_task(model, images), on_step=on_step)
     batches = _checks(images, batch_size, workers, where.type == "cuda")
@@ -240,11 +240,11 @@ def _validated(
 
 def _check_whole(images: Images | BoxedImages, indices: list[int]) -> None:
     if indices != list(range(len(images))):
-        raise DataError(f"{images.name}: {len(indices)} pictures were evaluated instead of {len(images)}")
+        raise DataError(f"{images.name}: {len(indices)} images were evaluated instead of {len(images)}")
 
 
 def _task(model: nn.Module, images: Images | BoxedImages, recipe: Recipe | None = None) -> Task:
-    """What the network is trained for: the pictures say it."""
+    """What the network is trained for: the images say it."""
     if isinstance(images, BoxedImages):
         from cbam.train.detection import Detection
 

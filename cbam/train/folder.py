@@ -3,7 +3,7 @@
 config.json    the settings as they came into effect
 metrics.jsonl  a line every few steps, and one per epoch
 epochs.csv     a row per epoch, see loggers.py
-nonfinite.json the pictures of a step whose loss is not finite
+nonfinite.json the images of a step whose loss is not finite
 wandb-id       what W&B knows the run by
 step-*.ckpt    checkpoints, see checkpoint.py; last.json names the newest
 lock           who is running here, see lock.py

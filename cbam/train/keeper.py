@@ -227,7 +227,7 @@ class Keeper(pl.Callback):
             self.metrics.end()
 
     def on_exception(self, trainer, pl_module, exception: BaseException) -> None:
-        """Save what was reached: before a step whose loss is not finite, or when a picture ends the run."""
+        """Save what was reached: before a step whose loss is not finite, or when an image ends the run."""
         self._steps.end_validation()
         if isinstance(exception, NonFiniteLossError):
             if self._here.is_first:

@@ -1,4 +1,4 @@
-"""What a run's settings name: its pictures, its network, its checkpoint."""
+"""What a run's settings name: its images, its network, its checkpoint."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -53,7 +53,7 @@ def _boxed(config: Config) -> tuple[BoxedImages, BoxedImages]:
     if config.limit:
         train, val = train.subset(config.limit), val.subset(config.limit)
     if not val.scored:
-        val.notes.append("no validation picture has an object that is scored, so AP stays unknown (-)")
+        val.notes.append("no validation image has an object that is scored, so AP stays unknown (-)")
     return train.augmented(config.augment or "none"), val
 
 

@@ -11,7 +11,7 @@ from cbam.train.recipe import Recipe
 
 @dataclass(frozen=True)
 class Mix:
-    """A batch N of pictures in which picture i holds `share` of itself; the rest is of picture N - 1 - i."""
+    """A batch N of images in which image i holds `share` of itself; the rest is of image N - 1 - i."""
 
     image: Tensor
     share: float

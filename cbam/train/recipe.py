@@ -26,7 +26,7 @@ class Recipe:
         warmup_epochs: over which the learning rate first rises in a straight line (arXiv 1706.02677).
         attention_lr: the learning rate of attached attention, as a multiple of that of the network.
         label_smoothing: share of the target that is spread over all classes (arXiv 1512.00567).
-        mixup, cutmix: the parameter of the Beta distribution that the share of the second picture is drawn
+        mixup, cutmix: the parameter of the Beta distribution that the share of the second image is drawn
             from (arXiv 1710.09412, 1905.04899); 0 leaves it out, and with both each batch draws one.
         ema: decay per step of the average of the weights that is evaluated, 0 for none.
         precision: "fp32", or "bf16" or "fp16" by autocast, the weights staying fp32; "fp64" for tests.

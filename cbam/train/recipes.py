@@ -135,7 +135,7 @@ class Config:
         yield from self._rules_of_task()
         yield type(self.exif) is bool, f"exif must be true or false, got {self.exif!r}"
         if self.recipe == "digits":
-            yield self.data is None, "the recipe digits makes its own pictures; for DATA there is folder"
+            yield self.data is None, "the recipe digits makes its own images; for DATA there is folder"
             yield self.size is None, "size belongs to an image folder, and no DATA is given"
 
     def _rules_of_task(self):
@@ -148,7 +148,7 @@ class Config:
         yield good, f"augment must be one of {', '.join(AUGMENTATIONS)}, got {self.augment!r}"
         for name in ("label_smoothing", "mixup", "cutmix", "compile"):
             yield not getattr(self, name), f"{name} is not for detectors"
-        yield self.exif, "boxes are as their picture is seen, turned as EXIF says: exif cannot be left out"
+        yield self.exif, "boxes are as their image is seen, turned as EXIF says: exif cannot be left out"
 
     @property
     def detects(self) -> bool:

@@ -58,7 +58,7 @@ def run(
             `time.monotonic` has it; from now where it is None.
 
     Raises:
-        ConfigError: bad settings, a run in the folder, changed settings. DataError: bad pictures.
+        ConfigError: bad settings, a run in the folder, changed settings. DataError: bad images.
         CheckpointError: none of the checkpoints is valid. NonFiniteError: the loss is not finite.
         StoppedError: a signal or the time limit. OutputError: the folder cannot be written to.
         OutOfMemoryError. DistributedError: another process is gone.
@@ -81,7 +81,7 @@ def run(
         data = material.about(train, val)
         about = {"config": dataclasses.asdict(config), "data": data, "versions": versions()}
         if state is not None and (told := _difference(state["data"], data)):
-            raise ConfigError(f"the pictures are not those of the run: {told}")
+            raise ConfigError(f"the images are not those of the run: {told}")
         model = network(config, len(train.classes), loaded=state is not None, say=watch.say)
         with lightning():
             from cbam.train.keeper import Keeper
@@ -232,8 +232,8 @@ def _difference(before: dict, now: dict) -> str:
 
 _DIGESTS = {
     "names": "as many, but some have other names",
-    "training objects": "other boxes or labels in the training pictures",
-    "validation objects": "other boxes or labels in the validation pictures",
+    "training objects": "other boxes or labels in the training images",
+    "validation objects": "other boxes or labels in the validation images",
 }
 
 

@@ -1,4 +1,4 @@
-"""Evaluation of a checkpoint, a published folder or a weights file on the validation pictures."""
+"""Evaluation of a checkpoint, a published folder or a weights file on the validation images."""
 
 import dataclasses
 from pathlib import Path
@@ -20,7 +20,7 @@ from cbam.train.material import about, began_with, load_trained, network, ours, 
 from cbam.train.recipes import Config
 
 _Set = Images | BoxedImages
-_Candidate = tuple[nn.Module, _Set, str]  # the network, its pictures, and in words both
+_Candidate = tuple[nn.Module, _Set, str]  # the network, its images, and in words both
 
 
 def score(
@@ -42,17 +42,17 @@ def score(
         path: of a checkpoint, of a run's folder (its newest valid one), of a folder of `save_pretrained`, or
             of a weights file.
         data: image folder, for a detector one of COCO or Pascal VOC; None: what the run was trained on, or
-            the digits. Its validation pictures are taken. Of a folder of classes that has none apart all are,
+            the digits. Its validation images are taken. Of a folder of classes that has none apart all are,
             but of the one that the run was trained on only those that were held out.
         model: the network of a weights file; a checkpoint and a published folder know their own.
-        size: side of the pictures; a checkpoint and a published folder know their own.
+        size: side of the images; a checkpoint and a published folder know their own.
         batch_size: None for 256, of a detector 8.
-        held_out: of any folder of classes that has no validation pictures apart, take those that a training
+        held_out: of any folder of classes that has no validation images apart, take those that a training
             on it holds out.
 
     Raises:
         CheckpointNotFoundError, CheckpointError: as `checkpoint.load`, `from_pretrained` and `load_weights`.
-        ConfigError: no model is named, the classes are not the network's, or pictures of a run that held
+        ConfigError: no model is named, the classes are not the network's, or images of a run that held
             some of them out have come or gone.
         NonFiniteError: the network gives NaN.
     """
@@ -75,12 +75,12 @@ def score(
 def _published(
     path: Path, data: str | None, model: str | None, size: int | None, held_out: bool
 ) -> _Candidate:
-    """A folder of `save_pretrained`: its card says how pictures come to it."""
+    """A folder of `save_pretrained`: its card says how images come to it."""
     if model is not None:
         raise ConfigError(f"{path} says what network it is: leave --model out")
     net, card = hub.from_pretrained(path), hub.card_of(path)
     if data is None and card.data != NAME:
-        raise ConfigError(f"{path} knows no pictures here: give DATA, a folder of them")
+        raise ConfigError(f"{path} knows no images here: give DATA, a folder of them")
     side = size or card.size
     config = Config("folder", data=data, size=side if data else None, exif=card.exif)
     known = {**card.pictures, "classes": list(card.classes)} if "names" in card.pictures else None
@@ -105,7 +105,7 @@ def _trained(path: Path, data: str | None, model: str | None, size: int | None, 
         recipe=began.recipe if began.detects else "folder",
     )  # fmt: skip
     if not (own := _is_of_run(config, began, state["data"])):
-        config = dataclasses.replace(config, limit=None)  # it says how much of its own pictures a run takes
+        config = dataclasses.replace(config, limit=None)  # it says how much of its own images a run takes
     val, which = _pictures(config, held_out=held_out or own, began_with=state["data"] if own else None)
     _check_classes(val, state["data"]["classes"], "the run")
     net = network(config, len(val.classes), loaded=True)
@@ -127,40 +127,40 @@ def _weights(path: Path, data: str | None, model: str | None, size: int | None, 
         load_trained(net, path, model, path)
     except OtherClassesError as error:
         here = f"there are {len(val.classes)} in {val.name}"
-        raise error.advising(f"give DATA, pictures in a folder for each of them; {here}") from None
+        raise error.advising(f"give DATA, images in a folder for each of them; {here}") from None
     return net, val, f"{model} on {which}"
 
 
 def _pictures(
     config: Config, *, held_out: bool, began_with: dict[str, Any] | None = None
 ) -> tuple[_Set, str]:
-    """The pictures to be scored, and in words how many of which folder they are.
+    """The images to be scored, and in words how many of which folder they are.
 
     Args:
         held_out: of a folder of classes that is split by us, take the part that validates.
-        began_with: what the run was trained on, where these are its own pictures.
+        began_with: what the run was trained on, where these are its own images.
     """
     whole = None
     if config.data and not config.detects:
         whole = unsplit_set(config.data, size=config.size, exif=config.exif)
     if whole is not None and not held_out:
-        return whole, f"all {len(whole)} pictures of {config.data}"
+        return whole, f"all {len(whole)} images of {config.data}"
     train, val = pictures(config)
     if whole is not None:
-        # The split is by the order of the names: with a picture more it is another.
+        # The split is by the order of the names: with an image more it is another.
         if began_with is not None and not _same(began_with, train, val):
             raise ConfigError(
-                f"{config.data} has other pictures than when the run began, so which were held out is no "
-                "longer known: score a folder with none of the run's pictures and of another name, or put "
+                f"{config.data} has other images than when the run began, so which were held out is no "
+                "longer known: score a folder with none of the run's images and of another name, or put "
                 "this one back as it was"
             )
-        of = f"{len(val)} of the {len(whole)} pictures of {config.data}"
+        of = f"{len(val)} of the {len(whole)} images of {config.data}"
         return val, f"{of}, held out when it is trained on"
-    return val, f"{len(val)} validation pictures of {val.name}"
+    return val, f"{len(val)} validation images of {val.name}"
 
 
 def _is_of_run(config: Config, began: Config, data: dict[str, Any]) -> bool:
-    """Whether the pictures that `config` names are those that a run began with: the same, or moved."""
+    """Whether the images that `config` names are those that a run began with: the same, or moved."""
     if config.data is None or began.data is None:
         return config.data == began.data
     here, there = Path(config.data), Path(began.data)
@@ -170,10 +170,10 @@ def _is_of_run(config: Config, began: Config, data: dict[str, Any]) -> bool:
 
 
 def _holds(config: Config, data: dict[str, Any] | None) -> bool:
-    """Whether the pictures of `config` are those that `data` tells of."""
+    """Whether the images of `config` are those that `data` tells of."""
     try:
         return data is not None and _same(data, *pictures(config))
-    except DataError:  # they cannot be trained on, with one picture in a class for example
+    except DataError:  # they cannot be trained on, with one image in a class for example
         return False
 
 

@@ -200,11 +200,11 @@ class Steps(pl.LightningModule):
             self._before.restore()
             often = f"; the {self._skipped - 1} steps before were skipped" if self._skipped > 1 else ""
             raise NonFiniteLossError(
-                f"{what}, of the training pictures {told}; no step was taken{often}", pictures
+                f"{what}, of the training images {told}; no step was taken{often}", pictures
             )
         self._skip = True
         if world().is_first:
-            _log.warning("%s, of the training pictures %s; the step is skipped", what, told)
+            _log.warning("%s, of the training images %s; the step is skipped", what, told)
 
     def _name_unused(self) -> None:
         unused = [n for n, p in self.model.named_parameters() if p.requires_grad and p.grad is None]

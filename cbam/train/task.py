@@ -10,8 +10,8 @@ class Part(NamedTuple):
     """Which part of a step a batch is.
 
     Args:
-        count: how many of its pictures count: the first ones.
-        samples: pictures of the whole step, of all its parts.
+        count: how many of its images count: the first ones.
+        samples: images of the whole step, of all its parts.
         parts: in how many parts the step is taken.
         key: numbers that no other batch of the run has, to draw by.
     """
@@ -40,7 +40,7 @@ class Task(Protocol):
         ...
 
     def trained(self, tally: float) -> dict[str, float]:
-        """Metrics of an epoch of training, from the mean of that number over its pictures.
+        """Metrics of an epoch of training, from the mean of that number over its images.
 
         Of an epoch of which no step was taken they are None.
         """

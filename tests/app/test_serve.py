@@ -126,7 +126,7 @@ def captions(page) -> list[str]:
     return page.locator(".cbam-note").all_inner_texts()
 
 
-def test_a_picture_is_uploaded_explained_and_gone_from_the_disk(visit, photo, server):  # W15
+def test_an_image_is_uploaded_explained_and_gone_from_the_disk(visit, photo, server):  # W15
     page = visit()
     give(page, photo)
     page.locator(EXPLAINED).first.wait_for()
@@ -186,7 +186,7 @@ def test_the_figure_is_downloaded(visit, photo, tmp_path):
     assert (tmp_path / "look.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_what_is_no_picture_is_told_as_text_and_the_page_goes_on(visit, photo, tmp_path):  # W3 W13
+def test_what_is_no_image_is_told_as_text_and_the_page_goes_on(visit, photo, tmp_path):  # W3 W13
     page = visit()
     bad = tmp_path / "bad.png"
     bad.write_text("<script>document.title = 'taken'</script>")
@@ -198,14 +198,14 @@ def test_what_is_no_picture_is_told_as_text_and_the_page_goes_on(visit, photo, t
     page.locator(EXPLAINED).first.wait_for()
 
 
-def test_one_picture_is_chosen_at_a_time_and_one_that_cannot_be_read_takes_the_last_away(
+def test_one_image_is_chosen_at_a_time_and_one_that_cannot_be_read_takes_the_last_away(
     visit, photo, tmp_path
 ):
     if importlib.util.find_spec("skimage") is None:
         pytest.skip("the examples are those of scikit-image")
     page = visit()
     bad = tmp_path / "corrupt.png"
-    bad.write_text("no picture")
+    bad.write_text("no image")
     cat = page.get_by_label("cat", exact=True)
     cat.click()
     page.locator(EXPLAINED).first.wait_for()
@@ -221,7 +221,7 @@ def test_one_picture_is_chosen_at_a_time_and_one_that_cannot_be_read_takes_the_l
     page.get_by_text("photo.png").first.wait_for()
     page.wait_for_function("!document.querySelector('input[type=radio][value=cat]').checked")
     page.get_by_label("Clear").first.click()
-    page.get_by_text("Drop a picture, or take an example.").wait_for()
+    page.get_by_text("Drop an image, or take an example.").wait_for()
     cat.click()
     page.locator(EXPLAINED).first.wait_for()
 

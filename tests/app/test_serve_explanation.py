@@ -37,7 +37,7 @@ def picture(number: int = 0, kind: str = "PNG", **how) -> bytes:
     return buffer.getvalue()
 
 
-def test_a_page_holds_the_picture_the_maps_and_the_gates_of_a_stage(explainer):
+def test_a_page_holds_the_image_the_maps_and_the_gates_of_a_stage(explainer):
     key = explainer.take(picture(), "photo.png")
     stage = explainer.stage_names()[0]
     page = explainer.page(key, Shown(stage=stage, target=7))
@@ -67,7 +67,7 @@ def test_the_middle_of_the_gates_changes_nothing_only_after_an_identity_start(st
     assert ("channels of the largest gates" in page) == (start == "identity")
 
 
-def test_below_the_threshold_and_without_opacity_the_picture_is_grey(explainer):
+def test_below_the_threshold_and_without_opacity_the_image_is_grey(explainer):
     key = explainer.take(picture(), "photo.png")
 
     def map_of(**how):
@@ -108,7 +108,7 @@ def test_what_is_written_beside_the_pixels_does_not_come_back(explainer):  # W14
         assert not Image.open(io.BytesIO(content)).getexif()
 
 
-def test_what_is_too_large_or_no_still_picture_is_refused(explainer):  # W1 W3 W4 D7 D9
+def test_what_is_too_large_or_no_still_image_is_refused(explainer):  # W1 W3 W4 D7 D9
     frames = [Image.new("L", (8, 8), value) for value in (0, 255)]
     gif, wide = io.BytesIO(), io.BytesIO()
     frames[0].save(gif, "GIF", save_all=True, append_images=frames[1:])
@@ -148,7 +148,7 @@ def test_a_phones_photograph_with_a_preview_beside_it_is_taken(explainer):  # D7
     assert explainer.look(key, Shown()).image.shape == (3, 32, 32)
 
 
-def test_a_large_picture_is_refused_before_it_is_decoded(explainer, monkeypatch):  # W4
+def test_a_large_image_is_refused_before_it_is_decoded(explainer, monkeypatch):  # W4
     import cbam.app.explanation as module
 
     wide = io.BytesIO()
@@ -158,7 +158,7 @@ def test_a_large_picture_is_refused_before_it_is_decoded(explainer, monkeypatch)
         explainer.take(wide.getvalue(), "x")
 
 
-def test_the_oldest_pictures_go_and_a_key_opens_its_own_alone(explainer):  # W6
+def test_the_oldest_images_go_and_a_key_opens_its_own_alone(explainer):  # W6
     first = explainer.take(picture(), "first")
     keys = [explainer.take(picture(i), str(i)) for i in range(KEPT)]
     assert len({first, *keys}) == KEPT + 1
@@ -169,7 +169,7 @@ def test_the_oldest_pictures_go_and_a_key_opens_its_own_alone(explainer):  # W6
     assert explainer.look(keys[3], Shown()).name == "3"
 
 
-def test_of_many_looks_at_a_picture_the_gates_of_its_stages_are_kept_once():
+def test_of_many_looks_at_an_image_the_gates_of_its_stages_are_kept_once():
     torch.manual_seed(0)
     net = cbam.build("resnet18+cbam", num_classes=9).eval()
     explainer = Explainer(Viewer({"CBAM": net}, [f"class {i}" for i in range(9)], size=64))
@@ -225,7 +225,7 @@ def test_a_crash_is_told_by_a_number_and_the_next_answer_is_right(explainer, mon
     with pytest.raises(ZeroDivisionError) as caught:
         explainer.page(key, Shown(target=3))
     told = said(caught.value)
-    assert re.fullmatch(r"This picture could not be explained \(error [0-9a-f]{8}\)\. The log .*", told)
+    assert re.fullmatch(r"This image could not be explained \(error [0-9a-f]{8}\)\. The log .*", told)
     assert "ZeroDivision" not in told
     assert told.split("error ")[1][:8] in caplog.text
     monkeypatch.undo()
@@ -242,7 +242,7 @@ def test_the_figure_is_a_png_of_the_maps_as_they_are_shown(explainer):
         assert explainer.figure(key, Shown(**how)) != whole
 
 
-def test_what_cannot_be_shown_leaves_its_reason_and_nothing_of_the_picture_before(explainer):
+def test_what_cannot_be_shown_leaves_its_reason_and_nothing_of_the_image_before(explainer):
     from cbam.app.serve import _Handlers
 
     handlers, how = _Handlers(explainer), ("gradcam", None, 0.0, 0.5)
@@ -290,8 +290,8 @@ def test_whatever_is_asked_for_is_answered_or_refused_in_words(explainer):  # W1
     assert max(map(len, refused)) <= 400
 
 
-def test_whatever_is_given_as_a_picture_is_taken_or_refused_in_words(explainer):  # W3 W17
-    """2,000 files: pictures with bytes changed, cut off, put together, and none at all."""
+def test_whatever_is_given_as_an_image_is_taken_or_refused_in_words(explainer):  # W3 W17
+    """2,000 files: images with bytes changed, cut off, put together, and none at all."""
     random = numpy.random.default_rng(0)
     kinds = ("PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF")
     whole = [picture(i, kind) for i, kind in enumerate(kinds)]
@@ -317,7 +317,7 @@ def test_whatever_is_given_as_a_picture_is_taken_or_refused_in_words(explainer):
 
 @pytest.mark.large
 def test_1000_requests_leave_no_file(tmp_path, monkeypatch):  # W15
-    """What the page does with an upload, a thousand times, some no pictures: nothing is left on the disk."""
+    """What the page does with an upload, a thousand times, some no images: nothing is left on the disk."""
     import tempfile
 
     from cbam.app import serve

@@ -36,7 +36,7 @@ def encoded():
 
 @pytest.fixture
 def make_folder(tmp_path, encoded):
-    """make_folder({"cat": 3, "dog": 4}, inside="train") writes pictures cat/0.jpg, ...; the folder above."""
+    """make_folder({"cat": 3, "dog": 4}, inside="train") writes images cat/0.jpg, ...; the folder above."""
 
     def make(counts, inside="", side=32, ending="jpg"):
         for label, (name, count) in enumerate(counts.items()):

@@ -21,7 +21,7 @@ def draw(path):
 
 
 def found(images):
-    """(file, label, boxes) of every picture and class, and the notes without their places."""
+    """(file, label, boxes) of every image and class, and the notes without their places."""
     rows = []
     for index, picture in enumerate(images.pictures):
         sample = images[index]
@@ -73,7 +73,7 @@ def test_voc_lies_in_annotations_and_jpegimages_too(tmp_path):
     assert one.path == str(tmp_path / "JPEGImages" / "a.jpg")
 
 
-def test_voc_names_its_picture_or_has_its_name(pictures):
+def test_voc_names_its_image_or_has_its_name(pictures):
     voc(pictures, "x", ("cat", (1, 1, 2, 2)))
     text = (pictures / "x.xml").read_text()
     (pictures / "x.xml").write_text(text.replace("x.jpg", "elsewhere/b.jpg"))
@@ -89,24 +89,24 @@ def test_coco_and_csv_say_the_same_box(pictures):
     assert found(annotated(table)) == ([("b.jpg", "cat", [(10, 20, 40, 60)])], [])
 
 
-def test_pictures_may_lie_in_images_beside_the_file(tmp_path):
+def test_images_may_lie_in_images_beside_the_file(tmp_path):
     (tmp_path / "images").mkdir()
     draw(tmp_path / "images" / "b.jpg")
     images = annotated(coco(tmp_path))
     assert images.pictures[0].path == str(tmp_path / "images" / "b.jpg")
-    assert images.notes[0].startswith("once: a picture is not there: left out; the first: ")
+    assert images.notes[0].startswith("once: an image is not there: left out; the first: ")
     (tmp_path / "boxes.csv").write_text("file,x0,y0,x1,y1\nb.jpg,1,2,3,4\n")
     assert found(annotated(tmp_path / "boxes.csv"))[0] == [("b.jpg", "", [(1, 2, 3, 4)])]
 
 
-def test_boxes_without_area_and_pictures_that_are_not_there_are_counted(pictures):  # D25
+def test_boxes_without_area_and_images_that_are_not_there_are_counted(pictures):  # D25
     voc(pictures, "a", ("cat", (5, 5, 4, 9)), ("cat", (1, 1, 3, 3)))
     voc(pictures, "none", ("cat", (1, 1, 3, 3)))
     rows, notes = found(annotated(pictures))
     assert rows == [("a.jpg", "cat", [(0, 0, 3, 3)])]
     assert notes == [
         "once: a box has no width or no height: dropped",
-        "once: a picture is not there: left out",
+        "once: an image is not there: left out",
     ]
     table = pictures / "boxes.csv"
     table.write_text("file,x0,y0,x1,y1\na.jpg,5,5,5,9\nnone.jpg,1,2,3,4\na.jpg,-3,0,9,9\n")
@@ -116,7 +116,7 @@ def test_boxes_without_area_and_pictures_that_are_not_there_are_counted(pictures
 
 
 @pytest.mark.parametrize("form", ["xml", "json", "csv"])
-def test_a_name_that_no_file_can_have_is_a_picture_that_is_not_there(pictures, form):
+def test_a_name_that_no_file_can_have_is_an_image_that_is_not_there(pictures, form):
     long = f"{'x' * 400}.jpg"
     table = "file, x0, y0, x1, y1\na.jpg, 1, 2, 3, 4\n"
     if form == "xml":
@@ -129,7 +129,7 @@ def test_a_name_that_no_file_can_have_is_a_picture_that_is_not_there(pictures, f
         (pictures / "boxes.csv").write_text(f"{table}{long}, 1, 2, 3, 4\n")
     images = annotated(pictures if form == "xml" else pictures / f"boxes.{form}")
     assert len(images) == 1
-    assert "a picture is not there: left out" in images.notes[0]
+    assert "an image is not there: left out" in images.notes[0]
 
 
 def test_crowds_are_no_object_of_a_class(pictures):
@@ -139,7 +139,7 @@ def test_crowds_are_no_object_of_a_class(pictures):
     assert found(annotated(coco(pictures, annotations=notes)))[0] == [("b.jpg", "cat", [(1, 2, 4, 6)])]
 
 
-def test_boxes_turn_with_their_picture_but_those_of_a_table_are_as_it_is_seen(tmp_path):  # D6
+def test_boxes_turn_with_their_image_but_those_of_a_table_are_as_it_is_seen(tmp_path):  # D6
     exif = Image.Exif()
     exif[0x0112] = 6  # a quarter turn to the right: 64 x 80 stored, 80 x 64 seen
     Image.new("RGB", (64, 80)).save(tmp_path / "a.jpg", exif=exif)
@@ -166,7 +166,7 @@ def test_a_document_type_is_refused_before_any_entity_grows(pictures):  # D32
         ("a.xml", "<annotation>", r"a\.xml line 1 column \d+: "),
         ("a.xml", VOC.format(name="a.jpg", objects="<object><name>cat</name></object>"), "has no bndbox"),
         ("a.xml", VOC.format(name="a.jpg", objects="<object/>"), "an object without a name"),
-        ("a.xml", VOC.format(name="a.jpg", objects=""), "no picture with a box"),
+        ("a.xml", VOC.format(name="a.jpg", objects=""), "no image with a box"),
         ("a.json", '{"images": [', "line 1 column 13: the file is cut off"),
         ("a.json", "[]", "expected an object"),
         ("a.json", '{"images": []}', "no 'annotations'"),
@@ -175,8 +175,8 @@ def test_a_document_type_is_refused_before_any_entity_grows(pictures):  # D32
         ("a.csv", "file,x0,y0,x1,y1\na.jpg,1,2,nan,4\n", "line 2: a box is not finite"),
         ("a.csv", "file,x0,y0,x1,y1\n\na.jpg,1,2,nan,4\n", "line 3: a box is not finite"),
         ("a.csv", f"file,x0,y0,x1,y1\n{'a' * 200_000},1,2,3,4\n", r"a\.csv: field larger than"),
-        ("a.csv", "", "no picture with a box"),
-        ("a.csv", "file,x0,y0,x1,y1\nnone.jpg,1,2,3,4\n", "a picture is not there"),
+        ("a.csv", "", "no image with a box"),
+        ("a.csv", "file,x0,y0,x1,y1\nnone.jpg,1,2,3,4\n", "an image is not there"),
         ("a.txt", "", "expected a folder of VOC XML, a COCO"),
     ],
 )  # D21 D26
@@ -213,7 +213,7 @@ def test_an_image_whose_file_has_no_name_is_named(pictures, name):  # D21
 def test_a_size_that_is_not_said_is_that_of_the_file(pictures):
     images = annotated(coco(pictures))
     assert [(picture.width, picture.height) for picture in images.pictures] == [(64, 80)] * 2
-    (pictures / "a.jpg").write_bytes(b"no picture")
+    (pictures / "a.jpg").write_bytes(b"no image")
     with pytest.raises(DataError, match="image 0 has height None"):
         annotated(coco(pictures))
 

@@ -1,4 +1,4 @@
-"""Folders of pictures with boxes, found out and augmented (rows D14, D31, D34)."""
+"""Folders of images with boxes, found out and augmented (rows D14, D31, D34)."""
 
 import json
 
@@ -16,7 +16,7 @@ BOX = f"<object><name>{{}}</name><bndbox>{SIDES}</bndbox></object>"
 
 @pytest.fixture
 def make_voc(encoded, pixels):
-    """make_voc(root, {"trainval": ["cat", "", ...]}) writes a picture for each, "" without a box."""
+    """make_voc(root, {"trainval": ["cat", "", ...]}) writes an image for each, "" without a box."""
 
     def make(root, splits):
         for folder in ("JPEGImages", "Annotations", "ImageSets/Main"):
@@ -36,7 +36,7 @@ def make_voc(encoded, pixels):
 
 @pytest.fixture
 def make_coco(encoded, pixels):
-    """make_coco(file, folder, [crowd or not, ...]) writes a COCO file and its pictures, a box in each."""
+    """make_coco(file, folder, [crowd or not, ...]) writes a COCO file and its images, a box in each."""
 
     def make(file, folder, crowds, names=("cat", "dog")):
         folder.mkdir(parents=True, exist_ok=True)
@@ -66,7 +66,7 @@ def test_a_voc_folder_trains_on_what_has_boxes_and_tests_on_everything(make_voc,
     train, val = boxed_folder(root)
     assert (train.name, val.name) == ("cells trainval", "cells test")
     assert (len(train), len(val), train.classes, val.classes) == (2, 2, ["a", "b"], ["a", "b"])
-    assert any("1 of 3 pictures without objects left out" in note for note in train.notes)
+    assert any("1 of 3 images without objects left out" in note for note in train.notes)
     assert train.rules == "voc"
 
 
@@ -122,7 +122,7 @@ def test_what_is_no_such_folder_is_told_with_what_is_there(make_voc, make_coco, 
         boxed_folder(tmp_path)
     with pytest.raises(DataError, match=r"trainval\.txt and test\.txt.*there is trainval"):
         boxed_folder(make_voc(tmp_path / "v", {"trainval": ["a"]}))
-    with pytest.raises(DataError, match="no training pictures with a box"):
+    with pytest.raises(DataError, match="no training images with a box"):
         boxed_folder(make_voc(tmp_path / "w", {"train": [""], "val": ["a"]}))
     root = tmp_path / "coco"
     make_coco(root / "annotations" / "instances_train2017.json", root / "train2017", [0])
@@ -165,7 +165,7 @@ def test_a_flip_takes_the_boxes_along(cats):
     assert seen == {True, False}
 
 
-def test_crops_keep_boxes_in_their_pictures_and_all_columns_together(cats):
+def test_crops_keep_boxes_in_their_images_and_all_columns_together(cats):
     train, sides = cats.augmented("ssd"), set()
     for epoch in range(60):
         sample = train[epoch, epoch % 4]

@@ -1,4 +1,4 @@
-"""Boxes turn with their picture, and a set of them goes through the loader."""
+"""Boxes turn with their image, and a set of them goes through the loader."""
 
 import numpy as np
 import pytest
@@ -9,12 +9,12 @@ from cbam.data import BoxedImages
 from cbam.data.boxes import Picture, Thing, turned
 from cbam.errors import DataError, InputError
 
-BOX = (8, 4, 24, 12)  # x0 y0 x1 y1, on the stored picture of 32 x 48
+BOX = (8, 4, 24, 12)  # x0 y0 x1 y1, on the stored image of 32 x 48
 
 
 @pytest.fixture
 def rotated(tmp_path, encoded):
-    """rotated(orientation, kind, stated size) -> a set of one picture, white where its box is."""
+    """rotated(orientation, kind, stated size) -> a set of one image, white where its box is."""
 
     def make(orientation, kind="PNG", size=(32, 48), box=BOX):
         pixels = np.zeros((32, 48, 3), np.uint8)
@@ -37,7 +37,7 @@ def white(image):
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF", "WEBP"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_a_box_turns_with_its_picture(rotated, orientation, kind):  # D6
+def test_a_box_turns_with_its_image(rotated, orientation, kind):  # D6
     sample = rotated(orientation, kind)[0]
     height, width = (32, 48) if orientation < 5 else (48, 32)
     assert sample["image"].shape == (3, height, width)
@@ -45,7 +45,7 @@ def test_a_box_turns_with_its_picture(rotated, orientation, kind):  # D6
 
 
 @pytest.mark.parametrize("orientation", [5, 6, 7, 8])
-def test_a_box_on_the_upright_picture_stays(rotated, orientation):  # D6
+def test_a_box_on_the_upright_image_stays(rotated, orientation):  # D6
     """The stated size tells: labelled was what a viewer shows."""
     upright = turned(np.array([BOX], float), orientation, 32, 48)[0]
     sample = rotated(orientation, size=(48, 32), box=tuple(upright))[0]
@@ -53,7 +53,7 @@ def test_a_box_on_the_upright_picture_stays(rotated, orientation):  # D6
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF", "WEBP"])
-def test_a_picture_is_read_once_for_its_pixels_and_its_turn(rotated, kind, monkeypatch):
+def test_an_image_is_read_once_for_its_pixels_and_its_turn(rotated, kind, monkeypatch):
     """Of a PNG Pillow has to decode all pixels to tell the turn."""
     images, opened, whole = rotated(6, kind), [], Image.open
     monkeypatch.setattr(Image, "open", lambda *a, **k: (opened.append(1), whole(*a, **k))[1])
@@ -70,7 +70,7 @@ def test_an_orientation_that_is_none_turns_nothing(rotated):  # D6
     assert rotated(9)[0]["boxes"].tolist() == [list(BOX)]
 
 
-def test_things_come_in_the_order_of_the_pictures_whatever_order_they_are_given(rotated):
+def test_things_come_in_the_order_of_the_images_whatever_order_they_are_given(rotated):
     one = rotated(1).pictures[0]
     things = [Thing(2, (0, 0, 3, 3), 2, 9.0, crowd=True), Thing(0, BOX, 1, 1.0), Thing(2, BOX, 1, 2.0)]
     images = BoxedImages("x", ["a", "b"], [one, one, one], things)
@@ -80,7 +80,7 @@ def test_things_come_in_the_order_of_the_pictures_whatever_order_they_are_given(
     few = images.with_objects()
     assert [few[i]["labels"].tolist() for i in range(2)] == [[1], [2, 1]]
     assert few[1]["boxes"].tolist() == [[0, 0, 3, 3], list(BOX)]
-    with pytest.raises(IndexError, match="index 3: x has 3 pictures"):
+    with pytest.raises(IndexError, match="index 3: x has 3 images"):
         images[3]
     with pytest.raises(InputError, match="n must be an integer"):
         images.subset(0)

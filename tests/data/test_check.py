@@ -25,11 +25,11 @@ def classes(make_folder):
 
 
 def test_sound_class_folders_have_no_faults(classes):
-    assert told(classes) == ("class folders of pictures", [])
-    assert told(classes, deep=True) == ("class folders of pictures", [])
+    assert told(classes) == ("class folders of images", [])
+    assert told(classes, deep=True) == ("class folders of images", [])
 
 
-def test_every_picture_that_is_none_is_named(classes):  # D3
+def test_every_image_that_is_none_is_named(classes):  # D3
     (classes / "train/cat/0.jpg").write_bytes(b"")
     (classes / "val/dog/1.jpg").write_bytes(b"<html>sorry</html>")
     (classes / "val/dog/0.jpg").write_bytes(b"\xff\xd8\xff nothing more")
@@ -48,7 +48,7 @@ def test_deep_finds_what_decoding_finds_and_a_missing_end_marker(classes):  # D1
     assert told(classes)[1] == []
     _, faults = told(classes, deep=True)
     assert len(faults) == 2
-    assert faults[0].startswith(f"{cut}: damaged or unsupported picture")
+    assert faults[0].startswith(f"{cut}: damaged or unsupported image")
     assert faults[1] == f"{open_end}: {NO_END}"
     assert open_end.read_bytes()[-2:] != b"\xff\xd9"  # nothing is rewritten
 
@@ -104,7 +104,7 @@ def test_a_fault_of_the_folders_does_not_hide_those_of_the_files(classes):  # D1
 def test_what_is_only_called_like_a_coco_file_is_passed_over(classes):  # D17
     (classes / "labels.json").mkdir()
     (classes / "gone.json").symlink_to(classes / "nowhere.json")
-    assert told(classes) == ("class folders of pictures", [])
+    assert told(classes) == ("class folders of images", [])
 
 
 def test_no_folder_is_an_error(tmp_path):
@@ -117,7 +117,7 @@ def test_no_folder_is_an_error(tmp_path):
 
 @pytest.fixture
 def coco_folder(tmp_path, encoded, pixels):
-    """COCO's own layout: two files of instances, a folder of pictures for each."""
+    """COCO's own layout: two files of instances, a folder of images for each."""
     root = tmp_path / "coco"
     (root / "annotations").mkdir(parents=True)
     for split in ("train2017", "val2017"):
@@ -136,7 +136,7 @@ def coco_folder(tmp_path, encoded, pixels):
     return root
 
 
-def test_the_pictures_of_a_coco_file_are_found_by_its_name(coco_folder):
+def test_the_images_of_a_coco_file_are_found_by_its_name(coco_folder):
     assert told(coco_folder, deep=True) == ("COCO", [])
     (coco_folder / "val2017").rename(coco_folder / "images")
     assert told(coco_folder) == ("COCO", [])
@@ -174,7 +174,7 @@ def test_a_coco_file_in_another_encoding_is_told(coco_folder, encoding):
     assert len(faults) == 2
 
 
-def test_pictures_and_their_file_may_share_a_folder(coco_folder):
+def test_images_and_their_file_may_share_a_folder(coco_folder):
     inner = coco_folder / "val2017"
     (coco_folder / "annotations/instances_val2017.json").rename(inner / "_annotations.coco.json")
     shutil.rmtree(coco_folder / "annotations")
@@ -198,10 +198,10 @@ def test_voc_folders_are_told_with_their_lines_and_each_fault_once(tmp_path, enc
     assert told(tmp_path) == ("VOC", [degenerate])
     assert told(tmp_path, deep=True) == ("VOC", [degenerate, f"{tmp_path}/JPEGImages/a.jpg: {NO_END}"])
     (tmp_path / "ImageSets/Main/val.txt").write_text("b\n")
-    assert f"{tmp_path}/ImageSets/Main/val.txt line 1: there is no picture b" in told(tmp_path)[1][-1]
+    assert f"{tmp_path}/ImageSets/Main/val.txt line 1: there is no image b" in told(tmp_path)[1][-1]
 
 
-def test_a_picture_of_another_size_than_stated_is_told(coco_folder, encoded, pixels):  # D6
+def test_an_image_of_another_size_than_stated_is_told(coco_folder, encoded, pixels):  # D6
     turned = Image.Exif()
     turned[0x0112] = 6
     upright = encoded(pixels(30, 20), "JPEG", exif=turned.tobytes())  # 20 x 30 as it is seen
@@ -224,7 +224,7 @@ def test_parts_of_a_coco_folder_that_do_not_go_together_are_told(coco_folder, en
 
 @pytest.fixture
 def voc_years(tmp_path, encoded, pixels):
-    """VOC2007 with a picture to train on and one to test on, of one class."""
+    """VOC2007 with an image to train on and one to test on, of one class."""
     root = tmp_path / "VOCdevkit/VOC2007"
     for part in ("Annotations", "JPEGImages", "ImageSets/Main"):
         (root / part).mkdir(parents=True)
@@ -245,7 +245,7 @@ def test_the_years_of_voc_are_read_as_training_reads_them(voc_years, pixels, enc
     file.write_text(file.read_text().replace("<name>x", "<name>y"))
     _, faults = told(voc_years.parent, deep=True)
     assert faults == [
-        f"{file} line 1: class 'y' is in test and not in the training pictures",
+        f"{file} line 1: class 'y' is in test and not in the training images",
         f"{voc_years}/JPEGImages/b.jpg: the same file is there to train: {voc_years}/JPEGImages/a.jpg",
     ]
     assert told(voc_years) == ("VOC", faults[:1])

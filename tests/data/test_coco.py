@@ -188,8 +188,8 @@ def test_the_id_0_is_read_and_counted(write):  # D23
     [
         ((-5, 40, 20, 20), [0, 40, 15, 48], "clipped"),  # D24
         ((60, 0, 4.004, 5), [60, 0, 64, 5], ""),  # COCO's own rounding
-        ((64, 3, 5, 5), None, "lies outside its picture: dropped"),  # D24
-        ((-9, 3, 5, 5), None, "lies outside its picture: dropped"),  # D24
+        ((64, 3, 5, 5), None, "lies outside its image: dropped"),  # D24
+        ((-9, 3, 5, 5), None, "lies outside its image: dropped"),  # D24
         ((3, 3, 0, 5), None, "no width or no height: dropped"),  # D25
         ((3, 3, 5, -2), None, "no width or no height: dropped"),  # D25
         ((1e-9, 3, 1e-9, 2), None, "no width or no height: dropped"),  # D25
@@ -243,12 +243,12 @@ def test_many_faults_are_counted_and_the_first_are_told(write):
     assert "and 5 more, see `cbam data check" in told
 
 
-def test_pictures_without_boxes_are_kept_and_can_be_left_out(write):  # D31
+def test_images_without_boxes_are_kept_and_can_be_left_out(write):  # D31
     images = coco(*write([annotation(1, image=9)]))
     assert [len(images[i]["labels"]) for i in range(2)] == [0, 1]
     chosen = images.with_objects()
     assert [(s["image_id"], s["boxes"].tolist()) for s in (chosen[0],)] == [(9, [[1, 2, 11, 22]])]
-    assert chosen.notes == ["1 of 2 pictures without objects left out"]
+    assert chosen.notes == ["1 of 2 images without objects left out"]
     assert len(images.subset(1)) == 1
 
 
@@ -258,7 +258,7 @@ def test_a_file_without_annotations_is_a_set_without_boxes(write):  # D31
     assert len(images.with_objects()) == 0
 
 
-def test_a_missing_or_broken_picture_is_named(write, folder):
+def test_a_missing_or_broken_image_is_named(write, folder):
     arguments = write([annotation(1)])
     (folder / "b.png").unlink()
     assert refusal(arguments).endswith(f"image 9: {folder / 'b.png'} is not there")
@@ -275,7 +275,7 @@ def test_a_name_that_no_file_can_have_is_named(write, folder):
     assert refusal(write([annotation(1)], images=[image])).endswith(f"{name} is not there")
 
 
-def test_a_picture_under_two_ids_is_kept_twice_and_counted(write):
+def test_an_image_under_two_ids_is_kept_twice_and_counted(write):
     images = [{"id": id, "file_name": "a.jpg", "height": 48, "width": 64} for id in (7, 9)]
     arguments = write([annotation(1), annotation(2, image=9)], images=images)
     found = coco(*arguments)
@@ -284,7 +284,7 @@ def test_a_picture_under_two_ids_is_kept_twice_and_counted(write):
     assert note.startswith(f"once: {TWICE}; the first: {arguments[0]} line ")
 
 
-def test_a_picture_of_another_size_than_stated_is_refused(write, folder, encoded, pixels):
+def test_an_image_of_another_size_than_stated_is_refused(write, folder, encoded, pixels):
     arguments = write([annotation(1)])
     (folder / "a.jpg").write_bytes(encoded(pixels(50, 64), "JPEG"))
     with pytest.raises(DataError, match="64x50 pixels, its annotation says 64x48"):

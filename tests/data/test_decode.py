@@ -71,7 +71,7 @@ def test_a_file_cut_short_is_refused_by_its_path(tmp_path, encoded, kind, cut): 
     data = encoded(noise, kind)
     path = tmp_path / f"cut.{kind.lower()}"
     path.write_bytes(data[: int(cut * len(data))])
-    with pytest.raises(DataError, match=r"cut\.\w+: damaged or unsupported picture"):
+    with pytest.raises(DataError, match=r"cut\.\w+: damaged or unsupported image"):
         decode(path)
 
 
@@ -87,7 +87,7 @@ def test_a_jpeg_without_its_end_marker_is_read_and_not_rewritten(tmp_path, encod
 @settings(max_examples=100, deadline=None)
 @given(cut=st.integers(1, 3000), progressive=st.booleans())
 def test_a_jpeg_cut_anywhere_is_refused_or_whole(cut, progressive):  # D1, D2
-    """No grey half, ever, and no coarse picture for a fine one."""
+    """No grey half, ever, and no coarse image for a fine one."""
     noise = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(noise).save(buffer, "JPEG", progressive=progressive)
@@ -114,7 +114,7 @@ def test_a_jpeg_cut_anywhere_is_refused_or_whole(cut, progressive):  # D1, D2
         (b"icns\0\0\0\x08", "starts with 'icns'"),
     ],
 )
-def test_what_is_no_picture_is_named_by_its_first_bytes(tmp_path, data, told):  # D3, D10
+def test_what_is_no_image_is_named_by_its_first_bytes(tmp_path, data, told):  # D3, D10
     path = tmp_path / "a.jpg"
     path.write_bytes(data)
     with pytest.raises(DataError) as error:
@@ -199,7 +199,7 @@ def test_values_of_unknown_range_are_refused(encoded, value):  # D5
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("kind", ["PNG", "TIFF", "WEBP"])
 def test_the_orientation_of_exif_is_undone(encoded, kind, orientation):  # D6
-    """The stored pixels are turned the other way, so what comes out is the picture."""
+    """The stored pixels are turned the other way, so what comes out is the image."""
     stored = {
         1: lambda a: a,
         2: lambda a: a[:, ::-1],
@@ -239,7 +239,7 @@ def test_an_orientation_that_does_not_exist_changes_nothing(encoded, value):  # 
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
-def test_a_damaged_exif_block_does_not_spoil_the_picture(encoded):  # D6
+def test_a_damaged_exif_block_does_not_spoil_the_image(encoded):  # D6
     assert torch.equal(decode(encoded(CORNERS, exif=b"Exif\0\0MM\0*\xff\xff\xff\xff")), chw(CORNERS))
 
 
@@ -264,7 +264,7 @@ def test_more_than_40_megapixels_are_refused_before_decoding(side):  # D8, D9
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 20_000), (20_000, 1)])
-def test_the_thinnest_pictures_are_read(encoded, shape):  # D11
+def test_the_thinnest_images_are_read(encoded, shape):  # D11
     assert decode(encoded(np.full((*shape, 3), 9, np.uint8))).shape == (3, *shape)
 
 
@@ -280,7 +280,7 @@ def test_a_missing_file_a_folder_and_a_pipe_are_refused_by_name(tmp_path):
         assert str(error.value) == f"{tmp_path / 'pipe.jpg'}: not a regular file"
 
 
-def test_a_file_that_is_too_long_for_a_picture_is_refused_before_it_is_read(tmp_path):
+def test_a_file_that_is_too_long_for_an_image_is_refused_before_it_is_read(tmp_path):
     path = tmp_path / "long.jpg"
     path.touch()
     os.truncate(path, MAX_BYTES + 1)
@@ -289,7 +289,7 @@ def test_a_file_that_is_too_long_for_a_picture_is_refused_before_it_is_read(tmp_
 
 
 def test_a_damaged_header_is_told_without_an_address_in_memory():  # D3
-    with pytest.raises(DataError, match=r"damaged or unsupported picture \(its header cannot be read\)"):
+    with pytest.raises(DataError, match=r"damaged or unsupported image \(its header cannot be read\)"):
         decode(b"\x89PNG\r\n\x1a\n and no more of it")
 
 
@@ -318,7 +318,7 @@ def test_other_things_than_paths_and_bytes_are_refused():
 @settings(max_examples=150, deadline=None)
 @given(st.data())
 @pytest.mark.filterwarnings("ignore")
-def test_flipped_bytes_give_a_picture_or_a_data_error(data):  # D2
+def test_flipped_bytes_give_an_image_or_a_data_error(data):  # D2
     kind = data.draw(st.sampled_from(["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"]))
     buffer = io.BytesIO()
     Image.fromarray(np.arange(300, dtype=np.uint8).reshape(10, 10, 3)).save(buffer, kind)

@@ -48,7 +48,7 @@ def test_the_validation_folder_has_several_names(make_folder, name):
     assert (len(train), len(val)) == (4, 2)
 
 
-def test_pictures_stay_as_they_are_stored_for_parity_with_other_loaders(make_folder, encoded, pixels):  # D6
+def test_images_stay_as_they_are_stored_for_parity_with_other_loaders(make_folder, encoded, pixels):  # D6
     root = make_folder({"a": 6, "b": 6})
     exif = Image.Exif()
     exif[0x0112] = 3  # upside down
@@ -61,7 +61,7 @@ def test_pictures_stay_as_they_are_stored_for_parity_with_other_loaders(make_fol
 
 
 @pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="reads /proc")
-def test_a_worker_that_reads_the_names_of_many_pictures_does_not_grow():
+def test_a_worker_that_reads_the_names_of_many_images_does_not_grow():
     names = [f"/data/imagenet/train/n{i % 1000:08}/n{i:08}_ünï.JPEG" for i in range(100_000)]
     source = _Files({"a": names[:70_000], "b": names[70_000:]}, "training")
     assert [source.name(i) for i in (0, 69_999, 99_999)] == [names[i] for i in (0, 69_999, 99_999)]
@@ -120,8 +120,8 @@ def test_one_folder_of_classes_is_split_by_the_stated_rule(make_folder):
     assert any("1st, 6th, 11th" in note for note in train.notes)
 
 
-def test_a_class_of_one_picture_cannot_be_split(make_folder):
-    with pytest.raises(DataError, match="one picture only in class b"):
+def test_a_class_of_one_image_cannot_be_split(make_folder):
+    with pytest.raises(DataError, match="one image only in class b"):
         image_folder(make_folder({"a": 5, "b": 1}))
 
 
@@ -158,7 +158,7 @@ def test_a_validation_sample_depends_on_its_index_alone(split_folder):
 
 
 def test_validation_takes_the_centre_after_resizing(encoded):
-    """Left, middle and right third of a wide picture; 224/256 of the short side is left."""
+    """Left, middle and right third of a wide image; 224/256 of the short side is left."""
     wide = np.zeros((64, 192, 3), np.uint8)
     wide[:, :64, 0], wide[:, 64:128, 1], wide[:, 128:, 2] = 255, 255, 255
     image = centre(decode(encoded(wide)), 32, 37)
@@ -179,7 +179,7 @@ def test_any_shape_is_brought_to_the_square(shape):  # D11
 
 @settings(max_examples=200, deadline=None)
 @given(st.integers(1, 3000), st.integers(1, 3000), st.integers(0, 2**32 - 1))
-def test_a_random_crop_lies_inside_the_picture(height, width, seed):
+def test_a_random_crop_lies_inside_the_image(height, width, seed):
     top, left, h, w = random_crop(height, width, draws("augmentation", seed))
     assert 0 <= top <= top + h <= height
     assert 0 <= left <= left + w <= width
@@ -200,7 +200,7 @@ def test_random_crops_are_distributed_as_torchvisions():
     assert np.allclose(a.std(0), b.std(0), rtol=0.08)
 
 
-def test_half_of_the_training_pictures_are_flipped():
+def test_half_of_the_training_images_are_flipped():
     picture = torch.zeros(3, 40, 40, dtype=torch.uint8)
     picture[:] = torch.arange(40, dtype=torch.uint8) * 6
     rising = [
@@ -216,7 +216,7 @@ def test_half_of_the_training_pictures_are_flipped():
 @pytest.mark.parametrize(
     ("side", "size"), [(20, 32), (28, 32), (96, 96), (100, 96), (130, 128), (223, 224), (600, 224)]
 )
-def test_the_input_size_follows_the_pictures(make_folder, side, size):
+def test_the_input_size_follows_the_images(make_folder, side, size):
     train, val = image_folder(make_folder({"a": 2, "b": 2}, side=side))
     assert (train.size, val.size) == (size, size)
     assert any(f"{size} x {size} pixels" in note for note in train.notes)
@@ -234,7 +234,7 @@ def test_a_size_that_is_none_is_refused(make_folder, size):
         image_folder(make_folder({"a": 2, "b": 2}), size=size)
 
 
-# unreadable pictures
+# unreadable images
 
 
 def cut(path):
@@ -242,7 +242,7 @@ def cut(path):
     path.write_bytes(data[: len(data) // 2])
 
 
-def test_an_unreadable_training_picture_is_named_once_and_replaced_by_the_next_of_its_class(
+def test_an_unreadable_training_image_is_named_once_and_replaced_by_the_next_of_its_class(
     split_folder, caplog
 ):  # D1
     plain, _ = image_folder(split_folder)
@@ -266,11 +266,11 @@ def test_the_run_stops_when_too_many_are_unreadable_whatever_the_workers(split_f
     train, _ = image_folder(split_folder)
     with pytest.raises(DataError) as error:
         list(loader(train, 2, train=True, workers=workers))
-    assert str(error.value).startswith("2 of 11 training pictures cannot be read, 1 may be; the last: ")
+    assert str(error.value).startswith("2 of 11 training images cannot be read, 1 may be; the last: ")
     assert "\n" not in str(error.value)
 
 
-def test_unreadable_pictures_found_by_workers_are_counted_here(split_folder):  # D1
+def test_unreadable_images_found_by_workers_are_counted_here(split_folder):  # D1
     cut(split_folder / "train/cat/1.jpg")
     cut(split_folder / "train/dog/1.jpg")
     train, _ = image_folder(split_folder, unreadable=2)
@@ -281,36 +281,34 @@ def test_unreadable_pictures_found_by_workers_are_counted_here(split_folder):  #
     assert [p[-9:] for p in fresh.unreadable] == ["cat/1.jpg", "dog/1.jpg"]
 
 
-def test_what_is_no_picture_is_found_before_the_run_starts(split_folder, caplog):  # D1, D3
+def test_what_is_no_image_is_found_before_the_run_starts(split_folder, caplog):  # D1, D3
     (split_folder / "train/cat/1.jpg").write_bytes(b"<html>")
     train, _ = image_folder(split_folder)
     assert "not an image (starts with '<html')" in caplog.text
     assert len(train.unreadable) == 1
     (split_folder / "train/dog/1.jpg").write_bytes(b"")
-    with pytest.raises(DataError, match="2 of 11 training pictures cannot be read, 1 may be"):
+    with pytest.raises(DataError, match="2 of 11 training images cannot be read, 1 may be"):
         image_folder(split_folder)
-    with pytest.raises(DataError, match="1 of 11 training pictures cannot be read, 0 may be"):
+    with pytest.raises(DataError, match="1 of 11 training images cannot be read, 0 may be"):
         image_folder(split_folder, unreadable=0)
 
 
-def test_a_class_without_a_readable_picture_is_an_error(split_folder):  # D1
+def test_a_class_without_a_readable_image_is_an_error(split_folder):  # D1
     for i in range(5):
         cut(split_folder / f"train/cat/{i}.jpg")
     train, _ = image_folder(split_folder, unreadable=100)
-    with pytest.raises(DataError, match="class cat has no readable picture"):
+    with pytest.raises(DataError, match="class cat has no readable image"):
         train[0]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_an_unreadable_validation_picture_is_an_error(split_folder, workers):  # D1
+def test_an_unreadable_validation_image_is_an_error(split_folder, workers):  # D1
     cut(split_folder / "val/dog/1.jpg")
     _, val = image_folder(split_folder)
     with pytest.raises(DataError, match=r"^\S*/val/dog/1.jpg \(class dog, index 3\): damaged"):
         list(loader(val, 2, train=False, workers=workers))
     (split_folder / "val/dog/1.jpg").write_bytes(b"")
-    with pytest.raises(
-        DataError, match=r"validation pictures that cannot be read: 1, the first: .*empty file"
-    ):
+    with pytest.raises(DataError, match=r"validation images that cannot be read: 1, the first: .*empty file"):
         image_folder(split_folder)
 
 
@@ -349,12 +347,12 @@ def test_a_disk_that_answers_late_is_waited_for(split_folder, monkeypatch):  # D
 def test_an_empty_class_folder_is_named(split_folder):  # D12
     (split_folder / "train/bird").mkdir()
     (split_folder / "val/bird").mkdir()
-    with pytest.raises(DataError, match="train: no pictures in class bird; fill the folder or remove it"):
+    with pytest.raises(DataError, match="train: no images in class bird; fill the folder or remove it"):
         image_folder(split_folder)
 
 
-def test_a_folder_without_pictures_lists_what_it_holds(tmp_path):  # D13
-    with pytest.raises(DataError, match=r"no pictures in class folders .* it holds no files"):
+def test_a_folder_without_images_lists_what_it_holds(tmp_path):  # D13
+    with pytest.raises(DataError, match=r"no images in class folders .* it holds no files"):
         image_folder(tmp_path)
     (tmp_path / "docs").mkdir()
     for i in range(7):
@@ -365,10 +363,8 @@ def test_a_folder_without_pictures_lists_what_it_holds(tmp_path):  # D13
     assert "docs/5.txt" not in str(error.value)
 
 
-def test_pictures_without_class_folders_are_refused(make_folder):  # D13
-    with pytest.raises(
-        DataError, match=r"no pictures in class folders .* the first files there: \S*/a/0.jpg"
-    ):
+def test_images_without_class_folders_are_refused(make_folder):  # D13
+    with pytest.raises(DataError, match=r"no images in class folders .* the first files there: \S*/a/0.jpg"):
         image_folder(make_folder({"a": 3}) / "a")
 
 
@@ -449,7 +445,7 @@ def test_links_that_loop_end_and_are_counted(split_folder):  # D17
     assert any("link to a folder already read" in note for note in train.notes)
 
 
-def test_the_disk_is_not_asked_for_each_picture(make_folder, monkeypatch):
+def test_the_disk_is_not_asked_for_each_image(make_folder, monkeypatch):
     asked, stat = [], os.stat
     monkeypatch.setattr(os, "stat", lambda path, **how: asked.append(Path(path).name) or stat(path, **how))
     root = make_folder({"a": 30, "b": 30})
@@ -459,7 +455,7 @@ def test_the_disk_is_not_asked_for_each_picture(make_folder, monkeypatch):
     assert [name for name in asked if name.endswith(".jpg")] == []
 
 
-def test_broken_links_are_counted_and_links_to_pictures_followed(split_folder):  # D17
+def test_broken_links_are_counted_and_links_to_images_followed(split_folder):  # D17
     cat = split_folder / "train/cat"
     (cat / "gone.jpg").symlink_to(cat / "nowhere.jpg")
     (cat / "itself.jpg").symlink_to(cat / "itself.jpg")

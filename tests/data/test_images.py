@@ -22,7 +22,7 @@ class Numbered(Images):
 
 class Broken(Numbered):
     def sample(self, epoch, index):
-        raise DataError("no picture: two words")
+        raise DataError("no image: two words")
 
 
 def gather(batches, key="index"):
@@ -125,7 +125,7 @@ def test_a_loader_that_is_left_early_starts_anew(digits):
 def test_an_error_arrives_as_it_was_raised(workers):
     with pytest.raises(DataError) as error:
         list(loader(Broken([0, 1]), 2, train=False, workers=workers))
-    assert str(error.value) == "no picture: two words"
+    assert str(error.value) == "no image: two words"
 
 
 def test_a_subset_keeps_the_classes_in_their_shares_and_spreads_over_each():

@@ -36,7 +36,7 @@ def indices(batches) -> list[list[int]]:
     n=st.integers(1, 60), size=st.integers(1, 4), world=st.integers(1, 4), accumulate=st.integers(1, 3),
     epoch=st.integers(0, 9),
 )  # fmt: skip
-def test_the_steps_are_the_same_pictures_however_they_are_shared(n, size, world, accumulate, epoch):
+def test_the_steps_are_the_same_images_however_they_are_shared(n, size, world, accumulate, epoch):
     # D33, R12
     def epoch_of(shard: Shard) -> list[list[int]]:
         batches = loader(Numbered(n), size * world * accumulate, train=True, seed=3, shard=shard)
@@ -63,7 +63,7 @@ def test_the_steps_are_the_same_pictures_however_they_are_shared(n, size, world,
 
 @given(n=st.integers(1, 40), world=st.integers(1, 5))
 @settings(max_examples=30, deadline=None)
-def test_an_evaluation_is_shared_without_a_picture_twice(n, world):  # D33
+def test_an_evaluation_is_shared_without_an_image_twice(n, world):  # D33
     shards = [Shard(rank, world) for rank in range(world)]
     batches = [b for s in shards for b in indices(loader(Numbered(n), 3, train=False, shard=s))]
     assert sorted(index for batch in batches for index in batch) == list(range(n))
@@ -88,7 +88,7 @@ def kill_once(flag, wanted):
 
 @pytest.mark.parametrize("train", [True, False])
 @pytest.mark.parametrize("place", [5, 11])
-def test_a_worker_that_is_killed_is_replaced_once_and_no_picture_comes_twice(tmp_path, caplog, train, place):
+def test_a_worker_that_is_killed_is_replaced_once_and_no_image_comes_twice(tmp_path, caplog, train, place):
     """R4"""
     calm = indices(loader(Numbered(12), 2, train=train, seed=1))
     act = kill_once(tmp_path / "flag", calm[place // 2][place % 2])
@@ -137,7 +137,7 @@ def test_workers_that_cannot_be_started_for_want_of_room_are_told(monkeypatch):
         list(loader(Numbered(12), 2, train=False, workers=2))
 
 
-def test_a_worker_that_hangs_is_named_with_its_pictures_and_ended(tmp_path):  # R5
+def test_a_worker_that_hangs_is_named_with_its_images_and_ended(tmp_path):  # R5
     def act(index):
         if index == 5:
             (tmp_path / "pid").write_text(str(os.getpid()))
@@ -147,7 +147,7 @@ def test_a_worker_that_hangs_is_named_with_its_pictures_and_ended(tmp_path):  # 
     with pytest.raises(DataError) as caught:
         list(batches)
     pid = (tmp_path / "pid").read_text()
-    told = f"process {pid} (loader worker 0) brought nothing for 4 s; it was reading the pictures 4, 5"
+    told = f"process {pid} (loader worker 0) brought nothing for 4 s; it was reading the images 4, 5"
     assert str(caught.value) == told
     with pytest.raises(ProcessLookupError):
         os.kill(int(pid), 0)

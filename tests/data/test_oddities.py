@@ -30,10 +30,10 @@ def test_animations_are_counted_and_read_by_their_first_frame(pictures, encoded,
     train, val = image_folder(pictures)
     told = "with several frames, of which the first is taken; the first: "
     assert [note for note in train.notes if "frames" in note] == [
-        f"training: 2 pictures {told}{pictures}/train/cat/x.{ending}"
+        f"training: 2 images {told}{pictures}/train/cat/x.{ending}"
     ]
     assert [note for note in val.notes if "frames" in note] == [
-        f"validation: 1 picture {told}{pictures}/val/dog/x.{ending}"
+        f"validation: 1 image {told}{pictures}/val/dog/x.{ending}"
     ]
     assert val[val.targets.index(1) + 2]["image"].float().mean() < 3
 
@@ -41,7 +41,7 @@ def test_animations_are_counted_and_read_by_their_first_frame(pictures, encoded,
 @pytest.mark.parametrize(
     ("kind", "ending"), [("GIF", "gif"), ("WEBP", "webp"), ("PNG", "png"), ("TIFF", "tif")]
 )
-def test_a_picture_of_one_frame_is_no_animation(pictures, encoded, kind, ending):  # D7
+def test_an_image_of_one_frame_is_no_animation(pictures, encoded, kind, ending):  # D7
     (pictures / f"train/cat/x.{ending}").write_bytes(frames(encoded, kind, 1))
     train, _ = image_folder(pictures)
     assert not any("frames" in note for note in train.notes)
@@ -50,13 +50,13 @@ def test_a_picture_of_one_frame_is_no_animation(pictures, encoded, kind, ending)
 @pytest.mark.parametrize(
     ("height", "width", "odd"), [(1, 1, 1), (9, 40, 1), (10, 40, 0), (12, 121, 1), (120, 12, 0), (20, 900, 1)]
 )
-def test_tiny_and_narrow_pictures_are_counted_and_read(pictures, encoded, height, width, odd):  # D11
+def test_tiny_and_narrow_images_are_counted_and_read(pictures, encoded, height, width, odd):  # D11
     (pictures / "train/dog/x.png").write_bytes(encoded(np.zeros((height, width, 3), np.uint8)))
     train, val = image_folder(pictures)
     notes = [note for note in [*train.notes, *val.notes] if "below 10 pixels" in note]
     assert len(notes) == odd
     if odd:
-        assert notes[0].startswith("training: 1 picture below 10 pixels on a side, or more than 10 times")
+        assert notes[0].startswith("training: 1 image below 10 pixels on a side, or more than 10 times")
         assert notes[0].endswith("x.png")
     assert train[len(train) - 1]["image"].shape == (3, 32, 32)
 

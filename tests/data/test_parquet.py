@@ -56,7 +56,7 @@ def picture(encoded, pixels):
     return lambda seed=0: encoded(pixels(40, 48, seed), "PNG")
 
 
-def test_the_rows_are_trained_on_and_validated_as_pictures_of_a_folder(write, picture):
+def test_the_rows_are_trained_on_and_validated_as_images_of_a_folder(write, picture):
     write("train", [(i % 2, picture(i)) for i in range(10)])
     root = write("validation", [(1, picture(3)), (0, picture(4))])
     train, val = picture_set(root, size=32)
@@ -123,7 +123,7 @@ def test_a_split_that_is_absent_is_named(tmp_path):
         picture_set(tmp_path)
 
 
-def test_the_pictures_for_the_test_are_not_validated_beside_those_for_validation(tmp_path):
+def test_the_images_for_the_test_are_not_validated_beside_those_for_validation(tmp_path):
     files = [f"data/{split}-00000-of-00001.parquet" for split in ("train", "validation", "test")]
     (tmp_path / "data").mkdir()
     for file in files:

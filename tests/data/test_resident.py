@@ -45,7 +45,7 @@ def test_a_crop_is_cut_first_and_enlarged_then():
         assert (found.float() - wanted).abs().max() <= 0.51
 
 
-def test_the_whole_picture_unflipped_is_returned_to_the_bit():
+def test_the_whole_image_unflipped_is_returned_to_the_bit():
     pictures = torch.randint(0, 256, (5, 3, SIZE, SIZE), dtype=torch.uint8)
     whole = torch.tensor([[0, 0, SIZE, SIZE, 0]]).expand(5, 5)
     assert torch.equal(crop_and_flip(pictures, whole), pictures)
@@ -113,7 +113,7 @@ def test_the_order_is_that_of_the_loader_of_a_folder(folder, train):
         assert all(torch.equal(one["index"], other["index"]) for one, other in pairs)
 
 
-def test_validation_pictures_are_those_of_the_other_set(folder):
+def test_validation_images_are_those_of_the_other_set(folder):
     val = image_folder(folder, size=SIZE)[1]
     resident = Resident(val, "cpu", augment=False)
     for one, other in zip(loader(val, 4, train=False), loader(resident, 4, train=False), strict=True):
@@ -122,8 +122,8 @@ def test_validation_pictures_are_those_of_the_other_set(folder):
         assert torch.equal(one["index"], other["index"])
 
 
-def test_a_last_batch_of_one_picture_is_left_out_of_training(train):
-    # 21 pictures
+def test_a_last_batch_of_one_image_is_left_out_of_training(train):
+    # 21 images
     assert [len(batch["index"]) for batch in loader(train, 5, train=True)] == [5, 5, 5, 5]
     assert len(loader(train, 5, train=True)) == 4
     assert [len(batch["index"]) for batch in loader(train, 5, train=False)] == [5, 5, 5, 5, 1]
@@ -147,6 +147,6 @@ def test_a_subset_of_a_folder_can_stay_too(folder):
     assert len(Resident(few, "cpu", augment=True)) == 6
 
 
-def test_pictures_made_anew_in_every_epoch_are_refused():
-    with pytest.raises(DataError, match="cluttered_digits makes its pictures anew in every epoch"):
+def test_images_made_anew_in_every_epoch_are_refused():
+    with pytest.raises(DataError, match="cluttered_digits makes its images anew in every epoch"):
         Resident(cluttered_digits()[0], "cpu", augment=True)

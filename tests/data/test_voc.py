@@ -100,7 +100,7 @@ def test_several_folders_are_one_set(folder):
         ((10.5, 6.25, 30.75, 20), [9.5, 5.25, 30.75, 20], ""),  # D32
         ((0, 0, 64, 48), [0, 0, 64, 48], ""),
         ((-3, 5, 70, 20), [0, 4, 64, 20], "clipped"),  # D24
-        ((65, 5, 80, 20), None, "lies outside its picture: dropped"),  # D24
+        ((65, 5, 80, 20), None, "lies outside its image: dropped"),  # D24
         ((9, 9, 9, 9), None, "no width or no height: dropped"),  # D25
         ((9, 9, 8, 20), None, "no width or no height: dropped"),  # D25
     ],
@@ -168,14 +168,14 @@ def test_a_damaged_file_is_refused_with_its_line(folder, text, told):  # D32
 
 
 @pytest.mark.parametrize("size", ["", "<size><width>0</width><height>0</height></size>"])
-def test_a_size_that_is_not_said_is_the_pictures(folder, size):
+def test_a_size_that_is_not_said_is_the_images(folder, size):
     images = voc(folder({"a": xml(thing(), size=size)}), "train")
     assert images.pictures[0][3:] == (48, 64)
     assert images[0]["boxes"].tolist() == [[10, 5, 30, 20]]
 
 
 @pytest.mark.parametrize("kind", ["TIFF", "JPEG", "PNG"])
-def test_a_turned_picture_whose_size_is_not_said_has_its_boxes_turned_with_it(folder, pixels, kind):  # D32
+def test_a_turned_image_whose_size_is_not_said_has_its_boxes_turned_with_it(folder, pixels, kind):  # D32
     root = folder({"a": xml(thing(box=(17, 9, 48, 24)), size="")})
     (root / "JPEGImages/a.jpg").unlink()
     exif = Image.Exif()
@@ -194,7 +194,7 @@ def test_missing_files_are_named(folder):  # D32
     (root / "JPEGImages/b.jpg").unlink()
     told = refusal(root, "train")
     assert f"{root}/Annotations/a.xml: No such file or directory" in told
-    assert f"train.txt line 2: there is no picture b in {root}/JPEGImages" in told
+    assert f"train.txt line 2: there is no image b in {root}/JPEGImages" in told
     assert refusal(root, "val").endswith("ImageSets/Main/val.txt: No such file or directory")
     assert refusal(root / "no", "val").endswith("JPEGImages: No such file or directory")
 
@@ -206,7 +206,7 @@ def test_a_list_of_one_class_may_have_a_second_column_and_no_name_twice(folder):
     (root / "ImageSets/Main/train.txt").write_text("a\nb\na\n")
     assert refusal(root, "train").endswith("train.txt line 3: a is there a second time")
     (root / "ImageSets/Main/train.txt").write_text("\n")
-    assert refusal(root, "train").endswith("names no picture")
+    assert refusal(root, "train").endswith("names no image")
 
 
 def test_a_name_with_a_space_is_a_name(folder):
@@ -215,19 +215,19 @@ def test_a_name_with_a_space_is_a_name(folder):
     (root / "ImageSets/Main/cat_train.txt").write_text("my pic  1\nmy -1\nmy pic 1 -1\n")
     assert [picture.name for picture in voc(root, "cat_train").pictures] == ["my pic", "my", "my pic 1"]
     (root / "ImageSets/Main/train.txt").write_text("your pic\n")
-    assert "there is no picture your pic in" in refusal(root, "train")
+    assert "there is no image your pic in" in refusal(root, "train")
 
 
-def test_of_two_pictures_of_one_name_the_annotation_says_which(folder, encoded, pixels):
+def test_of_two_images_of_one_name_the_annotation_says_which(folder, encoded, pixels):
     root = folder({"a": xml("<filename>a.jpg</filename>", thing())})
     (root / "JPEGImages/a.png").write_bytes(encoded(pixels(48, 64), "PNG"))
     assert voc(root, "train").pictures[0].path.endswith("a.jpg")
     for text in (xml("<filename>b.jpg</filename>", thing()), xml(thing())):
         (root / "Annotations/a.xml").write_text(text)
         assert refusal(root, "train") == (
-            f"{root}/Annotations/a.xml line 1: its picture may be a.jpg or a.png, and no filename says which"
+            f"{root}/Annotations/a.xml line 1: its image may be a.jpg or a.png, and no filename says which"
         )
-        with pytest.raises(DataError, match=r"its picture may be a\.jpg or a\.png"):
+        with pytest.raises(DataError, match=r"its image may be a\.jpg or a\.png"):
             annotated(root)
 
 

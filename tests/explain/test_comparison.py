@@ -109,7 +109,7 @@ def test_attention_of_others_gives_rows_without_feature_maps(plain, images):
         ({"targets": torch.tensor([0, 1, 2, 5])}, InputError, r"0\.\.4"),
         ({"classes": ["a", "b"]}, InputError, r"0\.\.1"),
         ({"boxes": torch.zeros(3, 4)}, InputError, "4 boxes"),
-        ({"shown": torch.zeros(2, 3, 8, 8)}, InputError, "4 pictures"),
+        ({"shown": torch.zeros(2, 3, 8, 8)}, InputError, "4 images"),
         ({"shown": torch.zeros(4, 3, 8, 8)}, InputError, r"as large as the images, \(32, 24\)"),
         ({"images": torch.zeros(4, 3, 8, 8, dtype=torch.uint8)}, InputError, "normalised float"),
     ],
@@ -157,7 +157,7 @@ def test_a_figure_says_class_probability_share_in_the_box_and_block(tmp_path):
     assert shares[0] != shares[1]
 
 
-def test_pictures_of_any_shape_keep_it_and_feature_maps_take_theirs():
+def test_images_of_any_shape_keep_it_and_feature_maps_take_theirs():
     from cbam.explain.figure import _draw
 
     wide, tall = torch.rand(8, 16), torch.rand(16, 8)
@@ -319,7 +319,7 @@ def test_a_missing_matplotlib_is_named_with_its_pip_line(tmp_path, monkeypatch):
 
 
 def test_an_attached_network_is_compared_with_the_one_it_came_from(tmp_path, images):
-    """The main job's picture, over `cbam.attach`: at the identity start both halves agree."""
+    """The main job's image, over `cbam.attach`: at the identity start both halves agree."""
     import copy
 
     torchvision = pytest.importorskip("torchvision")

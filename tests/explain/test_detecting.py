@@ -14,7 +14,7 @@ pytest.importorskip("torchvision", reason="overlaps are torchvision's")
 
 
 class Quarters(nn.Module):
-    """Finds each quarter of a picture, by its brightness in one colour; label k is channel k."""
+    """Finds each quarter of an image, by its brightness in one colour; label k is channel k."""
 
     def __init__(self, order=(0, 1, 2, 3)) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ def test_labels_of_one_name_are_told_apart_by_their_numbers():
 def looked(*models, picture=None, **how):
     names = ("plain", "cbam", "third")
     detectors = Detectors(dict(zip(names, models, strict=False)), CLASSES)
-    return detect(detectors, coloured() if picture is None else picture, "a picture", **how)
+    return detect(detectors, coloured() if picture is None else picture, "an image", **how)
 
 
 def test_boxes_come_with_the_most_certain_first_and_weak_ones_are_left_out():
@@ -112,7 +112,7 @@ def test_there_may_be_fewer_boxes_than_asked_for():
     assert looked(Quarters(), box=4).finds[0].heat is None
 
 
-def test_a_map_is_that_of_the_picture_and_not_of_its_padding():
+def test_a_map_is_that_of_the_image_and_not_of_its_padding():
     """torchvision pads 40 x 56 to 64 x 64, and the map of its last layer with it."""
     from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
@@ -211,7 +211,7 @@ def test_what_cannot_be_looked_at_is_refused():
     with pytest.raises(NonFiniteError, match="plain: the detector gives NaN"):  # D27
         looked(model)
     model.transform = GeneralizedRCNNTransform(800, 1333, [0.0] * 3, [1.0] * 3)
-    with pytest.raises(DataError, match="a picture: 20000 x 1 pixels are too narrow"):  # D11
+    with pytest.raises(DataError, match="an image: 20000 x 1 pixels are too narrow"):  # D11
         looked(model, picture=torch.zeros(3, 1, 20_000, dtype=torch.uint8))
 
 
@@ -234,7 +234,7 @@ def test_the_figure_says_numbers_classes_and_scores(two, tmp_path):
     assert again == (tmp_path / "a.png").read_bytes()
 
 
-def test_words_lie_in_the_picture_and_not_on_each_other():
+def test_words_lie_in_the_image_and_not_on_each_other():
     from cbam.explain.outlines import _free, _overlap
 
     torch.manual_seed(0)
@@ -265,7 +265,7 @@ def test_the_words_below_leave_the_colour_bar_alone(models):
     assert all(box.x1 < bar.x0 for box in below)
 
 
-def test_large_pictures_are_drawn_small_and_odd_ones_at_all(tmp_path):
+def test_large_images_are_drawn_small_and_odd_ones_at_all(tmp_path):
     pytest.importorskip("matplotlib", reason="figures are matplotlib's")
     from cbam.explain.outlines import _DRAWN, _reduced
 
@@ -280,7 +280,7 @@ def test_large_pictures_are_drawn_small_and_odd_ones_at_all(tmp_path):
 
 
 def test_a_figure_of_nothing_or_of_other_detectors_is_refused(two, tmp_path):
-    with pytest.raises(InputError, match="no picture"):
+    with pytest.raises(InputError, match="no image"):
         detection_figure([], tmp_path / "a.png")
     with pytest.raises(InputError, match="different detectors"):
         detection_figure([two[0], looked(Quarters())], tmp_path / "a.png")

@@ -11,7 +11,7 @@ from cbam.explain.gates import BlockStatistics, GateStatistics, draw, gate_figur
 
 
 class Scripted(cbam.ChannelAttention):
-    """Channel gates that a test says: a function of the picture's first pixel."""
+    """Channel gates that a test says: a function of the image's first pixel."""
 
     def __init__(self, gates) -> None:
         super().__init__(4)
@@ -26,7 +26,7 @@ def network(gates) -> nn.Module:
 
 
 def run(gates, pictures: torch.Tensor, targets=None) -> BlockStatistics:
-    """Statistics of scripted gates; the first pixel of each picture is its value in `pictures`."""
+    """Statistics of scripted gates; the first pixel of each image is its value in `pictures`."""
     images = pictures[:, None, None, None].expand(-1, 4, 3, 3).float()
     (block,) = gate_statistics(network(gates), [(images, targets)])
     return block
@@ -35,15 +35,15 @@ def run(gates, pictures: torch.Tensor, targets=None) -> BlockStatistics:
 FOUR = torch.tensor([0.2, 0.4, 0.6, 0.8])
 
 
-def test_gates_that_are_the_same_in_every_picture_are_fixed():
+def test_gates_that_are_the_same_in_every_image_are_fixed():
     block = run(lambda first: FOUR.expand(len(first), 4), torch.arange(1, 21))
     assert block.what.fixed == pytest.approx(1)
     assert block.what.by_picture == pytest.approx(0, abs=1e-6)
-    assert block.word == "the same channels for every picture"
+    assert block.word == "the same channels for every image"
     assert block.what.mean == pytest.approx(0.5)
 
 
-def test_gates_that_follow_the_class_are_told_from_those_that_follow_the_picture():
+def test_gates_that_follow_the_class_are_told_from_those_that_follow_the_image():
     targets = torch.arange(40) % 4
     by_class = run(
         lambda first: FOUR[(first.long() - 1) % 4, None].expand(-1, 4), 1 + torch.arange(40), targets
@@ -55,14 +55,14 @@ def test_gates_that_follow_the_class_are_told_from_those_that_follow_the_picture
     by_picture = run(lambda first: own[first.long() - 1, None].expand(-1, 4), 1 + torch.arange(40), targets)
     assert by_picture.what.by_class < 0.1
     assert by_picture.what.by_picture > 0.9
-    assert by_picture.word == "follows the picture"
+    assert by_picture.word == "follows the image"
     unknown = run(lambda first: FOUR + own[first.long() - 1, None], 1 + torch.arange(40))
     assert unknown.what.by_class is None
-    assert unknown.word == "follows the picture"
+    assert unknown.word == "follows the image"
 
 
 def test_chance_is_taken_off_what_classes_explain():
-    """Of 12 random pictures in 6 classes, classes seem to explain 5/11 of the variance."""
+    """Of 12 random images in 6 classes, classes seem to explain 5/11 of the variance."""
     shares = []
     for seed in range(200):
         own = torch.rand(12, 4, generator=torch.Generator().manual_seed(seed))
@@ -73,7 +73,7 @@ def test_chance_is_taken_off_what_classes_explain():
 
 @pytest.mark.parametrize("count", [2, 3, 10])
 def test_chance_is_taken_off_what_is_fixed(count):
-    """The mean of N random pictures has 1/N of their variance, which is not the same in every picture."""
+    """The mean of N random images has 1/N of their variance, which is not the same in every image."""
     shares = []
     for seed in range(200):
         own = torch.rand(count, 4, generator=torch.Generator().manual_seed(seed))
@@ -153,10 +153,10 @@ def test_the_dashed_line_of_the_figure_changes_nothing_only_at_one(tmp_path, mid
     assert re.findall(r"<!-- bars: .*; (dashed: .*) -->", drawn) == [words]
 
 
-def test_what_has_no_gates_or_no_pictures_is_refused(plain, build, images):
+def test_what_has_no_gates_or_no_images_is_refused(plain, build, images):
     with pytest.raises(ConfigError, match="no attention"):
         gate_statistics(plain, [(images, None)])
-    with pytest.raises(InputError, match="at least two pictures"):
+    with pytest.raises(InputError, match="at least two images"):
         gate_statistics(build(), [])
     with pytest.raises(InputError, match="no blocks"):
         gate_figure([], "gates.png")
@@ -169,10 +169,10 @@ def test_classes_of_some_batches_only_are_refused(build, images, first):
         gate_statistics(build(), [batches[first], batches[1 - first]])
 
 
-def test_pictures_of_several_sizes_and_classes_of_other_pictures_are_refused(build, images):
+def test_images_of_several_sizes_and_classes_of_other_images_are_refused(build, images):
     with pytest.raises(InputError, match=r"pictures of one size, got \(3, 32, 24\) and \(3, 32, 20\)"):
         gate_statistics(build(), [(images, None), (images[..., :20], None)])
-    with pytest.raises(InputError, match=r"a class for each of 4 pictures, got \(5,\)"):
+    with pytest.raises(InputError, match=r"a class for each of 4 images, got \(5,\)"):
         gate_statistics(build(), [(images, torch.arange(5))])
 
 

@@ -25,7 +25,7 @@ def test_the_default_layer_is_the_last_block_output_of_the_trunk(build, images):
 
 @pytest.mark.parametrize("size", [(1, 200), (16, 128), (128, 16), (33, 31)])
 def test_a_map_of_a_single_row_or_column_is_a_map(size):
-    """A picture twice as high as 16 pixels still has one row of 32."""
+    """An image twice as high as 16 pixels still has one row of 32."""
     model = pytest.importorskip("torchvision").models.resnet18().eval()
     picture = torch.randn(1, 3, *size)
     assert last_map(model, picture) == Place("layer4")
@@ -108,7 +108,7 @@ def test_a_map_whose_channels_come_last_is_weighed_over_its_channels(images, siz
     assert gradcam(model, images, 3, layer, "scorecam").shape == (4, 32, 24)
 
 
-def test_a_model_that_brings_pictures_to_a_size_of_its_own_is_explained(build, images):
+def test_a_model_that_brings_images_to_a_size_of_its_own_is_explained(build, images):
     net = build()
     model = nn.Sequential(nn.Upsample((48, 48)), net)
     assert last_map(model, images[:1]).name == "1.stage2"

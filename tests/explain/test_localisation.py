@@ -74,7 +74,7 @@ def test_the_threshold_is_a_share_of_the_largest_value(area):
     torch.testing.assert_close(scores[0].float(), torch.tensor([16 / 17, 16 / 17, 1]))
 
 
-def test_the_measures_are_those_of_each_picture_alone():
+def test_the_measures_are_those_of_each_image_alone():
     maps, areas = torch.rand(4, 10, 10), torch.stack([box_area([(i, 0, i + 3, 5)], 10, 10) for i in range(4)])
     for measure in (pointing, energy, overlap):
         whole = measure(maps, areas)
@@ -83,7 +83,7 @@ def test_the_measures_are_those_of_each_picture_alone():
 
 
 class Corner(nn.Module):
-    """Two classes; the first is as probable as the upper left quarter of the picture is bright."""
+    """Two classes; the first is as probable as the upper left quarter of the image is bright."""
 
     def forward(self, x):
         bright = x[:, :, :8, :8].mean((1, 2, 3)).clamp(0.01, 0.99)
@@ -118,7 +118,7 @@ def test_more_steps_bring_the_area_nearer_to_the_curve(corner):
     assert deleted == pytest.approx(exact, abs=0.003)
 
 
-def test_judging_leaves_the_network_and_the_picture_as_they_were(build):
+def test_judging_leaves_the_network_and_the_image_as_they_were(build):
     model, image = build().train(), torch.rand(3, 32, 32)
     before = image.clone(), {k: v.clone() for k, v in model.state_dict().items()}
     deletion_insertion(model, image, torch.rand(32, 32), 1)

@@ -93,7 +93,7 @@ def test_the_spatial_gates_share_one_scale(viewer, picture):
     assert reach == pytest.approx(max((b.spatial_gate - 0.5).abs().max().item() for b in blocks.values()))
 
 
-def test_a_view_is_the_middle_of_the_resized_picture():
+def test_a_view_is_the_middle_of_the_resized_image():
     tv = pytest.importorskip("torchvision.transforms.v2.functional")
     picture = (torch.rand(3, 20, 30).cumsum(2) * 8).byte()
     large = torch.nn.functional.interpolate(picture[None], (200, 300), mode="bicubic")[0]
@@ -103,13 +103,13 @@ def test_a_view_is_the_middle_of_the_resized_picture():
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 20_000), (20_000, 1), (2, 3), (3000, 2000)])
-def test_a_view_has_its_size_whatever_the_picture(size):  # D11
+def test_a_view_has_its_size_whatever_the_image(size):  # D11
     assert view(torch.full((3, *size), 7, dtype=torch.uint8)).unique().tolist() == [7]
 
 
-def test_what_is_no_picture_or_no_class_is_refused(viewer, picture):
+def test_what_is_no_image_or_no_class_is_refused(viewer, picture):
     for bad in (picture.float(), picture[:1], picture[None], picture[:, :0]):
-        with pytest.raises(InputError, match="a picture is uint8"):
+        with pytest.raises(InputError, match="an image is uint8"):
             look(viewer, bad)
     with pytest.raises(InputError, match=r"0\.\.4"):
         look(viewer, picture, target=5)
@@ -164,7 +164,7 @@ def test_a_view_of_any_size_is_as_large_as_it_says(viewer):
     for size, resized in ((384, 439), (32, 37), (224, 256)):
         eyes = Viewer(viewer.networks, CLASSES, size=size)
         assert (eyes.side, tuple(eyes.view(large).shape)) == (resized, (3, size, size))
-    with pytest.raises(InputError, match="the middle 64 pixels of a picture resized to 40"):
+    with pytest.raises(InputError, match="the middle 64 pixels of an image resized to 40"):
         Viewer(viewer.networks, CLASSES, size=64, resized=40)
 
 
@@ -362,7 +362,7 @@ def test_a_place_that_cannot_be_written_to_is_named_itself(viewer, picture, tmp_
     assert [path.name for path in tmp_path.iterdir()] == ["look.png"]
 
 
-def test_a_model_of_another_dtype_than_the_pictures_is_told(viewer, plain, picture, images):
+def test_a_model_of_another_dtype_than_the_images_is_told(viewer, plain, picture, images):
     half = plain.bfloat16()
     for call in (
         lambda: gradcam(half, images),
@@ -376,7 +376,7 @@ def test_a_model_of_another_dtype_than_the_pictures_is_told(viewer, plain, pictu
         assert gradcam(viewer.networks["CBAM"], images).shape == (4, 32, 24)
 
 
-def test_a_network_on_another_device_than_the_pictures_is_told(plain, picture):
+def test_a_network_on_another_device_than_the_images_is_told(plain, picture):
     elsewhere = Viewer({"plain": plain.to("meta")}, CLASSES, size=32, resized=36)
     with pytest.raises(InputError, match="images are on cpu, the model on meta; move one of them"):
         look(elsewhere, picture)
@@ -388,7 +388,7 @@ def test_what_cannot_be_drawn_is_refused(viewer, picture, plain, tmp_path):
         stages_figure(alone, tmp_path / "stages.png")
     with pytest.raises(InputError, match="different networks"):
         look_figure([alone, look(viewer, picture)], tmp_path / "look.png")
-    with pytest.raises(InputError, match="no picture"):
+    with pytest.raises(InputError, match="no image"):
         look_figure([], tmp_path / "look.png")
     with pytest.raises(ConfigError, match=r"got 'look\.jpg'"):
         look_figure([alone], tmp_path / "look.jpg")

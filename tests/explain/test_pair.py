@@ -96,6 +96,6 @@ def test_missing_weights_are_named_with_their_pip_line(monkeypatch):
         pair.plain_network()
 
 
-def test_a_middle_larger_than_the_resized_picture_is_refused():
-    with pytest.raises(InputError, match="the middle 300 pixels of a picture resized to 256 cannot be taken"):
+def test_a_middle_larger_than_the_resized_image_is_refused():
+    with pytest.raises(InputError, match="the middle 300 pixels of an image resized to 256 cannot be taken"):
         pair.view(torch.zeros(3, 400, 400, dtype=torch.uint8), 300, 256)

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 # Package -> the first version without the holes that matter here: by files of strangers, or by visitors.
 FLOORS = {
     "torch": ("2.10", "CVE-2026-24747, a file overwrites memory although weights_only is set"),
-    "pillow": ("12.3", "CVE-2026-54059, -54060, -55379, -55380, -55798, damaged pictures"),
+    "pillow": ("12.3", "CVE-2026-54059, -54060, -55379, -55380, -55798, damaged images"),
     "pytorch-lightning": (
         "2.6.6",
         "CVE-2026-58659, code of a checkpoint is run; 2.6.2 and 2.6.3 were malware",

@@ -84,7 +84,7 @@ def test_the_readme_has_a_row_for_each_kind_of_run_once_and_its_difference_to_th
     everything = cited()
     assert everything.count("With ") == 2  # the trainings without a warm-up
     assert "With no warm-up: better in top-1 error: CBAM, paper's start against plain (" in everything
-    assert "For detectors trained on only 96 pictures of bccd, no difference is shown. Full" in everything
+    assert "For detectors trained on only 96 images of bccd, no difference is shown. Full" in everything
     assert "| ResNet18-FPN" not in everything  # a part of a data set gets no table
     for path in RECORDS:
         config = read(path)["config"]

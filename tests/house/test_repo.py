@@ -37,7 +37,7 @@ def foreign(path: Path) -> list[str]:
     try:
         lines = path.read_text("utf-8").splitlines()
     except UnicodeDecodeError:
-        return []  # a picture
+        return []  # an image
     return [
         f"{path}:{number}: {line.strip()[:120]}"
         for number, line in enumerate(lines, 1)

@@ -113,7 +113,7 @@ def test_the_reference_has_every_public_name(site):
 
 @pytest.mark.large
 @pytest.mark.parametrize("width", WIDTHS)
-def test_no_page_asks_the_network_overflows_or_misses_a_picture(site, browser, width):
+def test_no_page_asks_the_network_overflows_or_misses_an_image(site, browser, width):
     asked, errors, faults = [], [], []
     page = browser.new_page(viewport={"width": WIDTHS[width], "height": 900})
     page.on("request", lambda r: r.url.startswith(("file:", "data:", "blob:")) or asked.append(r.url))

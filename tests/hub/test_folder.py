@@ -146,7 +146,7 @@ def test_a_name_that_builds_another_function_of_the_same_tensors_is_refused(tmp_
     strided = cbam.build("resnet50", num_classes=2, stride_in="1x1")
     with pytest.raises(ConfigError, match="computes something else from the same weights"):
         cbam.save_pretrained(strided, tmp_path / "mine", network="resnet50", card=Card(size=64))
-    with pytest.raises(InputError, match="does not take pictures of 1 px"):
+    with pytest.raises(InputError, match="does not take images of 1 px"):
         cbam.save_pretrained(
             cbam.build("googlenet", num_classes=2), tmp_path / "mine", network="googlenet", card=Card(size=1)
         )

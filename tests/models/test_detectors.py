@@ -48,7 +48,7 @@ def targets():
 
 
 def small(name, **more):
-    """A detector that works on the pictures at nearly their size."""
+    """A detector that works on the images at nearly their size."""
     model = detector(name, num_classes=3, **more)
     if not name.startswith(("ssd300", "stairnet300")):
         model.transform.min_size, model.transform.max_size = (64,), 96
@@ -94,7 +94,7 @@ def test_attention_at_the_identity_leaves_detections_bit_equal_and_learns(name, 
     assert_equal(before, detections(model))
     losses = model.train()(pictures(), targets())
     assert all(loss.isfinite() for loss in losses.values())
-    # Not by the losses: of so few pictures they sample no box on some of the maps.
+    # Not by the losses: of so few images they sample no box on some of the maps.
     maps = model.backbone(torch.rand(2, 3, 300, 300) if "stairnet" in name else torch.rand(2, 3, 64, 64))
     maps = list(maps.values())
     if "c4" in name:
@@ -280,11 +280,11 @@ def test_any_timm_network_with_maps_is_a_backbone():
 
 
 @pytest.mark.parametrize("name", ["timm:vit_tiny_patch16_224", "timm:levit_128s"])
-def test_a_network_of_one_size_of_pictures_is_refused_as_it_was(name):
+def test_a_network_of_one_size_of_images_is_refused_as_it_was(name):
     with torch.device("meta"):
         network = build(name, num_classes=3).train()
         keys = list(network.state_dict())
-        with pytest.raises(ConfigError, match="takes pictures of one size alone, and a detector's have many"):
+        with pytest.raises(ConfigError, match="takes images of one size alone, and a detector's have many"):
             retinanet(network, 3)
     assert list(network.state_dict()) == keys
     assert network.training
@@ -298,7 +298,7 @@ def test_a_network_that_timm_trained_at_one_size_and_takes_others_is_a_backbone(
     assert [tuple(m.shape[2:]) for m in maps.values()] == [(16, 24), (8, 12), (4, 6), (2, 3), (1, 2)]
 
 
-def test_the_maps_of_a_pyramid_halve_from_a_quarter_of_the_picture():
+def test_the_maps_of_a_pyramid_halve_from_a_quarter_of_the_image():
     body = faster_rcnn(build("resnet18"), 3).backbone
     shapes = [tuple(m.shape[1:]) for m in body(torch.rand(1, 3, 64, 64)).values()]
     assert shapes == [(256, 16, 16), (256, 8, 8), (256, 4, 4), (256, 2, 2), (256, 1, 1)]

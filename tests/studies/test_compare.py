@@ -86,7 +86,7 @@ def test_every_arm_of_every_seed_is_recorded_with_its_epochs(finished):
         assert 0 <= run["top5"] <= run["top1"] <= 100
 
 
-def test_the_identity_start_is_checked_on_real_pictures_and_told(finished):
+def test_the_identity_start_is_checked_on_real_images_and_told(finished):
     _, results, watch = finished
     checks = [run["identity"] for run in results["runs"] if run["arm"] != "plain"]
     assert checks == [{"pictures": 16, "bit_equal": True, "largest_difference": 0.0}] * 4
@@ -154,7 +154,7 @@ def test_an_error_half_way_reports_what_is_finished(tmp_path):
     assert "against plain" in (tmp_path / REPORT).read_text()
 
 
-def test_a_validation_picture_that_cannot_be_read_stops_the_comparison(tmp_path):
+def test_a_validation_image_that_cannot_be_read_stops_the_comparison(tmp_path):
     # D1, D3
     data = folder_of_pictures(tmp_path / "data")
     (data / "val" / "class1" / "1.png").write_bytes(b"\x89PNG\r\n\x1a\n")

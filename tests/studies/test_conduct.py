@@ -1,4 +1,4 @@
-"""What a study is filled with: rows, the networks that they go on from, pictures that it can score."""
+"""What a study is filled with: rows, the networks that they go on from, images that it can score."""
 
 import dataclasses
 import json
@@ -21,7 +21,7 @@ def study(out, name, **changes):
     return prepare(name, find_pictures("digits", own), own, out=str(out), device="cpu")
 
 
-def test_a_few_pictures_of_a_large_set_fill_the_rows_that_their_table_counts(tmp_path, monkeypatch):
+def test_a_few_images_of_a_large_set_fill_the_rows_that_their_table_counts(tmp_path, monkeypatch):
     large = dataclasses.replace(
         STUDIES["channel"], whole=1000, small=("plain",), large=("plain", "avg", "max"),
         usual=lambda _, train, __: dataclasses.replace(digits(), small=train < 1000),
@@ -49,7 +49,7 @@ def test_a_network_that_diverges_is_trained_once_for_all_that_go_on_from_it(tmp_
 
 
 def coco_folder(root, *, label=1):
-    """A folder of COCO's form with a picture for training and one for validation, of two classes."""
+    """A folder of COCO's form with an image for training and one for validation, of two classes."""
     image = {"id": 1, "file_name": "a.jpg", "height": 9, "width": 9}
     box = {"id": 1, "image_id": 1, "category_id": label, "bbox": [1, 1, 4, 4], "area": 16, "iscrowd": 0}
     whole = {
@@ -65,7 +65,7 @@ def coco_folder(root, *, label=1):
     return str(root)
 
 
-def test_pictures_whose_objects_have_other_labels_are_other_pictures(tmp_path):
+def test_images_whose_objects_have_other_labels_are_other_images(tmp_path):
     one, same, other = (
         BoxedPictures(coco_folder(tmp_path / str(i) / "own", label=label)).about
         for i, label in enumerate((1, 1, 2))

@@ -133,7 +133,7 @@ def test_the_same_run_gives_the_same_numbers(filled, tmp_path):
         assert record["config"] == before["config"]
 
 
-def test_rows_of_one_seed_start_alike_and_see_the_same_pictures(filled):
+def test_rows_of_one_seed_start_alike_and_see_the_same_images(filled):
     out, _ = filled
     from cbam.studies.training import fingerprint, plain
 
@@ -376,7 +376,7 @@ def test_two_processes_fill_one_folder_without_repeating_a_run(tmp_path):
 
 
 def folder_of_pictures(path, train=8, name="{}.png"):
-    """Two classes of random pictures, `train` and half as many of each."""
+    """Two classes of random images, `train` and half as many of each."""
     random = torch.Generator().manual_seed(0)
     for split, count in (("train", train), ("val", train // 2)):
         for label in range(2):
@@ -397,7 +397,7 @@ def on_pictures(path, out, name="order", arms=("se",), **changes):
 
 @pytest.fixture(scope="module")
 def flowers(tmp_path_factory):
-    """A folder named pictures, and a record of it."""
+    """A folder named images, and a record of it."""
     path = tmp_path_factory.mktemp("flowers")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(filling_file, "origin", lambda commit: dict(CLEAN))
@@ -407,12 +407,12 @@ def flowers(tmp_path_factory):
 
 
 @pytest.mark.parametrize("other", [{"train": 6}, {"name": "cat{}.png"}], ids=["fewer", "as-many"])
-def test_records_of_other_pictures_under_the_same_name_are_refused_and_never_taken_over(
+def test_records_of_other_images_under_the_same_name_are_refused_and_never_taken_over(
     tmp_path, flowers, other
 ):
     shutil.copytree(flowers, tmp_path / "out")
     cats = folder_of_pictures(tmp_path / "pictures", **other)
-    with pytest.raises(DataError, match="is of other pictures of the same name"):
+    with pytest.raises(DataError, match="is of other images of the same name"):
         on_pictures(cats, tmp_path / "out", "channel", ["avg"])
     assert conduct(on_pictures(cats, tmp_path / "out"), seeds=1) == 0
     (record,) = Records(tmp_path / "out", "order").all().values()
@@ -420,14 +420,14 @@ def test_records_of_other_pictures_under_the_same_name_are_refused_and_never_tak
     assert record["data"] != json.loads(next((flowers / "channel").glob("*.json")).read_text())["data"]
 
 
-def test_records_of_a_part_of_the_pictures_and_of_a_copy_elsewhere_stand_beside_each_other(tmp_path, flowers):
+def test_records_of_a_part_of_the_images_and_of_a_copy_elsewhere_stand_beside_each_other(tmp_path, flowers):
     shutil.copytree(flowers, tmp_path / "out")
     copy = folder_of_pictures(tmp_path / "pictures")
     assert on_pictures(copy, tmp_path / "out", "channel", ["avg"]).missing(1) == []
     assert len(on_pictures(copy, tmp_path / "out", "channel", ["avg"], limit=8).missing(1)) == 1
 
 
-def test_bfloat16_on_pictures_that_stay_on_the_device(tmp_path):
+def test_bfloat16_on_images_that_stay_on_the_device(tmp_path):
     pictures = find_pictures(str(folder_of_pictures(tmp_path / "pictures")), {})
     wanted = prepare(
         "order", pictures, {"network": "resnet_tiny", "epochs": 1, "batch_size": 8},

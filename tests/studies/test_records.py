@@ -70,7 +70,7 @@ def test_a_run_of_the_same_settings_is_taken_over_from_another_study_to_the_byte
 @pytest.mark.parametrize(
     "change", [{"train": 9}, {"val": 5}, {"sha256": "y"}, {"files": "b"}, {"objects": "b"}]
 )
-def test_a_run_on_other_pictures_is_not_taken_over(tmp_path, change):
+def test_a_run_on_other_images_is_not_taken_over(tmp_path, change):
     from cbam.studies.study import run_key
 
     about = RECORD["data"] | {"files": "a", "objects": "a"}

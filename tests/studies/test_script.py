@@ -46,7 +46,7 @@ def test_the_script_stops_with_the_time_and_goes_on_where_it_stopped(tmp_path, p
     assert len(list(tmp_path.glob("out/order/*.json"))) == 2
     again = script(pictures, tmp_path / "out")
     assert again.returncode == 0
-    assert "order on pictures: 2 of 2 runs have a record" in again.stdout
+    assert "order on images: 2 of 2 runs have a record" in again.stdout
     assert " seed 0: top-1" not in again.stdout
 
 

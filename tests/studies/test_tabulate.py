@@ -114,7 +114,7 @@ def test_a_folder_of_any_name_has_files_that_a_page_can_link_to():
 
 
 @pytest.mark.parametrize("change", [{"train": 900}, {"sha256": "y"}, {"files": "b"}, {"objects": "b"}])
-def test_records_of_other_pictures_make_no_table(change):
+def test_records_of_other_images_make_no_table(change):
     older, named = rows("plain", PLAIN), rows("avg", BETTER, data=ABOUT | {"files": "a", "objects": "a"})
     (table,) = tables(STUDY, [*older, *named])
     assert {name: len(runs) for name, runs in table.runs.items()} == {"plain": 5, "avg": 5}

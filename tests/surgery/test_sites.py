@@ -528,7 +528,7 @@ def test_a_tensor_that_a_forward_makes_does_not_keep_attention_out():  # S14, S1
 
 
 class SplitNorm(Host):
-    """Trains with a norm of its own, as AdvProp does for adversarial pictures."""
+    """Trains with a norm of its own, as AdvProp does for adversarial images."""
 
     def __init__(self):
         super().__init__()

@@ -1,6 +1,6 @@
 """Trains a small detector in forked processes that are killed, or that share the work; prints JSON.
 
-Started by test_detection.py as a program of its own, with the folder of pictures as its argument; it goes the
+Started by test_detection.py as a program of its own, with the folder of images as its argument; it goes the
 ways of kills.py and peers.py. Each line of the standard input names a scenario and its arguments.
 """
 

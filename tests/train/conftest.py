@@ -1,4 +1,4 @@
-"""Small tasks that train in seconds: digits, and pictures with a disc and a square to find."""
+"""Small tasks that train in seconds: digits, and images with a disc and a square to find."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ _OBJECT = f"<object><name>{{}}</name>{_BOX}</object>"
 
 
 def write_shapes(root: Path, *, train: int = 12, test: int = 7, side: int = 64) -> Path:
-    """A folder like VOC's: one or two shapes of 16 to 28 pixels on noise, in every fifth picture none."""
+    """A folder like VOC's: one or two shapes of 16 to 28 pixels on noise, in every fifth image none."""
     from torchvision.io import write_png
 
     random = np.random.default_rng(0)
@@ -80,7 +80,7 @@ def small_detector(width: int = 8, *, side: int = 64) -> nn.Module:
 
 @pytest.fixture(scope="session")
 def digits():
-    """40 or so training and validation pictures each, all ten classes."""
+    """40 or so training and validation images each, all ten classes."""
     return tuple(images.subset(40) for images in cluttered_digits())
 
 
@@ -98,7 +98,7 @@ def make_shapes():
 
 @pytest.fixture(scope="session")
 def shapes_folder(tmp_path_factory):
-    """Ten training pictures (those with a shape) and seven to test on, in VOC's form."""
+    """Ten training images (those with a shape) and seven to test on, in VOC's form."""
     return write_shapes(tmp_path_factory.mktemp("shapes") / "voc")
 
 

@@ -95,7 +95,7 @@ class Poisoned(nn.Sequential):
 
 
 def train(folder: Path | None, model: nn.Module, images: Images, recipe: Recipe, **how) -> list[dict]:
-    """Validates on 17 pictures: of two processes one has a batch more than the other."""
+    """Validates on 17 images: of two processes one has a batch more than the other."""
     keeper = None
     if folder is not None:
         found = world().from_first(lambda: checkpoint.newest(folder, print))
@@ -210,7 +210,7 @@ def nan(nonfinite: str, passes: list[int]) -> list:
 
 
 def broken() -> list:
-    """A picture that process 1 cannot read."""
+    """An image that process 1 cannot read."""
     order = fit_order()
     return ranks(2, lambda here: train(None, rich(), Numbered(20, broken=order[6]), Recipe(2, 8)) and None)
 

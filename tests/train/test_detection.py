@@ -84,8 +84,8 @@ def test_a_detector_killed_at_every_point_ends_bitwise_the_same(shapes_folder):
     assert [run for run, end in zip(runs, killed, strict=True) if end["digest"] != calm["digest"]] == []
 
 
-def test_every_picture_is_scored_once_by_any_number_of_processes(ends):
-    # D33: seven pictures, shared unevenly
+def test_every_image_is_scored_once_by_any_number_of_processes(ends):
+    # D33: seven images, shared unevenly
     (alone,), two = ends[1]
     assert alone["value"]["pictures"] == list(range(7))
     for process in two:
@@ -140,8 +140,8 @@ def test_other_precisions_train_and_accumulate(shapes, detector, precision):
 
 
 @pytest.mark.parametrize(("parts", "samples"), [(2, 3), (4, 3), (4, 7)])
-def test_no_part_of_a_last_step_is_a_single_picture(shapes, parts, samples):
-    """Attention on a map of one pixel takes statistics of the pictures, which one picture has not."""
+def test_no_part_of_a_last_step_is_a_single_image(shapes, parts, samples):
+    """Attention on a map of one pixel takes statistics of the images, which one image has not."""
     counts = []
 
     def network(images, targets):
@@ -168,7 +168,7 @@ def test_boxes_that_changed_since_a_run_began_are_told(shapes):
     other._labels = train._labels.clone()
     other._labels[0] = 2
     assert _difference(before, material.about(train, val)) == ""
-    assert _difference(before, material.about(other, val)) == "other boxes or labels in the training pictures"
+    assert _difference(before, material.about(other, val)) == "other boxes or labels in the training images"
     old = {name: value for name, value in before.items() if "objects" not in name}
     assert _difference(old, material.about(other, val)) == ""
 
@@ -203,7 +203,7 @@ def test_boxes_that_are_nan_are_not_scored(shapes, detector):
 
 
 @pytest.mark.parametrize("left", ["difficult ones", "nothing"])
-def test_validation_pictures_with_nothing_to_find_are_told_and_the_run_goes_on(
+def test_validation_images_with_nothing_to_find_are_told_and_the_run_goes_on(
     make_shapes, detector, tmp_path, left
 ):
     # D31
@@ -213,7 +213,7 @@ def test_validation_pictures_with_nothing_to_find_are_told_and_the_run_goes_on(
         difficult = text.replace("<object>", "<object><difficult>1</difficult>")
         path.write_text(difficult if left == "difficult ones" else re.sub("<object>.*</object>", "", text))
     train, val = pictures(Config("detect/short", augment="flip", data=str(root)))
-    assert "no validation picture has an object that is scored, so AP stays unknown (-)" in val.notes
+    assert "no validation image has an object that is scored, so AP stays unknown (-)" in val.notes
     for epochs in (1, 2):
         found = checkpoint.newest(tmp_path, print)
         keeper = Keeper(tmp_path, {}, state=found and found[1], say=said.append)
@@ -261,7 +261,7 @@ def test_a_run_of_the_recipe_is_stopped_resumed_and_scored(shapes_folder, tmp_pa
     assert all(torch.equal(resumed["model"][key], whole["model"][key]) for key in whole["model"])
     scored, what = score(folder)
     assert scored.scores["val_ap50"] == history[-1]["val_ap50"]
-    assert "6 validation pictures of voc test" in what
+    assert "6 validation images of voc test" in what
     with pytest.raises(ConfigError, match="augment 'flip' -> 'ssd'"):
         run("detect/short", {"augment": "ssd"}, folder, watch, resume="auto")
 
@@ -336,11 +336,11 @@ def test_settings_that_a_detector_has_not_are_refused_together():
         make_detector("ssd300:mobilenet_v1", 2, start="paper", size=None, regions=20)
 
 
-def test_a_recipe_of_detection_needs_pictures_with_boxes(tmp_path):
+def test_a_recipe_of_detection_needs_images_with_boxes(tmp_path):
     with pytest.raises(ConfigError, match="needs DATA, a folder of COCO or Pascal VOC"):
         run("detect/short", {}, tmp_path / "run", Watch())
     (tmp_path / "pictures").mkdir()
-    with pytest.raises(DataError, match="no pictures with boxes in a known form"):
+    with pytest.raises(DataError, match="no images with boxes in a known form"):
         run("detect/short", {"data": str(tmp_path / "pictures")}, tmp_path / "run", Watch())
 
 
@@ -439,7 +439,7 @@ def test_what_is_wrong_with_a_file_is_said_once(tmp_path):
 
 @pytest.mark.large
 def test_a_small_faster_rcnn_with_cbam_finds_shapes(make_shapes, detector, tmp_path):
-    """Half a minute of one core; the test pictures are others than those it learns from."""
+    """Half a minute of one core; the test images are others than those it learns from."""
     train, val = boxed_folder(make_shapes(tmp_path / "voc", train=320, test=40))
     how = Recipe(epochs=16, batch_size=8, optimizer="adamw", lr=0.006, weight_decay=1e-3, warmup_epochs=1)
     history = fit(detector(16), train.augmented("flip"), val, how, seed=0, device="cpu")

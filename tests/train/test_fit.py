@@ -74,7 +74,7 @@ def test_the_same_seed_gives_the_same_weights_bit_for_bit(digits, network):
     assert [e["val_loss"] for e in histories[0]] == [e["val_loss"] for e in histories[1]]
 
 
-def test_two_arms_see_the_same_pictures_in_the_same_order():
+def test_two_arms_see_the_same_images_in_the_same_order():
     asked = []
     for model in (small(), nn.Sequential(*small(), nn.Identity())):
         train = Colours(12)
@@ -100,11 +100,11 @@ def test_a_fit_learns_and_tells_what_it_did_per_epoch():
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_the_error_and_the_loss_of_an_epoch_of_training_are_those_of_all_its_pictures(accumulate):
+def test_the_error_and_the_loss_of_an_epoch_of_training_are_those_of_all_its_images(accumulate):
     model = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 3))
     with torch.no_grad():
         model[2].weight.zero_()
-        model[2].bias.copy_(torch.tensor([2.0, 1.0, 0.0]))  # it says that all pictures are of class 0
+        model[2].bias.copy_(torch.tensor([2.0, 1.0, 0.0]))  # it says that all images are of class 0
     recipe = Recipe(epochs=1, batch_size=8, lr=0.0, accumulate=accumulate)
     (entry,) = fit(model, Colours(22), Colours(22), recipe, seed=0, device="cpu")
     assert entry["train_top1"] == entry["val_top1"] == pytest.approx(100 * 14 / 22)
@@ -118,7 +118,7 @@ def test_adamw_and_the_step_schedule_train_too():
     assert history[-1]["train_loss"] < history[0]["train_loss"]
 
 
-def test_an_evaluation_counts_every_picture_once_and_agrees_with_a_plain_loop(digits, network):
+def test_an_evaluation_counts_every_image_once_and_agrees_with_a_plain_loop(digits, network):
     # D33
     _, val = digits
     scored = evaluate(network, val, batch_size=7, device="cpu")
@@ -174,7 +174,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step():
 
 
 class BadWhenScored(nn.Module):
-    """A network whose outputs are NaN in a validation alone, for some pictures."""
+    """A network whose outputs are NaN in a validation alone, for some images."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -188,7 +188,7 @@ class BadWhenScored(nn.Module):
 
 
 @pytest.mark.parametrize("classes", [5, 6, 400])
-def test_a_validation_keeps_a_few_numbers_of_a_picture_and_an_evaluation_its_outputs(classes):
+def test_a_validation_keeps_a_few_numbers_of_an_image_and_an_evaluation_its_outputs(classes):
     network = nn.Sequential(nn.Flatten(), nn.Linear(192, classes))
     batch = {
         "image": torch.randint(256, (9, 3, 8, 8), dtype=torch.uint8),
@@ -221,14 +221,14 @@ def test_one_output_that_is_not_finite_is_found_in_whatever_class(value, column)
 
 def test_outputs_that_are_nan_are_no_top_1_error():
     # R10
-    told = r"NaN or infinity for 3 of 6 validation pictures \(1, 3, 5\)"
+    told = r"NaN or infinity for 3 of 6 validation images \(1, 3, 5\)"
     with pytest.raises(NonFiniteError, match=told):
         evaluate(BadWhenScored(), Colours(6), device="cpu")
     with pytest.raises(NonFiniteError, match=told):
         fit(BadWhenScored(), Colours(12), Colours(6), SHORT, seed=0, device="cpu")
 
 
-def test_pictures_are_normalised_alike_in_an_evaluation_and_in_a_training_after_it():
+def test_images_are_normalised_alike_in_an_evaluation_and_in_a_training_after_it():
     pictures = torch.randint(0, 256, (2, 3, 4, 4), dtype=torch.uint8)
     with torch.inference_mode():
         first = normalise(pictures, (0.1, 0.2, 0.3), (0.5, 0.25, 0.125))
@@ -298,7 +298,7 @@ def test_an_evaluation_without_enough_memory_is_told_what_it_can_change():
     assert "--accumulate" not in str(caught.value)
 
 
-def test_a_single_picture_of_a_single_pixel_is_told_with_what_to_do():
+def test_a_single_image_of_a_single_pixel_is_told_with_what_to_do():
     # T7
     model = nn.Sequential(nn.Conv2d(3, 4, 8), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 3))
     recipe = Recipe(epochs=1, batch_size=4, accumulate=4)
@@ -509,7 +509,7 @@ def test_a_synchronised_batchnorm_is_refused_where_torch_has_none():
 
 def test_a_loading_process_that_dies_is_a_data_error():
     # R4
-    with pytest.raises(DataError, match="process that loads pictures died"):
+    with pytest.raises(DataError, match="process that loads images died"):
         fit(small(), Deadly(12), Colours(6), SHORT, seed=0, device="cpu", workers=1)
 
 
@@ -542,7 +542,7 @@ def test_attention_trains_from_its_first_steps(digits, network):
     assert not [n for n in last if torch.equal(network.state_dict()[n], before[n])]
 
 
-def test_normalised_pictures_have_the_stated_mean_and_deviation(digits):
+def test_normalised_images_have_the_stated_mean_and_deviation(digits):
     train, _ = digits
     batch = next(iter(loader(train, 40, train=False)))["image"]
     pixels = normalise(batch, train.mean, train.std)

@@ -173,7 +173,7 @@ def test_a_time_limit_that_comes_in_a_validation_stops_there(tmp_path, calm, mon
     assert bits(tmp_path) == bits(calm)
 
 
-def test_a_resumed_run_reads_no_picture_again_and_misses_none(tmp_path):
+def test_a_resumed_run_reads_no_image_again_and_misses_none(tmp_path):
     # R3
     whole, first, second = Colours(12), Colours(12), Colours(12)
     calm, folder = tmp_path / "calm", tmp_path / "cut"
@@ -218,7 +218,7 @@ def test_a_run_that_is_over_is_scored_again_and_nothing_else(calm):
     assert bits(calm) == before
 
 
-def test_a_loss_that_is_not_finite_stops_before_the_step_with_the_pictures_named(tmp_path):
+def test_a_loss_that_is_not_finite_stops_before_the_step_with_the_images_named(tmp_path):
     # R10
     def poison(passes):
         if passes == 3:
@@ -226,9 +226,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step_with_the_pictures_named
                 model[5].bias[0] = float("nan")
 
     model = Watched(poison)
-    with pytest.raises(
-        NonFiniteError, match=r"epoch 0, step 2, of the training pictures \d+, \d+, \d+, \d+;"
-    ):
+    with pytest.raises(NonFiniteError, match=r"epoch 0, step 2, of the training images \d+, \d+, \d+, \d+;"):
         train(tmp_path, model)
     assert files(tmp_path) == ["last.json", METRICS, NONFINITE, "step-00000002.ckpt"]
     assert len((tmp_path / METRICS).read_text().splitlines()) == 2
@@ -277,7 +275,7 @@ def test_a_step_that_is_skipped_has_no_loss_and_the_line_of_progress_says_so(tmp
     assert [": skipped, " in line for line in said] == [False, True, *[False] * 4]
 
 
-def test_a_bad_part_of_a_step_loses_no_step_and_counts_no_picture_twice(tmp_path, calm_parts):
+def test_a_bad_part_of_a_step_loses_no_step_and_counts_no_image_twice(tmp_path, calm_parts):
     # D15, R10
     class Torn(Colours):
         def sample(self, epoch, index):
@@ -365,7 +363,7 @@ def test_a_run_whose_last_weights_are_not_on_the_disk_does_not_end_well(tmp_path
 
 
 @pytest.mark.usefixtures("_room_again")
-def test_what_a_bad_picture_in_a_validation_leaves_to_be_saved_are_the_weights_and_not_their_average(
+def test_what_a_bad_image_in_a_validation_leaves_to_be_saved_are_the_weights_and_not_their_average(
     tmp_path,
 ):
     # K13, D1

@@ -23,7 +23,7 @@ def test_mixup_is_a_weighted_sum_with_the_batch_reversed(step):
 
 
 @pytest.mark.parametrize("step", range(20))
-def test_cutmix_takes_a_box_of_the_other_picture_and_its_share_is_the_area_that_stays(step):
+def test_cutmix_takes_a_box_of_the_other_image_and_its_share_is_the_area_that_stays(step):
     mixed = mix(IMAGES, Recipe(cutmix=1.0), (3, 1, step))
     for index in range(6):
         own = mixed.image[index, 0] == index

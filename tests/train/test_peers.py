@@ -65,7 +65,7 @@ def apart(a: list, b: list) -> float:
 
 
 @pytest.mark.parametrize("pictures", WAYS)
-def test_two_processes_or_batches_train_as_one_and_count_every_picture_once(ends, pictures):
+def test_two_processes_or_batches_train_as_one_and_count_every_image_once(ends, pictures):
     # D33, R12: the last step is not full, and shared unevenly
     ((one,), *others) = (end_of(ends, "equal", *way, pictures) for way in WAYS[pictures])
     assert one["code"] == 0
@@ -126,7 +126,7 @@ def test_a_loss_that_is_nan_in_one_process_stops_all_before_the_step(ends):
     stopped = end_of(ends, "nan", "stop", [2])
     assert [end["code"] for end in stopped] == [5, 5]
     assert [end["silent"] for end in stopped] == [False, True]
-    assert "epoch 0, step 1, of the training pictures" in stopped[0]["error"]
+    assert "epoch 0, step 1, of the training images" in stopped[0]["error"]
     assert (stopped[0]["step"], len(stopped[0]["pictures"])) == (1, 4)
 
 

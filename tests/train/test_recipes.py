@@ -81,7 +81,7 @@ def test_all_problems_of_a_config_are_told_together():
             epochs=0,
         )
     told = str(caught.value)
-    assert "makes its own pictures" in told
+    assert "makes its own images" in told
     for name in ("size", "keep", "seed", "workers", "lr", "device", "model", "epochs"):
         assert f"{name} must" in told
 

@@ -108,7 +108,7 @@ def test_a_new_run_into_the_folder_of_another_is_refused(folder):
 
 @pytest.mark.parametrize(("left", "told"), [(LOCK, "in use by"), ("step-00000003.ckpt", "began meanwhile")])
 def test_of_two_runs_that_begin_at_once_in_a_new_folder_one_is_refused(tmp_path, monkeypatch, left, told):
-    # R21: the other made the folder while this one read its pictures
+    # R21: the other made the folder while this one read its images
     folder, read = tmp_path / "run", runs.pictures
 
     def slow(config):
@@ -363,16 +363,16 @@ def test_a_score_is_that_of_the_last_epoch(finished):
         scored, what = score(path, device="cpu")
         assert scored.top1 == entry["val_top1"]
         assert scored.loss == pytest.approx(entry["val_loss"], rel=1e-5)
-        assert what == "resnet_tiny+cbam on 20 validation pictures of cluttered_digits"
+        assert what == "resnet_tiny+cbam on 20 validation images of cluttered_digits"
 
 
-def test_a_published_folder_is_scored_as_its_card_says_pictures_come_to_it(pictures, tmp_path):
+def test_a_published_folder_is_scored_as_its_card_says_images_come_to_it(pictures, tmp_path):
     torch.manual_seed(0)
     network = cbam.build("resnet_tiny+cbam", num_classes=2)
     card = cbam.hub.Card(classes=("bright", "dark"), size=32, mean=(0.2, 0.3, 0.4), std=(0.5,) * 3)
     folder = cbam.save_pretrained(network, tmp_path / "garden", network="resnet_tiny+cbam", card=card)
     scored, what = score(folder, data=str(pictures), device="cpu")
-    assert what == "garden on 4 validation pictures of pictures"
+    assert what == "garden on 4 validation images of images"
     _, val = material.pictures(Config("folder", data=str(pictures), size=32))
     seen = torch.stack([val[i]["image"] for i in range(4)]) / 255
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (card.mean, card.std))
@@ -391,10 +391,10 @@ def test_a_published_folder_is_scored_as_its_card_says_pictures_come_to_it(pictu
         score(silent, data=str(pictures), device="cpu")
 
 
-def test_weights_for_other_classes_than_the_pictures_are_refused_with_both_numbers(pictures, tmp_path):
+def test_weights_for_other_classes_than_the_images_are_refused_with_both_numbers(pictures, tmp_path):
     """K12"""
     torch.save(cbam.build("resnet_tiny", num_classes=7).state_dict(), tmp_path / "seven.pth")
-    message = "for 7 classes: give DATA, pictures in a folder for each of them; there are 2 in pictures$"
+    message = "for 7 classes: give DATA, images in a folder for each of them; there are 2 in images$"
     with pytest.raises(CheckpointError, match=message):
         score(tmp_path / "seven.pth", data=str(pictures), model="resnet_tiny")
 
@@ -438,7 +438,7 @@ def test_a_folder_is_trained_on_moved_and_evaluated(pictures, tmp_path):
     run("folder", {"data": str(moved)}, out, watch, resume="auto")
     assert any(line.startswith("changed: data") for line in watch.said)
     scored, what = score(out, data=str(moved), device="cpu")
-    assert (scored.top5, what) == (None, "resnet_tiny on 4 validation pictures of moved")
+    assert (scored.top5, what) == (None, "resnet_tiny on 4 validation images of moved")
     shutil.copytree(moved / "train" / "dark", moved / "train" / "grey")
     shutil.copytree(moved / "val" / "dark", moved / "val" / "grey")
     with pytest.raises(ConfigError, match="other classes than the run"):
@@ -446,7 +446,7 @@ def test_a_folder_is_trained_on_moved_and_evaluated(pictures, tmp_path):
 
 
 @pytest.mark.parametrize(("data", "out"), [("train", "train/runs/mine"), (".", "val"), ("train", "train")])
-def test_a_run_that_would_be_read_as_a_class_of_its_pictures_is_refused(pictures, data, out):
+def test_a_run_that_would_be_read_as_a_class_of_its_images_is_refused(pictures, data, out):
     settings = {"model": "resnet_tiny", "epochs": 1, "batch_size": 4, "device": "cpu", "loggers": ()}
     settings["data"] = str(pictures / data)
     before = sorted(pictures.rglob("*"))
@@ -458,7 +458,7 @@ def test_a_run_that_would_be_read_as_a_class_of_its_pictures_is_refused(pictures
         run("folder", {}, pictures / beside, Watch(), resume="auto")
 
 
-def test_a_run_takes_pictures_as_they_are_stored_where_that_is_asked_for(pictures):
+def test_a_run_takes_images_as_they_are_stored_where_that_is_asked_for(pictures):
     # D6
     config, exif = Config("folder", data=str(pictures), exif=False), Image.Exif()
     before = material.pictures(config)[1][0]["image"]
@@ -472,7 +472,7 @@ def test_a_run_takes_pictures_as_they_are_stored_where_that_is_asked_for(picture
         dataclasses.replace(recipe("detect/coco"), exif=False)
 
 
-def test_other_pictures_than_those_of_the_run_are_refused(pictures, tmp_path):
+def test_other_images_than_those_of_the_run_are_refused(pictures, tmp_path):
     # R13
     settings = {"model": "resnet_tiny", "epochs": 1, "batch_size": 4, "device": "cpu", "data": str(pictures)}
     run("folder", settings, tmp_path / "run", Watch())

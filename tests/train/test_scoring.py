@@ -1,4 +1,4 @@
-"""Which pictures `cbam eval` scores: all of a folder of classes, what was held out of the run's own."""
+"""Which images `cbam eval` scores: all of a folder of classes, what was held out of the run's own."""
 
 import dataclasses
 import shutil
@@ -26,7 +26,7 @@ SETTINGS = {"model": "resnet_tiny", "epochs": 1, "batch_size": 8, "device": "cpu
 
 
 def classes_in(folder: Path, count: int) -> Path:
-    """A folder of two classes, so many pictures of each."""
+    """A folder of two classes, so many images of each."""
     random = np.random.default_rng(0)
     for label, name in enumerate(("bright", "dark")):
         (folder / name).mkdir(parents=True)
@@ -38,7 +38,7 @@ def classes_in(folder: Path, count: int) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A run on a folder of classes that is split for it: 16 pictures train, 4 validate. To be copied."""
+    """A run on a folder of classes that is split for it: 16 images train, 4 validate. To be copied."""
     root = tmp_path_factory.mktemp("trained")
     run("folder", {**SETTINGS, "data": str(classes_in(root / "mine", 10))}, root / "run", Silent())
     return root
@@ -53,31 +53,31 @@ def told(path: Path, **how) -> str:
     return score(path, device="cpu", **how)[1]
 
 
-def test_of_other_pictures_every_one_is_scored_and_the_line_says_so(own, tmp_path, capsys):
+def test_of_other_images_every_one_is_scored_and_the_line_says_so(own, tmp_path, capsys):
     folder, _ = own
     val = classes_in(tmp_path / "val", 5)
     scored, what = score(folder, data=str(val), device="cpu")
-    assert what == f"resnet_tiny on all 10 pictures of {val}"
+    assert what == f"resnet_tiny on all 10 images of {val}"
     assert len(scored.probabilities) == 10
     assert cli.main(["eval", str(folder), "--device", "cpu", str(val)]) == 0
-    assert capsys.readouterr().out.startswith(f"resnet_tiny on all 10 pictures of {val}: top-1 error ")
-    assert told(folder, data=str(val), held_out=True).startswith("resnet_tiny on 2 of the 10 pictures of ")
+    assert capsys.readouterr().out.startswith(f"resnet_tiny on all 10 images of {val}: top-1 error ")
+    assert told(folder, data=str(val), held_out=True).startswith("resnet_tiny on 2 of the 10 images of ")
 
 
-def test_one_picture_of_a_class_is_enough_to_be_scored(own, tmp_path):
-    assert "all 2 pictures" in told(own[0], data=str(classes_in(tmp_path / "val", 1)))
+def test_one_image_of_a_class_is_enough_to_be_scored(own, tmp_path):
+    assert "all 2 images" in told(own[0], data=str(classes_in(tmp_path / "val", 1)))
 
 
-def test_one_picture_of_a_class_is_enough_where_the_runs_own_are_gone(trained, tmp_path):
+def test_one_image_of_a_class_is_enough_where_the_runs_own_are_gone(trained, tmp_path):
     shutil.copytree(trained / "mine", tmp_path / "mine")
     run("folder", {**SETTINGS, "data": str(tmp_path / "mine")}, tmp_path / "run", Silent())
     shutil.rmtree(tmp_path / "mine")
-    assert "all 2 pictures" in told(tmp_path / "run", data=str(classes_in(tmp_path / "val", 1)))
+    assert "all 2 images" in told(tmp_path / "run", data=str(classes_in(tmp_path / "val", 1)))
 
 
 def test_of_the_runs_own_folder_what_was_held_out_is_scored(own, tmp_path, monkeypatch):
     folder, pictures = own
-    line = f"resnet_tiny on 4 of the 20 pictures of {pictures}, held out when it is trained on"
+    line = f"resnet_tiny on 4 of the 20 images of {pictures}, held out when it is trained on"
     monkeypatch.chdir(pictures.parent)
     assert told(folder) == told(folder, data=str(pictures)) == line
     assert told(folder, data="mine") == line.replace(str(pictures), "mine")  # by another path
@@ -99,17 +99,17 @@ def test_of_a_runs_own_folder_that_has_moved_what_was_held_out_is_scored(trained
     assert "on all 18" in told(tmp_path / "run", data=str(other))
 
 
-def test_a_run_on_few_of_its_pictures_is_scored_on_all_of_others(trained, tmp_path):
+def test_a_run_on_few_of_its_images_is_scored_on_all_of_others(trained, tmp_path):
     data = str(trained / "mine")
     run("folder", {**SETTINGS, "data": data, "limit": 2}, tmp_path / "run", Silent())
     assert "on 2 of the 20" in told(tmp_path / "run")
     other = tmp_path / "other"
     shutil.copytree(trained / "mine", other / "train")
     shutil.copytree(trained / "mine", other / "val")
-    assert told(tmp_path / "run", data=str(other)) == "resnet_tiny on 20 validation pictures of other"
+    assert told(tmp_path / "run", data=str(other)) == "resnet_tiny on 20 validation images of other"
 
 
-def test_a_runs_own_folder_with_a_picture_more_or_less_is_refused(trained, tmp_path):
+def test_a_runs_own_folder_with_an_image_more_or_less_is_refused(trained, tmp_path):
     # The split goes by the order of the names: what was trained on would be scored.
     shutil.copytree(trained / "mine", tmp_path / "mine")
     run("folder", {**SETTINGS, "data": str(tmp_path / "mine")}, tmp_path / "run", Silent())
@@ -122,8 +122,8 @@ def test_a_runs_own_folder_with_a_picture_more_or_less_is_refused(trained, tmp_p
     assert "on 4 of the 20" in told(tmp_path / "run")
 
 
-def test_a_runs_own_folder_with_a_picture_replaced_is_refused(trained, tmp_path):
-    # D19: as many pictures of the same classes, but another fifth is held out
+def test_a_runs_own_folder_with_an_image_replaced_is_refused(trained, tmp_path):
+    # D19: as many images of the same classes, but another fifth is held out
     shutil.copytree(trained / "mine", tmp_path / "mine")
     run("folder", {**SETTINGS, "data": str(tmp_path / "mine")}, tmp_path / "run", Silent())
     for name in ("bright", "dark"):
@@ -145,7 +145,7 @@ def test_a_runs_own_folder_with_a_picture_replaced_is_refused(trained, tmp_path)
 def test_a_weights_file_does_not_know_and_is_told(own, tmp_path):
     torch.save(cbam.build("resnet_tiny", num_classes=2).state_dict(), tmp_path / "w.pth")
     how = {"model": "resnet_tiny", "data": str(own[1])}
-    assert told(tmp_path / "w.pth", **how) == f"resnet_tiny on all 20 pictures of {own[1]}"
+    assert told(tmp_path / "w.pth", **how) == f"resnet_tiny on all 20 images of {own[1]}"
     assert "on 4 of the 20" in told(tmp_path / "w.pth", held_out=True, **how)
 
 
@@ -154,10 +154,10 @@ def test_a_published_run_counts_anew_what_its_card_claims(own, tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     assert cli.main(["export", str(folder), "--to", "hub", "--out", "shared"]) == 0
     scored, what = score(Path("shared"), data=str(pictures), device="cpu")
-    assert what.startswith("shared on 4 of the 20 pictures of ")
+    assert what.startswith("shared on 4 of the 20 images of ")
     assert cbam.hub.card_of("shared").results["top-1 error, %"] == pytest.approx(scored.top1)
     moved = shutil.copytree(pictures, tmp_path / "moved")
-    assert told(Path("shared"), data=str(moved)).startswith("shared on 4 of the 20 pictures of ")
+    assert told(Path("shared"), data=str(moved)).startswith("shared on 4 of the 20 images of ")
     assert told(Path("shared"), data=str(classes_in(tmp_path / "others", 5))).startswith("shared on all 10 ")
     with pytest.MonkeyPatch.context() as patch:  # a card that somebody has written
         card = dataclasses.replace(cbam.hub.card_of("shared"), pictures={"told": 1})
@@ -172,7 +172,7 @@ def test_a_published_run_counts_anew_what_its_card_claims(own, tmp_path, monkeyp
         told(Path("shared"), data=str(pictures), model="resnet18")
 
 
-def test_a_published_run_takes_pictures_as_they_are_stored_where_it_was_trained_on_them_so(trained, tmp_path):
+def test_a_published_run_takes_images_as_they_are_stored_where_it_was_trained_on_them_so(trained, tmp_path):
     pictures = trained / "mine"
     run("folder", {**SETTINGS, "data": str(pictures), "exif": False}, tmp_path / "run", Silent())
     assert cli.main(["export", str(tmp_path / "run"), "--to", "hub", "--out", str(tmp_path / "shared")]) == 0
@@ -185,7 +185,7 @@ def test_a_published_run_takes_pictures_as_they_are_stored_where_it_was_trained_
     assert asked == [False]
 
 
-def test_pictures_come_to_a_published_network_as_its_card_says(own, tmp_path):
+def test_images_come_to_a_published_network_as_its_card_says(own, tmp_path):
     """The shorter side becomes what the card says, not what cbam's own training would make of it."""
     torch.manual_seed(0)
     network = cbam.build("resnet_tiny", num_classes=2)

@@ -40,9 +40,7 @@ def run(options: argparse.Namespace) -> int:
             count += finding.times
             repaired += finding.times if finding.counted else 0
     if not count:
-        show(
-            f"{options.data}: {kind}, no faults" + ("" if options.deep else " (--deep decodes every picture)")
-        )
+        show(f"{options.data}: {kind}, no faults" + ("" if options.deep else " (--deep decodes every image)"))
         return 0
     told = f"{count} fault{'s' * (count > 1)}, {repaired} of them repaired when it is read"
     show(f"{options.data}: {kind}, {told}")

@@ -107,15 +107,15 @@ def _check(options: argparse.Namespace) -> None:
     options.method = options.method or ("layercam" if options.detect else "gradcam")
     measured = options.score or options.gates
     if not options.images and not measured:
-        raise ConfigError("cbam look needs pictures: cbam look photo.jpg")
+        raise ConfigError("cbam look needs images: cbam look photo.jpg")
     if (options.label and not options.score) or (options.limit and not measured):
         raise ConfigError("--label goes with --score, --limit with --score and --gates")
     if options.target is not None and not options.images:
-        raise ConfigError("--target goes with pictures; --score takes the class of each label")
+        raise ConfigError("--target goes with images; --score takes the class of each label")
     if options.detect and (measured or options.target is not None):
         raise ConfigError("--detect goes without --score, --gates and --target; choose an object by --box")
     if options.detect and (options.mean or options.std):
-        raise ConfigError("--mean and --std are of classifiers: detectors normalise pictures themselves")
+        raise ConfigError("--mean and --std are of classifiers: detectors normalise images themselves")
     if not options.detect and (options.box or options.threshold is not None):
         raise ConfigError("--box and --threshold go with --detect")
 
@@ -138,7 +138,7 @@ def _look_and_measure(options: argparse.Namespace) -> str:
 
 
 def _look(options: argparse.Namespace, eyes) -> str:
-    """Draw; what to say of pictures that could not be read."""
+    """Draw; what to say of images that could not be read."""
     from cbam.app.look import FIGURES, Before, Wanted, look_at
 
     paths, out = [Path(path) for path in options.images], Path(options.out)
@@ -147,7 +147,7 @@ def _look(options: argparse.Namespace, eyes) -> str:
 
 
 def _detect(options: argparse.Namespace) -> str:
-    """Draw what detectors find; what to say of pictures that could not be read."""
+    """Draw what detectors find; what to say of images that could not be read."""
     from cbam.app.detecting import FIGURES, Asked, detectors, look_for_objects
     from cbam.app.look import Before
 
@@ -173,7 +173,7 @@ def _told(told, before, form: str) -> str:
     if left := before.left(told.figures, form):
         show(left)
     count = len(told.unreadable)
-    return f"{count} of {counted(told.looked + count, 'picture')} left out" if count else ""
+    return f"{count} of {counted(told.looked + count, 'image')} left out" if count else ""
 
 
 def _score(options: argparse.Namespace, eyes) -> None:
