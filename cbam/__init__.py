@@ -1,10 +1,10 @@
 """Channel and spatial attention for any CNN in PyTorch (CBAM, ECCV 2018, arXiv 1807.06521).
 
     import cbam
-    model = cbam.attach(model)          # output bit-identical, every plain key kept
+    model = cbam.attach(model)          # bit-identical output, every existing key kept
     model = cbam.detach(model)          # the exact inverse
 
-`import cbam` needs torch alone, and imports even that on first use of a name.
+`import cbam` needs only torch, and imports even that on the first use of a name.
 """
 
 import importlib

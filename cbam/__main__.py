@@ -1,10 +1,10 @@
-"""`python -m cbam`, for where the command is not on the path; and what the command runs."""
+"""`python -m cbam`, for when the command is not on the path; also the entry point of the command."""
 
 import sys
 
 
 def main() -> int:
-    """Run the command line; Ctrl-C while it is still being imported ends it as later."""
+    """Run the command line; Ctrl-C during its import ends it in the same way as later."""
     try:
         from cbam.app.cli import main as run
     except KeyboardInterrupt:

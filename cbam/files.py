@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written beside their place, synced to the disk, and renamed."""
+"""Atomic file writing: files are written next to their target, synced to disk, and renamed."""
 
 import contextlib
 import errno
@@ -13,14 +13,14 @@ from cbam.errors import CBAMError, ConfigError, OutputError
 
 @contextlib.contextmanager
 def placed(*targets: Path, overwrite: bool = False) -> Iterator[Path]:
-    """An empty folder for files named as `targets`; they are moved there if the block ends well.
+    """Yield an empty folder for files named like `targets`; move them into place if the block succeeds.
 
-    The targets lie in one folder; the last is what readers open first. An older one is removed before the
-    others are replaced, so that nobody reads a mixture of old and new.
+    The targets are in one folder, and readers open the last one first. An existing last one is removed before
+    the others are replaced, so that nobody reads a mixture of old and new files.
 
     Raises:
         ConfigError: a target exists, and `overwrite` is false.
-        OutputError: no room, no permission, no such folder. What was there is as it was.
+        OutputError: no space, no permission or no such folder; existing files are unchanged.
     """
     last, part = targets[-1], None
     try:
@@ -51,7 +51,7 @@ def _sync(file: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the names in a folder outlast a power cut; some mounted disks have no way to."""
+    """Make the names in a folder survive a power failure; some mounted file systems cannot."""
     if os.name != "posix":
         return
     handle = os.open(folder, os.O_RDONLY)

@@ -1,4 +1,4 @@
-"""Attention modules, and how each is called in short."""
+"""Attention modules and their short names."""
 
 from collections.abc import Callable
 
@@ -41,7 +41,7 @@ def _spatial(channels: int, *, dim: int = 2) -> SpatialAttention:
     return SpatialAttention(dim=dim)
 
 
-# channels -> module of equal input and output shape, by the name of the command line
+# name on the command line -> function of the channels; the modules keep the shape of their input
 ATTENTION: dict[str, Callable[[int], nn.Module]] = {
     "cbam": CBAM,
     "se": squeeze_excitation,

@@ -18,23 +18,23 @@ class BAM(SigmoidGate):
         Mc(F) = W1 relu(BN(W0 avgpool F + b0)) + b1
         Ms(F) = f1(h(f3(h(f3(h(f1(F)))))))  h = relu(BN), f1 1x1 and f3 dilated 3x3 convolutions with biases
 
-    The gain g is 1 in the paper: the factor of F lies in (1, 2), and no weights make it 1. The identity start
-    takes g = 2: the factor lies in (1/2, 3/2), and is exactly 1/2 + sigmoid(0) = 1 in the middle.
+    The gain g is 1 in the paper: the factor of F is in (1, 2), and no weights make it 1. The identity start
+    uses g = 2: the factor is in (1/2, 3/2), and exactly 1/2 + sigmoid(0) = 1 in the middle.
 
     Reference: Park, Woo, Lee, Kweon, "BAM: Bottleneck Attention Module", BMVC 2018, arXiv 1807.06514.
 
     Args:
         channels: C of the feature map.
         reduction: the hidden layers have max(1, C // reduction) channels; 16 in the paper.
-        dilation: of the two 3x3 convolutions; 4 in the paper.
-        combine: "sum" or "product" of the two branches.
+        dilation: the dilation of the two 3x3 convolutions; 4 in the paper.
+        combine: how the two branches are combined, "sum" or "product".
 
     Shape: (N, C, H, W) -> the same; unbatched (C, H, W) too. Training needs more than one sample, for the
     BatchNorm of Mc.
 
-    Elsewhere: the paper writes one BatchNorm at the end of each branch; the released code, whose layers these
-    are, has one after every hidden layer and none at the end. For Mc it pools H x H pixels, the whole of a
-    square map alone. It has no hidden channel where C < 16.
+    Elsewhere: the paper has one BatchNorm at the end of each branch; the released code, which this module
+    follows, has one after every hidden layer and none at the end. For Mc it pools H x H pixels, which is the
+    whole map only if the map is square. It has no hidden channel if C < 16.
     """
 
     def __init__(
@@ -52,16 +52,16 @@ class BAM(SigmoidGate):
             nn.Linear(channels, hidden), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, channels)
         )
         self.spatial = nn.Sequential(
-            *_normalised(nn.Conv2d(channels, hidden, 1)),
-            *_normalised(nn.Conv2d(hidden, hidden, 3, padding=dilation, dilation=dilation)),
-            *_normalised(nn.Conv2d(hidden, hidden, 3, padding=dilation, dilation=dilation)),
+            *_conv_norm_relu(nn.Conv2d(channels, hidden, 1)),
+            *_conv_norm_relu(nn.Conv2d(hidden, hidden, 3, padding=dilation, dilation=dilation)),
+            *_conv_norm_relu(nn.Conv2d(hidden, hidden, 3, padding=dilation, dilation=dilation)),
             nn.Conv2d(hidden, 1, 1),
         )
 
     def identity_(self) -> "BAM":
-        """Make the module compute exactly its input, at the steepest point of the sigmoid; in place.
+        """Make the module return exactly its input, at the steepest point of the sigmoid; in place.
 
-        Of a product one factor stays: were both zero, no gradient would reach either.
+        For a product only one factor is zeroed: with both at zero, neither would receive a gradient.
         """
         zero_(self.spatial[-1])
         if self.combine == "sum":
@@ -85,5 +85,5 @@ class BAM(SigmoidGate):
         )
 
 
-def _normalised(conv: nn.Conv2d) -> tuple[nn.Module, ...]:
+def _conv_norm_relu(conv: nn.Conv2d) -> tuple[nn.Module, ...]:
     return conv, nn.BatchNorm2d(conv.out_channels), nn.ReLU()

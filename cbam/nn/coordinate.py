@@ -14,15 +14,15 @@ class CoordAttention(SigmoidGate):
         F' = g sigmoid(Wh h) sigmoid(Ww w) F
         [h; w] = hardswish(BN(W0 [mean of each row; mean of each column]))
 
-    W0, Wh and Ww are 1x1 convolutions with biases; the H row means and W column means pass W0 and BN as one
-    strip of H + W pixels. The identity start takes g = 4, since both sigmoids are then 1/2.
+    W0, Wh and Ww are 1x1 convolutions with biases; the H row means and W column means go through W0 and BN as
+    one strip of H + W pixels. The identity start uses g = 4, because both sigmoids are then 1/2.
 
     Reference: Hou, Zhou, Feng, "Coordinate Attention for Efficient Mobile Network Design", CVPR 2021,
     arXiv 2103.02907.
 
     Args:
         channels: C of the feature map.
-        reduction: the hidden layer has max(8, C // reduction) channels, as the released code; 32 there.
+        reduction: the hidden layer has max(8, C // reduction) channels; the released code uses 32.
 
     Shape: (N, C, H, W) -> the same; unbatched (C, H, W) too.
 

@@ -13,8 +13,8 @@ class ECA(SigmoidGate):
 
         F' = M(F) F     M(F) = g sigmoid(conv_k(avgpool F))
 
-    conv_k runs along the channels, without a bias. By default k is the odd number nearest to
-    (log2(C) + 1) / 2, the larger of two equally near: 3 for 64 channels, 5 for 128 to 1024, 7 for 2048.
+    conv_k is a convolution along the channels, without a bias. By default k is the odd number nearest to
+    (log2(C) + 1) / 2, the larger one in a tie: 3 for 64 channels, 5 for 128 to 1024, 7 for 2048.
 
     Reference: Wang, Wu, Zhu, Li, Zuo, Hu, "ECA-Net: Efficient Channel Attention for Deep Convolutional Neural
     Networks", CVPR 2020, arXiv 1910.03151.
@@ -25,8 +25,8 @@ class ECA(SigmoidGate):
 
     Shape: (N, C, H, W) -> the same; unbatched (C, H, W) too. Parameters: k.
 
-    Elsewhere: the released module takes k as an argument, 3 by default, and computes no formula. timm's
-    computes it, and never takes k below 3, which differs where C < 8.
+    Elsewhere: the released module takes k as an argument, 3 by default, and does not compute it. timm
+    computes it and uses at least 3, which differs if C < 8.
     """
 
     def __init__(self, channels: int, *, kernel_size: int | None = None) -> None:

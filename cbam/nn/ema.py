@@ -14,20 +14,20 @@ class EMA(SigmoidGate):
         P = GN(F sigmoid(h) sigmoid(w))     [h; w] = f1([mean of each row; mean of each column])
         Q = f3(F)
 
-    for each group separately, with shared weights. f1 and f3 are 1x1 and 3x3 convolutions with
-    biases; GN normalises every channel of a sample by itself; softmax runs over the channels of a group, and
-    the dot is a product over those channels. The identity start zeroes the affine of GN and f3.
+    for each group of channels separately, with shared weights. f1 and f3 are 1x1 and 3x3 convolutions with
+    biases; GN normalises each channel of each sample on its own; the softmax and the dot product are over the
+    channels of a group. The identity start zeroes f3 and the affine parameters of GN.
 
     Reference: Ouyang, He, Zhang, Luo, Guo, Zhan, Huang, "Efficient Multi-Scale Attention Module with
     Cross-Spatial Learning", ICASSP 2023, arXiv 2305.13563.
 
     Args:
         channels: C of the feature map.
-        groups: 32 in the released code. The largest divisor of C not above it counts.
+        groups: 32 in the released code. The largest divisor of C up to it is used.
 
     Shape: (N, C, H, W) -> the same; unbatched (C, H, W) too. Parameters: 10 c^2 + 4 c for c = C / groups.
 
-    Elsewhere: the released code fails where groups does not divide C. Many copies of it take 8 groups.
+    Elsewhere: the released code fails if groups does not divide C. Many copies of it use 8 groups.
     """
 
     def __init__(self, channels: int, *, groups: int = 32) -> None:
@@ -55,7 +55,7 @@ class EMA(SigmoidGate):
         strip = torch.cat((x.mean(3), x.mean(2)), 2).unsqueeze(3)
         strip = torch.sigmoid(self.conv1(strip))
         gated = x * strip[:, :, :H] * strip[:, :, H:].transpose(2, 3)
-        # torch's module refuses a plane of one pixel; the function gives it the affine's bias.
+        # nn.GroupNorm rejects a plane of one pixel; the function returns the affine's bias for it.
         one = torch.group_norm(gated, width, self.norm.weight, self.norm.bias, self.norm.eps).to(x.dtype)
         three = self.conv3(x)
         logits = _match(one, three) + _match(three, one)  # (N groups, 1, H W)

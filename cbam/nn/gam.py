@@ -13,7 +13,7 @@ class GAM(nn.Module):
         F'  = Mc(F) F       Mc(F) = g sigmoid(W1 relu(W0 F + b0) + b1) at every pixel
         F'' = Ms(F') F'     Ms(F) = g sigmoid(BN(f7(relu(BN(f7(F))))))
 
-    The first 7x7 convolution f7 goes to the hidden channels, the second back to C; both have biases.
+    The first 7x7 convolution f7 reduces to the hidden channels, the second restores C; both have biases.
 
     Reference: Liu, Shao, Hoffmann, "Global Attention Mechanism: Retain Information to Enhance Channel-Spatial
     Interactions", 2021, arXiv 2112.05561.
@@ -21,12 +21,12 @@ class GAM(nn.Module):
     Args:
         channels: C of the feature map.
         reduction: the hidden layers have max(1, C // reduction) channels; 4 in the paper.
-        kernel_size: of the spatial convolutions; odd; 7 in the paper.
+        kernel_size: the kernel size of the spatial convolutions; odd; 7 in the paper.
 
-    Shape: (N, C, H, W) -> the same; unbatched (C, H, W) too. Parameters: about 25 C^2 for the defaults, 105
-    million for 2048 channels.
+    Shape: (N, C, H, W) -> the same; unbatched (C, H, W) too. Parameters: about 25 C^2 with the
+    defaults, 105 million for 2048 channels.
 
-    Elsewhere: for ResNet50 the paper also gives the convolutions groups and shuffles the channels, to save
+    Elsewhere: for ResNet50 the paper also uses grouped convolutions and shuffles the channels, to save
     parameters; this module does not.
     """
 

@@ -12,12 +12,12 @@ EPS = 1e-5
 
 
 class GCT(Gate):
-    """Gated channel transformation: one gate per channel, from its norm among those of all channels.
+    """Gated channel transformation: one gate per channel, from its norm relative to those of all channels.
 
         F' = M(F) F         M(F)_c = 1 + tanh(gamma_c s_c / sqrt(mean over c of s_c^2 + eps) + beta_c)
         s_c = alpha_c sqrt(sum over pixels of F_c^2 + eps)
 
-    With gamma = beta = 0, where the paper starts, the gate is exactly 1 + tanh(0) = 1. eps is 1e-5.
+    With gamma = beta = 0, the paper's initialisation, the gate is exactly 1 + tanh(0) = 1. eps is 1e-5.
 
     Reference: Yang, Zhu, Wu, Yang, "Gated Channel Transformation for Visual Recognition", CVPR 2020,
     arXiv 1909.11519.
@@ -28,7 +28,7 @@ class GCT(Gate):
     Shape: (N, C, H, W) -> the same; unbatched (C, H, W) too. Parameters: 3 C.
 
     Elsewhere: the released code sums squares in the dtype of the map, which overflows in float16 on ordinary
-    activations; here the norms are float32. It also has an l1 norm, left out here.
+    activations; here the norms are float32. It also offers an l1 norm, which is left out here.
     """
 
     def __init__(self, channels: int) -> None:

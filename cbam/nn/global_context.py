@@ -11,12 +11,12 @@ torch.fx.wrap("_shift")
 
 
 class GlobalContext(nn.Module):
-    """Global context: adds to every pixel one vector, made of an attended mean of the map.
+    """Global context: adds one vector to every pixel, computed from an attention-weighted mean of the map.
 
         F' = F + W1 relu(LN(W0 c + b0)) + b1       c = sum over pixels p of softmax_p(w . F_p + b) F_p
 
-    w . F_p is a 1x1 convolution to one channel, the softmax runs over the pixels, LN is a LayerNorm over the
-    hidden channels. With W1 = b1 = 0, where the released code starts, F' is exactly F.
+    w . F_p is a 1x1 convolution to one channel, the softmax is over the pixels, LN is a LayerNorm over the
+    hidden channels. With W1 = b1 = 0, the released code's initialisation, F' is exactly F.
 
     Reference: Cao, Xu, Lin, Wei, Hu, "GCNet: Non-local Networks Meet Squeeze-Excitation Networks and Beyond",
     ICCV Workshops 2019, arXiv 1904.11492.
@@ -27,9 +27,9 @@ class GlobalContext(nn.Module):
 
     Shape: (N, C, H, W) -> the same; unbatched (C, H, W) too.
 
-    Elsewhere: the released code can also multiply by a sigmoid of such a vector, which is timm's default; the
-    paper finds the addition better, and this module adds. With one hidden unit, where C < 2 reduction, the
-    LayerNorm is constant in every implementation.
+    Elsewhere: the released code can also multiply by the sigmoid of such a vector, which is timm's default;
+    the paper finds the addition better, and this module adds. With one hidden unit (C < 2 reduction) the
+    output of the LayerNorm is constant in every implementation.
     """
 
     def __init__(self, channels: int, *, reduction: int = 16) -> None:
@@ -45,7 +45,7 @@ class GlobalContext(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialise as the released code does: the last layer at zero, fan-in kaiming for the mask."""
+        """Initialise as the released code does: last layer zero, fan-in kaiming for the mask."""
         for layer in (self.fc1, self.norm):
             layer.reset_parameters()
         nn.init.kaiming_normal_(self.conv.weight, mode="fan_in", nonlinearity="relu")

@@ -26,11 +26,11 @@ class SCSE(SigmoidGate):
     Args:
         channels: C of the feature map.
         reduction: the hidden layer has max(1, C // reduction) units; 2 in the paper.
-        combine: "sum" or "max" of the two refined maps.
+        combine: how the two refined maps are combined, "sum" or "max".
 
     Shape: (N, C, H, W) -> the same; unbatched (C, H, W) too.
 
-    Elsewhere: the paper writes no biases, the released code has all three; so has this module.
+    Elsewhere: the paper has no biases; the released code and this module have all three.
     """
 
     def __init__(self, channels: int, *, reduction: int = 2, combine: str = "sum") -> None:
@@ -45,19 +45,19 @@ class SCSE(SigmoidGate):
         self.conv = nn.Conv2d(channels, 1, 1)
 
     def identity_(self) -> "SCSE":
-        """Make the module compute exactly its input, both gates at the steepest point; in place."""
+        """Make the module return exactly its input, at the steepest point of both sigmoids; in place."""
         zero_(self.fc2, self.conv)
         self.set_gain(1 if self.combine == "sum" else 2)
         return self
 
     def gate(self, x: Tensor) -> Tensor:
-        """What the refined map is the product of `x` and: (N, C, H, W) -> the same."""
+        """The factor of `x`: (N, C, H, W) -> the same."""
         x = door.feature_map(x, self.channels, self.conv.weight)
         what = torch.sigmoid(self.fc2(F.relu(self.fc1(x.mean((2, 3))))))[:, :, None, None]
         where = torch.sigmoid(self.conv(x))
         if self.combine == "sum":
             return self._amplify(what + where)
-        # The larger product has the larger gate where x is positive and the smaller where it is negative.
+        # The larger product has the larger gate if x is positive, and the smaller one if x is negative.
         return self._amplify(torch.where(x >= 0, torch.maximum(what, where), torch.minimum(what, where)))
 
     def extra_repr(self) -> str:

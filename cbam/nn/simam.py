@@ -17,21 +17,21 @@ class SimAM(Gate):
 
         F' = sigmoid(1 / e) F       1 / e = (F - mean)^2 / (4 (var + lambda)) + 1/2
 
-    mean and var are those of a channel of one sample; var divides by HW - 1. It has no parameters, and the
-    gate of a pixel at the mean is sigmoid(1/2) = 0.62: no identity start exists.
+    mean and var are over the pixels of one channel of one sample; var divides by HW - 1. The module has no
+    parameters, and its gate at the mean is sigmoid(1/2) = 0.62, so there is no identity start.
 
     Reference: Yang, Zhang, Li, Xie, "SimAM: A Simple, Parameter-Free Attention Module for Convolutional
     Neural Networks", ICML 2021 (PMLR 139).
 
     Args:
-        channels: C of the feature map; nothing depends on it.
+        channels: C of the feature map; only checked.
         regularization: lambda; 1e-4 in the paper.
 
     Shape: (N, C, H, W) -> the same; unbatched (C, H, W) too.
 
-    Elsewhere: the paper's variance divides by HW; HW - 1 is the released code's. That divides zero by zero on
-    a map of one pixel, whose variance is zero here, and sums squares in the dtype of the map, which overflows
-    in float16 on large maps; here the sum is float32.
+    Elsewhere: the paper's variance divides by HW, the released code's by HW - 1. The released code divides
+    zero by zero on a map of one pixel, whose variance is zero here, and sums squares in the dtype of the map,
+    which overflows in float16 on large maps; here the sum is float32.
     """
 
     def __init__(self, channels: int, *, regularization: float = 1e-4) -> None:
@@ -52,10 +52,10 @@ class SimAM(Gate):
 def _saliency(x: Tensor, regularization: float) -> Tensor:
     """1 / e: (N, C, H, W) -> the same."""
     deviation = x - x.mean((2, 3), keepdim=True)
-    spare = x.shape[2] * x.shape[3] - 1
-    if not torch.jit.is_tracing():  # sizes are tensors there
-        spare = max(1, spare)
+    freedom = x.shape[2] * x.shape[3] - 1
+    if not torch.jit.is_tracing():  # where sizes are tensors
+        freedom = max(1, freedom)
     dtype = x.dtype if x.dtype == torch.float64 else torch.float32
     norm = torch.linalg.vector_norm(deviation, dim=(2, 3), keepdim=True, dtype=dtype)
-    scale = (4 * (norm.square() / spare + regularization)).rsqrt().to(x.dtype)
+    scale = (4 * (norm.square() / freedom + regularization)).rsqrt().to(x.dtype)
     return (deviation * scale).square() + 0.5

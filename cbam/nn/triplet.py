@@ -11,14 +11,14 @@ torch.fx.wrap("spatial_descriptor")
 
 
 class TripletAttention(Gate):
-    """Triplet attention: the mean of three gates, each seeing two of the three axes of the map.
+    """Triplet attention: the mean of three gates, each over two of the three axes of the map.
 
         F' = (Mhw(F) + Mcw(F) + Mhc(F)) F / 3
         M(F) = g sigmoid(BN(conv([max; mean over the third axis])))
 
-    Mhw is the spatial gate of CBAM; Mcw has a value for every channel and column, Mhc for every row and
-    channel. The convolutions are k x k from two channels to one, without a bias. With g = 2 and BN at zero
-    the gates sum to exactly 3, and 3 / 3 = 1.
+    Mhw is the spatial gate of CBAM; Mcw has one value per channel and column, Mhc one per channel and row.
+    The convolutions are k x k, from two channels to one, without a bias. With g = 2 and BN at zero the gates
+    sum to exactly 3, and 3 / 3 = 1.
 
     Reference: Misra, Nalamada, Arasanipalai, Hou, "Rotate to Attend: Convolutional Triplet Attention Module",
     WACV 2021, arXiv 2010.03045.
@@ -29,8 +29,8 @@ class TripletAttention(Gate):
 
     Shape: (N, C, H, W) -> the same; unbatched (C, H, W) too. Parameters: 3 (2 k^2 + 2), 300 for k = 7.
 
-    Elsewhere: the released code multiplies the map by each gate and then takes the mean, in that order, by a
-    factor of 1/3; the values agree to rounding.
+    Elsewhere: the released code multiplies the map by each gate first, and the sum of the products by 1/3;
+    the values agree up to rounding.
     """
 
     def __init__(self, channels: int, *, kernel_size: int = 7) -> None:
@@ -41,7 +41,7 @@ class TripletAttention(Gate):
         self.hw, self.cw, self.hc = (_Plane(kernel_size) for _ in range(3))
 
     def reset_parameters(self) -> None:
-        """Initialise as the released networks do: fan-out kaiming normal, BatchNorm at one, gain 1."""
+        """Initialise as the released networks do: fan-out kaiming normal, BatchNorm weight 1, gain 1."""
         for plane in (self.hw, self.cw, self.hc):
             plane.reset_parameters()
 
