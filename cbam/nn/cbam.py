@@ -4,7 +4,7 @@
     F'' = Ms(F') F'     Ms(F) = g sigmoid(BN(conv([max over channels; mean over channels])))
 
 The gain g is 1 in the paper. With g = 2 a gate whose last layer is zero is exactly 1, since
-2 sigmoid(0) = 1: the identity start. It is kept in the state dict where it is not 1.
+2 sigmoid(0) = 1: this is the identity start. The gain is in the state dict if it is not 1.
 
 Shapes: N samples, C channels, H x W pixels. A feature map is (N, C, H, W) or (C, H, W). With `dim=1` it is a
 signal (N, C, L) or (C, L), with `dim=3` a volume (N, C, D, H, W) or (C, D, H, W).
@@ -28,7 +28,7 @@ _CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 _NORM = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 _log = logging.getLogger("cbam")
 
-# A symbolic trace keeps these whole: they read shapes and dtypes, which a trace does not know.
+# Leaves of a symbolic trace: they read shapes and dtypes, which a trace does not know.
 torch.fx.wrap("channel_descriptor")
 torch.fx.wrap("spatial_descriptor")
 torch.fx.wrap("rescale")
@@ -36,10 +36,10 @@ torch.fx.wrap("over_pixels")
 
 
 class _FusableGate(SigmoidGate):
-    """A gate that runs as a fused kernel if its layers are of the kinds that kernels compute."""
+    """A gate that runs as a fused kernel if the kernels support its layers."""
 
     dim: int
-    known_gate: Callable  # the `gate` that kernels and `over` stand for; a subclass may have another
+    known_gate: Callable  # the `gate` that the kernels and `over` implement; a subclass may override it
 
     def forward(self, x: Tensor) -> Tensor:
         out = refined(self, x)
@@ -48,7 +48,7 @@ class _FusableGate(SigmoidGate):
     known_forward = forward
 
     def over(self, x: Tensor) -> Tensor:
-        """`forward` for an `x` that nothing reads afterwards, no backward either: it may be overwritten."""
+        """`forward` for an `x` that nothing reads afterwards, not even a backward: it may be overwritten."""
         if not self._has_known_gate():
             return self(x)
         gate = self.gate(x)
@@ -56,10 +56,14 @@ class _FusableGate(SigmoidGate):
         return x.mul_(gate) if fits else rescale(x, gate)
 
     def obstacle(self) -> str:
-        """Why no kernel computes this module; empty if one does."""
+        """Why no kernel supports this module; empty if one does."""
         if not self._has_known_gate():
-            return "its gate() is not the one that kernels compute"
-        return f"kernels take images, and it has dim={self.dim}" if self.dim != 2 else self._layer_obstacle()
+            return "its gate() is overridden"
+        return (
+            f"kernels support only dim=2, and it has dim={self.dim}"
+            if self.dim != 2
+            else self._layer_obstacle()
+        )
 
     def _has_known_gate(self) -> bool:
         return type(self).gate is type(self).known_gate and "gate" not in vars(self)
@@ -72,7 +76,7 @@ class _FusableGate(SigmoidGate):
         raise NotImplementedError
 
     def operands(self, x: Tensor) -> tuple[Channel | None, Spatial | None]:
-        """The operands of the kernels; counts a batch if statistics are tracked."""
+        """The operands of the kernels; increments `num_batches_tracked` if statistics are tracked."""
         raise NotImplementedError
 
 
@@ -100,12 +104,10 @@ class ChannelAttention(_FusableGate):
         door.check_count("reduction", reduction)
         named = isinstance(pools, list | tuple) and all(pool in ALL_POOLS for pool in pools)
         if not named or not pools or len(set(pools)) < len(pools):
-            raise InputError(
-                f'pools must be distinct names out of "avg", "max", "lp" and "lse", got {pools!r}'
-            )
+            raise InputError(f'pools must be distinct names from "avg", "max", "lp" and "lse", got {pools!r}')
         self.channels, self.reduction, self.pools, self.dim = channels, reduction, tuple(pools), dim
         if channels < reduction:
-            _log.info("ChannelAttention(%d, reduction=%d): one hidden unit", channels, reduction)
+            _log.info("ChannelAttention(%d, reduction=%d): using one hidden unit", channels, reduction)
         hidden = max(1, channels // reduction)
         self.fc1 = nn.Linear(channels, hidden)
         self.fc2 = nn.Linear(hidden, channels)
@@ -134,17 +136,17 @@ class ChannelAttention(_FusableGate):
     known_gate = gate
 
     def _layer_obstacle(self) -> str:
-        one, two = parts(self, "fc1", "fc2")
-        if type(one) is not nn.Linear or type(two) is not nn.Linear:
+        first, second = parts(self, "fc1", "fc2")
+        if type(first) is not nn.Linear or type(second) is not nn.Linear:
             return "its layers are not plain nn.Linear"
-        weights = *parts(one, *_WEIGHTS), *parts(two, *_WEIGHTS)
+        weights = *parts(first, *_WEIGHTS), *parts(second, *_WEIGHTS)
         if weights[1] is None or weights[3] is None:
             return "its layers have no bias"
         if self.pools != POOLS and not set(POOLS).issuperset(self.pools):
-            return f"kernels have no pools but {POOLS}, and it has {self.pools}"
+            return f"kernels support only the pools {POOLS}, and it has {self.pools}"
         if not plain(*weights):
             return "its weights are not plain tensors"
-        return "its layers have hooks" if watched(one, two) else ""
+        return "its layers have hooks" if watched(first, second) else ""
 
     def check(self, x: Tensor) -> None:
         """Raise if `x` (N, C, H, W) does not fit the module."""
@@ -153,20 +155,20 @@ class ChannelAttention(_FusableGate):
 
     def operands(self, x: Tensor) -> tuple[Channel | None, Spatial | None]:
         """The operands of the kernels."""
-        one, two = parts(self, "fc1", "fc2")
-        (w1, b1), (w2, b2) = parts(one, *_WEIGHTS), parts(two, *_WEIGHTS)
+        first, second = parts(self, "fc1", "fc2")
+        (w1, b1), (w2, b2) = parts(first, *_WEIGHTS), parts(second, *_WEIGHTS)
         return Channel(w1, b1, w2, b2, self.pools, self.gain_value()), None
 
     def extra_repr(self) -> str:
         sizes = f"{self.channels}, reduction={self.reduction}, pools={self.pools}"
-        return sizes + _said(self.dim) + self._shown_gain()
+        return sizes + _dim_repr(self.dim) + self._gain_repr()
 
 
 class SpatialAttention(_FusableGate):
     """Where: one gate per pixel (paper section 3.2).
 
     Args:
-        kernel_size: side of the convolution over [max over channels; mean over channels]; odd.
+        kernel_size: of the convolution over [max over channels; mean over channels]; odd.
         dim: the number of spatial dimensions, 1, 2 or 3.
 
     Shape: (N, C, H, W) -> the same; unbatched (C, H, W) too. `dim=1`: (N, C, L); `dim=3`: (N, C, D, H, W).
@@ -182,7 +184,7 @@ class SpatialAttention(_FusableGate):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialise as the released code does: fan-out kaiming normal, BatchNorm at zero, gain 1."""
+        """Initialise as the released code does: fan-out kaiming normal, BatchNorm weight 0, gain 1."""
         nn.init.kaiming_normal_(self.conv.weight, mode="fan_out")
         self.bn.reset_running_stats()
         nn.init.zeros_(self.bn.weight)
@@ -209,17 +211,17 @@ class SpatialAttention(_FusableGate):
     def _layer_obstacle(self) -> str:
         conv, norm = parts(self, "conv", "bn")
         known = type(conv) is nn.Conv2d and type(norm) is nn.BatchNorm2d
-        of_norm = parts(norm, *OF_NORM) if known else [None]
-        if of_norm[0] is None:
-            return "its layers are not a plain nn.Conv2d and nn.BatchNorm2d"
+        norm_tensors = parts(norm, *OF_NORM) if known else [None]
+        if norm_tensors[0] is None:
+            return "its layers are not a plain nn.Conv2d and an affine nn.BatchNorm2d"
         side = conv.kernel_size[0]
-        around = (side, side), (side // 2, side // 2), (1, 1), (1, 1), "zeros"
-        if (conv.kernel_size, conv.padding, conv.stride, conv.dilation, conv.padding_mode) != around:
-            return "its convolution has a dilation, a stride or another padding"
+        expected = (side, side), (side // 2, side // 2), (1, 1), (1, 1), "zeros"
+        if (conv.kernel_size, conv.padding, conv.stride, conv.dilation, conv.padding_mode) != expected:
+            return "its convolution is not square, or has a stride, a dilation or an unusual padding"
         kernel, bias = parts(conv, *_WEIGHTS)
         if side % 2 == 0 or bias is not None:
-            return "its convolution has a bias or an even side"
-        if not plain(kernel, *of_norm):
+            return "its convolution has a bias or an even kernel size"
+        if not plain(kernel, *norm_tensors):
             return "its weights are not plain tensors"
         return "its layers have hooks" if watched(conv, norm) else ""
 
@@ -231,18 +233,18 @@ class SpatialAttention(_FusableGate):
             door.check_statistics(x[:, :1])
 
     def operands(self, x: Tensor) -> tuple[Channel | None, Spatial | None]:
-        """The operands of the kernels; counts a batch if statistics are tracked."""
+        """The operands of the kernels; increments `num_batches_tracked` if statistics are tracked."""
         conv, norm = parts(self, "conv", "bn")
         return None, Spatial(parts(conv, "weight")[0], normalising(norm), self.gain_value())
 
     def extra_repr(self) -> str:
-        return f"kernel_size={self.kernel_size}{_said(self.dim)}{self._shown_gain()}"
+        return f"kernel_size={self.kernel_size}{_dim_repr(self.dim)}{self._gain_repr()}"
 
 
 _WEIGHTS = ("weight", "bias")
 
 
-def _said(dim: int) -> str:
+def _dim_repr(dim: int) -> str:
     return "" if dim == 2 else f", dim={dim}"
 
 
@@ -279,7 +281,7 @@ class CBAM(nn.Module):
         self.spatial.reset_parameters()
 
     def identity_(self) -> "CBAM":
-        """Make the module compute exactly its input; in place."""
+        """Make the module return exactly its input; in place."""
         self.channel.identity_()
         self.spatial.identity_()
         return self
@@ -294,19 +296,19 @@ class CBAM(nn.Module):
     known_forward = forward
 
     def over(self, x: Tensor) -> Tensor:
-        """`forward` for an `x` that nothing reads afterwards, no backward either: it may be overwritten."""
+        """`forward` for an `x` that nothing reads afterwards, not even a backward: it may be overwritten."""
         return self.spatial.over(self.channel.over(x)) if self._unseen(x) else self(x)
 
     def _unseen(self, x: Tensor) -> bool:
-        """Whether nothing but this code sees `x` between the two gates, and no backward follows."""
+        """Whether only this code sees the value between the two gates, and no backward follows."""
         ours = type(self.channel) is ChannelAttention and type(self.spatial) is SpatialAttention
         return ours and type(x) is Tensor and unseen(self)
 
     def obstacle(self) -> str:
-        """Why no kernel computes this module; empty if one does."""
+        """Why no kernel supports this module; empty if one does."""
         what, where = parts(self, "channel", "spatial")
         if type(what) is not ChannelAttention or type(where) is not SpatialAttention:
-            return "its parts are of classes that kernels do not compute"
+            return "its parts are not a plain ChannelAttention and SpatialAttention"
         if watched(what, where):
             return "its parts have hooks"
         return what.obstacle() or where.obstacle()
@@ -318,11 +320,11 @@ class CBAM(nn.Module):
         where.check(x)
 
     def operands(self, x: Tensor) -> tuple[Channel | None, Spatial | None]:
-        """The operands of the kernels; counts a batch if statistics are tracked."""
+        """The operands of the kernels; increments `num_batches_tracked` if statistics are tracked."""
         what, where = parts(self, "channel", "spatial")
         return what.operands(x)[0], where.operands(x)[1]
 
 
 def squeeze_excitation(channels: int, *, reduction: int = 16, dim: int = 2) -> ChannelAttention:
-    """Squeeze-and-excitation (arXiv 1709.01507) as the paper's tables count it: both layers with a bias."""
+    """Squeeze-and-excitation (arXiv 1709.01507) with both biases, as the paper's tables count it."""
     return ChannelAttention(channels, reduction=reduction, pools=("avg",), dim=dim)

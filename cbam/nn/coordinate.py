@@ -53,7 +53,7 @@ class CoordAttention(SigmoidGate):
         strip = torch.cat((x.mean(3), x.mean(2)), 2).unsqueeze(3)  # (N, C, H + W, 1)
         strip = F.hardswish(self.bn(self.conv(strip)))
         rows, columns = strip[:, :, :H], strip[:, :, H:].transpose(2, 3)
-        return self._amplify(torch.sigmoid(self.conv_h(rows)) * torch.sigmoid(self.conv_w(columns)))
+        return self._apply_gain(torch.sigmoid(self.conv_h(rows)) * torch.sigmoid(self.conv_w(columns)))
 
     def extra_repr(self) -> str:
         return f"{self.channels}, reduction={self.reduction}"

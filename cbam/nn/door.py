@@ -1,7 +1,7 @@
-"""The checks that all attention modules make of their arguments and inputs, before any work is done.
+"""Checks of arguments and inputs that all attention modules share, done before any work.
 
-Call them through this module, as `door.check_fits(x, ...)`: they read shapes and dtypes, which a symbolic
-trace does not know, and `torch.fx.wrap` keeps them whole only if their names are looked up here.
+Call them through this module, as in `door.check_fits(x, ...)`: they read shapes and dtypes, which a symbolic
+trace does not know, and `torch.fx.wrap` keeps them as leaves only if their names are looked up here.
 """
 
 import logging
@@ -26,14 +26,14 @@ def check_count(name: str, value: int) -> None:
 
 
 def check_odd(name: str, value: int) -> None:
-    """Raise unless `value` is a positive odd int, the side of a kernel that has a centre."""
+    """Raise unless `value` is a positive odd int, so that a kernel of this size has a centre."""
     check_count(name, value)
     if value % 2 == 0:
         raise InputError(f"{name} must be odd, got {value}")
 
 
 def check_dim(dim: int) -> None:
-    """Raise unless `dim` is a number of spatial dimensions that convolutions exist for."""
+    """Raise unless `dim` is a number of spatial dimensions for which torch has convolutions."""
     if type(dim) is not int or dim not in (1, 2, 3):
         raise InputError(f"dim, the number of spatial dimensions, must be 1, 2 or 3, got {dim!r}")
 
@@ -49,12 +49,12 @@ def divisor(name: str, value: int, channels: int) -> int:
     check_count(name, value)
     found = next(d for d in range(min(value, channels), 0, -1) if channels % d == 0)
     if found != value:
-        _log.info("%d channels: %s is %d in place of %d", channels, name, found, value)
+        _log.info("%d channels: using %s=%d instead of %d", channels, name, found, value)
     return found
 
 
 def feature_map(x: Tensor, channels: int, weight: Tensor | None) -> Tensor:
-    """`x` as (N, C, H, W), once it has been checked against the module.
+    """Check `x` against the module and return it as (N, C, H, W).
 
     Raises:
         InputError: not a feature map, an empty one, or one whose channels or device differ from the module's.
@@ -67,8 +67,8 @@ def feature_map(x: Tensor, channels: int, weight: Tensor | None) -> Tensor:
 def check_fits(x: Tensor, channels: int | None, weight: Tensor | None, dim: int = 2) -> None:
     """Raise if the channels, device or dtype of `x` differ from the module's.
 
-    `weight` must belong to a layer that no ReLU follows: quantisation fuses a layer with the ReLU after it,
-    and a traced graph that still reads the weight of that layer here would break.
+    `weight` must belong to a layer without a ReLU after it: quantisation fuses such a pair, and a traced
+    graph that still reads the layer's weight here would break.
     """
     if torch.jit.is_tracing():
         return
@@ -79,12 +79,12 @@ def check_fits(x: Tensor, channels: int | None, weight: Tensor | None, dim: int 
             f"built for {channels} channels, got {x.shape[-dim - 1]} in shape {tuple(x.shape)}"
             f"{other_dim(x, dim) if x.shape[1] == channels else ''}"
         )
-    if not isinstance(weight, Tensor):  # a quantised layer's is a method, which unpacks it
+    if not isinstance(weight, Tensor):  # in a quantised layer a method that unpacks the weight
         return
     if x.device != weight.device:
-        raise InputError(f"x is on {x.device}, the weights on {weight.device}; move one of them")
+        raise InputError(f"x is on {x.device}, the weights are on {weight.device}; move one of them")
     other = x.dtype != weight.dtype and x.dtype in FLOATS
-    if other and (x.is_meta or not torch.is_autocast_enabled(x.device.type)):  # there is none for meta
+    if other and (x.is_meta or not torch.is_autocast_enabled(x.device.type)):  # meta has no autocast
         raise DtypeError(
             f"x is {x.dtype}, the weights are {weight.dtype}: use torch.autocast, or convert one of them"
         )

@@ -51,7 +51,7 @@ class ECA(SigmoidGate):
         return self._open(logits)[:, :, None, None]
 
     def extra_repr(self) -> str:
-        return f"{self.channels}, kernel_size={self.kernel_size}{self._shown_gain()}"
+        return f"{self.channels}, kernel_size={self.kernel_size}{self._gain_repr()}"
 
 
 def _kernel_size(channels: int) -> int:

@@ -56,9 +56,9 @@ class SCSE(SigmoidGate):
         what = torch.sigmoid(self.fc2(F.relu(self.fc1(x.mean((2, 3))))))[:, :, None, None]
         where = torch.sigmoid(self.conv(x))
         if self.combine == "sum":
-            return self._amplify(what + where)
+            return self._apply_gain(what + where)
         # The larger product has the larger gate if x is positive, and the smaller one if x is negative.
-        return self._amplify(torch.where(x >= 0, torch.maximum(what, where), torch.minimum(what, where)))
+        return self._apply_gain(torch.where(x >= 0, torch.maximum(what, where), torch.minimum(what, where)))
 
     def extra_repr(self) -> str:
-        return f"{self.channels}, reduction={self.reduction}, combine={self.combine!r}{self._shown_gain()}"
+        return f"{self.channels}, reduction={self.reduction}, combine={self.combine!r}{self._gain_repr()}"

@@ -1,9 +1,9 @@
-"""Fused attention: alone, or as one operation with the norm, the add and the ReLU of a residual block.
+"""Fused attention, on its own or as one operation with the norm, the add and the ReLU of a residual block.
 
 The end of a residual block, `relu(attention(norm(x)) + shortcut)`, is four operations, each of which reads
 the whole map. Here the norm and the attention are deferred as a `Pending` until the add and the ReLU have
 been called; then all four run as one. In inference the norm at the end of the shortcut is deferred too, and
-joins them. Any other use of a `Pending` gets the tensor that it stands for.
+joins them. Any other use of a `Pending` gets the tensor that it represents.
 """
 
 import sys
@@ -23,7 +23,7 @@ _ADDS_IN_PLACE = {Tensor.add_, Tensor.__iadd__}
 _ADDS = {torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__} | _ADDS_IN_PLACE
 _RELUS = {F.relu, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_}
 _HALVES = (torch.float16, torch.bfloat16)
-# What the kernels compute. Somebody may have patched it already, or may do so later.
+# What the kernels replace; None if it has been patched already. It may also be patched later.
 _FORWARD, _FUNCTION = (
     function if function.__module__.startswith("torch.nn.") else None
     for function in (nn.BatchNorm2d.forward, F.batch_norm)
@@ -31,12 +31,12 @@ _FORWARD, _FUNCTION = (
 
 
 class Fusable(Protocol):
-    """Attention that kernels compute."""
+    """Attention that the kernels support."""
 
-    known_forward: Any  # the forward that kernels stand for; a subclass with another is called as it is
+    known_forward: Any  # the forward that the kernels implement; a subclass with another one is just called
 
     def obstacle(self) -> str:
-        """Why no kernel computes this module; empty if one does."""
+        """Why no kernel supports this module; empty if one does."""
         ...
 
     def check(self, x: Tensor) -> None:
@@ -44,21 +44,21 @@ class Fusable(Protocol):
         ...
 
     def operands(self, x: Tensor) -> tuple[Channel | None, Spatial | None]:
-        """The operands of the kernels; counts a batch if statistics are tracked."""
+        """The operands of the kernels; increments `num_batches_tracked` if statistics are tracked."""
         ...
 
     def over(self, x: Tensor) -> Tensor:
-        """`forward` for an `x` that nothing reads afterwards, no backward either: it may be overwritten."""
+        """`forward` for an `x` that nothing reads afterwards, not even a backward: it may be overwritten."""
         ...
 
 
 def refined(attention: Fusable, x: Tensor) -> Tensor | None:
-    """`attention` on a map (N, C, H, W) or (C, H, W) by fused kernels; None if they cannot take it."""
+    """`attention` on a map (N, C, H, W) or (C, H, W) by fused kernels; None if they do not support it."""
     if not isinstance(x, Tensor):
         return None
     obstacle = attention.obstacle()
     if not obstacle and x.dim() not in (3, 4):
-        return None  # the equation raises, and says what is wrong
+        return None  # the equation raises the error
     maps = x.unsqueeze(0) if x.dim() == 3 else x
     if not ops.fused(maps, obstacle):
         return None
@@ -71,29 +71,29 @@ def refined(attention: Fusable, x: Tensor) -> Tensor | None:
 def begin(norm: nn.Module, attention: nn.Module, x: Tensor, block: nn.Module | None = None) -> Tensor:
     """`attention(norm(x))`: a `Pending` if the add and the ReLU that follow can join it, else computed now.
 
-    The value may be used only once, since computing it counts a batch in the running statistics.
+    The value may be used only once, since computing it updates the running statistics.
 
     Args:
         block: the block that ends this way, if nothing else in it reads the value or the sum. The result may
-            then be written to the memory of `x`, if nobody else holds it.
+            then overwrite `x`, if nothing else holds its memory.
     """
     if (
         getattr(type(attention), "known_forward", None) is not type(attention).forward
         or type(x) is not Tensor
     ):
         return attention(norm(x))
-    known: Any = attention
-    alone = block is not None and unseen(block)
+    fusable: Any = attention
+    exclusive = block is not None and unseen(block)
     if (
         x.dim() == 4
-        and ops.fused(x, known.obstacle())
+        and ops.fused(x, fusable.obstacle())
         and not _norm_obstacle(norm, x)
         and not watched(attention)
         and not _has_function_mode()
     ):
-        return Pending(norm, attention, x, unseen=alone)  # pyright: ignore[reportReturnType]
-    if alone and type(norm) is nn.BatchNorm2d:
-        return known.over(norm(x))
+        return Pending(norm, attention, x, unseen=exclusive)  # pyright: ignore[reportReturnType]
+    if exclusive and type(norm) is nn.BatchNorm2d:
+        return fusable.over(norm(x))
     return attention(norm(x))
 
 
@@ -103,7 +103,7 @@ def begin_shortcut(layers: nn.Module, x: Tensor) -> Tensor:
         return layers(x)
     *before, norm = layers._modules.values() or [None]
     last = before[-1] if before else None
-    # The output of a convolution is new memory: nobody writes to it while the norm is deferred.
+    # The output of a convolution is new memory: nothing else writes to it while the norm is deferred.
     if getattr(type(last), "forward", None) is not nn.Conv2d.forward or watched(layers, last):
         return layers(x)
     if type(norm) is not nn.BatchNorm2d or by_batch(norm) or _has_function_mode():
@@ -116,7 +116,7 @@ def begin_shortcut(layers: nn.Module, x: Tensor) -> Tensor:
 
 
 def _has_function_mode() -> bool:
-    """Whether a function mode, other than that of torch's default device, sees every call."""
+    """Whether a torch function mode is active, other than that of torch's default device."""
     count = 0 if torch.compiler.is_compiling() else torch._C._len_torch_function_stack()
     return count > 0 and any(
         type(torch._C._get_function_stack_at(i)) is not DeviceContext for i in range(count)
@@ -139,8 +139,8 @@ def unseen(block: nn.Module) -> bool:
 class Pending:
     """A deferred `attention(norm(x))`, later with a shortcut added; or a shortcut's deferred `norm(x)`.
 
-    A ReLU computes all of it as one operation. Any other use computes what is deferred so far, once, and goes
-    on with that tensor. Gradients are recorded if they were enabled when this was made.
+    A ReLU computes all of it as one operation. Any other use computes what is deferred so far, once, and
+    continues with that tensor. Gradients are recorded if they were enabled when this was created.
     """
 
     __slots__ = ("_attention", "_grad", "_norm", "_shortcut", "_unseen", "_value", "_x")
@@ -153,10 +153,10 @@ class Pending:
         self._x: Any = x  # None once the ReLU has been computed from it
         self._value: Tensor | None = None
         self._grad = torch.is_grad_enabled()
-        self._unseen = unseen  # nobody reads this after the ReLU
+        self._unseen = unseen  # nothing reads this after the ReLU
 
     def tensor(self) -> Tensor:
-        """The tensor that this stands for."""
+        """The tensor that this represents."""
         if self._value is None:
             with torch.set_grad_enabled(self._grad):
                 self._value = self._run(relu=False)
@@ -165,38 +165,38 @@ class Pending:
     def _run(self, relu: bool) -> Tensor:
         if self._attention is None:
             return self._norm(self._x)
-        if self._x is None:  # its memory may hold the result by now, and its batch has been counted
+        if self._x is None:  # it may be overwritten by the result, and its statistics are tracked
             raise RuntimeError(
-                "a value before the last ReLU of a residual block was read after that ReLU, which runs as "
-                'one operation with it; compute inside `with cbam.ops.using("reference")` to read both'
+                "a value before the last ReLU of a residual block was read after that ReLU, with which it is "
+                'fused; to read both, compute inside `with cbam.ops.using("reference")`'
             )
-        overwrite = relu and self._unseen and self._owns()
+        overwrite = relu and self._unseen and self._is_sole_owner()
         x = self._x
         if relu:
             self._x = None
         self._attention.check(x)
         channel, spatial = self._attention.operands(x)
-        given = {"norm": normalising(self._norm), "channel": channel, "spatial": spatial, "relu": relu}
+        options = {"norm": normalising(self._norm), "channel": channel, "spatial": spatial, "relu": relu}
         shortcut = self._shortcut
         if isinstance(shortcut, Pending):
-            given["shortcut_norm"], shortcut = normalising(shortcut._norm), shortcut._x
-        return ops.tail(x, shortcut, **given, overwrite=overwrite)
+            options["shortcut_norm"], shortcut = normalising(shortcut._norm), shortcut._x
+        return ops.tail(x, shortcut, **options, overwrite=overwrite)
 
-    def _owns(self) -> bool:
+    def _is_sole_owner(self) -> bool:
         """Whether nothing else holds x or its memory: Python, torch, a view, a library or another process."""
-        if self._holders() != _ALONE:
+        if self._reference_counts() != _SOLE_OWNER:
             return False
         memory = self._x.untyped_storage()
         return memory.resizable() and not memory.is_shared()
 
-    def _holders(self) -> tuple[int, ...]:
+    def _reference_counts(self) -> tuple[int, ...]:
         x, memory = self._x, self._x.untyped_storage()
         in_torch = x._use_count(), torch._C._storage_Use_Count(memory._cdata)
         return sys.getrefcount(x), sys.getrefcount(memory), *in_torch
 
     def relu(self) -> Tensor:
-        """The ReLU of the tensor that this stands for."""
-        if self._waits() and self._attention is not None:
+        """The ReLU of the tensor that this represents."""
+        if self._is_deferred() and self._attention is not None:
             return self._run(relu=True)
         return torch.relu(self.tensor())
 
@@ -204,12 +204,12 @@ class Pending:
         """The sum with a shortcut, still deferred if possible."""
         if self._attention is None and isinstance(other, Pending) and other._attention is not None:
             return other.plus(self)
-        joins = isinstance(other, Pending) and other._attention is None and other._waits()
+        joins = isinstance(other, Pending) and other._attention is None and other._is_deferred()
         x, added = self._x, other._x if joins else _tensor(other)
         if (
             self._attention is not None
             and x is not None
-            and self._waits()
+            and self._is_deferred()
             and self._shortcut is None
             and type(added) is Tensor
             and (added.shape, added.dtype, added.device) == (x.shape, x.dtype, x.device)
@@ -217,7 +217,7 @@ class Pending:
             return Pending(self._norm, self._attention, x, other if joins else added, unseen=self._unseen)
         return self.tensor() + _tensor(other)
 
-    def _waits(self) -> bool:
+    def _is_deferred(self) -> bool:
         return self._value is None and torch.is_grad_enabled() == self._grad
 
     __add__ = __radd__ = __iadd__ = plus
@@ -239,10 +239,10 @@ class Pending:
         return getattr(self.tensor(), name)
 
 
-_ALONE = Pending(None, None, torch.empty(0))._holders()
+_SOLE_OWNER = Pending(None, None, torch.empty(0))._reference_counts()
 
 
-def _forwarded(name: str) -> Any:
+def _on_tensor(name: str) -> Any:
     def operator(self: Pending, *args: Any) -> Any:
         return getattr(self.tensor(), name)(*map(_tensor, args))
 
@@ -252,7 +252,7 @@ def _forwarded(name: str) -> Any:
 _OPERATORS = """mul rmul truediv rtruediv floordiv mod sub rsub pow rpow matmul rmatmul neg abs
     lt le gt ge eq ne getitem setitem len iter bool float""".split()
 for _name in _OPERATORS:
-    setattr(Pending, f"__{_name}__", _forwarded(f"__{_name}__"))  # Python looks these up on the class alone
+    setattr(Pending, f"__{_name}__", _on_tensor(f"__{_name}__"))  # Python looks these up on the class only
 
 
 def _tensor(value: Any) -> Any:
@@ -260,12 +260,12 @@ def _tensor(value: Any) -> Any:
 
 
 def settled(out: Any) -> Any:
-    """The result of a forward, with a tensor for each value that is still deferred."""
+    """The result of a forward, with every deferred value computed."""
     return tree_map(_tensor, out) if isinstance(out, tuple | list | dict) else _tensor(out)
 
 
 def normalising(norm: nn.BatchNorm2d) -> Norm:
-    """The operands of `norm` for the kernels; like its forward, counts a batch if statistics are tracked."""
+    """The operands of `norm` for the kernels; increments `num_batches_tracked` as its forward does."""
     momentum = norm.momentum
     weight, bias, mean, var, counted = parts(norm, *OF_NORM, "num_batches_tracked")
     if norm.training and norm.track_running_stats and counted is not None:
@@ -277,7 +277,7 @@ def normalising(norm: nn.BatchNorm2d) -> Norm:
 
 
 def by_batch(norm: nn.modules.batchnorm._BatchNorm) -> bool:
-    """Whether `norm` normalises by the statistics of the batch."""
+    """Whether `norm` normalises with the statistics of the batch."""
     return norm.training or parts(norm, "running_mean")[0] is None
 
 
@@ -288,7 +288,7 @@ def _norm_obstacle(norm: nn.Module, x: Tensor) -> bool:
         return True
     terms, C, dtype = parts(norm, *OF_NORM), x.shape[1], x.dtype
     weight, _, mean, var = terms
-    # What torch refuses is left to the norm's own forward: one value per channel, wrong lengths or dtypes.
+    # What torch rejects is left to the norm's own forward: one value per channel, wrong lengths or dtypes.
     if weight is None or (mean is None) != (var is None):
         return True
     if (norm.training or mean is None) and x.numel() == C:
@@ -304,8 +304,8 @@ OF_NORM = ("weight", "bias", "running_mean", "running_var")
 
 
 def parts(module: nn.Module, *names: str) -> list[Any]:
-    """Parameters, buffers and children of a module; `getattr` takes four times as long."""
-    if torch.compiler.is_dynamo_compiling():  # its guards come from attribute reads
+    """Parameters, buffers and submodules of a module, four times as fast as `getattr`."""
+    if torch.compiler.is_dynamo_compiling():  # it makes its guards from attribute reads
         return [getattr(module, name) for name in names]
     own, found = module.__dict__, []
     parameters, buffers, modules = own["_parameters"], own["_buffers"], own["_modules"]
@@ -320,7 +320,7 @@ def parts(module: nn.Module, *names: str) -> list[Any]:
 
 
 def plain(*tensors: Tensor | None) -> bool:
-    """Whether none is of a tensor subclass, as the weights of quantised and sharded layers are."""
+    """Whether none is a tensor subclass, as the weights of quantised and sharded layers are."""
     for t in tensors:  # noqa: SIM110  (a generator takes four times as long)
         if t is not None and type(t) is not Tensor and type(t) is not nn.Parameter:
             return False
@@ -328,13 +328,13 @@ def plain(*tensors: Tensor | None) -> bool:
 
 
 def watched(*modules: nn.Module | None) -> bool:
-    """Whether any module has hooks or a forward of the instance, which run only when the module is called."""
+    """Whether any module has hooks or a forward set on the instance, which only a call of the module runs."""
     if nn.modules.module._has_any_global_hook():
         return True
     for module in modules:
         if module is None:
             continue
-        own = module.__dict__  # a module looks names up slowly
+        own = module.__dict__  # a module's own attribute access is slow
         if "forward" in own:
             return True
         if own["_forward_hooks"] or own["_forward_pre_hooks"]:

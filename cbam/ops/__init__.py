@@ -1,4 +1,4 @@
-"""Tensor operations of attention: equations, and the choice between their implementations."""
+"""Tensor operations of attention: the equations, and the choice between their implementations."""
 
 from cbam.ops.dispatch import tail
 from cbam.ops.reference import (

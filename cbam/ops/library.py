@@ -1,6 +1,6 @@
 """The fused operators: their schemas, fake kernels and autograd function; dispatch.py calls them.
 
-`cbam::tail` is all that attention adds to a block, every part of it optional:
+`cbam::tail` is the end of a residual block with attention, every part of it optional:
 
     y = BN(x)   z = Mc y   v = Ms z + shortcut   out = relu(v)
 
@@ -31,7 +31,7 @@ class _Saved(NamedTuple):
     """What the forward saves for the backward, in order; an empty tensor for what is not needed.
 
     Attributes:
-        m: mean of each plane of x, (N, C). e, k: the x at which y is largest there, and its pixel, (N, C).
+        m: mean of each plane of x, (N, C). e, k: x where y is largest in the plane, and that pixel, (N, C).
         mu, v: mean and biased variance of the norm, (C,). gate: channel gate, (N, C).
         s: input of the spatial norm, (N, 1, H, W). s_mu, s_v: its mean and biased variance, (1,).
     """
@@ -74,8 +74,8 @@ _BACKWARD = (
     "Tensor ds_beta)"
 )
 
-# Updates running statistics, mean and variance of one norm or two, from those of a batch of `count` values
-# per channel, as nn.BatchNorm2d does; the batch's variances are the biased ones.
+# Updates the running means and variances of one or two norms from those of a batch of `count` values per
+# channel, as nn.BatchNorm2d does; the variances of the batch are biased.
 _TRACK = "track_(Tensor(a!)[] running, Tensor[] new, float[] momenta, int count) -> ()"
 
 _library = torch.library.Library("cbam", "DEF")
@@ -93,7 +93,7 @@ track_op = torch.ops.cbam.track_.default
 
 
 def dense(x: Tensor) -> tuple[Tensor, torch.memory_format]:
-    """`x` itself if it has a layout that kernels take, NCHW or channels_last; else a contiguous copy."""
+    """`x` itself if its layout is one that kernels support, NCHW or channels_last; else a contiguous copy."""
     if x.is_contiguous():
         return x, torch.contiguous_format
     if x.is_contiguous(memory_format=torch.channels_last):
@@ -147,23 +147,23 @@ class _Tail(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.plain = [None if isinstance(a, Tensor) else a for a in args]
         out = results[0] if args[_RELU] else None  # shows where the ReLU passed its input
-        ctx.save_for_backward(*[args[place] for place in _KEPT], out, *results[1:])
+        ctx.save_for_backward(*[args[index] for index in _KEPT], out, *results[1:])
         return results
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: Any):  # pyright: ignore[reportIncompatibleMethodOverride]
         if grad is None:
             return (None,) * len(_Args._fields)
-        args, out, saved = _restored(ctx)
+        args, out, saved = _unpack_saved(ctx)
         needs = {n for n, i in zip(_DIFFERENTIABLE, _GRADIENTS, strict=True) if ctx.needs_input_grad[i]}
-        # Gradients are enabled here only if this gradient is to be differentiated itself.
-        how = _differentiable_gradients if torch.is_grad_enabled() else _gradients
-        found = how(grad, args, out, saved, needs)
+        # Gradients are enabled here only if this gradient will be differentiated itself.
+        compute = _differentiable_gradients if torch.is_grad_enabled() else _gradients
+        found = compute(grad, args, out, saved, needs)
         gradients: list[Tensor | None] = [None] * len(_Args._fields)
-        for name, place in zip(_DIFFERENTIABLE, _GRADIENTS, strict=True):
+        for name, index in zip(_DIFFERENTIABLE, _GRADIENTS, strict=True):
             if name in needs:
-                like = grad if name in ("x", "shortcut") else args[place]  # maps have the dtype of grad
-                gradients[place] = typed_as(like, found[name])
+                like = grad if name in ("x", "shortcut") else args[index]  # maps have the dtype of grad
+                gradients[index] = typed_as(like, found[name])
         return tuple(gradients)
 
 
@@ -172,12 +172,12 @@ def typed_as(like: Tensor, t: Tensor) -> Tensor:
     return t if t.dtype == like.dtype else t.to(like.dtype)
 
 
-def _restored(ctx: Any) -> tuple[_Args, Tensor | None, _Saved]:
+def _unpack_saved(ctx: Any) -> tuple[_Args, Tensor | None, _Saved]:
     """The arguments of the forward, without shortcut and running statistics, and its results."""
     tensors = ctx.saved_tensors
     args = list(ctx.plain)
-    for place, value in zip(_KEPT, tensors, strict=False):
-        args[place] = value
+    for index, value in zip(_KEPT, tensors, strict=False):
+        args[index] = value
     out, *saved = tensors[len(_KEPT) :]
     return _Args(*args), out, _Saved(*saved)
 
@@ -185,7 +185,7 @@ def _restored(ctx: Any) -> tuple[_Args, Tensor | None, _Saved]:
 def _gradients(
     grad: Tensor, a: _Args, out: Tensor | None, saved: _Saved, needs: set[str]
 ) -> dict[str, Tensor]:
-    """The gradients, by name of the argument, from the kernels."""
+    """The gradients from the kernels, by the name of the argument."""
     layout = dense(a.x)[1]
     values = backward_op(
         grad.contiguous(memory_format=layout), a.x, out,
@@ -230,18 +230,18 @@ def _differentiable_gradients(
 
 
 def _norm(weight: Tensor, bias: Tensor | None, mean: Tensor, var: Tensor, batch: bool, eps: float) -> Norm:
-    """The norm of a forward with these statistics; batch statistics are computed again."""
+    """The norm of a forward with these statistics; batch statistics are recomputed."""
     known = (None, None) if batch else (mean.to(weight.dtype), var.to(weight.dtype))
     return Norm(weight, bias, *known, batch, 0.0, eps)
 
 
 def _autograd(*args: Any) -> tuple[Tensor, ...]:
     """The autograd kernel of `cbam::tail`."""
-    return differentiably(wants_gradient(*(args[place] for place in _GRADIENTS)), args)
+    return call_tail(wants_gradient(*(args[index] for index in _GRADIENTS)), args)
 
 
-def differentiably(wanted: bool, args: tuple) -> tuple[Tensor, ...]:
-    """`cbam::tail` called past the dispatcher, which is faster; with a backward if one is wanted."""
+def call_tail(wanted: bool, args: tuple) -> tuple[Tensor, ...]:
+    """Call `cbam::tail` without the dispatcher, which is faster; record a backward if one is `wanted`."""
     if wanted:
         return _Tail.apply(*args)  # pyright: ignore[reportReturnType]
     with torch._C._AutoDispatchBelowAutograd():
@@ -264,22 +264,22 @@ def _fake_forward(x, shortcut, gamma, beta, mean, var, bn_batch, bn_eps, w1, b1,
     N, C, H, W = x.shape
     acc = torch.float64 if x.dtype == torch.float64 else torch.float32
 
-    def some(there: bool, *shape: int, dtype: torch.dtype = acc) -> Tensor:
-        return x.new_empty(shape if there else (0,), dtype=dtype)
+    def optional(present: bool, *shape: int, dtype: torch.dtype = acc) -> Tensor:
+        return x.new_empty(shape if present else (0,), dtype=dtype)
 
     planes = save and (gamma is not None or w1 is not None)
-    extremes = save and w1 is not None and max_pool
+    extrema = save and w1 is not None and max_pool
     return (
         torch.empty_like(dense(x)[0]),
-        some(planes, N, C),
-        some(extremes, N, C, dtype=x.dtype),
-        some(extremes, N, C, dtype=torch.int32),
-        some(gamma is not None and (save or bn_batch), C),
-        some(gamma is not None and (save or bn_batch), C),
-        some(save and w1 is not None, N, C),
-        some(save and kernel is not None, N, 1, H, W),
-        some(kernel is not None and (save or s_batch), 1, dtype=torch.float64),
-        some(kernel is not None and (save or s_batch), 1, dtype=torch.float64),
+        optional(planes, N, C),
+        optional(extrema, N, C, dtype=x.dtype),
+        optional(extrema, N, C, dtype=torch.int32),
+        optional(gamma is not None and (save or bn_batch), C),
+        optional(gamma is not None and (save or bn_batch), C),
+        optional(save and w1 is not None, N, C),
+        optional(save and kernel is not None, N, 1, H, W),
+        optional(kernel is not None and (save or s_batch), 1, dtype=torch.float64),
+        optional(kernel is not None and (save or s_batch), 1, dtype=torch.float64),
     )
 
 
@@ -326,23 +326,23 @@ def _backward_on_cuda(grad: Tensor, x: Tensor, out: Tensor | None, *args: Any):
 def _track_on_cuda(running: list[Tensor], new: list[Tensor], momenta: list[float], count: int) -> None:
     from cbam.ops import triton_kernels  # pyright: ignore[reportAttributeAccessIssue]
 
-    ours = [t.contiguous() for t in running]
-    triton_kernels.track(ours, [t.contiguous() for t in new], momenta, count)
-    for theirs, moved in zip(running, ours, strict=True):
-        if moved is not theirs:
-            theirs.copy_(moved)
+    updated = [t.contiguous() for t in running]
+    triton_kernels.track(updated, [t.contiguous() for t in new], momenta, count)
+    for original, result in zip(running, updated, strict=True):
+        if result is not original:
+            original.copy_(result)
 
 
 def _check_devices(x: Tensor, args: tuple) -> None:
-    """Raise if a parameter is not on the device of `x`: a kernel would read memory that is not its own."""
+    """Raise if a parameter is not on the device of `x`: a kernel would read invalid memory."""
     device = x.device
     for value in args:
         if isinstance(value, Tensor) and value.device != device:
-            raise InputError(f"x is on {device}, a parameter on {value.device}; move one of them")
+            raise InputError(f"x is on {device}, a parameter is on {value.device}; move one of them")
 
 
 def _meta(fake: Callable) -> Callable:
-    """The Meta kernel of an operator. torch calls it for a map with data too, if a parameter has none."""
+    """The Meta kernel of an operator. torch also calls it for a map with data if a parameter is on meta."""
 
     def checked(x: Tensor, *args: Any) -> Any:
         _check_devices(x, args)
@@ -364,7 +364,7 @@ _library.impl("tail", _on_cuda, "CUDA")
 _library.impl("tail_inference", _inference_on_cuda, "CUDA")
 _library.impl("tail_backward", _backward_on_cuda, "CUDA")
 _library.impl("track_", _track_on_cuda, "CUDA")
-# Meta kernels serve fake tensors too; register_fake would import half of torch's compiler.
+# Meta kernels also serve fake tensors; register_fake would import half of torch's compiler.
 _library.impl("tail", _meta(_fake_forward), "Meta")
 _library.impl("tail_inference", _meta(lambda x, *_: torch.empty_like(dense(x)[0])), "Meta")
 _library.impl("tail_", _meta(lambda *_: None), "Meta")

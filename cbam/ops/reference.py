@@ -1,4 +1,4 @@
-"""The equations of attention in eager torch: the specification, and the oracle of every fast path.
+"""The equations of attention in eager torch: the specification that every fast path is tested against.
 
 Shapes: N samples, C channels, H x W pixels, P pools. A feature map is (N, C, H, W) or (C, H, W); with one
 spatial dimension (N, C, L) or (C, L), with three (N, C, D, H, W) or (C, D, H, W).
@@ -22,7 +22,7 @@ ALL_POOLS = (*POOLS, "lp", "lse")
 class Norm(NamedTuple):
     """A BatchNorm: weight, bias and running statistics (C,), as `torch.nn.functional.batch_norm` takes them.
 
-    `batch`: normalise by the statistics of the batch, and update the running ones, if any, by `momentum`.
+    `batch`: normalise with the statistics of the batch, and update the running ones, if any, by `momentum`.
     """
 
     weight: Tensor | None
@@ -35,7 +35,7 @@ class Norm(NamedTuple):
 
 
 class Channel(NamedTuple):
-    """What: w1 (hidden, C), b1 (hidden,), w2 (C, hidden), b2 (C,); pools out of "avg" and "max"; the gain."""
+    """What: w1 (hidden, C), b1 (hidden,), w2 (C, hidden), b2 (C,); pools from "avg" and "max"; the gain."""
 
     w1: Tensor | None
     b1: Tensor | None
@@ -48,7 +48,7 @@ class Channel(NamedTuple):
 class Spatial(NamedTuple):
     """Where: kernel (1, 2, k, k), k odd, over [maximum; mean]; the norm of its one channel; the gain.
 
-    The kernel has as many k as the map has spatial dimensions.
+    The kernel has one k for each spatial dimension of the map.
     """
 
     kernel: Tensor | None
@@ -113,17 +113,17 @@ def over_pixels(gate: Tensor, dim: int) -> Tensor:
 
 
 def normalised(x: Tensor, norm: Norm) -> Tensor:
-    """BatchNorm."""
+    """`x` after BatchNorm."""
     return F.batch_norm(
         x, norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.batch, norm.momentum, norm.eps
     )
 
 
 def channel_descriptor(x: Tensor, pools: Sequence[str] = POOLS, *, dim: int = 2) -> Tensor:
-    """Every pool of every channel: (N, C, H, W) -> (N, P, C) (paper section 3, equation 2).
+    """All pools of each channel: (N, C, H, W) -> (N, P, C) (paper section 3, equation 2).
 
     "avg" and "max" are the paper's. "lp", the root of the sum of squares, and "lse", the logarithm of the sum
-    of exponentials, are the released code's; both sum in float32 where `x` has 16 bits. The maximum hands its
+    of exponentials, are the released code's; both sum in float32 if `x` has 16 bits. The maximum passes its
     whole gradient to the first of equal pixels, as `max_pool2d` does.
 
     Args:
@@ -144,7 +144,7 @@ def channel_descriptor(x: Tensor, pools: Sequence[str] = POOLS, *, dim: int = 2)
 def spatial_descriptor(x: Tensor, *, dim: int = 2) -> Tensor:
     """Maximum, then mean, over the channels: (N, C, H, W) -> (N, 2, H, W) (paper section 3, equation 3).
 
-    The maximum comes first, as in the authors' released code, and hands its whole gradient to the first of
+    The maximum comes first, as in the authors' released code, and passes its whole gradient to the first of
     equal channels.
 
     Args:
@@ -168,22 +168,22 @@ def rescale(x: Tensor, gate: Tensor) -> Tensor:
 def max_and_mean(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     """The maximum and the mean along `dim`; the maximum's gradient goes to the first index that attains it.
 
-    The maximum is `amax`, which on a CPU costs a fraction of `torch.max(dim)`; the index is found in the
-    backward only, which writes the gradient of both in one pass. If values along `dim` lie far apart in
-    memory, finding the index takes torch ten times as long; there max pooling finds both at the cost of one.
+    The maximum is `amax`, which on a CPU costs a fraction of `torch.max(dim)`; only the backward finds the
+    index, and writes both gradients in one pass. If values along `dim` are far apart in memory, torch takes
+    ten times as long to find the index; then max pooling finds both at the cost of one.
     """
     if torch.jit.is_tracing() or torch.compiler.is_compiling():
-        # The same values and the same gradients, by operations that a trace and a compiler know.
+        # The same values and gradients, by operations that a trace and a compiler support.
         return x.max(dim).values, x.mean(dim)
     if torch.is_grad_enabled() and x.requires_grad:
-        apart = dim == 1 and x.dim() > 2 and x.is_contiguous() and _is_plain(x)
-        top, mean, _ = _MaxAndMean.apply(x, dim, apart)  # pyright: ignore[reportGeneralTypeIssues]
+        strided = dim == 1 and x.dim() > 2 and x.is_contiguous() and _is_plain(x)
+        top, mean, _ = _MaxAndMean.apply(x, dim, strided)  # pyright: ignore[reportGeneralTypeIssues]
         return top, mean
     return x.amax(dim), x.mean(dim)
 
 
 def _is_plain(x: Tensor) -> bool:
-    """Whether `x` is an ordinary CPU tensor, under no mode or transform but autograd."""
+    """Whether `x` is an ordinary CPU tensor, with no mode or transform active but autograd."""
     return x.is_cpu and type(x) is Tensor and not torch._C._len_torch_dispatch_stack() and not transformed()
 
 
@@ -194,20 +194,20 @@ def transformed() -> bool:
 
 
 class _MaxAndMean(torch.autograd.Function):
-    """Maximum and mean; and, if `apart`, the first index that attains the maximum."""
+    """Maximum and mean; and, if `strided`, the first index that attains the maximum."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, dim: int, apart: bool) -> tuple[Tensor, Tensor, Tensor]:
-        if apart:
+    def forward(x: Tensor, dim: int, strided: bool) -> tuple[Tensor, Tensor, Tensor]:
+        if strided:
             top, first = _max_and_first(x)
             return top, x.mean(dim), first
         return x.amax(dim), x.mean(dim), x.new_empty(0, dtype=torch.int64)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        x, ctx.dim, ctx.apart = inputs
+        x, ctx.dim, ctx.strided = inputs
         ctx.mark_non_differentiable(output[2])
         ctx.save_for_backward(x, output[2])
         ctx.save_for_forward(x, output[2])
@@ -215,9 +215,9 @@ class _MaxAndMean(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_max, grad_mean, _):  # pyright: ignore[reportIncompatibleMethodOverride]
         x, first = _first(ctx)
-        every = (grad_mean / x.shape[ctx.dim]).unsqueeze(ctx.dim)
+        share = (grad_mean / x.shape[ctx.dim]).unsqueeze(ctx.dim)
         # One dense write: the mean's share everywhere, plus the maximum's where it was attained.
-        grad = every.expand_as(x).scatter(ctx.dim, first, every + grad_max.unsqueeze(ctx.dim))
+        grad = share.expand_as(x).scatter(ctx.dim, first, share + grad_max.unsqueeze(ctx.dim))
         return grad, None, None
 
     @staticmethod
@@ -227,15 +227,15 @@ class _MaxAndMean(torch.autograd.Function):
 
 
 def _first(ctx) -> tuple[Tensor, Tensor]:
-    """The map, and where its maximum is first."""
+    """The map, and the first index of its maximum."""
     x, first = ctx.saved_tensors
-    return x, first.unsqueeze(ctx.dim) if ctx.apart else x.argmax(ctx.dim, keepdim=True)
+    return x, first.unsqueeze(ctx.dim) if ctx.strided else x.argmax(ctx.dim, keepdim=True)
 
 
 def _max_and_first(x: Tensor) -> tuple[Tensor, Tensor]:
     """The maximum of a contiguous (N, L, ...) along L, and the first index that attains it."""
     rest = x.shape[2:]
-    # The same memory as a channels_last map of L x 1 pixels, which is pooled many channels at a time.
+    # A view as a channels_last map of L x 1 pixels, which is pooled many channels at a time.
     columns = x.flatten(2).unsqueeze(2).permute(0, 3, 1, 2)
     top, first = F.adaptive_max_pool2d(columns, 1, return_indices=True)
     top, first = top.reshape(-1, *rest), first.reshape(-1, *rest)
@@ -245,7 +245,7 @@ def _max_and_first(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _plane_max_and_mean(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(N, C, H, W) -> twice (N, C)."""
+    """Maximum and mean of each plane: (N, C, H, W) -> two (N, C)."""
     if _is_channels_last(x):
         return max_and_mean(x.movedim(1, -1).flatten(1, -2), 1)
     return max_and_mean(x.flatten(2), 2)
@@ -291,7 +291,7 @@ _PIXELS = {1: "L", 2: "H, W", 3: "D, H, W"}
 
 
 def batched(x: Tensor, dim: int = 2) -> Tensor:
-    """`x` as (N, C, H, W), or with as many spatial dimensions as `dim` says.
+    """`x` as (N, C, H, W), or with `dim` spatial dimensions.
 
     Raises:
         InputError: not a feature map, or an empty one.
@@ -312,7 +312,7 @@ def batched(x: Tensor, dim: int = 2) -> Tensor:
 
 
 def other_dim(x: Tensor, dim: int) -> str:
-    """A hint that ends a message: which `dim` would take `x`, if `x` has another number of dimensions."""
+    """A hint for the end of a message: the `dim` that fits `x`, if it is another one."""
     own = x.dim() - 2
     if own == dim or own not in _PIXELS:
         return ""

@@ -1,4 +1,4 @@
-"""The choice of implementation: fused kernels, or the equations in plain torch."""
+"""The choice of implementation: fused kernels or the equations in plain torch."""
 
 import logging
 import threading
@@ -15,10 +15,12 @@ from cbam.ops.reference import FLOATS, transformed
 
 _log = logging.getLogger("cbam")
 _IMPLEMENTATIONS = ("reference", "fused")
-_MOST_TOLD = 100  # reasons name shapes, so there is no end of them
-_OLDEST = 7  # compute capability that the atomic of `convolve` needs; `probe` does not run that kernel
+_MAX_LOGGED = 100  # reasons contain shapes, so their number has no bound
+_MIN_CAPABILITY = (
+    7  # compute capability that the atomic of `convolve` needs; `probe` does not run that kernel
+)
 _known: dict[torch.device, str] = {}
-_told: set[str] = set()
+_logged: set[str] = set()
 # Global to the process: activation checkpointing recomputes a forward in a thread of autograd.
 _choice = ""
 _choices: dict[object, str] = {}  # of the open blocks; threads may leave them in any order
@@ -29,11 +31,11 @@ _lock = threading.Lock()
 def using(implementation: str) -> Iterator[None]:
     """Inside the `with` block, compute attention with "reference" or with "fused", in all threads.
 
-    Outside any block the fastest implementation that the input allows is used. An explicit choice never falls
-    back: with "fused", an input that no kernel takes raises, with the reason.
+    Outside any block, the fastest implementation that supports the input is used. An explicit choice never
+    falls back: with "fused", an input that no kernel supports is an error, which gives the reason.
 
     Raises:
-        ConfigError: an unknown implementation; inside the block, an input that no kernel takes.
+        ConfigError: an unknown implementation; inside the block, an input that no kernel supports.
     """
     if implementation not in _IMPLEMENTATIONS:
         raise ConfigError(f'using({implementation!r}): expected "reference" or "fused"')
@@ -46,7 +48,7 @@ def using(implementation: str) -> Iterator[None]:
 
 
 def _choose(block: object, implementation: str) -> None:
-    """Open a block with a choice, or close it with none; the newest open block decides."""
+    """Open a block with a choice, or close it with an empty one; the newest open block decides."""
     global _choice
     with _lock:
         if implementation:
@@ -57,52 +59,54 @@ def _choose(block: object, implementation: str) -> None:
 
 
 def fused(x: Tensor, obstacle: str = "") -> bool:
-    """Whether attention on `x`, (N, C, H, W), runs by fused kernels.
+    """Whether attention on `x`, (N, C, H, W), runs in fused kernels.
 
     Args:
-        obstacle: why no kernel computes the module; empty if one does.
+        obstacle: why no kernel supports the module; empty if one does.
 
     Raises:
-        ConfigError: no kernel can, and `using("fused")` is in effect.
+        ConfigError: it cannot, and `using("fused")` is in effect.
     """
     if _choice == "reference":
         return False
     reason = obstacle or _obstacle(x)
     if reason and _choice == "fused":
-        raise ConfigError(f'using("fused"): {reason}; leave the choice out, or take "reference"')
+        raise ConfigError(f'using("fused"): {reason}; use "reference", or let cbam choose')
     if reason and not torch.compiler.is_compiling():
-        _tell(reason)
+        _log_once(reason)
     return not reason
 
 
-def _tell(reason: str) -> None:
-    """Log why the equation is used, once for each reason."""
-    if reason not in _told and len(_told) < _MOST_TOLD:
-        _told.add(reason)
+def _log_once(reason: str) -> None:
+    """Log why the equation is used, once per reason."""
+    if reason not in _logged and len(_logged) < _MAX_LOGGED:
+        _logged.add(reason)
         _log.info("attention runs as plain torch operations: %s", reason)
 
 
 def _obstacle(x: Tensor) -> str:
-    """Why no kernel takes `x`; empty if one does."""
-    # The flag itself: to the compiler of torch 2.10 is_exporting() is always true.
+    """Why no kernel supports `x`; empty if one does."""
+    # The flag itself: under the compiler of torch 2.10, is_exporting() is always true.
     if torch.jit.is_tracing() or torch.compiler._is_exporting_flag:
-        return "exported graphs hold no operators of this package"
+        return "exported graphs contain no operators of this package"
     if type(x) is not Tensor and type(x) is not nn.Parameter:
         return f"x is a {type(x).__name__}, not a plain tensor"
     if x.dtype not in FLOATS or x.dim() != 4 or x.numel() == 0:
         return f"x is {x.dtype} of shape {tuple(x.shape)}"
-    # A compiler traces every transform but forward-mode differentiation.
+    # A compiler traces every transform except forward-mode differentiation.
     if forward_ad._current_level >= 0 or (not torch.compiler.is_compiling() and transformed()):
-        return "torch.func transforms and forward-mode differentiation use the equation"
+        return "kernels do not support torch.func transforms and forward-mode differentiation"
     return _device_obstacle(x.device)
 
 
 def _device_obstacle(device: torch.device) -> str:
-    """Why no kernels run on `device`, empty if they do; found out, and logged, once."""
+    """Why no kernels run on `device`, empty if they do; determined and logged once."""
     if device not in _known:
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            # The driver loads no kernel of Triton's during a capture, and the attempt would spoil the graph.
-            return "a CUDA graph is being captured, and no kernel has been loaded yet; run it once before"
+            # The driver loads no Triton kernel during a capture, and the attempt would invalidate the graph.
+            return (
+                "a CUDA graph is being captured before any kernel is loaded; run the module once before that"
+            )
         _known[device] = reason = _missing(device)
         if reason and device.type in ("cpu", "cuda"):
             _log.warning("attention runs as plain torch operations on %s: %s", device, reason)
@@ -120,13 +124,15 @@ def _missing(device: torch.device) -> str:
         return f"there are no kernels for {'ROCm' if device.type == 'cuda' else device.type}"
     try:
         major, minor = torch.cuda.get_device_capability(device)
-        if major < _OLDEST:
-            return f"the kernels need compute capability {_OLDEST}.0, and this GPU has {major}.{minor}"
+        if major < _MIN_CAPABILITY:
+            return (
+                f"the kernels need compute capability {_MIN_CAPABILITY}.0, and this GPU has {major}.{minor}"
+            )
         from cbam.ops import triton_kernels  # pyright: ignore[reportAttributeAccessIssue]
 
         triton_kernels.probe(device)
     except torch.OutOfMemoryError:
         raise  # this says nothing about the kernels
     except Exception as error:  # a compiler, a driver or a cache folder may raise anything
-        return f"the kernels do not run ({type(error).__name__}: {first_line(error, 200)})"
+        return f"the kernels failed to run ({type(error).__name__}: {first_line(error, 200)})"
     return ""

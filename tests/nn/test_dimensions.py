@@ -218,7 +218,10 @@ def test_a_batch_of_other_dimensions_is_refused_with_what_takes_it(built, given)
 @pytest.mark.parametrize("dim", WITHOUT_DIM_2)
 def test_kernels_asked_for_by_name_refuse_what_is_no_image(dim):
     x = torch.randn(SHAPES[dim])
-    with using("fused"), pytest.raises(ConfigError, match=f"kernels take images, and it has dim={dim}"):
+    with (
+        using("fused"),
+        pytest.raises(ConfigError, match=f"kernels support only dim=2, and it has dim={dim}"),
+    ):
         cbam.CBAM(5, dim=dim)(x)
 
 

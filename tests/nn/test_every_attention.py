@@ -213,7 +213,7 @@ def test_one_value_per_channel_has_no_statistics_in_training(name):  # T7
         (torch.zeros(2, 4, 4, 4), InputError, "built for 8 channels, got 4"),  # T6
         (torch.zeros(2, 8, 4), InputError, "built for 8 channels, got 2"),
         (torch.zeros(2, 8, 0, 3), InputError, "at least 1"),  # T12
-        (torch.zeros(2, 8, 4, 4, device="meta"), InputError, "x is on meta, the weights on cpu"),  # T31
+        (torch.zeros(2, 8, 4, 4, device="meta"), InputError, "x is on meta, the weights are on cpu"),  # T31
         (torch.zeros(2, 8, 4, 4, dtype=torch.bfloat16), DtypeError, "autocast"),  # T1
         (torch.zeros(2, 8, 4, 4).numpy(), InputError, "expected a torch.Tensor, got ndarray"),
         (None, InputError, "expected a torch.Tensor, got NoneType"),
@@ -222,7 +222,7 @@ def test_one_value_per_channel_has_no_statistics_in_training(name):  # T7
 )
 def test_bad_input_is_refused_at_the_door(name, x, error, words):
     if (name in FREE and "built for" in words) or (
-        name == "simam" and words in ("autocast", "x is on meta, the weights on cpu")
+        name == "simam" and words in ("autocast", "x is on meta, the weights are on cpu")
     ):
         assert MAKE[name](8)(x).shape == x.shape  # no weights that it would have to fit
         return

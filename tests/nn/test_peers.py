@@ -330,7 +330,7 @@ def test_groups_are_the_largest_divisor_that_is_asked_for(make, channels):
 def test_odd_groups_are_told(caplog):
     with caplog.at_level("INFO", "cbam"):
         EMA(20)
-    assert "20 channels: groups is 20 in place of 32" in caplog.text
+    assert "20 channels: using groups=20 instead of 32" in caplog.text
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

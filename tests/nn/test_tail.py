@@ -236,7 +236,7 @@ def test_kernels_are_not_loaded_while_a_graph_is_captured(monkeypatch):  # T35
     monkeypatch.setattr(switch, "_known", {})
     monkeypatch.setattr(switch, "_missing", lambda device: tried.append(device) or "")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert "run it once before" in switch._device_obstacle(gpu)
+    assert "run the module once before that" in switch._device_obstacle(gpu)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     assert switch._device_obstacle(gpu) == ""
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
@@ -248,7 +248,7 @@ def test_kernels_are_not_loaded_while_a_graph_is_captured(monkeypatch):  # T35
 def test_kernels_of_another_version_are_not_used(monkeypatch, operators):  # T35
     other = SimpleNamespace(library=lambda: "kernels.so", **operators)
     monkeypatch.setitem(sys.modules, "cbam_native", other)
-    assert "kernels.so is of another version than cbam: install cbam-native anew" in switch.cpu.missing()
+    assert "kernels.so was built for another version of cbam: reinstall cbam-native" in switch.cpu.missing()
 
 
 def test_other_schemas_have_another_number():  # T35
@@ -687,7 +687,7 @@ def test_blocks_of_two_threads_that_overlap_leave_no_choice_behind():
 
 def test_why_the_equation_runs_is_said_once(monkeypatch, caplog):  # T35
     caplog.set_level("INFO", "cbam")
-    monkeypatch.setattr(switch, "_told", set())
+    monkeypatch.setattr(switch, "_logged", set())
     module, x = cbam.CBAM(6), torch.randn(2, 6, 4, 4)
     module.spatial.register_forward_hook(lambda *_: None)
     caplog.clear()
