@@ -43,7 +43,7 @@ def tail(
         x: (N, C, H, W), N at least 1. The result has its layout, NCHW or channels_last.
         shortcut: of the shape and dtype of `x`.
         shortcut_norm: applied to the shortcut first; as a separate step if a backward follows.
-        overwrite: nothing reads `x` afterwards, or any tensor that shares its memory. The result may then be
+        overwrite: neither `x` nor a tensor that shares its memory is read afterwards. The result may then be
             written to it, if neither a backward nor batch statistics are wanted: on a CPU, new memory costs
             more than the kernels.
 

@@ -104,9 +104,7 @@ def _device_obstacle(device: torch.device) -> str:
     if device not in _known:
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             # The driver loads no Triton kernel during a capture, and the attempt would invalidate the graph.
-            return (
-                "a CUDA graph is being captured before any kernel is loaded; run the module once before that"
-            )
+            return "a CUDA graph is being captured before any kernel is loaded; run the module once first"
         _known[device] = reason = _missing(device)
         if reason and device.type in ("cpu", "cuda"):
             _log.warning("attention runs as plain torch operations on %s: %s", device, reason)

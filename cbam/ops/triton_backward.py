@@ -11,7 +11,7 @@ channel c is j, the first maximum of its pixel), G = sum_p weight, H = sum_p wei
 two reductions follow from R0 and R1 without another read. Names and layouts are those of triton_tiles.py.
 """
 
-# Tensors, pointers and constants of the kernel language are no Python types.
+# Triton's tensors, pointers and constants are not Python types.
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
 # pyright: reportOperatorIssue=false, reportIndexIssue=false, reportCallIssue=false, reportReturnType=false
 
@@ -19,7 +19,17 @@ import triton
 import triton.language as tl
 
 from cbam.ops.triton_gate import norm_terms
-from cbam.ops.triton_tiles import BATCH, extents, gated, keep, normalised_map, origin, sigmoid, take, within
+from cbam.ops.triton_tiles import (
+    BATCH,
+    extents,
+    gated,
+    load_tile,
+    normalised_map,
+    origin,
+    sigmoid,
+    tile_offsets,
+    zero_outside,
+)
 
 
 @triton.jit
@@ -41,10 +51,10 @@ def reduce_gradient(
     NHWC: tl.constexpr, UNIT: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr, WIDE: tl.constexpr,
     EVEN: tl.constexpr,
 ):  # fmt: skip
-    """Pass 1: a program sees every channel of its BP pixels.
+    """Pass 1: a program processes all channels of its BP pixels.
 
-    P and Q leave as PQ (N, tiles, 2, C), a part per tile of pixels; du = dMs Ms' as DU (N, L), and its two
-    sums over the pixels, without and with shat, as SUMS (programs, 2) in float64: they cancel.
+    It writes P and Q to PQ (N, tiles, 2, C), one part per tile of pixels, du = dMs Ms' to DU (N, L), and the
+    sums of du and of du shat over its pixels to SUMS (programs, 2), in float64 since they cancel.
     """
     C, L = extents(C, L, NHWC, UNIT)
     tiles = tl.cdiv(L, BP)
@@ -52,7 +62,7 @@ def reduce_gradient(
     n, p0 = tl.cast(pid // tiles, tl.int64), pid % tiles * BP
     lc, lp = tl.arange(0, BC), tl.arange(0, BP)
     p, column = p0 + lp, p0 + lp < L
-    tile = within(lc, lp, C, L, NHWC, WIDE)
+    tile = tile_offsets(lc, lp, C, L, NHWC, WIDE)
     if S is not None:
         s = tl.load(S + n * L + p, mask=column, other=0.0)
         shat, logit = normalised_map(s, S_GAMMA, S_BETA, S_MU, S_VAR, S_EPS, ACC)
@@ -64,34 +74,36 @@ def reduce_gradient(
     for c0 in range(0, C, BC):
         c, row = c0 + lc, c0 + lc < C
         inside = row[:, None] & column[None, :]
-        spot = origin(n, c0, p0, C, L, NHWC) + tile
-        g = take(GRAD + spot, inside, EVEN)
+        offset = origin(n, c0, p0, C, L, NHWC) + tile
+        g = load_tile(GRAD + offset, inside, EVEN)
         if OUTPUT is not None:
-            out = take(OUTPUT + spot, inside, EVEN)
+            out = load_tile(OUTPUT + offset, inside, EVEN)
             g = tl.where(out.to(ACC) <= 0, tl.zeros(g.shape, g.dtype), g)
             if G is not None:
                 if EVEN:
-                    tl.store(G + spot, g)
+                    tl.store(G + offset, g)
                 else:
-                    tl.store(G + spot, g, mask=inside)
+                    tl.store(G + offset, g, mask=inside)
         if (S is not None) or (PQ is not None):
-            x = take(X + spot, inside, EVEN).to(ACC)
+            x = load_tile(X + offset, inside, EVEN).to(ACC)
             mu, scale, shift = forward_terms(GAMMA, BETA, MU, VAR, GATE, n, c, row, C, EPS, ACC)
-            through = g.to(ACC)
+            g_ms = g.to(ACC)
             if S is not None:
                 z = gated(x, mu, scale, shift, GAMMA, GATE)
-                dms += keep(through * z, inside, EVEN)
-                total += keep(z, inside, EVEN)
+                dms += zero_outside(g_ms * z, inside, EVEN)
+                total += zero_outside(z, inside, EVEN)
                 better = z > best
                 if not EVEN:
                     better = inside & better
                 best = tl.where(better, z, best)
                 at = tl.where(better, c0, at)
-                through = through * ms[None, :]
+                g_ms = g_ms * ms[None, :]
             if PQ is not None:
                 out_pq = PQ + (n * tiles + pid % tiles) * 2 * C + c
-                tl.store(out_pq, tl.sum(keep(through, inside, EVEN), 1), mask=row)
-                tl.store(out_pq + C, tl.sum(keep(through * (x - mu[:, None]), inside, EVEN), 1), mask=row)
+                tl.store(out_pq, tl.sum(zero_outside(g_ms, inside, EVEN), 1), mask=row)
+                tl.store(
+                    out_pq + C, tl.sum(zero_outside(g_ms * (x - mu[:, None]), inside, EVEN), 1), mask=row
+                )
     if S is not None:
         top = tl.max(best, 0)
         tl.store(Q + 2 * n * L + p, top, mask=column)
@@ -106,8 +118,8 @@ def reduce_gradient(
 
 
 @triton.jit
-def add_up(SUMS, COUNT, BR: tl.constexpr):
-    """The two sums of COUNT pairs in float64, in one order."""
+def sum_pairs(SUMS, COUNT, BR: tl.constexpr):
+    """The two sums of COUNT pairs, in float64 and in a fixed order."""
     first, second = tl.zeros((BR,), tl.float64), tl.zeros((BR,), tl.float64)
     for start in range(0, COUNT, BR):
         r = start + tl.arange(0, BR)
@@ -118,8 +130,8 @@ def add_up(SUMS, COUNT, BR: tl.constexpr):
 
 @triton.jit(do_not_specialize=BATCH)
 def totals(SUMS, OUT, COUNT, BR: tl.constexpr):
-    """The two sums of very many pairs, so that not every program of the next kernel adds them up."""
-    first, second = add_up(SUMS, COUNT, BR)
+    """The two sums of very many pairs, which not every program of the next kernel should compute."""
+    first, second = sum_pairs(SUMS, COUNT, BR)
     tl.store(OUT, first)
     tl.store(OUT + 1, second)
 
@@ -128,7 +140,7 @@ def totals(SUMS, OUT, COUNT, BR: tl.constexpr):
 def logit_gradient(
     DU, S, at, ok, factor, r, mean, slope, mu, S_BATCH: tl.constexpr, ACC: tl.constexpr
 ):  # fmt: skip
-    """ds, the gradient of the convolution's output, at pixels `at`; 0 where not ok."""
+    """ds, the gradient of the convolution's output, at pixels `at`; 0 where `ok` is false."""
     du = tl.load(DU + at, mask=ok, other=0.0)
     if S_BATCH:
         shat = (tl.load(S + at, mask=ok, other=0.0) - mu) * r
@@ -144,8 +156,8 @@ def spatial_gradient(
 ):  # fmt: skip
     """d = [d0; d1 / C] (N, 2, L) by the transposed convolution of ds, and DW (programs, taps), parts of dw.
 
-    A program takes STEPS tiles of BQ pixels of one sample and BT of the 2 KS^2 taps, BP pixels at a time; the
-    first block of taps does the pixels' d too.
+    A program takes STEPS tiles of BQ pixels of one sample and BT of the 2 KS^2 taps, BP pixels at a time. The
+    programs of the first block of taps also compute d of their pixels.
     """
     taps: tl.constexpr = 2 * KS * KS
     blocks: tl.constexpr = (taps + BT - 1) // BT
@@ -154,7 +166,7 @@ def spatial_gradient(
     block, chunk, n = pid % blocks, pid // blocks % chunks, tl.cast(pid // (blocks * chunks), tl.int64)
     begin = chunk * STEPS * BQ
     end = tl.minimum(L, begin + STEPS * BQ)
-    by_one, by_shat = add_up(SUMS, COUNT, BR)
+    by_one, by_shat = sum_pairs(SUMS, COUNT, BR)
     if pid == 0:
         tl.store(DS_BETA, by_one.to(ACC))
         tl.store(DS_GAMMA, by_shat.to(ACC))
@@ -210,39 +222,39 @@ def weigh(
     S: tl.constexpr, ACC: tl.constexpr, NHWC: tl.constexpr, UNIT: tl.constexpr,
     BC: tl.constexpr, BP: tl.constexpr, WIDE: tl.constexpr, EVEN: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
-    """Pass 2: R0 and R1 as R (N, S, 2, C), in S parts of the pixels; the first adds P and Q in TILES."""
+    """Pass 2: R0 and R1 as R (N, S, 2, C), in S parts of the pixels; the first adds the TILES parts of PQ."""
     C, L = extents(C, L, NHWC, UNIT)
     blocks = tl.cdiv(C, BC)
     pid = tl.program_id(0)
     n, part, c0 = tl.cast(N - 1 - pid // (blocks * S), tl.int64), pid // blocks % S, pid % blocks * BC
     lc, lp = tl.arange(0, BC), tl.arange(0, BP)
     c, row = c0 + lc, c0 + lc < C
-    tile = within(lc, lp, C, L, NHWC, WIDE)
+    tile = tile_offsets(lc, lp, C, L, NHWC, WIDE)
     mu = tl.zeros((BC,), ACC)
     if MU is not None:
         mu = tl.load(MU + c, mask=row, other=0.0)
     first, second = tl.zeros((BC, BP), ACC), tl.zeros((BC, BP), ACC)
     begin, end = part * STEPS * BP, tl.minimum(L, (part + 1) * STEPS * BP)
     inside = row[:, None] & (begin + lp < end)[None, :]
-    coming = take(X + origin(n, c0, begin, C, L, NHWC) + tile, inside, EVEN)
+    prefetched = load_tile(X + origin(n, c0, begin, C, L, NHWC) + tile, inside, EVEN)
     for start in range(begin, end, BP):
-        x = coming.to(ACC)
+        x = prefetched.to(ACC)
         column = start + lp < end
         inside = row[:, None] & column[None, :]
         ahead = row[:, None] & (start + BP + lp < end)[None, :]
-        coming = tl.load(X + origin(n, c0, start + BP, C, L, NHWC) + tile, mask=ahead, other=0.0)
+        prefetched = tl.load(X + origin(n, c0, start + BP, C, L, NHWC) + tile, mask=ahead, other=0.0)
         share = weight(D, J, n, c, start + lp, column, L)
-        first += keep(share, inside, EVEN)
-        second += keep(share * (x - mu[:, None]), inside, EVEN)
+        first += zero_outside(share, inside, EVEN)
+        second += zero_outside(share * (x - mu[:, None]), inside, EVEN)
     r0, r1 = tl.sum(first, 1), tl.sum(second, 1)
     if part == 0:
         p_sum, q_sum = tl.zeros((BC, BT), ACC), tl.zeros((BC, BT), ACC)
         for start in range(0, TILES, BT):
             t = start + tl.arange(0, BT)
-            spot = PQ + (n * TILES + t)[None, :] * 2 * C + c[:, None]
-            there = row[:, None] & (t < TILES)[None, :]
-            p_sum += tl.load(spot, mask=there, other=0.0)
-            q_sum += tl.load(spot + C, mask=there, other=0.0)
+            offset = PQ + (n * TILES + t)[None, :] * 2 * C + c[:, None]
+            inside_parts = row[:, None] & (t < TILES)[None, :]
+            p_sum += tl.load(offset, mask=inside_parts, other=0.0)
+            q_sum += tl.load(offset + C, mask=inside_parts, other=0.0)
         r0 += tl.sum(p_sum, 1)
         r1 += tl.sum(q_sum, 1)
     out = R + (n * S + part) * 2 * C + c
@@ -258,7 +270,7 @@ def write(
 ):  # fmt: skip
     """Pass 3: dx = SCALE (g Ms + weight) + LEVEL + (PEAK at k) - SLOPE (x - mu); see `parameter_gradients`.
 
-    The last term, and with it the read of x, is that of batch statistics alone.
+    Only batch statistics have the last term, and with it the read of x.
     """
     C, L = extents(C, L, NHWC, UNIT)
     tiles = tl.cdiv(L, BP)
@@ -266,7 +278,7 @@ def write(
     n, part, p0 = tl.cast(pid // (tiles * CS), tl.int64), pid // tiles % CS, pid % tiles * BP
     lc, lp = tl.arange(0, BC), tl.arange(0, BP)
     p, column = p0 + lp, p0 + lp < L
-    tile = within(lc, lp, C, L, NHWC, WIDE)
+    tile = tile_offsets(lc, lp, C, L, NHWC, WIDE)
     if S is not None:
         s = tl.load(S + n * L + p, mask=column, other=0.0)
         logit = normalised_map(s, S_GAMMA, S_BETA, S_MU, S_VAR, S_EPS, ACC)[1]
@@ -274,10 +286,10 @@ def write(
     for c0 in range(part * STEPS * BC, tl.minimum(C, (part + 1) * STEPS * BC), BC):
         c, row = c0 + lc, c0 + lc < C
         inside = row[:, None] & column[None, :]
-        spot = origin(n, c0, p0, C, L, NHWC) + tile
-        d = take(GRAD + spot, inside, EVEN).to(ACC)
+        offset = origin(n, c0, p0, C, L, NHWC) + tile
+        d = load_tile(GRAD + offset, inside, EVEN).to(ACC)
         if SLOPE is not None:
-            x = take(X + spot, inside, EVEN).to(ACC)
+            x = load_tile(X + offset, inside, EVEN).to(ACC)
         if S is not None:
             d = d * ms[None, :] + weight(D, J, n, c, p, column, L)
         if SCALE is not None:
@@ -293,6 +305,6 @@ def write(
             slope = tl.load(SLOPE + c, mask=row, other=0.0)
             d -= slope[:, None] * (x - mu[:, None])
         if EVEN:
-            tl.store(DX + spot, d.to(DX.dtype.element_ty))
+            tl.store(DX + offset, d.to(DX.dtype.element_ty))
         else:
-            tl.store(DX + spot, d.to(DX.dtype.element_ty), mask=inside)
+            tl.store(DX + offset, d.to(DX.dtype.element_ty), mask=inside)

@@ -7,11 +7,11 @@
     convolve        q -> s, s_mu, s_v           the spatial convolution and its statistics over the batch
     refine    C     x, shortcut -> out = relu(z Ms + shortcut)
 
-Names and layouts are those of triton_tiles.py. Passes walk the samples in alternate order: what one has read
-last, the next finds in L2.
+Names and layouts are those of triton_tiles.py. Passes go through the samples in alternating order, so that a
+pass finds in L2 what the previous one read last.
 """
 
-# Tensors, pointers and constants of the kernel language are no Python types.
+# Triton's tensors, pointers and constants are not Python types.
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
 # pyright: reportOperatorIssue=false, reportIndexIssue=false, reportCallIssue=false, reportReturnType=false
 
@@ -24,13 +24,13 @@ from cbam.ops.triton_tiles import (
     extents,
     gated,
     inverse_std,
-    keep,
+    load_tile,
     normalised_map,
     origin,
     relu,
     sigmoid,
-    take,
-    within,
+    tile_offsets,
+    zero_outside,
 )  # fmt: skip
 
 
@@ -40,14 +40,14 @@ def terms(MU, SCALE, SHIFT, n, c, inside, C, GATED: tl.constexpr, ACC: tl.conste
     mu = tl.zeros(c.shape, ACC)
     scale = tl.full(c.shape, 1.0, ACC)
     shift = tl.zeros(c.shape, ACC)
-    spot = c
+    offset = c
     if GATED:
-        spot = tl.cast(n, tl.int64) * C + c
+        offset = tl.cast(n, tl.int64) * C + c
     if MU is not None:
         mu = tl.load(MU + c, mask=inside, other=0.0).to(ACC)
-        shift = tl.load(SHIFT + spot, mask=inside, other=0.0).to(ACC)
+        shift = tl.load(SHIFT + offset, mask=inside, other=0.0).to(ACC)
     if SCALE is not None:
-        scale = tl.load(SCALE + spot, mask=inside, other=0.0)
+        scale = tl.load(SCALE + offset, mask=inside, other=0.0)
     return mu, scale, shift
 
 
@@ -59,9 +59,9 @@ def pool(
 ):  # fmt: skip
     """Pass A: (N, S, C) mean, centred second moment, extremum and its first pixel, of S parts of each plane.
 
-    The extremum of x is the maximum of y: its minimum where gamma is negative, and the first pixel where it
-    is zero. It may drop NaN: the mean takes every one of them to the gate. NANS: there is no mean, so it is
-    made NaN itself. A part is STEPS tiles long.
+    The extremum of x is where y is largest: the maximum, the minimum if gamma is negative, the first pixel if
+    gamma is zero. It may ignore NaN, since the mean carries NaN to the gate. NANS: the gate does not use the
+    mean, so the extremum itself becomes NaN. A part is STEPS tiles long.
     """
     C, L = extents(C, L, NHWC, UNIT)
     blocks = tl.cdiv(C, BC)
@@ -71,15 +71,18 @@ def pool(
     end = tl.minimum(L, begin + STEPS * BP)
     lc, lp = tl.arange(0, BC), tl.arange(0, BP)
     c, row = c0 + lc, c0 + lc < C
-    tile = within(lc, lp, C, L, NHWC, WIDE)
+    tile = tile_offsets(lc, lp, C, L, NHWC, WIDE)
     if TOP is not None and GAMMA is not None:
         gamma = tl.load(GAMMA + c, mask=row, other=0.0).to(ACC)
         sign = tl.where(gamma > 0, 1.0, tl.where(gamma < 0, -1.0, gamma)).to(ACC)
     mean = tl.zeros((BC, BP), ACC)
     if M2 is not None:
-        # The pixel that differences are taken to: near the mean, however far that is from zero.
-        pivot = tl.load(X + origin(n, c0, begin, C, L, NHWC) + within(lc, tl.arange(0, 1), C, L, NHWC, WIDE),
-                        mask=row[:, None], other=0.0).to(ACC)  # fmt: skip
+        # Differences are taken from this pixel, which is near the mean even if that is far from zero.
+        pivot = tl.load(
+            X + origin(n, c0, begin, C, L, NHWC) + tile_offsets(lc, tl.arange(0, 1), C, L, NHWC, WIDE),
+            mask=row[:, None],
+            other=0.0,
+        ).to(ACC)
         pivot = tl.where(tl.abs(pivot) < float("inf"), pivot, 0.0)
         moment = tl.zeros((BC, BP), ACC)
         seen = tl.zeros((1, 1), ACC)
@@ -89,20 +92,20 @@ def pool(
         if NANS:
             bad = tl.zeros((BC, BP), tl.int32)
     inside = row[:, None] & (begin + lp < end)[None, :]
-    coming = take(X + origin(n, c0, begin, C, L, NHWC) + tile, inside, EVEN)
+    prefetched = load_tile(X + origin(n, c0, begin, C, L, NHWC) + tile, inside, EVEN)
     for start in range(begin, end, BP):
-        x = coming.to(ACC)
+        x = prefetched.to(ACC)
         inside = row[:, None] & (start + lp < end)[None, :]
         ahead = row[:, None] & (start + BP + lp < end)[None, :]
-        coming = tl.load(X + origin(n, c0, start + BP, C, L, NHWC) + tile, mask=ahead, other=0.0)
+        prefetched = tl.load(X + origin(n, c0, start + BP, C, L, NHWC) + tile, mask=ahead, other=0.0)
         if M2 is None:
             mean += x
         else:
             seen += 1.0
             shifted = x - pivot
-            step = keep(shifted - mean, inside, EVEN)
+            step = zero_outside(shifted - mean, inside, EVEN)
             mean = tl.fma(step, tl.zeros((BC, BP), ACC) + 1.0 / seen, mean)
-            moment = tl.fma(step, keep(shifted - mean, inside, EVEN), moment)
+            moment = tl.fma(step, zero_outside(shifted - mean, inside, EVEN), moment)
         if TOP is not None:
             if GAMMA is not None:
                 x = x * sign[:, None]
@@ -112,26 +115,26 @@ def pool(
             best = tl.where(better, x, best)
             tiles = tl.where(better, start, tiles)
             if NANS:
-                bad |= keep(x != x, inside, EVEN).to(tl.int32)
+                bad |= zero_outside(x != x, inside, EVEN).to(tl.int32)
     out = (tl.cast(n, tl.int64) * S + part) * C + c
     count = end - begin
     if M2 is None:
         tl.store(MEAN + out, divide(tl.sum(mean, 1), count), mask=row)
     else:
-        # Every lane has a mean of its own; merged about the mean of all, in two steps.
+        # Each lane has its own mean; they are merged about the mean of all, in two steps.
         counts = ((count - lp + BP - 1) // BP).to(ACC)[None, :]
         middle = divide(tl.sum(counts * mean, 1), count)
-        apart = mean - middle[:, None]
-        tl.store(M2 + out, tl.sum(tl.fma(counts * apart, apart, moment), 1), mask=row)
+        deviation = mean - middle[:, None]
+        tl.store(M2 + out, tl.sum(tl.fma(counts * deviation, deviation, moment), 1), mask=row)
         tl.store(MEAN + out, tl.sum(pivot, 1) + middle, mask=row)
     if TOP is not None:
         top = tl.max(best, 1)
         first = tl.min(tl.where(best == top[:, None], tiles + lp[None, :], 2147483647), 1)
         if NHWC:
-            spot = first.to(tl.int64) * C + lc
+            offset = first.to(tl.int64) * C + lc
         else:
-            spot = lc.to(tl.int64) * L + first
-        value = tl.load(X + origin(n, c0, 0, C, L, NHWC) + spot, mask=row, other=0.0).to(ACC)
+            offset = lc.to(tl.int64) * L + first
+        value = tl.load(X + origin(n, c0, 0, C, L, NHWC) + offset, mask=row, other=0.0).to(ACC)
         if NANS:
             value = tl.where(tl.max(bad, 1) > 0, float("nan"), value)
         tl.store(TOP + out, value.to(TOP.dtype.element_ty), mask=row)
@@ -146,7 +149,7 @@ def statistics(
 ):  # fmt: skip
     """mu and the biased v (C,) over the batch, merged in float64 about the first plane's mean.
 
-    And, where it is there, SCALE (C,) = a = gamma / sqrt(v + EPS).
+    If there is a SCALE (C,), it receives a = gamma / sqrt(v + EPS).
     """
     c = tl.program_id(0) * BC + tl.arange(0, BC)
     column = c < C
@@ -157,13 +160,13 @@ def statistics(
     for start in range(0, N * S, BR):
         r = start + tl.arange(0, BR)
         inside = (r < N * S)[:, None] & column[None, :]
-        spot = r.to(tl.int64)[:, None] * C + c[None, :]
+        offset = r.to(tl.int64)[:, None] * C + c[None, :]
         count = tl.minimum(STEPS * BP, L - r % S * STEPS * BP).to(tl.float64)[:, None]
-        apart = tl.load(MEAN + spot, mask=inside, other=0.0).to(tl.float64) - first[None, :]
-        apart = tl.where(inside, apart, 0.0)
-        within_planes += tl.load(M2 + spot, mask=inside, other=0.0).to(tl.float64)
-        weighted += count * apart
-        squared += count * apart * apart
+        deviation = tl.load(MEAN + offset, mask=inside, other=0.0).to(tl.float64) - first[None, :]
+        deviation = tl.where(inside, deviation, 0.0)
+        within_planes += tl.load(M2 + offset, mask=inside, other=0.0).to(tl.float64)
+        weighted += count * deviation
+        squared += count * deviation * deviation
     M = tl.cast(N, tl.float64) * L
     shift = tl.sum(weighted, 0) / M
     between = tl.sum(squared, 0) / M - shift * shift
@@ -177,8 +180,8 @@ def statistics(
 
 
 @triton.jit
-def moved(MEAN, VAR, MU, V, c, inside, COUNT, HIGH, LOW):
-    """Running statistics, moved to the batch's by a momentum of HIGH + LOW, in float64; V is biased."""
+def update_running(MEAN, VAR, MU, V, c, inside, COUNT, HIGH, LOW):
+    """Update running statistics by the batch's with momentum HIGH + LOW, in float64; V is biased."""
     momentum = tl.cast(HIGH, tl.float64) + tl.cast(LOW, tl.float64)
     count = tl.cast(COUNT, tl.float64)
     mean = tl.load(MEAN + c, mask=inside, other=0.0).to(tl.float64)
@@ -187,7 +190,7 @@ def moved(MEAN, VAR, MU, V, c, inside, COUNT, HIGH, LOW):
     unbiased = tl.load(V + c, mask=inside, other=0.0).to(tl.float64) * (count / (count - 1.0))
     var += momentum * (unbiased - var)
     if MEAN.dtype.element_ty != tl.float64:
-        mean, var = mean.to(tl.float32), var.to(tl.float32)  # not every type is reached from float64
+        mean, var = mean.to(tl.float32), var.to(tl.float32)  # float64 does not convert to every type
     tl.store(MEAN + c, mean.to(MEAN.dtype.element_ty), mask=inside)
     tl.store(VAR + c, var.to(VAR.dtype.element_ty), mask=inside)
 
@@ -196,16 +199,16 @@ def moved(MEAN, VAR, MU, V, c, inside, COUNT, HIGH, LOW):
 def track(
     MEAN, VAR, MU, V, S_MEAN, S_VAR, S_MU, S_V, C, COUNT, HIGH, LOW, S_HIGH, S_LOW, BC: tl.constexpr
 ):  # fmt: skip
-    """The running statistics of a norm (C,), and of the convolution's (1,) where it is there."""
+    """Update the running statistics of a norm (C,), and of the convolution's (1,) if it is given."""
     c = tl.program_id(0) * BC + tl.arange(0, BC)
-    moved(MEAN, VAR, MU, V, c, c < C, COUNT, HIGH, LOW)
+    update_running(MEAN, VAR, MU, V, c, c < C, COUNT, HIGH, LOW)
     if S_MEAN is not None:
-        moved(S_MEAN, S_VAR, S_MU, S_V, c, c < 1, COUNT, S_HIGH, S_LOW)
+        update_running(S_MEAN, S_VAR, S_MU, S_V, c, c < 1, COUNT, S_HIGH, S_LOW)
 
 
 @triton.jit
 def affine(GAMMA, VAR, SCALE, C, EPS: tl.constexpr, ACC: tl.constexpr, BC: tl.constexpr):
-    """SCALE (C,) = gamma / sqrt(var + EPS) of running statistics, where no gate computes it."""
+    """SCALE (C,) = gamma / sqrt(var + EPS) of running statistics, if no gate computes it."""
     c = tl.program_id(0) * BC + tl.arange(0, BC)
     r = inverse_std(tl.load(VAR + c, mask=c < C, other=0.0).to(ACC), EPS)
     tl.store(SCALE + c, tl.load(GAMMA + c, mask=c < C, other=0.0).to(ACC) * r, mask=c < C)
@@ -219,26 +222,26 @@ def squeeze(
 ):  # fmt: skip
     """Pass B: q (N, CS, 2, L), the maximum of z and its sum / C over each of CS parts of the channels.
 
-    The maximum may drop NaN: the sum does not, and the convolution sees both at the same pixels.
+    The maximum may ignore NaN: the sum does not, and the convolution reads both at the same pixels.
     """
     C, L = extents(C, L, NHWC, UNIT)
     tiles = tl.cdiv(L, BP)
     pid = tl.program_id(0)
-    if TICKET is not None:  # of `convolve`, the next kernel
+    if TICKET is not None:  # reset for `convolve`, the next kernel
         tl.store(TICKET, 0, mask=pid == 0)
     n, part, p0 = N - 1 - pid // (tiles * CS), pid // tiles % CS, pid % tiles * BP
     lc, lp = tl.arange(0, BC), tl.arange(0, BP)
     column = p0 + lp < L
-    tile = within(lc, lp, C, L, NHWC, WIDE)
+    tile = tile_offsets(lc, lp, C, L, NHWC, WIDE)
     best = tl.full((BC, BP), float("-inf"), ACC)
     total = tl.zeros((BC, BP), ACC)
     for c0 in range(part * STEPS * BC, tl.minimum(C, (part + 1) * STEPS * BC), BC):
         c, row = c0 + lc, c0 + lc < C
         inside = row[:, None] & column[None, :]
-        x = take(X + origin(n, c0, p0, C, L, NHWC) + tile, inside, EVEN).to(ACC)
+        x = load_tile(X + origin(n, c0, p0, C, L, NHWC) + tile, inside, EVEN).to(ACC)
         mu, scale, shift = terms(MU, SCALE, SHIFT, n, c, row, C, GATED, ACC)
         z = gated(x, mu, scale, shift, MU, SCALE)
-        total += keep(z, inside, EVEN)
+        total += zero_outside(z, inside, EVEN)
         better = z > best
         if not EVEN:
             better = inside & better
@@ -250,7 +253,7 @@ def squeeze(
 
 @triton.jit
 def pooled(Q, n, at, ok, L, CS: tl.constexpr):
-    """q0 and q1 of sample n at pixels `at`, from the CS parts of the channels in order; 0 where not ok."""
+    """q0 and q1 of sample n at pixels `at`, from the CS parts of the channels in order; 0 if not `ok`."""
     base = Q + tl.cast(n, tl.int64) * (CS * 2) * L + at
     q0 = tl.load(base, mask=ok, other=0.0)
     q1 = tl.load(base + L, mask=ok, other=0.0)
@@ -263,7 +266,7 @@ def pooled(Q, n, at, ok, L, CS: tl.constexpr):
 
 @triton.jit
 def convolved(Q, KERNEL, n, p, L, W, KS: tl.constexpr, CS: tl.constexpr, ACC: tl.constexpr):
-    """s at pixels p of sample n: the convolution of q, zero padding, in one order of the taps everywhere."""
+    """s at pixels p of sample n: the convolution of q with zero padding, in a fixed order of the taps."""
     y, x = p // W, p % W
     s = tl.zeros(p.shape, ACC)
     for row in range(KS):
@@ -283,10 +286,10 @@ def convolve(
     Q, KERNEL, SUMS, TICKET, S, S_MU, S_VAR, N, L, W,
     KS: tl.constexpr, CS: tl.constexpr, ACC: tl.constexpr, BP: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """s (N, L), and, where SUMS is there, its mean and biased variance over the batch in float64.
+    """s (N, L) and, if SUMS is given, its mean and biased variance over the batch in float64.
 
-    Each program leaves the sum and the centred second moment of its pixels in SUMS (programs, 2); the one
-    that draws the last ticket merges them in the order of the pixels, whichever it is.
+    Each program writes the sum and the centred second moment of its pixels to SUMS (programs, 2). Whichever
+    program draws the last ticket merges them in the order of the pixels.
     """
     pid = tl.program_id(0)
     tiles = tl.cdiv(L, BP)
@@ -297,9 +300,9 @@ def convolve(
         wide = tl.where(p < L, s.to(tl.float64), 0.0)
         total = tl.sum(wide, 0)
         count = tl.minimum(BP, L - pid % tiles * BP).to(tl.float64)
-        apart = tl.where(p < L, wide - total / count, 0.0)
+        deviation = tl.where(p < L, wide - total / count, 0.0)
         tl.store(SUMS + 2 * pid, total)
-        tl.store(SUMS + 2 * pid + 1, tl.sum(apart * apart, 0))
+        tl.store(SUMS + 2 * pid + 1, tl.sum(deviation * deviation, 0))
         tl.debug_barrier()
         if tl.atomic_add(TICKET, 1, sem="acq_rel", scope="gpu") == N * tiles - 1:
             M = tl.cast(N, tl.float64) * L
@@ -313,9 +316,9 @@ def convolve(
                 r = start + tl.arange(0, BR)
                 inside = r < N * tiles
                 counts = tl.minimum(BP, L - r % tiles * BP).to(tl.float64)
-                gap = tl.load(SUMS + 2 * r, mask=inside, other=0.0, cache_modifier=".cg") / counts - mean
+                delta = tl.load(SUMS + 2 * r, mask=inside, other=0.0, cache_modifier=".cg") / counts - mean
                 within_part = tl.load(SUMS + 2 * r + 1, mask=inside, other=0.0, cache_modifier=".cg")
-                squares += tl.where(inside, within_part + counts * gap * gap, 0.0)
+                squares += tl.where(inside, within_part + counts * delta * delta, 0.0)
             tl.store(S_MU, mean)
             tl.store(S_VAR, tl.sum(squares, 0) / M)
 
@@ -328,9 +331,9 @@ def refine(
     KS: tl.constexpr, QS: tl.constexpr, CS: tl.constexpr, ACC: tl.constexpr, NHWC: tl.constexpr,
     UNIT: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr, WIDE: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """Pass C: out. Where Q is there, the convolution is done here, and s written if S is there too.
+    """Pass C: out. If Q is given, the convolution is done here, and s is written if S is given too.
 
-    ADD_GAMMA and the next three (C,), where they are there, are a norm that the shortcut still has to pass.
+    ADD_GAMMA and the next three (C,), if given, are a norm to apply to the shortcut first.
     """
     C, L = extents(C, L, NHWC, UNIT)
     tiles = tl.cdiv(L, BP)
@@ -338,11 +341,11 @@ def refine(
     n, part, p0 = pid // (tiles * CS), pid // tiles % CS, pid % tiles * BP
     lc, lp = tl.arange(0, BC), tl.arange(0, BP)
     p, column = p0 + lp, p0 + lp < L
-    tile = within(lc, lp, C, L, NHWC, WIDE)
+    tile = tile_offsets(lc, lp, C, L, NHWC, WIDE)
     if S_MU is not None:
         if Q is not None:
             s = convolved(Q, KERNEL, n, p, L, W, KS, QS, ACC)
-            if S is not None:  # noqa: SIM102  (one is known to the compiler, the other is not)
+            if S is not None:  # noqa: SIM102  (one is known at compile time, the other is not)
                 if part == 0:
                     tl.store(S + tl.cast(n, tl.int64) * L + p, s, mask=column)
         else:
@@ -352,10 +355,10 @@ def refine(
     for c0 in range(part * STEPS * BC, tl.minimum(C, (part + 1) * STEPS * BC), BC):
         c, row = c0 + lc, c0 + lc < C
         inside = row[:, None] & column[None, :]
-        spot = origin(n, c0, p0, C, L, NHWC) + tile
-        x = take(X + spot, inside, EVEN)
+        offset = origin(n, c0, p0, C, L, NHWC) + tile
+        x = load_tile(X + offset, inside, EVEN)
         if SHORTCUT is not None:
-            shortcut = take(SHORTCUT + spot, inside, EVEN)
+            shortcut = load_tile(SHORTCUT + offset, inside, EVEN)
         mu, scale, shift = terms(MU, SCALE, SHIFT, n, c, row, C, GATED, ACC)
         v = gated(x.to(ACC), mu, scale, shift, MU, SCALE)
         if S_MU is not None:
@@ -372,6 +375,6 @@ def refine(
         if RELU:
             v = relu(v)
         if EVEN:
-            tl.store(OUT + spot, v.to(OUT.dtype.element_ty))
+            tl.store(OUT + offset, v.to(OUT.dtype.element_ty))
         else:
-            tl.store(OUT + spot, v.to(OUT.dtype.element_ty), mask=inside)
+            tl.store(OUT + offset, v.to(OUT.dtype.element_ty), mask=inside)

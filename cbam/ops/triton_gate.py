@@ -1,14 +1,15 @@
-"""Triton kernels of the channel gate, forward and backward: everything here is of the size (N, C).
+"""Triton kernels of the channel gate, forward and backward, on tensors of the size (N, C).
 
     hidden, gate           m, e -> Mc = GAIN sigmoid(W2 (h(avg) + h(mx)) + POOLS b2)
     hidden_gradient        R0, R1 -> dl, da, dm             by samples
     parameter_gradients    -> dW1 ... dgamma, davg, dmx     by channels
 
-h(t) = relu(W1 t + b1), H hidden units, POOLS of them; avg and mx are BatchNorm's of m and e.
-A block is BN samples, BH hidden units, BC channels; no `tl.dot` sums the products, so all is in full width.
+h(t) = relu(W1 t + b1) has H hidden units; avg and mx are m and e after BatchNorm; POOLS of the two are in
+use. A block is BN samples, BH hidden units, BC channels; sums of products avoid `tl.dot` to keep full
+precision.
 """
 
-# Tensors, pointers and constants of the kernel language are no Python types.
+# Triton's tensors, pointers and constants are not Python types.
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
 # pyright: reportOperatorIssue=false, reportIndexIssue=false, reportCallIssue=false, reportReturnType=false
 
@@ -20,7 +21,7 @@ from cbam.ops.triton_tiles import BATCH, inverse_std, relu, sigmoid
 
 @triton.jit
 def norm_terms(GAMMA, BETA, MU, VAR, c, inside, EPS: tl.constexpr, ACC: tl.constexpr):
-    """mu, r, a and beta [BC] of y = a (x - mu) + beta, a = gamma r; 0, 1, 1 and 0 where there is no norm."""
+    """mu, r, a and beta [BC] of y = a (x - mu) + beta, a = gamma r; 0, 1, 1 and 0 without a norm."""
     mu, beta = tl.zeros(c.shape, ACC), tl.zeros(c.shape, ACC)
     r = tl.full(c.shape, 1.0, ACC)
     a = r
@@ -45,13 +46,13 @@ def merged(
     MEAN, TOP, AT, GAMMA, n, c, inside, C, L, STEPS,
     S: tl.constexpr, ACC: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
-    """m, e and k [BN, BC] of whole planes, from their S parts in order; e and k 0 where there is no TOP."""
-    spot = (n.to(tl.int64) * S)[:, None] * C + c[None, :]
-    mean = tl.load(MEAN + spot, mask=inside, other=0.0)
+    """m, e and k [BN, BC] of whole planes, from their S parts in order; e and k are 0 without TOP."""
+    offset = (n.to(tl.int64) * S)[:, None] * C + c[None, :]
+    mean = tl.load(MEAN + offset, mask=inside, other=0.0)
     top, at = tl.zeros(mean.shape, ACC), tl.zeros(mean.shape, tl.int32)
     if TOP is not None:
-        top = tl.load(TOP + spot, mask=inside, other=0.0).to(ACC)
-        at = tl.load(AT + spot, mask=inside, other=0)
+        top = tl.load(TOP + offset, mask=inside, other=0.0).to(ACC)
+        at = tl.load(AT + offset, mask=inside, other=0)
     if S > 1:
         sign = tl.full(c.shape, 1.0, ACC)
         if GAMMA is not None:
@@ -60,12 +61,12 @@ def merged(
         mean = mean * (STEPS * BP)
         for part in range(1, S):
             count = tl.minimum(STEPS * BP, L - part * STEPS * BP)
-            mean += tl.load(MEAN + spot + part * C, mask=inside, other=0.0) * count
+            mean += tl.load(MEAN + offset + part * C, mask=inside, other=0.0) * count
             if TOP is not None:
-                other = tl.load(TOP + spot + part * C, mask=inside, other=0.0).to(ACC)
+                other = tl.load(TOP + offset + part * C, mask=inside, other=0.0).to(ACC)
                 wins = (other * sign[None, :] > top * sign[None, :]) | (other != other)
                 top = tl.where(wins, other, top)
-                at = tl.where(wins, tl.load(AT + spot + part * C, mask=inside, other=0), at)
+                at = tl.where(wins, tl.load(AT + offset + part * C, mask=inside, other=0), at)
         mean = mean / L
     return mean, top, at
 
@@ -76,7 +77,7 @@ def hidden_units(
     EPS: tl.constexpr, S: tl.constexpr, AVG: tl.constexpr, ACC: tl.constexpr,
     BC: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
-    """W1 avg + b1 and W1 mx + b1 [BN, BH] before the ReLU; keeps the merged m, e, k where M is there."""
+    """W1 avg + b1 and W1 mx + b1 [BN, BH] before the ReLU; stores the merged m, e, k if M is given."""
     rows, units = n < N, h < H
     bias = tl.load(B1 + h, mask=units, other=0.0).to(ACC)[None, :]
     of_avg = tl.zeros((n.shape[0], h.shape[0]), ACC) + bias
@@ -86,11 +87,11 @@ def hidden_units(
         inside = rows[:, None] & (c < C)[None, :]
         m, e, k = merged(MEAN, TOP, AT, GAMMA, n, c, inside, C, L, STEPS, S, ACC, BP)
         if M is not None:
-            spot = n.to(tl.int64)[:, None] * C + c[None, :]
-            tl.store(M + spot, m, mask=inside)
+            offset = n.to(tl.int64)[:, None] * C + c[None, :]
+            tl.store(M + offset, m, mask=inside)
             if E is not None:
-                tl.store(E + spot, e.to(E.dtype.element_ty), mask=inside)
-                tl.store(K + spot, k, mask=inside)
+                tl.store(E + offset, e.to(E.dtype.element_ty), mask=inside)
+                tl.store(K + offset, k, mask=inside)
         mu, _r, a, beta = norm_terms(GAMMA, BETA, MU, VAR, c, c < C, EPS, ACC)
         w1 = tl.load(W1 + h[:, None] * C + c[None, :], mask=units[:, None] & (c < C)[None, :], other=0.0)
         w1 = w1.to(ACC)[None, :, :]
@@ -105,7 +106,7 @@ def hidden_units(
 
 @triton.jit
 def activation(of_avg, of_top, AVG: tl.constexpr, MAX: tl.constexpr):
-    """h(avg) + h(mx), of the pools that are there."""
+    """h(avg) + h(mx), of the pools in use."""
     if not MAX:
         return relu(of_avg)
     if not AVG:
@@ -119,7 +120,7 @@ def hidden(
     EPS: tl.constexpr, S: tl.constexpr, AVG: tl.constexpr, ACC: tl.constexpr,
     BN: tl.constexpr, BH: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
-    """h(avg) + h(mx) (N, H) of wide gates, whose weights are too many for one program."""
+    """h(avg) + h(mx) (N, H) of wide gates, which have too many weights for one program."""
     blocks = tl.cdiv(H, BH)
     n = tl.program_id(0) // blocks * BN + tl.arange(0, BN)
     h = tl.program_id(0) % blocks * BH + tl.arange(0, BH)
@@ -138,9 +139,9 @@ def gate(
     EPS: tl.constexpr, GAIN: tl.constexpr, POOLS: tl.constexpr, S: tl.constexpr, AVG: tl.constexpr,
     ACC: tl.constexpr, BN: tl.constexpr, BH: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
-    """Mc (N, C): a program takes BN samples, or BC of their channels where ACT is there.
+    """Mc (N, C): a program takes BN samples, or BC of their channels if ACT is given.
 
-    And SCALE = Mc a, SHIFT = Mc beta (N, C), where there is a norm: z = SCALE (x - mu) + SHIFT.
+    With a norm also SCALE = Mc a and SHIFT = Mc beta (N, C): z = SCALE (x - mu) + SHIFT.
     """
     if ACT is None:
         first, last = 0, C
@@ -168,25 +169,25 @@ def gate(
                 W2 + c[:, None] * H + h[None, :], mask=(c < C)[:, None] & (h < H)[None, :], other=0.0
             )
             logits += tl.sum(w2.to(ACC)[None, :, :] * act[:, None, :], 2)
-        spot = n.to(tl.int64)[:, None] * C + c[None, :]
+        offset = n.to(tl.int64)[:, None] * C + c[None, :]
         inside = (n < N)[:, None] & (c < C)[None, :]
         mc = sigmoid(logits, GAIN)
-        tl.store(GATE + spot, mc, mask=inside)
+        tl.store(GATE + offset, mc, mask=inside)
         if GAMMA is not None:
             _mu, _r, a, beta = norm_terms(GAMMA, BETA, MU, VAR, c, c < C, EPS, ACC)
-            tl.store(SCALE + spot, mc * a[None, :], mask=inside)
-            tl.store(SHIFT + spot, mc * beta[None, :], mask=inside)
+            tl.store(SCALE + offset, mc * a[None, :], mask=inside)
+            tl.store(SHIFT + offset, mc * beta[None, :], mask=inside)
 
 
 @triton.jit
 def reductions(R, n, c, inside, C, RS):
     """R0 and R1 [BN, BC] from their RS parts in order."""
-    spot = (n.to(tl.int64) * RS)[:, None] * 2 * C + c[None, :]
-    r0 = tl.load(R + spot, mask=inside, other=0.0)
-    r1 = tl.load(R + spot + C, mask=inside, other=0.0)
+    offset = (n.to(tl.int64) * RS)[:, None] * 2 * C + c[None, :]
+    r0 = tl.load(R + offset, mask=inside, other=0.0)
+    r1 = tl.load(R + offset + C, mask=inside, other=0.0)
     for part in range(1, RS):
-        r0 += tl.load(R + spot + 2 * part * C, mask=inside, other=0.0)
-        r1 += tl.load(R + spot + (2 * part + 1) * C, mask=inside, other=0.0)
+        r0 += tl.load(R + offset + 2 * part * C, mask=inside, other=0.0)
+        r1 += tl.load(R + offset + (2 * part + 1) * C, mask=inside, other=0.0)
     return r0, r1
 
 
@@ -207,23 +208,23 @@ def hidden_gradient(
     for c0 in range(0, C, BC):
         c = c0 + tl.arange(0, BC)
         inside = rows[:, None] & (c < C)[None, :]
-        spot = n.to(tl.int64)[:, None] * C + c[None, :]
+        offset = n.to(tl.int64)[:, None] * C + c[None, :]
         mu, _r, a, beta = norm_terms(GAMMA, BETA, MU, VAR, c, c < C, EPS, ACC)
         r0, r1 = reductions(R, n, c, inside, C, RS)
-        mc = tl.load(GATE + spot, mask=inside, other=0.0)
+        mc = tl.load(GATE + offset, mask=inside, other=0.0)
         dl = tl.where(inside, (a[None, :] * r1 + beta[None, :] * r0) * (mc * (1.0 - mc / GAIN)), 0.0)
         if tl.program_id(0) % blocks == 0:
-            tl.store(DL + spot, dl, mask=inside)
+            tl.store(DL + offset, dl, mask=inside)
         square = units[:, None] & (c < C)[None, :]
         w2 = tl.load(W2 + c[None, :] * H + h[:, None], mask=square, other=0.0).to(ACC)
         dh += tl.sum(w2[None, :, :] * dl[:, None, :], 2)
         w1 = tl.load(W1 + h[:, None] * C + c[None, :], mask=square, other=0.0).to(ACC)
         if AVG:
-            m = tl.load(M + spot, mask=inside, other=0.0)
+            m = tl.load(M + offset, mask=inside, other=0.0)
             avg = tl.where(inside, normalised(m, mu, a, beta, GAMMA), 0.0)
             of_avg += tl.sum(w1[None, :, :] * avg[:, None, :], 2)
         if MAX:
-            e = tl.load(E + spot, mask=inside, other=0.0).to(ACC)
+            e = tl.load(E + offset, mask=inside, other=0.0).to(ACC)
             top = tl.where(inside, normalised(e, mu, a, beta, GAMMA), 0.0)
             of_top += tl.sum(w1[None, :, :] * top[:, None, :], 2)
     out = n[:, None] * H + h[None, :]
@@ -241,7 +242,7 @@ def through_hidden(
 ):
     """dh W1 [BN, BC]: the gradient of a pooled value.
 
-    The sum is over the last axis: over the middle one Triton 3.6 makes a product of matrices of it, in TF32.
+    The sum is over the last axis: over the middle one Triton 3.6 turns it into a matrix product, in TF32.
     """
     total = tl.zeros((BN, BC), ACC)
     for h0 in range(0, H, BH):
@@ -254,7 +255,7 @@ def through_hidden(
 
 @triton.jit
 def kernel_gradient(DW, DKERNEL, t, TAPS, COUNT, BR: tl.constexpr, BT: tl.constexpr):
-    """dw of BT taps from its COUNT parts, added up in float64 in one order."""
+    """dw of BT taps from its COUNT parts, summed in float64 in a fixed order."""
     total = tl.zeros((BR, BT), tl.float64)
     for start in range(0, COUNT, BR):
         r = start + tl.arange(0, BR)
@@ -264,13 +265,13 @@ def kernel_gradient(DW, DKERNEL, t, TAPS, COUNT, BR: tl.constexpr, BT: tl.conste
 
 
 @triton.jit
-def lower(LEVEL, by, c, row, samples, N, C, BN: tl.constexpr):
-    """Take `by` [BC] off LEVEL of every sample."""
+def subtract_from_level(LEVEL, by, c, row, samples, N, C, BN: tl.constexpr):
+    """Subtract `by` [BC] from LEVEL of every sample."""
     for start in range(0, samples, BN):
         n = start + tl.arange(0, BN)
         inside = (n < N)[:, None] & row[None, :]
-        spot = n.to(tl.int64)[:, None] * C + c[None, :]
-        tl.store(LEVEL + spot, tl.load(LEVEL + spot, mask=inside, other=0.0) - by[None, :], mask=inside)
+        offset = n.to(tl.int64)[:, None] * C + c[None, :]
+        tl.store(LEVEL + offset, tl.load(LEVEL + offset, mask=inside, other=0.0) - by[None, :], mask=inside)
 
 
 @triton.jit(do_not_specialize=BATCH)
@@ -281,12 +282,12 @@ def parameter_gradients(
     ACC: tl.constexpr,
     BN: tl.constexpr, BH: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
-    """Every parameter's gradient but the spatial norm's, by BC channels and BH units; and what pass 3 needs.
+    """All parameters' gradients except the spatial norm's, by BC channels and BH units; and pass 3's terms.
 
     dx = SCALE (g Ms + weight) + LEVEL + (PEAK at k) - SLOPE (x - mu): SCALE = a Mc, PEAK = a dmx,
-    LEVEL = a (davg / L - dbeta / M), (N, C); SLOPE = a r dgamma / M, (C,); the last two with M are those of
-    BATCH statistics. The first block of units does all that has no unit. Some more programs, the first, add
-    up the spatial kernel's gradient.
+    LEVEL = a (davg / L - dbeta / M), (N, C); SLOPE = a r dgamma / M, (C,); only BATCH statistics have the two
+    terms with M. The first block of units computes all that has no unit. The first programs, which have no
+    block, sum the spatial kernel's gradient.
     """
     pid = tl.program_id(0)
     if DW is not None:
@@ -309,22 +310,22 @@ def parameter_gradients(
     for start in range(0, samples, BN):
         n = start + tl.arange(0, BN)
         inside = (n < N)[:, None] & row[None, :]
-        spot = n.to(tl.int64)[:, None] * C + c[None, :]
+        offset = n.to(tl.int64)[:, None] * C + c[None, :]
         if W1 is not None:
             wide = (n < N)[:, None] & (h < H)[None, :]
             of_units = n[:, None] * H + h[None, :]
-            dl = tl.load(DL + spot, mask=inside, other=0.0)
+            dl = tl.load(DL + offset, mask=inside, other=0.0)
             act = tl.load(ACT + of_units, mask=wide, other=0.0)
             db2 += dl
             dw2 += tl.sum(dl[:, :, None] * act[:, None, :], 0)
             if AVG:
-                m = tl.load(M + spot, mask=inside, other=0.0)
+                m = tl.load(M + offset, mask=inside, other=0.0)
                 da = tl.load(DA + of_units, mask=wide, other=0.0)
                 avg = tl.where(inside, normalised(m, mu, a, beta, GAMMA), 0.0)
                 dw1 += tl.sum(avg[:, :, None] * da[:, None, :], 0)
                 db1 += da
             if MAX:
-                e = tl.load(E + spot, mask=inside, other=0.0).to(ACC)
+                e = tl.load(E + offset, mask=inside, other=0.0).to(ACC)
                 dm = tl.load(DM + of_units, mask=wide, other=0.0)
                 top = tl.where(inside, normalised(e, mu, a, beta, GAMMA), 0.0)
                 dw1 += tl.sum(top[:, :, None] * dm[:, None, :], 0)
@@ -332,7 +333,7 @@ def parameter_gradients(
         if lead:
             mc = tl.full((BN, BC), 1.0, ACC)
             if GATE is not None:
-                mc = tl.load(GATE + spot, mask=inside, other=0.0)
+                mc = tl.load(GATE + offset, mask=inside, other=0.0)
             if GAMMA is not None:
                 r0, r1 = reductions(R, n, c, inside, C, RS)
                 dbeta += mc * r0
@@ -347,14 +348,14 @@ def parameter_gradients(
             if W1 is not None and MAX:
                 dtop = through_hidden(DM, W1, n, c, N, C, H, BN, BH, BC, ACC)
                 if PEAK is not None:
-                    tl.store(PEAK + spot, a[None, :] * dtop, mask=inside)
+                    tl.store(PEAK + offset, a[None, :] * dtop, mask=inside)
                 if GAMMA is not None:
                     dbeta += tl.where(inside, dtop, 0.0)
                     dgamma += tl.where(inside, dtop * (e - mu[None, :]), 0.0)
             if SCALE is not None:
-                tl.store(SCALE + spot, a[None, :] * mc, mask=inside)
+                tl.store(SCALE + offset, a[None, :] * mc, mask=inside)
             if LEVEL is not None:
-                tl.store(LEVEL + spot, level, mask=inside)
+                tl.store(LEVEL + offset, level, mask=inside)
     if W1 is not None:
         square = row[:, None] & (h < H)[None, :]
         tl.store(DW1 + h[None, :] * C + c[:, None], dw1, mask=square)
@@ -363,7 +364,7 @@ def parameter_gradients(
             tl.store(DB1 + h, tl.sum(db1, 0), mask=h < H)
         if lead:
             tl.store(DB2 + c, POOLS * tl.sum(db2, 0), mask=row)
-    if GAMMA is not None:  # noqa: SIM102  (one is known to the compiler, the other is not)
+    if GAMMA is not None:  # noqa: SIM102  (one is known at compile time, the other is not)
         if lead:
             of_beta, of_gamma = tl.sum(dbeta, 0), r * tl.sum(dgamma, 0)
             tl.store(DBETA + c, of_beta, mask=row)
@@ -371,5 +372,5 @@ def parameter_gradients(
             if BATCH and LEVEL is not None:
                 count = tl.cast(N, ACC) * L
                 tl.store(SLOPE + c, a * r * of_gamma / count, mask=row)
-                tl.debug_barrier()  # what other threads of this program have stored
-                lower(LEVEL, a * of_beta / count, c, row, samples, N, C, BN)
+                tl.debug_barrier()  # LEVEL was stored by other threads of this program
+                subtract_from_level(LEVEL, a * of_beta / count, c, row, samples, N, C, BN)

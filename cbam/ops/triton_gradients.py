@@ -1,4 +1,4 @@
-"""The backward of the fused residual tail on a GPU: its Triton kernels, in which order, on which buffers.
+"""Backward of the fused residual tail on a GPU: which Triton kernels run, in which order, on which buffers.
 
 The steps and their sums are in triton_backward.py and triton_gate.py, their tiles in triton_plan.py. Nothing
 here waits for the device, and no decision depends on its results.
@@ -14,12 +14,12 @@ from cbam.ops import triton_gate as gates
 from cbam.ops.triton_map import ABSENT, Map, Norm, bias, on
 from cbam.ops.triton_plan import blocks, gate_plan, power, sums_plan
 
-TAPS = 32  # of the spatial kernel, whose gradients one program adds up
-MANY = 2048  # pairs of sums: more are added up by a kernel of their own, not by every program of the next
+TAPS = 32  # of the spatial kernel, whose gradients one program sums
+MANY = 2048  # pairs of sums: a separate kernel adds up more, instead of every program of the next one
 
 
 def tail_backward(grad: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    """`cbam::tail_backward`: dx, g, the nine parameters' gradients; what does not exist is of shape (0,)."""
+    """`cbam::tail_backward`: dx, g, the nine parameters' gradients; absent ones have shape (0,)."""
     with on(x.device):
         return _tail_backward(Map.of(x, grad, *arguments), grad, *arguments)
 
@@ -38,36 +38,36 @@ def _tail_backward(
     spatial = ABSENT if kernel is None else Norm(s_gamma, bias(s_gamma, s_beta), s_mu, s_v)
     pools = (w1 is not None and avg_pool, w1 is not None and max_pool)
     mc, conv = None if w1 is None else gate, None if kernel is None else s
-    found = Found(a, w1, gamma, kernel)
+    state = State(a, w1, gamma, kernel)
     if relu and (need_x or need_shortcut):
-        found.g = a.alike()
-    if relu or found.reduces or kernel is not None:
-        _reduce(a, found, grad, out if relu else None, norm, bn_eps, mc, conv, spatial, s_eps, spatial_gain)
+        state.g = a.alike()
+    if relu or state.reduces or kernel is not None:
+        _reduce(a, state, grad, out if relu else None, norm, bn_eps, mc, conv, spatial, s_eps, spatial_gain)
     if kernel is not None:
-        _spread(a, found, kernel, conv, spatial, s_eps, s_batch)
-        if found.reduces:
-            _weigh(a, found, norm.mean)
+        _spatial_step(a, state, kernel, conv, spatial, s_eps, s_batch)
+        if state.reduces:
+            _weigh(a, state, norm.mean)
     if w1 is not None:
-        _hidden_gradient(a, found, m, e, gate, norm, bn_eps, (w1, b1, w2), pools, channel_gain)
-    if found.reduces or kernel is not None:
+        _hidden_gradient(a, state, m, e, gate, norm, bn_eps, (w1, b1, w2), pools, channel_gain)
+    if state.reduces or kernel is not None:
         batch = gamma is not None and bn_batch
-        _parameters(a, found, m, e, mc, norm, bn_eps, w1, pools, kernel, batch=batch, need_x=need_x)
+        _parameters(a, state, m, e, mc, norm, bn_eps, w1, pools, kernel, batch=batch, need_x=need_x)
     if need_x:
-        found.dx = a.alike()
+        state.dx = a.alike()
         a.sweep(
-            backward.write, a.plan.write, a.x, norm.mean, grad if found.g is None else found.g, found.dx,
-            conv, *spatial, found.d, found.j, k, found.scale, found.level, found.peak, found.slope,
+            backward.write, a.plan.write, a.x, norm.mean, grad if state.g is None else state.g, state.dx,
+            conv, *spatial, state.d, state.j, k, state.scale, state.level, state.peak, state.slope,
             S_EPS=s_eps, GAIN=spatial_gain, CS=a.plan.write.parts,
         )  # fmt: skip
     if beta is None:
-        found.dbeta = None
+        state.dbeta = None
     if s_beta is None:
-        found.ds[1] = a.absent()
-    return found.returned(a.x.dtype, need_shortcut)
+        state.ds[1] = a.absent()
+    return state.returned(a.x.dtype, need_shortcut)
 
 
-class Found:
-    """What the steps of a backward have computed so far; None where there is no such thing."""
+class State:
+    """What the steps of a backward have computed so far; None for what is absent."""
 
     g: Tensor | None = None
     dx: Tensor | None = None
@@ -98,102 +98,102 @@ class Found:
         self.absent = a.absent
 
     def returned(self, dtype: torch.dtype, need_shortcut: bool) -> tuple[Tensor, ...]:
-        g = self.g if need_shortcut else None  # else it was written for pass 3 alone
+        g = self.g if need_shortcut else None  # else it was written only for pass 3
         maps = (self.absent(dtype) if t is None else t for t in (self.dx, g))
         norm = (self.absent() if t is None else t for t in (self.dgamma, self.dbeta))
         return (*maps, *norm, *self.weights, self.dkernel, *self.ds)
 
 
 def _reduce(
-    a: Map, found: Found, grad: Tensor, out: Tensor | None, norm: Norm, eps: float, mc: Tensor | None,
+    a: Map, state: State, grad: Tensor, out: Tensor | None, norm: Norm, eps: float, mc: Tensor | None,
     s: Tensor | None, spatial: Norm, s_eps: float, gain: float,
 ) -> None:  # fmt: skip
     """Pass 1."""
     tile = a.plan.gradient
     tiles = blocks(a.L, tile.pixels)
-    if found.reduces:
-        found.r = a.empty(a.N, tiles, 2, a.C)
+    if state.reduces:
+        state.r = a.empty(a.N, tiles, 2, a.C)
     if s is not None:
-        found.q, found.du = a.empty(a.N, 2, a.L), a.empty(a.N, a.L)
-        found.j = a.empty(a.N, a.L, dtype=torch.int32)
-        found.sums = a.empty(a.N * tiles, 2, dtype=torch.float64)
+        state.q, state.du = a.empty(a.N, 2, a.L), a.empty(a.N, a.L)
+        state.j = a.empty(a.N, a.L, dtype=torch.int32)
+        state.sums = a.empty(a.N * tiles, 2, dtype=torch.float64)
     a.sweep(
-        backward.reduce_gradient, tile, a.x, grad, out, found.g, *norm, mc, s, *spatial,
-        found.q, found.j, found.du, found.sums, found.r, EPS=eps, S_EPS=s_eps, GAIN=gain,
+        backward.reduce_gradient, tile, a.x, grad, out, state.g, *norm, mc, s, *spatial,
+        state.q, state.j, state.du, state.sums, state.r, EPS=eps, S_EPS=s_eps, GAIN=gain,
     )  # fmt: skip
 
 
-def _spread(
-    a: Map, found: Found, kernel: Tensor, s: Tensor | None, spatial: Norm, eps: float, batch: bool
+def _spatial_step(
+    a: Map, state: State, kernel: Tensor, s: Tensor | None, spatial: Norm, eps: float, batch: bool
 ) -> None:
     """The spatial step."""
-    tile, side, sums = a.plan.spread, kernel.shape[-1], found.sums
+    tile, side, sums = a.plan.spread, kernel.shape[-1], state.sums
     assert sums is not None
-    most = len(sums) // a.N * power(a.N)  # of a batch with the same plan, so that none compiles anew
+    most = len(sums) // a.N * power(a.N)  # for any batch with the same plan, so that none recompiles
     if most > MANY:
         sums, most = a.empty(1, 2, dtype=torch.float64), 1
-        a.kernels.launch(backward.totals, 1, found.sums, sums, len(found.sums), BR=1024)  # pyright: ignore
-    found.d = a.empty(a.N, 2, a.L)
-    found.parts_of_dw = a.empty(tile.programs, 2 * side * side)
+        a.kernels.launch(backward.totals, 1, state.sums, sums, len(state.sums), BR=1024)  # pyright: ignore
+    state.d = a.empty(a.N, 2, a.L)
+    state.parts_of_dw = a.empty(tile.programs, 2 * side * side)
     BT = min(tile.channels, power(2 * side * side))
     a.kernels.launch(
-        backward.spatial_gradient, tile.programs * blocks(2 * side * side, BT), found.du, s, spatial.gamma,
-        spatial.mean, spatial.var, sums, found.q, kernel, found.d, found.parts_of_dw, *found.ds,
+        backward.spatial_gradient, tile.programs * blocks(2 * side * side, BT), state.du, s, spatial.gamma,
+        spatial.mean, spatial.var, sums, state.q, kernel, state.d, state.parts_of_dw, *state.ds,
         a.N, a.C, a.L, a.W, len(sums), tile.steps, S_EPS=eps, S_BATCH=batch, KS=side, ACC=a.constants["ACC"],
         BQ=a.plan.conv, BP=tile.pixels, BT=BT, BR=min(1024, power(most)), num_warps=tile.warps,
     )  # fmt: skip
 
 
-def _weigh(a: Map, found: Found, mu: Tensor | None) -> None:
+def _weigh(a: Map, state: State, mu: Tensor | None) -> None:
     """Pass 2."""
-    tile, parts = a.plan.weigh, found.r
+    tile, parts = a.plan.weigh, state.r
     assert parts is not None
-    found.r = a.empty(a.N, tile.parts, 2, a.C)
+    state.r = a.empty(a.N, tile.parts, 2, a.C)
     a.sweep(
-        backward.weigh, tile, a.x, mu, found.d, found.j, parts, found.r, parts.shape[1],
+        backward.weigh, tile, a.x, mu, state.d, state.j, parts, state.r, parts.shape[1],
         S=tile.parts, BT=min(16, tile.pixels),
     )  # fmt: skip
 
 
 def _hidden_gradient(
-    a: Map, found: Found, m: Tensor, e: Tensor, gate: Tensor, norm: Norm, eps: float,
+    a: Map, state: State, m: Tensor, e: Tensor, gate: Tensor, norm: Norm, eps: float,
     weights: tuple[Tensor | None, ...], pools: tuple[bool, bool], gain: float,
 ) -> None:  # fmt: skip
     """The gate's gradient by samples."""
     w1, b1, w2 = weights
     assert w1 is not None
-    assert found.r is not None
+    assert state.r is not None
     H = len(w1)
     block = gate_plan(a.N, a.C, H, a.acc.itemsize, a.processors)
-    found.dl, found.act = a.empty(a.N, a.C), a.empty(a.N, H)
-    found.da, found.dm = (a.empty(a.N, H) if there else None for there in pools)
+    state.dl, state.act = a.empty(a.N, a.C), a.empty(a.N, H)
+    state.da, state.dm = (a.empty(a.N, H) if used else None for used in pools)
     a.kernels.launch(
-        gates.hidden_gradient, blocks(a.N, block.samples) * blocks(H, block.hidden), found.r, m, e, gate,
-        *norm, w1, b1, w2, found.dl, found.act, found.da, found.dm, a.N, a.C, a.L, H, found.r.shape[1],
+        gates.hidden_gradient, blocks(a.N, block.samples) * blocks(H, block.hidden), state.r, m, e, gate,
+        *norm, w1, b1, w2, state.dl, state.act, state.da, state.dm, a.N, a.C, a.L, H, state.r.shape[1],
         EPS=eps, GAIN=gain, AVG=pools[0], MAX=pools[1], ACC=a.constants["ACC"],
         BN=block.samples, BH=block.hidden, BC=block.channels, num_warps=block.warps,
     )  # fmt: skip
 
 
 def _parameters(
-    a: Map, found: Found, m: Tensor, e: Tensor, mc: Tensor | None, norm: Norm, eps: float,
+    a: Map, state: State, m: Tensor, e: Tensor, mc: Tensor | None, norm: Norm, eps: float,
     w1: Tensor | None, pools: tuple[bool, bool], kernel: Tensor | None, *, batch: bool, need_x: bool,
 ) -> None:  # fmt: skip
     """The gate's gradient by channels, BatchNorm's, and the last sum of the spatial kernel's."""
-    H, dw = 1 if w1 is None else len(w1), found.parts_of_dw
+    H, dw = 1 if w1 is None else len(w1), state.parts_of_dw
     block = sums_plan(a.N, H, a.processors)
-    wanted = (found.reduces, pools[0] or batch, pools[1])
-    found.scale, found.level, found.peak = (a.empty(a.N, a.C) if need_x and w else None for w in wanted)
-    found.slope = a.empty(a.C) if need_x and batch else None
+    wanted = (state.reduces, pools[0] or batch, pools[1])
+    state.scale, state.level, state.peak = (a.empty(a.N, a.C) if need_x and w else None for w in wanted)
+    state.slope = a.empty(a.C) if need_x and batch else None
     taps = 0 if kernel is None else kernel.numel()
     programs = 0 if dw is None else blocks(taps, TAPS)
-    if found.reduces:
+    if state.reduces:
         programs += blocks(a.C, block.channels) * blocks(H, block.hidden)
     a.kernels.launch(
-        gates.parameter_gradients, programs, found.r, m, e, mc, *norm, w1, found.dl, found.act, found.da,
-        found.dm, dw, found.scale, found.level, found.peak, found.slope, *found.weights,
-        found.dgamma, found.dbeta, found.dkernel,
-        a.N, a.C, a.L, H, 1 if found.r is None else found.r.shape[1],
+        gates.parameter_gradients, programs, state.r, m, e, mc, *norm, w1, state.dl, state.act, state.da,
+        state.dm, dw, state.scale, state.level, state.peak, state.slope, *state.weights,
+        state.dgamma, state.dbeta, state.dkernel,
+        a.N, a.C, a.L, H, 1 if state.r is None else state.r.shape[1],
         taps, 0 if dw is None else len(dw),
         EPS=eps, BATCH=batch, POOLS=sum(pools), AVG=pools[0], MAX=pools[1], ACC=a.constants["ACC"],
         BN=block.samples, BH=block.hidden, BC=block.channels, BR=128, BT=TAPS, num_warps=block.warps,

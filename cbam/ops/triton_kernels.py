@@ -2,9 +2,9 @@
 
     y = BN(x);  z = Mc y;  v = z Ms + shortcut;  out = relu(v)
 
-Each part is there or not. The kernels are in triton_forward.py and triton_gate.py, their tiles in
-triton_plan.py; triton_gradients.py starts those of the backward. Nothing here waits for the device, and no
-decision depends on its results.
+Each part is optional. The kernels are in triton_forward.py and triton_gate.py, their tiles in triton_plan.py;
+triton_gradients.py launches those of the backward. Nothing here waits for the device, and no decision depends
+on its results.
 """
 
 import struct
@@ -21,7 +21,7 @@ from cbam.ops.triton_plan import blocks, gate_plan, statistics_plan
 
 
 def tail(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    """`cbam::tail`: out, m, e, k, mu, v, gate, s, s_mu, s_v; what does not exist is of shape (0,)."""
+    """`cbam::tail`: out, m, e, k, mu, v, gate, s, s_mu, s_v; absent ones have shape (0,)."""
     with on(x.device):
         return _tail(Map.of(x, *arguments), *arguments)
 
@@ -56,7 +56,7 @@ def _tail(
     s_mean: Tensor | None, s_var: Tensor | None, s_batch: bool, s_eps: float, spatial_gain: float,
     relu: bool, save: bool, added: Norm = ABSENT, added_eps: float = 0.0,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """What `cbam::tail` returns. `added`: a norm that the shortcut must pass yet; no backward knows of it."""
+    """What `cbam::tail` returns. `added`: a norm to apply to the shortcut first; it has no backward."""
     beta, s_beta = bias(gamma, beta), bias(s_gamma, s_beta)
     batch, s_batch = gamma is not None and bn_batch, kernel is not None and s_batch
     m = e = k = gate = q = s = scale = None
@@ -90,7 +90,7 @@ def _tail(
         KS=_side(kernel), QS=a.plan.squeeze.parts, CS=a.plan.refine.parts,
     )  # fmt: skip
     if save and w1 is None and gamma is not None and not (batch and a.plan.pool.parts == 1):
-        # The schema wants m, which no gradient does.
+        # The schema requires m, although no gradient needs it.
         m = a.x.mean((2, 3), dtype=a.acc)
     saved = zip((m, e, k, gate, s), (a.acc, a.x.dtype, torch.int32, a.acc, a.acc), strict=True)
     m, e, k, gate, s = (t if save and t is not None else a.absent(dtype) for t, dtype in saved)
@@ -103,7 +103,7 @@ def track(running: list[Tensor], new: list[Tensor], momenta: list[float], count:
     """`cbam::track_`, for one norm or for the map's and the convolution's."""
     C = len(running[0])
     tensors = (*running[:2], *new[:2], *(running[2:] or (None, None)), *(new[2:] or (None, None)))
-    # Two halves of a double: a number that is given at run time is a float32.
+    # Two halves of a double, because kernels receive numbers as float32.
     halves = [half for m in (momenta[0], momenta[-1]) for half in (_single(m), m - _single(m))]
     with on(running[0].device):
         alike = kernels_for(running[0].device, *tensors, count)
@@ -115,8 +115,8 @@ def _single(value: float) -> float:
 
 
 def probe(device: torch.device) -> None:
-    """Compile and start one kernel on `device`; raises what the compiler or the driver raises."""
-    with on(device), _disable_current_modes():  # one of fake tensors would say nothing of the device
+    """Compile and launch one kernel on `device`; errors of the compiler and the driver propagate."""
+    with on(device), _disable_current_modes():  # a fake tensor mode would not use the device
         a = Map.of(torch.ones(1, 1, 1, 1, device=device))
         _pool(a, None, moments=False, top=True, nans=False)
 
@@ -165,7 +165,7 @@ def _gate(
     whole: tuple[Tensor | None, ...] = (None, None, None)
     if tile.parts > 1 and save:
         whole = tuple(None if t is None else a.empty(a.N, a.C, dtype=t.dtype) for t in parts)
-    gate, act = a.empty(a.N, a.C), None if block.alone else a.empty(a.N, H)
+    gate, act = a.empty(a.N, a.C), None if block.single_kernel else a.empty(a.N, H)
     scale, shift = (a.empty(a.N, a.C), a.empty(a.N, a.C)) if norm.gamma is not None else (None, None)
     sizes = (a.N, a.C, a.L, H, tile.steps)
     constants = {
@@ -190,7 +190,7 @@ def _gate(
 def _squeeze(
     a: Map, terms: tuple[Tensor | None, ...], batch: bool, *, gated: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Pass B: q (N, parts, 2, L), and the ticket of the convolution, at zero."""
+    """Pass B: q (N, parts, 2, L), and the ticket of the convolution, reset to zero."""
     tile = a.plan.squeeze
     q = a.empty(a.N, tile.parts, 2, a.L)
     ticket = a.empty(1, dtype=torch.int32) if batch else None

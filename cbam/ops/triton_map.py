@@ -1,4 +1,4 @@
-"""A feature map as the Triton kernels see it: its extents, its plan, its buffers; and how a kernel starts."""
+"""A feature map as the Triton kernels see it: its extents, its plan, its buffers; and launching a kernel."""
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from cbam.ops.triton_plan import INTERPRETED, Plan, Tile, plan
 
 
 class Norm(NamedTuple):
-    """BatchNorm of the map, (C,), or of the convolution's output, (1,): gamma is None where there is none."""
+    """BatchNorm of the map, (C,), or of the convolution's output, (1,): gamma is None if there is none."""
 
     gamma: Tensor | None
     beta: Tensor | None
@@ -25,16 +25,16 @@ ABSENT = Norm(None, None, None, None)
 
 
 def bias(weight: Tensor | None, bias: Tensor | None) -> Tensor | None:
-    """The bias of a norm; zeros where it has a weight alone."""
+    """The bias of a norm; zeros if it has only a weight."""
     return torch.zeros_like(weight) if weight is not None and bias is None else bias
 
 
 class Kernels:
-    """The kernels that one call of an operator starts, as compiled for its arguments.
+    """The kernels that one call of an operator launches, as compiled for its arguments.
 
-    Triton compiles for the types, the alignment and the sizes of what a kernel is given. It asks for all of
-    them at each start, which takes several times as long as starting. Calls that are alike share these (see
-    `kernels_for`), and ask once.
+    Triton specialises kernels on the types, alignment and sizes of their arguments, and checks all of these
+    at each launch, which takes several times as long as the launch. Calls with similar arguments share
+    compiled kernels (see `kernels_for`), and skip the checks.
     """
 
     def __init__(self) -> None:
@@ -43,22 +43,22 @@ class Kernels:
     def launch(
         self, kernel: Any, programs: int, *arguments: Any, num_warps: int = 4, **constants: Any
     ) -> None:
-        """Start `programs` of a kernel on the current stream; only `tl.fma` fuses a product with a sum.
+        """Launch `programs` of a kernel on the current stream; only `tl.fma` fuses a product with a sum.
 
-        No call starts a kernel twice, and what it is given here follows from what the call was given.
+        No call launches a kernel twice, and the arguments here follow from those of the call.
         """
         compiled = self._compiled.get(kernel.fn)
         if compiled is None:
             self._compiled[kernel.fn] = kernel[(programs,)](
                 *arguments, num_warps=num_warps, num_stages=2, enable_fp_fusion=False, **constants
             )  # fmt: skip
-        else:  # constants are compiled in, but have their places
+        else:  # constants are compiled in, but still have positions
             compiled[programs, 1, 1](*arguments, *constants.values())
 
 
 def kernels_for(*arguments: Any) -> Kernels:
-    """The kernels of all calls with arguments like these: of such types and sizes, and as aligned."""
-    return _kernels(*map(_likeness, arguments))
+    """The kernels of all calls with arguments of the same types, sizes and alignments as these."""
+    return _kernels(*map(_signature, arguments))
 
 
 @lru_cache(maxsize=4096)
@@ -66,7 +66,7 @@ def _kernels(*_: Any) -> Kernels:
     return Kernels()
 
 
-def _likeness(value: Any) -> Any:
+def _signature(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.dtype, value.numel(), value.data_ptr() % 16
     return value
@@ -74,7 +74,7 @@ def _likeness(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class Map:
-    """A feature map and how it is worked on: what every step of a pass over it needs."""
+    """A feature map and how it is processed: what every step of a pass over it needs."""
 
     N: int
     C: int
@@ -89,16 +89,16 @@ class Map:
 
     @classmethod
     def of(cls, x: Tensor, *arguments: Any) -> "Map":
-        """The map `x` of a call of an operator with these arguments besides."""
+        """The map `x` of an operator call with these other arguments."""
         N, C, H, W = x.shape
         nhwc = not x.is_contiguous()
         assert not nhwc or x.is_contiguous(memory_format=torch.channels_last), "x must be dense"
         count = processors(x.device)
-        worked = plan(N, C, H * W, nhwc, x.itemsize, count)
+        chosen = plan(N, C, H * W, nhwc, x.itemsize, count)
         acc, kind = (torch.float64, tl.float64) if x.dtype == torch.float64 else (torch.float32, tl.float32)
-        constants = {"ACC": kind, "NHWC": nhwc, "UNIT": worked.unit}
+        constants = {"ACC": kind, "NHWC": nhwc, "UNIT": chosen.unit}
         alike = kernels_for(x.device, *x.shape, nhwc, x, *arguments)
-        return cls(N, C, H * W, W, worked, x, acc, count, constants, alike)
+        return cls(N, C, H * W, W, chosen, x, acc, count, constants, alike)
 
     @property
     def extents(self) -> tuple[int, int, int]:
@@ -124,7 +124,7 @@ class Map:
         return torch.empty_like(self.x)
 
     def absent(self, dtype: torch.dtype | None = None) -> Tensor:
-        """An output that does not exist."""
+        """An empty tensor for an absent output."""
         return self.empty(0, dtype=dtype)
 
 
@@ -137,7 +137,7 @@ def processors(device: torch.device) -> int:
 
 
 def on(device: torch.device) -> AbstractContextManager:
-    """Make `device` the current one; nothing to do where it is, or where kernels are interpreted."""
+    """Make `device` the current one, unless it is already, or kernels are interpreted on the CPU."""
     if device.type != "cuda" or device.index == torch.cuda.current_device():
         return nullcontext()
     return torch.cuda.device(device)

@@ -1,6 +1,6 @@
-"""Which tiles the Triton kernels work in: a table by shape, layout, type and number of multiprocessors.
+"""The tile sizes of the Triton kernels, by shape, layout, type and number of multiprocessors.
 
-Nothing here looks at data, time or load, so that the order of every sum, and with it every bit of a result,
+Nothing here depends on data, time or load, so that the order of every sum, and with it every bit of a result,
 is the same in each run on one kind of device.
 """
 
@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
 
-INTERPRETED = 4  # multiprocessors that a device without any counts as
+INTERPRETED = 4  # the number of multiprocessors that the CPU counts as
 
 
 @dataclass(frozen=True)
 class Tile:
-    """[channels, pixels] of a tile, the warps that hold it, and the division of the axis a program walks.
+    """[channels, pixels] of a tile, its warps, and the split of the axis that a program loops over.
 
-    The axis is cut into `parts`, one program each, of `steps` tiles; none is empty.
+    The axis is split into `parts`, one program each, of `steps` tiles; none is empty.
     """
 
     channels: int
@@ -31,33 +31,31 @@ class Plan:
     """The tiles of a feature map's passes, and the blocks of the steps between them."""
 
     nhwc: bool
-    unit: int  # of the contiguous extent: what both it and a 16-byte access are a multiple of
-    pool: Tile  # A and 2 walk the pixels
+    unit: int  # the largest of 8, 4, 2, 1 that divides the contiguous extent
+    pool: Tile  # A and 2 loop over the pixels
     weigh: Tile
-    squeeze: Tile  # B, C, 1 and 3 walk the channels
+    squeeze: Tile  # B, C, 1 and 3 loop over the channels
     refine: Tile
     gradient: Tile
     write: Tile
-    fold: bool  # in eval mode the convolution is done inside pass C
-    conv: int  # pixels of a program of the convolution
-    spread: (
-        Tile  # the spatial gradient: [taps, pixels] at a time, chunks of a sample, tiles of `conv` in each
-    )
+    fold: bool  # in eval mode, do the convolution inside pass C
+    conv: int  # pixels per program of the convolution
+    spread: Tile  # spatial gradient: [taps, pixels]; parts of a sample, each of `steps` tiles of `conv`
 
 
 @dataclass(frozen=True)
 class Gate:
-    """The blocks of a step of the channel gate: samples, hidden units, channels; the warps that hold one."""
+    """The block of a step of the channel gate: samples, hidden units, channels; the warps that hold it."""
 
     samples: int
     hidden: int
     channels: int
     warps: int
-    alone: bool = False  # one kernel for both layers
+    single_kernel: bool = False  # one kernel for both layers
 
 
-# Values that a thread holds of each tile, and the lanes along the contiguous axis that a tile may have, best
-# first, (NCHW, NHWC). A program of pass 1 keeps four sums for each value, of A two to four, of B and 2 two.
+# Values per thread of each tile, and the possible lanes along the contiguous axis, best first, (NCHW, NHWC).
+# For each value a program keeps four sums in pass 1, two to four in A, two in B and 2.
 TILES = {
     "pool": (8, (512, 256, 1024, 128), (128, 64)),
     "weigh": (8, (512, 256, 1024, 128), (128, 64)),
@@ -68,15 +66,15 @@ TILES = {
 }
 WALKS_PIXELS = ("pool", "weigh")
 PARTS = {"pool": 16, "weigh": 16, "squeeze": 4, "refine": 8, "gradient": 1, "write": 8}  # at most
-BLOCK = 1 << 16  # bytes of products that a step of the channel gate adds up at a time
-ENOUGH = 4  # programs per multiprocessor; a pass with fewer is cut finer where the shape allows
+BLOCK = 1 << 16  # bytes of products that a step of the channel gate sums at a time
+ENOUGH = 4  # programs per multiprocessor; a pass with fewer is split further if the shape allows
 
 
 @lru_cache(4096)
 def plan(N: int, C: int, L: int, nhwc: bool, itemsize: int, processors: int) -> Plan:
     """The plan of a map (N, C, L) of `itemsize` bytes a value on a device of `processors` multiprocessors.
 
-    It is that of the next power of two of N, so that the short last batch of an epoch compiles nothing anew.
+    It is that of N rounded up to a power of two, so that the short last batch of an epoch recompiles nothing.
     """
     tiles = {name: tile(name, N, C, L, nhwc, itemsize, processors) for name in TILES}
     small = power(N) * C * L * itemsize <= 1 << 23
@@ -92,13 +90,13 @@ def plan(N: int, C: int, L: int, nhwc: bool, itemsize: int, processors: int) -> 
 
 
 def tile(name: str, N: int, C: int, L: int, nhwc: bool, itemsize: int, processors: int) -> Tile:
-    """The first form of tile that makes enough programs, or the one that makes the most."""
+    """The first tile shape that gives enough programs, or the one that gives the most."""
     per_thread, *lanes = TILES[name]
     if itemsize == 8:
         per_thread //= 2
     if name not in WALKS_PIXELS and (C if nhwc else L) % 2:
-        per_thread //= 2  # of an odd extent each value has an address of its own, and registers run out
-    found: list[Tile] = []
+        per_thread //= 2  # with an odd extent each value has its own address, and registers run out
+    candidates: list[Tile] = []
     for warps, lane in product((8, 4, 2), lanes[nhwc]):
         if processors == INTERPRETED:
             warps, lane, per_thread = 1, 16, 4
@@ -111,34 +109,34 @@ def tile(name: str, N: int, C: int, L: int, nhwc: bool, itemsize: int, processor
         parts = blocks(
             blocks(C if name not in WALKS_PIXELS else L, BC if name not in WALKS_PIXELS else BP), steps
         )
-        found.append(Tile(BC, BP, warps, parts, steps, N * others * parts))
+        candidates.append(Tile(BC, BP, warps, parts, steps, N * others * parts))
         if programs >= ENOUGH * processors and parts == 1:
-            return found[-1]
-    return max(found, key=lambda t: min(t.programs // N * power(N), ENOUGH * processors))
+            return candidates[-1]
+    return max(candidates, key=lambda t: min(t.programs // N * power(N), ENOUGH * processors))
 
 
 @lru_cache(4096)
 def gate_plan(N: int, C: int, H: int, itemsize: int, processors: int) -> Gate:
     """The blocks of a gate of N samples, C channels and H hidden units, computed in `itemsize` bytes.
 
-    A program waits for memory once for each block of channels, so that few large blocks are what counts; and
-    where programs are few, each takes fewer samples.
+    A program waits for memory once per block of channels, so few large blocks are best; if there are few
+    programs, each takes fewer samples.
     """
     if processors == INTERPRETED:
         return Gate(2, min(power(H), 4), 8, 1, H <= 4)
-    alone = H <= 64 and C <= 512
-    hidden = power(H) if alone else 32
+    single_kernel = H <= 64 and C <= 512
+    hidden = power(H) if single_kernel else 32
     samples = next(
         n for n in (4, 2, 1) if n == 1 or 2 * blocks(power(N), n) * blocks(H, hidden) >= processors
     )
-    # Half a block for one sample: the weights of it pass through shared memory.
+    # Half a block for one sample, because its weights pass through shared memory.
     channels = max(16, min(power(C), BLOCK // itemsize // (hidden * max(samples, 2))))
     warps = max(1, min(16, samples * hidden * channels * itemsize // (128 * 32)))
-    return Gate(samples, hidden, channels, warps, alone)
+    return Gate(samples, hidden, channels, warps, single_kernel)
 
 
 def sums_plan(N: int, H: int, processors: int) -> Gate:
-    """The blocks of the parameters' gradients, whose programs walk the samples."""
+    """The blocks of the parameters' gradients, whose programs loop over the samples."""
     if processors == INTERPRETED:
         return Gate(min(power(N), 4), min(power(H), 4), 4, 1)
     return Gate(min(power(N), 16), min(power(H), 16), 16, 8)
@@ -150,7 +148,7 @@ def statistics_plan(C: int, processors: int) -> tuple[int, int]:
 
 
 def shape(C: int, L: int, nhwc: bool, elements: int, lanes: int) -> tuple[int, int]:
-    """[BC, BP]: up to `lanes` along the contiguous axis, the other axis takes what is left."""
+    """[BC, BP]: up to `lanes` along the contiguous axis; the other axis gets the rest."""
     if nhwc:
         BC = min(power(C), lanes)
         return BC, max(1, min(power(L), elements // BC))
@@ -159,7 +157,7 @@ def shape(C: int, L: int, nhwc: bool, elements: int, lanes: int) -> tuple[int, i
 
 
 def power(n: int) -> int:
-    """The power of two that is not below n."""
+    """n rounded up to a power of two."""
     return 1 << (n - 1).bit_length()
 
 

@@ -1,13 +1,13 @@
 """What all Triton kernels share: a tile of the feature map, its loads, and the expressions on it.
 
 N samples, C channels, L = H W pixels; M = N L. A tile is [BC channels, BP pixels] in both layouts: the
-compiler lays the lanes along whichever is contiguous. Its extent comes in as a multiple of UNIT, so that the
-compiler knows how wide a load may be. ACC is the type that is computed in. A pointer to what is absent is
-None. Products and sums are fused by `tl.fma` alone, so that the same expression gives the same bits in every
-kernel.
+compiler puts the lanes along the contiguous axis. The extent of that axis is passed in multiples of UNIT, so
+that the compiler knows how wide a load may be. ACC is the type of the computation. The pointer to an absent
+tensor is None. Only `tl.fma` fuses products and sums, so that the same expression gives the same bits in
+every kernel.
 """
 
-# Tensors, pointers and constants of the kernel language are no Python types.
+# Triton's tensors, pointers and constants are not Python types.
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
 # pyright: reportOperatorIssue=false, reportIndexIssue=false, reportCallIssue=false, reportReturnType=false
 
@@ -27,7 +27,7 @@ def extents(C, L, NHWC: tl.constexpr, UNIT: tl.constexpr):
 
 @triton.jit
 def origin(n, c, p, C, L, NHWC: tl.constexpr):
-    """Where channel c, pixel p of sample n lies; 64 bits wide."""
+    """The 64-bit offset of channel c, pixel p of sample n."""
     sample = tl.cast(n, tl.int64) * C * L
     if NHWC:
         return sample + tl.cast(p, tl.int64) * C + c
@@ -35,7 +35,7 @@ def origin(n, c, p, C, L, NHWC: tl.constexpr):
 
 
 @triton.jit
-def within(c, p, C, L, NHWC: tl.constexpr, WIDE: tl.constexpr):
+def tile_offsets(c, p, C, L, NHWC: tl.constexpr, WIDE: tl.constexpr):
     """The offsets [BC, BP] of a tile from its origin."""
     if WIDE:
         c, p = c.to(tl.int64), p.to(tl.int64)
@@ -49,7 +49,7 @@ def divide(a, b):
     """a / b, rounded once."""
     if a.dtype == tl.float64:
         return a / tl.cast(b, tl.float64)
-    else:  # noqa: RET505  (what follows a return is compiled too, and there is no div_rn of float64)
+    else:  # noqa: RET505  (code after a return is compiled too, and div_rn has no float64)
         return tl.div_rn(a, tl.cast(b, tl.float32))
 
 
@@ -60,12 +60,12 @@ def inverse_std(v, EPS: tl.constexpr):
     if v.dtype == tl.float64:
         return 1.0 / tl.sqrt(v)
     r = tl.rsqrt(v)
-    return tl.where((v > 0) & (v < float("inf")), r * (1.5 - 0.5 * v * r * r), r)  # one step of Newton's
+    return tl.where((v > 0) & (v < float("inf")), r * (1.5 - 0.5 * v * r * r), r)  # one Newton step
 
 
 @triton.jit
 def sigmoid(t, GAIN: tl.constexpr):
-    """GAIN times the sigmoid of t, exactly 1 at t = 0 where GAIN is 2."""
+    """GAIN times the sigmoid of t, exactly 1 at t = 0 if GAIN is 2."""
     return tl.where(t == 0, 0.5 * GAIN, GAIN / (1.0 + tl.exp(-t))).to(t.dtype)
 
 
@@ -76,16 +76,16 @@ def relu(t):
 
 
 @triton.jit
-def take(pointer, inside, EVEN: tl.constexpr):
-    """The values of a tile, 0 outside of the map; EVEN: nothing is."""
+def load_tile(pointer, inside, EVEN: tl.constexpr):
+    """The values of a tile, 0 outside the map; EVEN: all of it is inside."""
     if EVEN:
         return tl.load(pointer)
     return tl.load(pointer, mask=inside, other=0.0)
 
 
 @triton.jit
-def keep(value, inside, EVEN: tl.constexpr):
-    """`value` inside of the map, 0 outside."""
+def zero_outside(value, inside, EVEN: tl.constexpr):
+    """`value` inside the map, 0 outside."""
     if not EVEN:
         value = tl.where(inside, value, 0.0)
     return value
@@ -103,7 +103,7 @@ def gated(x, mu, scale, shift, MU, SCALE):
 
 @triton.jit
 def normalised_map(s, S_GAMMA, S_BETA, S_MU, S_VAR, EPS: tl.constexpr, ACC: tl.constexpr):
-    """shat and the logit of Ms of convolution outputs s; both norms' terms are one element each."""
+    """shat and the logit of Ms of convolution outputs s; the norm's terms are one element each."""
     zero = tl.zeros(s.shape, ACC)
     r = (1.0 / tl.sqrt(tl.load(S_VAR).to(tl.float64) + EPS)).to(ACC)
     shat = (s - tl.load(S_MU).to(ACC)) * r

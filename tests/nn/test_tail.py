@@ -236,7 +236,7 @@ def test_kernels_are_not_loaded_while_a_graph_is_captured(monkeypatch):  # T35
     monkeypatch.setattr(switch, "_known", {})
     monkeypatch.setattr(switch, "_missing", lambda device: tried.append(device) or "")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert "run the module once before that" in switch._device_obstacle(gpu)
+    assert "run the module once first" in switch._device_obstacle(gpu)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     assert switch._device_obstacle(gpu) == ""
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
