@@ -1,7 +1,7 @@
-"""Compile the kernels: the build hook of this distribution, and `python compile.py [--sanitize]`, in place.
+"""Compile the kernels: the build hook of this package; `python compile.py [--sanitize]` compiles in place.
 
-One C++ compiler, and torch for its headers and its library; nothing of CUDA. Each instruction set is a unit
-of its own: the library picks one when it is loaded, and no other code is compiled for it.
+This needs a C++ compiler, and torch for its headers and library, but not CUDA. Each instruction set is a
+separate unit, of which the library selects one when it is loaded; all other code is for any processor.
 """
 
 import hashlib
@@ -26,12 +26,12 @@ except ModuleNotFoundError:  # compiling in place needs no build tool
 HERE = Path(__file__).parent
 LIBRARY = HERE / "cbam_native" / "kernels.so"
 COMMON = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
-# Rounding is as written, but for the fused multiply-add, which torch's own kernels use too.
+# Rounding is as written except for the fused multiply-add, which torch's own kernels use too.
 KERNEL = ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
-# Loops over a few vectors are unrolled, or their sums would go through memory; clang does so by itself. Two
-# warnings are off: gcc's own intrinsics set off one, and vectors as arguments the other.
+# Unroll loops over a few vectors, whose sums would otherwise go through memory; clang does so by default. Two
+# warnings are off: one comes from gcc's own intrinsics, the other from vectors as arguments.
 GCC = ["-fpeel-loops", "-Wno-maybe-uninitialized", "-Wno-psabi"]
-# The oldest torch whose shims are used: the result runs with this and every later one.
+# The oldest torch whose shims are used: the library runs with this and every later version.
 OLDEST_TORCH = "-DTORCH_TARGET_VERSION=0x020a000000000000"
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 LEVELS = {
@@ -48,11 +48,11 @@ SANITIZE = [
 
 
 class Unbuildable(RuntimeError):
-    """Why there will be no library, in one line."""
+    """The reason why the library cannot be built, in one line."""
 
 
 class CompileHook(BuildHookInterface):  # pyright: ignore[reportGeneralTypeIssues, reportUntypedBaseClass]
-    """Compiles into the wheel, which fits every Python 3 of this platform."""
+    """Compiles the library into the wheel, which fits every Python 3 on this platform."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         compile_to(LIBRARY)
@@ -61,22 +61,22 @@ class CompileHook(BuildHookInterface):  # pyright: ignore[reportGeneralTypeIssue
 
 
 def compile_to(library: Path, *, sanitize: bool = False) -> None:
-    """Compile every unit, as many at a time as there are cores, and link them to `library`.
+    """Compile all units, as many at a time as there are cores, and link them to `library`.
 
     Raises:
-        Unbuildable: no compiler, no torch, or one of them failed.
+        Unbuildable: there is no compiler or no torch, or compiling failed.
     """
     compiler, torch = find_compiler(), find_torch()
     x86 = platform.machine().lower() in ("x86_64", "amd64")
     extra = [f"-ffile-prefix-map={path}={name}" for path, name in ((HERE, "native"), (torch, "torch"))]
     extra += SANITIZE if sanitize else []
-    # Some compilers are set to newer processors, by $CXX or when they were built; a level says its own.
+    # $CXX or the compiler's defaults may select newer processors; each level sets its own.
     extra += ["-march=x86-64"] if x86 else []
     with tempfile.TemporaryDirectory() as folder:
         jobs = {}
         for level, flags in LEVELS.items():
             if x86 or level == "portable":
-                # Beside AVX2 the portable level is for old machines only, and need not take long to compile.
+                # On x86 only machines without AVX2 use the portable level, so it is compiled fast.
                 speed = ["-O1"] if x86 and level == "portable" else ["-O2"]
                 jobs[level] = [
                     *speed,
@@ -115,14 +115,14 @@ def sources() -> str:
 
 
 def find_compiler() -> list[str]:
-    """The C++ compiler: $CXX, as every build tool reads it, else c++, g++ or clang++."""
+    """The C++ compiler: $CXX if it is set, else c++, g++ or clang++."""
     wanted = shlex.split(os.environ.get("CXX", ""))
     found = [wanted] if wanted else [[name] for name in ("c++", "g++", "clang++")]
     for command in found:
         if shutil.which(command[0]):
             return command
     if wanted:
-        raise Unbuildable(f"no {wanted[0]} on the path, which $CXX names")
+        raise Unbuildable(f"$CXX names {wanted[0]}, which is not on the path")
     raise Unbuildable("no C++ compiler (c++, g++ or clang++) on the path")
 
 
@@ -130,12 +130,14 @@ def find_torch() -> Path:
     """The folder of the torch that this Python imports."""
     spec = find_spec("torch")
     if spec is None or spec.origin is None:
-        raise Unbuildable("torch is not there: install it first, then this with --no-build-isolation")
+        raise Unbuildable(
+            "torch is not installed: install it first, then cbam-native with --no-build-isolation"
+        )
     return Path(spec.origin).parent
 
 
 def is_clang(compiler: list[str]) -> bool:
-    """Whether the compiler is clang, whatever it is called."""
+    """Whether the compiler is clang, under any name."""
     answer = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=False).stdout
     return "clang" in answer
 

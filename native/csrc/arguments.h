@@ -1,8 +1,8 @@
-// What the operators hand to the kernels: sizes, plain pointers, and torch's threads. No torch type is seen
-// beyond ops.cpp, so that the kernels compile once per instruction set without torch's headers.
+// What the operators pass to the kernels: sizes, plain pointers, and torch's threads. Only ops.cpp uses torch types, so
+// that the kernels compile once per instruction set without torch's headers.
 //
-// Shapes: N samples, C channels, H x W pixels. T is the type of the feature map; A, in which everything is
-// computed, is double where T is double and float elsewhere.
+// Shapes: N samples, C channels, H x W pixels. T is the type of the feature map; A, the type of the computation, is
+// double if T is double, else float.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +11,7 @@ namespace cbam {
 
 enum class Type { f16, bf16, f32, f64 };
 
-// A contiguous parameter of any type; data is null where it is absent.
+// A contiguous parameter of any type; data is null if it is absent.
 struct Parameter {
   const void* data = nullptr;
   Type type = Type::f32;
@@ -48,20 +48,20 @@ struct Block {
   Channel channel;
   Spatial spatial;
   Threads threads;  // calls work on disjoint ranges of [0, count)
-  int64_t width;    // how many threads there are; never changes a result
+  int64_t width;    // the number of threads; never changes a result
 };
 
-// Results that nobody keeps are null. m, gate: (N, C) A; e: (N, C) T; k: (N, C); mu, v: (C) A; s: (N, H, W) A.
+// Results that are not wanted are null. m, gate: (N, C) A; e: (N, C) T; k: (N, C); mu, v: (C) A; s: (N, H, W) A.
 struct Forward : Block {
   const void *x, *shortcut;
-  Norm shortcut_norm;  // never of the batch
+  Norm shortcut_norm;  // never with batch statistics
   void *out, *m, *e;
   int32_t* k;
   void *mu, *v, *gate, *s;
   double *s_mu, *s_v;
 };
 
-// Here mu, v, s_mu, s_v are those that the forward used. Gradients of parameters are A.
+// mu, v, s_mu, s_v are those that the forward used. Gradients of parameters are A.
 struct Backward : Block {
   const void *grad, *x, *out;
   const void *m, *e;

@@ -1,6 +1,6 @@
-// The backward: 1 | spatial gate | 2 | channel gate and norm | 3, as derived in the forward's terms:
+// The backward: 1 | spatial gate | 2 | channel gate and norm | 3, in the notation of the forward:
 //   dz = g Ms + weight,  R0 = sum_p dz = P + G,  R1 = sum_p dz (x - mu) = Q + H,
-// with g the gradient after the rectifier, weight = d1 + [c attains the maximum] d0 from the spatial gate,
+// with g the gradient masked by the ReLU, weight = d1 + [c attains the maximum] d0 from the spatial gate,
 // P, Q the sums of g Ms, and G, H those of weight.
 #pragma once
 
@@ -22,7 +22,7 @@ struct BackwardPass {
   Affine<A> norm;  // centred: y = a (x - mu) + b
   Buffer<A> za, zb, open, d_open, q0, q1, d0, d1;
   Buffer<Index<A>> first;
-  Buffer<A> P, Q, H;         // (N, chunks, C); H (N, C) where planes lie together
+  Buffer<A> P, Q, H;         // (N, chunks, C); H (N, C) if planes are contiguous
   Buffer<double> r0, r1;     // (N, C)
   Buffer<A> d_descriptor;    // (N, pools, C)
   Buffer<A> own_dbeta;
@@ -99,7 +99,7 @@ struct BackwardPass {
     double du = 0, du_shat = 0;
   };
 
-  // d_open becomes du, the gradient of the logits. Its sums cancel strongly, so they are formed in double.
+  // Turns d_open into du, the gradient of the logits. Its sums cancel strongly, so they are computed in double.
   Cancelling through_sigmoid() {
     SpatialNorm<A> s_norm = spatial_norm();
     Buffer<Cancelling> parts(set.N);
@@ -125,8 +125,8 @@ struct BackwardPass {
     return sum;
   }
 
-  // d_open becomes ds, and from it d0, d1 and the kernel's gradient. A mean rounded to float would be off by the
-  // same amount at every pixel, and that adds up over the kernel's taps.
+  // Turns d_open into ds, and computes d0, d1 and the kernel's gradient from it. A mean rounded to float would be off
+  // by the same amount at every pixel, which adds up over the kernel's taps.
   void through_convolution(Cancelling sum) {
     SpatialNorm<A> s_norm = spatial_norm();
     double scale = s_norm.gamma * s_norm.exact_r, count = double(set.N * set.L);
@@ -155,7 +155,7 @@ struct BackwardPass {
     }
   }
 
-  // Pass 2: the sums of weight (x - mu). d1 is dense; d0 meets one channel of each pixel, and is scattered.
+  // Pass 2: the sums of d1 (x - mu). `gather` adds those of d0, which affects only one channel of each pixel.
   void weigh() {
     if (call.rows)
       set.parallel(set.N * set.chunks, [&](int64_t u, int64_t end) {
@@ -188,7 +188,7 @@ struct BackwardPass {
 
   void through_gate() {
     Gate<T> gates(set);
-    Affine<A> forward_norm(call.norm, set.C, mu, (const A*)call.v, batch);  // as the forward had it
+    Affine<A> forward_norm(call.norm, set.C, mu, (const A*)call.v, batch);  // as in the forward
     Buffer<A> dl(set.N * set.C);
     A gain = A(call.channel.gain);
     set.parallel(set.N, [&](int64_t n, int64_t end) {
@@ -205,7 +205,7 @@ struct BackwardPass {
     gates.backward(dl, d_descriptor, (A*)call.dw1, (A*)call.db1, (A*)call.dw2, (A*)call.db2);
   }
 
-  // Of the descriptors of sample n; null where the pool is not taken.
+  // The gradients of the descriptors of sample n; null if the pool is not used.
   const A* d_avg(int64_t n) const { return channel && call.channel.avg ? descriptor(n, 0) : nullptr; }
   const A* d_max(int64_t n) const { return channel && call.channel.max ? descriptor(n, call.channel.avg) : nullptr; }
   const A* descriptor(int64_t n, int64_t pool) const {

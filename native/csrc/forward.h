@@ -1,5 +1,5 @@
-// The forward: A | statistics | gate | B | convolution | C. Where no statistic spans the batch and there are
-// samples enough for the threads, it runs sample by sample, from cache; but A and a gate of many weights run
+// The forward: A | statistics | gate | B | convolution | C. If no statistics span the batch and there are enough
+// samples for the threads, it runs sample by sample, from cache; only a gate of many weights, and A before it, run
 // for the batch at once.
 #pragma once
 
@@ -13,7 +13,7 @@
 
 namespace {
 
-// +1, -1 or 0 per channel: which extremum of x is the maximum of gamma x.
+// +1, -1 or 0 per channel: the sign of gamma, with which the largest sign x is the extremum of pass A.
 template <class A>
 void signs(const Norm& norm, int64_t C, A* sign) {
   Read<A> gamma(norm.gamma, C, 1);
@@ -80,7 +80,7 @@ struct ForwardPass {
   }
 
  private:
-  // Whether every thread gets its share of the samples.
+  // Whether the threads get about equal numbers of samples.
   bool samples_for_all() const {
     return set.N >= call.width && (set.N % call.width == 0 || set.N >= 4 * call.width);
   }
@@ -91,7 +91,7 @@ struct ForwardPass {
     Read<A> s_mean(call.spatial.norm.mean, 1), s_var(call.spatial.norm.var, 1);
     SpatialNorm<A> s_norm(call.spatial, *s_mean, *s_var);
     if (spatial) keep_spatial(*s_mean, *s_var);
-    // The gate of a sample at a time reads its weights each time: only where they are few against the map.
+    // Sample by sample, the gate reads its weights once per sample: only if they are few compared to the map.
     bool at_once = channel && 2 * call.channel.hidden * 2 >= set.L;
     if (at_once) {
       set.parallel(set.N, [&](int64_t n, int64_t end) {

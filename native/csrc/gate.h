@@ -18,7 +18,7 @@ struct Gate {
   int64_t N, C, hidden, pools;
   Read<A> w1, b1, w2, b2;
   Buffer<A> descriptor;  // (N, pools, C)
-  Buffer<A> before;      // (N, pools, hidden): before the rectifier
+  Buffer<A> before;      // (N, pools, hidden): before the ReLU
   Buffer<A> sum;         // (N, hidden)
 
   explicit Gate(const Setting<T>& s)
@@ -45,7 +45,7 @@ struct Gate {
     });
   }
 
-  // Units of LANES hidden rows, for samples [n, n_end).
+  // A unit is LANES hidden units, for samples [n, n_end).
   void hide(int64_t unit, int64_t n, int64_t n_end) {
     int64_t at = unit * LANES<A>, count = least(LANES<A>, hidden - at);
     V bias = load_some(b1 + at, count);
@@ -58,7 +58,7 @@ struct Gate {
     }
   }
 
-  // Units of LANES channels.
+  // A unit is LANES channels.
   void open(int64_t unit, int64_t n, int64_t n_end, A* gate) {
     int64_t at = unit * LANES<A>, count = least(LANES<A>, C - at);
     V bias = load_some(b2 + at, count) * A(pools);
@@ -74,7 +74,7 @@ struct Gate {
     described(gate);
   }
 
-  // The gates of the batch, once every sample has been described.
+  // The gates of the batch, from the descriptors of all samples.
   void described(A* gate) {
     set.parallel(hidden_units(), [&](int64_t u, int64_t end) { for (; u < end; u++) hide(u, 0, N); });
     set.parallel(open_units(), [&](int64_t u, int64_t end) { for (; u < end; u++) open(u, 0, N, gate); });
@@ -86,8 +86,8 @@ struct Gate {
     for (int64_t u = 0; u < open_units(); u++) open(u, n, n + 1, gate);
   }
 
-  // The gradients, given dl (N, C) of the logits: of the descriptors, and of every parameter that is asked for.
-  // `before` and `sum` are those of the forward.
+  // Given dl (N, C), the gradient of the logits: the gradients of the descriptors and of the parameters, of biases
+  // only if wanted. `before` and `sum` must be those of the forward.
   void backward(const A* dl, A* d_descriptor, A* dw1, A* db1, A* dw2, A* db2) {
     Buffer<A> dh(N * pools * hidden);
     set.parallel(up(hidden, WIDE), [&](int64_t u, int64_t end) { for (; u < end; u++) to_hidden(u * WIDE, dl, dh); });
@@ -107,8 +107,8 @@ struct Gate {
   }
 
  private:
-  static constexpr int GROUP = 8;                // vectors that share one look at a weight
-  static constexpr int64_t WIDE = 2 * LANES<A>;  // columns that are taken together
+  static constexpr int GROUP = 8;                // vectors per load of a weight
+  static constexpr int64_t WIDE = 2 * LANES<A>;  // columns that are processed together
 
   static INLINE V load_some(const A* p, int64_t count) {
     return count == LANES<A> ? load(p) : load(p, Part{int(count)});
@@ -117,8 +117,8 @@ struct Gate {
     count == LANES<A> ? store(p, v) : store(p, v, Part{int(count)});
   }
 
-  // f(i, V) for the vectors [i, end) of `length` that follow one another in v. Lane r is row r of w times vector
-  // i, for `count` rows; a lane beyond them repeats the last one.
+  // Calls f(i, V) for the vectors [i, end) of `length` elements, adjacent in v. Lane r is row r of w times vector i;
+  // lanes beyond the `count` rows repeat the last row.
   template <class F>
   static INLINE void products(const A* w, int64_t count, const A* v, int64_t length, int64_t i, int64_t end, F f) {
     for (; i + 4 <= end; i += 4) {
@@ -173,8 +173,8 @@ struct Gate {
     });
   }
 
-  // `count` columns of w, a row every `step`, times each of `many` vectors of `rows` elements in v: f(i, j, V, lanes)
-  // for vector i and the columns from j on.
+  // Multiplies `count` columns of w, whose rows are `step` apart, by each of `many` vectors of `rows` elements in v:
+  // f(i, j, V, lanes) for vector i and the columns from j on.
   template <class F>
   static INLINE void columns(const A* w, int64_t step, int64_t count, const A* v, int64_t rows, int64_t many, F f) {
     if (count == WIDE) return some_columns<2>(w, step, LANES<A>, v, rows, many, 0, f);

@@ -1,5 +1,5 @@
-// All kernels for one instruction set. Compiled once for each: CBAM_LEVEL names the table, CBAM_BYTES is the
-// width of a vector, and the compiler's flags say which instructions there are.
+// All kernels for one instruction set, compiled once for each: CBAM_LEVEL names the table, CBAM_BYTES is the width of
+// a vector, and the compiler's flags select the instructions.
 #include "backward.h"
 
 namespace cbam {

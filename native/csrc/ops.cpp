@@ -1,6 +1,6 @@
-// The operators for the CPU, on libtorch's stable ABI: checks what the kernels rely on,
-// allocates the results, and calls the kernels of the best instruction set that the machine has. The schemas
-// are the main package's (cbam/ops/library.py), and so is everything that a caller can get wrong.
+// The operators for the CPU, on libtorch's stable ABI: check what the kernels rely on, allocate the results, and call
+// the kernels for the best instruction set of the machine. The main package has the schemas (cbam/ops/library.py), and
+// checks everything that a caller can get wrong.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -91,8 +91,8 @@ Layout layout(const Tensor& x) {
           steps(0, C * H * W) && steps(1, 1) && steps(2, W * C) && steps(3, C)};
 }
 
-// Whether the channels of a pixel are adjacent. Of the maps that are both, one pixel counts as such rows and one
-// channel as a plane.
+// Whether the channels of a pixel are adjacent. Of the maps that have both layouts, those of one channel count as NCHW,
+// the others, of one pixel, as channels_last.
 bool channels_last(const Tensor& x) {
   auto [planes, rows] = layout(x);
   STD_TORCH_CHECK(planes || rows, "cbam: a feature map must be dense, NCHW or channels_last");
@@ -122,7 +122,7 @@ Tensor like(const Tensor& t, const Tensor& x, const char* name) {
   return torch::stable::contiguous(t, wanted ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
 }
 
-// A contiguous tensor. torch's new_empty takes four times as long, and a training step has twenty of them.
+// A contiguous tensor. torch's new_empty takes four times as long, and a training step makes twenty of them.
 template <class Sizes>
 Tensor make(const Sizes& sizes, ScalarType type) {
   constexpr int MOST = 4;
@@ -138,13 +138,13 @@ Tensor make(const Sizes& sizes, ScalarType type) {
   return Tensor(made);
 }
 
-// A result where `wanted`, else an empty one.
+// A result if `wanted`, else an empty tensor.
 Tensor result(bool wanted, std::initializer_list<int64_t> sizes, ScalarType type) {
   return make(wanted ? sizes : std::initializer_list<int64_t>{0}, type);
 }
 
-// A spatial kernel in order, as it is not in a network that is channels_last. A hand's work is a fraction of what
-// torch's operators take for so few elements.
+// A contiguous copy of a spatial kernel, which is not contiguous in a channels_last network. For so few elements this
+// loop takes a fraction of the time of torch's operators.
 Tensor in_order(const Tensor& t) {
   Tensor out = make(t.sizes(), t.scalar_type());
   int64_t size = type_of(t) == Type::f64 ? 8 : type_of(t) == Type::f32 ? 4 : 2;
@@ -160,7 +160,7 @@ Tensor in_order(const Tensor& t) {
   return out;
 }
 
-// The same for parameters, whose elements are taken one after the other.
+// Replaces parameters that are not contiguous by contiguous copies.
 template <class... Parts>
 void make_contiguous(Parts&... parts) {
   auto one = [](Maybe& t) {
@@ -171,7 +171,7 @@ void make_contiguous(Parts&... parts) {
 
 void* pointer(const Tensor& t) { return t.numel() ? t.mutable_data_ptr() : nullptr; }
 
-// --- what both operators take ---
+// --- the arguments that forward and backward share ---
 
 void run_parallel(int64_t count, Work work, void* context) {
   TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, count, 1, work, context));
@@ -231,7 +231,7 @@ Spatial spatial(const Maybe& kernel, const Maybe& gamma, const Maybe& beta, bool
 
 using Forwarded = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-// All that a forward is told; where its results go is left open.
+// The arguments of a forward, without the memory for its results.
 Forward told(const Tensor& x, const Maybe& shortcut, const Maybe& gamma, const Maybe& beta, const Maybe& mean,
              const Maybe& var, bool bn_batch, double bn_eps, const Maybe& w1, const Maybe& b1, const Maybe& w2,
              const Maybe& b2, bool avg_pool, bool max_pool, double channel_gain, const Maybe& kernel,
@@ -280,7 +280,7 @@ Forwarded tail(Tensor x, Maybe shortcut, Maybe gamma, Maybe beta, Maybe mean, Ma
   return {out, m, e, k, mu, v, gate, s, s_mu, s_v};
 }
 
-// --- cbam::tail_inference, and in the place of x ---
+// --- cbam::tail_inference, and cbam::tail_ in place ---
 
 void infer(const Tensor& x, void* out, Maybe shortcut, Maybe shortcut_gamma, Maybe shortcut_beta, Maybe shortcut_mean,
            Maybe shortcut_var, double shortcut_eps, Maybe gamma, Maybe beta, Maybe mean, Maybe var, double bn_eps,
@@ -297,7 +297,7 @@ void infer(const Tensor& x, void* out, Maybe shortcut, Maybe shortcut_gamma, May
   compute(f, x);
 }
 
-// The two operators, which take what `infer` does.
+// The two operators, with the arguments of `infer`.
 template <class>
 struct Inference;
 template <class... Rest>
@@ -309,7 +309,7 @@ struct Inference<void(const Tensor&, void*, Rest...)> {
     return out;
   }
 
-  // The last pass reads each element of x just before it writes the one in its place, and no pass follows it.
+  // Safe in place: only the last pass writes, and it reads each element of x just before it overwrites it.
   static void tail_(Tensor x, Rest... rest) {
     Tensor map = dense(x);
     infer(map, map.mutable_data_ptr(), rest...);
@@ -338,7 +338,7 @@ void move(const Tensor& running, const Tensor& batch, double momentum, double fa
   int64_t step = running.stride(0), batch_step = batch.stride(0);
   of_type(running, [&](auto* old) {
     using T = std::remove_pointer_t<decltype(old)>;
-    using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;  // 16 bits are not reached from double
+    using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;  // no conversion from double to 16 bits
     of_type(batch, [&](const auto* found) {
       for (int64_t c = 0; c < count; c++) {
         double was = double(old[c * step]), now = double(found[c * batch_step]) * factor;
@@ -401,7 +401,7 @@ Backwarded tail_backward(Tensor grad, Tensor x, Maybe out, Maybe gamma, Maybe be
     b.s_v = (const double*)saved(s_v, 1, ScalarType::Double, "s_v");
   }
 
-  // The masked gradient is made where the shortcut wants it or pass 3 reads it.
+  // The masked gradient is computed if the shortcut needs it or pass 3 reads it.
   bool masked = relu && (need_x || need_shortcut);
   Tensor none = result(false, {}, x.scalar_type()), g = masked ? torch::stable::empty_like(x) : none;
   Tensor dx = need_x ? torch::stable::empty_like(x) : result(false, {}, x.scalar_type());
@@ -419,8 +419,8 @@ Backwarded tail_backward(Tensor grad, Tensor x, Maybe out, Maybe gamma, Maybe be
 
 }  // namespace
 
-// For tests: computes with instruction set 0 (portable), 1 (AVX2) or 2 (AVX-512) from now on, if the machine
-// has it, and says which is in use. -1 only asks.
+// For tests: selects instruction set 0 (portable), 1 (AVX2) or 2 (AVX-512) if the machine has it, and returns the one
+// in use. -1 changes nothing.
 extern "C" __attribute__((visibility("default"))) int cbam_native_level(int wanted) {
   if (wanted >= 0 && wanted <= best_level()) level = wanted;
   return level;

@@ -1,5 +1,5 @@
-// The passes over an NCHW map: the pixels of a plane are adjacent. Where a pass sums over channels, a unit is a
-// chunk of pixels, and a few planes are walked together so that the per-pixel sums are touched less often.
+// The passes over an NCHW map: the pixels of a plane are adjacent. If a pass sums over channels, a unit is a chunk of
+// pixels, and a few planes are processed together so that the per-pixel sums are accessed less often.
 #pragma once
 
 #include "maps.h"
@@ -13,7 +13,7 @@ struct Planes {
   static constexpr int TOGETHER = BYTES == 64 ? 4 : 2;
 
   static constexpr int LIMIT = Setting<T>::PLANE_CHUNK;
-  static constexpr int64_t BLOCK = 128;  // channels summed before they are added to those before: fewer roundings
+  static constexpr int64_t BLOCK = 128;  // channels per partial sum, to reduce rounding errors
 
   const Setting<T>& set;
   const T* x;
@@ -85,7 +85,7 @@ struct Planes {
     for (int64_t p = 0; p < count; p++) total[p] += part[p], part[p] = 0;
   }
 
-  // `describe` where the pixels are K vectors, of which the last two may share some: no sum leaves the registers.
+  // `describe` for K vectors of pixels, of which the last two may overlap: all sums stay in registers.
   template <int K>
   void describe_few(int64_t n, int64_t at, int64_t count, A* top, A* mean) const {
     constexpr int U = 4;
@@ -156,8 +156,8 @@ struct Planes {
     whole_vectors(to.out + base, value);
   }
 
-  // Writes value(i, part) to the pixels of a plane. A store of a part costs more than a whole one that shares pixels
-  // with the last but one. What it holds is made first, since the plane may be one that is read.
+  // Writes value(i, part) to the pixels of a plane. The last vector overlaps the one before it, since a partial store
+  // costs more. Its value is computed first, since the plane may be one that is read.
   template <class F>
   INLINE void whole_vectors(T* to, F value) const {
     if (set.L < LANES<A> || set.L % LANES<A> == 0) {
@@ -201,7 +201,7 @@ struct Planes {
       for (int64_t p = map; p < map + count; p++) to.q1[p] /= A(set.C);
   }
 
-  // Channels from c on; P and Q, whose lanes are still to be summed, are written.
+  // U channels from c on. Writes P and Q, whose lanes are still to be summed.
   template <int U, bool RELU, bool SPATIAL>
   INLINE void receive_channels(int64_t n, int64_t c, int64_t at, int64_t count, A* d_opens, A* sums, V* P, V* Q,
                                const Incoming<T>& to) const {

@@ -1,6 +1,6 @@
 // Pass A: one read of x gives, per sample and channel, the mean, the centred second moment M2 and one extremum
-// with its first index: the maximum where gamma >= 0, the minimum where gamma < 0, the first pixel where
-// gamma = 0 (every pixel is then a tie).
+// with its first index: the maximum if gamma > 0, the minimum if gamma < 0, the first pixel if gamma = 0 (every
+// pixel is then a tie).
 #pragma once
 
 #include "maps.h"
@@ -15,11 +15,11 @@ struct Pool {
   const Setting<T>& set;
   const T* x;
   const A* sign;  // (C): 1, -1 or 0
-  A *m, *m2;      // (N, C); m2 null where not wanted
+  A *m, *m2;      // (N, C); m2 null if not wanted
   T* e;           // (N, C)
-  int32_t* k;     // (N, C), null where not wanted
-  // (N, chunks, C), only where a pixel's channels are adjacent: sums of v - pivot and of its square, and the
-  // best of sign v with its pixel. Without moments the pivot is 0.
+  int32_t* k;     // (N, C), null if not wanted
+  // (N, chunks, C), only if a pixel's channels are adjacent: sums of v - pivot and of its square, and the
+  // largest sign v with its pixel. Without moments the pivot is 0.
   Buffer<A> pivots, sums, squares, bests;
   Buffer<Index<A>> firsts;
 
@@ -32,7 +32,7 @@ struct Pool {
     firsts.resize(k ? count : 0);
   }
 
-  // The whole batch, by all threads.
+  // The whole batch, in all threads.
   void all() {
     if (!set.block.rows) {
       set.parallel(set.N * units(), [&](int64_t i, int64_t end) { for (; i < end; i++) planes(i); });
@@ -55,7 +55,7 @@ struct Pool {
   }
 
  private:
-  // --- NCHW: a plane lies together ---
+  // --- NCHW: a plane is contiguous ---
 
   int64_t units() const { return up(set.C, LANES<A>); }
 
@@ -68,7 +68,7 @@ struct Pool {
     }
   }
 
-  // LANES planes that fit into L1 together: what is summed within each is folded over all of them at once.
+  // LANES planes that fit into L1 together: the lanes of their sums are folded for all planes at once.
   static constexpr int64_t SMALL = 2048 / sizeof(A);
 
   void small_planes(int64_t nc) {
@@ -128,7 +128,7 @@ struct Pool {
     const T* p = x + nc * set.L;
     A s = sign[nc % set.C], sum = 0, best = -INFINITY;
     Moments parts;
-    constexpr int64_t TILE = 256 * LANES<A>;  // 64 values to a partial sum, and in L1 for the second look
+    constexpr int64_t TILE = 256 * LANES<A>;  // 64 values per partial sum, and still in L1 for the second read
     for (int64_t at = 0; at < set.L; at += TILE) {
       int64_t count = least(TILE, set.L - at);
       A part, top;
@@ -140,7 +140,7 @@ struct Pool {
     m[nc] = sum / A(set.L);
     if (m2) {
       m2[nc] = A(parts.square);
-      if (std::isfinite(parts.mean)) m[nc] = A(parts.mean);  // the more exact one
+      if (std::isfinite(parts.mean)) m[nc] = A(parts.mean);  // the more accurate one
     }
     finish(nc, best);
   }
@@ -165,7 +165,7 @@ struct Pool {
     best = largest<A>(larger(larger(b[0], b[1]), larger(b[2], b[3])));
   }
 
-  // The moments of a tile, by deviations from `centre`, which is its mean but for rounding.
+  // The moments of a tile, from the deviations from `centre`, which is its mean up to rounding.
   static INLINE Moments around(const T* p, int64_t count, A centre) {
     constexpr int64_t STEP = 4 * LANES<A>;
     V s[4] = {}, first[4] = {};
@@ -186,7 +186,7 @@ struct Pool {
     return {n, centre + rest / n, square - rest * rest / n};
   }
 
-  // e and k of a plane, given the best of sign v.
+  // e and k of a plane, given the largest sign v.
   void finish(int64_t nc, A best) {
     const T* p = x + nc * set.L;
     if (odd(nc, best, p, 1)) return;
@@ -195,7 +195,7 @@ struct Pool {
     if (k) k[nc] = int32_t(find(p, value));
   }
 
-  // e and k where every pixel is a tie, or one of them is NaN: the maximum drops it, and eager has it.
+  // e and k if every pixel is a tie, or if one is NaN, which `larger` drops and eager torch returns.
   bool odd(int64_t nc, A best, const T* first, int64_t stride) {
     if (m[nc] != m[nc]) {
       for (int64_t p = 0; p < set.L; p++) {
@@ -210,7 +210,7 @@ struct Pool {
     return true;
   }
 
-  // The first pixel of a plane that equals `value`; 0 where none does.
+  // The first pixel of a plane that equals `value`; 0 if none does.
   int64_t find(const T* p, A value) const {
     constexpr int64_t STEP = 4 * LANES<A>;
     int64_t at = 0;
@@ -224,9 +224,9 @@ struct Pool {
     return 0;
   }
 
-  // --- channels_last: the channels of a pixel lie together ---
+  // --- channels_last: the channels of a pixel are adjacent ---
 
-  static constexpr int64_t GROUP = 8;  // pixels between two looks at the sums, which rounds less
+  static constexpr int64_t GROUP = 8;  // pixels per update of the sums, to reduce rounding errors
 
   void rows(int64_t unit) {
     choose([&](auto moments, auto index) { rows<moments, index>(unit); }, m2, k);
@@ -242,7 +242,7 @@ struct Pool {
     for (; q < count; q++) group<1, MOMENTS, INDEX, false>(unit, p + q * C, at + q);
   }
 
-  // G pixels. The mean of the first ones is the pivot, which only moments need.
+  // G pixels. The mean of the first group is the pivot, which only the moments need.
   template <int G, bool MOMENTS, bool INDEX, bool FIRST>
   INLINE void group(int64_t unit, const T* p, int64_t pixel) {
     int64_t C = set.C, at = unit * C;
@@ -261,7 +261,7 @@ struct Pool {
         if constexpr (INDEX) first = load_index<A>(firsts + at + c, part);
       }
       for (int g = 0; g < G; g++) {
-        // Of several rows at once none is fetched ahead by itself. Into L2: in L1 rows a power of two apart evict
+        // The hardware does not prefetch several rows at once. Into L2, since in L1 rows a power of two apart evict
         // each other.
         __builtin_prefetch(p + (g + G) * C + c, 0, 2);
         V v = load(p + g * C + c, part), candidate = v * flip;
@@ -277,13 +277,13 @@ struct Pool {
     });
   }
 
-  // The chunks of channels [from, to) of a sample, in order.
+  // Merges the chunks of channels [from, to) of a sample, in order.
   void merge(int64_t n, int64_t from, int64_t to) {
     walk<double>(to - from, [&](int64_t c, auto part) { merge_moments(n, from + c, part); });
     walk<A>(to - from, [&](int64_t c, auto part) { merge_bests(n, from + c, part); });
   }
 
-  // As `Moments::merge`, where the weights are those of all channels.
+  // As `Moments::merge`, with the same weights for all channels.
   template <class P>
   INLINE void merge_moments(int64_t n, int64_t c, P part) {
     using D = Vec<double>;
@@ -309,7 +309,7 @@ struct Pool {
       if (!std::isfinite(sum[l])) m[nc + l] = plain_mean(n, c + l);
   }
 
-  // About a pivot, Inf gives NaN where the plain sum is Inf.
+  // With a pivot, Inf gives NaN where the plain sum is Inf.
   A plain_mean(int64_t n, int64_t c) const {
     A sum = 0;
     for (int64_t p = 0; p < set.L; p++) sum += to_float(x[(n * set.L + p) * set.C + c]);

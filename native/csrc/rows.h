@@ -14,8 +14,8 @@ struct Rows {
   const T* x;
   Scale<A> z;
 
-  // Pixels are walked one by one, since memory that is read in order is fetched ahead. Where what belongs to the
-  // channels would not stay in L1 from one pixel to the next, a few are walked together.
+  // Pixels are processed one by one, since memory that is read in order is prefetched. If the values per channel would
+  // not stay in L1 from one pixel to the next, a few pixels are processed together.
   static constexpr int TOGETHER = BYTES == 64 ? 4 : 2;
   bool wide() const { return set.C * int64_t(sizeof(A)) > 4096; }
 
@@ -74,7 +74,7 @@ struct Rows {
   }
 
  private:
-  // f(Whole) or f(Part) for the pixels of [p, end) that one vector holds.
+  // Calls f(Whole) or f(Part) for the pixels of [p, end) that fit into one vector.
   template <class F>
   static INLINE void some(int64_t p, int64_t end, F f) {
     end - p >= LANES<A> ? f(Whole{}) : f(Part{int(end - p)});
@@ -101,8 +101,8 @@ struct Rows {
   void write_chunk(int64_t unit, const Output<T>& to) const {
     int64_t n = unit / set.chunks, begin = n * set.L + unit % set.chunks * set.chunk;
     int64_t end = begin + set.pixels(unit % set.chunks);
-    // One at a time in any case: where rows are a power of two apart, a store to one delays loads of the next.
-    int64_t band = wide() ? 4096 / int64_t(sizeof(A)) : set.C;  // of channels, for which the same holds as above
+    // Always one at a time: if rows are a power of two apart, a store to one delays loads from the next.
+    int64_t band = wide() ? 4096 / int64_t(sizeof(A)) : set.C;  // channels whose values stay in L1, see above
     for (int64_t c = 0; c < set.C; c += band)
       for (int64_t p = begin; p < end; p++) write_pixel<RELU, SPATIAL, ADDED>(n, p, c, least(band, set.C - c), to);
   }
@@ -125,7 +125,7 @@ struct Rows {
     });
   }
 
-  // Per-pixel sums of LANES pixels, a vector each until they are folded.
+  // Per-pixel sums of LANES pixels, each a vector until they are folded.
   struct Sums {
     V d_open[LANES<A>], top[LANES<A>], sum[LANES<A>];
     Int<A> first[LANES<A>];

@@ -1,4 +1,4 @@
-// What one call computes with: sizes and chunks, scratch memory, threads, and the affine form of a norm.
+// What the passes of a call share: sizes and chunks, scratch memory, threads, and the affine form of a norm.
 #pragma once
 
 #include <cstdlib>
@@ -15,7 +15,7 @@ constexpr int64_t up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 constexpr int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
-// Uninitialised memory of a call.
+// Uninitialised memory, freed with the object.
 template <class A>
 class Buffer {
  public:
@@ -36,7 +36,7 @@ class Buffer {
   A* data_ = nullptr;
 };
 
-// A result where somebody keeps it, else scratch.
+// The memory of a result that is returned, else scratch memory.
 template <class A>
 A* or_scratch(void* kept, Buffer<A>& scratch, int64_t count) {
   if (kept) return (A*)kept;
@@ -44,7 +44,7 @@ A* or_scratch(void* kept, Buffer<A>& scratch, int64_t count) {
   return scratch;
 }
 
-// A parameter of any type, read as A; converted only where its type differs.
+// A parameter of any type, read as A; converted only if its type differs.
 template <class A>
 class Read {
  public:
@@ -74,17 +74,17 @@ class Read {
   Buffer<A> own_;
 };
 
-// Sizes, and the cut of the pixels into chunks. Everything here follows from the shape alone, so that sums
-// have the same order whatever the number of threads.
+// Sizes, and the split of the pixels into chunks. Nothing here depends on the number of threads, so sums have the
+// same order for any number.
 template <class T>
 struct Setting {
   using A = Acc<T>;
-  // At most, where planes lie together: 64 values to a partial sum.
+  // The largest chunk if planes are contiguous: 64 values per partial sum.
   static constexpr int64_t PLANE_CHUNK = 64 * LANES<A>;
 
   const Block& block;
   int64_t N, C, H, W, L;
-  int64_t chunk, chunks;  // pixels of a chunk, chunks of a sample
+  int64_t chunk, chunks;  // pixels per chunk, chunks per sample
 
   explicit Setting(const Block& b) : block(b), N(b.N), C(b.C), H(b.H), W(b.W), L(b.H * b.W) {
     int64_t limit = b.rows ? most(64, least(128, 65536 / C)) : PLANE_CHUNK;
@@ -94,7 +94,7 @@ struct Setting {
 
   int64_t pixels(int64_t i) const { return least(chunk, L - i * chunk); }
 
-  // f(begin, end) on disjoint ranges of [0, count), by torch's threads.
+  // Calls f(begin, end) on disjoint ranges of [0, count), in torch's threads.
   template <class F>
   void parallel(int64_t count, const F& f) const {
     block.threads(count, [](int64_t begin, int64_t end, void* context) { (*(const F*)context)(begin, end); },
@@ -102,7 +102,7 @@ struct Setting {
   }
 };
 
-// Count, mean and second moment about the mean; parts merge in order (Chan).
+// Count, mean and second moment about the mean; parts are merged in order (Chan).
 struct Moments {
   double count = 0, mean = 0, square = 0;
 
@@ -119,8 +119,8 @@ template <class A>
 struct Affine {
   Buffer<A> a, shift, b, r;
 
-  // Of a batch: y = gamma r (x - mu) + beta. Of running statistics: y = (gamma r) x + (beta - mu gamma r), the
-  // arithmetic and the order of torch's own BatchNorm on the CPU, which a gate of 1 then repeats to the bit.
+  // With batch statistics y = gamma r (x - mu) + beta. With running statistics y = (gamma r) x + (beta - mu gamma r),
+  // in the order of torch's own BatchNorm on the CPU, so that a gate of 1 gives a bit-identical result.
   Affine(const Norm& norm, int64_t C, const A* mu, const A* var, bool centred) : a(C), shift(C), b(C), r(C) {
     Read<A> gamma(norm.gamma, C, 1), beta(norm.beta, C, 0);
     bool given = norm.gamma.data;
@@ -132,7 +132,7 @@ struct Affine {
     }
   }
 
-  // za and zb of a sample, whose channel gate is `open`; null where there is none.
+  // za and zb of a sample; `open` is its channel gate, null if there is none.
   void scale(const A* open, int64_t C, A* za, A* zb) const {
     walk<A>(C, [&](int64_t c, auto part) {
       Vec<A> gate = open ? load(open + c, part) : splat(A(1));

@@ -12,8 +12,8 @@ struct Convolution {
   using V = Vec<A>;
 
   const Setting<T>& set;
-  int64_t side, pad, wide;  // `wide`: a row with the zeros beside it
-  int64_t band, bands;      // rows of a band, bands of a sample
+  int64_t side, pad, wide;  // `wide`: a row with its zero padding
+  int64_t band, bands;      // rows per band, bands per sample
   Read<A> kernel;           // (2, side, side)
 
   explicit Convolution(const Setting<T>& s)
@@ -30,10 +30,10 @@ struct Convolution {
   int64_t first_row(int64_t unit) const { return unit % bands * band; }
   int64_t row_count(int64_t unit) const { return least(band, set.H - first_row(unit)); }
   int64_t offset(int64_t unit) const { return unit / bands * set.L + first_row(unit) * set.W; }
-  // Of one padded band, and what a vector reads or writes beyond it.
+  // One padded band, and what vectors read or write beyond it.
   int64_t padded_size() const { return (band + side - 1) * wide + side + 4 * LANES<A>; }
 
-  // `from` (H, W) of the unit's sample, its band's rows and `side / 2` more on each side, zeros around them.
+  // Copies the unit's rows of `from`, (H, W) of its sample, and `side / 2` more on each side, with zero padding.
   void pad_band(int64_t unit, const A* from, A* to) const {
     int64_t first = first_row(unit) - pad, rows = row_count(unit) + side - 1;
     std::memset((void*)to, 0, padded_size() * sizeof(A));
@@ -43,15 +43,15 @@ struct Convolution {
     }
   }
 
-  // out[y, x] = sum over `inputs` padded maps and their taps, over the padded rows as one row: what falls
-  // between two rows is left out when the band is taken from `flat`.
+  // The sum over `inputs` padded maps and their taps, with the padded rows treated as one long row; `take` drops what
+  // lies between two rows.
   void correlate(const A* const* in, int inputs, const A* weights, int64_t rows, A* flat) const {
     constexpr int U = 4;
     for (int64_t o = 0; o < rows * wide; o += U * LANES<A>) {
       V acc[U] = {};
       for (int c = 0; c < inputs; c++)
         for (int64_t i = 0; i < side; i++) {
-          V row[U] = {};  // summed by itself: fewer roundings
+          V row[U] = {};  // summed separately, to reduce rounding errors
           for (int64_t j = 0; j < side; j++) {
             A w = weights[(c * side + i) * side + j];
             const A* p = in[c] + o + i * wide + j;
@@ -78,7 +78,7 @@ struct Convolution {
     take(flat, rows, s + offset(unit));
   }
 
-  // d0 and d1 of a band from ds (N, H, W); d1 is divided by C, the mean's share of each channel.
+  // d0 and d1 of a band from ds (N, H, W); d1 is divided by C, each channel's share in the mean.
   void transpose(int64_t unit, const A* ds, A* d0, A* d1) const {
     int64_t taps = side * side, n = unit / bands, rows = row_count(unit);
     Buffer<A> work(2 * padded_size()), flipped(2 * taps);
@@ -139,7 +139,7 @@ struct SpatialNorm {
   INLINE double exact_shat(A s) const { return (s - exact_mu) * exact_r; }
   INLINE Vec<A> logit(Vec<A> s) const { return gamma * shat(s) + beta; }
   INLINE Vec<A> open(Vec<A> s) const { return gate_of<A>(logit(s), gain); }
-  // The derivative of `open` by its logit, exact also where the gate saturates: gain e / (1 + e)^2, e = exp(-|l|).
+  // The derivative of `open` by its logit, accurate even if the gate saturates: gain e / (1 + e)^2, e = exp(-|l|).
   INLINE Vec<A> slope(Vec<A> s) const {
     Vec<A> l = logit(s), e = exponential(l > Vec<A>{} ? -l : l), one = splat(A(1));
     return gain * e / ((one + e) * (one + e));

@@ -1,6 +1,6 @@
-// Vectors of CBAM_BYTES bytes: loads and stores of every type, whole or in part, and what the kernels need
-// beyond the operators that the compiler gives. Everything is in an unnamed namespace: the units of several
-// instruction sets must not share a function.
+// Vectors of CBAM_BYTES bytes: loads and stores of every type, whole or partial, and what the kernels need beyond the
+// compiler's own operators. Everything is in an unnamed namespace: the units of different instruction sets must not
+// share a function.
 #pragma once
 
 #include <cmath>
@@ -16,7 +16,7 @@
 #define INLINE inline __attribute__((always_inline))
 #define FLAT __attribute__((always_inline))  // after the arguments of a lambda
 
-// Before a loop of few rounds whose body is large: leave it one.
+// Before a loop with few iterations and a large body: do not unroll it.
 #if defined(__clang__)
 #define ROLLED _Pragma("nounroll")
 #else
@@ -52,7 +52,7 @@ using Index = typename Of<A>::Index;
 template <class A>
 constexpr int LANES = BYTES / sizeof(A);
 
-// The accumulating type of a stored type.
+// The type in which values of a stored type are computed.
 template <class T>
 using Acc = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
@@ -71,7 +71,7 @@ INLINE Int<A> iota() {
   return v;
 }
 
-// How many lanes of a vector hold data: all, or the first few of the last vector of a row.
+// How many lanes of a vector hold data: all, or in the last vector of a row the first few.
 struct Whole {};
 struct Part {
   int lanes;
@@ -95,7 +95,7 @@ INLINE Vec<A> keep(Vec<A> v, Part part, A other) {
   return iota<A>() < splat_index<A>(part.lanes) ? v : splat(other);
 }
 
-// f(i, Whole) for each whole vector of [0, n), then f(i, Part) for the rest.
+// Calls f(i, Whole) for each whole vector of [0, n), then f(i, Part) for the rest.
 template <class A, class F>
 INLINE void walk(int64_t n, F f) {
   int64_t i = 0;
@@ -103,8 +103,8 @@ INLINE void walk(int64_t n, F f) {
   if (i < n) f(i, Part{int(n - i)});
 }
 
-// f(0), ..., f(N - 1) with constants, so that an array they index is registers from the start: of a loop gcc keeps
-// it in memory, and writes it there before and after.
+// Calls f(0), ..., f(N - 1) with constants, so that arrays indexed by them are in registers: with a loop, gcc keeps
+// them in memory, and writes them there before and after.
 template <class F, int... I>
 INLINE void unroll(F f, std::integer_sequence<int, I...>) {
   (f(std::integral_constant<int, I>{}), ...);
@@ -202,7 +202,7 @@ INLINE void store(half* p, Vec<float> v, Whole = {}) {
 }
 #endif
 
-// The lanes beyond a part load as zero and are not touched in memory.
+// Lanes beyond a part are loaded as zero, and their memory is not accessed.
 template <class T>
 INLINE Vec<Acc<T>> load(const T* p, Part part) {
   T whole[LANES<Acc<T>>] = {};
@@ -254,7 +254,7 @@ INLINE void store(double* p, Vec<double> v, Part part) {
 }
 #endif
 
-// Indices travel as integers as wide as A.
+// Indices are kept as integers as wide as A.
 template <class A, class P>
 INLINE Int<A> load_index(const Index<A>* p, P part) {
   return (Int<A>)load((const A*)p, part);
@@ -263,7 +263,7 @@ template <class A, class P>
 INLINE void store_index(Index<A>* p, Int<A> v, P part) {
   store((A*)p, (Vec<A>)v, part);
 }
-// From the 32-bit indices that are saved.
+// From the saved 32-bit indices.
 template <class A, class P>
 INLINE Int<A> load_saved(const int32_t* p, P part) {
   if constexpr (sizeof(A) == 4) {
@@ -284,7 +284,7 @@ INLINE void store_saved(int32_t* p, Int<A> v, P part) {
   }
 }
 
-// As many values as doubles fit into a vector: to doubles, from them, and to memory.
+// As many values as a vector has doubles: to doubles, from doubles, and to memory.
 template <class A>
 using Few = typename Of<A>::few;
 
@@ -305,8 +305,8 @@ INLINE void store_few(A* p, Few<A> v, P part) {
 
 // --- arithmetic ---
 
-// `v`, loaded whole. Else a select by a mask and the load before it become one load under that mask, which waits
-// until the mask is known.
+// `v`, loaded unconditionally. Otherwise a load and the select after it are merged into a masked load, which waits for
+// the mask.
 template <class V>
 INLINE V loaded(V v) {
 #if defined(__AVX512F__)
@@ -315,12 +315,12 @@ INLINE V loaded(V v) {
   return v;
 }
 
-// NaN in `candidate` is dropped.
+// NaN in `candidate` is ignored.
 template <class V>
 INLINE V larger(V best, V candidate) {
   return candidate > best ? candidate : best;
 }
-// max(v, 0) by a select: NaN passes, and so does the sign of a zero, as in torch.
+// max(v, 0) by a select, so that NaN and the sign of zero are kept, as in torch.
 template <class A>
 INLINE Vec<A> rectify(Vec<A> v) {
   return v < Vec<A>{} ? Vec<A>{} : v;
@@ -332,7 +332,7 @@ INLINE Vec<A> rectify(Vec<A> v) {
 #define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Int<A>{__VA_ARGS__})
 #endif
 
-// v with the lanes from WIDTH on in front.
+// v rotated by WIDTH lanes, lane WIDTH first.
 template <class A, int WIDTH, class V, int... LANE>
 INLINE V rotated(V v, std::integer_sequence<int, LANE...>) {
   return SHUFFLE(v, v, ((LANE + WIDTH) % LANES<A>)...);
@@ -361,14 +361,14 @@ INLINE bool any(Int<A> mask) {
   return bits;
 }
 
-// Of each block of lanes of (a, b) the first halves, or with HALF the second: a's before b's.
+// The first half of each block of lanes of a and b, or with HALF the second half; a's before b's.
 template <class A, int BLOCK, int HALF, class V, int... LANE>
 INLINE V interleave(V a, V b, std::integer_sequence<int, LANE...>) {
   return SHUFFLE(a, b, (LANE % BLOCK < BLOCK / 2 ? LANE + HALF : LANES<A> + LANE - BLOCK / 2 + HALF)...);
 }
 
-// Reduces each of LANES vectors to one lane: lane i of the result is v[i] across. `combine(V, V)` is applied
-// to halves in order, so the result does not depend on what else is folded with it.
+// Reduces each of LANES vectors to one lane: lane i of the result is v[i] reduced. `combine(V, V)` is applied to halves
+// in order, so the result for a vector does not depend on the other vectors.
 template <class A, int BLOCK = LANES<A>, class V, class Combine>
 INLINE V fold(V* v, Combine combine) {
   if constexpr (BLOCK == 1) {
@@ -391,7 +391,7 @@ INLINE Vec<A> fold_max(Vec<A>* v) {
   return fold<A>(v, [](Vec<A> a, Vec<A> b) { return larger(a, b); });
 }
 
-// e^x to an ulp or so; exactly 1 at 0, infinity from 88.8 on, NaN stays.
+// e^x to about one ulp; exactly 1 at 0, infinity from 88.8 on, NaN stays NaN.
 INLINE Vec<float> exponential(Vec<float> x) {
   using V = Vec<float>;
   V low = splat(-104.0f), high = splat(89.0f);

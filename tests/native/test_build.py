@@ -33,7 +33,7 @@ def test_without_a_compiler_the_build_says_so_in_one_line(no_compiler):
 
 def test_a_compiler_that_is_named_and_not_there_is_told_by_its_name(no_compiler, monkeypatch):
     monkeypatch.setenv("CXX", "nope -O3")
-    with pytest.raises(Exception, match=r"^no nope on the path, which \$CXX names$"):
+    with pytest.raises(Exception, match=r"^\$CXX names nope, which is not on the path$"):
         loaded(ROOT / "native" / "compile.py").find_compiler()
 
 
