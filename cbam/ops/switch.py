@@ -16,9 +16,8 @@ from cbam.ops.reference import FLOATS, transformed
 _log = logging.getLogger("cbam")
 _IMPLEMENTATIONS = ("reference", "fused")
 _MAX_LOGGED = 100  # reasons contain shapes, so their number has no bound
-_MIN_CAPABILITY = (
-    7  # compute capability that the atomic of `convolve` needs; `probe` does not run that kernel
-)
+# Compute capability that the atomic of `convolve` needs; `probe` does not run that kernel.
+_MIN_CAPABILITY = 7
 _known: dict[torch.device, str] = {}
 _logged: set[str] = set()
 # Global to the process: activation checkpointing recomputes a forward in a thread of autograd.
