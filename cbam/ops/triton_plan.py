@@ -105,10 +105,8 @@ def tile(name: str, N: int, C: int, L: int, nhwc: bool, itemsize: int, processor
         others, steps = (over_channels, over_pixels) if name in WALKS_PIXELS else (over_pixels, over_channels)
         programs = power(N) * others
         parts = max(1, min(steps, PARTS[name], blocks(ENOUGH * processors, programs)))
-        steps = blocks(steps, parts)
-        parts = blocks(
-            blocks(C if name not in WALKS_PIXELS else L, BC if name not in WALKS_PIXELS else BP), steps
-        )
+        walked, steps = steps, blocks(steps, parts)
+        parts = blocks(walked, steps)
         candidates.append(Tile(BC, BP, warps, parts, steps, N * others * parts))
         if programs >= ENOUGH * processors and parts == 1:
             return candidates[-1]
