@@ -16,7 +16,7 @@ def missing() -> str:
         path, operators = module.library(), getattr(module, "OPERATORS", 0)
     except ModuleNotFoundError:
         return f"cbam-native is not installed ({_INSTALL})"
-    except ImportError as error:
+    except (ImportError, AttributeError) as error:  # also the empty folder that an uninstall may leave
         return f"cbam_native is not the companion package of cbam: {error}"
     if operators != OPERATORS:
         return f"{path} was built for another version of cbam: reinstall cbam-native ({_INSTALL})"

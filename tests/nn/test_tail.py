@@ -251,6 +251,11 @@ def test_kernels_of_another_version_are_not_used(monkeypatch, operators):  # T35
     assert "kernels.so was built for another version of cbam: reinstall cbam-native" in switch.cpu.missing()
 
 
+def test_an_empty_folder_in_place_of_the_kernels_is_named(monkeypatch):  # T35
+    monkeypatch.setitem(sys.modules, "cbam_native", SimpleNamespace())
+    assert "cbam_native is not the companion package of cbam" in switch.cpu.missing()
+
+
 def test_other_schemas_have_another_number():  # T35
     schemas = " ".join((library._FORWARD, library._INFERENCE, library._BACKWARD, library._TRACK))
     assert (switch.cpu.OPERATORS, hashlib.sha256(schemas.encode()).hexdigest()[:12]) == (1, "1bc52587e5b4")
