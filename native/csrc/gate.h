@@ -45,7 +45,7 @@ struct Gate {
     });
   }
 
-  // A unit is LANES hidden units, for samples [n, n_end).
+  // `unit` is a group of LANES hidden units, for samples [n, n_end).
   void hide(int64_t unit, int64_t n, int64_t n_end) {
     int64_t at = unit * LANES<A>, count = least(LANES<A>, hidden - at);
     V bias = load_some(b1 + at, count);
@@ -58,7 +58,7 @@ struct Gate {
     }
   }
 
-  // A unit is LANES channels.
+  // `unit` is a group of LANES channels.
   void open(int64_t unit, int64_t n, int64_t n_end, A* gate) {
     int64_t at = unit * LANES<A>, count = least(LANES<A>, C - at);
     V bias = load_some(b2 + at, count) * A(pools);
