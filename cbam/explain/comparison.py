@@ -1,4 +1,4 @@
-"""A plain and a refined network on the same images: everything that one row of the figure shows."""
+"""Plain and refined network on the same images: the data of each row of the comparison figure."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -24,24 +24,24 @@ def compare_rows(
     boxes: Tensor | None = None,
     block: str | None = None,
 ) -> list[Row]:
-    """Look at each image with both networks: one `Row` per image, for `comparison_figure`.
+    """Compute one `Row` per image with both networks, for `comparison_figure`.
 
-    Both networks are asked for the evidence of the true class, and left as they were.
+    The maps of both networks show the evidence for the true class. The networks are left unchanged.
 
     Args:
         plain: the network without attention.
-        refined: the same with it.
+        refined: the same network with attention.
         images: normalised, float (N, 3, H, W), on the networks' device.
-        shown: the same images to look at, (N, 3, H, W), uint8 or float in [0, 1].
+        shown: the same images for display, (N, 3, H, W), uint8 or float in [0, 1].
         targets: the true classes, int (N,).
-        classes: their names.
-        boxes: (N, 4) x0, y0, x1, y1 in pixels, NaN where unknown.
-        block: whose feature map is shown; by default the last one with attention. A `refined` network without
-            our attention gives rows without feature maps.
+        classes: class names.
+        boxes: (N, 4) x0, y0, x1, y1 in pixels, NaN if unknown.
+        block: the block whose feature map is shown; by default the last one with attention. If `refined` has
+            no attention from this library, the rows have no feature maps.
 
     Raises:
-        InputError: shapes do not fit, or a network gives NaN or infinity.
-        ConfigError: `block` has no attention of ours.
+        InputError: the shapes do not match, or a network outputs NaN or infinity.
+        ConfigError: `block` has no attention from this library.
     """
     check_images(images, plain)
     check_images(images, refined)
@@ -74,7 +74,7 @@ def _choose(recording: dict[str, Refinement], block: str | None) -> tuple[str, R
         return next(reversed(recording.items()), ("", None))
     if block not in recording:
         raise ConfigError(
-            f"block {block!r} has no attention; blocks that have: {', '.join(recording) or 'none'}"
+            f"block {block!r} has no attention; blocks with attention: {', '.join(recording) or 'none'}"
         )
     return block, recording[block]
 
@@ -98,7 +98,7 @@ def _features(refinement: Refinement | None) -> list[dict[str, Any]]:
 
 
 def _strength(features: Tensor) -> Tensor:
-    """(N, C, h, w) -> (N, h, w)."""
+    """Mean absolute activation over channels, (N, C, h, w) -> (N, h, w)."""
     return features.float().abs().mean(1).cpu()
 
 
@@ -115,15 +115,15 @@ def _check_lengths(images: Tensor, shown: Tensor, targets: Tensor, classes: Sequ
     N = len(images)
     if shown.dim() != 4 or len(shown) != N or targets.shape != (N,):
         raise InputError(
-            f"expected {N} images (N, 3, H, W) and {N} targets to go with the {N} images, "
+            f"expected {N} images in `shown`, (N, 3, H, W), and {N} targets, "
             f"got {tuple(shown.shape)} and {tuple(targets.shape)}"
         )
     if shown.shape[-2:] != images.shape[-2:]:
         size = tuple(images.shape[-2:])
-        raise InputError(f"images must be as large as the images, {size}, got {tuple(shown.shape[-2:])}")
+        raise InputError(f"`shown` must be as large as the images, {size}, got {tuple(shown.shape[-2:])}")
     if boxes is not None and boxes.shape != (N, 4):
         raise InputError(f"expected {N} boxes (N, 4), got {tuple(boxes.shape)}")
     if int(targets.min()) < 0 or int(targets.max()) >= len(classes):
         raise InputError(
-            f"targets must lie in 0..{len(classes) - 1}, one for each class name, got {targets.tolist()}"
+            f"targets must be in 0..{len(classes) - 1}, the range of the class names, got {targets.tolist()}"
         )

@@ -1,6 +1,6 @@
 """One image, one or several detectors: what each finds, and where the evidence for one box lies.
 
-Shapes: H x W pixels of the image, K boxes x0, y0, x1, y1 in its pixels, the most certain first.
+Shapes: H x W pixels of the image, K boxes x0, y0, x1, y1 in its pixels, in descending order of score.
 """
 
 from collections import OrderedDict
@@ -18,18 +18,18 @@ from cbam.explain.maps import gradcam_at
 from cbam.explain.watching import check_images, is_detection
 from cbam.surgery.effects import eval_mode
 
-SAME = 0.5  # overlap from which boxes of two detectors mean the same object
-SEEN = 16  # pixels of the shorter side, as the detector sees it, below which there is nothing to see
+SAME = 0.5  # boxes with at least this IoU are the same object
+SEEN = 16  # minimum shorter side in pixels, after the detector's resizing; below it nothing is visible
 
 
 @dataclass(frozen=True, eq=False)
 class Detectors:
-    """Detectors that look at the same images, as torchvision's do.
+    """Detectors to run on the same images, with torchvision's interface.
 
     Attributes:
         networks: name -> detector of images (3, H, W) in [0, 1].
-        classes: their names; label k is `classes[k - 1]`, for 0 is the background.
-        about: one line per detector, which weights it has.
+        classes: class names; label k is `classes[k - 1]`, since 0 is the background.
+        about: one line per detector that names its weights.
     """
 
     networks: dict[str, nn.Module]
@@ -42,10 +42,10 @@ class Finds:
     """What one detector finds in one image.
 
     Attributes:
-        network: its name.
-        boxes: (K, 4). labels: (K,), from 1. scores: (K,), falling.
+        network: name of the detector.
+        boxes: (K, 4). labels: (K,), from 1. scores: (K,), descending.
         chosen: index of the box whose evidence is shown, None if there is none.
-        heat: (H, W) in [0, 1], that evidence.
+        heat: (H, W) in [0, 1], the evidence for that box.
     """
 
     network: str
@@ -58,14 +58,14 @@ class Finds:
 
 @dataclass(frozen=True, eq=False)
 class Detection:
-    """One image and what every one of `Detectors` finds in it; the maps are of one object.
+    """One image and what each of `Detectors` finds in it; all maps show the same object.
 
     Attributes:
-        name: of the image.
+        name: name of the image.
         image: uint8 (3, H, W).
         finds: one per detector.
-        classes: their names, from label 1.
-        method: what made the maps, a key of `maps.METHODS`.
+        classes: class names, from label 1.
+        method: how the maps were made, a key of `maps.METHODS`.
     """
 
     name: str
@@ -75,7 +75,7 @@ class Detection:
     method: str = "gradcam"
 
     def class_of(self, label: Tensor) -> str:
-        """The name of a label; its number where it has none, and beside it where others have that name."""
+        """The name of a label, with its number if the name is not unique; the number if it has no name."""
         k = int(label)
         if not 1 <= k <= len(self.classes):
             return f"label {k}"
@@ -93,28 +93,28 @@ def detect(
     method: str = "layercam",
     layer: str | None = None,
 ) -> Detection:
-    """Find objects in an image with every one of `detectors`, and the evidence for one of them.
+    """Detect objects in an image with each of `detectors`, and map the evidence for one of them.
 
-    The box is counted among those of the first detector that finds any. The others show the evidence for
-    their own box of the same object: of the same class, and overlapping it by half or more.
+    `box` counts the boxes of the first detector that finds any. The others show the evidence for their own
+    box of the same object: the same class, with an IoU of at least one half.
 
     Args:
         picture: uint8 (3, H, W).
-        name: of the image, for captions.
-        box: which one, from 1, the most certain. Where there are fewer no evidence is shown.
-        threshold: boxes of a lower score are left out.
-        method: as in `gradcam`. Grad-CAM weighs whole channels, which for one box of many light up elsewhere
-            too; LayerCAM weighs element by element. "scorecam" is for classifiers.
+        name: name of the image, for captions.
+        box: which box, from 1 for the highest score. If there are fewer, no evidence is shown.
+        threshold: boxes with a lower score are left out.
+        method: as in `gradcam`. Grad-CAM weights whole channels, which also light up at other boxes;
+            LayerCAM weights each element. "scorecam" is only for classifiers.
         layer: as in `gradcam_of_box`.
 
     Raises:
-        InputError: not such an image. DataError: one too narrow for the detector to see.
+        InputError: not such an image. DataError: the image is too narrow for the detector.
         ConfigError, NonFiniteError: as in `gradcam`.
     """
     if picture.dim() != 3 or picture.shape[0] != 3 or picture.dtype != torch.uint8 or 0 in picture.shape:
-        raise InputError(f"an image is uint8 (3, H, W), got {picture.dtype} {tuple(picture.shape)}")
+        raise InputError(f"an image must be uint8 (3, H, W), got {picture.dtype} {tuple(picture.shape)}")
     if method == "scorecam":
-        raise ConfigError("scorecam asks a classifier for its scores; take another method for a detector")
+        raise ConfigError("scorecam needs the scores of a classifier; choose another method for a detector")
     image = picture / 255
     networks = detectors.networks
     found = {label: _found(label, model, image, name, threshold) for label, model in networks.items()}
@@ -136,18 +136,18 @@ def gradcam_of_box(
     method: str = "gradcam",
     layer: str | None = None,
 ) -> Tensor:
-    """Where the evidence for one box lies: `gradcam` with the box's score as its target, (H, W) in [0, 1].
+    """Map the evidence for one box: `gradcam` with the score of the box as target, (H, W) in [0, 1].
 
     Args:
-        model: a detector as torchvision's are.
+        model: a detector with torchvision's interface.
         image: (3, H, W) in [0, 1].
-        box: (4,), as the detector gave it. label: its class.
+        box: (4,), as returned by the detector. label: its class.
         method: as in `gradcam`.
-        layer: a name. By default the map of the backbone that the detector reads this box from: one level
-            of a pyramid, by the size of the box; else as `gradcam` chooses.
+        layer: name of a layer. By default the backbone's map from which the detector predicts this box: in a
+            pyramid one level, by the size of the box; otherwise the default of `gradcam`.
 
     Raises:
-        As `gradcam`; InputError also where the detector does not find the box.
+        As `gradcam`; also InputError if the detector does not find the box.
     """
     images, score = image[None], _ScoreOfBox(model, box, label)
     if layer is None:
@@ -160,8 +160,8 @@ def gradcam_of_box(
 class _ScoreOfBox(nn.Module):
     """A detector as a classifier of one class: images (1, 3, H, W) -> the score (1, 1) of one box.
 
-    The box is found again by its place: a forward pass that keeps a graph may differ by a rounding from one
-    that does not, and boxes of nearly equal scores then change places.
+    The box is found again by position, not by index: a forward pass with autograd may round differently
+    from one without, which can swap boxes with nearly equal scores.
     """
 
     def __init__(self, detector: nn.Module, box: Tensor, label: int) -> None:
@@ -182,7 +182,7 @@ def _read_from(score: _ScoreOfBox, images: Tensor) -> str | None:
     if not isinstance(backbone, nn.Module):
         return None
     made: list[tuple[str, object]] = []
-    maps: dict[str, tuple[Tensor, Tensor]] = {}  # as the backbone gave them, and as the rest takes them
+    maps: dict[str, tuple[Tensor, Tensor]] = {}  # name -> (output of the backbone, leaf passed on instead)
 
     def part(_, given, output: Any) -> Any:
         named = output if isinstance(output, Mapping) else {"": output}
@@ -204,7 +204,7 @@ def _read_from(score: _ScoreOfBox, images: Tensor) -> str | None:
     for (given, _), gradient in zip(maps.values(), gradients, strict=False):
         if gradient is not None and gradient.any():
             same = [name for name, output in made if output is given]
-            # SSD scales the first map of VGG outside of any module.
+            # SSD scales VGG's first map outside any module, so it is only recognised by its shape.
             alike = [name for name, output in made if getattr(output, "shape", None) == given.shape]
             return next(reversed(same or alike), None)
     return None
@@ -216,12 +216,14 @@ def _found(label: str, model: nn.Module, image: Tensor, name: str, threshold: fl
     with torch.no_grad(), eval_mode(model):
         output = model([image])
     if not is_detection(output):
-        raise InputError(f"{label}: a detector gives a dict of boxes, labels and scores per image")
+        raise InputError(f"{label}: a detector must return a dict of boxes, labels and scores per image")
     boxes, labels, scores = (output[0][key] for key in ("boxes", "labels", "scores"))
     if not (boxes.isfinite().all() and scores.isfinite().all()):
-        raise NonFiniteError(f"{label}: the detector gives NaN or infinity; look at its weights")
+        raise NonFiniteError(f"{label}: the detector outputs NaN or infinity; check its weights")
     kept = scores.argsort(descending=True, stable=True)
-    drawn = (scores >= threshold) & (boxes[:, 2:] > boxes[:, :2]).all(1)  # SSD's may be flat at an edge
+    drawn = (scores >= threshold) & (boxes[:, 2:] > boxes[:, :2]).all(
+        1
+    )  # SSD may return empty boxes at an edge
     kept = kept[drawn[kept]]
     return Finds(label, boxes[kept], labels[kept], scores[kept])
 
@@ -234,7 +236,7 @@ def _with_evidence(
 
 
 def _same(one, box: Tensor, label: int) -> int | None:
-    """The index of the box of that class that overlaps `box` most, if it does by half."""
+    """The index of the box of that class with the highest IoU with `box`, None if that is below SAME."""
     from torchvision.ops import box_iou
 
     boxes, labels = (one.boxes, one.labels) if isinstance(one, Finds) else (one["boxes"], one["labels"])
@@ -246,7 +248,7 @@ def _same(one, box: Tensor, label: int) -> int | None:
 
 
 def _refuse_narrow(model: nn.Module, size: Sequence[int], name: str) -> None:
-    """torchvision resizes by one factor for both sides, until the longer one fits."""
+    """Raise if the shorter side gets too small: torchvision scales both sides until the longer one fits."""
     transform = getattr(model, "transform", None)
     if transform is None or getattr(transform, "fixed_size", None):
         return

@@ -1,4 +1,4 @@
-"""The comparison figure: what two networks look at, and what attention did on the way."""
+"""The comparison figure: where two networks look, and what attention does to the feature map."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from cbam.explain import page as paper
 from cbam.explain.maps import energy_inside
 from cbam.explain.page import SMALL, Page
 
-# Inches. The whole is as wide as the text of a page.
+# Inches. The figure is as wide as the text of a page.
 _WIDTH, _LEFT, _RIGHT, _GAP = 7.0, 0.30, 0.06, 0.06
 _CELL = (_WIDTH - _LEFT - _RIGHT - 6 * _GAP) / 7  # seven columns
 _HEAD, _CAPTION, _LINE, _FOOT = 0.50, 0.08, 0.115, 0.50
@@ -22,9 +22,9 @@ _HEAD, _CAPTION, _LINE, _FOOT = 0.50, 0.08, 0.115, 0.50
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """One image as the figure shows it. H x W are pixels of the image, h x w of the block's feature map.
+    """One row of the figure. H x W are pixels of the image, h x w of the block's feature map.
 
-    Feature maps are means over channels of absolute activations; what is None is left out.
+    Feature maps are means over channels of absolute activations; parts that are None are left out.
     """
 
     label: str
@@ -38,24 +38,24 @@ class Row:
     after: tuple[tuple[str, Tensor], ...] = ()  # ("what", (h, w)), ... in the order of the block's gates
     spatial_gate: Tensor | None = None  # (h, w) in (0, gain)
     block: str = ""
-    middle: float = 0.5  # of the gate's scale: where it has nothing to say; 1 for the identity start
+    middle: float = 0.5  # midpoint of the gate's range: 0.5 for a sigmoid, 1 for the identity start
 
 
 def comparison_figure(rows: Sequence[Row], path: str | Path, *, refined: str = "CBAM") -> Path:
-    """Draw one row per image and write it to `path`, as PNG, SVG or PDF by its ending; returns the path.
+    """Draw one row per image and write the figure to `path`, as PNG, SVG or PDF by suffix; returns the path.
 
-    Columns: the image with its true box, Grad-CAM without and with attention (under each the probability of
-    the true class and the share of the map inside the box), the block's feature map before and after each of
-    its gates, in their order and on one scale per row, and the spatial gate on one scale for all rows.
+    Columns: the image with its true box, Grad-CAM without and with attention (with the probability of the
+    true class and the share of the map inside the box), the block's feature map before and after each of its
+    gates, in their order and on one scale per row, and the spatial gate on one scale for all rows.
 
     Args:
         rows: from `compare_rows`.
-        path: where to write; replaced in one step, so never half written.
-        refined: what to call the network with attention.
+        path: the output file; replaced atomically, so it is never half written.
+        refined: display name of the network with attention.
 
     Raises:
-        ConfigError: an ending that is not one of .png, .svg, .pdf.
-        InputError: no rows, or a row whose arrays do not fit together.
+        ConfigError: the suffix is not .png, .svg or .pdf.
+        InputError: no rows, or a row whose arrays do not match.
         MissingExtraError: matplotlib is not installed. OutputError: the figure cannot be written.
     """
     path = paper.check_format(path)
@@ -80,12 +80,12 @@ class _Grid(Page):
         return columns * _CELL + max(columns - 1, 0) * _GAP
 
     def cell(self, column: int, top: float, high: float, wide: int = 1):
-        """New axes from `column` on, over `wide` columns."""
+        """New axes that span `wide` columns from `column` on."""
         return self.axes(_LEFT + column * (_CELL + _GAP), top, self.length(wide), high)
 
 
 def _draw(rows: Sequence[Row], refined: str):
-    """The figure, not yet written anywhere."""
+    """The figure as a matplotlib object."""
     columns = _columns(rows, refined)
     page = _Grid(rows, len(columns))
     scale = _gate_scale(rows)
@@ -107,11 +107,11 @@ def _draw(rows: Sequence[Row], refined: str):
 class _Column:
     title: str
     paint: Callable[..., None]  # (axes, row, scale of the gates)
-    scale: str = ""  # "heat", "strength" or "gate"; neighbours of one scale share a bar
+    scale: str = ""  # "heat", "strength" or "gate"; adjacent columns with the same scale share a colour bar
 
 
 def _columns(rows: Sequence[Row], refined: str) -> list[_Column]:
-    """A column for everything that some row has."""
+    """One column for each part that any row has."""
 
     def heat(which: str) -> Callable[..., None]:
         return lambda ax, row, _: _paint_heat(
@@ -173,13 +173,13 @@ def _size(row: Row) -> tuple[int, int]:
 
 
 def _gate_scale(rows: Sequence[Row]) -> tuple[float, float]:
-    """One scale for all rows."""
+    """The midpoint and reach of the colour scale that all rows share."""
     gates = [(row.spatial_gate, row.middle) for row in rows if row.spatial_gate is not None]
     return rows[0].middle, paper.gate_reach(gates)
 
 
 def _scales(page: _Grid, columns: list[_Column], scale: tuple[float, float]) -> None:
-    """A colour bar under every group of columns that share one."""
+    """A colour bar under each group of columns with the same scale."""
     middle, reach = scale
     gates = (middle - reach, middle, middle + reach)
     bars = {
@@ -196,7 +196,7 @@ def _scales(page: _Grid, columns: list[_Column], scale: tuple[float, float]) -> 
 
 
 def _bracket(page: _Grid, columns: list[_Column], text: str) -> None:
-    """A line over the columns that show the inside of one block, and its name."""
+    """A line and the block's name over the columns that show its feature maps and gate."""
     inside = sum(column.scale in ("strength", "gate") for column in columns)
     if not inside:
         return

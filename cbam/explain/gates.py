@@ -1,10 +1,10 @@
-"""What the gates of a network do over a set of images: anything, always the same, or each class its own.
+"""Statistics of a network's gates over a set of images: whether they do anything, and what they depend on.
 
 Shapes: N images of K classes, a block's C channels, its h x w pixels.
 
-The variance of a block's channel gates g[n, c] is the sum of three parts: how far channels differ in the mean
-of all images, what classes add to that, and what single images add. A block whose gates vary by channel
-alone multiplies by the same numbers whatever it sees, which the convolution before it could do as well. The
+The variance of a block's channel gates g[n, c] is the sum of three parts: the variance between channels in
+the mean over all images, what classes add to it, and what single images add. A block whose gates vary only
+by channel multiplies every image by the same factors, which the preceding convolution could do as well. The
 variance of the spatial gates g[n, p] is that of the mean map (the same in every image), and the rest.
 """
 
@@ -21,24 +21,24 @@ from cbam.explain.page import SMALL, Page
 from cbam.explain.recording import Refinement, record
 from cbam.surgery.effects import eval_mode
 
-SATURATED = 0.02  # a gate in the first or last 2 % of its range no longer moves
+SATURATED = 0.02  # a gate in the first or last 2 % of its range has almost no gradient
 IDLE = 0.01  # a block that changes its map by less than 1 % does next to nothing
-MOSTLY = 0.5  # a block with more saturated gates than that is called so
-FIXED = 0.95  # gates with more of their variance fixed are called the same
+MOSTLY = 0.5  # a block with a larger share of saturated gates is called saturated
+FIXED = 0.95  # gates with a larger fixed share of variance are called the same for every image
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 _SAMPLE = 4096  # values kept of each image's spatial gate, evenly spaced
 
 
 @dataclass(frozen=True)
 class GateStatistics:
-    """One kind of gate of one block, over all images.
+    """Statistics of one kind of gate of one block, over all images.
 
     Attributes:
-        mean: of the values.
-        quantiles: of the values, at QUANTILES.
-        saturated: share of values in the first or last SATURATED of the range 0 to twice the middle; None
-            for gates that have no such range.
-        fixed: share of the variance that is the same in every image (by channel, or by place), corrected
+        mean: mean of the values.
+        quantiles: quantiles of the values, at QUANTILES.
+        saturated: share of values in the first or last SATURATED of the range, 0 to twice the midpoint; None
+            for gates without such a range.
+        fixed: share of the variance that is the same in every image (between channels, or pixels), corrected
             for chance.
         by_class: share of the variance that classes explain beyond that, corrected for chance; None without
             classes, and for spatial gates.
@@ -61,8 +61,8 @@ class BlockStatistics:
     """What the attention of one block does.
 
     Attributes:
-        change: the norm of what it adds to its map, as a share of the map's norm; mean over images.
-        middle: the gates' value where they have nothing to say.
+        change: norm of the difference between output and input, relative to the input; mean over images.
+        middle: the midpoint of the gates' range.
     """
 
     name: str
@@ -74,7 +74,7 @@ class BlockStatistics:
 
     @property
     def word(self) -> str:
-        """In short: idle, saturated, fixed, or what its channel gates follow."""
+        """A short verdict: idle, saturated, fixed, or what its channel gates follow."""
         if self.change < IDLE:
             return "next to nothing"
         main = self.what or self.where
@@ -90,16 +90,16 @@ class BlockStatistics:
 def gate_statistics(
     model: nn.Module, batches: Iterable[tuple[Tensor, Tensor | None]]
 ) -> list[BlockStatistics]:
-    """Run the images through `model`, in eval mode, and sum up what its gates did, block by block.
+    """Run the images through `model` in eval mode and summarise its gates, block by block.
 
     Args:
-        model: with attention; left as it was.
+        model: a network with attention; left unchanged.
         batches: normalised images (N, 3, H, W), all of one size, and their classes (N,) or None; or the
             signals or volumes that the model takes.
 
     Raises:
         ConfigError: the model has no attention, or is compiled.
-        InputError: fewer than two images, images of several sizes, or not one class for each.
+        InputError: fewer than two images, images of different sizes, or not one class per image.
     """
     found: dict[str, list[_Seen]] = {}
     classes: list[Tensor | None] = []
@@ -116,28 +116,28 @@ def gate_statistics(
             if (targets is None) != (classes[0] is None):
                 raise InputError("gate_statistics: classes must be given for all batches or for none")
             if not recording:
-                raise ConfigError("gate_statistics: the model has no attention; cbam.attach puts it in")
+                raise ConfigError("gate_statistics: the model has no attention; add it with cbam.attach")
     if sum(len(one.change) for one in next(iter(found.values()), [])) < 2:
-        raise InputError("gate_statistics: at least two images show what gates follow")
+        raise InputError("gate_statistics: at least two images are needed to see what gates follow")
     given = [own for own in classes if own is not None]
     labels = torch.cat(given) if given else None
     return [_block(name, seen, labels) for name, seen in found.items()]
 
 
 def _check(images: Tensor, targets: Tensor | None, size: torch.Size) -> None:
-    if images.shape[1:] != size:  # places of one map are not those of another
+    if images.shape[1:] != size:  # the spatial gates are compared pixel by pixel
         raise InputError(
-            f"gate_statistics: images of one size, got {tuple(size)} and {tuple(images.shape[1:])}"
+            f"gate_statistics: images must have one size, got {tuple(size)} and {tuple(images.shape[1:])}"
         )
     if targets is not None and targets.shape != (len(images),):
         raise InputError(
-            f"gate_statistics: a class for each of {len(images)} images, got {tuple(targets.shape)}"
+            f"gate_statistics: expected a class for each of {len(images)} images, got {tuple(targets.shape)}"
         )
 
 
 @dataclass(frozen=True, eq=False)
 class _Seen:
-    """Of one batch."""
+    """The gates of one block on one batch."""
 
     change: Tensor  # (N,)
     what: Tensor | None  # (N, C)
@@ -187,8 +187,8 @@ def _block(name: str, seen: Sequence[_Seen], labels: Tensor | None) -> BlockStat
 
 
 def _gate(values: Tensor, limit: float | None, labels: Tensor | None) -> GateStatistics:
-    """(N, C) -> what there is to say of it; `limit` is the end of the gate's range."""
-    flat = values.flatten().sort().values  # quantile() of torch takes 16 million values at most
+    """The statistics of (N, C) values; `limit` is the end of the gate's range, if it has one."""
+    flat = values.flatten().sort().values  # torch.quantile takes at most 16 million values
     at = [round(q * (len(flat) - 1)) for q in QUANTILES]
     saturated = None
     if limit is not None:
@@ -204,9 +204,10 @@ def _gate(values: Tensor, limit: float | None, labels: Tensor | None) -> GateSta
 
 
 def _fixed(values: Tensor) -> float:
-    """The variance of what is the same in every image, by channel.
+    """The variance between channels that is the same in every image.
 
-    The mean of N images still holds 1/N of the variance that channels have among themselves in single ones.
+    The mean over N images still contains 1/N of the variance between channels within single images, which is
+    subtracted.
     """
     N, C = values.shape
     mean = values.mean(0)
@@ -215,9 +216,9 @@ def _fixed(values: Tensor) -> float:
 
 
 def _by_class(values: Tensor, labels: Tensor) -> float:
-    """The variance that classes explain of what is not fixed, mean over channels, as in epsilon squared.
+    """The part of the remaining variance that classes explain, mean over channels, as in epsilon squared.
 
-    Of N images of K classes, chance alone explains (K - 1) / (N - 1) of the variance.
+    With N images of K classes, chance alone explains (K - 1) / (N - 1) of the variance.
     """
     N, K = len(values), int(labels.unique().numel())
     centred = values - values.mean(0)
@@ -233,7 +234,7 @@ def _by_class(values: Tensor, labels: Tensor) -> float:
 
 
 def gate_table(blocks: Sequence[BlockStatistics]) -> str:
-    """The statistics as a table in Markdown; shares of variance in %."""
+    """The statistics as a Markdown table; shares of variance in %."""
     lines = [
         "| block | channels | change, % | what, 5 to 95 % | saturated, % | fixed, % | class, % | image, % "
         "| where, 5 to 95 % | saturated, % | fixed, % | in short |",
@@ -262,11 +263,11 @@ def _cells(gate: GateStatistics | None, middle: float, classes: bool) -> list[st
 
 # Inches.
 _LEFT, _WIDE, _SPACE, _ROW, _HEAD, _FOOT = 0.95, 1.05, 0.16, 0.2, 0.52, 0.62
-_FIXED, _CLASS, _PICTURE = "0.75", "#0072b2", "#e69f00"  # Okabe and Ito's, told apart with any colour vision
+_FIXED, _CLASS, _PICTURE = "0.75", "#0072b2", "#e69f00"  # Okabe and Ito's colour-blind safe colours
 
 
 def gate_figure(blocks: Sequence[BlockStatistics], path: str | Path) -> Path:
-    """Draw the statistics, a row per block, and write them to `path`, as PNG, SVG or PDF by its ending.
+    """Draw the statistics, one row per block, and write the figure to `path`, as PNG, SVG or PDF by suffix.
 
     Columns: how much the block changes its map; the range of its channel gates (5 to 95 %, the middle half,
     the median) and what their variance follows; the same for its spatial gates.
@@ -278,7 +279,7 @@ def gate_figure(blocks: Sequence[BlockStatistics], path: str | Path) -> Path:
 
 
 def draw(blocks: Sequence[BlockStatistics]):
-    """The figure of `gate_figure`, not yet written anywhere."""
+    """The figure of `gate_figure` as a matplotlib object."""
     high = len(blocks) * _ROW
     page = Page(_LEFT + 5 * _WIDE + 4 * _SPACE + 0.12, _HEAD + high + _FOOT)
     titles = (

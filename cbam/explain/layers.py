@@ -1,4 +1,4 @@
-"""The layer whose feature map is shown, and which of its axes holds the channels.
+"""The layer whose feature map is shown, and which of its dimensions holds the channels.
 
 Shapes: N samples of C channels, H x W pixels of the input, h x w pixels of the layer's map, T tokens.
 """
@@ -18,34 +18,34 @@ from cbam.surgery.effects import eval_mode
 
 _TRUNKS = ("backbone.body.", "backbone.features.", "backbone.")  # of torchvision's detectors
 
-# They change the size of a map and not its content, so they are not chosen.
+# Pooling changes the size of a map but adds no information, so these layers are not chosen.
 _POOLS = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.AvgPool2d, nn.MaxPool2d)
 
-_LONG = 128  # pixels: four strides of most networks
+_LONG = 128  # pixels, four times the total stride of most networks
 
-_Shapes = dict[str, tuple[int, ...]]  # of the outputs of modules, by name, in the order they finish
+_Shapes = dict[str, tuple[int, ...]]  # module name -> output shape, in the order the modules finish
 
 
 @dataclass(frozen=True)
 class Place:
-    """A layer that gives a feature map: (N, C, h, w), or (N, h, w, C) with `channels_last`."""
+    """A layer that returns a feature map: (N, C, h, w), or (N, h, w, C) if `channels_last`."""
 
     name: str
     channels_last: bool = False
 
 
 def last_map(model: nn.Module, images: Tensor) -> Place:
-    """Where `gradcam` looks by default; runs the model three times, on the images and on larger ones.
+    """The default layer of `gradcam`; runs the model three times, on the images and on two larger sizes.
 
     Raises:
-        InputError: no module returns a feature map of more than one pixel; or the network goes on with tokens
-            after the last one, as a transformer does.
+        InputError: no module returns a feature map of more than one pixel; or the network continues with
+            tokens after the last one, like a transformer.
     """
     seen = _Seen(model, images)
     pools = {name for name, module in model.named_modules() if isinstance(module, _POOLS)}
     names = [name for name, shape in seen.shapes.items() if len(shape) == 4 and name not in pools]
     if seen.detects and not (names := _of_trunk(names)):
-        raise InputError("the detector has no `backbone` that gives a feature map; name a layer that does")
+        raise InputError("the detector has no `backbone` that returns a feature map; name a layer that does")
     for name in reversed(names):
         channels_last = seen.channels_last(name)
         pixels = seen.shapes[name][1:3] if channels_last else seen.shapes[name][2:]
@@ -53,18 +53,18 @@ def last_map(model: nn.Module, images: Tensor) -> Place:
             continue
         if not seen.detects and (tokens := seen.tokens_after(name)):
             raise InputError(
-                f"the model goes on with tokens after its last feature map: {tokens!r} gives "
-                f"{seen.shapes[tokens]}, which is no map; name a layer that gives one, such as {name!r}"
+                f"the model continues with tokens after its last feature map: {tokens!r} returns "
+                f"{seen.shapes[tokens]}, which is no map; name a layer that returns one, such as {name!r}"
             )
         return Place(name, channels_last)
-    four = next((f"; {n!r} gives {seen.shapes[n]}, which is none" for n in reversed(names)), "")
+    four = next((f"; {n!r} returns {seen.shapes[n]}, which is none" for n in reversed(names)), "")
     raise InputError(
-        f"no layer of the model has an output of more than one pixel; larger images may help{four}"
+        f"no layer of the model returns a feature map of more than one pixel; larger images may help{four}"
     )
 
 
 def place_of(model: nn.Module, images: Tensor, layer: str | nn.Module) -> Place:
-    """The layer that a user names; its output is examined as in `last_map`.
+    """The layer that the user chose; its output is examined as in `last_map`.
 
     Raises:
         ConfigError: the model has no such layer.
@@ -73,18 +73,18 @@ def place_of(model: nn.Module, images: Tensor, layer: str | nn.Module) -> Place:
     name = _name_of(model, layer)
     seen = _Seen(model, images)
     if len(seen.shapes.get(name, ())) != 4:
-        return Place(name)  # an error is raised where it is run
+        return Place(name)  # refused later, when the layer runs
     channels_last = seen.channels_last(name)
     if channels_last is None:
         raise InputError(
             f"layer {name!r} must return a feature map (N, C, h, w) or (N, h, w, C), got shape "
-            f"{seen.shapes[name]}, which does not grow with the image as a map does; choose another"
+            f"{seen.shapes[name]}, which does not grow with the image as a map does; choose another layer"
         )
     return Place(name, channels_last)
 
 
 class _Seen:
-    """The output shapes of modules for the images, for wider ones and for higher ones."""
+    """The output shapes of all modules for the images, for wider images and for taller images."""
 
     def __init__(self, model: nn.Module, images: Tensor) -> None:
         self.size = tuple(images.shape[-2:])
@@ -95,14 +95,14 @@ class _Seen:
             if not self.detects:
                 try:
                     self._larger = [_run(model, _longer(images, d))[0] for d in (3, 2)]
-                except Exception:  # a network that takes one size only may raise anything
+                except Exception:  # a network with a fixed input size may raise anything
                     self._larger = []
 
     def channels_last(self, name: str) -> bool | None:
-        """Whether the channels of a map are its last dimension; None if the output is not a map."""
+        """Whether the last dimension of a map holds its channels; None if the output is not a map."""
         own = self.shapes[name]
         if self.detects:
-            return False  # pyramids and heads take (N, C, h, w) alone
+            return False  # pyramids and heads only take (N, C, h, w)
         by_stride = _by_sides(own, lambda h, w: _strided(h, w, *self.size))
         if not self._larger:
             return by_stride
@@ -114,11 +114,11 @@ class _Seen:
         known = {
             False: [[3], [2]],
             True: [[2], [1]],
-        }  # of what is wider, and of what is higher
+        }  # dimensions that grow with the width, and with the height
         return next((last for last, dims in known.items() if dims == grown), None)
 
     def tokens_after(self, name: str) -> str | None:
-        """A module that returns tokens, (N, T, C), after `name`, outside modules that turn them into maps."""
+        """A module after `name` that returns tokens, (N, T, C), and is not inside one that returns a map."""
         later = list(self.shapes)[list(self.shapes).index(name) + 1 :]
         for one in reversed(later):
             shape = self.shapes[one]
@@ -129,16 +129,16 @@ class _Seen:
 
 
 def _longer(images: Tensor, dim: int) -> Tensor:
-    """Images that repeat along `dim`, at least twice, and so often that the deepest of maps is longer too."""
+    """The images repeated along `dim`, at least twice, and often enough that the deepest map grows too."""
     return torch.cat([images] * max(2, -(-_LONG // images.shape[dim])), dim)
 
 
 def _run(model: nn.Module, images: Tensor) -> tuple[_Shapes, object]:
-    """The shape of the last output of each module, and the output of the model."""
+    """The shape of each module's last output, and the output of the model."""
     shapes: _Shapes = {}
 
     def note(name: str, output: object) -> None:
-        shapes.pop(name, None)  # a module that runs again finishes again
+        shapes.pop(name, None)  # if a module runs again, its last run determines the order
         if isinstance(output, Tensor):
             shapes[name] = tuple(output.shape)
 
@@ -151,25 +151,25 @@ def _run(model: nn.Module, images: Tensor) -> tuple[_Shapes, object]:
 
 
 def _of_trunk(names: list[str]) -> list[str]:
-    """Those of the layers inside the trunk of a detector, or the trunk itself where it is a single layer."""
+    """The layers inside the backbone of a detector, or the backbone itself if it is a single layer."""
     inside = ([name for name in names if name.startswith(part)] for part in _TRUNKS)
     return next(filter(None, inside), [name for name in names if name == "backbone"])
 
 
 def _by_sides(shape: tuple[int, ...], fits) -> bool | None:
-    """`channels_last` of a map, from its sides alone; None if neither or both layouts fit."""
+    """`channels_last` of a map, from its shape alone; None if neither or both layouts fit."""
     last, first = (bool(fits(h, w)) for h, w in pairwise(shape[1:]))
     return None if last == first else last
 
 
 def _strided(h: int, w: int, H: int, W: int) -> bool:
-    """Whether both sides are those of the image divided by the same integer stride, rounded down or up."""
+    """Whether h x w is H x W divided by one integer stride, rounded down or up."""
     stride = max(1, round(H / h))
     return all(n in (N // stride, -(-N // stride)) for n, N in ((h, H), (w, W)))
 
 
 def _around(name: str) -> Iterator[str]:
-    """The names of the modules around one: for "a.b.c", "a.b" and "a"."""
+    """The names of the modules that contain one: for "a.b.c", "a.b" and "a"."""
     while name := name.rpartition(".")[0]:
         yield name
 
@@ -180,7 +180,7 @@ def _name_of(model: nn.Module, layer: str | nn.Module) -> str:
         if layer is module or layer == name:
             return name
     near = difflib.get_close_matches(str(layer), names) if isinstance(layer, str) else []
-    hint = f"; near it: {', '.join(near)}" if near else ""
+    hint = f"; did you mean {' or '.join(near)}?" if near else ""
     raise ConfigError(
         f"the model has no layer {layer if isinstance(layer, str) else type(layer).__name__!r}{hint}"
     )

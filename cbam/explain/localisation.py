@@ -1,4 +1,4 @@
-"""How well maps find an object whose boxes are known, and how well they find what a network needs.
+"""Scores of maps: how well they localise objects with known boxes, and how faithful they are to the network.
 
 Shapes: N maps of H x W pixels; an area (N, H, W) is the share of each pixel that a box of the object covers.
 """
@@ -14,15 +14,15 @@ from cbam.errors import InputError, NonFiniteError
 from cbam.explain.watching import logits_of
 from cbam.surgery.effects import eval_mode, seeded
 
-THRESHOLDS = torch.arange(1, 100) / 100  # of a map's largest value
+THRESHOLDS = torch.arange(1, 100) / 100  # as a share of a map's maximum
 STEPS = 10  # of deletion and insertion
-_BLUR = 11  # pixels at a side of 224: insertion begins from an image of which nothing can be told
+_BLUR = 11  # sigma in pixels at a side of 224; insertion starts from an image blurred beyond recognition
 
 
 def box_area(boxes: Sequence[Sequence[float]], height: int, width: int) -> Tensor:
-    """The share of each pixel that lies in some box: x0, y0, x1, y1 each -> (H, W) in [0, 1].
+    """The share of each pixel that boxes cover: boxes x0, y0, x1, y1 -> (H, W) in [0, 1].
 
-    Pixel (i, j) covers [j, j+1] x [i, i+1]. Where boxes overlap in part of a pixel, the larger share counts.
+    Pixel (i, j) covers [j, j+1] x [i, i+1]. If several boxes cover part of a pixel, the largest share counts.
     """
     area = torch.zeros(height, width, dtype=torch.float64)
     for x0, y0, x1, y1 in boxes:
@@ -33,10 +33,10 @@ def box_area(boxes: Sequence[Sequence[float]], height: int, width: int) -> Tenso
 
 
 def pointing(maps: Tensor, area: Tensor) -> Tensor:
-    """The pointing game (arXiv 1608.00507): is the largest value on the object? (N, H, W) twice -> (N,).
+    """The pointing game (arXiv 1608.00507): is the maximum on the object? (N, H, W) twice -> (N,).
 
-    1 or 0; of several pixels with the largest value the share that is on the object, so that a map without
-    a preference scores as a guess would. A pixel that is covered in part counts from one half on.
+    1 or 0; if several pixels have the maximum, the share of them on the object, so that a constant map scores
+    like a random guess. A pixel is on the object if at least half of it is covered.
     """
     _check(maps, area)
     largest = maps == maps.amax((1, 2), keepdim=True)
@@ -46,7 +46,7 @@ def pointing(maps: Tensor, area: Tensor) -> Tensor:
 def energy(maps: Tensor, area: Tensor) -> Tensor:
     """The share of each map's energy, the sum of its non-negative values, on the object: (N,) in [0, 1].
 
-    A map without energy says nothing: it scores as an even one would, the object's share of the image.
+    A map without energy scores like a constant map: the object's share of the image.
     """
     _check(maps, area)
     weight = maps.double().clamp(min=0)
@@ -55,10 +55,10 @@ def energy(maps: Tensor, area: Tensor) -> Tensor:
 
 
 def overlap(maps: Tensor, area: Tensor, thresholds: Tensor = THRESHOLDS) -> Tensor:
-    """Intersection over union of the object and what of a map is at least a share of its largest value.
+    """Intersection over union of the object and the pixels of a map above a share of its maximum.
 
     Returns:
-        (N, T): for each of T thresholds in (0, 1]. One threshold is chosen for all images of a set:
+        (N, T), one column per threshold in (0, 1]. One threshold is chosen for all images of a set:
         `overlap(...).mean(0).max()`.
     """
     _check(maps, area)
@@ -76,16 +76,16 @@ def deletion_insertion(
 ) -> tuple[float, float]:
     """The areas under the deletion and the insertion curve of a map (RISE, arXiv 1806.07421).
 
-    The probability of `target` while the pixels of the map are taken out in order of their value, put to the
-    image's mean colour (smaller is better), and while they are put into a blurred image (larger is
-    better); by the trapezium rule over `steps` equal steps. Pixels of equal value go in reading order.
+    The curves are the probability of `target` while pixels, in descending order of the map, are replaced by
+    the image's mean colour (deletion, lower is better) or inserted into a blurred image (insertion, higher is
+    better); trapezoidal rule over `steps` equal steps. Pixels of equal value go in row-major order.
 
     Args:
         model: a classifier.
         image: normalised, (3, H, W).
         heat: (H, W).
-        target: class.
-        steps: the image is `steps` + 1 times judged on each curve.
+        target: class index.
+        steps: each curve evaluates the network on `steps` + 1 images.
     """
     _check(heat[None], heat[None].double().clamp(0, 1))
     order = heat.flatten().argsort(descending=True, stable=True)
@@ -103,7 +103,7 @@ def deletion_insertion(
 
 
 def centre_prior(height: int, width: int) -> Tensor:
-    """A map that knows nothing of the image: a bell in its middle, a quarter of each side wide."""
+    """A map that ignores the image: a Gaussian at its centre, with a sigma of a quarter of each side."""
     rows, columns = (
         torch.exp(-0.5 * (((torch.arange(n) + 0.5) / n - 0.5) / 0.25) ** 2) for n in (height, width)
     )
@@ -111,10 +111,10 @@ def centre_prior(height: int, width: int) -> Tensor:
 
 
 def untrained(model: nn.Module, images: Tensor, seed: int = 0) -> nn.Module:
-    """A copy of `model` that has learned nothing: fresh weights, BatchNorm set by one look at `images`.
+    """A copy of `model` with random weights, and BatchNorm statistics from one forward pass on `images`.
 
-    Weights that no layer can reset, such as the layer scale of a ConvNeXt or the positions of a transformer,
-    are drawn from a normal distribution with the mean and the deviation that they have.
+    Weights that no layer can reset, such as the layer scale of a ConvNeXt or the position embedding of a
+    transformer, are drawn from a normal distribution with their own mean and standard deviation.
     """
     fresh = copy.deepcopy(model)
     with seeded(seed, images.device):
@@ -135,7 +135,7 @@ def untrained(model: nn.Module, images: Tensor, seed: int = 0) -> nn.Module:
 
 
 def _blurred(image: Tensor) -> Tensor:
-    """A Gaussian blur, its edges repeated; (3, H, W) -> the same."""
+    """Gaussian blur with replicated edges, (3, H, W) -> (3, H, W)."""
     sigma = max(_BLUR * min(image.shape[1:]) / 224, 1.0)
     reach = min(int(3 * sigma), min(image.shape[1:]) - 1)
     bell = torch.exp(-0.5 * (torch.arange(-reach, reach + 1) / sigma) ** 2)
@@ -156,4 +156,4 @@ def _check(maps: Tensor, area: Tensor) -> None:
             f"expected maps and areas (N, H, W), got {tuple(maps.shape)} and {tuple(area.shape)}"
         )
     if not maps.isfinite().all():
-        raise NonFiniteError("a map holds NaN or infinity")
+        raise NonFiniteError("a map contains NaN or infinity")

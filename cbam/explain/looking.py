@@ -1,6 +1,6 @@
 """One image, one or more networks: what each predicts, where it looks, and what its gates do.
 
-Shapes: H x W pixels of the image as the networks see it, h x w of a block's feature map.
+Shapes: H x W pixels of the preprocessed image, h x w of a block's feature map.
 """
 
 import difflib
@@ -25,16 +25,16 @@ CBAM_NAME = "CBAM"
 
 @dataclass(frozen=True, eq=False)
 class Viewer:
-    """Networks that get the same images, preprocessed in the same way.
+    """Networks that take the same images, preprocessed in the same way.
 
     Attributes:
-        networks: name -> network of K classes, all with the same ones.
+        networks: name -> network, all with the same K classes.
         classes: K names.
-        about: one line per network, which weights it has.
-        size, resized: the shorter side of an image is resized to `resized`, and its centre, `size` pixels,
-            is cropped; None for 256 at a size of 224, and in proportion at any other.
-        mean, std: per channel, of values in [0, 1].
-        mode: how images are resized, "bicubic" or "bilinear".
+        about: one line per network that names its weights.
+        size, resized: the shorter side of an image is resized to `resized`, and the central `size` pixels are
+            cropped; None for 256 at a size of 224, and in proportion at other sizes.
+        mean, std: normalisation per channel, for values in [0, 1].
+        mode: interpolation, "bicubic" or "bilinear".
 
     Raises:
         InputError: `resized` is less than `size`.
@@ -54,29 +54,29 @@ class Viewer:
 
     @property
     def side(self) -> int:
-        """What the shorter side of an image becomes."""
+        """The length to which the shorter side of an image is resized."""
         return short_side(self.size) if self.resized is None else self.resized
 
     def called(self, index: int) -> str:
-        """The name of a class, with its number where several have that name."""
+        """The name of a class, with its number if the name is not unique."""
         return called(self.classes, index)
 
     def all_called(self) -> list[str]:
-        """All classes as `called` names them: of 20,000 one by one takes a quarter of a minute."""
+        """`called` for all classes at once; one by one, 20,000 classes take a quarter of a minute."""
         counts = Counter(self.classes)
         return [name if counts[name] == 1 else f"{name} ({index})" for index, name in enumerate(self.classes)]
 
     def normalised(self, seen: Tensor) -> Tensor:
-        """uint8 (..., 3, H, W) -> float."""
+        """Normalise a preprocessed image, uint8 (..., 3, H, W) -> float."""
         mean, std = (torch.tensor(values)[:, None, None] for values in (self.mean, self.std))
         return (seen / 255 - mean) / std
 
     def view(self, picture: Tensor) -> Tensor:
-        """What the networks see of an image, uint8 (3, size, size)."""
+        """Resize and crop an image as the networks see it, uint8 (3, H, W) -> (3, size, size)."""
         return pair.view(picture, self.size, self.side, self.mode)
 
     def boxes_in_view(self, boxes: Sequence[Sequence[float]], height: int, width: int) -> list[list[float]]:
-        """Boxes of an image of this height and width as they lie in its view; they may reach out of it."""
+        """Boxes of a height x width image in the coordinates of its view; they may extend outside it."""
         side = min(height, width)
         scale, margin = self.side / side, (self.side - self.size) // 2
         left, top = (width - side) // 2, (height - side) // 2
@@ -89,24 +89,24 @@ class Glance:
     """The result of one network for one image."""
 
     network: str
-    heat: Tensor  # (H, W) in [0, 1]: where the evidence for the target lies
+    heat: Tensor  # (H, W) in [0, 1], the evidence for the target
     probability: float  # of the target
-    best: str  # the most probable class, as `Viewer.called` names it
+    best: str  # the most probable class, named by `Viewer.called`
     best_probability: float
     best_index: int
 
 
 @dataclass(frozen=True, eq=False)
 class Look:
-    """One image as all networks of a `Viewer` see it.
+    """The results of all networks of a `Viewer` for one image.
 
     Attributes:
-        name: of the image.
-        image: uint8 (3, H, W), what the networks see.
-        target, index: the class whose evidence the maps show, as `Viewer.called` says it, and its number.
+        name: name of the image.
+        image: uint8 (3, H, W), as the networks see it.
+        target, index: the class whose evidence the maps show, named by `Viewer.called`, and its index.
         glances: one per network.
-        method: what made the maps, a key of `maps.METHODS`.
-        blocks: network -> block -> what its gates did, one sample each; blocks with gates only.
+        method: how the maps were made, a key of `maps.METHODS`.
+        blocks: network -> block -> recorded gates, one sample each; only blocks with gates.
     """
 
     name: str
@@ -119,11 +119,11 @@ class Look:
 
 
 def default_viewer() -> Viewer:
-    """The default pair, plain and with CBAM, and the classes of ImageNet.
+    """The default pair of networks, plain and with CBAM, with the classes of ImageNet.
 
     Raises:
-        MissingExtraError: timm or the package of the weights is not installed.
-        CheckpointError: weights are missing or do not fit.
+        MissingExtraError: timm or the package with the weights is not installed.
+        CheckpointError: weights are missing or do not match the network.
     """
     known = pair.gates_record()
     return Viewer(
@@ -146,11 +146,11 @@ def look(
     method: str = "gradcam",
     layer: str | None = None,
 ) -> Look:
-    """Look at an image with every network of `viewer`; all show the evidence for the same class.
+    """Run every network of `viewer` on an image, and map the evidence of each for the same class.
 
     Args:
         picture: uint8 (3, H, W), of any size.
-        name: of the image, for captions.
+        name: name of the image, for captions.
         target: the class to show the evidence for; by default the first network's prediction.
         method, layer: as in `gradcam`.
 
@@ -170,7 +170,7 @@ def look_at_view(
     method: str = "gradcam",
     layer: str | None = None,
 ) -> Look:
-    """`look` for an image from `viewer.view`."""
+    """`look` for an image that `viewer.view` has preprocessed."""
     if target is not None and not 0 <= target < len(viewer.classes):
         raise InputError(f"target must be a class in 0..{len(viewer.classes) - 1}, got {target}")
     images = viewer.normalised(seen)[None]
@@ -189,7 +189,7 @@ def look_at_view(
     for label, probabilities in scores.items():
         if len(probabilities) != len(viewer.classes):
             raise ConfigError(
-                f"{label} has {len(probabilities)} classes, there are {len(viewer.classes)} names"
+                f"{label} has {len(probabilities)} classes, but there are {len(viewer.classes)} class names"
             )
     shown = int(next(iter(scores.values())).argmax()) if target is None else target
     glances = []
@@ -211,7 +211,7 @@ def look_at_view(
 
 
 def stages(blocks: dict[str, Refinement]) -> dict[str, Refinement]:
-    """The last block of each size of feature map, in the order in which they run."""
+    """The last block for each shape of feature map, in the order in which they run."""
     last: dict[tuple[int, ...], str] = {}
     for name, block in blocks.items():
         last[tuple(block.before.shape[1:])] = name
@@ -219,18 +219,18 @@ def stages(blocks: dict[str, Refinement]) -> dict[str, Refinement]:
 
 
 def called(classes: Sequence[str], index: int) -> str:
-    """The name of a class, with its number where several have that name: "crane (517)"."""
+    """The name of a class, with its number if the name is not unique: "crane (517)"."""
     name = classes[index]
     return name if list(classes).count(name) == 1 else f"{name} ({index})"
 
 
 def class_index(classes: Sequence[str], text: str) -> int:
-    """The class that a user names: by its name, by its number, or by both, "crane (517)".
+    """Parse a class that the user gave by name, by number, or as both, "crane (517)".
 
-    A name counts before the same one in another case.
+    An exact match takes precedence over one that ignores case.
 
     Raises:
-        ConfigError: no such class, with those near it; or several that this may be.
+        ConfigError: no such class (the message suggests similar names), or an ambiguous one.
     """
     for index in map(int, re.findall(r" \(([0-9]{1,9})\)$", text)):
         if index < len(classes) and text == f"{classes[index]} ({index})":
@@ -244,7 +244,7 @@ def class_index(classes: Sequence[str], text: str) -> int:
         return found[0]
     if found:
         ways = " or ".join(repr(f"{classes[index]} ({index})") for index in found)
-        raise ConfigError(f"{text!r} may be several classes: give {ways}")
+        raise ConfigError(f"{text!r} is ambiguous: give {ways}")
     near = difflib.get_close_matches(text.lower(), lowered, 3, 0.5)
-    hint = f"near it: {', '.join(near)}" if near else f"give one by its name or by 0 to {len(classes) - 1}"
+    hint = f"did you mean {' or '.join(near)}?" if near else f"give a class name or 0 to {len(classes) - 1}"
     raise ConfigError(f"no class {text!r}; {hint}")

@@ -1,6 +1,6 @@
-"""Class activation maps by torchcam, and how much of a map lies inside a box.
+"""Class activation maps by torchcam, and the share of a map inside a box.
 
-Shapes: N samples of C channels, H x W pixels of the input, h x w pixels of the watched layer.
+Shapes: N samples of C channels, H x W pixels of the input, h x w pixels of the layer's map.
 """
 
 import logging
@@ -18,7 +18,7 @@ from cbam.explain.layers import Place, last_map, place_of
 from cbam.explain.watching import check_images, dtypes_told, is_detection, logits_of, refuse_unwatchable
 from cbam.surgery.effects import eval_mode
 
-METHODS = {  # name -> what it is called in words
+METHODS = {  # name -> display name
     "gradcam": "Grad-CAM",
     "gradcam++": "Grad-CAM++",
     "layercam": "LayerCAM",
@@ -36,31 +36,31 @@ def gradcam(
     layer: str | nn.Module | None = None,
     method: str = "gradcam",
 ) -> Tensor:
-    """Where in each image the evidence for a class lies: (N, C, H, W) -> (N, H, W) in [0, 1].
+    """Map where in each image the evidence for a class lies: (N, C, H, W) -> (N, H, W) in [0, 1].
 
     Each map is scaled to its own minimum and maximum and resized bilinearly to the input. It is computed in
-    eval mode, in a gradient scope of its own: it works on a frozen model and inside `torch.no_grad()` or
-    `torch.inference_mode()`, and leaves modes, hooks and every `.grad` as they were. A map that is constant
-    says nothing about where: it comes back as zeros.
+    eval mode, with its own gradient context: this works on a frozen model and inside `torch.no_grad()` or
+    `torch.inference_mode()`, and leaves modes, hooks and every `.grad` unchanged. A constant map locates
+    nothing, and is returned as zeros.
 
     Args:
-        model: a classifier, which gives class scores (N, K); or a detector as torchvision's are, where a
-            class has the sum of the scores of its boxes.
+        model: a classifier that returns class scores (N, K); or a detector with torchvision's interface, for
+            which the score of a class is the sum over its boxes.
         images: normalised, float (N, C, H, W).
-        target: a class for all images, one per image, or None for the predicted one.
+        target: a class for all images, one per image, or None for the predicted class.
         layer: a module or its name, whose output is a feature map, (N, C, h, w) or (N, h, w, C). By default
-            the outermost module that finishes last with one of more than one pixel, pooling aside: `layer4`
-            of a ResNet, so the last block's output after its add. Of a detector it is the last of its
-            `backbone.body`, `backbone.features` or `backbone`. The model is run at two larger sizes to tell
-            maps from what else has four dimensions; where it takes one size only, by the sides.
+            the outermost module that finishes last with a map of more than one pixel, pooling excluded:
+            `layer4` of a ResNet, so the last block's output after its add. For a detector, the last one in
+            its `backbone.body`, `backbone.features` or `backbone`. To tell maps from other outputs with four
+            dimensions, the model is run at two larger sizes; if it takes only one size, the shapes decide.
         method: "gradcam" (arXiv 1610.02391), "gradcam++" (1710.11063), "layercam" (IEEE TIP 2021) or
             "scorecam" (1910.01279: one forward pass per channel of the layer).
 
     Raises:
-        InputError: images, target or layer do not fit; or the network goes on with tokens after its last map,
-            as transformers do, and no layer is given.
-        DtypeError: the model does not take images of their dtype.
-        NonFiniteError: the model gives NaN or infinity.
+        InputError: images, target or layer are invalid; or no layer is given and the network continues with
+            tokens after its last map, like a transformer.
+        DtypeError: the model does not take images of this dtype.
+        NonFiniteError: the model outputs NaN or infinity.
         ConfigError: an unknown method or layer; a compiled or scripted model.
         MissingExtraError: torchcam is not installed.
     """
@@ -73,7 +73,7 @@ def gradcam(
 
 
 def gradcam_at(model: nn.Module, images: Tensor, target, place: Place, method: str) -> Tensor:
-    """`gradcam` at a known layer."""
+    """`gradcam` for a layer that is already resolved."""
     check_images(images, model)
     extractor_type = _extractor_type(method)
     with torch.inference_mode(False), torch.enable_grad(), eval_mode(model):
@@ -86,12 +86,12 @@ def gradcam_at(model: nn.Module, images: Tensor, target, place: Place, method: s
 def energy_inside(maps: Tensor, boxes: Tensor) -> Tensor:
     """The share of each map's energy inside its box: (N, H, W), (N, 4) -> (N,) float64 in [0, 1].
 
-    Energy is the sum of the non-negative values. Boxes are x0, y0, x1, y1 in pixels, pixel (i, j) covering
-    [j, j+1] x [i, i+1]; a pixel that the box covers in part counts by the covered area. NaN where the map has
-    no energy or the box is NaN.
+    Energy is the sum of the non-negative values. Boxes are x0, y0, x1, y1 in pixels, where pixel (i, j)
+    covers [j, j+1] x [i, i+1]; a partly covered pixel counts by its covered area. NaN if the map has no
+    energy or the box is NaN.
 
     Raises:
-        InputError: shapes do not fit, or a box ends before it starts.
+        InputError: the shapes do not match, or a box ends before it starts.
         NonFiniteError: a map is not finite.
     """
     if maps.dim() != 3 or boxes.shape != (len(maps), 4):
@@ -99,7 +99,7 @@ def energy_inside(maps: Tensor, boxes: Tensor) -> Tensor:
             f"expected maps (N, H, W) and boxes (N, 4), got {tuple(maps.shape)} and {tuple(boxes.shape)}"
         )
     if not maps.isfinite().all():
-        raise NonFiniteError("energy_inside: a map holds NaN or infinity")
+        raise NonFiniteError("energy_inside: a map contains NaN or infinity")
     boxes = boxes.to(maps.device, torch.float64)
     x0, y0, x1, y1 = boxes.unbind(1)
     if ((x1 < x0) | (y1 < y0)).any():
@@ -108,7 +108,7 @@ def energy_inside(maps: Tensor, boxes: Tensor) -> Tensor:
     inside = torch.einsum(
         "nhw,nh,nw->n", energy, _cover(y0, y1, maps.shape[1]), _cover(x0, x1, maps.shape[2])
     )
-    return inside / energy.sum((1, 2))  # 0 / 0 is the NaN of a map without energy
+    return inside / energy.sum((1, 2))  # 0 / 0 = NaN for a map without energy
 
 
 def _cover(start: Tensor, end: Tensor, size: int) -> Tensor:
@@ -127,23 +127,29 @@ def _raw_maps(model, images: Tensor, target, place: Place, extractor_type) -> Te
         undo.callback(layer.register_forward_hook(_hand_on(place)).remove)
         output = model(images)
         if is_detection(output) and not _takes_detectors(extractor):
-            raise ConfigError("scorecam asks a classifier for its scores; take another method for a detector")
+            raise ConfigError(
+                "scorecam needs the scores of a classifier; choose another method for a detector"
+            )
         scores = logits_of(output)
         if is_detection(output) and not any(len(one["scores"]) for one in output):
             raise InputError("the detector finds nothing in these images, so there is no evidence to show")
         if extractor.hook_a[0] is None:
-            raise InputError(f"layer {name!r} takes no part in the forward pass; choose another")
+            raise InputError(f"layer {name!r} is not used in the forward pass; choose another layer")
         classes = _classes(target, scores)
         try:
             (maps,) = extractor(classes, scores, normalized=False)
         except RuntimeError as error:
             if "not connected" not in str(error):
                 raise
-            raise InputError(f"the class score does not depend on layer {name!r}; choose another") from error
-        # torchcam's sum skips NaN, so its operands are checked.
+            raise InputError(
+                f"the class score does not depend on layer {name!r}; choose another layer"
+            ) from error
+        # torchcam's sum ignores NaN, so its operands are checked too.
         _refuse_nonfinite(scores, *extractor.hook_a, *(g for g in extractor.hook_g if g is not None), maps)
     if len(maps) != len(images):
-        raise InputError(f"layer {name!r} gives {len(maps)} maps for {len(images)} images; choose another")
+        raise InputError(
+            f"layer {name!r} returns {len(maps)} maps for {len(images)} images; choose another layer"
+        )
     return maps.detach()
 
 
@@ -154,8 +160,8 @@ def _takes_detectors(extractor) -> bool:
 
 
 def _start_graph(place: Place):
-    """A forward hook that starts the graph at the layer's output, as (N, C, h, w): nothing before it needs a
-    gradient."""
+    """A forward hook that starts the autograd graph at the layer's output, (N, C, h, w): no layer before it
+    needs a gradient."""
 
     def start(_, args, output: object) -> Tensor:
         if not isinstance(output, Tensor) or output.dim() != 4:
@@ -171,9 +177,9 @@ def _start_graph(place: Place):
 
 
 def _hand_on(place: Place):
-    """A forward hook that passes on a copy: what follows may write to it in place.
+    """A forward hook that passes on a copy, since later layers may modify it in place.
 
-    The copy is in the graph even where the model runs this layer in a `no_grad` of its own.
+    The copy is part of the graph even if the model runs this layer under `no_grad`.
     """
 
     def copy(_, args, output: Tensor) -> Tensor:
@@ -185,9 +191,9 @@ def _hand_on(place: Place):
 
 @contextmanager
 def _framed(model: nn.Module) -> Iterator[list[float]]:
-    """The share of height and width of the network's input that the images take.
+    """The shares of the network input's height and width that the images cover.
 
-    torchvision's detectors pad theirs below and to the right, to a multiple of 32 pixels.
+    torchvision's detectors pad images at the bottom and right, to a multiple of 32 pixels.
     """
     share = [1.0, 1.0]
 
@@ -203,7 +209,7 @@ def _framed(model: nn.Module) -> Iterator[list[float]]:
 
 
 def _over(size: Sequence[int], maps: Tensor, frame: Sequence[float]) -> Tensor:
-    """Maps of cells (N, h, w) over the images, (N, H, W) in [0, 1]; cells of the padding are left out."""
+    """Resize maps (N, h, w) to the images, (N, H, W) in [0, 1], without the cells that cover padding."""
     cells = [side * share for side, share in zip(maps.shape[1:], frame, strict=True)]
     rows, columns = (math.ceil(n - 1e-6) for n in cells)
     maps = _unit(maps[:, :rows, :columns])
@@ -213,18 +219,18 @@ def _over(size: Sequence[int], maps: Tensor, frame: Sequence[float]) -> Tensor:
 
 
 def _unit(maps: Tensor) -> Tensor:
-    """Each map scaled to [0, 1]; zeros where it is constant up to rounding. (N, h, w) -> float the same."""
+    """Scale each map to [0, 1], (N, h, w) -> float (N, h, w); zeros if it is constant up to rounding."""
     rounding = 8 * torch.finfo(maps.dtype).eps
     maps = maps if maps.dtype == torch.float64 else maps.float()
     low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
     flat = high - low <= rounding * high.abs()
     if flat.any():
-        _log.info("gradcam: %d of %d maps are constant and come back as zeros", int(flat.sum()), len(maps))
+        _log.info("gradcam: %d of %d maps are constant and returned as zeros", int(flat.sum()), len(maps))
     return ((maps - low) / (high - low).masked_fill(flat, 1)).masked_fill(flat, 0)
 
 
 def _classes(target, scores: Tensor) -> list[int]:
-    """One class index per sample, checked."""
+    """Validate the target: one class index per sample."""
     N, K = scores.shape
     if target is None:
         return scores.argmax(1).tolist()
@@ -241,7 +247,7 @@ def _classes(target, scores: Tensor) -> list[int]:
 
 
 def _index(number) -> int:
-    """An integer of any library; a bool is not one."""
+    """Convert an integer of any library to int; a bool is refused."""
     if isinstance(number, bool) or getattr(number, "dtype", None) in (torch.bool, "bool"):
         raise TypeError
     return operator.index(number)
@@ -250,7 +256,7 @@ def _index(number) -> int:
 def _refuse_nonfinite(*tensors: Tensor) -> None:
     if not all(bool(tensor.isfinite().all()) for tensor in tensors):
         raise NonFiniteError(
-            "gradcam: the model gives NaN or infinity on these images; look at its weights and input"
+            "gradcam: the model outputs NaN or infinity on these images; check its weights and input"
         )
 
 
@@ -263,7 +269,7 @@ def _extractor_type(method: str):
         raise MissingExtraError.of(method, "explain") from error
 
     class GradCAMpp(methods.GradCAM):
-        """Grad-CAM++, equation 19; torchcam 0.5's own divides a copy, so its weights miss the denominator."""
+        """Grad-CAM++, equation 19; torchcam 0.5 divides a copy, so its weights lack the denominator."""
 
         def _get_weights(self, class_idx, scores: Tensor, **kwargs) -> list[Tensor]:
             self._backprop(scores, class_idx, **kwargs)
@@ -278,7 +284,7 @@ def _extractor_type(method: str):
 def _plus_plus(activation: Tensor, gradient: Tensor) -> Tensor:
     """Channel weights of Grad-CAM++: (N, C, h, w) twice -> (N, C).
 
-    alpha = g^2 / (2 g^2 + g^3 sum A) is 1 / (2 + g sum A) where g is not 0, which does not underflow.
+    alpha = g^2 / (2 g^2 + g^3 sum A) is computed as 1 / (2 + g sum A) for g > 0, which does not underflow.
     """
     gradient = gradient.clamp(min=0)
     denominator = 2 + gradient * activation.sum((2, 3), keepdim=True)

@@ -1,4 +1,4 @@
-"""The figure of detections: what each detector finds in an image, and the evidence for one of its boxes."""
+"""The detection figure: what each detector finds in an image, and the evidence for one of its boxes."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -14,29 +14,29 @@ from cbam.explain.detecting import Detection, Finds
 from cbam.explain.maps import METHODS
 from cbam.explain.page import SMALL, Page
 
-# Inches. Two columns are as wide as a column of a page, four as the page.
+# Inches. Two cells are as wide as one column of a page, four as the whole page.
 _WIDE, _LEFT, _GAP, _HEAD, _CAPTION, _FOOT = 1.66, 0.22, 0.05, 0.36, 0.30, 0.40
-_FLAT, _TALL = 0.4, 1.5  # height of a cell to its width; images beyond stand smaller in theirs
+_FLAT, _TALL = 0.4, 1.5  # range of a cell's height / width; other images are drawn smaller to fit
 _DRAWN = 900  # pixels of the longer side of an image in the figure
 
-_TAG, _LETTER, _LINE = 5.5, 0.043, 0.095  # points of the words at a box; inches of their letters and lines
-# Okabe and Ito: told apart with any colour vision. Black and white are left to the chosen box.
+_TAG, _LETTER, _LINE = 5.5, 0.043, 0.095  # labels: font size in points, letter width and line in inches
+# Okabe and Ito's colour-blind safe colours. Black and white are reserved for the chosen box.
 _COLOURS = ("#56B4E9", "#E69F00", "#009E73", "#CC79A7", "#F0E442", "#D55E00", "#0072B2")
-_DARK = ("#009E73", "#D55E00", "#0072B2")  # white letters are read on these
+_DARK = ("#009E73", "#D55E00", "#0072B2")  # these take white letters
 
 
 def detection_figure(detections: Sequence[Detection], path: str | Path) -> Path:
-    """Draw one row per image and write it to `path`, as PNG, SVG or PDF by its ending; returns the path.
+    """Draw one row per image and write the figure to `path`, as PNG, SVG or PDF by suffix; returns the path.
 
-    Columns: the boxes of each detector, with number, class and score as far as there is room, the chosen
-    one thick; then each detector's map of the evidence for that box.
+    Columns: the boxes of each detector, labelled with number, class and score if there is room, the chosen
+    one with a thick outline; then each detector's map of the evidence for that box.
 
     Args:
         detections: from `detect`, all with the same detectors.
-        path: where to write; replaced in one step.
+        path: the output file; replaced atomically.
 
     Raises:
-        ConfigError: an ending that is not one of .png, .svg, .pdf.
+        ConfigError: the suffix is not .png, .svg or .pdf.
         InputError: nothing to draw, or different detectors.
         MissingExtraError: matplotlib is not installed. OutputError: the figure cannot be written.
     """
@@ -45,7 +45,7 @@ def detection_figure(detections: Sequence[Detection], path: str | Path) -> Path:
         raise InputError("detection_figure: no image to draw")
     names = [one.network for one in detections[0].finds]
     if any([one.network for one in detection.finds] != names for detection in detections):
-        raise InputError("detection_figure: the images were looked at with different detectors")
+        raise InputError("detection_figure: the images were processed by different detectors")
     return paper.save(_Rows([_reduced(one) for one in detections], names).figure, path)
 
 
@@ -70,7 +70,7 @@ class _Rows(Page):
         ax = self.axes(self._left(len(names)), tops[-1] + 0.04, len(names) * (_WIDE + _GAP) - _GAP, 0.06)
         self.bar(ax, paper.HEAT, paper.EVIDENCE, "evidence for the box")
         note = ("number, class, score;", "the thick box is the chosen one")
-        for line, words in enumerate(note if len(names) == 1 else (" ".join(note),)):  # one column is narrow
+        for line, words in enumerate(note if len(names) == 1 else (" ".join(note),)):  # two lines if narrow
             self.say(self._left(0), tops[-1] + 0.1 + 0.14 * line, words, size=SMALL, ha="left")
 
     @staticmethod
@@ -80,7 +80,7 @@ class _Rows(Page):
     def _boxes(self, ax, detection: Detection, finds: Finds, high: float) -> None:
         paper.show(ax, detection.image)
         H, W = detection.image.shape[1:]
-        pixels = max(W / _WIDE, H / high)  # of the image to an inch
+        pixels = max(W / _WIDE, H / high)  # image pixels per inch
         order = sorted(range(len(finds.boxes)), key=lambda i: i != finds.chosen)  # the chosen one first
         for i in reversed(order):
             paper.outline(ax, _box(finds, i), _colour(finds, i), 2.2 if i == finds.chosen else 0.9)
@@ -110,7 +110,7 @@ class _Rows(Page):
 def _free(
     box: Sequence[float], text: str, pixels: float, size: tuple[int, int], taken: Sequence[Sequence[float]]
 ) -> tuple[float, float, float, float] | None:
-    """A place in the image for words at a box, where there are none yet: x0, y0, x1, y1 in pixels."""
+    """The first free position in the image for the label of a box, x0, y0, x1, y1 in pixels."""
     wide, high = (_LETTER * len(text) + 0.03) * pixels, _LINE * pixels
     for x, y in _corners(box, wide, high):
         place = (x, y, x + wide, y + high)
@@ -121,7 +121,7 @@ def _free(
 
 
 def _corners(box: Sequence[float], wide: float, high: float) -> Iterator[tuple[float, float]]:
-    """Above the box, below it, and in its corners: where words of that size would begin."""
+    """Candidate top left corners of a label: above the box, below it, and in its corners."""
     x0, y0, x1, y1 = box
     for x in (x0, x1 - wide):
         for y in (y0 - high, y1, y0, y1 - high):
@@ -135,7 +135,7 @@ def _overlap(a: Sequence[float], b: Sequence[float]) -> bool:
 def _tag(ax, place: Sequence[float], text: str, colour: str) -> None:
     from matplotlib.patches import Rectangle
 
-    x0, y0, x1, y1 = (side - 0.5 for side in place)  # imshow puts the middle of pixel 0 at 0
+    x0, y0, x1, y1 = (side - 0.5 for side in place)  # imshow puts the centre of pixel 0 at 0
     ax.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, facecolor=colour, linewidth=0, zorder=3))
     style = {"ha": "center", "va": "center_baseline", "parse_math": False, "zorder": 4}
     letters = "white" if colour in _DARK else "black"
@@ -166,7 +166,7 @@ def _proportion(detection: Detection) -> float:
 
 
 def _reduced(detection: Detection) -> Detection:
-    """The same with an image no larger than the figure shows."""
+    """The detection scaled down to the resolution of the figure."""
     H, W = detection.image.shape[1:]
     scale = min(1.0, _DRAWN / max(H, W))
     if scale == 1:

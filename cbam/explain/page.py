@@ -1,4 +1,4 @@
-"""A page for figures: cells laid out in inches, text, colour bars; and writing it to a file.
+"""Shared parts of the figures: a page laid out in inches, text, colour bars, and writing to a file.
 
 Figures only draw: they take arrays, not networks.
 """
@@ -18,13 +18,13 @@ from cbam.errors import ConfigError, MissingExtraError, OutputError
 
 FORMATS = (".png", ".svg", ".pdf")
 TEXT, SMALL = 7.0, 6.0  # points
-HEAT, STRENGTH, GATE = "inferno", "viridis", "PuOr_r"  # told apart with any colour vision, and in grey
-# Maps come scaled to their own minimum and maximum.
+HEAT, STRENGTH, GATE = "inferno", "viridis", "PuOr_r"  # colour-blind safe, and readable in greyscale
+# Maps are scaled to their own minimum and maximum.
 EVIDENCE: dict[float, str] = {0: "least", 1: "most of the map"}
 OPACITY = 0.6  # of a map over its image
-LEAST = 0.01  # reach of a scale of gates: rounding is not blown up to a pattern
-FINE = 0.03  # gates this near to their middle are alike in two digits
-CHARACTER = 0.055  # inches, of a word of TEXT points on average
+LEAST = 0.01  # minimum reach of a gate's colour scale, so that rounding is not amplified to a pattern
+FINE = 0.03  # gates within this distance of their midpoint need three decimals
+CHARACTER = 0.055  # average character width at TEXT points, in inches
 
 
 class Page:
@@ -39,7 +39,7 @@ class Page:
         FigureCanvasAgg(self.figure)
 
     def axes(self, left: float, top: float, wide: float, high: float):
-        """New axes: inches from the left and from the top, width and height."""
+        """Add axes; position from the left and top edge, width and height, in inches."""
         W, H = self.width, self.height
         return self.figure.add_axes((left / W, (H - top - high) / H, wide / W, high / H))
 
@@ -54,7 +54,7 @@ class Page:
         va: str = "center",
         turn: int = 0,
     ) -> None:
-        """Words at `x`, `y` inches from the top left corner."""
+        """Add text at `x`, `y` inches from the top left corner."""
         where = x / self.width, 1 - y / self.height
         style = {"ha": ha, "va": va, "rotation": turn, "linespacing": 1.2, "parse_math": False}
         self.figure.text(*where, text, fontsize=size, **style)
@@ -76,15 +76,15 @@ class Page:
 
 
 def check_format(path: str | Path) -> Path:
-    """The path of a figure, if its ending says how to write it and matplotlib is there.
+    """Check that a figure can be written to this path, and return it.
 
     Raises:
-        ConfigError: an ending that is not one of FORMATS.
+        ConfigError: the suffix is not one of FORMATS.
         MissingExtraError: matplotlib is not installed.
     """
     path = Path(path)
     if path.suffix.lower() not in FORMATS:
-        raise ConfigError(f"a figure is written as {', '.join(FORMATS)}; got {path.name!r}")
+        raise ConfigError(f"a figure must be one of {', '.join(FORMATS)}; got {path.name!r}")
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
@@ -93,35 +93,35 @@ def check_format(path: str | Path) -> Path:
 
 
 def save(figure, path: Path) -> Path:
-    """Write a figure by the ending of `path`, all of it or nothing; the same figure gives the same bytes.
+    """Write a figure atomically, in the format of the suffix; the same figure gives the same bytes.
 
     Raises:
-        OutputError: it cannot be written.
+        OutputError: the file cannot be written.
     """
     content = rendered(figure, path.suffix.lower()[1:])
     try:
         _replace(path, content)
-    except OSError as error:  # it names a file that lies beside for a moment
+    except OSError as error:  # it names the temporary file, not `path`
         told = f"cannot write to {path}: {error.strerror or error}; give another path"
         raise OutputError(told) from error
     return path
 
 
 def rendered(figure, kind: str) -> bytes:
-    """A figure as a file of this kind: "png", "svg" or "pdf"."""
+    """The bytes of a figure as "png", "svg" or "pdf"."""
     import matplotlib
 
     buffer = io.BytesIO()
     dated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind)
     with matplotlib.rc_context({"svg.hashsalt": "cbam"}), warnings.catch_warnings():
-        # A name may have letters that the font lacks: they are drawn as boxes.
+        # Characters of a name that the font lacks are drawn as boxes.
         warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
         figure.savefig(buffer, format=kind, dpi=200, metadata=dated)
     return buffer.getvalue()
 
 
 def cells(ax, shape: tuple[int, int], values: Tensor, colours: str, low: float, high: float) -> None:
-    """Draw (h, w) as cells over the area of an image of H x W pixels."""
+    """Draw values (h, w) as cells that cover the area of an H x W image."""
     H, W = shape
     over = (-0.5, W - 0.5, H - 0.5, -0.5)
     ax.imshow(values.float().numpy(), cmap=colours, vmin=low, vmax=high, interpolation="nearest", extent=over)
@@ -133,7 +133,7 @@ def show(ax, image: Tensor) -> None:
 
 
 def show_heat(ax, image: Tensor, heat: Tensor, *, opacity: float = OPACITY, threshold: float = 0.0) -> None:
-    """Draw a map (H, W) in [0, 1] over its image, which turns grey."""
+    """Draw a map (H, W) in [0, 1] over its image in greyscale."""
     blended = blend(image, heat, opacity=opacity, threshold=threshold)
     ax.imshow(blended, vmin=0, vmax=1, interpolation="nearest")
 
@@ -141,9 +141,9 @@ def show_heat(ax, image: Tensor, heat: Tensor, *, opacity: float = OPACITY, thre
 def blend(
     image: Tensor, heat: Tensor, colours: str = HEAT, *, opacity: float = OPACITY, threshold: float = 0.0
 ):
-    """A map (H, W) in [0, 1] in colour over the image in grey: float array (H, W, 3) in [0, 1].
+    """Blend a map (H, W) in [0, 1] in colour over the greyscale image: float array (H, W, 3) in [0, 1].
 
-    What is below `threshold` stays grey.
+    Pixels below `threshold` stay grey.
     """
     from matplotlib import colormaps
 
@@ -156,17 +156,17 @@ def blend(
 def outline(
     ax, box: tuple[float, float, float, float], colour: str = "white", thickness: float = 0.8
 ) -> None:
-    """Draw a box, x0, y0, x1, y1 in pixels, in points of thickness; a black seam shows it on any image."""
+    """Draw a box, x0, y0, x1, y1 in pixels; thickness in points, with a black edge for contrast."""
     from matplotlib.patches import Rectangle
 
     x0, y0, x1, y1 = box
     for edge, thick in (("black", thickness + 0.8), (colour, thickness)):
-        corner = (x0 - 0.5, y0 - 0.5)  # imshow puts the middle of pixel 0 at 0
+        corner = (x0 - 0.5, y0 - 0.5)  # imshow puts the centre of pixel 0 at 0
         ax.add_patch(Rectangle(corner, x1 - x0, y1 - y0, fill=False, edgecolor=edge, linewidth=thick))
 
 
 def bare(ax) -> None:
-    """Take the ticks off, and the frame where nothing is drawn."""
+    """Remove the ticks, and the frame if nothing is drawn."""
     ax.set_xticks([])
     ax.set_yticks([])
     for spine in ax.spines.values():
@@ -175,18 +175,18 @@ def bare(ax) -> None:
 
 
 def under(ax, text: str, size: float = TEXT) -> None:
-    """Words under a cell."""
+    """Write text under a cell."""
     ax.set_xlabel(text, fontsize=size, labelpad=2.5, linespacing=1.1, parse_math=False)
 
 
 def cut(text: str, inches: float) -> str:
-    """`text`, cut to what fits into this length."""
+    """Truncate `text` to this length."""
     fits = max(4, int(inches / CHARACTER))
     return text if len(text) <= fits else f"{text[: fits - 1]}\N{HORIZONTAL ELLIPSIS}"
 
 
 def cut_middle(text: str, inches: float) -> str:
-    """`text`, cut in its middle to what fits into this length: files are told apart by their ends."""
+    """Truncate `text` in the middle to this length, since file names often differ only at the end."""
     fits = max(4, int(inches / CHARACTER))
     if len(text) <= fits:
         return text
@@ -195,43 +195,43 @@ def cut_middle(text: str, inches: float) -> str:
 
 
 def wrap(label: str, inches: float) -> str:
-    """`label` on at most two lines of this length."""
+    """Wrap `label` to at most two lines of this length."""
     fits = max(4, int(inches / CHARACTER))
     lines = textwrap.wrap(label, fits, max_lines=2, placeholder="\N{HORIZONTAL ELLIPSIS}")
     return "\n".join(cut(line, inches) for line in lines)
 
 
 def pixels(image: Tensor):
-    """(C, H, W) uint8 or float -> float array (H, W, 3) in [0, 1]."""
+    """Convert (C, H, W) uint8 or float to a float array (H, W, 3) in [0, 1]."""
     image = image / 255 if image.dtype == torch.uint8 else image.float().clamp(0, 1)
     return image.expand(3, -1, -1).permute(1, 2, 0).numpy()
 
 
 def gate_reach(gates: Iterable[tuple[Tensor, float]]) -> float:
-    """How far a scale that holds all gates reaches to either side of their middles, which stand with them."""
+    """The largest distance of any gate from its midpoint; takes pairs (gate, midpoint)."""
     reach = max((float((gate - middle).abs().max()) for gate, middle in gates), default=0.0)
     return max(reach, LEAST)
 
 
 def factor(value: float, reach: float) -> str:
-    """A gate for a reader, of gates that lie up to `reach` from their middle."""
+    """Format a gate value; `reach` is the largest distance of the gates from their midpoint."""
     return f"{value:.{2 if reach > FINE else 3}f}"
 
 
 def in_words(middles: Iterable[float]) -> str:
-    """What gates in the middle of their range do: in the paper's form they halve the map."""
+    """What the midpoint of the gates' range means; in the paper's form it halves the map."""
     neutral = all(middle == 1 for middle in middles)
     return "changes nothing" if neutral else "middle of the range;\n1 changes nothing"
 
 
 def of_channels(largest: Iterable[float], smallest: Iterable[float]) -> tuple[str, str]:
-    """The channels whose largest gates are shown, and those of the smallest, by what all of these do."""
-    upwards = _by_effect(largest, "raised most", "kept most", "of the largest gates")
-    return upwards, _by_effect(smallest, "raised least", "lowered most", "of the smallest gates")
+    """Descriptions of the channels with the largest gates and of those with the smallest."""
+    upwards = _by_effect(largest, "raised most", "kept most", "with the largest gates")
+    return upwards, _by_effect(smallest, "raised least", "lowered most", "with the smallest gates")
 
 
 def _by_effect(gates: Iterable[float], above: str, below: str, mixed: str) -> str:
-    """`above` where all gates are above 1, `below` where all are below, else `mixed`."""
+    """`above` if all gates are above 1, `below` if all are below, else `mixed`."""
     gates = list(gates)
     if all(gate < 1 for gate in gates):
         return below
@@ -239,7 +239,7 @@ def _by_effect(gates: Iterable[float], above: str, below: str, mixed: str) -> st
 
 
 def _replace(path: Path, content: bytes) -> None:
-    """Write all of it or nothing."""
+    """Replace a file atomically."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:

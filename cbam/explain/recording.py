@@ -1,7 +1,7 @@
-"""What every attended block did to its feature map, step by step.
+"""Recording of what attention does to the feature map of each block, step by step.
 
-Shapes: N samples, C channels, H x W pixels of the block's feature map. A signal has L in place of H x W, a
-volume D x H x W, where the attention is made for it (`dim=1`, `dim=3`).
+Shapes: N samples, C channels, H x W pixels of the block's feature map. For attention on signals (`dim=1`) or
+volumes (`dim=3`), L or D x H x W in place of H x W.
 """
 
 import copy
@@ -18,7 +18,7 @@ from cbam.nn.gate import Gate
 from cbam.ops import rescale
 from cbam.surgery import attached
 
-# These are found in hand-written networks too; attached attention is found whatever its class.
+# Found in hand-written networks too; attached attention is found regardless of its class.
 _OURS = (Gate, CBAM, GAM, GlobalContext, SelectiveKernel)
 _ONE_SIGMOID = (ChannelAttention, SpatialAttention, ECA, gam._What, gam._Where)
 
@@ -29,10 +29,10 @@ class Step:
 
     Attributes:
         kind: "what" (a gate per channel), "where" (per pixel) or "both".
-        gate: (N, C, 1, 1), (N, 1, H, W) or (N, C, H, W): what the map is multiplied by. GAM's what and where
-            are of the last form.
+        gate: (N, C, 1, 1), (N, 1, H, W) or (N, C, H, W), the factor of the map. GAM's what and where both
+            have the last shape.
         after: (N, C, H, W).
-        middle: the neutral value of the gate; for CBAM half the gain, so 1 after an identity start, where it
+        middle: midpoint of the gate's range; for CBAM half the gain, so 1 after an identity start, where it
             changes nothing, and 1/2 in the paper's form, where it halves the map.
     """
 
@@ -44,13 +44,13 @@ class Step:
 
 @dataclass(frozen=True, eq=False)
 class Refinement:
-    """One block's feature map before, between and after its gates; detached copies of what the forward used.
+    """One block's feature map before, between and after its gates, as detached copies from the forward pass.
 
     Attributes:
         before, after: the attention's input and output, (N, C, H, W).
-        steps: its gates in the order in which they are computed: what, then where for CBAM, the other way
-            round for the reversed arrangement. Gates computed side by side from the same map come in turn all
-            the same, the map after each being the product so far. Empty where the attention has no gate.
+        steps: the gates in the order in which they are computed: what, then where for CBAM, the reverse for
+            the reversed arrangement. Gates computed in parallel from the same map are also listed one by one;
+            the map after each is the product so far. Empty if the attention has no gate.
     """
 
     before: Tensor
@@ -63,7 +63,7 @@ class Refinement:
 
     @property
     def channel_gate(self) -> Tensor | None:
-        """What: (N, C, 1, 1), the mean over pixels; None where there is no such gate."""
+        """What: (N, C, 1, 1), the mean over pixels; None if there is no such gate."""
         if (step := self.step("what")) is None:
             return None
         pixels = tuple(range(2, step.gate.dim()))
@@ -71,23 +71,24 @@ class Refinement:
 
     @property
     def spatial_gate(self) -> Tensor | None:
-        """Where: (N, 1, H, W), the mean over channels; None where there is no such gate, nor one of both."""
+        """Where: (N, 1, H, W), mean over channels, also of a gate of both; None if there is neither."""
         step = self.step("where") or self.step("both")
         return None if step is None else step.gate.mean(1, keepdim=True)
 
 
 @contextmanager
 def record(model: nn.Module) -> Iterator[dict[str, Refinement]]:
-    """Record what attention does in the forward passes run inside the block.
+    """Record what attention does in the forward passes inside the `with` block.
 
         with cbam.explain.record(model) as recording:
             model(images)
         recording["layer4.1"].spatial_gate      # (N, 1, H, W)
 
-    The dict is filled by block name, in the order in which the blocks run; a later pass replaces an earlier
-    one. It has all attention attached by `cbam.attach`, and every module of `cbam.nn` that the network itself
-    uses, by the name of the module that holds it. Values are those of the forward itself, in training too:
-    nothing is computed twice. The model is left as it was, also when the body raises. Recordings nest.
+    The dict maps block names to recordings, in the order in which the blocks run; a later pass replaces an
+    earlier one. It contains all attention attached by `cbam.attach`, and every attention module of `cbam.nn`
+    that the network itself uses, under the name of its parent module. The values are those of the forward
+    pass itself, in training too: nothing is computed twice. The model is left unchanged, also after an
+    exception. Recordings can be nested.
 
     Raises:
         ConfigError: the model is compiled or scripted.
@@ -101,7 +102,7 @@ def record(model: nn.Module) -> Iterator[dict[str, Refinement]]:
 
 
 def _blocks(model: nn.Module) -> dict[str, nn.Module]:
-    """Block name -> its attention: attached there, or else an outermost module of `cbam.nn`."""
+    """Block name -> its attention: an attached one, or an outermost module of `cbam.nn`."""
     units = list(attached(model).values())
     found: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
@@ -140,7 +141,7 @@ def _watch(name: str, attention: nn.Module, recording: dict[str, Refinement], un
         undo.callback(gate.register_forward_hook(keep_map).remove)
 
     def keep(module: nn.Module, args: tuple[Tensor, ...], named: dict[str, Tensor], out: Tensor) -> None:
-        if module is not attention:  # a copy of the model takes the hook along
+        if module is not attention:  # the hook was copied along with the model
             return
         x, *_ = (*args, *named.values())
         before, last = _batch(_copy(x), dim), _batch(_copy(out), dim)
@@ -157,7 +158,7 @@ def _watch(name: str, attention: nn.Module, recording: dict[str, Refinement], un
 
 
 def _dim(attention: nn.Module) -> int:
-    """The number of spatial dimensions of the maps that an attention is made for."""
+    """The number of spatial dimensions of the maps that an attention takes."""
     sized = (ChannelAttention, SpatialAttention)
     return next((part.dim for part in attention.modules() if isinstance(part, sized)), 2)
 
@@ -165,7 +166,7 @@ def _dim(attention: nn.Module) -> int:
 def _keep_gate(module: Gate, seen: dict[Gate, Tensor], undo: ExitStack) -> None:
     """Copy what `module.gate` returns into `seen`; an instance attribute shadows the method until `undo`.
 
-    A copy of the model made meanwhile has its own gates, unrecorded.
+    If the model is copied in the meantime, the gates of the copy are not recorded.
     """
     shadow = vars(module).get("gate")  # of an outer recording
     gate = module.gate
@@ -180,7 +181,7 @@ def _keep_gate(module: Gate, seen: dict[Gate, Tensor], undo: ExitStack) -> None:
 
 
 class _Kept:
-    """A gate's method that keeps a copy of what it returns."""
+    """A gate's method that keeps a copy of its result."""
 
     def __init__(self, module: Gate, gate, seen: dict[Gate, Tensor]) -> None:
         self._module, self._gate, self._seen = module, gate, seen
@@ -191,7 +192,7 @@ class _Kept:
         return value
 
     def __deepcopy__(self, memo: dict):
-        """Of a copied model: the method of the copied module."""
+        """In a copied model, the method of the copied module."""
         return MethodType(type(self._module).gate, copy.deepcopy(self._module, memo))
 
 
@@ -209,10 +210,10 @@ def _middle(gate: Gate) -> float:
 
 
 def _batch(x: Tensor, dim: int) -> Tensor:
-    """One sample as a batch of one; a batch as it is."""
+    """Add the batch dimension if it is missing."""
     return x[None] if x.dim() == dim + 1 else x
 
 
 def _copy(x: Tensor) -> Tensor:
-    """A detached copy: the block may write to the same memory afterwards."""
+    """A detached copy, since the block may later write to the same memory."""
     return x.detach().clone()

@@ -1,4 +1,4 @@
-"""The paper's figure: images, and where each network finds the evidence; rows, or a contact sheet."""
+"""The paper's figure: images and each network's map of the evidence, as rows or a contact sheet."""
 
 import math
 from collections.abc import Sequence
@@ -10,24 +10,24 @@ from cbam.explain.looking import Glance, Look
 from cbam.explain.maps import METHODS
 from cbam.explain.page import SMALL, Page
 
-# Inches. One block of two networks is as wide as a column of a page, two blocks as the page.
+# Inches. One block with two networks is as wide as one column of a page, two blocks as the whole page.
 _BLOCK, _LEFT, _GAP, _BETWEEN = 3.45, 0.22, 0.05, 0.1
 _HEAD, _LINE, _FOOT = 0.36, 0.14, 0.40
 
 
 def look_figure(looks: Sequence[Look], path: str | Path, *, across: int = 1) -> Path:
-    """Draw one row per image and write it to `path`, as PNG, SVG or PDF by its ending; returns the path.
+    """Draw one row per image and write the figure to `path`, as PNG, SVG or PDF by suffix; returns the path.
 
-    Columns: the image and the class, then each network's map of the evidence for it, with its probability;
-    where a network would have said another class, that too.
+    Columns: the image and the class, then each network's map of the evidence for it, with its probability,
+    and the network's prediction if it is another class.
 
     Args:
         looks: from `look`, all with the same networks.
-        path: where to write; replaced in one step.
-        across: rows stand side by side in this many blocks; 2 for a contact sheet.
+        path: the output file; replaced atomically.
+        across: number of blocks in which rows are drawn side by side; 2 for a contact sheet.
 
     Raises:
-        ConfigError: an ending that is not one of .png, .svg, .pdf.
+        ConfigError: the suffix is not .png, .svg or .pdf.
         InputError: nothing to draw, or different networks.
         MissingExtraError: matplotlib is not installed. OutputError: the figure cannot be written.
     """
@@ -36,21 +36,21 @@ def look_figure(looks: Sequence[Look], path: str | Path, *, across: int = 1) -> 
 
 
 def draw(looks: Sequence[Look], across: int = 1, *, opacity: float = paper.OPACITY, threshold: float = 0.0):
-    """The figure of `look_figure`, not yet written anywhere; maps as `page.blend` paints them."""
+    """The figure of `look_figure` as a matplotlib object; `opacity` and `threshold` as in `page.blend`."""
     if not looks:
         raise InputError("look_figure: no image to draw")
     names = [glance.network for glance in looks[0].glances]
     if any([glance.network for glance in look.glances] != names for look in looks):
-        raise InputError("look_figure: the images were looked at with different networks")
+        raise InputError("look_figure: the images were processed by different networks")
     return _Sheet(looks, names, across, {"opacity": opacity, "threshold": threshold}).figure
 
 
 class _Sheet(Page):
     def __init__(self, looks: Sequence[Look], names: list[str], across: int, how: dict[str, float]) -> None:
-        self.how = how  # maps are painted
+        self.how = how  # arguments of `show_heat`
         across = min(across, len(looks))
         columns = 1 + len(names)
-        self.side = (_BLOCK - _LEFT - 2 * _GAP) / 3  # as words need; more networks make the block wider
+        self.side = (_BLOCK - _LEFT - 2 * _GAP) / 3  # fits the captions; more networks make the block wider
         self.block = _LEFT + columns * self.side + (columns - 1) * _GAP
         rows = math.ceil(len(looks) / across)
         lines = max(len(words) for look in looks for words in self._captions(look))
@@ -101,8 +101,8 @@ class _Sheet(Page):
     def _foot(self, names: list[str], top: float, disagree: bool) -> None:
         wide = len(names) * (self.side + _GAP) - _GAP
         ax = self.axes(self._left(0, 1), top + 0.04, wide, 0.06)
-        of = "the class on the left" if len(names) > 1 else "the class"  # one cell is as wide as this
+        of = "the class on the left" if len(names) > 1 else "the class"  # short enough for one cell
         least = f", from {self.how['threshold']:.2g} on" if self.how["threshold"] else ""
         self.bar(ax, paper.HEAT, paper.EVIDENCE, f"evidence for {of}{least}")
-        note = "p: of that class" + ("\nbelow: the class it says" if disagree else "")
+        note = "p: of that class" + ("\nbelow: its prediction" if disagree else "")
         self.say(self._left(0) + self.side / 2, top + 0.14, note, size=SMALL - 0.5)

@@ -13,8 +13,8 @@ from cbam.explain.looking import Look, stages
 from cbam.explain.page import SMALL, TEXT, Page
 from cbam.explain.recording import Refinement
 
-FITS = 16  # characters under a channel
-TOP = 3  # channels that are shown, of those raised most and of those lowered most
+FITS = 16  # characters that fit under a channel in normal size
+TOP = 3  # channels shown, of those raised most and of those lowered most
 
 # Inches.
 _LEFT, _CELL, _GAP, _HISTOGRAM = 0.62, 0.82, 0.05, 1.15
@@ -22,16 +22,16 @@ _HEAD, _PITCH, _FOOT = 0.42, 1.05, 0.40
 
 
 def stages_figure(look: Look, path: str | Path, *, network: str | None = None) -> Path:
-    """Draw the gates of `network`, a row for the last attended block of each size, and write it to `path`.
+    """Draw the gates of `network`, one row for the last block with attention of each map shape.
 
-    Columns: where, the spatial gate over the image, white in the middle of its range and with colours that
-    reach as far in all rows; what, the histogram of the channel gates; the channels that the block raises
-    most and lowers most, as it found them. Those of gates that no block has are left out.
+    Columns: where, the spatial gate over the image, white at the midpoint and on one colour scale for all
+    rows; what, a histogram of the channel gates; the channels that the block raises most and lowers most, as
+    they enter the gate. Columns for gates that no block has are left out.
 
     Args:
         look: from `look`.
-        path: where to write, .png, .svg or .pdf; replaced in one step.
-        network: whose gates; by default of the last that has any.
+        path: the output file, .png, .svg or .pdf; replaced atomically.
+        network: the network whose gates are drawn; by default the last one with gates.
 
     Raises:
         InputError: the network has no gates: no attention, or one that adds instead of multiplying.
@@ -42,7 +42,7 @@ def stages_figure(look: Look, path: str | Path, *, network: str | None = None) -
 
 
 def draw(look: Look, network: str | None = None):
-    """The figure of `stages_figure`, not yet written anywhere."""
+    """The figure of `stages_figure` as a matplotlib object."""
     network = next(reversed(look.blocks), None) if network is None else network
     if network not in look.blocks:
         raise InputError(f"{look.name!r}: no gates to show of {network or 'any network'}")
@@ -51,10 +51,10 @@ def draw(look: Look, network: str | None = None):
 
 
 def over_picture(image: Tensor, gate: Tensor, scale: tuple[float, float], opacity: float = 0.65):
-    """A gate (h, w) in colour over its image in grey: float array (H, W, 3) in [0, 1].
+    """Blend a gate (h, w) in colour over its greyscale image: float array (H, W, 3) in [0, 1].
 
     Args:
-        scale: the gate's value in the middle of the colours, and how far they reach to either side.
+        scale: the gate's value at the centre of the colour map, and its reach to either side.
         opacity: of the colour.
     """
     middle, reach = scale
@@ -69,7 +69,7 @@ class Channel:
 
     Attributes:
         map: (h, w), before the block's attention.
-        reach: how far from their middle the gates of the block lie.
+        reach: the largest distance of the block's gates from their midpoint.
     """
 
     index: int
@@ -79,7 +79,7 @@ class Channel:
 
 
 def channel_gates(block: Refinement) -> tuple[Tensor, float, float] | None:
-    """The gates of a block's channels, (C,), their middle, and how far their scale reaches to either side."""
+    """The gates of a block's channels, (C,), their midpoint, and their largest distance from it."""
     step = block.step("what") or block.step("both")
     if step is None:
         return None
@@ -88,7 +88,7 @@ def channel_gates(block: Refinement) -> tuple[Tensor, float, float] | None:
 
 
 def top_channels(block: Refinement, count: int = TOP) -> tuple[list[Channel], list[Channel]]:
-    """The channels with the largest gates, and those with the smallest, each from the extreme inwards."""
+    """The channels with the largest gates and those with the smallest, each starting at the extreme."""
     if (found := channel_gates(block)) is None:
         return [], []
     gates, _, reach = found
@@ -99,13 +99,13 @@ def top_channels(block: Refinement, count: int = TOP) -> tuple[list[Channel], li
 
 
 def where_middle(block: Refinement) -> float:
-    """The value of a block's spatial gate where it has nothing to say."""
+    """The midpoint of a block's spatial gate."""
     step = block.step("where") or block.step("both")
     return 1.0 if step is None else step.middle
 
 
 def where_reach(blocks: Sequence[Refinement]) -> float:
-    """How far from their middles the spatial gates of these blocks lie: one scale for all of them."""
+    """The largest distance of these blocks' spatial gates from their midpoint: one scale for all."""
     gated = [(gate[0], block) for block in blocks if (gate := block.spatial_gate) is not None]
     return paper.gate_reach((gate, where_middle(block)) for gate, block in gated)
 
@@ -118,7 +118,7 @@ class _Stages(Page):
         self.whites = sorted({where_middle(block) for block in gated})
         whats = [step for block in blocks.values() if (step := block.step("what") or block.step("both"))]
         self.middles = [step.middle for step in whats]
-        self.where = self.what = self.channels = None  # where the columns begin, of gates that there are
+        self.where = self.what = self.channels = None  # left edges of the columns that are drawn
         right = _LEFT
         if gated:
             self.where, right = right, right + _CELL + _GAP
@@ -138,18 +138,18 @@ class _Stages(Page):
             self.say(self.where + _CELL / 2, top, "where:\nspatial gate", va="bottom")
         if self.what is None:
             return
-        title = "what: channel gates,\nhow many have it"
+        title = "what: channel gates,\nhistogram"
         self.say(self.what + _HISTOGRAM / 2, top, title, va="bottom")
         tops = [top_channels(block) for block in self.blocks.values()]
         raised, lowered = ([channel.gate for own in tops for channel in own[side]] for side in (0, 1))
         wide = TOP * (_CELL + _GAP) - _GAP
         for side, words in enumerate(paper.of_channels(raised, lowered)):
             break_ = "\n" if "gates" in words else " "  # these are too long for one line
-            title = f"channels {words},{break_}as the block found them"
+            title = f"channels {words},{break_}before gating"
             self.say(self._column(side * TOP) + wide / 2, top, title, va="bottom")
 
     def _column(self, c: int) -> float:
-        """Where the column of the c-th channel begins."""
+        """Left edge of the column of the c-th channel."""
         return (self.channels or 0) + c * (_CELL + _GAP)
 
     def _row(self, name: str, block: Refinement, top: float) -> None:
@@ -214,7 +214,7 @@ class _Stages(Page):
             self.say(self.what + _HISTOGRAM / 2, top + 0.1, words, size=SMALL)
 
     def _scale(self, ax) -> None:
-        """The bar of the spatial gates: factors, or where rows have other middles how far it is from them."""
+        """The colour bar of the spatial gates: factors, or their distance from white if midpoints differ."""
         if len(self.whites) == 1:
             values, title = [self.whites[0] + step * self.reach for step in (-1, 0, 1)], "factor"
         else:

@@ -1,4 +1,4 @@
-"""Checks and helpers for observing a model: images, class scores, and models that hide their layers."""
+"""Checks and helpers for observing a model: images, class scores, and models without usable hooks."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,13 +11,13 @@ from cbam.errors import CBAMError, ConfigError, DtypeError, InputError
 
 
 def refuse_unwatchable(model: nn.Module) -> None:
-    """Raise if a model bypasses its hooks, which would leave a recording silently empty.
+    """Raise if a model bypasses hooks, so that a recording would silently stay empty.
 
     Raises:
         ConfigError: the model is compiled or scripted.
     """
     if isinstance(model, torch.jit.ScriptModule):
-        raise ConfigError("the model is scripted, which hides its layers; pass the model it was made from")
+        raise ConfigError("the model is scripted, which hides its layers; pass the original model")
     if any(hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) for m in model.modules()):
         raise ConfigError(
             "the model is compiled, which ignores hooks; pass the model from before torch.compile"
@@ -27,23 +27,23 @@ def refuse_unwatchable(model: nn.Module) -> None:
 def logits_of(output: object) -> Tensor:
     """The class scores (N, K) in a model's output: the tensor itself, its `logits`, or those of its boxes.
 
-    A detector that returns a dict of `boxes`, `labels` and `scores` per image, as torchvision's do, has for a
-    class the sum of the scores of its boxes; K is the largest label found, and one more.
+    If a detector returns a dict of `boxes`, `labels` and `scores` per image, as torchvision's do, the score
+    of a class is the sum over its boxes; K is the largest label found, plus one.
 
     Raises:
-        InputError: the output holds no (N, K) tensor.
+        InputError: the output has no (N, K) tensor.
     """
     if is_detection(output):
         return _scores_of_boxes(output)
     scores = getattr(output, "logits", output)
     if not isinstance(scores, Tensor) or scores.dim() != 2:
         got = f"shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else f"a {type(output).__name__}"
-        raise InputError(f"a classifier's scores (N, classes) are needed, the model returned {got}")
+        raise InputError(f"expected a classifier's scores (N, classes), but the model returned {got}")
     return scores
 
 
 def is_detection(output: object) -> TypeGuard[list[dict[str, Tensor]]]:
-    """Whether this is the output of a detector: a dict of boxes, labels and scores per image."""
+    """Whether this is a detector's output: a dict of boxes, labels and scores per image."""
     named = {"boxes", "labels", "scores"}
     return (
         isinstance(output, list)
@@ -74,9 +74,9 @@ def check_images(images: Tensor, model: nn.Module) -> None:
 
 @contextmanager
 def dtypes_told(images: Tensor, model: nn.Module) -> Iterator[None]:
-    """For a `with`: a RuntimeError becomes a DtypeError if images and weights have different dtypes.
+    """Turn a RuntimeError inside the block into a DtypeError if images and weights have different dtypes.
 
-    This is not checked beforehand, since a model may take them all the same, as under autocast.
+    The dtypes are not checked in advance, since a model may accept different ones, as under autocast.
 
     Raises:
         DtypeError: the dtypes differ, and the model raised.

@@ -381,7 +381,7 @@ def test_a_run_is_looked_at_as_it_is_scored(photo, tmp_path, monkeypatch, capsys
     [
         ([], 2, "needs images"),
         (["none.jpg"], 3, "none.jpg: no such file or folder"),
-        (["photo.png", "--target", "tenhc"], 2, "no class 'tenhc'; near it: tench"),
+        (["photo.png", "--target", "tenhc"], 2, "no class 'tenhc'; did you mean tench"),
         (["photo.png", "--model", "resnet_tiny"], 2, "--model needs --weights FILE"),
         (["photo.png", "--weights", "none.pt"], 4, "none.pt: no such file"),
         (["photo.png", "--weights", "photo.png"], 4, "photo.png: not a weights file"),

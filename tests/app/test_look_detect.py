@@ -190,7 +190,7 @@ def test_a_run_knows_its_detector_its_size_and_its_classes(tmp_path, monkeypatch
         (["photo.png", *PAIR, "--threshold", "1.5"], 2, "a number from 0 to 1"),
         (["photo.png", *PAIR, "--target", "ant"], 2, "choose an object by --box"),
         (["photo.png", *PAIR, "--score", "digits"], 2, "goes without --score"),
-        (["photo.png", *PAIR, "--method", "scorecam", *LOW], 2, "scorecam asks a classifier"),
+        (["photo.png", *PAIR, "--method", "scorecam", *LOW], 2, "scorecam needs the scores of a classifier"),
         (["photo.png", *PAIR, "--layer", "nowhere", *LOW], 2, "no layer 'nowhere'"),
         (["bad.png", *PAIR], 3, "no image can be read, of 1 tried"),
         (["photo.png", *PAIR, "--box", "7"], 2, "no image has more than 0 boxes"),

@@ -64,7 +64,7 @@ def test_the_middle_of_the_gates_changes_nothing_only_after_an_identity_start(st
     assert ("dashed: changes nothing" in page) == (start == "identity")
     assert ("dashed: middle of the range;\n1 changes nothing" in page) == (start == "paper")
     assert ("channels kept most" in page) == (start == "paper")
-    assert ("channels of the largest gates" in page) == (start == "identity")
+    assert ("channels with the largest gates" in page) == (start == "identity")
 
 
 def test_below_the_threshold_and_without_opacity_the_image_is_grey(explainer):

@@ -103,14 +103,18 @@ def test_attention_of_others_gives_rows_without_feature_maps(plain, images):
         (
             {"block": "stage9"},
             ConfigError,
-            "block 'stage9' has no attention; blocks that have: stage1, stage2.0",
+            "block 'stage9' has no attention; blocks with attention: stage1, stage2.0",
         ),
         ({"targets": torch.tensor([0])}, InputError, "4 targets"),
         ({"targets": torch.tensor([0, 1, 2, 5])}, InputError, r"0\.\.4"),
         ({"classes": ["a", "b"]}, InputError, r"0\.\.1"),
         ({"boxes": torch.zeros(3, 4)}, InputError, "4 boxes"),
         ({"shown": torch.zeros(2, 3, 8, 8)}, InputError, "4 images"),
-        ({"shown": torch.zeros(4, 3, 8, 8)}, InputError, r"as large as the images, \(32, 24\)"),
+        (
+            {"shown": torch.zeros(4, 3, 8, 8)},
+            InputError,
+            r"`shown` must be as large as the images, \(32, 24\)",
+        ),
         ({"images": torch.zeros(4, 3, 8, 8, dtype=torch.uint8)}, InputError, "normalised float"),
     ],
 )

@@ -197,18 +197,18 @@ def test_what_cannot_be_looked_at_is_refused():
 
     with pytest.raises(InputError, match=r"uint8 \(3, H, W\)"):
         looked(Quarters(), picture=torch.rand(3, 8, 8))
-    with pytest.raises(ConfigError, match="scorecam asks a classifier"):
+    with pytest.raises(ConfigError, match="scorecam needs the scores of a classifier"):
         looked(Quarters(), method="scorecam")
     with pytest.raises(ConfigError, match="no layer 'nowhere'"):
         looked(Quarters(), layer="nowhere")
     with pytest.raises(InputError, match="images are on cpu, the model on meta; move one of them"):
         looked(Quarters().to("meta"))
-    with pytest.raises(InputError, match="a dict of boxes, labels and scores"):
+    with pytest.raises(InputError, match="must return a dict of boxes, labels and scores"):
         looked(nn.Identity())
     model = Quarters()
     with torch.no_grad():
         model.backbone[0].weight.fill_(torch.nan)
-    with pytest.raises(NonFiniteError, match="plain: the detector gives NaN"):  # D27
+    with pytest.raises(NonFiniteError, match="plain: the detector outputs NaN"):  # D27
         looked(model)
     model.transform = GeneralizedRCNNTransform(800, 1333, [0.0] * 3, [1.0] * 3)
     with pytest.raises(DataError, match="an image: 20000 x 1 pixels are too narrow"):  # D11

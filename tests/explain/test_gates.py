@@ -156,7 +156,7 @@ def test_the_dashed_line_of_the_figure_changes_nothing_only_at_one(tmp_path, mid
 def test_what_has_no_gates_or_no_images_is_refused(plain, build, images):
     with pytest.raises(ConfigError, match="no attention"):
         gate_statistics(plain, [(images, None)])
-    with pytest.raises(InputError, match="at least two images"):
+    with pytest.raises(InputError, match="at least two images are needed"):
         gate_statistics(build(), [])
     with pytest.raises(InputError, match="no blocks"):
         gate_figure([], "gates.png")
@@ -170,9 +170,9 @@ def test_classes_of_some_batches_only_are_refused(build, images, first):
 
 
 def test_images_of_several_sizes_and_classes_of_other_images_are_refused(build, images):
-    with pytest.raises(InputError, match=r"pictures of one size, got \(3, 32, 24\) and \(3, 32, 20\)"):
+    with pytest.raises(InputError, match=r"images must have one size, got \(3, 32, 24\) and \(3, 32, 20\)"):
         gate_statistics(build(), [(images, None), (images[..., :20], None)])
-    with pytest.raises(InputError, match=r"a class for each of 4 images, got \(5,\)"):
+    with pytest.raises(InputError, match=r"expected a class for each of 4 images, got \(5,\)"):
         gate_statistics(build(), [(images, torch.arange(5))])
 
 

@@ -71,7 +71,7 @@ class Tokens(nn.Module):
 @pytest.mark.parametrize("size", [None, (32, 24)])
 def test_heads_and_tokens_of_a_transformer_are_no_map(images, size):
     model = Tokens(size).eval()
-    with pytest.raises(InputError, match=r"goes on with tokens .*'norm' gives \(1, 48, 8\).*'patches'"):
+    with pytest.raises(InputError, match=r"continues with tokens .*'norm' returns \(1, 48, 8\).*'patches'"):
         gradcam(model, images)
     for layer in ("keys", "weights"):
         with pytest.raises(InputError, match=f"'{layer}' must return a feature map .* got shape"):

@@ -240,10 +240,10 @@ def test_a_layer_is_taken_by_name_or_as_the_module(build, images):
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"layer": "stage3"}, ConfigError, "no layer 'stage3'; near it: stage"),
+        ({"layer": "stage3"}, ConfigError, "no layer 'stage3'; did you mean stage"),
         ({"layer": nn.Conv2d(1, 1, 1)}, ConfigError, "no layer 'Conv2d'"),
         ({"layer": "head"}, InputError, r"'head' must return a feature map .* got shape \(4, 5\)"),
-        ({"layer": "unused"}, InputError, "'unused' takes no part"),
+        ({"layer": "unused"}, InputError, "'unused' is not used in the forward pass"),
         ({"method": "grad-cam"}, ConfigError, r"unknown method 'grad-cam'; expected one of gradcam"),
         ({"target": 5}, InputError, r"target must be one class in 0\.\.4 or 4 of them"),
         ({"target": -1}, InputError, "target must be"),
@@ -374,7 +374,7 @@ def test_two_boxes_of_one_class_add_up():
 
 def test_a_detector_that_finds_nothing_and_scorecam_of_one_are_refused(monkeypatch):
     model, images = Detector().eval(), torch.randn(1, 3, 16, 16)
-    with pytest.raises(ConfigError, match="take another method for a detector"):
+    with pytest.raises(ConfigError, match="choose another method for a detector"):
         gradcam(model, images, target=1, method="scorecam")
     empty = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.long), "scores": torch.zeros(0)}
     forward = model.forward
@@ -414,7 +414,7 @@ def test_the_trunk_of_a_detector_may_be_one_layer_and_one_without_a_trunk_is_tol
     assert last_map(model, images).name == "backbone"
     assert gradcam(model, images, 3).shape == (1, 16, 16)
     other = SingleTrunk("trunk").eval()
-    with pytest.raises(InputError, match="the detector has no `backbone` that gives a feature map; name a"):
+    with pytest.raises(InputError, match="the detector has no `backbone` that returns a feature map; name a"):
         gradcam(other, images, 3)
     assert gradcam(other, images, 3, "trunk").shape == (1, 16, 16)
 

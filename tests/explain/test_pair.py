@@ -84,7 +84,7 @@ def test_gates_that_do_not_fit_are_refused(tmp_path):
         pair.refined_network(broken)
     other = tmp_path / "other.safetensors"
     safetensors.save_file({"blocks.1.1.cbam.gain": torch.ones(1)}, other)
-    with pytest.raises(CheckpointError, match="not the 108 tensors of the gates"):
+    with pytest.raises(CheckpointError, match="does not hold the 108 tensors of the gates"):
         pair.refined_network(other)
 
 
@@ -97,5 +97,5 @@ def test_missing_weights_are_named_with_their_pip_line(monkeypatch):
 
 
 def test_a_middle_larger_than_the_resized_image_is_refused():
-    with pytest.raises(InputError, match="the middle 300 pixels of an image resized to 256 cannot be taken"):
+    with pytest.raises(InputError, match="cannot crop 300 pixels from an image resized to 256"):
         pair.view(torch.zeros(3, 400, 400, dtype=torch.uint8), 300, 256)
