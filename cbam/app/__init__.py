@@ -1,4 +1,4 @@
-"""What people run: the command line."""
+"""The user interfaces: the command line, and a web page."""
 
 from cbam.app.cli import main
 

@@ -1,6 +1,6 @@
-"""The command `cbam`: one module in cbam/app/commands for each of its commands, and how it ends.
+"""The command line `cbam`: dispatch to one module per command in cbam/app/commands, errors and exit codes.
 
-Made on argparse: it answers `--help` in a few hundredths of a second and needs nothing installed, where
+Built on argparse, which answers `--help` in a few hundredths of a second and needs no other package;
 jsonargparse alone takes a quarter of a second to import. torch is imported inside the commands.
 """
 
@@ -19,7 +19,7 @@ from cbam.app.terminal import show, silence
 from cbam.errors import CBAMError, MissingExtraError
 from cbam.train.launch import place
 
-# Name of a command -> its module in cbam/app/commands.
+# Command name -> module in cbam/app/commands.
 COMMANDS = {
     "compare": "compare",
     "train": "train",
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code; an error is one line on stderr, unless `--debug`."""
     code = _run(argv)
     if _is_of_several():
-        # What the processes met by has threads of its own, and the interpreter may wait for them for ever.
+        # The process group has its own threads, for which the interpreter could wait forever at exit.
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError, AttributeError):
                 stream.flush()
@@ -70,7 +70,7 @@ def _run(argv: Sequence[str] | None) -> int:
         finally:
             if sys.stdout is not None:
                 sys.stdout.flush()
-    except SystemExit as stop:  # argparse's way to end
+    except SystemExit as stop:  # how argparse ends --help and --version
         return stop.code if isinstance(stop.code, int) else 2
     except BrokenPipeError:
         silence(sys.stdout)
@@ -80,10 +80,10 @@ def _run(argv: Sequence[str] | None) -> int:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """The options of a command line; `run` among them is what it asks for.
+    """Parse a command line; `run` of the result is the command's function.
 
     Raises:
-        ConfigError: it is not one of ours, with the nearest of what is.
+        ConfigError: an unknown command or option; the message suggests the nearest one.
     """
     parser = Parser(
         prog="cbam", description="Channel and spatial attention for any CNN in PyTorch.", allow_abbrev=False
@@ -101,7 +101,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         own.add_argument("--debug", action="store_true", help="show the traceback of an error")
     options = parser.parse_args(argv)
     if not hasattr(options, "run"):
-        parser.error(f"a command is needed: {', '.join(COMMANDS)}")
+        parser.error(f"expected a command: {', '.join(COMMANDS)}")
     return options
 
 
@@ -109,19 +109,19 @@ def _fail(error: BaseException, *, debug: bool) -> int:
     if debug:
         traceback.print_exception(error)
     if isinstance(error, KeyboardInterrupt):
-        # Where Ctrl-C met an exec() of text (dataclasses do that as a module is imported), CPython remembers
-        # it as uncaught and `python -m` ends by the signal, whatever it exits with. The next exec() forgets.
+        # If Ctrl-C interrupts an exec() of text (dataclasses use it on import), CPython records it as
+        # uncaught, and `python -m` ends with the signal, whatever its exit code. Another exec() resets that.
         exec("")
     if isinstance(error, ModuleNotFoundError) and error.name == "torch":
         error = MissingExtraError.torch()
     if not _told_elsewhere(error):
-        with contextlib.suppress(OSError):  # a full disk leaves the exit code
+        with contextlib.suppress(OSError):  # with a full disk, only the exit code remains
             show(f"cbam: {_one_line(error)}", sys.stderr)
     return _exit_code(error)
 
 
 def _told_elsewhere(error: BaseException) -> bool:
-    """Whether another of several processes says it: see cbam/train/distributed.py."""
+    """Whether another process of the run reports the error: see cbam/train/distributed.py."""
     here = None
     with contextlib.suppress(CBAMError):
         here = place()
@@ -138,7 +138,7 @@ def _one_line(error: BaseException) -> str:
         return told
     if _is_out_of_memory(error):
         return f"out of memory; a smaller --batch-size needs less ({told[:200]})"
-    return f"{type(error).__name__}: {told} (--debug shows where)"
+    return f"{type(error).__name__}: {told} (--debug shows the traceback)"
 
 
 def _exit_code(error: BaseException) -> int:

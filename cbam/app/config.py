@@ -1,4 +1,4 @@
-"""Settings from a YAML file, read without trust: plain values only, every problem told with its line."""
+"""Settings from an untrusted YAML file: plain values only, and every problem is reported with its line."""
 
 import dataclasses
 import difflib
@@ -8,19 +8,19 @@ from typing import Any
 
 from cbam.errors import ConfigError, MissingExtraError
 
-_ALSO = {"learning_rate": "lr"}  # what else people call a setting
+_ALSO = {"learning_rate": "lr"}  # common synonyms of settings
 MAX_BYTES = 1 << 20
 MAX_ALIASES = 100
 MAX_DEPTH = 20
 
 
 def read_config(path: str, kind: type) -> dict[str, Any]:
-    """The settings in a YAML file, for the fields of the dataclass `kind`.
+    """Read the settings in a YAML file, for the fields of the dataclass `kind`.
 
     Raises:
-        ConfigError: unreadable, not YAML, larger than MAX_BYTES, more than MAX_ALIASES aliases or
-            MAX_DEPTH levels, a tag, a key twice, an unknown key (with the nearest known one), a value of a
-            wrong type. All problems of keys and values together.
+        ConfigError: the file is unreadable, not YAML, larger than MAX_BYTES, or has more than MAX_ALIASES
+            aliases or MAX_DEPTH levels; a tag, a duplicate key, an unknown key (with the nearest known one),
+            or a value of the wrong type. All problems with keys and values are reported together.
         MissingExtraError: PyYAML is not installed.
     """
     root = _compose(path)
@@ -31,7 +31,7 @@ def read_config(path: str, kind: type) -> dict[str, Any]:
     for key, value in _pairs(root, path):
         name, line = str(key.value).replace("-", "_"), f"{path}:{key.start_mark.line + 1}"
         if name in settings:
-            problems.append(f"key {key.value!r} twice ({line})")
+            problems.append(f"duplicate key {key.value!r} ({line})")
         elif name not in known:
             near = difflib.get_close_matches(name, [*known, *_ALSO], 1, 0.4)
             hint = (
@@ -48,7 +48,7 @@ def read_config(path: str, kind: type) -> dict[str, Any]:
 
 
 def _compose(path: str):
-    """The file as a tree of YAML nodes: nothing is constructed, so a tag cannot run anything."""
+    """Parse the file into YAML nodes: no objects are constructed, so a tag cannot run code."""
     try:
         import yaml
     except ImportError as error:
@@ -68,7 +68,7 @@ def _compose(path: str):
 
 
 def _refuse_bombs(events, path: str) -> None:
-    """Read the events one by one, so that nothing has been built when there are too many."""
+    """Count aliases and levels in the event stream, before anything is built from it."""
     import yaml
 
     aliases = depth = 0
@@ -87,12 +87,12 @@ def _pairs(root, path: str) -> list:
     return root.value
 
 
-_EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")  # 2e-05, as JSON has it: to YAML 1.1 a text
+_EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")  # 2e-05, valid in JSON but a string in YAML 1.1
 _TAGS = {"int": int, "float": float, "str": str, "bool": lambda text: text.lower() in ("true", "yes", "on")}
 
 
 def _fitting(node, field: dataclasses.Field) -> tuple[Any, str]:
-    """The value of a node as the field wants it, or what is wrong with it."""
+    """Convert a node to the type of the field; returns the value, or None and what is wrong."""
     import yaml
 
     if isinstance(node, yaml.SequenceNode) and "tuple" in str(field.type):
@@ -108,7 +108,7 @@ def _fitting(node, field: dataclasses.Field) -> tuple[Any, str]:
     if kind == "str" and node.style is None and "float" in allowed and _EXPONENT.fullmatch(node.value):
         kind = "float"
     if "str" in allowed and kind in ("int", "float", "bool", "timestamp"):
-        kind = "str"  # a folder may be called 2024
+        kind = "str"  # a folder may be named 2024
     if kind not in allowed or not node.tag.startswith("tag:yaml.org,2002:"):
         return None, f"must be {wanted(field)}, got {node.value!r}"
     try:
@@ -135,6 +135,6 @@ def _allowed(field: dataclasses.Field) -> list[str]:
 
 
 def wanted(field: dataclasses.Field) -> str:
-    """What a field takes, in words."""
-    words = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text"}
+    """The type of a field, in words."""
+    words = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a string"}
     return words[_allowed(field)[0]]

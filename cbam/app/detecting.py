@@ -1,4 +1,4 @@
-"""The work of `cbam look --detect`: detectors from files, what they find in images, and its figures."""
+"""`cbam look --detect`: load detectors from files, run them on images, and draw the figures."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,17 +20,17 @@ from cbam.train.average import average_of
 from cbam.train.detector import make_detector
 from cbam.train.material import began_with, load_trained, ours
 
-LISTED = 5  # boxes that a line tells
+LISTED = 5  # boxes listed per line
 FIGURES = r"detect(-\d+)?\.(png|svg)"
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What to look at and how.
+    """What to detect, and how.
 
     Attributes:
-        paths: images, and folders of them.
-        out: the folder of the figures.
+        paths: images, and folders of images.
+        out: the output folder of the figures.
         box, threshold, method, layer: as in `detect`.
     """
 
@@ -45,19 +45,19 @@ class Asked:
 def detectors(
     model: str | None, weights: str | None, compare: list[str], classes: str | None, size: int | None
 ) -> Detectors:
-    """The detectors to look with: one with its weights, or several to compare.
+    """Load one detector with its weights, or several to compare.
 
     Args:
-        model: a detector of `cbam.models.detector`; a checkpoint of `cbam train` knows its own.
+        model: a detector of `cbam.models.detector`; not needed for a checkpoint of `cbam train`.
         weights: its weights file.
-        compare: NAME=FILE each. Where a file does not say what detector it is, NAME "plain" is `model` and
-            another NAME is `model` with that attention.
-        classes: a file with a class name per line, in the order of the labels from 1; by default those of
+        compare: NAME=FILE each. If a file does not name its detector, NAME "plain" means `model`, and any
+            other NAME means `model` with that attention.
+        classes: a file with one class name per line, in the order of the labels from 1; by default those of
             the checkpoint.
-        size: the shorter side of what a detector sees; by default that of the checkpoint, or torchvision's.
+        size: shorter side of the input in pixels; by default that of the checkpoint, or torchvision's.
 
     Raises:
-        ConfigError: the names do not fit together. CheckpointError: a file does not fit.
+        ConfigError: inconsistent arguments. CheckpointError: a file does not match its detector.
     """
     if weights is not None and compare:
         raise ConfigError("give --weights FILE or --compare NAME=FILE ..., not both")
@@ -68,7 +68,7 @@ def detectors(
     names = lines_of(classes) if classes else None
     parts = [named(text) for text in compare] if compare else [("detector", weights or "")]
     if len({label for label, _ in parts}) < len(parts):
-        raise ConfigError("--compare: each detector needs a name of its own")
+        raise ConfigError("--compare: each detector needs a different name")
     loaded = {label: _load(label, Path(file), model, names, size, bool(compare)) for label, file in parts}
     known = [own for _, _, own in loaded.values()]
     if any(own != known[0] for own in known):
@@ -78,16 +78,16 @@ def detectors(
 
 
 def look_for_objects(eyes: Detectors, asked: Asked, say: Callable[[str], None]) -> Told:
-    """Look at every image and draw a row each. An image that cannot be read is told and passed over.
+    """Run the detectors on every image and draw one row each; unreadable images are reported and skipped.
 
     Raises:
-        DataError: there are no images at all, or none can be read.
-        ConfigError: no image has a box of that number.
+        DataError: there are no images, or none can be read.
+        ConfigError: no image has as many boxes as `asked.box`.
         OutputError: the figures cannot be written.
     """
     files = picture_files(asked.paths)
     told = Told([], [])
-    waiting: list[tuple[str, list[Detection]]] = []  # figures, until some image has the box
+    waiting: list[tuple[str, list[Detection]]] = []  # figures held back until some image has the box
     most = 0 if asked.box > 1 else 1
     with making(asked.out):
         for number, start in enumerate(range(0, len(files), ROWS), 1):
@@ -97,14 +97,14 @@ def look_for_objects(eyes: Detectors, asked: Asked, say: Callable[[str], None]) 
             if most >= asked.box:
                 _draw(waiting, asked.out, told)
         if not told.looked:
-            raise DataError(f"no image can be read, of {len(files)} tried")
+            raise DataError(f"no image can be read ({len(files)} tried)")
         if most < asked.box:
-            raise ConfigError(f"--box {asked.box}: no image has more than {most} boxes of --threshold")
+            raise ConfigError(f"--box {asked.box}: no image has more than {most} boxes above --threshold")
     return told
 
 
 def _draw(waiting: list[tuple[str, list[Detection]]], out: Path, told: Told) -> None:
-    """Draw these figures, a name and its rows each; the list is empty after that."""
+    """Draw these figures, each a name and its rows, and empty the list."""
     while waiting:
         name, rows = waiting.pop(0)
         for ending in (".png", ".svg") if rows else ():
@@ -137,7 +137,7 @@ def _said(seen: Detection, one: Finds) -> str:
 
 
 def _run_of(file: Path) -> dict[str, Any] | None:
-    """What a checkpoint of `cbam train`, or the newest of a folder, holds; None for another file."""
+    """The contents of a checkpoint of `cbam train`, or of the newest in a folder; None for other files."""
     if not file.exists():
         raise CheckpointNotFoundError(f"{file}: no such file")
     return ours(file) if file.is_dir() or checkpoint.is_ours(file) else None
@@ -146,29 +146,25 @@ def _run_of(file: Path) -> dict[str, Any] | None:
 def _load(
     label: str, file: Path, model: str | None, names: list[str] | None, size: int | None, arms: bool
 ) -> tuple[str, nn.Module, list[str]]:
-    """What it is in words, the detector, and its classes."""
+    """A description, the detector, and its classes."""
     state = _run_of(file)
     if state is None:
         if model is None:
-            raise ConfigError(
-                f"{file} does not say what detector it is: give --model, such as fasterrcnn:resnet50"
-            )
+            raise ConfigError(f"{file} does not name its detector: give --model, such as fasterrcnn:resnet50")
         if names is None:
-            raise ConfigError(
-                f"{file} does not say what its labels mean: give --classes FILE, a name per line"
-            )
+            raise ConfigError(f"{file} does not name its classes: give --classes FILE, one name per line")
         name, weights, known = f"{model}+{label}" if arms and label != "plain" else model, file, names
         regions = None
     else:
         config = began_with(state)
         name, weights = config.model, average_of(state)
         if name.partition(":")[0] not in DETECTORS:
-            raise ConfigError(f"{file} holds a classifier, {name}: leave --detect out")
+            raise ConfigError(f"{file} holds a classifier, {name}: omit --detect")
         own = list(state["data"]["classes"])
         if names is not None and len(names) != len(own):
             raise ConfigError(
-                f"--classes has {len(names)} names where {file} has {len(own)}; "
-                "leave it out for the names of the training"
+                f"--classes has {len(names)} names, but the number of classes in {file} is {len(own)}; "
+                "omit it to use the names from training"
             )
         known, size, regions = names or own, size or config.size, config.regions
     net = make_detector(name, len(known), start="paper", size=size, regions=regions)

@@ -1,6 +1,6 @@
-"""What the page of `cbam serve` shows: one image explained, as HTML that holds its images in itself.
+"""The content of the page of `cbam serve`: the explanation of one image, as self-contained HTML.
 
-No file is written: images are data in the page, and images stay in memory, the oldest go first.
+No file is written: figures are data URLs, and images are kept in memory until newer ones replace them.
 """
 
 import base64
@@ -27,8 +27,8 @@ from cbam.explain.stages import Channel, channel_gates, over_picture, top_channe
 
 MAX_BYTES = 10_000_000
 MAX_PIXELS = 25_000_000
-LONGEST = 400  # letters of what is said of an error
-KEPT = 64  # images, and what was found in them
+LONGEST = 400  # characters of an error message
+KEPT = 64  # images and results that are kept
 CHOICES = tuple(name for name in METHODS if name not in SLOW)
 
 _log = logging.getLogger("cbam")
@@ -43,10 +43,10 @@ class Shown:
     """How an image is shown.
 
     Attributes:
-        target: class, None for what the first network says.
+        target: class index, None for the first network's prediction.
         method: a key of `maps.METHODS`.
-        stage: block whose gates are shown, None for the last.
-        threshold: of the map, 0 to 1: what is below stays grey.
+        stage: block whose gates are shown, None for the last one.
+        threshold: 0 to 1; pixels of the map below it stay grey.
         opacity: of the colours, 0 to 1.
     """
 
@@ -58,22 +58,22 @@ class Shown:
 
 
 def shown_of(target, method, stage, threshold, opacity) -> Shown:
-    """What a request asks for, which may be anything.
+    """Validate the options of a request, which may be anything.
 
     Raises:
-        InputError: it is not what the page's controls give.
+        InputError: a value that the page's controls cannot produce.
     """
     whole = target is None or (isinstance(target, int) and not isinstance(target, bool))
     if not whole or method not in CHOICES or not (stage is None or isinstance(stage, str)):
-        raise InputError("the class, the map or the stage is not one of those that can be chosen")
+        raise InputError("the class, the map or the stage is not one of the choices")
     parts = (threshold, opacity)
     if not all(isinstance(part, (int, float)) and 0 <= part <= 1 for part in parts):
-        raise InputError("threshold and opacity are numbers from 0 to 1")
+        raise InputError("threshold and opacity must be numbers from 0 to 1")
     return Shown(target, method, stage, float(threshold), float(opacity))
 
 
 class Explainer:
-    """Explains images with the networks of a `Viewer`, one at a time; safe to call from many threads."""
+    """Explains images with the networks of a `Viewer`, one at a time; thread-safe."""
 
     def __init__(self, viewer: Viewer) -> None:
         self.viewer = viewer
@@ -83,20 +83,20 @@ class Explainer:
         self._looks: OrderedDict[tuple, Look] = OrderedDict()
 
     def take(self, data: bytes, name: str) -> str:
-        """Keep an image, given as the bytes of a file; returns the key by which it is asked for.
+        """Store an image, given as the bytes of a file; returns its key.
 
         Raises:
             DataError: too large, not an image, an animation, or damaged.
         """
         if len(data) > MAX_BYTES:
-            raise DataError(f"the file has {len(data) / 1e6:.1f} MB; at most {MAX_BYTES // 10**6} are taken")
+            raise DataError(f"the file has {len(data) / 1e6:.1f} MB; the limit is {MAX_BYTES // 10**6} MB")
         header = header_of(io.BytesIO(data))
         if header is not None and header.height * header.width > MAX_PIXELS:
             millions = header.height * header.width / 1e6
             most = MAX_PIXELS // 10**6
-            raise DataError(f"the image has {millions:.0f} megapixels; at most {most} are taken")
+            raise DataError(f"the image has {millions:.0f} megapixels; the limit is {most}")
         if header is not None and header.animated:
-            raise DataError("the image is an animation; give a still one")
+            raise DataError("the image is an animation; use a still image")
         try:
             picture = self.viewer.view(decode(data))
         except DataError as error:
@@ -107,22 +107,22 @@ class Explainer:
         return key
 
     def look(self, key: str, shown: Shown) -> Look:
-        """The image as the networks see it.
+        """The results of all networks for a stored image.
 
         Raises:
-            GoneError: it is not kept any more. InputError, ConfigError: `shown` does not fit.
+            GoneError: the image is no longer stored. InputError, ConfigError: `shown` is invalid.
         """
         what = (key, shown.target, shown.method)
         with self._store:
             if not isinstance(key, str) or key not in self._pictures:
-                raise GoneError("the image is no longer here: please give it again")
+                raise GoneError("the image is no longer stored; please upload it again")
             name, picture = self._pictures[key]
             self._pictures.move_to_end(key)
             found = self._looks.get(what)
         if found is None:
             with self._models:
                 found = look_at_view(self.viewer, picture, name, target=shown.target, method=shown.method)
-            with self._store:  # what gates do on an image is kept once, and of the stages that are shown
+            with self._store:  # gates are kept once per image, and only of the stages that can be shown
                 blocks = next((one.blocks for (own, *_), one in self._looks.items() if own == key), None)
                 if blocks is None:
                     blocks = {network: stages(own) for network, own in found.blocks.items()}
@@ -135,7 +135,7 @@ class Explainer:
         return explained(self.look(key, shown), shown)
 
     def figure(self, key: str, shown: Shown) -> bytes:
-        """The paper's figure of the image, its maps as they are shown, a PNG; gates are not in it."""
+        """The paper's figure of the image as PNG, with the maps as shown, without gates."""
         drawn = draw([self.look(key, shown)], opacity=shown.opacity, threshold=shown.threshold)
         return paper.rendered(drawn, "png")
 
@@ -148,17 +148,17 @@ class Explainer:
 
 
 def said(error: BaseException) -> str:
-    """What a user is told of an error: ours in its own words, any other by a number that the log knows."""
+    """The message for the user: our own errors verbatim, others as a number that is also in the log."""
     if isinstance(error, CBAMError):
-        text = str(error)  # may repeat what was asked for
+        text = str(error)  # may quote the request, so it is truncated
         return text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}\N{HORIZONTAL ELLIPSIS}"
     number = uuid.uuid4().hex[:8]
     _log.error("explanation %s failed", number, exc_info=error)
-    return f"This image could not be explained (error {number}). The log of the server says more."
+    return f"This image could not be explained (error {number}). See the server log."
 
 
 def explained(seen: Look, shown: Shown) -> str:
-    """An image, its maps, and the gates of one stage, as HTML."""
+    """Render an image, its maps, and the gates of one stage as HTML."""
     parts = [f'<div class="cbam-row">{_figure(_png(seen.image), "input", html.escape(seen.target))}']
     parts += [_heat(seen, glance, shown) for glance in seen.glances]
     parts.append("</div>")
@@ -172,13 +172,13 @@ def _heat(seen: Look, glance: Glance, shown: Shown) -> str:
     title = f"{METHODS[seen.method]}, {html.escape(glance.network)}"
     caption = f"p = {glance.probability:.3f}{'' if glance.heat.any() else '; empty map'}"
     if glance.best_index != seen.index:
-        caption += f"; says {html.escape(glance.best)} ({glance.best_probability:.3f})"
+        caption += f"; predicts {html.escape(glance.best)} ({glance.best_probability:.3f})"
     return _figure(_png_of_floats(painted), title, caption)
 
 
 def _stage(seen: Look, network: str, blocks: dict[str, Refinement], shown: Shown) -> str:
     if shown.stage is not None and shown.stage not in blocks:
-        raise InputError(f"no stage {shown.stage!r}; there are {', '.join(blocks)}")
+        raise InputError(f"no stage {shown.stage!r}; expected one of {', '.join(blocks)}")
     name = shown.stage or list(blocks)[-1]
     block = blocks[name]
     C, h, w = block.before.shape[1:]
@@ -196,11 +196,11 @@ def _stage(seen: Look, network: str, blocks: dict[str, Refinement], shown: Shown
     top = max(float(strength.max()) for _, strength in strengths) or 1.0
     small = [_figure(_map(s, top), title, f"mean {float(s.mean()):#.3g}") for title, s in strengths]
     head = f"{html.escape(network)}, {html.escape(name)}: {C} channels, {h} × {w}"
-    rows = [("what it does to the map, mean over channels", small)]
+    rows = [("feature map, mean over channels", small)]
     tops = top_channels(block, 4)
     words = paper.of_channels(*([channel.gate for channel in top] for top in tops))
     for word, channels in zip(words, tops, strict=True):
-        rows.append((f"channels {word}, as the block found them", [_channel(one) for one in channels]))
+        rows.append((f"channels {word}, before gating", [_channel(one) for one in channels]))
     return f'<h3 class="cbam-head">{head}</h3><div class="cbam-row">{"".join(cells)}</div>' + "".join(
         f'<h4 class="cbam-head">{title}</h4><div class="cbam-row cbam-small">{"".join(figures)}</div>'
         for title, figures in rows
@@ -225,7 +225,7 @@ def _plain(caption: str) -> str:
 
 
 def _ramp(middle: float, reach: float) -> str:
-    """The scale of the spatial gates, in words and colour."""
+    """The colour scale of the spatial gates, with its values."""
     from matplotlib import colormaps
 
     colours = [colormaps[paper.GATE](x / 8)[:3] for x in range(9)]
@@ -238,7 +238,7 @@ def _ramp(middle: float, reach: float) -> str:
 
 
 def _histogram(gates: Tensor, middle: float, reach: float) -> str:
-    """The channel gates, how many there are of each, as an SVG, the middle of their range dashed."""
+    """A histogram of the channel gates as SVG, with the midpoint of their range dashed."""
     counts = torch.histc(gates, 24, middle - reach, middle + reach)
     bars = "".join(
         f'<rect x="{8 * i + 4}" y="{168 - 150 * n:.1f}" width="8" height="{150 * n:.1f}"/>'
@@ -269,7 +269,7 @@ def _png(image: Tensor) -> str:
 
 
 def _png_of_floats(values) -> str:
-    """A float array (H, W, 3) in [0, 1] as a data address of a PNG without any metadata."""
+    """A float array (H, W, 3) in [0, 1] as the data URL of a PNG without metadata."""
     import numpy as np
     from PIL import Image
 

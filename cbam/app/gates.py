@@ -1,4 +1,4 @@
-"""The work of `cbam look --gates`: what the gates of every network do over a set of images."""
+"""`cbam look --gates`: statistics of the gates of every network over a set of images."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,16 +20,16 @@ _BATCH = 32
 
 
 def gates(viewer: Viewer, data: str, out: Path, watch: Watch, *, limit: int | None = None) -> list[Path]:
-    """Sum up the gates of every network that has any, as a table and a figure in `out`; their paths.
+    """Summarise the gates of every network that has any, as a table and a figure in `out`; returns the paths.
 
-    An image that cannot be read is told, left out and counted.
+    Unreadable images are reported, left out and counted.
 
     Args:
-        data: a folder of images, or of one folder per class; or "digits".
-        limit: take so many images, evenly spaced.
+        data: a folder of images, or with one folder per class; or "digits".
+        limit: use this many images, evenly spaced.
 
     Raises:
-        DataError: fewer than two images that can be read, or some beside folders of others. ConfigError: no
+        DataError: fewer than two readable images, or images next to folders of images. ConfigError: no
             network has attention. OutputError: `out` cannot be written.
     """
     pictures = _Pictures(viewer, data, out, limit, watch)
@@ -77,7 +77,7 @@ _NOTES = (
 
 
 class _Pictures:
-    """The images of a folder as the networks see them; those that cannot be read are told once."""
+    """The preprocessed images of a folder; unreadable ones are reported once."""
 
     def __init__(self, viewer: Viewer, data: str, out: Path, limit: int | None, watch: Watch) -> None:
         self._viewer, self._data, self._watch = viewer, data, watch
@@ -85,28 +85,28 @@ class _Pictures:
         self._unreadable: set[int] = set()
         watch.say(self.told())
         if len(self._found) < 2:
-            raise DataError(f"{data}: one image cannot show what gates follow; two or more are needed")
+            raise DataError(f"{data}: one image cannot show what gates follow; at least two are needed")
 
     def told(self) -> str:
-        """How many there are, of how many classes."""
+        """The number of images, and of classes."""
         labels = [label for i, (_, label) in enumerate(self._found) if i not in self._unreadable]
         of = "" if labels[0] is None else f" of {len(set(labels))} classes"
         return f"{counted(len(labels), 'image')}{of}"
 
     def left_out(self) -> list[str]:
-        """Lines on those that cannot be read."""
+        """Lines about unreadable images."""
         count = len(self._unreadable)
         return [f"{counted(count, 'image')} that cannot be read"] if count else []
 
     def first(self) -> Tensor:
-        """The first that can be read."""
+        """The first readable image."""
         images = (self._load(i) for i in range(len(self._found)))
         if (image := next((image for image in images if image is not None), None)) is None:
-            raise DataError(f"{self._data}: no image can be read, of {len(self._found)} tried")
+            raise DataError(f"{self._data}: no image can be read ({len(self._found)} tried)")
         return image
 
     def batches(self, share: float) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Images and classes; `share` of the whole work is done with them."""
+        """Batches of images and classes, which are `share` of the whole work."""
         total, read = len(self._found), 0
         for start in range(0, total, _BATCH):
             numbers = range(start, min(start + _BATCH, total))
@@ -118,7 +118,7 @@ class _Pictures:
             read += len(group)
             self._watch.advance(len(numbers) / total * share)
         if read < 2:
-            raise DataError(f"{self._data}: of {total} images {read} can be read; two or more are needed")
+            raise DataError(f"{self._data}: {read} of {total} images can be read; at least two are needed")
 
     def _load(self, index: int) -> Tensor | None:
         if index in self._unreadable:
@@ -133,7 +133,7 @@ class _Pictures:
 
 
 def _found(viewer: Viewer, data: str, out: Path, limit: int | None) -> list[tuple[Path | Tensor, int | None]]:
-    """Pictures, or where they are, each with its class, or all with none."""
+    """Images, or their paths, with a class each, or all without classes."""
     if data == DIGITS:
         val = digits_for(viewer)
         return [(val[i]["image"], val.targets[i]) for i in spaced(range(len(val)), limit)]
@@ -143,17 +143,17 @@ def _found(viewer: Viewer, data: str, out: Path, limit: int | None) -> list[tupl
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder")
     loose = list(found_in([folder]))
-    earlier = out.resolve()  # it holds figures, of an earlier look
+    earlier = out.resolve()  # it may hold figures of an earlier call
     folders = (path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     inside = sorted(path for path in folders if path.resolve() != earlier)
     classes = {path.name: own for path in inside if (own := list(found_in([path])))}
     if loose and classes:
         raise DataError(
-            f"{folder}: images beside folders of images ({', '.join(list(classes)[:LISTED])}); name a "
-            "folder that holds the one or the other"
+            f"{folder}: images next to folders of images ({', '.join(list(classes)[:LISTED])}); give a "
+            "folder that has only one of the two"
         )
     found: list[tuple[Path | Tensor, int | None]] = [(path, None) for path in loose]
     found += [(path, k) for k, own in enumerate(classes.values()) for path in own]
     if not found:
-        raise DataError(f"{folder}: no images in it, nor in folders of classes in it")
+        raise DataError(f"{folder}: no images in the folder or in class folders inside it")
     return spaced(found, limit)

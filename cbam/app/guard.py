@@ -1,8 +1,7 @@
-"""What stands before the page of `cbam serve`: who may ask, how much, and what browsers are told.
+"""Request filter of `cbam serve`: allowed hosts and origins, size and time limits, security headers.
 
-An ASGI application around another one. It refuses a foreign Host (DNS rebinding) and Origin (another
-site), requests that are too large, counted while they arrive, or too slow, and addresses for the server to
-fetch.
+An ASGI middleware. It refuses a foreign Host (DNS rebinding) or Origin (another site), requests that are too
+large, counted while they arrive, or too slow, and URLs for the server to fetch.
 """
 
 import asyncio
@@ -11,10 +10,10 @@ import re
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, NoReturn
 
-MAX_BODY = 10_000_000 + 100_000  # an image and what surrounds it in a form
+MAX_BODY = 10_000_000 + 100_000  # an image and the form around it
 _MAX_JSON = 1_000_000
-PATIENCE = 30.0  # seconds in which the whole of a request must have arrived
-_FETCH = re.compile(rb'"path"\s*:\s*"\s*[A-Za-z][A-Za-z0-9+.-]*:')  # a scheme where a file of ours belongs
+PATIENCE = 30.0  # seconds within which a whole request must arrive
+_FETCH = re.compile(rb'"path"\s*:\s*"\s*[A-Za-z][A-Za-z0-9+.-]*:')  # a URL in place of an uploaded file
 HEADERS = {
     b"content-security-policy": b"default-src 'self'; img-src 'self' data: blob:; font-src 'self' data:; "
     b"style-src 'self' 'unsafe-inline'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; "
@@ -31,14 +30,14 @@ App = Callable[
 
 
 def addresses(host: str, port: int) -> list[str]:
-    """What browsers may call a server on `host`, as they write it; what they are told first."""
+    """The Host headers that a server on `host` accepts; the first is the one to show the user."""
     names = dict.fromkeys([host, "127.0.0.1", "localhost"]) if host in ("127.0.0.1", "localhost") else [host]
     called = [f"[{name}]" if ":" in name else name for name in names]  # IPv6
-    return [f"{name}:{port}" for name in called] + (called if port == 80 else [])  # 80 goes without saying
+    return [f"{name}:{port}" for name in called] + (called if port == 80 else [])  # browsers omit port 80
 
 
 class Guard:
-    """`app`, for requests that name one of `hosts` ("127.0.0.1:7860") and come from a page of theirs."""
+    """`app`, restricted to requests to one of `hosts` ("127.0.0.1:7860") from pages of these hosts."""
 
     def __init__(self, app: App, hosts: Iterable[str], patience: float = PATIENCE) -> None:
         self._app, self._hosts = app, {host.lower().encode() for host in hosts}
@@ -68,7 +67,7 @@ class Guard:
 
     def _refusal(self, headers: dict[bytes, bytes]) -> tuple[int, str] | None:
         if headers.get(b"host", b"").lower() not in self._hosts:
-            return 403, "this server answers to its own name alone"
+            return 403, "this server only answers to its own host name"
         origin = headers.get(b"origin")
         if origin is not None and origin.lower() not in self._origins:
             return 403, "requests from pages of other sites are refused"
@@ -76,16 +75,16 @@ class Guard:
             return 403, "requests from pages of other sites are refused"
         length = headers.get(b"content-length", b"0")
         if not length.isdigit():
-            return 400, "the length of the request is not a number"
+            return 400, "the Content-Length is not a number"
         return (413, "the request is larger than 10 MB") if int(length) > MAX_BODY else None
 
 
 class _RefusedError(Exception):
-    """Ends the application's work on a request; what it says of that is not sent."""
+    """Stops the application's work on a request; its own response is not sent."""
 
 
 class _Counted:
-    """The messages of one request, counted on the way in, with our headers on the way out."""
+    """The messages of one request, with limits on what comes in and our headers on what goes out."""
 
     def __init__(self, scope: Message, headers: dict[bytes, bytes], receive, send, patience: float) -> None:
         self._receive, self._send = receive, send
@@ -103,11 +102,11 @@ class _Counted:
             part = message.get("body", b"")
             self._seen += len(part)
             if self._seen > self._limit:
-                self._refuse(413, "the request is larger than 10 MB")
+                self._refuse(413, f"the request is larger than {self._limit // 10**6} MB")
             if self._json:
                 self._tail += part
                 if _FETCH.search(self._tail) or _escaped(self._tail, message):
-                    self._refuse(400, "addresses are not fetched")
+                    self._refuse(400, "URLs are not fetched")
         return message
 
     def _refuse(self, status: int, text: str) -> NoReturn:
@@ -115,7 +114,7 @@ class _Counted:
         raise _RefusedError
 
     async def _next(self) -> Message:
-        if not self._arriving:  # what comes now is that the client is gone, whenever that is
+        if not self._arriving:  # only the disconnect can follow, at any time
             return await self._receive()
         try:
             async with asyncio.timeout_at(self._until):
@@ -134,13 +133,13 @@ class _Counted:
 
 
 def _escaped(body: bytes, message: Message) -> bool:
-    """Whether a whole JSON body names an address in a `path`, however it is spelt."""
+    """Whether a complete JSON body has a URL in a `path`, even if escaped."""
     if message.get("more_body"):
         return False
     try:
         content = json.loads(body)
     except (ValueError, RecursionError):
-        return False  # the application refuses it
+        return False  # the application will refuse it
     return _names_address(content)
 
 

@@ -1,4 +1,4 @@
-"""The work of `cbam look`: images from files and folders, looked at, and drawn into a folder."""
+"""`cbam look`: run networks on images from files and folders, and draw the figures into a folder."""
 
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -15,20 +15,20 @@ from cbam.explain.maps import METHODS, SLOW
 from cbam.explain.sheet import look_figure
 from cbam.explain.stages import stages_figure
 
-ROWS = 6  # more images than that become contact sheets
-SHEET = 16  # images on one, in two blocks
+ROWS = 6  # more images than this are drawn as contact sheets
+SHEET = 16  # images per contact sheet, in two blocks
 FIGURES = r"(look|sheet-\d+|stages-.+)\.(png|svg)"
-LISTED = 6  # files that a line names
+LISTED = 6  # files named per line
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """What to look at and how.
+    """What to look at, and how.
 
     Attributes:
-        paths: images, and folders of them.
-        out: the folder of the figures.
-        target: a class by name or number, None for what the first network predicts.
+        paths: images, and folders of images.
+        out: the output folder of the figures.
+        target: a class by name or number, None for the first network's prediction.
         method, layer: as in `gradcam`.
     """
 
@@ -41,7 +41,7 @@ class Wanted:
 
 @dataclass
 class Told:
-    """What came out: the figures, and the lines about images that could not be read."""
+    """The figures written, messages about unreadable images, and the number of images processed."""
 
     figures: list[Path]
     unreadable: list[str]
@@ -49,12 +49,12 @@ class Told:
 
 
 def look_at(viewer: Viewer, wanted: Wanted, say: Callable[[str], None]) -> Told:
-    """Look at every image and draw: a row each, and its stages; or contact sheets where there are many.
+    """Run the networks on every image and draw one row each, and its stages; or contact sheets for many.
 
-    An image that cannot be read is told and passed over.
+    Unreadable images are reported and skipped.
 
     Raises:
-        DataError: there are no images at all, or none can be read.
+        DataError: there are no images, or none can be read.
         OutputError: the figures cannot be written.
     """
     target = None if wanted.target is None else class_index(viewer.classes, wanted.target)
@@ -73,7 +73,7 @@ def look_at(viewer: Viewer, wanted: Wanted, say: Callable[[str], None]) -> Told:
             if not many:
                 _draw_stages(looks, wanted.out, told)
         if not told.looked:
-            raise DataError(f"no image can be read, of {len(files)} tried")
+            raise DataError(f"no image can be read ({len(files)} tried)")
     return told
 
 
@@ -86,14 +86,12 @@ def _looks(viewer, files, wanted: Wanted, target, told: Told, say) -> Iterator[L
             say(f"left out: {error}")
             continue
         if wanted.method in SLOW:
-            say(
-                f"{shown(path)}: {METHODS[wanted.method]} runs each network once per channel; this takes long"
-            )
+            say(f"{shown(path)}: {METHODS[wanted.method]} runs each network once per channel; this is slow")
         seen = look(
             viewer, picture, shown(path.name), target=target, method=wanted.method, layer=wanted.layer
         )
         told.looked += 1
-        says = ", ".join(f"{g.network} says {g.best} ({g.best_probability:.2f})" for g in seen.glances)
+        says = ", ".join(f"{g.network} predicts {g.best} ({g.best_probability:.2f})" for g in seen.glances)
         say(f"{shown(path)}: {says}")
         yield seen
 
@@ -114,7 +112,7 @@ def _draw_stages(looks: list[Look], out: Path, told: Told) -> None:
 
 
 def file_stem(text: str, taken: set[str]) -> str:
-    """`text` as the name of a file, another one than those `taken`, which it joins."""
+    """A file name from `text` that is not in `taken`, to which it is added."""
     stem = name = re.sub(r"[^\w.-]", "_", text)[:80]
     number = 1
     while name in taken:
@@ -125,7 +123,7 @@ def file_stem(text: str, taken: set[str]) -> str:
 
 
 def picture_files(paths: Sequence[Path]) -> list[Path]:
-    """The images named, and in folders those with the ending of one, in order of their names.
+    """The files among the paths, and the images in the folders among them, sorted by name.
 
     Raises:
         DataError: there are none.
@@ -138,17 +136,17 @@ def picture_files(paths: Sequence[Path]) -> list[Path]:
 
 
 def _inside(paths: Sequence[Path]) -> str:
-    """Where images are that were perhaps meant."""
+    """A hint at a subfolder that has images."""
     for path in paths:
         for folder in sorted(path.iterdir()):
-            with suppress(DataError):  # what cannot be read is not what was meant
+            with suppress(DataError):  # an unreadable folder is no useful hint
                 if folder.is_dir() and next(found_in([folder]), None):
-                    return f"; there are some in {shown(folder)}: name the folders that hold them"
+                    return f"; there are some in {shown(folder)}: give the folders that contain them"
     return ""
 
 
 def found_in(paths: Sequence[Path]) -> Iterator[Path]:
-    """The files among the paths, and the images right in the folders among them.
+    """The files among the paths, and the images directly inside the folders among them.
 
     Raises:
         DataError: a folder cannot be read.
@@ -167,10 +165,10 @@ def found_in(paths: Sequence[Path]) -> Iterator[Path]:
 
 @contextmanager
 def making(out: Path) -> Iterator[None]:
-    """The folder of the figures, made for the block; what was made for it goes again where it stays empty.
+    """Create the output folder for the block; folders created for it are removed again if they stay empty.
 
     Raises:
-        OutputError: it cannot be made, or the block cannot write to it.
+        OutputError: the folder cannot be created, or the block cannot write to it.
     """
     made: list[Path] = []
     try:
@@ -182,13 +180,13 @@ def making(out: Path) -> Iterator[None]:
             raise
         raise OutputError.at(error.filename or out, error) from error
     finally:
-        with suppress(OSError):  # a place that is not empty stays, and so do those that hold it
+        with suppress(OSError):  # a folder that is not empty stays, and so do its parents
             for place in made:
                 place.rmdir()
 
 
 class Before:
-    """What was in the folder of the figures before: so that nobody takes older figures for these."""
+    """The files that were in the output folder before, so that nobody mistakes older figures for new ones."""
 
     def __init__(self, out: Path) -> None:
         self._out, self._names = out, []
@@ -196,12 +194,12 @@ class Before:
             self._names = sorted(path.name for path in out.iterdir())
 
     def told(self, path: Path) -> str:
-        """A file that was written, and whether another was replaced."""
+        """The path of a written file, and whether it replaced another."""
         return f"{path} (replaced)" if path.name in self._names else str(path)
 
     def left(self, written: Sequence[Path], form: str) -> str:
-        """A line on the files whose names have that form and that were not written now; empty without any."""
+        """A line about earlier files whose names match `form`; empty if there are none."""
         new = {path.name for path in written}
         old = [name for name in self._names if re.fullmatch(form, name) and name not in new]
         more = f" and {len(old) - LISTED} more" if len(old) > LISTED else ""
-        return f"not of this look, left in {self._out}: {', '.join(old[:LISTED])}{more}" if old else ""
+        return f"left from an earlier run in {self._out}: {', '.join(old[:LISTED])}{more}" if old else ""

@@ -1,4 +1,4 @@
-"""Trained networks that a user names on the command line, as a `Viewer`."""
+"""Trained networks given on the command line, as a `Viewer`."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -32,20 +32,20 @@ def viewer(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> Viewer:
-    """The networks to look with: the default pair, one network with its weights, or several to compare.
+    """Load the default pair, one network with its weights, or several to compare.
 
     Args:
-        model: a network of `cbam.build`; a checkpoint of `cbam train` knows its own.
+        model: a network of `cbam.build`; not needed for a checkpoint of `cbam train`.
         weights: its weights file.
-        compare: NAME=FILE each. Where a file does not say what network it is, NAME "plain" is `model` and
-            another NAME is `model` with that attention.
-        classes: a file with a class name per line; by default those of the checkpoint, or ImageNet's.
-        size: side of what the networks see; by default that of the checkpoint, or 224.
-        digits: the images are the cluttered digits, and so are classes, size and normalisation by default.
-        mean, std: that weights files were trained with, per channel; by default ImageNet's.
+        compare: NAME=FILE each. If a file does not name its network, NAME "plain" means `model`, and any
+            other NAME means `model` with that attention.
+        classes: a file with one class name per line; by default those of the checkpoint, or ImageNet's.
+        size: side of the network input in pixels; by default that of the checkpoint, or 224.
+        digits: use classes, size and normalisation of the cluttered digits by default.
+        mean, std: normalisation with which weights files were trained, per channel; by default ImageNet's.
 
     Raises:
-        ConfigError: the names do not fit together. CheckpointError: a file does not fit.
+        ConfigError: inconsistent arguments. CheckpointError: a file does not match its network.
     """
     if weights is not None and compare:
         raise ConfigError("give --weights FILE or --compare NAME=FILE ..., not both")
@@ -53,10 +53,10 @@ def viewer(
         if model is not None:
             raise ConfigError("--model needs --weights FILE: an untrained network has nothing to show")
         if classes or size or mean or std:
-            raise ConfigError("--classes, --size, --mean and --std go with --weights or --compare")
+            raise ConfigError("--classes, --size, --mean and --std need --weights or --compare")
         if digits:
             raise ConfigError(
-                "the digits need networks that know them, such as a run of `cbam train digits`: give "
+                "the digits need networks trained on them, such as a run of `cbam train digits`: give "
                 "--weights or --compare"
             )
         return default_viewer()
@@ -65,7 +65,7 @@ def viewer(
     how = bool(compare), digits, mean, std
     loaded = [_load(label, Path(file), model, names, size, *how) for label, file in parts]
     if len({label for label, _ in parts}) < len(parts):
-        raise ConfigError("--compare: each network needs a name of its own")
+        raise ConfigError("--compare: each network needs a different name")
     if any(about != loaded[0][2] for *_, about in loaded):
         raise ConfigError("--compare: the networks were trained on different classes or sizes of images")
     networks = {label: net for (label, _), (_, net, _) in zip(parts, loaded, strict=True)}
@@ -74,7 +74,7 @@ def viewer(
 
 
 def named(text: str) -> tuple[str, str]:
-    """NAME=FILE."""
+    """Split NAME=FILE."""
     label, equals, file = text.partition("=")
     if not (label and equals and file):
         raise ConfigError(f"--compare takes NAME=FILE, such as plain=a.safetensors, got {text!r}")
@@ -92,16 +92,14 @@ def _load(
     mean: Sequence[float] | None,
     std: Sequence[float] | None,
 ) -> tuple[str, nn.Module, dict[str, Any]]:
-    """What it is in words, the network, and how images come to it: the fields of a `Viewer`."""
+    """A description, the network, and its classes and preprocessing as fields of a `Viewer`."""
     if not file.exists():
         raise CheckpointNotFoundError(f"{file}: no such file")
     if file.is_dir() or checkpoint.is_ours(file):
         refuse_normalisation(file, mean, std)
         found = source(str(file), None, None)
         if not (known := names or list(found.card.classes)):
-            raise ConfigError(
-                f"{file} does not say what its classes are: give --classes FILE, a name per line"
-            )
+            raise ConfigError(f"{file} does not name its classes: give --classes FILE, one name per line")
     else:
         found = _of_weights(label, file, model, names, arms, digits, mean, std)
         known = list(found.card.classes)
@@ -124,7 +122,7 @@ def _of_weights(
     mean: Sequence[float] | None,
     std: Sequence[float] | None,
 ) -> Source:
-    """A weights file knows the network and the classes of nothing but its tensors."""
+    """Load a weights file; it has only tensors, so network, classes and normalisation come from options."""
     if model is None:
         raise unnamed(file)
     if model.partition(":")[0] in DETECTORS:
@@ -149,9 +147,9 @@ def lines_of(path: str) -> list[str]:
         lines = Path(path).read_text("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
-            f"{path}: cannot be read ({getattr(error, 'strerror', None) or 'no text'})"
+            f"{path}: cannot be read ({getattr(error, 'strerror', None) or 'not text'})"
         ) from error
     names = [line.strip() for line in lines if line.strip()]
     if not names:
-        raise ConfigError(f"{path}: no class names; one per line is expected")
+        raise ConfigError(f"{path}: no class names; expected one per line")
     return names

@@ -1,4 +1,4 @@
-"""What the commands share: options made from the fields of a dataclass, times, counts, extras, SIGTERM."""
+"""Shared by the commands: options from dataclass fields, argument types, required extras, SIGTERM."""
 
 import argparse
 import contextlib
@@ -16,7 +16,7 @@ from cbam.errors import ConfigError, MissingExtraError
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with one-line errors, and for a misspelt option or choice the nearest."""
+    """argparse with one-line errors that suggest the nearest option or choice."""
 
     def error(self, message: str):
         raise ConfigError(f"{message} (see `{self.prog} --help`)")
@@ -29,9 +29,9 @@ class Parser(argparse.ArgumentParser):
         return found, self._taken(found, left)
 
     def _taken(self, found: argparse.Namespace, left: list[str]) -> list[str]:
-        """Give what is left to positionals that may be absent; argparse counts them as absent too early.
+        """Assign leftover arguments to optional positionals, which argparse decides are absent too early.
 
-        In `eval RUN --device cpu DATA` it has settled, at RUN, that there is no DATA.
+        In `eval RUN --device cpu DATA` it decides at RUN that there is no DATA.
         """
         for action in self._get_positional_actions():
             value = getattr(found, action.dest, None)
@@ -60,7 +60,7 @@ def _nearest(text: str, known: Iterable[str]) -> str:
 
 
 def add_setting(parser: Parser, field: dataclasses.Field, *, of_recipe: bool = False) -> None:
-    """An option for a field. Its default stays out, so that what was given can be told."""
+    """Add an option for a field. It has no default, so that only given options are set."""
     how: dict[str, Any] = {"default": argparse.SUPPRESS, "help": _help(field, of_recipe)}
     if field.name == "data":
         parser.add_argument("data", nargs="?", metavar="DATA", **how)
@@ -97,7 +97,7 @@ def _reader(kind: type, field: dataclasses.Field):
 
 
 def given(options: argparse.Namespace, kind: type) -> dict[str, Any]:
-    """What the file of --config says for the dataclass `kind`, and over it the command line."""
+    """The settings for the dataclass `kind`, from the file of --config, overridden by the command line."""
     found: dict[str, Any] = read_config(options.config, kind) if options.config else {}
     for field in dataclasses.fields(kind):
         if hasattr(options, field.name):
@@ -126,7 +126,7 @@ def deviation(text: str) -> float:
     with contextlib.suppress(ValueError):
         if 0 < (value := float(text)) <= 1:
             return value
-    raise argparse.ArgumentTypeError(f"must be a number above 0, and 1 at most, got {text!r}")
+    raise argparse.ArgumentTypeError(f"must be a number above 0, at most 1, got {text!r}")
 
 
 def duration(text: str) -> float:
@@ -141,7 +141,7 @@ def duration(text: str) -> float:
 
 
 def add_normalisation(parser: Parser) -> None:
-    """How images come to weights that do not say it."""
+    """Add the normalisation options, for weights files that do not record it."""
     for flag, kind, words in (("--mean", share, "mean"), ("--std", deviation, "standard deviation")):
         parser.add_argument(
             flag, nargs=3, type=kind, metavar=("R", "G", "B"),
@@ -150,7 +150,7 @@ def add_normalisation(parser: Parser) -> None:
 
 
 def need(what: str, extras: dict[str, tuple[str, ...]]) -> None:
-    """Refuse before any work when a package of these extras is not installed."""
+    """Raise before any work is done if a package of these extras is not installed."""
     missing = {
         extra: [n for n in names if importlib.util.find_spec(n) is None] for extra, names in extras.items()
     }
@@ -160,7 +160,7 @@ def need(what: str, extras: dict[str, tuple[str, ...]]) -> None:
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM: ends like Ctrl-C, so that what is finished is reported."""
+    """SIGTERM, handled like Ctrl-C, so that finished work is reported."""
 
 
 @contextlib.contextmanager

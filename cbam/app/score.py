@@ -1,7 +1,7 @@
-"""The work of `cbam look --score`: how well the maps of networks find objects whose boxes are known.
+"""`cbam look --score`: how well the maps of networks localise objects with known boxes.
 
-Every measure is a value per image, so networks are compared image by image. Beside them stand two maps
-that every honest score must beat: a bell in the middle of the image, and the map of the network untrained.
+Every measure is a value per image, so networks are compared image by image. Two baselines are included that
+a useful map must beat: a Gaussian at the centre of the image, and the map of the untrained network.
 """
 
 import json
@@ -39,10 +39,10 @@ from cbam.surgery.effects import eval_mode
 from cbam.train.versions import versions
 from cbam.train.watch import Watch
 
-DIGITS = "digits"  # in place of a file: the validation digits, which know their boxes
+DIGITS = "digits"  # in place of a file: the validation digits, which have boxes
 VISIBLE = 0.5  # an image counts if at least this share of its boxes is in view
 CENTRE, UNTRAINED = "centre prior", "untrained"
-MEASURES = {  # key -> words, unit factor, whether lower is better
+MEASURES = {  # key -> title, factor, whether lower is better
     "pointing": ("pointing game, %", 100, False),
     "energy": ("energy in the box, %", 100, False),
     "iou": ("IoU at the best threshold, %", 100, False),
@@ -54,12 +54,12 @@ _Measured = dict[str, dict[str, list[float]]]  # map -> measure -> a value per i
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """An image as the networks see it, uint8 (3, H, W), and where its object is, (H, W) in [0, 1].
+    """A preprocessed image, uint8 (3, H, W), and the area of its object, (H, W) in [0, 1].
 
-    An image with objects of several labels, by its number, is as many samples.
+    An image with objects of several labels gives one sample per label, all with the same `picture`.
     """
 
-    picture: int
+    picture: int  # index of the image
     name: str
     image: Tensor
     area: Tensor
@@ -76,20 +76,20 @@ def score(
     limit: int | None = None,
     label: str | None = None,
 ) -> dict[str, Any]:
-    """Score the maps of every network of `viewer` on the images of `data`; everything that came out.
+    """Score the maps of every network of `viewer` on the images of `data`; returns the content of score.json.
 
-    The class of a map is that of the label where the networks know it, else what the first network says. A
-    image with objects of several labels has a map for each, and their mean as its value.
+    A map is for the class of the label if the networks have it, otherwise for the first network's prediction.
+    An image with objects of several labels has a map for each; its value is their mean.
 
     Args:
         data: a file or folder for `cbam.data.annotated`, or "digits".
-        method, layer: as in `gradcam`; of the untrained network too.
-        limit: take so many images, evenly spaced.
-        label: take the boxes of this label alone.
+        method, layer: as in `gradcam`; used for the untrained network too.
+        limit: use this many images, evenly spaced.
+        label: use only the boxes with this label.
 
     Raises:
         DataError: no images, or none with its object in view.
-        ConfigError: a label that several classes have as their name.
+        ConfigError: the label is the name of several classes.
     """
     found, notes = samples(viewer, data, limit, label)
     names = {sample.picture: sample.name for sample in found}
@@ -112,7 +112,7 @@ def score(
         "networks": list(viewer.about),
         "pictures": len(names),
         "maps": len(found),
-        "left_out": [note.replace(f"{Path(data).parent}/", "") for note in notes],  # no place of this machine
+        "left_out": [note.replace(f"{Path(data).parent}/", "") for note in notes],  # no local paths
         "class": {"of the label": labelled, f"what {named} says": len(found) - labelled},
         "object_share": statistics.fmean(float(one.area.mean()) for one in found),
         "steps": STEPS,
@@ -129,7 +129,7 @@ def score(
 def _maps(
     viewer: Viewer, calm: nn.Module, image: Tensor, target: int, method: str, layer: str | None
 ) -> dict[str, Tensor]:
-    """The map of every network, and the two that every honest score must beat; (H, W) each."""
+    """The maps of every network and of the two baselines, (H, W) each."""
     networks = {**viewer.networks, UNTRAINED: calm}
     maps = {name: gradcam(net, image[None], target, layer, method)[0] for name, net in networks.items()}
     return {**maps, CENTRE: centre_prior(*image.shape[1:])}
@@ -138,13 +138,13 @@ def _maps(
 def samples(
     viewer: Viewer, data: str, limit: int | None, label: str | None
 ) -> tuple[list[Sample], list[str]]:
-    """The images of a set whose object is in view, and lines on what was left out."""
+    """The images whose object is in view, and lines about what was left out."""
     if data == DIGITS:
         return _digits(viewer, limit), []
     images = annotated(data)
     classes, notes = images.classes, list(images.notes)
     if label is not None and label not in classes:
-        raise ConfigError(f"no box of the label {label!r}; there are {', '.join(classes[:10])}")
+        raise ConfigError(f"no box with label {label!r}; the labels are {', '.join(classes[:10])}")
     wanted = [
         (picture.path, index, own)
         for index, picture in enumerate(images.pictures)
@@ -174,7 +174,7 @@ def samples(
 
 
 def _area_in_view(viewer: Viewer, item: dict[str, Any], label: int) -> Tensor | None:
-    """Where the objects of a label are, as the networks see the image; None where most of it is cut off."""
+    """The area of a label's objects in the preprocessed image; None if less than VISIBLE of it is in view."""
     own = item["boxes"][(item["labels"] == label) & ~item["crowd"]]
     boxes = viewer.boxes_in_view(own.tolist(), *item["image"].shape[1:])
     whole = sum((x1 - x0) * (y1 - y0) for x0, y0, x1, y1 in boxes)
@@ -193,21 +193,21 @@ def _digits(viewer: Viewer, limit: int | None) -> list[Sample]:
 
 
 def digits_for(viewer: Viewer):
-    """The validation digits, where the networks see images as large as theirs.
+    """The validation digits.
 
     Raises:
-        ConfigError: they do not.
+        ConfigError: the networks take images of another size.
     """
     _, val = cluttered_digits()
     if viewer.size != val.size:
         raise ConfigError(
-            f"the digits have {val.size} pixels, the networks see {viewer.size}; give --size {val.size}"
+            f"the digits have {val.size} pixels, but the networks take {viewer.size}; give --size {val.size}"
         )
     return val
 
 
 def write(results: dict[str, Any], out: Path) -> list[Path]:
-    """The results as score.json and, in words and a table, score.md."""
+    """Write the results as score.json and as a readable page, score.md."""
     page, record = out / "score.md", out / "score.json"
     with making(out):
         record.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
@@ -216,14 +216,14 @@ def write(results: dict[str, Any], out: Path) -> list[Path]:
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """The page of `score`."""
+    """The results of `score` as a Markdown page."""
     names = list(results["scores"])
     lines = [f"# Do the maps find the object? {results['what']}", ""]
     lines += [f"- {line}" for line in results["networks"]]
     share, pictures = 100 * results["object_share"], counted(results["pictures"], "image")
     lines += [f"- {pictures}; the object takes {share:.1f} % of them on average"]
     lines += [f"- left out: {note}" for note in results["left_out"]]
-    maps = results.get("maps", results["pictures"])  # a record of before had one of each image
+    maps = results.get("maps", results["pictures"])  # older records had one map per image
     noun = "image" if maps == results["pictures"] else "map"
     if noun == "map":
         lines += [f"- a map for every label in an image, {maps} in all; an image has the mean of its maps"]
@@ -264,7 +264,7 @@ def _told(key: str, found: dict[str, Any]) -> str:
 
 
 def _differences(viewer: Viewer, values: _Measured) -> dict[str, Any]:
-    """Every further network against the first, and the first against both maps that know nothing."""
+    """Every other network against the first, and the first against both baselines."""
     first, *others = viewer.networks
     pairs = [(name, first) for name in others] + [(first, UNTRAINED), (first, CENTRE)]
     return {
@@ -277,7 +277,7 @@ def _differences(viewer: Viewer, values: _Measured) -> dict[str, Any]:
 
 
 class _Values:
-    """What is measured of every map, image by image."""
+    """The measurements of every map, image by image."""
 
     def __init__(self) -> None:
         self._of: _Measured = {}
@@ -286,7 +286,7 @@ class _Values:
     def add(
         self, name: str, heat: Tensor, area: Tensor, judge: nn.Module, image: Tensor, target: int
     ) -> None:
-        """Measure one map, (H, W), of an image with its object at `area`; `judge` sees what is deleted."""
+        """Measure one map (H, W) for the object at `area`; deletion and insertion use the network `judge`."""
         deletion, insertion = deletion_insertion(judge, image, heat, target)
         found = {
             "pointing": pointing(heat[None], area[None]), "energy": energy(heat[None], area[None]),
@@ -297,9 +297,9 @@ class _Values:
         self._overlaps.setdefault(name, []).append(overlap(heat[None], area[None])[0])
 
     def at_the_best_thresholds(self, pictures: list[int]) -> tuple[dict[str, float], _Measured]:
-        """The threshold of each map whose mean IoU is the highest; and all measures, with the IoU at it.
+        """Each map's threshold with the highest mean IoU; and all measures per image, with the IoU at it.
 
-        `pictures` has the image of each map that was added; the measures are of images.
+        `pictures` has the image index of each map in the order in which they were added.
         """
         thresholds, measured = {}, {}
         for name, rows in self._overlaps.items():
@@ -313,7 +313,7 @@ class _Values:
 
 
 def _of_pictures(values: Tensor, pictures: list[int]) -> Tensor:
-    """The mean over the maps of each image, which come in a row: (maps, ...) -> (images, ...)."""
+    """The mean over the consecutive maps of each image: (maps, ...) -> (images, ...)."""
     _, counts = torch.tensor(pictures).unique_consecutive(return_counts=True)
     return torch.stack([own.mean(0) for own in values.split(counts.tolist())])
 
@@ -323,10 +323,10 @@ def _each(measured: _Measured, what: Callable[[list[float]], Any]) -> dict[str, 
 
 
 def _target(viewer: Viewer, first: nn.Module, image: Tensor, label: str) -> tuple[int, bool]:
-    """The class of the label, or what the first network says; and which of the two."""
+    """The class of the label and True, or the first network's prediction and False."""
     found = [index for index, name in enumerate(viewer.classes) if name == label]
     if len(found) > 1:
-        raise ConfigError(f"the label {label!r} is the name of classes {', '.join(map(str, found))}")
+        raise ConfigError(f"the label {label!r} is the name of several classes: {', '.join(map(str, found))}")
     if found:
         return found[0], True
     with torch.no_grad(), eval_mode(first):
@@ -334,7 +334,7 @@ def _target(viewer: Viewer, first: nn.Module, image: Tensor, label: str) -> tupl
 
 
 def spaced(items: Sequence, limit: int | None) -> list:
-    """All of `items`, or so many, evenly spaced."""
+    """All of `items`, or `limit` of them, evenly spaced."""
     if limit is None or limit >= len(items):
         return list(items)
     return [items[i * len(items) // limit] for i in range(limit)]

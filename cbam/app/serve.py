@@ -1,4 +1,4 @@
-"""The web page of `cbam serve`, on Gradio: an image, what networks look at in it, and what gates do."""
+"""The web page of `cbam serve`, built on Gradio: an image, where networks look in it, and their gates."""
 
 import base64
 import html
@@ -14,7 +14,7 @@ from cbam.errors import InputError, MissingExtraError, OutputError
 from cbam.explain.looking import Viewer
 from cbam.explain.maps import METHODS
 
-QUEUE = 64  # requests that wait; more are told to come again
+QUEUE = 64  # requests that wait; further ones are told to try again later
 EXAMPLES = {
     "cat": "chelsea",
     "espresso": "coffee",
@@ -48,35 +48,35 @@ _CSS = """
 """
 _DOWNLOAD = """(data) => { if (data) { const a = document.createElement('a'); a.href = data;
   a.download = 'look.png'; document.body.append(a); a.click(); a.remove(); } return data; }"""
-_EMPTY = "<p>Drop an image, or take an example.</p>"
-_NOTHING = "", None, _EMPTY  # key, class and page where no image is shown
+_EMPTY = "<p>Drop an image, or choose an example.</p>"
+_NOTHING = "", None, _EMPTY  # key, class and page when no image is shown
 
 
 def serve(
     viewer: Viewer, *, host: str = "127.0.0.1", port: int = 7860, say: Callable[[str], None] = print
 ) -> None:
-    """Serve the page until interrupted. What is uploaded is removed from the disk once it is read.
+    """Serve the page until interrupted. Uploads are removed from the disk once they are read.
 
     Raises:
-        MissingExtraError: Gradio is not installed. OutputError: the port is taken.
+        MissingExtraError: Gradio is not installed. OutputError: the port is in use.
     """
     with tempfile.TemporaryDirectory(prefix="cbam-serve-") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder  # where Gradio receives uploads
         os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
         app = application(Explainer(viewer), host, port)
         server = _server(
-            app, host, port, lambda: say(f"http://{addresses(host, port)[0]}/  (Ctrl-C ends it)")
+            app, host, port, lambda: say(f"http://{addresses(host, port)[0]}/  (Ctrl-C to stop)")
         )
         try:
             server.run()
         except SystemExit as stop:
             raise OutputError(
-                f"cannot serve on {host}:{port}; is the port taken? give another --port"
+                f"cannot serve on {host}:{port}; if the port is in use, give another --port"
             ) from stop
 
 
 def _server(app, host: str, port: int, ready: Callable[[], None]):
-    """uvicorn's server of `app`, which calls `ready` once it listens."""
+    """A uvicorn server for `app` that calls `ready` once it listens."""
     import uvicorn  # pyright: ignore[reportMissingImports]
 
     class Server(uvicorn.Server):
@@ -89,7 +89,7 @@ def _server(app, host: str, port: int, ready: Callable[[], None]):
 
 
 def application(explainer: Explainer, host: str = "127.0.0.1", port: int = 7860):
-    """The whole page as an ASGI application."""
+    """The page behind its request filter, as an ASGI application."""
     try:
         import gradio  # pyright: ignore[reportMissingImports]
         from fastapi import FastAPI  # pyright: ignore[reportMissingImports]
@@ -106,7 +106,7 @@ def application(explainer: Explainer, host: str = "127.0.0.1", port: int = 7860)
 def _theme():
     import gradio  # pyright: ignore[reportMissingImports]
 
-    fonts = ["system-ui", "sans-serif"]  # Gradio's own come from another host
+    fonts = ["system-ui", "sans-serif"]  # Gradio's default fonts come from another host
     return gradio.themes.Default(font=fonts, font_mono=["ui-monospace", "monospace"])
 
 
@@ -123,7 +123,7 @@ def page(explainer: Explainer):
         with gr.Row(elem_id="cbam-layout"):
             with gr.Column(elem_id="cbam-pick"):
                 file = gr.File(
-                    label="Picture (up to 10 MB and 25 megapixels)", file_types=["image"], height=160
+                    label="Image (up to 10 MB and 25 megapixels)", file_types=["image"], height=160
                 )
                 example = gr.Radio(list(_examples()), label="Or an example", visible=bool(_examples()))
             with gr.Column(elem_id="cbam-control"):
@@ -140,7 +140,7 @@ def page(explainer: Explainer):
                     visible=bool(blocks),
                 )
                 threshold = gr.Slider(
-                    0, 0.95, 0, step=0.05, label="Show the map from this share of its largest value"
+                    0, 0.95, 0, step=0.05, label="Show the map above this share of its maximum"
                 )
                 opacity = gr.Slider(0, 1, 0.6, step=0.05, label="Opacity of the colours")
                 save = gr.Button("Download the figure of the maps")
@@ -155,7 +155,7 @@ def page(explainer: Explainer):
         }
         handlers = _Handlers(explainer)
         how, taken = [method, stage, threshold, opacity], [key, target, result]
-        # Each way to give an image takes back what the other one shows.
+        # An upload clears the chosen example, and an example clears the upload.
         file.upload(handlers.upload, [file, *how], [*taken, example], **one)
         file.clear(lambda: (*_NOTHING, None), None, [*taken, example], api_visibility="private")
         example.input(handlers.example, [example, *how], [*taken, file], **one)
@@ -169,7 +169,7 @@ def page(explainer: Explainer):
 
 
 class _Handlers:
-    """What the page calls; every error ends as one line on it."""
+    """The event handlers of the page; every error is shown as one line on it."""
 
     def __init__(self, explainer: Explainer) -> None:
         self._explainer = explainer
@@ -195,9 +195,9 @@ class _Handlers:
         return self._take(read, method, stage, threshold, opacity)
 
     def _take(self, read: Callable[[], tuple[bytes, str]], method, stage, threshold, opacity):
-        """Key, class and page of a new image, and nothing for the other way to give one.
+        """Key, class and page of a new image, and None to clear the other input.
 
-        What was shown before is removed even where the new image cannot be shown: it is another one.
+        The previous result is removed even if the new image cannot be shown: it is of another image.
         """
         try:
             key = self._explainer.take(*read())
@@ -226,12 +226,12 @@ class _Handlers:
 
 
 def _reason(error: Exception) -> str:
-    """What went wrong, in place of the page."""
+    """The error message, in place of the page."""
     return f'<p role="alert">{html.escape(said(error))}</p>'
 
 
 def _lasting(error: Exception):
-    """What went wrong, beside a page that stays; until it is closed."""
+    """The error message as a notification that stays until it is closed; the page remains."""
     import gradio  # pyright: ignore[reportMissingImports]
 
     words = html.escape(said(error))  # Gradio shows it as HTML
@@ -239,7 +239,7 @@ def _lasting(error: Exception):
 
 
 def _examples() -> dict[str, Path]:
-    """Name -> image, of those that scikit-image brings along."""
+    """Name -> path of the example images, which are part of scikit-image."""
     try:
         folder = importlib.resources.files("skimage") / "data"
     except ImportError:

@@ -1,4 +1,4 @@
-"""A network as the command line names it: by name, or by the file or folder that holds its weights."""
+"""A network given on the command line by its name, or by the file or folder with its weights."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -24,8 +24,8 @@ from cbam.train.recipes import Config
 
 _OUTPUTS = 1000
 _FILES = (".pth", ".pt", ".ckpt", ".safetensors", ".bin", ".tar")
-_OF_RUN = ("recipe", "model", "data", "limit", "size", "seed", "start", "pretrained")  # stay when it goes on
-_RESULTS = {  # of metrics.jsonl, for a reader
+_OF_RUN = ("recipe", "model", "data", "limit", "size", "seed", "start", "pretrained")  # unchanged on resuming
+_RESULTS = {  # key in metrics.jsonl -> title
     "val_top1": "top-1 error, %",
     "val_top5": "top-5 error, %",
     "val_loss": "validation loss",
@@ -34,13 +34,13 @@ _RESULTS = {  # of metrics.jsonl, for a reader
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """A network, and what belongs to it.
+    """A network and its metadata.
 
     Attributes:
-        told: where it came from, in words.
-        name: what `cbam.build` makes it from; empty for a network of its author's own.
-        card: classes, size, normalisation, and of a run how it was trained and what came out.
-        normalised: whether mean and standard deviation are known; else the card has ImageNet's.
+        told: where it comes from, in words.
+        name: its name for `cbam.build`; empty for a user's own architecture.
+        card: classes, size, normalisation; for a run also how it was trained, and the results.
+        normalised: whether mean and standard deviation are known; if not, the card has ImageNet's.
     """
 
     network: nn.Module
@@ -50,9 +50,9 @@ class Source:
     normalised: bool = True
 
     def about(self, size: int) -> dict[str, Any]:
-        """What the file of another runtime, for images of `size`, tells by name.
+        """The metadata of an exported file for images of `size`.
 
-        What is not known is left out: how images are brought to another size than the card's, too.
+        Unknown entries are left out, such as resize and crop if `size` is not the card's.
         """
         card = self.card
         told: dict[str, Any] = {"network": self.name, "classes": card.classes}
@@ -70,29 +70,29 @@ def source(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> Source:
-    """The network of a name of `cbam list`, a folder of `save_pretrained`, a run of `cbam train`, or weights.
+    """Load a network from a name of `cbam list`, a folder of `save_pretrained`, a run, or a weights file.
 
     Args:
-        named: of the network, or of what holds its weights.
-        model: of a weights file, which does not say what network it is of.
-        outputs: number of classes, of a name and of a weights file; 1000 by default.
-        mean, std: that a weights file was trained with, per channel; ImageNet's by default.
+        named: the name of the network, or the path of its weights.
+        model: the network of a weights file, which does not record it.
+        outputs: number of classes, for a name or a weights file; 1000 by default.
+        mean, std: normalisation with which a weights file was trained, per channel; ImageNet's by default.
 
     Raises:
-        ConfigError: the names do not fit together. CheckpointError: the file does not.
+        ConfigError: inconsistent arguments. CheckpointError: the file does not match the network.
     """
     path = Path(named)
     if not path.exists():
         if "/" in named or path.suffix in _FILES:
             raise CheckpointNotFoundError(f"{named}: no such file")
         if model is not None:
-            raise ConfigError(f"{named}: no such file, and --model goes with one")
+            raise ConfigError(f"{named}: no such file, and --model needs a weights file")
         net = build(named, num_classes=outputs or _OUTPUTS)
         card = normalised(hub.Card(), mean, std)
         return Source(net, f"{named}, untrained weights", named, card, mean is not None)
     if path.is_dir() or checkpoint.is_ours(path):
         if model is not None or outputs is not None:
-            raise ConfigError(f"{named} says what network it is: leave --model and --num-classes out")
+            raise ConfigError(f"{named} names its own network: omit --model and --num-classes")
         refuse_normalisation(path, mean, std)
         return _published(path) if hub.is_published(path) else _run(path)
     if model is None:
@@ -113,14 +113,14 @@ def normalised(
     network: nn.Module | None = None,
     name: str = "",
 ) -> hub.Card:
-    """The card with this mean and standard deviation, where they are given.
+    """The card with this mean and standard deviation, if given.
 
     Args:
-        network, name: of weights, which do not say how they were trained.
+        network, name: the network of a weights file, which does not record its normalisation.
 
     Raises:
-        ConfigError: one is given without the other; or none, and timm's weights of this network have others
-            than the card: the file may be timm's, or of `cbam train`.
+        ConfigError: only one of the two is given; or neither, and timm lists other values for this network
+            than the card, since the file may be from timm or from `cbam train`.
     """
     if (mean is None) != (std is None):
         raise ConfigError("give --mean and --std together")
@@ -131,16 +131,16 @@ def normalised(
     if all(theirs) and theirs != own:
         ways = [f"--mean {_spaced(m)} --std {_spaced(s)}" for m, s in (theirs, own)]
         raise ConfigError(
-            f"weights of {name} do not say how images are normalised: give {ways[0]} for timm's own, "
+            f"a weights file of {name} does not record its normalisation: give {ways[0]} for timm's weights, "
             f"{ways[1]} for those of `cbam train`"
         )
     return card
 
 
 def refuse_normalisation(path: Path, mean: Sequence[float] | None, std: Sequence[float] | None) -> None:
-    """Runs and folders of save_pretrained know theirs."""
+    """Raise if mean or std is given for a run or folder of save_pretrained, which record theirs."""
     if mean is not None or std is not None:
-        raise ConfigError(f"{path} says how images are normalised: leave --mean and --std out")
+        raise ConfigError(f"{path} records its normalisation: omit --mean and --std")
 
 
 def _spaced(values: Sequence[float]) -> str:
@@ -157,7 +157,7 @@ def _run(path: Path) -> Source:
     config = began_with(state)
     if config.detects:
         raise ConfigError(
-            f"{path} holds a detector, {config.model}, and a classifier is wanted (`cbam look` has --detect)"
+            f"{path} holds a detector, {config.model}; expected a classifier (`cbam look` has --detect)"
         )
     net = build(config.model, num_classes=len(state["data"]["classes"]))
     load_weights(net, average_of(state))
@@ -166,7 +166,7 @@ def _run(path: Path) -> Source:
 
 
 def _metrics(state: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
-    """The epochs that a folder tells of, where it is the folder of that run and not of another."""
+    """The epochs recorded in a folder, if it is the folder of this run; otherwise an empty list."""
     told = {entry["epoch"]: entry for entry in epochs(folder)}
     for entry in state["history"]:
         known = told.get(entry["epoch"], {})
@@ -178,7 +178,7 @@ def _metrics(state: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
 
 
 def _card(state: dict[str, Any], config: Config, metrics: list[dict[str, Any]]) -> hub.Card:
-    """What the checkpoint of a run says, and the metrics of just these weights, if they were validated."""
+    """The card of a run's checkpoint, with the metrics of exactly these weights if they were validated."""
     data = state["data"]
     own: dict[str, Any] = {"resize": short_side(data["size"])}
     if config.data is None:
@@ -213,7 +213,7 @@ def _about(state: dict[str, Any], config: Config) -> str:
 
 
 def _recipe(config: Config) -> dict[str, Any]:
-    """The settings that say how it was trained; what was off is left out."""
+    """The settings of the training, without those that were off."""
     training = {name: value for name, value in asdict(config.training()).items() if value}
     if config.schedule != "step" or config.milestones:
         del training["step_epochs"]

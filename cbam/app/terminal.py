@@ -1,18 +1,18 @@
-"""What a comparison looks like while it runs: one bar in a terminal, plain lines anywhere else."""
+"""Terminal output and progress: one bar in a terminal, plain lines elsewhere."""
 
 import contextlib
 import sys
 import time
 from typing import TextIO
 
-SETTLED = 300.0  # seconds after which even a hundredth of the whole says how long the rest takes
+SETTLED = 300.0  # seconds after which the time left is estimated even if less than 2 % are done
 _PLAIN = str.maketrans({"±": "+-", "×": "x", "…": "...", "–": "-", "→": "->"})
 
 
 def show(line: str, stream: TextIO | None = None) -> None:
-    """Print a line. A reader that went away, or an alphabet that lacks a sign, is no reason to stop."""
+    """Print a line. A closed pipe or an encoding without some character is not an error."""
     stream = stream or sys.stdout
-    if stream is None:  # closed before we started
+    if stream is None:  # closed before the start
         return
     try:
         stream.write(printable(line, stream) + "\n")
@@ -22,12 +22,12 @@ def show(line: str, stream: TextIO | None = None) -> None:
 
 
 def counted(n: int, noun: str) -> str:
-    """ "1 image", "2 images"."""
+    """A number with its noun: "1 image", "2 images"."""
     return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
 
 
 def printable(line: str, stream: TextIO) -> str:
-    """`line` with the signs that the stream's alphabet lacks written otherwise."""
+    """Replace the characters of `line` that the stream's encoding lacks."""
     encoding = getattr(stream, "encoding", None) or "ascii"
     try:
         line.encode(encoding)
@@ -37,7 +37,7 @@ def printable(line: str, stream: TextIO) -> str:
 
 
 def silence(stream: TextIO | None) -> None:
-    """Send what is still written to `stream` nowhere, also what the interpreter flushes at its end."""
+    """Discard further output to `stream`, including what the interpreter flushes at exit."""
     import os
 
     try:
@@ -49,17 +49,17 @@ def silence(stream: TextIO | None) -> None:
 
 
 def _log(line: str, stream: TextIO | None = None) -> None:
-    """Print a line of progress. A full disk is told once: it ends no work of hours."""
+    """Print a line of progress. A full disk is reported once and does not stop the work."""
     try:
         show(line, stream)
     except OSError as error:
         silence(stream or sys.stdout)
-        with contextlib.suppress(OSError):  # it may lie on the same disk
-            show(f"cbam: {error.strerror}: no more lines of progress, the work goes on", sys.stderr)
+        with contextlib.suppress(OSError):  # stderr may be on the same disk
+            show(f"cbam: {error.strerror}: no more progress lines, the work continues", sys.stderr)
 
 
 class Lines:
-    """For logs and pipes: a line per phase, with the share done and the time left."""
+    """Progress for logs and pipes: a line per phase, with the share done and the time left."""
 
     every = 30.0  # seconds between two lines about the same phase
 
@@ -90,16 +90,16 @@ class Lines:
         here, passed = self.done - self.skipped, time.monotonic() - self.began
         if here <= 0 or (here < 0.02 and passed < SETTLED):
             return ""
-        # The shares are floats: their sum may pass 1 by a hair.
+        # The shares are floats, so their sum may slightly exceed 1.
         minutes, seconds = divmod(round(passed * max(0.0, 1 - self.done) / here), 60)
         hours, minutes = divmod(minutes, 60)
         return f", {hours}:{minutes:02}:{seconds:02} left" if hours else f", {minutes}:{seconds:02} left"
 
 
 class Bar:
-    """One bar over the whole, with what is running and the time left."""
+    """One progress bar for the whole work, with the current phase and the time left."""
 
-    every = 1.0  # seconds between two changes of its text
+    every = 1.0  # seconds between two updates of its text
 
     def __init__(self) -> None:
         from rich.console import Console
@@ -133,11 +133,11 @@ class Bar:
     def advance(self, share: float) -> None:
         self._bar.advance(self._task, share)
 
-    skip = advance  # rich takes no speed from what comes first
+    skip = advance  # rich does not count the first update in its speed
 
 
 class Nothing(Lines):
-    """For the processes beside the first."""
+    """No output, for all processes but the first."""
 
     def say(self, line: str) -> None:
         pass
@@ -147,9 +147,9 @@ class Nothing(Lines):
 
 
 def progress(*, quiet: bool = False, beside: TextIO | None = None) -> Lines | Bar:
-    """The bar where somebody watches, lines elsewhere; nothing if `quiet`.
+    """A bar in a terminal, lines elsewhere; nothing if `quiet`.
 
-    `beside` is where the lines go of a command whose output is for another program.
+    `beside` is the stream for the lines, if standard output is for another program.
     """
     if quiet:
         return Nothing()
@@ -162,16 +162,16 @@ def progress(*, quiet: bool = False, beside: TextIO | None = None) -> Lines | Ba
 
 
 class Counter:
-    """Tells `watch` of images as they pass, now and then: there may be a million."""
+    """Reports images to `watch` as they are processed, at intervals, since there may be a million."""
 
     def __init__(self, watch: Lines | Bar) -> None:
         self._watch, self._count, self._share, self._last = watch, 0, 0.0, time.monotonic()
 
     def passed(self, share: float) -> None:
-        """One more, which is so much of the whole."""
+        """Count one more image, which is `share` of the whole."""
         self._count, self._share = self._count + 1, self._share + share
         if time.monotonic() < self._last + self._watch.every:
             return
         self._watch.advance(self._share)
-        self._watch.now(f"{counted(self._count, 'image')} looked at")
+        self._watch.now(f"{counted(self._count, 'image')} checked")
         self._share, self._last = 0.0, time.monotonic()

@@ -35,11 +35,11 @@ def run(*arguments: str, **how) -> subprocess.CompletedProcess:
 
 BAD = [
     (["serve", "--port", "80000"], 2, "must be 1 to 65535"),
-    ([], 2, "a command is needed"),
+    ([], 2, "expected a command: compare, train"),
     (["compre"], 2, "invalid choice: 'compre'"),
     (["loook"], 2, "did you mean look?"),
     (["look", "a.png", "--method", "gradcma"], 2, "did you mean gradcam?"),
-    (["look", "a.png", "--std", "0", "0", "0"], 2, "--std: must be a number above 0, and 1 at most, got '0'"),
+    (["look", "a.png", "--std", "0", "0", "0"], 2, "--std: must be a number above 0, at most 1, got '0'"),
     (["export", "a.pt", "--to", "onnx", "--mean", "124", "116", "104"], 2, "--mean: must be a number from 0"),
     (["--verson"], 2, "unknown option --verson; did you mean --version?"),
     (["-z"], 2, "-z"),
@@ -120,11 +120,11 @@ BAD = [
     (["export", "gone.pth", "--to", "torch"], 4, "gone.pth: no such file"),
     (["export", "text.pth", "--to", "torch"], 4, "probably a web page"),
     (["export", "text.pth", "--to", "torch", "--model", "resnet_tiny"], 4, "text.pth"),
-    (["export", "resnet_tiny", "--to", "torch", "--model", "resnet18"], 2, "--model goes with one"),
+    (["export", "resnet_tiny", "--to", "torch", "--model", "resnet18"], 2, "--model needs a weights file"),
     (["export", "x" * 300, "--to", "torch"], 2, "x" * 80),  # too long a file name, or from 3.14 no network
     (["export", "nul\0byte", "--to", "torch"], 2, "nul"),
     (["export", "full", "--to", "torch"], 4, "no checkpoint in this folder"),
-    (["export", "full", "--to", "torch", "--num-classes", "3"], 2, "leave --model and --num-classes out"),
+    (["export", "full", "--to", "torch", "--num-classes", "3"], 2, "omit --model and --num-classes"),
     (["export", "resnet_tiny", "--to", "torch", "--out", "text.pth"], 2, "text.pth exists"),
     (["export", "resnet_tiny", "--to", "torch", "--out", "a.onnx"], 2, "a file for torch ends in .pt2"),
     (["export", "resnet_tiny", "--to", "torch", "--out", "no/a.pt2"], 7, "cannot be written"),

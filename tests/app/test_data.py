@@ -40,7 +40,7 @@ def test_faults_are_printed_and_end_with_3(pictures, capsys):
     assert main(["data", "check", str(pictures), "--deep"]) == 3
     first, last = capsys.readouterr().out.splitlines()
     assert first.startswith(f"{file}: a JPEG without its end marker")
-    assert last == f"{pictures}: class folders of images, 1 fault, 0 of them repaired when it is read"
+    assert last == f"{pictures}: class folders of images, 1 fault, 0 of them repaired on reading"
 
 
 @pytest.mark.parametrize("workers", ["0", "2"])
@@ -56,9 +56,9 @@ def test_what_was_looked_at_so_far_is_told_beside_the_report(pictures, capsys, m
     lines = told.err.splitlines()
     assert len(lines) == 4
     assert lines[0].startswith("[ 25 %")
-    assert lines[0].endswith("] 1 image looked at")
+    assert lines[0].endswith("] 1 image checked")
     assert lines[3].startswith("[100 %")
-    assert lines[3].endswith("] 4 images looked at")
+    assert lines[3].endswith("] 4 images checked")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="it looks into /proc")

@@ -59,7 +59,7 @@ def test_two_detectors_are_drawn_side_by_side(here, capsys):
     assert capsys.readouterr().out.splitlines()[-3:] == [
         f"{here / 'detect.png'} (replaced)",
         f"{here / 'detect.svg'} (replaced)",
-        f"not of this look, left in {here}: detect-2.png",
+        f"left from an earlier run in {here}: detect-2.png",
     ]
 
 
@@ -164,13 +164,13 @@ def test_a_run_knows_its_detector_its_size_and_its_classes(tmp_path, monkeypatch
     eyes = detectors(None, "run", [], None, None)
     assert eyes.classes == ["square"]
     (tmp_path / "two.txt").write_text("square\nround\n")
-    with pytest.raises(ConfigError, match="--classes has 2 names where run has 1"):
+    with pytest.raises(ConfigError, match="--classes has 2 names, but the number of classes in run is 1"):
         detectors(None, "run", [], "two.txt", None)
     assert eyes.networks["detector"].transform.min_size == (64,)
     assert eyes.networks["detector"].rpn.post_nms_top_n() == 16
     assert main(["look", picture, "--weights", "run"]) == 2
     assert (
-        "run holds a detector, fasterrcnn:timm:test_resnet+cbam, and a classifier is wanted"
+        "run holds a detector, fasterrcnn:timm:test_resnet+cbam; expected a classifier"
         in capsys.readouterr().err
     )
 
@@ -182,22 +182,22 @@ def test_a_run_knows_its_detector_its_size_and_its_classes(tmp_path, monkeypatch
         ([], 2, "needs images"),
         (["none.png", *PAIR], 3, "none.png: no such file"),
         (["photo.png", *PAIR, "--weights", "plain.pt"], 2, "not both"),
-        (["photo.png", *PAIR[:-2]], 2, "plain.pt does not say what its labels mean: give --classes FILE"),
-        (["photo.png", "--weights", "plain.pt"], 2, "plain.pt does not say what detector it is"),
+        (["photo.png", *PAIR[:-2]], 2, "plain.pt does not name its classes: give --classes FILE"),
+        (["photo.png", "--weights", "plain.pt"], 2, "plain.pt does not name its detector"),
         (["photo.png", "--weights", "none.pt", "--model", PLAIN], 4, "none.pt: no such file"),
         (["photo.png", *PAIR, "--size", "200"], 2, "takes images of 300 pixels: leave the size out"),
         (["photo.png", *PAIR, "--box", "0"], 2, "whole number above 0"),
         (["photo.png", *PAIR, "--threshold", "1.5"], 2, "a number from 0 to 1"),
-        (["photo.png", *PAIR, "--target", "ant"], 2, "choose an object by --box"),
-        (["photo.png", *PAIR, "--score", "digits"], 2, "goes without --score"),
+        (["photo.png", *PAIR, "--target", "ant"], 2, "choose an object with --box"),
+        (["photo.png", *PAIR, "--score", "digits"], 2, "--detect excludes --score"),
         (["photo.png", *PAIR, "--method", "scorecam", *LOW], 2, "scorecam needs the scores of a classifier"),
         (["photo.png", *PAIR, "--layer", "nowhere", *LOW], 2, "no layer 'nowhere'"),
-        (["bad.png", *PAIR], 3, "no image can be read, of 1 tried"),
+        (["bad.png", *PAIR], 3, "no image can be read (1 tried)"),
         (["photo.png", *PAIR, "--box", "7"], 2, "no image has more than 0 boxes"),
         (["photo.png", "--model", PLAIN, "--weights", "classifier.pt", *PAIR[-2:]], 4, "class"),
         (["photo.png", "--model", "resnet50", "--weights", "plain.pt", "--classes", "classes.txt"], 2,
          "unknown detector 'resnet50'"),
-        (["photo.png", *PAIR[:3], "a=plain.pt", "a=plain.pt", *PAIR[-2:]], 2, "a name of its own"),
+        (["photo.png", *PAIR[:3], "a=plain.pt", "a=plain.pt", *PAIR[-2:]], 2, "needs a different name"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_one_line_and_an_exit_code(here, capsys, arguments, code, message):  # C1 C3
@@ -211,7 +211,7 @@ def test_what_is_wrong_is_one_line_and_an_exit_code(here, capsys, arguments, cod
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--box", "2"], "--box and --threshold go with --detect"),
+        (["--box", "2"], "--box and --threshold need --detect"),
         (["--model", PLAIN, "--weights", "plain.pt"], f"{PLAIN} is a detector: give --detect"),
     ],
 )

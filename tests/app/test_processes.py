@@ -208,4 +208,4 @@ def test_several_machines_are_started_by_what_knows_them(capsys):
     from cbam.app import cli
 
     assert cli.main(["train", "digits", "--nodes", "2"]) == 2
-    assert "start it by torchrun or srun on each" in capsys.readouterr().err
+    assert "start the command with torchrun (on each) or srun" in capsys.readouterr().err

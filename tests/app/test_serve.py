@@ -44,7 +44,7 @@ def server(tmp_path_factory):
         _wait(port, process)
         yield f"127.0.0.1:{port}", folder
         assert process.poll() is None, "the server did not live to the end"
-        assert f"http://127.0.0.1:{port}/  (Ctrl-C ends it)" in Path(log.name).read_text()
+        assert f"http://127.0.0.1:{port}/  (Ctrl-C to stop)" in Path(log.name).read_text()
         process.send_signal(signal.SIGINT)
         process.wait(30)
         assert [path for path in folder.rglob("*") if path.is_file()] == []  # W15
@@ -172,7 +172,7 @@ def test_a_class_is_picked_by_its_name(visit, photo):
     page.get_by_role("option", name="tench").first.click()
     page.locator(".cbam-note", has_text="tench").first.wait_for()
     assert captions(page)[0] == "tench"
-    assert "says" in captions(page)[1]
+    assert "predicts" in captions(page)[1]
 
 
 def test_the_figure_is_downloaded(visit, photo, tmp_path):
@@ -221,7 +221,7 @@ def test_one_image_is_chosen_at_a_time_and_one_that_cannot_be_read_takes_the_las
     page.get_by_text("photo.png").first.wait_for()
     page.wait_for_function("!document.querySelector('input[type=radio][value=cat]').checked")
     page.get_by_label("Clear").first.click()
-    page.get_by_text("Drop an image, or take an example.").wait_for()
+    page.get_by_text("Drop an image, or choose an example.").wait_for()
     cat.click()
     page.locator(EXPLAINED).first.wait_for()
 

@@ -114,8 +114,8 @@ def test_what_is_too_large_or_no_still_image_is_refused(explainer):  # W1 W3 W4 
     frames[0].save(gif, "GIF", save_all=True, append_images=frames[1:])
     Image.new("1", (5001, 5001)).save(wide, "PNG")
     for data, message in (
-        (b"\0" * 10_000_001, "at most 10 are taken"),
-        (wide.getvalue(), "25 megapixels; at most 25"),
+        (b"\0" * 10_000_001, "the limit is 10 MB"),
+        (wide.getvalue(), "25 megapixels; the limit is 25"),
         (gif.getvalue(), "animation"),
         (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not an image"),
         (b"<html>", "not an image"),
@@ -138,7 +138,7 @@ def test_the_page_keeps_the_class_of_the_number_where_names_are_twice():
     assert explainer.look(key, Shown()).index == 3
     taken = _Handlers(explainer)._take(lambda: (picture(), "x"), "gradcam", None, 0.0, 0.5)
     assert taken[1] == 3
-    assert "says crane (3)" in explainer.page(key, Shown(target=1))
+    assert "predicts crane (3)" in explainer.page(key, Shown(target=1))
 
 
 def test_a_phones_photograph_with_a_preview_beside_it_is_taken(explainer):  # D7
@@ -162,7 +162,7 @@ def test_the_oldest_images_go_and_a_key_opens_its_own_alone(explainer):  # W6
     first = explainer.take(picture(), "first")
     keys = [explainer.take(picture(i), str(i)) for i in range(KEPT)]
     assert len({first, *keys}) == KEPT + 1
-    with pytest.raises(GoneError, match="give it again"):
+    with pytest.raises(GoneError, match="upload it again"):
         explainer.page(first, Shown())
     with pytest.raises(GoneError):
         explainer.page("../../etc/passwd", Shown())
@@ -225,7 +225,9 @@ def test_a_crash_is_told_by_a_number_and_the_next_answer_is_right(explainer, mon
     with pytest.raises(ZeroDivisionError) as caught:
         explainer.page(key, Shown(target=3))
     told = said(caught.value)
-    assert re.fullmatch(r"This image could not be explained \(error [0-9a-f]{8}\)\. The log .*", told)
+    assert re.fullmatch(
+        r"This image could not be explained \(error [0-9a-f]{8}\)\. See the server log\.", told
+    )
     assert "ZeroDivision" not in told
     assert told.split("error ")[1][:8] in caplog.text
     monkeypatch.undo()
@@ -252,12 +254,12 @@ def test_what_cannot_be_shown_leaves_its_reason_and_nothing_of_the_image_before(
     assert gone[:2] == ("", None)
     assert gone[2].startswith('<p role="alert">not an image (starts with &#x27;&lt;html')
     explainer._pictures.pop(key)
-    assert "give it again" in handlers.show(key, None, *how)
+    assert "upload it again" in handlers.show(key, None, *how)
 
 
 def test_an_unknown_stage_is_named(explainer):
     key = explainer.take(picture(), "photo")
-    with pytest.raises(InputError, match="no stage 'x'; there are "):
+    with pytest.raises(InputError, match="no stage 'x'; expected one of "):
         explainer.page(key, Shown(stage="x"))
 
 

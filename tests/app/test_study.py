@@ -58,7 +58,7 @@ def test_tables_of_a_place_without_records_are_told_of(tmp_path, capsys):
 def test_a_study_ends_with_its_tables_and_with_75_where_the_time_was_over(tmp_path, capsys):
     command = ["study", "channel", *TINY, "--arms", "plain"]
     assert cli.main([*command, "--budget", "0s"]) == 75
-    assert "1 run still without a record; the same command goes on" in capsys.readouterr().err
+    assert "1 run still without a record; repeat the command to continue" in capsys.readouterr().err
     assert cli.main(command) == 0
     printed = capsys.readouterr().out
     assert "Channel attention by the average, by the maximum, by both: resnet_tiny on digits" in printed

@@ -41,7 +41,7 @@ def test_a_log_on_a_full_disk_is_told_once_and_ends_no_training(monkeypatch, cap
         for step in range(3):
             watch.say(f"step {step}")
             watch.now("a phase")
-    told = "cbam: No space left on device: no more lines of progress, the work goes on\n"
+    told = "cbam: No space left on device: no more progress lines, the work continues\n"
     assert capsys.readouterr().err == told
 
 

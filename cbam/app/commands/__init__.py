@@ -1,4 +1,4 @@
-"""One module per command of `cbam`: HELP, a line; `add(parser)`, its options; `run(options)`, its exit code.
+"""One module per command of `cbam`: HELP, `add(parser)` for its options, `run(options)`, its exit code.
 
-The help of `cbam` reads them all, so none imports torch, nor anything that takes time, outside of `run`.
+`cbam --help` imports them all, so none imports torch or anything else slow outside `run`.
 """

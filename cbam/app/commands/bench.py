@@ -13,7 +13,7 @@ EXTRAS = {"vision": ("torchvision", "timm"), "train": ("pytorch_lightning",)}
 
 
 def add(parser: Parser) -> None:
-    """The options: the fields of Bench, and where the rows go."""
+    """Add the options: the fields of Bench, and where the rows are written."""
     for field in dataclasses.fields(Bench):
         add_setting(parser, field)
     parser.add_argument("--config", metavar="FILE", help="YAML file with any of the options above")
@@ -23,7 +23,7 @@ def add(parser: Parser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Measure, and print a line per case."""
+    """Measure, and print one line per case."""
     settings = Bench(**given(options, Bench))
     need("cbam bench", EXTRAS)
     from cbam.studies.bench.rows import Rows

@@ -16,7 +16,7 @@ EXTRAS = {
 
 
 def add(parser: Parser) -> None:
-    """The options: the fields of Settings, and where it goes."""
+    """Add the options: the fields of Settings, and the report folder."""
     for field in dataclasses.fields(Settings):
         add_setting(parser, field)
     parser.add_argument(
@@ -29,7 +29,7 @@ def add(parser: Parser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Compare, and print the table."""
+    """Run the comparison and print the table."""
     settings = Settings(**given(options, Settings))
     need("cbam compare", EXTRAS)
     from cbam.studies import compare
@@ -42,7 +42,7 @@ def run(options: argparse.Namespace) -> int:
             results = compare(settings, folder, watch=watch)
     except BaseException:
         if (folder.path / PAGE).exists() and folder.wrote:
-            show(f"What was finished is in {folder.path / PAGE}")
+            show(f"The finished part of the report: {folder.path / PAGE}")
         raise
     show("")
     show(text(results))

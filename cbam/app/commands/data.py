@@ -10,7 +10,7 @@ HELP = "check a data set, and report every fault"
 
 
 def add(parser: Parser) -> None:
-    """The options."""
+    """Add the options."""
     parser.add_argument("action", choices=("check",), metavar="check", help="report every fault")
     parser.add_argument(
         "data",
@@ -26,7 +26,7 @@ def add(parser: Parser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """A line per fault, with file and line; 3 if there is one."""
+    """Print one line per fault, with file and line; returns 3 if there is any."""
     need("cbam data check", {"vision": ("numpy", "PIL")})
     from cbam.data.check import check
 
@@ -42,6 +42,6 @@ def run(options: argparse.Namespace) -> int:
     if not count:
         show(f"{options.data}: {kind}, no faults" + ("" if options.deep else " (--deep decodes every image)"))
         return 0
-    told = f"{count} fault{'s' * (count > 1)}, {repaired} of them repaired when it is read"
+    told = f"{count} fault{'s' * (count > 1)}, {repaired} of them repaired on reading"
     show(f"{options.data}: {kind}, {told}")
     return 3

@@ -12,7 +12,7 @@ HELP = "evaluate a checkpoint, a folder for the hub, or weights of a named netwo
 
 
 def add(parser: Parser) -> None:
-    """The options."""
+    """Add the options."""
     parser.add_argument(
         "file",
         metavar="FILE",
@@ -22,22 +22,22 @@ def add(parser: Parser) -> None:
         "data",
         nargs="?",
         metavar="DATA",
-        help="image folder (default: that of the run). Scores its val/; of a folder without train/ and val/ "
-        "all images, or, if the run was trained on it, those that were held out",
+        help="image folder (default: that of the run). Scores its val/; without train/ and val/, all images, "
+        "or those that were held out if the run was trained on this folder",
     )
     parser.add_argument(
         "--held-out",
         action="store_true",
-        help="of any folder of classes, score only the images that training on it would hold out",
+        help="for any folder of classes, score only the images that training on it would hold out",
     )
     parser.add_argument(
         "--model",
         metavar="NAME",
-        help="network of a weights file, see `cbam list`; a checkpoint knows its own",
+        help="network of a weights file, see `cbam list`; not needed for a checkpoint",
     )
     parser.add_argument("--size", type=count, metavar="PIXELS", help="side of the images, in pixels")
     parser.add_argument(
-        "--batch-size", type=count, metavar="N", help="images at once (default: 256; for a detector 8)"
+        "--batch-size", type=count, metavar="N", help="images per batch (default: 256; for a detector 8)"
     )
     parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu or cuda (default: auto)")
     parser.add_argument(
@@ -47,7 +47,7 @@ def add(parser: Parser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Evaluate, and print the errors."""
+    """Evaluate, and print the scores."""
     need("cbam eval", EXTRAS)
     if (processes := to_start({"devices": options.devices})) > 1:
         return launch(options.argv, processes)

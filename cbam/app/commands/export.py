@@ -23,7 +23,7 @@ EXTRAS = {
 
 
 def add(parser: Parser) -> None:
-    """The options."""
+    """Add the options."""
     parser.epilog = (
         "Before the file is put in place it is compared with PyTorch on three inputs: values must agree to "
         "1e-5 of the largest, and classes must be the same. The file takes normalised images, as the network "
@@ -62,7 +62,7 @@ def add(parser: Parser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Export, and say how far the file agrees with the network."""
+    """Export, and print how closely the file agrees with the network."""
     need(f"cbam export --to {options.to}", EXTRAS[options.to])
     try:
         out = Path(options.out) if options.out else Path(_stem(options.source) + SUFFIX[options.to])
@@ -91,7 +91,7 @@ def _refuse_strangers(options: argparse.Namespace) -> None:
     }
     strangers = of_files if options.to == "hub" else {"--licence": options.licence}
     if given := [name for name, value in strangers.items() if value]:
-        raise ConfigError(f"--to {options.to} has no {given[0]}: leave it out")
+        raise ConfigError(f"--to {options.to} does not take {given[0]}: omit it")
 
 
 def _file(found: "Source", out: Path, options: argparse.Namespace) -> str:
@@ -105,8 +105,8 @@ def _file(found: "Source", out: Path, options: argparse.Namespace) -> str:
     agreed = made.agreement
     shapes = ", ".join("x".join(map(str, shape)) for shape in sorted({*agreed.shapes}))
     return (
-        f"{made.path} ({made.size / 1e6:.1f} MB): differs from PyTorch by {agreed.difference:.1e} "
-        f"of the largest value at most; checked at {shapes}"
+        f"{made.path} ({made.size / 1e6:.1f} MB): differs from PyTorch by at most {agreed.difference:.1e} "
+        f"of the largest value; checked at {shapes}"
     )
 
 
@@ -115,7 +115,7 @@ def _folder(found: "Source", out: Path, options: argparse.Namespace) -> str:
 
     card = dataclasses.replace(found.card, licence=options.licence or found.card.licence)
     save_pretrained(found.network, out, network=found.name, card=card, overwrite=options.overwrite)
-    return f"{out}: read it with cbam.from_pretrained({str(out)!r}), and its README.md before others do"
+    return f"{out}: load it with cbam.from_pretrained({str(out)!r}); check its README.md before you share it"
 
 
 def _stem(source: str) -> str:

@@ -15,7 +15,7 @@ EXTRAS = {"explain": ("torchvision", "timm", "PIL", "safetensors", "torchcam", "
 
 
 def add(parser: Parser) -> None:
-    """The options."""
+    """Add the options."""
     parser.epilog = (
         "Without --weights or --compare the networks are EfficientNet-Lite0, plain and with CBAM. "
         "cbam[explain] installs their weights; nothing is downloaded."
@@ -52,7 +52,7 @@ def add(parser: Parser) -> None:
 
 
 def add_detection(parser: Parser) -> None:
-    """The options of detectors."""
+    """Add the options for detectors."""
     parser.add_argument(
         "--detect", action="store_true",
         help="for detectors (--model fasterrcnn:resnet50): draw their boxes, and the evidence for one",
@@ -67,11 +67,11 @@ def add_detection(parser: Parser) -> None:
 
 
 def add_networks(parser: Parser) -> None:
-    """The options that say which networks."""
+    """Add the options that choose the networks."""
     parser.add_argument(
         "--model",
         metavar="NAME",
-        help="network of weights files, see `cbam list`; a checkpoint knows its own",
+        help="network of weights files, see `cbam list`; not needed for a checkpoint",
     )
     parser.add_argument(
         "--weights",
@@ -88,7 +88,7 @@ def add_networks(parser: Parser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Look, and say what was written."""
+    """Run the chosen analyses and print which files were written."""
     _check(options)
     need("cbam look", EXTRAS)
     for path in map(Path, options.images):
@@ -103,21 +103,21 @@ def run(options: argparse.Namespace) -> int:
 
 def _check(options: argparse.Namespace) -> None:
     if options.gates and not (options.images or options.score) and (options.layer or options.method):
-        raise ConfigError("--layer and --method are of maps, and --gates alone draws none: leave them out")
+        raise ConfigError("--layer and --method apply to maps, and --gates alone draws none: omit them")
     options.method = options.method or ("layercam" if options.detect else "gradcam")
     measured = options.score or options.gates
     if not options.images and not measured:
         raise ConfigError("cbam look needs images: cbam look photo.jpg")
     if (options.label and not options.score) or (options.limit and not measured):
-        raise ConfigError("--label goes with --score, --limit with --score and --gates")
+        raise ConfigError("--label needs --score, and --limit needs --score or --gates")
     if options.target is not None and not options.images:
-        raise ConfigError("--target goes with images; --score takes the class of each label")
+        raise ConfigError("--target needs images; --score uses the class of each label")
     if options.detect and (measured or options.target is not None):
-        raise ConfigError("--detect goes without --score, --gates and --target; choose an object by --box")
+        raise ConfigError("--detect excludes --score, --gates and --target; choose an object with --box")
     if options.detect and (options.mean or options.std):
-        raise ConfigError("--mean and --std are of classifiers: detectors normalise images themselves")
+        raise ConfigError("--mean and --std are for classifiers: detectors normalise images themselves")
     if not options.detect and (options.box or options.threshold is not None):
-        raise ConfigError("--box and --threshold go with --detect")
+        raise ConfigError("--box and --threshold need --detect")
 
 
 def _look_and_measure(options: argparse.Namespace) -> str:
@@ -138,7 +138,7 @@ def _look_and_measure(options: argparse.Namespace) -> str:
 
 
 def _look(options: argparse.Namespace, eyes) -> str:
-    """Draw; what to say of images that could not be read."""
+    """Draw the figures; returns a message about unreadable images, or an empty string."""
     from cbam.app.look import FIGURES, Before, Wanted, look_at
 
     paths, out = [Path(path) for path in options.images], Path(options.out)
@@ -147,7 +147,7 @@ def _look(options: argparse.Namespace, eyes) -> str:
 
 
 def _detect(options: argparse.Namespace) -> str:
-    """Draw what detectors find; what to say of images that could not be read."""
+    """Draw what the detectors find; returns a message about unreadable images, or an empty string."""
     from cbam.app.detecting import FIGURES, Asked, detectors, look_for_objects
     from cbam.app.look import Before
 

@@ -11,14 +11,14 @@ HELP = "list the networks that can be built"
 
 
 def add(parser: Parser) -> None:
-    """The options."""
+    """Add the options."""
     parser.add_argument(
         "pattern", nargs="?", default="", metavar="PATTERN", help='part of a name, or "resnet*"'
     )
 
 
 def run(options: argparse.Namespace) -> int:
-    """A name per line."""
+    """Print one name per line."""
     from cbam.models import names
 
     found = names(options.pattern)

@@ -10,11 +10,11 @@ HELP = "list the recipes of `cbam train`"
 
 
 def add(parser: Parser) -> None:
-    """It has no options."""
+    """The command has no options."""
 
 
 def run(options: argparse.Namespace) -> int:
-    """Two lines per recipe."""
+    """Print two lines per recipe."""
     width = max(map(len, RECIPES)) + 2
     for name, recipe in RECIPES.items():
         config = recipe()

@@ -10,7 +10,7 @@ HELP = "serve a local web page that shows where networks look in an image"
 
 
 def add(parser: Parser) -> None:
-    """The options."""
+    """Add the options."""
     add_networks(parser)
     parser.add_argument(
         "--host",

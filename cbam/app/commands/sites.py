@@ -9,12 +9,12 @@ HELP = "show where attention goes in a network, and why not elsewhere"
 
 
 def add(parser: Parser) -> None:
-    """The options."""
+    """Add the options."""
     parser.add_argument("name", metavar="NAME", help="network, see `cbam list`")
 
 
 def run(options: argparse.Namespace) -> int:
-    """A line per residual block."""
+    """Print one line per residual block."""
     import torch
 
     from cbam.models import build
@@ -23,7 +23,7 @@ def run(options: argparse.Namespace) -> int:
     with torch.device("cpu"):
         found = sites(build(options.name))
     if not found:
-        show(f"{options.name} has no residual block for attention; cbam.attach takes other places by `where`")
+        show(f"{options.name} has no suitable residual block; choose places with `where` of cbam.attach")
     width = max((len(site.name) for site in found), default=0)
     for site in found:
         channels = "" if site.channels is None else f"{site.channels:>5} channels"

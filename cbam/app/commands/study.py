@@ -16,7 +16,7 @@ _CHANGES = ("network", "epochs", "batch_size", "lr", "warmup_epochs", "size", "l
 
 
 def add(parser: Parser) -> None:
-    """The options: which study, on what, how much of it, and what to change of the usual training."""
+    """Add the options: which studies, on which data, how many runs, and changes to the usual training."""
     parser.add_argument("name", nargs="*", metavar="NAME", help=f"{', '.join(STUDIES)} (default: list them)")
     parser.add_argument(
         "--dataset",
@@ -43,7 +43,7 @@ def add(parser: Parser) -> None:
     parser.add_argument(
         "--commit", metavar="SHA", help="the commit of this code, if it is a copy without git"
     )
-    absent = argparse.SUPPRESS  # the usual value depends on the data set
+    absent = argparse.SUPPRESS  # the default depends on the data set
     parser.add_argument("--network", default=absent, metavar="NAME", help="network, see `cbam list`")
     parser.add_argument("--epochs", type=count, default=absent, metavar="N", help="epochs of a run")
     parser.add_argument("--batch-size", type=count, default=absent, metavar="N", help="images per step")
@@ -72,11 +72,11 @@ def add(parser: Parser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Fill the studies one after another, as far as the time reaches, and print their tables."""
+    """Fill the studies one after another within the time budget, and print their tables."""
     if not options.name:
         return _list()
     need("cbam study", EXTRAS)
-    options.name = list(dict.fromkeys(options.name))  # one that is named twice is filled once
+    options.name = list(dict.fromkeys(options.name))  # a study given twice is filled once
     from cbam.studies.conduct import find_study, told, write_tables
     from cbam.studies.records import Records
 
@@ -97,14 +97,12 @@ def run(options: argparse.Namespace) -> int:
         else:
             show(f"No record of {study.name} in {records.path}")
     if left:
-        raise StoppedError(
-            f"{counted(left, 'run')} still without a record; the same command goes on from here"
-        )
+        raise StoppedError(f"{counted(left, 'run')} still without a record; repeat the command to continue")
     return 0
 
 
 def _fill(options: argparse.Namespace) -> int:
-    """How many runs are left after this."""
+    """Train the missing runs; returns how many are still left."""
     from cbam.studies.conduct import conduct, find_pictures, prepare
 
     changes = {name: getattr(options, name) for name in _CHANGES if hasattr(options, name)}
@@ -129,14 +127,14 @@ def _fill(options: argparse.Namespace) -> int:
             conduct(filling, seeds=options.seeds, budget=budget, share=1 / len(fillings))
     for filling in fillings:
         for error in filling.failed.values():
-            raise error  # told before; the exit code is that of the first
+            raise error  # already reported; the exit code is that of the first error
     return sum(len(filling.missing(options.seeds)) for filling in fillings)
 
 
 def _uncounted(origin: dict) -> str:
     if origin["dirty"]:
         return "the code differs from its commit"
-    return "no commit is known of this code (--commit says it)"
+    return "the commit of this code is unknown (give --commit)"
 
 
 def _list() -> int:

@@ -18,7 +18,7 @@ EXTRAS = {"train": ("torchvision", "PIL", "sklearn", "pytorch_lightning")}
 
 
 def add(parser: Parser) -> None:
-    """The options: the recipe, the fields of Config, where it goes, and how it goes on."""
+    """Add the options: the recipe, the fields of Config, the run folder, and how to resume."""
     parser.add_argument("recipe", metavar="RECIPE", help=f"one of {', '.join(RECIPES)}")
     for field in dataclasses.fields(Config):
         if field.name != "recipe":
@@ -50,8 +50,8 @@ def add(parser: Parser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Train, and print the last epoch."""
-    began = time.monotonic()  # what is imported, waited for and looked at counts
+    """Train, and print the metrics of the last epoch."""
+    began = time.monotonic()  # --max-time includes imports, waiting and reading the data
     settings = given(options, Config)
     settings.pop("recipe", None)
     recipe(options.recipe)
@@ -77,16 +77,18 @@ def run(options: argparse.Namespace) -> int:
 
 
 def to_start(settings: dict[str, Any]) -> int:
-    """How many processes to start; 1 where this is one of several already."""
+    """The number of processes to start; 1 if this is already one of several."""
     if place() is not None:
         return 1
     if settings.get("nodes", 1) > 1:
-        raise ConfigError("on several machines start it by torchrun or srun on each; see docs/training.md")
+        raise ConfigError(
+            "on several machines, start the command with torchrun (on each) or srun; see docs/training.md"
+        )
     return settings.get("devices", 1)
 
 
 def uses_cuda(settings: dict[str, Any]) -> bool:
-    """Whether the processes have a GPU each."""
+    """Whether the processes use a GPU each."""
     from cbam.train import pick_device
 
     return pick_device(settings.get("device", "auto")).type == "cuda"
