@@ -18,7 +18,7 @@ from torch import Tensor
 from cbam.data import decode
 from cbam.data.decode import header_of
 from cbam.errors import CBAMError, DataError, InputError
-from cbam.explain import page as paper
+from cbam.explain import page as drawing
 from cbam.explain.looking import Glance, Look, Viewer, look_at_view, stages
 from cbam.explain.maps import METHODS, SLOW
 from cbam.explain.recording import Refinement
@@ -54,7 +54,7 @@ class Shown:
     method: str = "gradcam"
     stage: str | None = None
     threshold: float = 0.0
-    opacity: float = paper.OPACITY
+    opacity: float = drawing.OPACITY
 
 
 def shown_of(target, method, stage, threshold, opacity) -> Shown:
@@ -137,7 +137,7 @@ class Explainer:
     def figure(self, key: str, shown: Shown) -> bytes:
         """The paper's figure of the image as PNG, with the maps as shown, without gates."""
         drawn = draw([self.look(key, shown)], opacity=shown.opacity, threshold=shown.threshold)
-        return paper.rendered(drawn, "png")
+        return drawing.to_bytes(drawn, "png")
 
     def stage_names(self) -> list[str]:
         """The blocks that can be chosen, in the order in which they run."""
@@ -168,7 +168,7 @@ def explained(seen: Look, shown: Shown) -> str:
 
 
 def _heat(seen: Look, glance: Glance, shown: Shown) -> str:
-    painted = paper.blend(seen.image, glance.heat, opacity=shown.opacity, threshold=shown.threshold)
+    painted = drawing.blend(seen.image, glance.heat, opacity=shown.opacity, threshold=shown.threshold)
     title = f"{METHODS[seen.method]}, {html.escape(glance.network)}"
     caption = f"p = {glance.probability:.3f}{'' if glance.heat.any() else '; empty map'}"
     if glance.best_index != seen.index:
@@ -186,7 +186,7 @@ def _stage(seen: Look, network: str, blocks: dict[str, Refinement], shown: Shown
     if (gate := block.spatial_gate) is not None:
         scale = where_middle(block), where_reach(list(blocks.values()))
         picture = over_picture(seen.image, gate[0, 0], scale, max(shown.opacity, 0.2))
-        low, high = (paper.factor(float(end), scale[1]) for end in gate.aminmax())
+        low, high = (drawing.factor(float(end), scale[1]) for end in gate.aminmax())
         caption = f"{low} to {high} {_ramp(*scale)}"
         cells.append(_figure(_png_of_floats(picture), "where: spatial gate", caption))
     if (what := channel_gates(block)) is not None:
@@ -198,7 +198,7 @@ def _stage(seen: Look, network: str, blocks: dict[str, Refinement], shown: Shown
     head = f"{html.escape(network)}, {html.escape(name)}: {C} channels, {h} × {w}"
     rows = [("feature map, mean over channels", small)]
     tops = top_channels(block, 4)
-    words = paper.of_channels(*([channel.gate for channel in top] for top in tops))
+    words = drawing.describe_channels(*([channel.gate for channel in top] for top in tops))
     for word, channels in zip(words, tops, strict=True):
         rows.append((f"channels {word}, before gating", [_channel(one) for one in channels]))
     return f'<h3 class="cbam-head">{head}</h3><div class="cbam-row">{"".join(cells)}</div>' + "".join(
@@ -210,7 +210,7 @@ def _stage(seen: Look, network: str, blocks: dict[str, Refinement], shown: Shown
 
 def _channel(channel: Channel) -> str:
     picture = _map(channel.map, float(channel.map.max()) or 1.0)
-    return _figure(picture, f"no. {channel.index}", f"× {paper.factor(channel.gate, channel.reach)}")
+    return _figure(picture, f"no. {channel.index}", f"× {drawing.factor(channel.gate, channel.reach)}")
 
 
 def _figure(source: str, title: str, caption: str) -> str:
@@ -228,8 +228,8 @@ def _ramp(middle: float, reach: float) -> str:
     """The colour scale of the spatial gates, with its values."""
     from matplotlib import colormaps
 
-    colours = [colormaps[paper.GATE](x / 8)[:3] for x in range(9)]
-    ends = (paper.factor(value, reach) for value in (middle - reach, middle, middle + reach))
+    colours = [colormaps[drawing.GATE](x / 8)[:3] for x in range(9)]
+    ends = (drawing.factor(value, reach) for value in (middle - reach, middle, middle + reach))
     stops = ", ".join("rgb({:.0f} {:.0f} {:.0f})".format(*(255 * v for v in rgb)) for rgb in colours)
     return (
         f'<span class="cbam-ramp" style="background: linear-gradient(to right, {stops})"></span>'
@@ -246,26 +246,26 @@ def _histogram(gates: Tensor, middle: float, reach: float) -> str:
     )
     words = [(4, "start", middle - reach), (100, "middle", middle), (196, "end", middle + reach)]
     ticks = "".join(
-        f'<text x="{x}" y="188" text-anchor="{at}">{paper.factor(v, reach)}</text>' for x, at, v in words
+        f'<text x="{x}" y="188" text-anchor="{at}">{drawing.factor(v, reach)}</text>' for x, at, v in words
     )
     title = f"what: gates of {len(gates)} channels"
-    low, high = (paper.factor(float(end), reach) for end in gates.aminmax())
+    low, high = (drawing.factor(float(end), reach) for end in gates.aminmax())
     return (
         f'<figure class="cbam-cell"><figcaption>{title}</figcaption>'
         f'<svg viewBox="0 0 200 200" role="img" aria-label="{title}, {low} to {high}">'
         f'{bars}<line x1="100" x2="100" y1="10" y2="172"/>{ticks}</svg><figcaption class="cbam-note">'
-        f"{low} to {high}; dashed: {paper.in_words([middle])}</figcaption></figure>"
+        f"{low} to {high}; dashed: {drawing.describe_midpoint([middle])}</figcaption></figure>"
     )
 
 
 def _map(values: Tensor, top: float) -> str:
     from matplotlib import colormaps
 
-    return _png_of_floats(colormaps[paper.STRENGTH]((values / top).clamp(0, 1).numpy())[..., :3])
+    return _png_of_floats(colormaps[drawing.STRENGTH]((values / top).clamp(0, 1).numpy())[..., :3])
 
 
 def _png(image: Tensor) -> str:
-    return _png_of_floats(paper.pixels(image))
+    return _png_of_floats(drawing.pixels(image))
 
 
 def _png_of_floats(values) -> str:

@@ -11,7 +11,15 @@ from cbam.app.score import DIGITS, digits_for, spaced
 from cbam.app.terminal import counted
 from cbam.data import decode
 from cbam.errors import ConfigError, DataError
-from cbam.explain.gates import FIXED, IDLE, MOSTLY, SATURATED, gate_figure, gate_statistics, gate_table
+from cbam.explain.gates import (
+    FIXED,
+    IDLE,
+    MOSTLY_SATURATED,
+    SATURATED,
+    gate_figure,
+    gate_statistics,
+    gate_table,
+)
 from cbam.explain.looking import Viewer
 from cbam.explain.recording import record
 from cbam.train.watch import Watch
@@ -70,7 +78,7 @@ _NOTES = (
     "- Fixed, class, image: shares of the gates' variance that are the same in every image, that the "
     "class of the image explains (both corrected for chance), and that single images add.",
     f"- In short, in this order: next to nothing, a change below {100 * IDLE:.0f} %; saturated, more than "
-    f"{100 * MOSTLY:.0f} % of the channel gates; the same channels for every image, more than "
+    f"{100 * MOSTLY_SATURATED:.0f} % of the channel gates; the same channels for every image, more than "
     f"{100 * FIXED:.0f} % of their variance fixed; else what explains more of it, the class or the image. "
     "Without channel gates the spatial ones are taken.",
 )

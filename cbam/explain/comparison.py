@@ -10,7 +10,7 @@ from cbam.errors import ConfigError, InputError
 from cbam.explain.figure import Row
 from cbam.explain.maps import gradcam
 from cbam.explain.recording import Refinement, record
-from cbam.explain.watching import check_images, dtypes_told, logits_of
+from cbam.explain.watching import check_images, explain_dtype_errors, logits_of
 from cbam.surgery.effects import eval_mode
 
 
@@ -49,7 +49,7 @@ def compare_rows(
     with record(refined) as recording:
         refined_probability = _probability(refined, images, targets)
     plain_probability = _probability(plain, images, targets)
-    name, refinement = _choose(recording, block)
+    name, refinement = _select_block(recording, block)
     plain_maps = gradcam(plain, images, targets).cpu()
     refined_maps = gradcam(refined, images, targets).cpu()
     features = _features(refinement)
@@ -69,7 +69,7 @@ def compare_rows(
     ]
 
 
-def _choose(recording: dict[str, Refinement], block: str | None) -> tuple[str, Refinement | None]:
+def _select_block(recording: dict[str, Refinement], block: str | None) -> tuple[str, Refinement | None]:
     if block is None:
         return next(reversed(recording.items()), ("", None))
     if block not in recording:
@@ -83,8 +83,8 @@ def _features(refinement: Refinement | None) -> list[dict[str, Any]]:
     """Per sample: channel means of the map before and after each gate, and the spatial gate, each (h, w)."""
     if refinement is None:
         return []
-    before = _strength(refinement.before)
-    after = [(step.kind, _strength(step.after)) for step in refinement.steps]
+    before = _mean_activation(refinement.before)
+    after = [(step.kind, _mean_activation(step.after)) for step in refinement.steps]
     gate = refinement.spatial_gate
     return [
         {
@@ -97,14 +97,14 @@ def _features(refinement: Refinement | None) -> list[dict[str, Any]]:
     ]
 
 
-def _strength(features: Tensor) -> Tensor:
+def _mean_activation(features: Tensor) -> Tensor:
     """Mean absolute activation over channels, (N, C, h, w) -> (N, h, w)."""
     return features.float().abs().mean(1).cpu()
 
 
 def _probability(model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
     """The softmax probability of each image's true class, (N,)."""
-    with torch.no_grad(), eval_mode(model), dtypes_told(images, model):
+    with torch.no_grad(), eval_mode(model), explain_dtype_errors(images, model):
         scores = logits_of(model(images)).float()
     if int(targets.max()) >= scores.shape[1]:
         raise InputError(f"target {int(targets.max())} is not one of the network's {scores.shape[1]} classes")

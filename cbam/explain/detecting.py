@@ -13,13 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from cbam.errors import ConfigError, DataError, InputError, NonFiniteError
-from cbam.explain.layers import Place, last_map
+from cbam.explain.layers import LayerSpec, default_layer
 from cbam.explain.maps import gradcam_at
 from cbam.explain.watching import check_images, is_detection
 from cbam.surgery.effects import eval_mode
 
-SAME = 0.5  # boxes with at least this IoU are the same object
-SEEN = 16  # minimum shorter side in pixels, after the detector's resizing; below it nothing is visible
+SAME_OBJECT_IOU = 0.5  # boxes with at least this IoU are the same object
+MIN_SHORT_SIDE = (
+    16  # minimum shorter side in pixels, after the detector's resizing; below it nothing is visible
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,13 +119,17 @@ def detect(
         raise ConfigError("scorecam needs the scores of a classifier; choose another method for a detector")
     image = picture / 255
     networks = detectors.networks
-    found = {label: _found(label, model, image, name, threshold) for label, model in networks.items()}
+    found = {label: _run_detector(label, model, image, name, threshold) for label, model in networks.items()}
     first = next((one for one in found.values() if len(one.boxes)), None)
     if first is not None and box <= len(first.boxes):
         for label, one in found.items():
-            mine = box - 1 if one is first else _same(one, first.boxes[box - 1], int(first.labels[box - 1]))
-            if mine is not None:
-                found[label] = _with_evidence(one, mine, networks[label], image, method, layer)
+            index = (
+                box - 1
+                if one is first
+                else _matching_box(one, first.boxes[box - 1], int(first.labels[box - 1]))
+            )
+            if index is not None:
+                found[label] = _with_evidence(one, index, networks[label], image, method, layer)
     return Detection(name, picture, tuple(found.values()), detectors.classes, method)
 
 
@@ -151,10 +157,10 @@ def gradcam_of_box(
     """
     images, score = image[None], _ScoreOfBox(model, box, label)
     if layer is None:
-        layer = _read_from(score, images) or last_map(model, images).name
+        layer = _source_layer(score, images) or default_layer(model, images).name
     elif layer not in dict(model.named_modules()):
         raise ConfigError(f"the detector has no layer {layer!r}")
-    return gradcam_at(score, images, 0, Place(f"detector.{layer}"), method)[0]
+    return gradcam_at(score, images, 0, LayerSpec(f"detector.{layer}"), method)[0]
 
 
 class _ScoreOfBox(nn.Module):
@@ -170,21 +176,21 @@ class _ScoreOfBox(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         (one,) = self.detector(images)
-        mine = _same(one, self.box, self.label)
-        if mine is None:
+        index = _matching_box(one, self.box, self.label)
+        if index is None:
             raise InputError("the detector does not find this box")
-        return one["scores"][mine].reshape(1, 1)
+        return one["scores"][index].reshape(1, 1)
 
 
-def _read_from(score: _ScoreOfBox, images: Tensor) -> str | None:
+def _source_layer(score: _ScoreOfBox, images: Tensor) -> str | None:
     """The module of the backbone whose output is the map that the score depends on directly."""
     backbone = getattr(score.detector, "backbone", None)
     if not isinstance(backbone, nn.Module):
         return None
-    made: list[tuple[str, object]] = []
+    outputs: list[tuple[str, object]] = []
     maps: dict[str, tuple[Tensor, Tensor]] = {}  # name -> (output of the backbone, leaf passed on instead)
 
-    def part(_, given, output: Any) -> Any:
+    def split_graph(_, given, output: Any) -> Any:
         named = output if isinstance(output, Mapping) else {"": output}
         if not all(isinstance(one, Tensor) for one in named.values()):
             return output
@@ -193,24 +199,24 @@ def _read_from(score: _ScoreOfBox, images: Tensor) -> str | None:
         return cut if named is output else cut[""]
 
     with ExitStack() as undo, torch.inference_mode(False), torch.enable_grad(), eval_mode(score):
-        undo.callback(backbone.register_forward_hook(part).remove)
+        undo.callback(backbone.register_forward_hook(split_graph).remove)
         for name, module in backbone.named_modules(prefix="backbone"):
             if module is not backbone:
-                hook = module.register_forward_hook(lambda _, i, out, name=name: made.append((name, out)))
+                hook = module.register_forward_hook(lambda _, i, out, name=name: outputs.append((name, out)))
                 undo.callback(hook.remove)
         found = score(images.detach().clone())
         leaves = [leaf for _, leaf in maps.values()]
         gradients = torch.autograd.grad(found.sum(), leaves, allow_unused=True) if found.requires_grad else []
     for (given, _), gradient in zip(maps.values(), gradients, strict=False):
         if gradient is not None and gradient.any():
-            same = [name for name, output in made if output is given]
+            same = [name for name, output in outputs if output is given]
             # SSD scales VGG's first map outside any module, so it is only recognised by its shape.
-            alike = [name for name, output in made if getattr(output, "shape", None) == given.shape]
+            alike = [name for name, output in outputs if getattr(output, "shape", None) == given.shape]
             return next(reversed(same or alike), None)
     return None
 
 
-def _found(label: str, model: nn.Module, image: Tensor, name: str, threshold: float) -> Finds:
+def _run_detector(label: str, model: nn.Module, image: Tensor, name: str, threshold: float) -> Finds:
     check_images(image[None], model)
     _refuse_narrow(model, image.shape[1:], name)
     with torch.no_grad(), eval_mode(model):
@@ -229,13 +235,13 @@ def _found(label: str, model: nn.Module, image: Tensor, name: str, threshold: fl
 
 
 def _with_evidence(
-    one: Finds, mine: int, model: nn.Module, image: Tensor, method: str, layer: str | None
+    one: Finds, index: int, model: nn.Module, image: Tensor, method: str, layer: str | None
 ) -> Finds:
-    heat = gradcam_of_box(model, image, one.boxes[mine], int(one.labels[mine]), method=method, layer=layer)
-    return Finds(one.network, one.boxes, one.labels, one.scores, mine, heat)
+    heat = gradcam_of_box(model, image, one.boxes[index], int(one.labels[index]), method=method, layer=layer)
+    return Finds(one.network, one.boxes, one.labels, one.scores, index, heat)
 
 
-def _same(one, box: Tensor, label: int) -> int | None:
+def _matching_box(one, box: Tensor, label: int) -> int | None:
     """The index of the box of that class with the highest IoU with `box`, None if that is below SAME."""
     from torchvision.ops import box_iou
 
@@ -244,7 +250,7 @@ def _same(one, box: Tensor, label: int) -> int | None:
         return None
     overlaps = box_iou(boxes.detach(), box[None])[:, 0].nan_to_num() * (labels == label)
     best = int(overlaps.argmax())
-    return best if overlaps[best] >= SAME else None
+    return best if overlaps[best] >= SAME_OBJECT_IOU else None
 
 
 def _refuse_narrow(model: nn.Module, size: Sequence[int], name: str) -> None:
@@ -253,5 +259,5 @@ def _refuse_narrow(model: nn.Module, size: Sequence[int], name: str) -> None:
     if transform is None or getattr(transform, "fixed_size", None):
         return
     short, long = sorted(size)
-    if min(transform.min_size[-1], transform.max_size * short / long) < SEEN:
+    if min(transform.min_size[-1], transform.max_size * short / long) < MIN_SHORT_SIDE:
         raise DataError(f"{name or 'an image'}: {size[1]} x {size[0]} pixels are too narrow for a detector")

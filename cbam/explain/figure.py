@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cbam.errors import InputError
-from cbam.explain import page as paper
+from cbam.explain import page as drawing
 from cbam.explain.maps import energy_inside
 from cbam.explain.page import SMALL, Page
 
@@ -58,12 +58,12 @@ def comparison_figure(rows: Sequence[Row], path: str | Path, *, refined: str = "
         InputError: no rows, or a row whose arrays do not match.
         MissingExtraError: matplotlib is not installed. OutputError: the figure cannot be written.
     """
-    path = paper.check_format(path)
+    path = drawing.check_format(path)
     if not rows:
         raise InputError("comparison_figure: no rows to draw")
     for row in rows:
         _check(row)
-    return paper.save(_draw(rows, refined), path)
+    return drawing.save(_draw(rows, refined), path)
 
 
 class _Grid(Page):
@@ -93,8 +93,8 @@ def _draw(rows: Sequence[Row], refined: str):
         for c, column in enumerate(columns):
             ax = page.cell(c, page.tops[r], page.tall[r])
             column.paint(ax, row, scale)
-            paper.bare(ax)
-        label = paper.wrap(row.label, page.tall[r])
+            drawing.remove_ticks(ax)
+        label = drawing.wrap(row.label, page.tall[r])
         page.say(_LEFT / 2, page.tops[r] + page.tall[r] / 2, label, turn=90)
     for c, column in enumerate(columns):
         page.say(_LEFT + c * (_CELL + _GAP) + _CELL / 2, _HEAD - 0.05, column.title, va="baseline")
@@ -121,7 +121,7 @@ def _columns(rows: Sequence[Row], refined: str) -> list[_Column]:
     columns = [
         _Column("input", _paint_input),
         _Column("Grad-CAM\nplain", heat("plain"), "heat"),
-        _Column(f"Grad-CAM\n{paper.cut(f'with {refined}', _CELL)}", heat("refined"), "heat"),
+        _Column(f"Grad-CAM\n{drawing.truncate(f'with {refined}', _CELL)}", heat("refined"), "heat"),
     ]
     if any(row.before is not None for row in rows):
         columns.append(_Column("before", partial(_paint_strength, key="before"), "strength"))
@@ -134,19 +134,19 @@ def _columns(rows: Sequence[Row], refined: str) -> list[_Column]:
 
 
 def _paint_input(ax, row: Row, _) -> None:
-    paper.show(ax, row.image)
+    drawing.show(ax, row.image)
     if row.box is not None:
-        paper.outline(ax, row.box)
+        drawing.outline(ax, row.box)
 
 
 def _paint_heat(ax, row: Row, heat: Tensor, probability: float) -> None:
-    paper.show_heat(ax, row.image, heat)
+    drawing.show_heat(ax, row.image, heat)
     lines = [f"p = {probability:.2f}"]
     if row.box is not None:
-        paper.outline(ax, row.box)
+        drawing.outline(ax, row.box)
         share = float(energy_inside(heat[None], torch.tensor([row.box]))[0])
         lines.append("empty map" if share != share else f"{100 * share:.0f} % in box")
-    paper.under(ax, "\n".join(lines))
+    drawing.add_caption(ax, "\n".join(lines))
 
 
 def _paint_strength(ax, row: Row, _, key: str) -> None:
@@ -154,8 +154,8 @@ def _paint_strength(ax, row: Row, _, key: str) -> None:
     if key not in maps:
         return
     top = max(float(m.max()) for m in maps.values())
-    paper.cells(ax, _size(row), maps[key], paper.STRENGTH, 0, top or 1)
-    paper.under(ax, f"mean {float(maps[key].mean()):#.3g}")
+    drawing.cells(ax, _size(row), maps[key], drawing.STRENGTH, 0, top or 1)
+    drawing.add_caption(ax, f"mean {float(maps[key].mean()):#.3g}")
 
 
 def _paint_gate(ax, row: Row, scale: tuple[float, float]) -> None:
@@ -163,9 +163,9 @@ def _paint_gate(ax, row: Row, scale: tuple[float, float]) -> None:
         return
     gate = row.spatial_gate.float()
     middle, reach = scale
-    paper.cells(ax, _size(row), gate, paper.GATE, middle - reach, middle + reach)
-    low, high = (paper.factor(float(end), reach) for end in gate.aminmax())
-    paper.under(ax, f"{low} to {high}")
+    drawing.cells(ax, _size(row), gate, drawing.GATE, middle - reach, middle + reach)
+    low, high = (drawing.factor(float(end), reach) for end in gate.aminmax())
+    drawing.add_caption(ax, f"{low} to {high}")
 
 
 def _size(row: Row) -> tuple[int, int]:
@@ -175,7 +175,7 @@ def _size(row: Row) -> tuple[int, int]:
 def _gate_scale(rows: Sequence[Row]) -> tuple[float, float]:
     """The midpoint and reach of the colour scale that all rows share."""
     gates = [(row.spatial_gate, row.middle) for row in rows if row.spatial_gate is not None]
-    return rows[0].middle, paper.gate_reach(gates)
+    return rows[0].middle, drawing.gate_reach(gates)
 
 
 def _scales(page: _Grid, columns: list[_Column], scale: tuple[float, float]) -> None:
@@ -183,9 +183,13 @@ def _scales(page: _Grid, columns: list[_Column], scale: tuple[float, float]) -> 
     middle, reach = scale
     gates = (middle - reach, middle, middle + reach)
     bars = {
-        "heat": (paper.HEAT, paper.EVIDENCE, "evidence for the true class"),
-        "strength": (paper.STRENGTH, {0: "0", 1: "largest of the row"}, "mean over channels of |activation|"),
-        "gate": (paper.GATE, {value: paper.factor(value, reach) for value in gates}, "factor"),
+        "heat": (drawing.HEAT, drawing.EVIDENCE, "evidence for the true class"),
+        "strength": (
+            drawing.STRENGTH,
+            {0: "0", 1: "largest of the row"},
+            "mean over channels of |activation|",
+        ),
+        "gate": (drawing.GATE, {value: drawing.factor(value, reach) for value in gates}, "factor"),
     }
     top = page.tops[-1] + 0.08
     for kind, group in groupby(enumerate(columns), lambda numbered: numbered[1].scale):
@@ -205,8 +209,8 @@ def _bracket(page: _Grid, columns: list[_Column], text: str) -> None:
     ax.set_xlim(0, 1)
     ax.set_ylim(0, 1)
     ax.plot([0, 1], [0, 0], color="black", linewidth=0.6, clip_on=False)
-    words = paper.cut(text, page.length(inside))
-    ax.text(0.5, 0.3, words, fontsize=paper.TEXT, ha="center", parse_math=False)
+    words = drawing.truncate(text, page.length(inside))
+    ax.text(0.5, 0.3, words, fontsize=drawing.TEXT, ha="center", parse_math=False)
 
 
 def _check(row: Row) -> None:

@@ -16,14 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from cbam.errors import ConfigError, InputError
-from cbam.explain import page as paper
+from cbam.explain import page as drawing
 from cbam.explain.page import SMALL, Page
 from cbam.explain.recording import Refinement, record
 from cbam.surgery.effects import eval_mode
 
 SATURATED = 0.02  # a gate in the first or last 2 % of its range has almost no gradient
 IDLE = 0.01  # a block that changes its map by less than 1 % does next to nothing
-MOSTLY = 0.5  # a block with a larger share of saturated gates is called saturated
+MOSTLY_SATURATED = 0.5  # a block with a larger share of saturated gates is called saturated
 FIXED = 0.95  # gates with a larger fixed share of variance are called the same for every image
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 _SAMPLE = 4096  # values kept of each image's spatial gate, evenly spaced
@@ -51,7 +51,7 @@ class GateStatistics:
     by_class: float | None = None
 
     @property
-    def by_picture(self) -> float:
+    def by_image(self) -> float:
         """Share of the variance that is neither fixed nor explained by the class."""
         return max(0.0, 1 - self.fixed - (self.by_class or 0.0))
 
@@ -73,18 +73,18 @@ class BlockStatistics:
     where: GateStatistics | None
 
     @property
-    def word(self) -> str:
+    def verdict(self) -> str:
         """A short verdict: idle, saturated, fixed, or what its channel gates follow."""
         if self.change < IDLE:
             return "next to nothing"
         main = self.what or self.where
         if main is None:
             return "no gate"
-        if main.saturated is not None and main.saturated > MOSTLY:
+        if main.saturated is not None and main.saturated > MOSTLY_SATURATED:
             return "saturated"
         if main.fixed > FIXED:
             return "the same channels for every image" if self.what else "the same for every image"
-        return "follows the class" if (main.by_class or 0) > main.by_picture else "follows the image"
+        return "follows the class" if (main.by_class or 0) > main.by_image else "follows the image"
 
 
 def gate_statistics(
@@ -101,7 +101,7 @@ def gate_statistics(
         ConfigError: the model has no attention, or is compiled.
         InputError: fewer than two images, images of different sizes, or not one class per image.
     """
-    found: dict[str, list[_Seen]] = {}
+    found: dict[str, list[_BatchGates]] = {}
     classes: list[Tensor | None] = []
     size: torch.Size | None = None
     with torch.no_grad(), eval_mode(model), record(model) as recording:
@@ -111,7 +111,7 @@ def gate_statistics(
             recording.clear()
             model(images)
             for name, block in recording.items():
-                found.setdefault(name, []).append(_Seen.of(block))
+                found.setdefault(name, []).append(_BatchGates.of(block))
             classes.append(None if targets is None else targets.cpu())
             if (targets is None) != (classes[0] is None):
                 raise InputError("gate_statistics: classes must be given for all batches or for none")
@@ -121,7 +121,7 @@ def gate_statistics(
         raise InputError("gate_statistics: at least two images are needed to see what gates follow")
     given = [own for own in classes if own is not None]
     labels = torch.cat(given) if given else None
-    return [_block(name, seen, labels) for name, seen in found.items()]
+    return [_block_statistics(name, seen, labels) for name, seen in found.items()]
 
 
 def _check(images: Tensor, targets: Tensor | None, size: torch.Size) -> None:
@@ -136,7 +136,7 @@ def _check(images: Tensor, targets: Tensor | None, size: torch.Size) -> None:
 
 
 @dataclass(frozen=True, eq=False)
-class _Seen:
+class _BatchGates:
     """The gates of one block on one batch."""
 
     change: Tensor  # (N,)
@@ -147,7 +147,7 @@ class _Seen:
     bounded: bool
 
     @classmethod
-    def of(cls, block: Refinement) -> "_Seen":
+    def of(cls, block: Refinement) -> "_BatchGates":
         before, after = block.before.flatten(1).double(), block.after.flatten(1).double()
         norm = before.norm(dim=1).clamp(min=torch.finfo(torch.float32).tiny)
         channel, spatial = block.channel_gate, block.spatial_gate
@@ -157,19 +157,19 @@ class _Seen:
         return cls(
             change=((after - before).norm(dim=1) / norm).cpu(),
             what=None if channel is None else channel.flatten(1).double().cpu(),
-            where=None if spatial is None else _spaced(spatial.flatten(1).double().cpu()),
+            where=None if spatial is None else _subsample(spatial.flatten(1).double().cpu()),
             channels=block.before.shape[1],
             middle=1.0 if own is None else own.middle,
             bounded=own is not None,
         )
 
 
-def _spaced(values: Tensor) -> Tensor:
+def _subsample(values: Tensor) -> Tensor:
     P = values.shape[1]
     return values[:, torch.linspace(0, P - 1, min(P, _SAMPLE)).long()]
 
 
-def _block(name: str, seen: Sequence[_Seen], labels: Tensor | None) -> BlockStatistics:
+def _block_statistics(name: str, seen: Sequence[_BatchGates], labels: Tensor | None) -> BlockStatistics:
     first = seen[0]
     what, where = (
         None if getattr(first, key) is None else torch.cat([getattr(one, key) for one in seen])
@@ -181,12 +181,12 @@ def _block(name: str, seen: Sequence[_Seen], labels: Tensor | None) -> BlockStat
         channels=first.channels,
         change=float(torch.cat([one.change for one in seen]).mean()),
         middle=first.middle,
-        what=None if what is None else _gate(what, limit, labels),
-        where=None if where is None else _gate(where, limit, None),
+        what=None if what is None else _statistics(what, limit, labels),
+        where=None if where is None else _statistics(where, limit, None),
     )
 
 
-def _gate(values: Tensor, limit: float | None, labels: Tensor | None) -> GateStatistics:
+def _statistics(values: Tensor, limit: float | None, labels: Tensor | None) -> GateStatistics:
     """The statistics of (N, C) values; `limit` is the end of the gate's range, if it has one."""
     flat = values.flatten().sort().values  # torch.quantile takes at most 16 million values
     at = [round(q * (len(flat) - 1)) for q in QUANTILES]
@@ -243,7 +243,7 @@ def gate_table(blocks: Sequence[BlockStatistics]) -> str:
     for block in blocks:
         cells = [block.name, str(block.channels), f"{100 * block.change:.1f}"]
         cells += [*_cells(block.what, block.middle, True), *_cells(block.where, block.middle, False)]
-        cells.append(block.word)
+        cells.append(block.verdict)
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -252,18 +252,18 @@ def _cells(gate: GateStatistics | None, middle: float, classes: bool) -> list[st
     if gate is None:
         return ["-"] * (5 if classes else 3)
     ends = gate.quantiles[0], gate.quantiles[-1]
-    low, high = (paper.factor(end, max(abs(one - middle) for one in ends)) for end in ends)
+    low, high = (drawing.factor(end, max(abs(one - middle) for one in ends)) for end in ends)
     saturated = "-" if gate.saturated is None else f"{100 * gate.saturated:.1f}"
     cells = [f"{low} to {high}", saturated, f"{100 * gate.fixed:.0f}"]
     if classes:
         by_class = "-" if gate.by_class is None else f"{100 * gate.by_class:.0f}"
-        cells += [by_class, f"{100 * gate.by_picture:.0f}"]
+        cells += [by_class, f"{100 * gate.by_image:.0f}"]
     return cells
 
 
 # Inches.
 _LEFT, _WIDE, _SPACE, _ROW, _HEAD, _FOOT = 0.95, 1.05, 0.16, 0.2, 0.52, 0.62
-_FIXED, _CLASS, _PICTURE = "0.75", "#0072b2", "#e69f00"  # Okabe and Ito's colour-blind safe colours
+_FIXED, _CLASS, _IMAGE = "0.75", "#0072b2", "#e69f00"  # Okabe and Ito's colour-blind safe colours
 
 
 def gate_figure(blocks: Sequence[BlockStatistics], path: str | Path) -> Path:
@@ -272,10 +272,10 @@ def gate_figure(blocks: Sequence[BlockStatistics], path: str | Path) -> Path:
     Columns: how much the block changes its map; the range of its channel gates (5 to 95 %, the middle half,
     the median) and what their variance follows; the same for its spatial gates.
     """
-    path = paper.check_format(path)
+    path = drawing.check_format(path)
     if not blocks:
         raise InputError("gate_figure: no blocks to draw")
-    return paper.save(draw(blocks), path)
+    return drawing.save(draw(blocks), path)
 
 
 def draw(blocks: Sequence[BlockStatistics]):
@@ -299,7 +299,9 @@ def draw(blocks: Sequence[BlockStatistics]):
         ax.spines["bottom"].set_linewidth(0.4)
         panels.append(ax)
     for r, block in enumerate(blocks):
-        page.say(_LEFT - 0.08, _HEAD + (r + 0.5) * _ROW, paper.cut(block.name, _LEFT - 0.1), ha="right")
+        page.say(
+            _LEFT - 0.08, _HEAD + (r + 0.5) * _ROW, drawing.truncate(block.name, _LEFT - 0.1), ha="right"
+        )
         panels[0].barh(r, 100 * block.change, height=0.6, color="0.45")
         for gate, span, share in ((block.what, panels[1], panels[2]), (block.where, panels[3], panels[4])):
             if gate is not None:
@@ -310,7 +312,8 @@ def draw(blocks: Sequence[BlockStatistics]):
     for ax in panels[1], panels[3]:
         left, right = ax.get_xlim()
         ax.set_xlim(
-            min(left, *(m - paper.LEAST for m in middles)), max(right, *(m + paper.LEAST for m in middles))
+            min(left, *(m - drawing.MIN_REACH for m in middles)),
+            max(right, *(m + drawing.MIN_REACH for m in middles)),
         )
         ax.locator_params(axis="x", nbins=3)
     for ax in panels[2], panels[4]:
@@ -331,7 +334,7 @@ def _span(ax, r: int, gate: GateStatistics, middle: float) -> None:
 
 def _shares(ax, r: int, gate: GateStatistics) -> None:
     left = 0.0
-    for share, colour in ((gate.fixed, _FIXED), (gate.by_class or 0.0, _CLASS), (gate.by_picture, _PICTURE)):
+    for share, colour in ((gate.fixed, _FIXED), (gate.by_class or 0.0, _CLASS), (gate.by_image, _IMAGE)):
         ax.barh(r, 100 * share, left=left, height=0.6, color=colour)
         left += 100 * share
 
@@ -339,7 +342,7 @@ def _shares(ax, r: int, gate: GateStatistics) -> None:
 def _legend(page: Page, top: float, middles: list[float]) -> None:
     left = _LEFT
     for colour, words in (
-        (_FIXED, "channel or place: the same in every image"), (_CLASS, "class"), (_PICTURE, "image"),
+        (_FIXED, "channel or place: the same in every image"), (_CLASS, "class"), (_IMAGE, "image"),
     ):  # fmt: skip
         ax = page.axes(left, top - 0.05, 0.1, 0.1)
         ax.set_facecolor(colour)
@@ -348,7 +351,7 @@ def _legend(page: Page, top: float, middles: list[float]) -> None:
         for spine in ax.spines.values():
             spine.set_visible(False)
         page.say(left + 0.15, top, words, ha="left")
-        left += 0.35 + len(words) * paper.CHARACTER
-    dashed = paper.in_words(middles).replace("\n", " ")
+        left += 0.35 + len(words) * drawing.CHARACTER_WIDTH
+    dashed = drawing.describe_midpoint(middles).replace("\n", " ")
     words = f"bars: 5 to 95 %, the middle half, the median; dashed: {dashed}"
     page.say(_LEFT, top + 0.17, words, ha="left", size=SMALL)

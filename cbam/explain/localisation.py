@@ -92,11 +92,11 @@ def deletion_insertion(
     rank = torch.empty_like(order)
     rank[order] = torch.arange(len(order))
     cuts = torch.linspace(0, len(order), steps + 1)[:, None]
-    taken = (rank[None] < cuts).view(steps + 1, 1, *heat.shape)
+    selected = (rank[None] < cuts).view(steps + 1, 1, *heat.shape)
     mean = image.mean((1, 2), keepdim=True).expand_as(image)
-    gone, blurred = torch.where(taken, mean, image), torch.where(taken, image, _blurred(image))
+    deleted, blurred = torch.where(selected, mean, image), torch.where(selected, image, _blurred(image))
     with torch.no_grad(), eval_mode(model):
-        scores = logits_of(model(torch.cat([gone, blurred]))).float().softmax(1)[:, target]
+        scores = logits_of(model(torch.cat([deleted, blurred]))).float().softmax(1)[:, target]
     curves = scores.view(2, -1).double()
     deletion, insertion = torch.trapezoid(curves, dx=1 / steps, dim=1).tolist()
     return deletion, insertion

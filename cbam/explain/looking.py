@@ -17,7 +17,7 @@ from cbam.errors import ConfigError, InputError
 from cbam.explain import pair
 from cbam.explain.maps import gradcam
 from cbam.explain.recording import Refinement, record
-from cbam.explain.watching import check_images, dtypes_told, logits_of
+from cbam.explain.watching import check_images, explain_dtype_errors, logits_of
 from cbam.surgery.effects import eval_mode
 
 CBAM_NAME = "CBAM"
@@ -181,7 +181,7 @@ def look_at_view(
         with (
             torch.no_grad(),
             eval_mode(model),
-            dtypes_told(images, model),
+            explain_dtype_errors(images, model),
             record(model) as recording,
         ):
             scores[label] = logits_of(model(images))[0].float().softmax(0)

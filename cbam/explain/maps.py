@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cbam.errors import ConfigError, InputError, MissingExtraError, NonFiniteError
-from cbam.explain.layers import Place, last_map, place_of
-from cbam.explain.watching import check_images, dtypes_told, is_detection, logits_of, refuse_unwatchable
+from cbam.explain.layers import LayerSpec, default_layer, find_layer
+from cbam.explain.watching import check_hookable, check_images, explain_dtype_errors, is_detection, logits_of
 from cbam.surgery.effects import eval_mode
 
 METHODS = {  # name -> display name
@@ -64,23 +64,23 @@ def gradcam(
         ConfigError: an unknown method or layer; a compiled or scripted model.
         MissingExtraError: torchcam is not installed.
     """
-    refuse_unwatchable(model)
+    check_hookable(model)
     check_images(images, model)
-    with torch.inference_mode(False), dtypes_told(images, model):
+    with torch.inference_mode(False), explain_dtype_errors(images, model):
         one = images[:1].detach().clone()
-        place = last_map(model, one) if layer is None else place_of(model, one, layer)
-    return gradcam_at(model, images, target, place, method)
+        spec = default_layer(model, one) if layer is None else find_layer(model, one, layer)
+    return gradcam_at(model, images, target, spec, method)
 
 
-def gradcam_at(model: nn.Module, images: Tensor, target, place: Place, method: str) -> Tensor:
+def gradcam_at(model: nn.Module, images: Tensor, target, spec: LayerSpec, method: str) -> Tensor:
     """`gradcam` for a layer that is already resolved."""
     check_images(images, model)
     extractor_type = _extractor_type(method)
     with torch.inference_mode(False), torch.enable_grad(), eval_mode(model):
         images = images.detach().clone()
-        with _framed(model) as frame:
-            maps = _raw_maps(model, images, target, place, extractor_type)
-    return _over(images.shape[-2:], maps, frame)
+        with _image_area(model) as frame:
+            maps = _raw_maps(model, images, target, spec, extractor_type)
+    return _resize_to_images(images.shape[-2:], maps, frame)
 
 
 def energy_inside(maps: Tensor, boxes: Tensor) -> Tensor:
@@ -117,16 +117,16 @@ def _cover(start: Tensor, end: Tensor, size: int) -> Tensor:
     return (torch.minimum(end[:, None], cell + 1) - torch.maximum(start[:, None], cell)).clamp(min=0)
 
 
-def _raw_maps(model, images: Tensor, target, place: Place, extractor_type) -> Tensor:
+def _raw_maps(model, images: Tensor, target, spec: LayerSpec, extractor_type) -> Tensor:
     """Unscaled maps (N, h, w) of the layer at `place`."""
-    name = place.name
+    name = spec.name
     layer = model.get_submodule(name)
     with ExitStack() as undo:
-        undo.callback(layer.register_forward_hook(_start_graph(place), prepend=True).remove)
+        undo.callback(layer.register_forward_hook(_start_graph(spec), prepend=True).remove)
         extractor = undo.enter_context(extractor_type(model, name))
-        undo.callback(layer.register_forward_hook(_hand_on(place)).remove)
+        undo.callback(layer.register_forward_hook(_pass_copy(spec)).remove)
         output = model(images)
-        if is_detection(output) and not _takes_detectors(extractor):
+        if is_detection(output) and not _supports_detectors(extractor):
             raise ConfigError(
                 "scorecam needs the scores of a classifier; choose another method for a detector"
             )
@@ -153,13 +153,13 @@ def _raw_maps(model, images: Tensor, target, place: Place, extractor_type) -> Te
     return maps.detach()
 
 
-def _takes_detectors(extractor) -> bool:
+def _supports_detectors(extractor) -> bool:
     from torchcam.methods import ScoreCAM
 
     return not isinstance(extractor, ScoreCAM)
 
 
-def _start_graph(place: Place):
+def _start_graph(spec: LayerSpec):
     """A forward hook that starts the autograd graph at the layer's output, (N, C, h, w): no layer before it
     needs a gradient."""
 
@@ -168,15 +168,15 @@ def _start_graph(place: Place):
             got = (
                 f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else f"a {type(output).__name__}"
             )
-            raise InputError(f"layer {place.name!r} must return a feature map (N, C, h, w), got {got}")
+            raise InputError(f"layer {spec.name!r} must return a feature map (N, C, h, w), got {got}")
         with torch.inference_mode(False):
             output = output.detach().clone()
-            return (output.permute(0, 3, 1, 2) if place.channels_last else output).requires_grad_()
+            return (output.permute(0, 3, 1, 2) if spec.channels_last else output).requires_grad_()
 
     return start
 
 
-def _hand_on(place: Place):
+def _pass_copy(spec: LayerSpec):
     """A forward hook that passes on a copy, since later layers may modify it in place.
 
     The copy is part of the graph even if the model runs this layer under `no_grad`.
@@ -184,13 +184,13 @@ def _hand_on(place: Place):
 
     def copy(_, args, output: Tensor) -> Tensor:
         with torch.inference_mode(False), torch.enable_grad():
-            return (output.permute(0, 2, 3, 1) if place.channels_last else output).clone()
+            return (output.permute(0, 2, 3, 1) if spec.channels_last else output).clone()
 
     return copy
 
 
 @contextmanager
-def _framed(model: nn.Module) -> Iterator[list[float]]:
+def _image_area(model: nn.Module) -> Iterator[list[float]]:
     """The shares of the network input's height and width that the images cover.
 
     torchvision's detectors pad images at the bottom and right, to a multiple of 32 pixels.
@@ -208,17 +208,17 @@ def _framed(model: nn.Module) -> Iterator[list[float]]:
         yield share
 
 
-def _over(size: Sequence[int], maps: Tensor, frame: Sequence[float]) -> Tensor:
+def _resize_to_images(size: Sequence[int], maps: Tensor, frame: Sequence[float]) -> Tensor:
     """Resize maps (N, h, w) to the images, (N, H, W) in [0, 1], without the cells that cover padding."""
     cells = [side * share for side, share in zip(maps.shape[1:], frame, strict=True)]
     rows, columns = (math.ceil(n - 1e-6) for n in cells)
-    maps = _unit(maps[:, :rows, :columns])
+    maps = _rescale(maps[:, :rows, :columns])
     reach = [round(S * k / n) for S, k, n in zip(size, maps.shape[1:], cells, strict=True)]
     over = F.interpolate(maps[:, None], reach, mode="bilinear")[:, 0, : size[0], : size[1]]
     return over.clamp(0, 1)
 
 
-def _unit(maps: Tensor) -> Tensor:
+def _rescale(maps: Tensor) -> Tensor:
     """Scale each map to [0, 1], (N, h, w) -> float (N, h, w); zeros if it is constant up to rounding."""
     rounding = 8 * torch.finfo(maps.dtype).eps
     maps = maps if maps.dtype == torch.float64 else maps.float()

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cbam.errors import InputError
-from cbam.explain import page as paper
+from cbam.explain import page as drawing
 from cbam.explain.detecting import Detection, Finds
 from cbam.explain.maps import METHODS
 from cbam.explain.page import SMALL, Page
@@ -17,7 +17,7 @@ from cbam.explain.page import SMALL, Page
 # Inches. Two cells are as wide as one column of a page, four as the whole page.
 _WIDE, _LEFT, _GAP, _HEAD, _CAPTION, _FOOT = 1.66, 0.22, 0.05, 0.36, 0.30, 0.40
 _FLAT, _TALL = 0.4, 1.5  # range of a cell's height / width; other images are drawn smaller to fit
-_DRAWN = 900  # pixels of the longer side of an image in the figure
+_MAX_SIDE = 900  # pixels of the longer side of an image in the figure
 
 _TAG, _LETTER, _LINE = 5.5, 0.043, 0.095  # labels: font size in points, letter width and line in inches
 # Okabe and Ito's colour-blind safe colours. Black and white are reserved for the chosen box.
@@ -40,13 +40,13 @@ def detection_figure(detections: Sequence[Detection], path: str | Path) -> Path:
         InputError: nothing to draw, or different detectors.
         MissingExtraError: matplotlib is not installed. OutputError: the figure cannot be written.
     """
-    path = paper.check_format(path)
+    path = drawing.check_format(path)
     if not detections:
         raise InputError("detection_figure: no image to draw")
     names = [one.network for one in detections[0].finds]
     if any([one.network for one in detection.finds] != names for detection in detections):
         raise InputError("detection_figure: the images were processed by different detectors")
-    return paper.save(_Rows([_reduced(one) for one in detections], names).figure, path)
+    return drawing.save(_Rows([_downscaled(one) for one in detections], names).figure, path)
 
 
 class _Rows(Page):
@@ -58,17 +58,17 @@ class _Rows(Page):
         method = METHODS[detections[0].method]
         titles = [f"{n} finds" for n in names] + [f"{method} of a box\n{n}" for n in names]
         for c, title in enumerate(titles):
-            words = "\n".join(paper.cut(line, _WIDE) for line in title.split("\n"))
+            words = "\n".join(drawing.truncate(line, _WIDE) for line in title.split("\n"))
             self.say(self._left(c) + _WIDE / 2, _HEAD - 0.05, words, va="bottom")
         for detection, top, high in zip(detections, tops, tall, strict=False):
-            label = paper.cut_middle(detection.name, high)
+            label = drawing.truncate_middle(detection.name, high)
             self.say(_LEFT / 2, top + high / 2, label, size=SMALL, turn=90)
             for c, finds in enumerate(detection.finds):
                 self._boxes(self.axes(self._left(c), top, _WIDE, high), detection, finds, high)
                 ax = self.axes(self._left(len(names) + c), top, _WIDE, high)
                 self._evidence(ax, detection, finds)
         ax = self.axes(self._left(len(names)), tops[-1] + 0.04, len(names) * (_WIDE + _GAP) - _GAP, 0.06)
-        self.bar(ax, paper.HEAT, paper.EVIDENCE, "evidence for the box")
+        self.bar(ax, drawing.HEAT, drawing.EVIDENCE, "evidence for the box")
         note = ("number, class, score;", "the thick box is the chosen one")
         for line, words in enumerate(note if len(names) == 1 else (" ".join(note),)):  # two lines if narrow
             self.say(self._left(0), tops[-1] + 0.1 + 0.14 * line, words, size=SMALL, ha="left")
@@ -78,41 +78,41 @@ class _Rows(Page):
         return _LEFT + column * (_WIDE + _GAP)
 
     def _boxes(self, ax, detection: Detection, finds: Finds, high: float) -> None:
-        paper.show(ax, detection.image)
+        drawing.show(ax, detection.image)
         H, W = detection.image.shape[1:]
         pixels = max(W / _WIDE, H / high)  # image pixels per inch
         order = sorted(range(len(finds.boxes)), key=lambda i: i != finds.chosen)  # the chosen one first
         for i in reversed(order):
-            paper.outline(ax, _box(finds, i), _colour(finds, i), 2.2 if i == finds.chosen else 0.9)
+            drawing.outline(ax, _box(finds, i), _colour(finds, i), 2.2 if i == finds.chosen else 0.9)
         taken: list[tuple[float, float, float, float]] = []
         for i in order:
-            for text in (_told(detection, finds, i), str(i + 1)):
-                place = _free(_box(finds, i), text, pixels, (H, W), taken)
+            for text in (_label(detection, finds, i), str(i + 1)):
+                place = _free_position(_box(finds, i), text, pixels, (H, W), taken)
                 if place is not None:
                     taken.append(place)
                     _tag(ax, place, text, _colour(finds, i))
                     break
-        paper.bare(ax)
-        paper.under(ax, paper.cut(_counted(detection, finds), _WIDE))
+        drawing.remove_ticks(ax)
+        drawing.add_caption(ax, drawing.truncate(_summary(detection, finds), _WIDE))
 
     def _evidence(self, ax, detection: Detection, finds: Finds) -> None:
         if finds.heat is None or finds.chosen is None:
-            paper.show(ax, detection.image.float().mean(0, keepdim=True) / 255)
+            drawing.show(ax, detection.image.float().mean(0, keepdim=True) / 255)
             words = "does not find it" if any(one.heat is not None for one in detection.finds) else "no box"
         else:
-            paper.show_heat(ax, detection.image, finds.heat)
-            paper.outline(ax, _box(finds, finds.chosen))
-            words = _told(detection, finds, finds.chosen)
-        paper.bare(ax)
-        paper.under(ax, paper.cut(words, _WIDE))
+            drawing.show_heat(ax, detection.image, finds.heat)
+            drawing.outline(ax, _box(finds, finds.chosen))
+            words = _label(detection, finds, finds.chosen)
+        drawing.remove_ticks(ax)
+        drawing.add_caption(ax, drawing.truncate(words, _WIDE))
 
 
-def _free(
+def _free_position(
     box: Sequence[float], text: str, pixels: float, size: tuple[int, int], taken: Sequence[Sequence[float]]
 ) -> tuple[float, float, float, float] | None:
     """The first free position in the image for the label of a box, x0, y0, x1, y1 in pixels."""
     wide, high = (_LETTER * len(text) + 0.03) * pixels, _LINE * pixels
-    for x, y in _corners(box, wide, high):
+    for x, y in _positions(box, wide, high):
         place = (x, y, x + wide, y + high)
         inside = x >= 0 and y >= 0 and x + wide <= size[1] and y + high <= size[0]
         if inside and not any(_overlap(place, other) for other in taken):
@@ -120,7 +120,7 @@ def _free(
     return None
 
 
-def _corners(box: Sequence[float], wide: float, high: float) -> Iterator[tuple[float, float]]:
+def _positions(box: Sequence[float], wide: float, high: float) -> Iterator[tuple[float, float]]:
     """Candidate top left corners of a label: above the box, below it, and in its corners."""
     x0, y0, x1, y1 = box
     for x in (x0, x1 - wide):
@@ -142,11 +142,11 @@ def _tag(ax, place: Sequence[float], text: str, colour: str) -> None:
     ax.text((x0 + x1) / 2, (y0 + y1) / 2, text, fontsize=_TAG, color=letters, **style)
 
 
-def _told(detection: Detection, finds: Finds, i: int) -> str:
+def _label(detection: Detection, finds: Finds, i: int) -> str:
     return f"{i + 1} {detection.class_of(finds.labels[i])} {float(finds.scores[i]):.2f}"
 
 
-def _counted(detection: Detection, finds: Finds) -> str:
+def _summary(detection: Detection, finds: Finds) -> str:
     counts = Counter(detection.class_of(label) for label in finds.labels)
     return ", ".join(name + f" × {n}" * (n > 1) for name, n in counts.most_common()) or "nothing"
 
@@ -165,10 +165,10 @@ def _proportion(detection: Detection) -> float:
     return min(max(H / W, _FLAT), _TALL)
 
 
-def _reduced(detection: Detection) -> Detection:
+def _downscaled(detection: Detection) -> Detection:
     """The detection scaled down to the resolution of the figure."""
     H, W = detection.image.shape[1:]
-    scale = min(1.0, _DRAWN / max(H, W))
+    scale = min(1.0, _MAX_SIDE / max(H, W))
     if scale == 1:
         return detection
     size = [max(1, round(side * scale)) for side in (H, W)]

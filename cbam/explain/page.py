@@ -22,9 +22,9 @@ HEAT, STRENGTH, GATE = "inferno", "viridis", "PuOr_r"  # colour-blind safe, and 
 # Maps are scaled to their own minimum and maximum.
 EVIDENCE: dict[float, str] = {0: "least", 1: "most of the map"}
 OPACITY = 0.6  # of a map over its image
-LEAST = 0.01  # minimum reach of a gate's colour scale, so that rounding is not amplified to a pattern
-FINE = 0.03  # gates within this distance of their midpoint need three decimals
-CHARACTER = 0.055  # average character width at TEXT points, in inches
+MIN_REACH = 0.01  # minimum reach of a gate's colour scale, so that rounding is not amplified to a pattern
+FINE_REACH = 0.03  # gates within this distance of their midpoint need three decimals
+CHARACTER_WIDTH = 0.055  # average character width at TEXT points, in inches
 
 
 class Page:
@@ -98,25 +98,25 @@ def save(figure, path: Path) -> Path:
     Raises:
         OutputError: the file cannot be written.
     """
-    content = rendered(figure, path.suffix.lower()[1:])
+    content = to_bytes(figure, path.suffix.lower()[1:])
     try:
         _replace(path, content)
     except OSError as error:  # it names the temporary file, not `path`
-        told = f"cannot write to {path}: {error.strerror or error}; give another path"
-        raise OutputError(told) from error
+        message = f"cannot write to {path}: {error.strerror or error}; give another path"
+        raise OutputError(message) from error
     return path
 
 
-def rendered(figure, kind: str) -> bytes:
+def to_bytes(figure, kind: str) -> bytes:
     """The bytes of a figure as "png", "svg" or "pdf"."""
     import matplotlib
 
     buffer = io.BytesIO()
-    dated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind)
+    no_date = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind)
     with matplotlib.rc_context({"svg.hashsalt": "cbam"}), warnings.catch_warnings():
         # Characters of a name that the font lacks are drawn as boxes.
         warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
-        figure.savefig(buffer, format=kind, dpi=200, metadata=dated)
+        figure.savefig(buffer, format=kind, dpi=200, metadata=no_date)
     return buffer.getvalue()
 
 
@@ -165,7 +165,7 @@ def outline(
         ax.add_patch(Rectangle(corner, x1 - x0, y1 - y0, fill=False, edgecolor=edge, linewidth=thick))
 
 
-def bare(ax) -> None:
+def remove_ticks(ax) -> None:
     """Remove the ticks, and the frame if nothing is drawn."""
     ax.set_xticks([])
     ax.set_yticks([])
@@ -174,20 +174,20 @@ def bare(ax) -> None:
         spine.set_visible(bool(ax.images))
 
 
-def under(ax, text: str, size: float = TEXT) -> None:
+def add_caption(ax, text: str, size: float = TEXT) -> None:
     """Write text under a cell."""
     ax.set_xlabel(text, fontsize=size, labelpad=2.5, linespacing=1.1, parse_math=False)
 
 
-def cut(text: str, inches: float) -> str:
+def truncate(text: str, inches: float) -> str:
     """Truncate `text` to this length."""
-    fits = max(4, int(inches / CHARACTER))
+    fits = max(4, int(inches / CHARACTER_WIDTH))
     return text if len(text) <= fits else f"{text[: fits - 1]}\N{HORIZONTAL ELLIPSIS}"
 
 
-def cut_middle(text: str, inches: float) -> str:
+def truncate_middle(text: str, inches: float) -> str:
     """Truncate `text` in the middle to this length, since file names often differ only at the end."""
-    fits = max(4, int(inches / CHARACTER))
+    fits = max(4, int(inches / CHARACTER_WIDTH))
     if len(text) <= fits:
         return text
     end = (fits - 1) // 2
@@ -196,9 +196,9 @@ def cut_middle(text: str, inches: float) -> str:
 
 def wrap(label: str, inches: float) -> str:
     """Wrap `label` to at most two lines of this length."""
-    fits = max(4, int(inches / CHARACTER))
+    fits = max(4, int(inches / CHARACTER_WIDTH))
     lines = textwrap.wrap(label, fits, max_lines=2, placeholder="\N{HORIZONTAL ELLIPSIS}")
-    return "\n".join(cut(line, inches) for line in lines)
+    return "\n".join(truncate(line, inches) for line in lines)
 
 
 def pixels(image: Tensor):
@@ -210,21 +210,21 @@ def pixels(image: Tensor):
 def gate_reach(gates: Iterable[tuple[Tensor, float]]) -> float:
     """The largest distance of any gate from its midpoint; takes pairs (gate, midpoint)."""
     reach = max((float((gate - middle).abs().max()) for gate, middle in gates), default=0.0)
-    return max(reach, LEAST)
+    return max(reach, MIN_REACH)
 
 
 def factor(value: float, reach: float) -> str:
     """Format a gate value; `reach` is the largest distance of the gates from their midpoint."""
-    return f"{value:.{2 if reach > FINE else 3}f}"
+    return f"{value:.{2 if reach > FINE_REACH else 3}f}"
 
 
-def in_words(middles: Iterable[float]) -> str:
+def describe_midpoint(middles: Iterable[float]) -> str:
     """What the midpoint of the gates' range means; in the paper's form it halves the map."""
     neutral = all(middle == 1 for middle in middles)
     return "changes nothing" if neutral else "middle of the range;\n1 changes nothing"
 
 
-def of_channels(largest: Iterable[float], smallest: Iterable[float]) -> tuple[str, str]:
+def describe_channels(largest: Iterable[float], smallest: Iterable[float]) -> tuple[str, str]:
     """Descriptions of the channels with the largest gates and of those with the smallest."""
     upwards = _by_effect(largest, "raised most", "kept most", "with the largest gates")
     return upwards, _by_effect(smallest, "raised least", "lowered most", "with the smallest gates")

@@ -35,12 +35,12 @@ def plain_network() -> nn.Module:
         raise MissingExtraError.of("the default network", "explain") from error
     model = timm.create_model(NAME)
     own = model.state_dict()
-    given = torch.load(base_file(), map_location="cpu", weights_only=True)
-    shapes = [tuple(value.shape) for value in given.values()]
+    weights = torch.load(base_file(), map_location="cpu", weights_only=True)
+    shapes = [tuple(value.shape) for value in weights.values()]
     if shapes != [tuple(value.shape) for value in own.values()]:
         raise CheckpointError(f"{base_file().name}: does not hold the {len(own)} tensors of {NAME}")
     model.load_state_dict(
-        dict(zip(own, given.values(), strict=True))
+        dict(zip(own, weights.values(), strict=True))
     )  # the same tensors in the same order, under other names
     return model.eval()
 
@@ -53,10 +53,10 @@ def refined_network(gates: Path = GATES) -> nn.Module:
     """
     model = attach(plain_network())
     own = gates_of(model)
-    given = _read(gates)
-    if {key: value.shape for key, value in own.items()} != {k: v.shape for k, v in given.items()}:
+    weights = _read(gates)
+    if {key: value.shape for key, value in own.items()} != {k: v.shape for k, v in weights.items()}:
         raise CheckpointError(f"{gates.name}: does not hold the {len(own)} tensors of the gates of {NAME}")
-    model.load_state_dict(given, strict=False)
+    model.load_state_dict(weights, strict=False)
     return model.eval()
 
 
@@ -103,9 +103,9 @@ def view(picture: Tensor, size: int = SIZE, resized: int = RESIZED, mode: str = 
     check_sides(size, resized)
     if picture.dim() != 3 or picture.shape[0] != 3 or picture.dtype != torch.uint8 or 0 in picture.shape:
         raise InputError(f"an image must be uint8 (3, H, W), got {picture.dtype} {tuple(picture.shape)}")
-    square = _middle(picture, min(picture.shape[1:]))
+    square = _centre_crop(picture, min(picture.shape[1:]))
     square = F.interpolate(square[None], (resized, resized), mode=mode, antialias=True, align_corners=False)
-    return _middle(square[0], size)
+    return _centre_crop(square[0], size)
 
 
 def check_sides(size: int, resized: int) -> None:
@@ -114,7 +114,7 @@ def check_sides(size: int, resized: int) -> None:
         raise InputError(f"cannot crop {size} pixels from an image resized to {resized}")
 
 
-def _middle(picture: Tensor, side: int) -> Tensor:
+def _centre_crop(picture: Tensor, side: int) -> Tensor:
     top, left = ((length - side) // 2 for length in picture.shape[1:])
     return picture[:, top : top + side, left : left + side]
 

@@ -12,7 +12,7 @@ from types import MethodType
 
 from torch import Tensor, nn
 
-from cbam.explain.watching import refuse_unwatchable
+from cbam.explain.watching import check_hookable
 from cbam.nn import CBAM, ECA, GAM, ChannelAttention, GlobalContext, SelectiveKernel, SpatialAttention, gam
 from cbam.nn.gate import Gate
 from cbam.ops import rescale
@@ -93,7 +93,7 @@ def record(model: nn.Module) -> Iterator[dict[str, Refinement]]:
     Raises:
         ConfigError: the model is compiled or scripted.
     """
-    refuse_unwatchable(model)
+    check_hookable(model)
     recording: dict[str, Refinement] = {}
     with ExitStack() as undo:
         for name, attention in _blocks(model).items():
@@ -110,9 +110,10 @@ def _blocks(model: nn.Module) -> dict[str, nn.Module]:
         if not inside and (isinstance(module, _OURS) or any(module is unit for unit in units)):
             found[name] = module
     parents = [name.rpartition(".")[0] for name in found]
-    alone = {parent for parent in parents if parent and parents.count(parent) == 1}
+    only_children = {parent for parent in parents if parent and parents.count(parent) == 1}
     return {
-        parent if parent in alone else name: found[name] for parent, name in zip(parents, found, strict=True)
+        parent if parent in only_children else name: found[name]
+        for parent, name in zip(parents, found, strict=True)
     }
 
 
@@ -137,7 +138,7 @@ def _watch(name: str, attention: nn.Module, recording: dict[str, Refinement], un
             after[own] = _copy(out)
 
     for gate in _gates(attention):
-        _keep_gate(gate, seen, undo)
+        _record_gate(gate, seen, undo)
         undo.callback(gate.register_forward_hook(keep_map).remove)
 
     def keep(module: nn.Module, args: tuple[Tensor, ...], named: dict[str, Tensor], out: Tensor) -> None:
@@ -163,7 +164,7 @@ def _dim(attention: nn.Module) -> int:
     return next((part.dim for part in attention.modules() if isinstance(part, sized)), 2)
 
 
-def _keep_gate(module: Gate, seen: dict[Gate, Tensor], undo: ExitStack) -> None:
+def _record_gate(module: Gate, seen: dict[Gate, Tensor], undo: ExitStack) -> None:
     """Copy what `module.gate` returns into `seen`; an instance attribute shadows the method until `undo`.
 
     If the model is copied in the meantime, the gates of the copy are not recorded.
@@ -177,10 +178,10 @@ def _keep_gate(module: Gate, seen: dict[Gate, Tensor], undo: ExitStack) -> None:
             vars(module)["gate"] = shadow
 
     undo.callback(restore)
-    vars(module)["gate"] = _Kept(module, gate, seen)
+    vars(module)["gate"] = _RecordedGate(module, gate, seen)
 
 
-class _Kept:
+class _RecordedGate:
     """A gate's method that keeps a copy of its result."""
 
     def __init__(self, module: Gate, gate, seen: dict[Gate, Tensor]) -> None:

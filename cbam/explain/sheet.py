@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cbam.errors import InputError
-from cbam.explain import page as paper
+from cbam.explain import page as drawing
 from cbam.explain.looking import Glance, Look
 from cbam.explain.maps import METHODS
 from cbam.explain.page import SMALL, Page
@@ -31,11 +31,11 @@ def look_figure(looks: Sequence[Look], path: str | Path, *, across: int = 1) -> 
         InputError: nothing to draw, or different networks.
         MissingExtraError: matplotlib is not installed. OutputError: the figure cannot be written.
     """
-    path = paper.check_format(path)
-    return paper.save(draw(looks, across), path)
+    path = drawing.check_format(path)
+    return drawing.save(draw(looks, across), path)
 
 
-def draw(looks: Sequence[Look], across: int = 1, *, opacity: float = paper.OPACITY, threshold: float = 0.0):
+def draw(looks: Sequence[Look], across: int = 1, *, opacity: float = drawing.OPACITY, threshold: float = 0.0):
     """The figure of `look_figure` as a matplotlib object; `opacity` and `threshold` as in `page.blend`."""
     if not looks:
         raise InputError("look_figure: no image to draw")
@@ -46,8 +46,8 @@ def draw(looks: Sequence[Look], across: int = 1, *, opacity: float = paper.OPACI
 
 
 class _Sheet(Page):
-    def __init__(self, looks: Sequence[Look], names: list[str], across: int, how: dict[str, float]) -> None:
-        self.how = how  # arguments of `show_heat`
+    def __init__(self, looks: Sequence[Look], names: list[str], across: int, style: dict[str, float]) -> None:
+        self.style = style  # arguments of `show_heat`
         across = min(across, len(looks))
         columns = 1 + len(names)
         self.side = (_BLOCK - _LEFT - 2 * _GAP) / 3  # fits the captions; more networks make the block wider
@@ -68,41 +68,45 @@ class _Sheet(Page):
         return block * (self.block + _BETWEEN) + _LEFT + column * (self.side + _GAP)
 
     def _head(self, block: int, names: list[str], method: str) -> None:
-        for c, title in enumerate(["input", *(f"{method}\n{paper.cut(n, self.side)}" for n in names)]):
+        for c, title in enumerate(["input", *(f"{method}\n{drawing.truncate(n, self.side)}" for n in names)]):
             self.say(self._left(block, c) + self.side / 2, _HEAD - 0.05, title, va="bottom")
 
     def _row(self, block: int, top: float, look: Look) -> None:
         middle = top + self.side / 2
         self.say(
-            self._left(block) - 0.11, middle, paper.cut_middle(look.name, self.side), size=SMALL, turn=90
+            self._left(block) - 0.11,
+            middle,
+            drawing.truncate_middle(look.name, self.side),
+            size=SMALL,
+            turn=90,
         )
         for c, words in enumerate(self._captions(look)):
             ax = self.axes(self._left(block, c), top, self.side, self.side)
             if c == 0:
-                paper.show(ax, look.image)
+                drawing.show(ax, look.image)
             else:
-                paper.show_heat(ax, look.image, look.glances[c - 1].heat, **self.how)
-            paper.bare(ax)
+                drawing.show_heat(ax, look.image, look.glances[c - 1].heat, **self.style)
+            drawing.remove_ticks(ax)
             for line, text in enumerate(words):
                 x, y = self._left(block, c) + self.side / 2, top + self.side + 0.115 + line * _LINE
                 self.say(x, y, text, va="baseline")
 
     def _captions(self, look: Look) -> list[list[str]]:
         """The lines under each cell of a row."""
-        target = paper.wrap(look.target, self.side).split("\n")
-        return [target, *(self._said(look, glance) for glance in look.glances)]
+        target = drawing.wrap(look.target, self.side).split("\n")
+        return [target, *(self._caption(look, glance) for glance in look.glances)]
 
-    def _said(self, look: Look, glance: Glance) -> list[str]:
+    def _caption(self, look: Look, glance: Glance) -> list[str]:
         own = f"p = {glance.probability:.2f}{'' if glance.heat.any() else ', empty map'}"
         if glance.best_index == look.index:
             return [own]
-        return [own, paper.cut(f"{glance.best_probability:.2f} {glance.best}", self.side)]
+        return [own, drawing.truncate(f"{glance.best_probability:.2f} {glance.best}", self.side)]
 
     def _foot(self, names: list[str], top: float, disagree: bool) -> None:
         wide = len(names) * (self.side + _GAP) - _GAP
         ax = self.axes(self._left(0, 1), top + 0.04, wide, 0.06)
         of = "the class on the left" if len(names) > 1 else "the class"  # short enough for one cell
-        least = f", from {self.how['threshold']:.2g} on" if self.how["threshold"] else ""
-        self.bar(ax, paper.HEAT, paper.EVIDENCE, f"evidence for {of}{least}")
+        least = f", from {self.style['threshold']:.2g} on" if self.style["threshold"] else ""
+        self.bar(ax, drawing.HEAT, drawing.EVIDENCE, f"evidence for {of}{least}")
         note = "p: of that class" + ("\nbelow: its prediction" if disagree else "")
         self.say(self._left(0) + self.side / 2, top + 0.14, note, size=SMALL - 0.5)

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from cbam.errors import InputError
-from cbam.explain import page as paper
+from cbam.explain import page as drawing
 from cbam.explain.looking import Look, stages
 from cbam.explain.page import SMALL, TEXT, Page
 from cbam.explain.recording import Refinement
 
-FITS = 16  # characters that fit under a channel in normal size
+CAPTION_LENGTH = 16  # characters that fit under a channel in normal size
 TOP = 3  # channels shown, of those raised most and of those lowered most
 
 # Inches.
@@ -37,8 +37,8 @@ def stages_figure(look: Look, path: str | Path, *, network: str | None = None) -
         InputError: the network has no gates: no attention, or one that adds instead of multiplying.
         ConfigError, MissingExtraError, OutputError: as in `look_figure`.
     """
-    path = paper.check_format(path)
-    return paper.save(draw(look, network), path)
+    path = drawing.check_format(path)
+    return drawing.save(draw(look, network), path)
 
 
 def draw(look: Look, network: str | None = None):
@@ -60,7 +60,7 @@ def over_picture(image: Tensor, gate: Tensor, scale: tuple[float, float], opacit
     middle, reach = scale
     shade = ((gate.float() - middle) / (2 * reach) + 0.5).clamp(0, 1)
     large = torch.nn.functional.interpolate(shade[None, None], image.shape[-2:], mode="nearest")[0, 0]
-    return paper.blend(image, large, paper.GATE, opacity=opacity)
+    return drawing.blend(image, large, drawing.GATE, opacity=opacity)
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def channel_gates(block: Refinement) -> tuple[Tensor, float, float] | None:
     if step is None:
         return None
     gates = step.gate[0].float().mean((1, 2))
-    return gates, step.middle, paper.gate_reach([(gates, step.middle)])
+    return gates, step.middle, drawing.gate_reach([(gates, step.middle)])
 
 
 def top_channels(block: Refinement, count: int = TOP) -> tuple[list[Channel], list[Channel]]:
@@ -107,7 +107,7 @@ def where_middle(block: Refinement) -> float:
 def where_reach(blocks: Sequence[Refinement]) -> float:
     """The largest distance of these blocks' spatial gates from their midpoint: one scale for all."""
     gated = [(gate[0], block) for block in blocks if (gate := block.spatial_gate) is not None]
-    return paper.gate_reach((gate, where_middle(block)) for gate, block in gated)
+    return drawing.gate_reach((gate, where_middle(block)) for gate, block in gated)
 
 
 class _Stages(Page):
@@ -126,7 +126,7 @@ class _Stages(Page):
             self.what, self.channels = right + 0.09, right + _HISTOGRAM + 0.2
             right = self.channels + 2 * TOP * (_CELL + _GAP)
         super().__init__(right - _GAP + 0.06, _HEAD + len(blocks) * _PITCH + _FOOT)
-        self._head(f"{paper.cut_middle(look.name, 0.56)}\n{paper.cut(network, 0.56)}")
+        self._head(f"{drawing.truncate_middle(look.name, 0.56)}\n{drawing.truncate(network, 0.56)}")
         for r, (name, block) in enumerate(blocks.items()):
             self._row(name, block, _HEAD + r * _PITCH)
         self._foot(_HEAD + len(blocks) * _PITCH)
@@ -143,7 +143,7 @@ class _Stages(Page):
         tops = [top_channels(block) for block in self.blocks.values()]
         raised, lowered = ([channel.gate for own in tops for channel in own[side]] for side in (0, 1))
         wide = TOP * (_CELL + _GAP) - _GAP
-        for side, words in enumerate(paper.of_channels(raised, lowered)):
+        for side, words in enumerate(drawing.describe_channels(raised, lowered)):
             break_ = "\n" if "gates" in words else " "  # these are too long for one line
             title = f"channels {words},{break_}before gating"
             self.say(self._column(side * TOP) + wide / 2, top, title, va="bottom")
@@ -154,7 +154,7 @@ class _Stages(Page):
 
     def _row(self, name: str, block: Refinement, top: float) -> None:
         C, h, w = block.before.shape[1:]
-        words = f"{paper.cut(name, 0.56)}\n{C} ch.\n{h} × {w}"
+        words = f"{drawing.truncate(name, 0.56)}\n{C} ch.\n{h} × {w}"
         if len(self.whites) > 1 and block.spatial_gate is not None:
             words += f"\nwhite: {where_middle(block):.2g}"
         self.say(0.06, top + _CELL / 2, words, ha="left", size=SMALL)
@@ -171,9 +171,9 @@ class _Stages(Page):
             return
         ax, scale = self.axes(self.where, top, _CELL, _CELL), (where_middle(block), self.reach)
         ax.imshow(over_picture(self.look.image, gate[0, 0], scale), interpolation="nearest")
-        paper.bare(ax)
-        low, high = (paper.factor(float(end), self.reach) for end in gate.aminmax())
-        paper.under(ax, f"{low} to {high}")
+        drawing.remove_ticks(ax)
+        low, high = (drawing.factor(float(end), self.reach) for end in gate.aminmax())
+        drawing.add_caption(ax, f"{low} to {high}")
 
     def _what(self, block: Refinement, top: float) -> None:
         if (found := channel_gates(block)) is None or self.what is None:
@@ -184,7 +184,7 @@ class _Stages(Page):
         ax.axvline(middle, color="black", linewidth=0.6, linestyle=(0, (2, 2)))
         ax.set_xlim(middle - reach, middle + reach)
         ticks = (middle - reach, middle, middle + reach)
-        ax.set_xticks(ticks, labels=[paper.factor(tick, reach) for tick in ticks])
+        ax.set_xticks(ticks, labels=[drawing.factor(tick, reach) for tick in ticks])
         for label, side in zip(ax.get_xticklabels(), ("left", "center", "right"), strict=True):
             label.set_horizontalalignment(side)
         ax.set_yticks([])
@@ -196,10 +196,10 @@ class _Stages(Page):
     def _channel(self, channel: Channel, left: float, top: float) -> None:
         ax = self.axes(left, top, _CELL, _CELL)
         size = self.look.image.shape[-2], self.look.image.shape[-1]
-        paper.cells(ax, size, channel.map, paper.STRENGTH, 0, float(channel.map.max()) or 1)
-        paper.bare(ax)
-        words = f"no. {channel.index}: × {paper.factor(channel.gate, channel.reach)}"
-        paper.under(ax, words, paper.SMALL if len(words) > FITS else paper.TEXT)
+        drawing.cells(ax, size, channel.map, drawing.STRENGTH, 0, float(channel.map.max()) or 1)
+        drawing.remove_ticks(ax)
+        words = f"no. {channel.index}: × {drawing.factor(channel.gate, channel.reach)}"
+        drawing.add_caption(ax, words, drawing.SMALL if len(words) > CAPTION_LENGTH else drawing.TEXT)
 
     def _foot(self, top: float) -> None:
         if self.where is not None:
@@ -207,10 +207,10 @@ class _Stages(Page):
         if self.what is not None:
             wide = 2 * TOP * (_CELL + _GAP) - _GAP
             self.bar(
-                self.axes(self._column(0), top, wide, 0.06), paper.STRENGTH,
+                self.axes(self._column(0), top, wide, 0.06), drawing.STRENGTH,
                 {0: "0", 1: "largest of the map"}, "|activation|",
             )  # fmt: skip
-            words = f"dashed: {paper.in_words(self.middles)}"
+            words = f"dashed: {drawing.describe_midpoint(self.middles)}"
             self.say(self.what + _HISTOGRAM / 2, top + 0.1, words, size=SMALL)
 
     def _scale(self, ax) -> None:
@@ -219,4 +219,4 @@ class _Stages(Page):
             values, title = [self.whites[0] + step * self.reach for step in (-1, 0, 1)], "factor"
         else:
             values, title = [-self.reach, 0, self.reach], "factor, from white"
-        self.bar(ax, paper.GATE, {value: paper.factor(value, self.reach) for value in values}, title)
+        self.bar(ax, drawing.GATE, {value: drawing.factor(value, self.reach) for value in values}, title)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from cbam.errors import CBAMError, ConfigError, DtypeError, InputError
 
 
-def refuse_unwatchable(model: nn.Module) -> None:
+def check_hookable(model: nn.Module) -> None:
     """Raise if a model bypasses hooks, so that a recording would silently stay empty.
 
     Raises:
@@ -73,7 +73,7 @@ def check_images(images: Tensor, model: nn.Module) -> None:
 
 
 @contextmanager
-def dtypes_told(images: Tensor, model: nn.Module) -> Iterator[None]:
+def explain_dtype_errors(images: Tensor, model: nn.Module) -> Iterator[None]:
     """Turn a RuntimeError inside the block into a DtypeError if images and weights have different dtypes.
 
     The dtypes are not checked in advance, since a model may accept different ones, as under autocast.

@@ -235,14 +235,14 @@ def test_the_figure_says_numbers_classes_and_scores(two, tmp_path):
 
 
 def test_words_lie_in_the_image_and_not_on_each_other():
-    from cbam.explain.outlines import _free, _overlap
+    from cbam.explain.outlines import _free_position, _overlap
 
     torch.manual_seed(0)
     taken = []
     for _ in range(60):
         x, y = (100 * torch.rand(2)).tolist()
         box = (x, y, x + 20, y + 20)
-        place = _free(box, "1 triangle 0.98", 60.0, (110, 120), taken)
+        place = _free_position(box, "1 triangle 0.98", 60.0, (110, 120), taken)
         if place is not None:
             assert 0 <= place[0] < place[2] <= 120
             assert 0 <= place[1] < place[3] <= 110
@@ -267,14 +267,14 @@ def test_the_words_below_leave_the_colour_bar_alone(models):
 
 def test_large_images_are_drawn_small_and_odd_ones_at_all(tmp_path):
     pytest.importorskip("matplotlib", reason="figures are matplotlib's")
-    from cbam.explain.outlines import _DRAWN, _reduced
+    from cbam.explain.outlines import _MAX_SIDE, _downscaled
 
     large = coloured().repeat_interleave(100, 1).repeat_interleave(100, 2)
     seen = looked(Quarters(), picture=large)
-    small = _reduced(seen)
-    assert max(small.image.shape) == _DRAWN
+    small = _downscaled(seen)
+    assert max(small.image.shape) == _MAX_SIDE
     assert small.finds[0].heat.shape == small.image.shape[1:]
-    torch.testing.assert_close(small.finds[0].boxes, seen.finds[0].boxes * _DRAWN / 2400)
+    torch.testing.assert_close(small.finds[0].boxes, seen.finds[0].boxes * _MAX_SIDE / 2400)
     narrow = [looked(Quarters(), picture=coloured()[:, :, :4]), looked(Quarters(), picture=coloured()[:, :4])]
     assert detection_figure([seen, *narrow], tmp_path / "a.png").exists()
 

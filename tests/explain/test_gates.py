@@ -38,8 +38,8 @@ FOUR = torch.tensor([0.2, 0.4, 0.6, 0.8])
 def test_gates_that_are_the_same_in_every_image_are_fixed():
     block = run(lambda first: FOUR.expand(len(first), 4), torch.arange(1, 21))
     assert block.what.fixed == pytest.approx(1)
-    assert block.what.by_picture == pytest.approx(0, abs=1e-6)
-    assert block.word == "the same channels for every image"
+    assert block.what.by_image == pytest.approx(0, abs=1e-6)
+    assert block.verdict == "the same channels for every image"
     assert block.what.mean == pytest.approx(0.5)
 
 
@@ -49,16 +49,16 @@ def test_gates_that_follow_the_class_are_told_from_those_that_follow_the_image()
         lambda first: FOUR[(first.long() - 1) % 4, None].expand(-1, 4), 1 + torch.arange(40), targets
     )
     assert by_class.what.by_class == pytest.approx(1)
-    assert by_class.word == "follows the class"
+    assert by_class.verdict == "follows the class"
     torch.manual_seed(0)
     own = torch.rand(40)
     by_picture = run(lambda first: own[first.long() - 1, None].expand(-1, 4), 1 + torch.arange(40), targets)
     assert by_picture.what.by_class < 0.1
-    assert by_picture.what.by_picture > 0.9
-    assert by_picture.word == "follows the image"
+    assert by_picture.what.by_image > 0.9
+    assert by_picture.verdict == "follows the image"
     unknown = run(lambda first: FOUR + own[first.long() - 1, None], 1 + torch.arange(40))
     assert unknown.what.by_class is None
-    assert unknown.word == "follows the image"
+    assert unknown.verdict == "follows the image"
 
 
 def test_chance_is_taken_off_what_classes_explain():
@@ -80,7 +80,7 @@ def test_chance_is_taken_off_what_is_fixed(count):
         shares.append(run(lambda first, own=own: own[first.long() - 1], 1 + torch.arange(count)).what.fixed)
     assert sum(shares) / len(shares) < 0.6 / count  # 0.75 / count and more without the correction
     mixed = run(lambda first: FOUR + 0.2 * torch.arange(len(first))[:, None], 1 + torch.arange(count))
-    assert mixed.what.fixed + mixed.what.by_picture == pytest.approx(1)
+    assert mixed.what.fixed + mixed.what.by_image == pytest.approx(1)
     own_variance = 0.04 * torch.arange(float(count)).var(correction=0)
     assert mixed.what.fixed == pytest.approx(float(0.05 / (0.05 + own_variance)), rel=1e-4)
 
@@ -88,21 +88,21 @@ def test_chance_is_taken_off_what_is_fixed(count):
 def test_the_parts_of_the_variance_are_a_whole():
     own = torch.rand(30, 4)
     block = run(lambda first: own[first.long() - 1], 1 + torch.arange(30), torch.arange(30) % 3)
-    assert block.what.fixed + block.what.by_class + block.what.by_picture == pytest.approx(1)
+    assert block.what.fixed + block.what.by_class + block.what.by_image == pytest.approx(1)
 
 
 def test_saturated_gates_are_counted():
     values = torch.tensor([0.001, 0.999, 0.5, 0.001])
     block = run(lambda first: values.expand(len(first), 4), torch.arange(1, 5))
     assert block.what.saturated == pytest.approx(0.75)
-    assert block.word == "saturated"
+    assert block.verdict == "saturated"
 
 
 def test_the_change_is_that_of_the_map():
     block = run(lambda first: torch.full((len(first), 4), 0.9), torch.arange(1, 5))
     assert block.change == pytest.approx(0.1)
     idle = run(lambda first: torch.full((len(first), 4), 0.999), torch.arange(1, 5))
-    assert idle.word == "next to nothing"
+    assert idle.verdict == "next to nothing"
 
 
 def test_a_fresh_identity_start_does_nothing(images):
@@ -112,7 +112,7 @@ def test_a_fresh_identity_start_does_nothing(images):
     for block in blocks:
         assert block.change == 0
         assert block.middle == block.what.mean == block.where.mean == 1
-        assert block.word == "next to nothing"
+        assert block.verdict == "next to nothing"
 
 
 def test_batches_do_not_matter_and_the_model_is_left_as_it_was(build, images):

@@ -6,21 +6,21 @@ from torch import nn
 import cbam
 from cbam.errors import InputError
 from cbam.explain import gradcam
-from cbam.explain.layers import Place, last_map
+from cbam.explain.layers import LayerSpec, default_layer
 
 pytest.importorskip("torchcam", reason="Grad-CAM is torchcam's")
 
 
 def test_the_default_layer_is_the_last_block_output_of_the_trunk(build, images):
-    assert last_map(build(), images).name == "stage2"
+    assert default_layer(build(), images).name == "stage2"
     torchvision = pytest.importorskip("torchvision")
     picture = torch.randn(1, 3, 64, 64)
-    assert last_map(torchvision.models.resnet18(), picture).name == "layer4"
+    assert default_layer(torchvision.models.resnet18(), picture).name == "layer4"
     assert (
-        last_map(torchvision.models.resnet18(), picture[..., :32, :32]).name == "layer3"
+        default_layer(torchvision.models.resnet18(), picture[..., :32, :32]).name == "layer3"
     )  # layer4 gives one pixel
-    assert last_map(torchvision.models.vgg11(), picture).name == "features"
-    assert last_map(torchvision.models.mobilenet_v3_small(), picture).name == "features"
+    assert default_layer(torchvision.models.vgg11(), picture).name == "features"
+    assert default_layer(torchvision.models.mobilenet_v3_small(), picture).name == "features"
 
 
 @pytest.mark.parametrize("size", [(1, 200), (16, 128), (128, 16), (33, 31)])
@@ -28,25 +28,31 @@ def test_a_map_of_a_single_row_or_column_is_a_map(size):
     """An image twice as high as 16 pixels still has one row of 32."""
     model = pytest.importorskip("torchvision").models.resnet18().eval()
     picture = torch.randn(1, 3, *size)
-    assert last_map(model, picture) == Place("layer4")
+    assert default_layer(model, picture) == LayerSpec("layer4")
     assert torch.equal(gradcam(model, picture, 0), gradcam(model, picture, 0, "layer4"))
 
 
 def test_the_default_layer_of_timm_networks_is_the_end_of_their_trunk():
     timm = pytest.importorskip("timm")
     picture = torch.randn(1, 3, 64, 64)
-    assert last_map(timm.create_model("resnet10t"), picture).name == "layer4"
-    assert last_map(timm.create_model("test_convnext"), picture).name in ("stages", "norm_pre", "stages.3")
-    assert last_map(timm.create_model("test_efficientnet"), picture).name.startswith(("bn2", "conv_head"))
+    assert default_layer(timm.create_model("resnet10t"), picture).name == "layer4"
+    assert default_layer(timm.create_model("test_convnext"), picture).name in (
+        "stages",
+        "norm_pre",
+        "stages.3",
+    )
+    assert default_layer(timm.create_model("test_efficientnet"), picture).name.startswith(
+        ("bn2", "conv_head")
+    )
 
 
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2"])
 def test_the_default_layer_and_its_maps_are_those_of_the_plain_network_after_attaching(name):
     torchvision = pytest.importorskip("torchvision")
     model, picture = torchvision.models.get_model(name).eval(), torch.rand(1, 3, 64, 64)
-    layer, maps = last_map(model, picture).name, gradcam(model, picture, 7)
+    layer, maps = default_layer(model, picture).name, gradcam(model, picture, 7)
     cbam.attach(model)
-    assert last_map(model, picture).name == layer
+    assert default_layer(model, picture).name == layer
     assert torch.equal(gradcam(model, picture, 7), maps)
 
 
@@ -97,7 +103,7 @@ class ChannelsLast(nn.Module):
 @pytest.mark.parametrize("layer", [None, "norm"])
 def test_a_map_whose_channels_come_last_is_weighed_over_its_channels(images, size, layer):
     model = ChannelsLast(size).eval()
-    assert last_map(model, images[:1]) == Place("norm", channels_last=True)
+    assert default_layer(model, images[:1]) == LayerSpec("norm", channels_last=True)
     features = model.norm(model.down(images).permute(0, 2, 3, 1)).detach().requires_grad_()
     scores = model.head(features.relu().mean((1, 2)))
     (gradient,) = torch.autograd.grad(scores[:, 3].sum(), features)
@@ -111,7 +117,7 @@ def test_a_map_whose_channels_come_last_is_weighed_over_its_channels(images, siz
 def test_a_model_that_brings_images_to_a_size_of_its_own_is_explained(build, images):
     net = build()
     model = nn.Sequential(nn.Upsample((48, 48)), net)
-    assert last_map(model, images[:1]).name == "1.stage2"
+    assert default_layer(model, images[:1]).name == "1.stage2"
     larger = F.interpolate(images, (48, 48))
     raw = gradcam(net, larger, 0)
     assert gradcam(model, images, 0).shape == (4, 32, 24)

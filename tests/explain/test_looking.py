@@ -317,11 +317,11 @@ def test_a_map_that_says_nothing_is_called_empty(viewer, picture, tmp_path):
 
 def test_names_that_begin_alike_are_told_apart_by_their_ends():
     names = [f"ILSVRC2012_val_0000{i}.JPEG" for i in range(2890, 2910)]
-    short = [page.cut_middle(name, 1.04) for name in names]
+    short = [page.truncate_middle(name, 1.04) for name in names]
     assert len(set(short)) == len(names)
     assert max(map(len, short)) <= int(1.04 / page.CHARACTER)
     assert short[0] == "ILSVRC201\N{HORIZONTAL ELLIPSIS}890.JPEG"
-    assert page.cut_middle("cat.png", 1.04) == "cat.png"
+    assert page.truncate_middle("cat.png", 1.04) == "cat.png"
 
 
 def test_a_name_in_letters_that_the_font_lacks_is_no_reason_for_a_warning(viewer, picture, tmp_path):
@@ -333,10 +333,13 @@ def test_channels_are_said_to_be_raised_only_by_gates_above_1(build, picture, tm
     words = svg_text(stages_figure(look(net, picture), tmp_path / "stages.svg"))
     assert "channels kept most" in words
     assert "raised" not in words
-    assert page.of_channels([1.2, 1.1], [0.8]) == ("raised most", "lowered most")
-    assert page.of_channels([1.2], [1.1]) == ("raised most", "raised least")
-    assert page.of_channels([1.2, 0.9], [0.9, 1.1]) == ("with the largest gates", "with the smallest gates")
-    assert page.of_channels([1.0], [1.0]) == ("with the largest gates", "with the smallest gates")
+    assert page.describe_channels([1.2, 1.1], [0.8]) == ("raised most", "lowered most")
+    assert page.describe_channels([1.2], [1.1]) == ("raised most", "raised least")
+    assert page.describe_channels([1.2, 0.9], [0.9, 1.1]) == (
+        "with the largest gates",
+        "with the smallest gates",
+    )
+    assert page.describe_channels([1.0], [1.0]) == ("with the largest gates", "with the smallest gates")
 
 
 @pytest.mark.parametrize("name", ["gc", "sk"])

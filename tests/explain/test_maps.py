@@ -15,7 +15,7 @@ from torch import nn
 import cbam
 from cbam.errors import ConfigError, InputError, MissingExtraError, NonFiniteError
 from cbam.explain import energy_inside, gradcam
-from cbam.explain.layers import last_map
+from cbam.explain.layers import default_layer
 from cbam.explain.maps import METHODS
 
 pytest.importorskip("torchcam", reason="Grad-CAM is torchcam's")
@@ -352,7 +352,7 @@ class Detector(nn.Module):
 def test_a_detector_is_explained_by_the_scores_of_its_boxes():
     images = torch.randn(2, 3, 16, 16)
     model = Detector().eval()
-    assert last_map(model, images[:1]).name == "backbone.1"
+    assert default_layer(model, images[:1]).name == "backbone.1"
     features = model.backbone(images).detach().requires_grad_()
     scores = model.head(features).mean(1).flatten(1).sigmoid()
     (gradient,) = torch.autograd.grad(scores[:, 2].sum(), features)
@@ -411,7 +411,7 @@ class SingleTrunk(nn.Module):
 
 def test_the_trunk_of_a_detector_may_be_one_layer_and_one_without_a_trunk_is_told():
     model, images = SingleTrunk("backbone").eval(), torch.randn(1, 3, 16, 16)
-    assert last_map(model, images).name == "backbone"
+    assert default_layer(model, images).name == "backbone"
     assert gradcam(model, images, 3).shape == (1, 16, 16)
     other = SingleTrunk("trunk").eval()
     with pytest.raises(InputError, match="the detector has no `backbone` that returns a feature map; name a"):
@@ -430,7 +430,7 @@ def test_detectors_of_torchvision_are_explained(name):
         model.roi_heads.score_thresh = 0.0
         with torch.no_grad():
             (found,) = model(images)
-    assert last_map(model, images).name.startswith("backbone.")
+    assert default_layer(model, images).name.startswith("backbone.")
     heat = gradcam(model, images, int(found["labels"][0]))
     assert heat.shape == (1, 96, 96)
     assert heat.isfinite().all()
