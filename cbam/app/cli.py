@@ -45,7 +45,7 @@ exit codes: 0 done, 1 unexpected error, 2 usage, 3 data, 4 weights file or check
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code; an error is one line on stderr, unless `--debug`."""
     code = _run(argv)
-    if _is_of_several():
+    if _is_one_of_several():
         # The process group has its own threads, for which the interpreter could wait forever at exit.
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError, AttributeError):
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
-def _is_of_several() -> bool:
+def _is_one_of_several() -> bool:
     with contextlib.suppress(CBAMError):
         return place() is not None
     return False
@@ -114,13 +114,13 @@ def _fail(error: BaseException, *, debug: bool) -> int:
         exec("")
     if isinstance(error, ModuleNotFoundError) and error.name == "torch":
         error = MissingExtraError.torch()
-    if not _told_elsewhere(error):
+    if not _reported_elsewhere(error):
         with contextlib.suppress(OSError):  # with a full disk, only the exit code remains
             show(f"cbam: {_one_line(error)}", sys.stderr)
     return _exit_code(error)
 
 
-def _told_elsewhere(error: BaseException) -> bool:
+def _reported_elsewhere(error: BaseException) -> bool:
     """Whether another process of the run reports the error: see cbam/train/distributed.py."""
     here = None
     with contextlib.suppress(CBAMError):
@@ -133,12 +133,12 @@ def _one_line(error: BaseException) -> str:
         return "terminated"
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
-    told = " ".join(str(error).split())
+    message = " ".join(str(error).split())
     if isinstance(error, CBAMError):
-        return told
+        return message
     if _is_out_of_memory(error):
-        return f"out of memory; a smaller --batch-size needs less ({told[:200]})"
-    return f"{type(error).__name__}: {told} (--debug shows the traceback)"
+        return f"out of memory; a smaller --batch-size needs less ({message[:200]})"
+    return f"{type(error).__name__}: {message} (--debug shows the traceback)"
 
 
 def _exit_code(error: BaseException) -> int:

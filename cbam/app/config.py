@@ -8,7 +8,7 @@ from typing import Any
 
 from cbam.errors import ConfigError, MissingExtraError
 
-_ALSO = {"learning_rate": "lr"}  # common synonyms of settings
+_SYNONYMS = {"learning_rate": "lr"}  # common synonyms of settings
 MAX_BYTES = 1 << 20
 MAX_ALIASES = 100
 MAX_DEPTH = 20
@@ -33,13 +33,15 @@ def read_config(path: str, kind: type) -> dict[str, Any]:
         if name in settings:
             problems.append(f"duplicate key {key.value!r} ({line})")
         elif name not in known:
-            near = difflib.get_close_matches(name, [*known, *_ALSO], 1, 0.4)
+            near = difflib.get_close_matches(name, [*known, *_SYNONYMS], 1, 0.4)
             hint = (
-                f"; did you mean {_ALSO.get(near[0], near[0])!r}?" if near else f"; known: {', '.join(known)}"
+                f"; did you mean {_SYNONYMS.get(near[0], near[0])!r}?"
+                if near
+                else f"; known: {', '.join(known)}"
             )
             problems.append(f"unknown key {key.value!r} ({line}){hint}")
         else:
-            settings[name], problem = _fitting(value, known[name])
+            settings[name], problem = _convert(value, known[name])
             if problem:
                 problems.append(f"{key.value} {problem} ({line})")
     if problems:
@@ -91,14 +93,14 @@ _EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")  # 2e-05, valid in JSON 
 _TAGS = {"int": int, "float": float, "str": str, "bool": lambda text: text.lower() in ("true", "yes", "on")}
 
 
-def _fitting(node, field: dataclasses.Field) -> tuple[Any, str]:
+def _convert(node, field: dataclasses.Field) -> tuple[Any, str]:
     """Convert a node to the type of the field; returns the value, or None and what is wrong."""
     import yaml
 
     if isinstance(node, yaml.SequenceNode) and "tuple" in str(field.type):
-        return _list_of(node, field)
+        return _convert_list(node, field)
     if not isinstance(node, yaml.ScalarNode):
-        return None, f"must be {wanted(field)}, got a list or a mapping"
+        return None, f"must be {expected_type(field)}, got a list or a mapping"
     kind = node.tag.rpartition(":")[2]
     if kind == "null" and field.default is None:
         return None, ""
@@ -110,15 +112,15 @@ def _fitting(node, field: dataclasses.Field) -> tuple[Any, str]:
     if "str" in allowed and kind in ("int", "float", "bool", "timestamp"):
         kind = "str"  # a folder may be named 2024
     if kind not in allowed or not node.tag.startswith("tag:yaml.org,2002:"):
-        return None, f"must be {wanted(field)}, got {node.value!r}"
+        return None, f"must be {expected_type(field)}, got {node.value!r}"
     try:
         value = _TAGS[kind](node.value)
     except ValueError:
-        return None, f"must be {wanted(field)}, got {node.value!r}"
+        return None, f"must be {expected_type(field)}, got {node.value!r}"
     return ((value,) if "tuple" in str(field.type) else value), ""
 
 
-def _list_of(node, field: dataclasses.Field) -> tuple[Any, str]:
+def _convert_list(node, field: dataclasses.Field) -> tuple[Any, str]:
     import yaml
 
     whole = "int" in str(field.type)
@@ -134,7 +136,7 @@ def _allowed(field: dataclasses.Field) -> list[str]:
     return [name for name in _TAGS if name in str(field.type)]
 
 
-def wanted(field: dataclasses.Field) -> str:
+def expected_type(field: dataclasses.Field) -> str:
     """The type of a field, in words."""
     words = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a string"}
     return words[_allowed(field)[0]]

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from cbam.app.look import ROWS, Told, making, picture_files
+from cbam.app.look import ROWS, Outcome, output_folder, picture_files
 from cbam.app.networks import lines_of, named
 from cbam.data import decode
 from cbam.data.decode import shown
@@ -25,7 +25,7 @@ FIGURES = r"detect(-\d+)?\.(png|svg)"
 
 
 @dataclass(frozen=True)
-class Asked:
+class DetectRequest:
     """What to detect, and how.
 
     Attributes:
@@ -73,61 +73,70 @@ def detectors(
     known = [own for _, _, own in loaded.values()]
     if any(own != known[0] for own in known):
         raise ConfigError("--compare: the detectors were trained on different classes")
-    about = [f"{label}: {told}" for label, (told, _, _) in loaded.items()]
+    about = [f"{label}: {description}" for label, (description, _, _) in loaded.items()]
     return Detectors({label: net for label, (_, net, _) in loaded.items()}, known[0], about)
 
 
-def look_for_objects(eyes: Detectors, asked: Asked, say: Callable[[str], None]) -> Told:
+def look_for_objects(models: Detectors, request: DetectRequest, say: Callable[[str], None]) -> Outcome:
     """Run the detectors on every image and draw one row each; unreadable images are reported and skipped.
 
     Raises:
         DataError: there are no images, or none can be read.
-        ConfigError: no image has as many boxes as `asked.box`.
+        ConfigError: no image has as many boxes as `request.box`.
         OutputError: the figures cannot be written.
     """
-    files = picture_files(asked.paths)
-    told = Told([], [])
-    waiting: list[tuple[str, list[Detection]]] = []  # figures held back until some image has the box
-    most = 0 if asked.box > 1 else 1
-    with making(asked.out):
+    files = picture_files(request.paths)
+    outcome = Outcome([], [])
+    pending: list[tuple[str, list[Detection]]] = []  # figures held back until some image has the box
+    most = 0 if request.box > 1 else 1
+    with output_folder(request.out):
         for number, start in enumerate(range(0, len(files), ROWS), 1):
-            rows = list(_looks(eyes, files[start : start + ROWS], asked, told, say))
+            rows = list(_detections(models, files[start : start + ROWS], request, outcome, say))
             most = max([most, *(len(one.boxes) for row in rows for one in row.finds)])
-            waiting.append(("detect" if len(files) <= ROWS else f"detect-{number}", rows))
-            if most >= asked.box:
-                _draw(waiting, asked.out, told)
-        if not told.looked:
+            pending.append(("detect" if len(files) <= ROWS else f"detect-{number}", rows))
+            if most >= request.box:
+                _draw(pending, request.out, outcome)
+        if not outcome.processed:
             raise DataError(f"no image can be read ({len(files)} tried)")
-        if most < asked.box:
-            raise ConfigError(f"--box {asked.box}: no image has more than {most} boxes above --threshold")
-    return told
+        if most < request.box:
+            raise ConfigError(f"--box {request.box}: no image has more than {most} boxes above --threshold")
+    return outcome
 
 
-def _draw(waiting: list[tuple[str, list[Detection]]], out: Path, told: Told) -> None:
+def _draw(pending: list[tuple[str, list[Detection]]], out: Path, outcome: Outcome) -> None:
     """Draw these figures, each a name and its rows, and empty the list."""
-    while waiting:
-        name, rows = waiting.pop(0)
+    while pending:
+        name, rows = pending.pop(0)
         for ending in (".png", ".svg") if rows else ():
-            told.figures.append(detection_figure(rows, out / (name + ending)))
+            outcome.figures.append(detection_figure(rows, out / (name + ending)))
 
 
-def _looks(
-    eyes: Detectors, files: Sequence[Path], asked: Asked, told: Told, say: Callable[[str], None]
+def _detections(
+    models: Detectors,
+    files: Sequence[Path],
+    request: DetectRequest,
+    outcome: Outcome,
+    say: Callable[[str], None],
 ) -> Iterator[Detection]:
-    how = {"box": asked.box, "threshold": asked.threshold, "method": asked.method, "layer": asked.layer}
+    how = {
+        "box": request.box,
+        "threshold": request.threshold,
+        "method": request.method,
+        "layer": request.layer,
+    }
     for path in files:
         try:
-            seen = detect(eyes, decode(path), shown(path.name), **how)
+            seen = detect(models, decode(path), shown(path.name), **how)
         except DataError as error:
-            told.unreadable.append(str(error))
+            outcome.unreadable.append(str(error))
             say(f"left out: {error}")
             continue
-        told.looked += 1
-        say(f"{shown(path)}: " + "; ".join(_said(seen, one) for one in seen.finds))
+        outcome.processed += 1
+        say(f"{shown(path)}: " + "; ".join(_summary(seen, one) for one in seen.finds))
         yield seen
 
 
-def _said(seen: Detection, one: Finds) -> str:
+def _summary(seen: Detection, one: Finds) -> str:
     boxes = [
         f"{seen.class_of(label)} {float(score):.2f}"
         for label, score in zip(one.labels[:LISTED], one.scores[:LISTED], strict=True)

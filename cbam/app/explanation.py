@@ -27,19 +27,19 @@ from cbam.explain.stages import Channel, channel_gates, over_picture, top_channe
 
 MAX_BYTES = 10_000_000
 MAX_PIXELS = 25_000_000
-LONGEST = 400  # characters of an error message
-KEPT = 64  # images and results that are kept
+MAX_MESSAGE = 400  # characters of an error message
+CAPACITY = 64  # images and results that are kept
 CHOICES = tuple(name for name in METHODS if name not in SLOW)
 
 _log = logging.getLogger("cbam")
 
 
-class GoneError(InputError):
+class ExpiredError(InputError):
     """An image that is no longer kept."""
 
 
 @dataclass(frozen=True)
-class Shown:
+class DisplayOptions:
     """How an image is shown.
 
     Attributes:
@@ -57,7 +57,7 @@ class Shown:
     opacity: float = drawing.OPACITY
 
 
-def shown_of(target, method, stage, threshold, opacity) -> Shown:
+def parse_options(target, method, stage, threshold, opacity) -> DisplayOptions:
     """Validate the options of a request, which may be anything.
 
     Raises:
@@ -69,7 +69,7 @@ def shown_of(target, method, stage, threshold, opacity) -> Shown:
     parts = (threshold, opacity)
     if not all(isinstance(part, (int, float)) and 0 <= part <= 1 for part in parts):
         raise InputError("threshold and opacity must be numbers from 0 to 1")
-    return Shown(target, method, stage, float(threshold), float(opacity))
+    return DisplayOptions(target, method, stage, float(threshold), float(opacity))
 
 
 class Explainer:
@@ -82,7 +82,7 @@ class Explainer:
         self._pictures: OrderedDict[str, tuple[str, Tensor]] = OrderedDict()
         self._looks: OrderedDict[tuple, Look] = OrderedDict()
 
-    def take(self, data: bytes, name: str) -> str:
+    def add(self, data: bytes, name: str) -> str:
         """Store an image, given as the bytes of a file; returns its key.
 
         Raises:
@@ -106,22 +106,22 @@ class Explainer:
             _put(self._pictures, key, (name, picture))
         return key
 
-    def look(self, key: str, shown: Shown) -> Look:
+    def look(self, key: str, options: DisplayOptions) -> Look:
         """The results of all networks for a stored image.
 
         Raises:
-            GoneError: the image is no longer stored. InputError, ConfigError: `shown` is invalid.
+            ExpiredError: the image is no longer stored. InputError, ConfigError: `options` is invalid.
         """
-        what = (key, shown.target, shown.method)
+        what = (key, options.target, options.method)
         with self._store:
             if not isinstance(key, str) or key not in self._pictures:
-                raise GoneError("the image is no longer stored; please upload it again")
+                raise ExpiredError("the image is no longer stored; please upload it again")
             name, picture = self._pictures[key]
             self._pictures.move_to_end(key)
             found = self._looks.get(what)
         if found is None:
             with self._models:
-                found = look_at_view(self.viewer, picture, name, target=shown.target, method=shown.method)
+                found = look_at_view(self.viewer, picture, name, target=options.target, method=options.method)
             with self._store:  # gates are kept once per image, and only of the stages that can be shown
                 blocks = next((one.blocks for (own, *_), one in self._looks.items() if own == key), None)
                 if blocks is None:
@@ -130,13 +130,13 @@ class Explainer:
                 _put(self._looks, what, found)
         return found
 
-    def page(self, key: str, shown: Shown) -> str:
+    def page(self, key: str, options: DisplayOptions) -> str:
         """The explanation as HTML."""
-        return explained(self.look(key, shown), shown)
+        return render(self.look(key, options), options)
 
-    def figure(self, key: str, shown: Shown) -> bytes:
+    def figure(self, key: str, options: DisplayOptions) -> bytes:
         """The paper's figure of the image as PNG, with the maps as shown, without gates."""
-        drawn = draw([self.look(key, shown)], opacity=shown.opacity, threshold=shown.threshold)
+        drawn = draw([self.look(key, options)], opacity=options.opacity, threshold=options.threshold)
         return drawing.to_bytes(drawn, "png")
 
     def stage_names(self) -> list[str]:
@@ -147,28 +147,28 @@ class Explainer:
         return list(stages(next(reversed(found.blocks.values()), {})))
 
 
-def said(error: BaseException) -> str:
+def error_text(error: BaseException) -> str:
     """The message for the user: our own errors verbatim, others as a number that is also in the log."""
     if isinstance(error, CBAMError):
         text = str(error)  # may quote the request, so it is truncated
-        return text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}\N{HORIZONTAL ELLIPSIS}"
+        return text if len(text) <= MAX_MESSAGE else f"{text[: MAX_MESSAGE - 1]}\N{HORIZONTAL ELLIPSIS}"
     number = uuid.uuid4().hex[:8]
     _log.error("explanation %s failed", number, exc_info=error)
     return f"This image could not be explained (error {number}). See the server log."
 
 
-def explained(seen: Look, shown: Shown) -> str:
+def render(seen: Look, options: DisplayOptions) -> str:
     """Render an image, its maps, and the gates of one stage as HTML."""
     parts = [f'<div class="cbam-row">{_figure(_png(seen.image), "input", html.escape(seen.target))}']
-    parts += [_heat(seen, glance, shown) for glance in seen.glances]
+    parts += [_heat(seen, glance, options) for glance in seen.glances]
     parts.append("</div>")
     for network, blocks in seen.blocks.items():
-        parts.append(_stage(seen, network, stages(blocks), shown))
+        parts.append(_stage(seen, network, stages(blocks), options))
     return "".join(parts)
 
 
-def _heat(seen: Look, glance: Glance, shown: Shown) -> str:
-    painted = drawing.blend(seen.image, glance.heat, opacity=shown.opacity, threshold=shown.threshold)
+def _heat(seen: Look, glance: Glance, options: DisplayOptions) -> str:
+    painted = drawing.blend(seen.image, glance.heat, opacity=options.opacity, threshold=options.threshold)
     title = f"{METHODS[seen.method]}, {html.escape(glance.network)}"
     caption = f"p = {glance.probability:.3f}{'' if glance.heat.any() else '; empty map'}"
     if glance.best_index != seen.index:
@@ -176,16 +176,16 @@ def _heat(seen: Look, glance: Glance, shown: Shown) -> str:
     return _figure(_png_of_floats(painted), title, caption)
 
 
-def _stage(seen: Look, network: str, blocks: dict[str, Refinement], shown: Shown) -> str:
-    if shown.stage is not None and shown.stage not in blocks:
-        raise InputError(f"no stage {shown.stage!r}; expected one of {', '.join(blocks)}")
-    name = shown.stage or list(blocks)[-1]
+def _stage(seen: Look, network: str, blocks: dict[str, Refinement], options: DisplayOptions) -> str:
+    if options.stage is not None and options.stage not in blocks:
+        raise InputError(f"no stage {options.stage!r}; expected one of {', '.join(blocks)}")
+    name = options.stage or list(blocks)[-1]
     block = blocks[name]
     C, h, w = block.before.shape[1:]
     cells = []
     if (gate := block.spatial_gate) is not None:
         scale = where_middle(block), where_reach(list(blocks.values()))
-        picture = over_picture(seen.image, gate[0, 0], scale, max(shown.opacity, 0.2))
+        picture = over_picture(seen.image, gate[0, 0], scale, max(options.opacity, 0.2))
         low, high = (drawing.factor(float(end), scale[1]) for end in gate.aminmax())
         caption = f"{low} to {high} {_ramp(*scale)}"
         cells.append(_figure(_png_of_floats(picture), "where: spatial gate", caption))
@@ -281,5 +281,5 @@ def _png_of_floats(values) -> str:
 def _put(store: OrderedDict, key, value) -> None:
     store[key] = value
     store.move_to_end(key)
-    while len(store) > KEPT:
+    while len(store) > CAPACITY:
         store.popitem(last=False)

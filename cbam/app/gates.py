@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from cbam.app.look import LISTED, file_stem, found_in, making
-from cbam.app.score import DIGITS, digits_for, spaced
+from cbam.app.look import LISTED, file_stem, found_in, output_folder
+from cbam.app.score import DIGITS, digits_for, evenly_spaced
 from cbam.app.terminal import counted
 from cbam.data import decode
 from cbam.errors import ConfigError, DataError
@@ -45,13 +45,13 @@ def gates(viewer: Viewer, data: str, out: Path, watch: Watch, *, limit: int | No
     pages = ["# What the gates do", ""]
     written: list[Path] = []
     taken: set[str] = set()
-    with making(out):
+    with output_folder(out):
         for name, net in attended.items():
             watch.now(f"gates of {name}")
             blocks = gate_statistics(net, pictures.batches(1 / len(attended)))
             stem = "gates" if len(attended) == 1 else file_stem(f"gates-{name}", taken)
             written += [gate_figure(blocks, out / (stem + ending)) for ending in (".png", ".svg")]
-            pages += [f"{name}, {pictures.told()} in {Path(data).resolve().name}:", ""]
+            pages += [f"{name}, {pictures.describe()} in {Path(data).resolve().name}:", ""]
             pages += [gate_table(blocks), "", f"![]({stem}.png)", ""]
         notes = [f"- Left out: {note}." for note in pictures.left_out()]
         (out / "gates.md").write_text("\n".join([*pages, *notes, *_NOTES, ""]), encoding="utf-8")
@@ -91,11 +91,11 @@ class _Pictures:
         self._viewer, self._data, self._watch = viewer, data, watch
         self._found = _found(viewer, data, out, limit)
         self._unreadable: set[int] = set()
-        watch.say(self.told())
+        watch.say(self.describe())
         if len(self._found) < 2:
             raise DataError(f"{data}: one image cannot show what gates follow; at least two are needed")
 
-    def told(self) -> str:
+    def describe(self) -> str:
         """The number of images, and of classes."""
         labels = [label for i, (_, label) in enumerate(self._found) if i not in self._unreadable]
         of = "" if labels[0] is None else f" of {len(set(labels))} classes"
@@ -144,16 +144,16 @@ def _found(viewer: Viewer, data: str, out: Path, limit: int | None) -> list[tupl
     """Images, or their paths, with a class each, or all without classes."""
     if data == DIGITS:
         val = digits_for(viewer)
-        return [(val[i]["image"], val.targets[i]) for i in spaced(range(len(val)), limit)]
+        return [(val[i]["image"], val.targets[i]) for i in evenly_spaced(range(len(val)), limit)]
     folder = Path(data)
     if folder.is_file():
         raise DataError(f"{folder} is a file: --gates takes a folder of images")
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder")
     loose = list(found_in([folder]))
-    earlier = out.resolve()  # it may hold figures of an earlier call
+    own_output = out.resolve()  # it may hold figures of an earlier call
     folders = (path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-    inside = sorted(path for path in folders if path.resolve() != earlier)
+    inside = sorted(path for path in folders if path.resolve() != own_output)
     classes = {path.name: own for path in inside if (own := list(found_in([path])))}
     if loose and classes:
         raise DataError(
@@ -164,4 +164,4 @@ def _found(viewer: Viewer, data: str, out: Path, limit: int | None) -> list[tupl
     found += [(path, k) for k, own in enumerate(classes.values()) for path in own]
     if not found:
         raise DataError(f"{folder}: no images in the folder or in class folders inside it")
-    return spaced(found, limit)
+    return evenly_spaced(found, limit)

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 MAX_BODY = 10_000_000 + 100_000  # an image and the form around it
 _MAX_JSON = 1_000_000
-PATIENCE = 30.0  # seconds within which a whole request must arrive
+TIMEOUT = 30.0  # seconds within which a whole request must arrive
 _FETCH = re.compile(rb'"path"\s*:\s*"\s*[A-Za-z][A-Za-z0-9+.-]*:')  # a URL in place of an uploaded file
 HEADERS = {
     b"content-security-policy": b"default-src 'self'; img-src 'self' data: blob:; font-src 'self' data:; "
@@ -39,9 +39,9 @@ def addresses(host: str, port: int) -> list[str]:
 class Guard:
     """`app`, restricted to requests to one of `hosts` ("127.0.0.1:7860") from pages of these hosts."""
 
-    def __init__(self, app: App, hosts: Iterable[str], patience: float = PATIENCE) -> None:
+    def __init__(self, app: App, hosts: Iterable[str], timeout: float = TIMEOUT) -> None:
         self._app, self._hosts = app, {host.lower().encode() for host in hosts}
-        self._patience = patience
+        self._timeout = timeout
         self._origins = {b"http://" + host for host in self._hosts}
 
     async def __call__(self, scope: Message, receive, send) -> None:
@@ -51,7 +51,7 @@ class Guard:
         headers = dict(scope["headers"])
         refusal = self._refusal(headers)
         if refusal is None:
-            body = _Counted(scope, headers, receive, send, self._patience)
+            body = _LimitedRequest(scope, headers, receive, send, self._timeout)
             try:
                 await self._app(scope, body.receive, body.send)
             except Exception:
@@ -83,12 +83,12 @@ class _RefusedError(Exception):
     """Stops the application's work on a request; its own response is not sent."""
 
 
-class _Counted:
+class _LimitedRequest:
     """The messages of one request, with limits on what comes in and our headers on what goes out."""
 
-    def __init__(self, scope: Message, headers: dict[bytes, bytes], receive, send, patience: float) -> None:
+    def __init__(self, scope: Message, headers: dict[bytes, bytes], receive, send, timeout: float) -> None:
         self._receive, self._send = receive, send
-        self._patience, self._until = patience, asyncio.get_running_loop().time() + patience
+        self._timeout, self._deadline = timeout, asyncio.get_running_loop().time() + timeout
         self._json = b"json" in headers.get(b"content-type", b"")
         self._seen, self._tail, self.answered = 0, b"", False
         self.refusal: tuple[int, str] | None = None
@@ -105,7 +105,7 @@ class _Counted:
                 self._refuse(413, f"the request is larger than {self._limit // 10**6} MB")
             if self._json:
                 self._tail += part
-                if _FETCH.search(self._tail) or _escaped(self._tail, message):
+                if _FETCH.search(self._tail) or _has_escaped_url(self._tail, message):
                     self._refuse(400, "URLs are not fetched")
         return message
 
@@ -117,10 +117,10 @@ class _Counted:
         if not self._arriving:  # only the disconnect can follow, at any time
             return await self._receive()
         try:
-            async with asyncio.timeout_at(self._until):
+            async with asyncio.timeout_at(self._deadline):
                 return await self._receive()
         except TimeoutError:
-            self._refuse(408, f"the request took longer than {self._patience:g} seconds to arrive")
+            self._refuse(408, f"the request took longer than {self._timeout:g} seconds to arrive")
 
     async def send(self, message: Message) -> None:
         if self.refusal is not None and not self.answered:
@@ -132,7 +132,7 @@ class _Counted:
         await self._send(message)
 
 
-def _escaped(body: bytes, message: Message) -> bool:
+def _has_escaped_url(body: bytes, message: Message) -> bool:
     """Whether a complete JSON body has a URL in a `path`, even if escaped."""
     if message.get("more_body"):
         return False
@@ -140,10 +140,10 @@ def _escaped(body: bytes, message: Message) -> bool:
         content = json.loads(body)
     except (ValueError, RecursionError):
         return False  # the application will refuse it
-    return _names_address(content)
+    return _has_url(content)
 
 
-def _names_address(value: Any) -> bool:
+def _has_url(value: Any) -> bool:
     todo = [value]
     while todo:
         one = todo.pop()

@@ -22,7 +22,7 @@ LISTED = 6  # files named per line
 
 
 @dataclass(frozen=True)
-class Wanted:
+class LookRequest:
     """What to look at, and how.
 
     Attributes:
@@ -40,15 +40,15 @@ class Wanted:
 
 
 @dataclass
-class Told:
+class Outcome:
     """The figures written, messages about unreadable images, and the number of images processed."""
 
     figures: list[Path]
     unreadable: list[str]
-    looked: int = 0
+    processed: int = 0
 
 
-def look_at(viewer: Viewer, wanted: Wanted, say: Callable[[str], None]) -> Told:
+def look_at(viewer: Viewer, request: LookRequest, say: Callable[[str], None]) -> Outcome:
     """Run the networks on every image and draw one row each, and its stages; or contact sheets for many.
 
     Unreadable images are reported and skipped.
@@ -57,58 +57,60 @@ def look_at(viewer: Viewer, wanted: Wanted, say: Callable[[str], None]) -> Told:
         DataError: there are no images, or none can be read.
         OutputError: the figures cannot be written.
     """
-    target = None if wanted.target is None else class_index(viewer.classes, wanted.target)
-    files = picture_files(wanted.paths)
-    many = len(files) > ROWS or any(path.is_dir() for path in wanted.paths)
-    told = Told([], [])
+    target = None if request.target is None else class_index(viewer.classes, request.target)
+    files = picture_files(request.paths)
+    many = len(files) > ROWS or any(path.is_dir() for path in request.paths)
+    outcome = Outcome([], [])
     size = SHEET if many else ROWS
-    with making(wanted.out):
+    with output_folder(request.out):
         for number, start in enumerate(range(0, len(files), size), 1):
             group = files[start : start + size]
-            found = _looks(viewer, group, wanted, target, told, say)
+            found = _looks(viewer, group, request, target, outcome, say)
             looks = [replace(one, blocks={}) if many else one for one in found]  # sheets show no gates
             if looks:
                 name = f"sheet-{number}" if many else "look"
-                _draw(looks, wanted.out, name, 2 if many else 1, told)
+                _draw(looks, request.out, name, 2 if many else 1, outcome)
             if not many:
-                _draw_stages(looks, wanted.out, told)
-        if not told.looked:
+                _draw_stages(looks, request.out, outcome)
+        if not outcome.processed:
             raise DataError(f"no image can be read ({len(files)} tried)")
-    return told
+    return outcome
 
 
-def _looks(viewer, files, wanted: Wanted, target, told: Told, say) -> Iterator[Look]:
+def _looks(viewer, files, request: LookRequest, target, outcome: Outcome, say) -> Iterator[Look]:
     for path in files:
         try:
             picture = decode(path)
         except DataError as error:
-            told.unreadable.append(str(error))
+            outcome.unreadable.append(str(error))
             say(f"left out: {error}")
             continue
-        if wanted.method in SLOW:
-            say(f"{shown(path)}: {METHODS[wanted.method]} runs each network once per channel; this is slow")
+        if request.method in SLOW:
+            say(f"{shown(path)}: {METHODS[request.method]} runs each network once per channel; this is slow")
         seen = look(
-            viewer, picture, shown(path.name), target=target, method=wanted.method, layer=wanted.layer
+            viewer, picture, shown(path.name), target=target, method=request.method, layer=request.layer
         )
-        told.looked += 1
-        says = ", ".join(f"{g.network} predicts {g.best} ({g.best_probability:.2f})" for g in seen.glances)
-        say(f"{shown(path)}: {says}")
+        outcome.processed += 1
+        predictions = ", ".join(
+            f"{g.network} predicts {g.best} ({g.best_probability:.2f})" for g in seen.glances
+        )
+        say(f"{shown(path)}: {predictions}")
         yield seen
 
 
-def _draw(looks: list[Look], out: Path, name: str, across: int, told: Told) -> None:
+def _draw(looks: list[Look], out: Path, name: str, across: int, outcome: Outcome) -> None:
     for ending in (".png", ".svg"):
-        told.figures.append(look_figure(looks, out / (name + ending), across=across))
+        outcome.figures.append(look_figure(looks, out / (name + ending), across=across))
 
 
-def _draw_stages(looks: list[Look], out: Path, told: Told) -> None:
+def _draw_stages(looks: list[Look], out: Path, outcome: Outcome) -> None:
     taken: set[str] = set()
     for one in looks:
         stem = f"stages-{Path(one.name).stem or 'picture'}"
         for network in one.blocks:
             name = file_stem(f"{stem}-{network}" if len(one.blocks) > 1 else stem, taken)
             for ending in (".png", ".svg"):
-                told.figures.append(stages_figure(one, out / (name + ending), network=network))
+                outcome.figures.append(stages_figure(one, out / (name + ending), network=network))
 
 
 def file_stem(text: str, taken: set[str]) -> str:
@@ -164,7 +166,7 @@ def found_in(paths: Sequence[Path]) -> Iterator[Path]:
 
 
 @contextmanager
-def making(out: Path) -> Iterator[None]:
+def output_folder(out: Path) -> Iterator[None]:
     """Create the output folder for the block; folders created for it are removed again if they stay empty.
 
     Raises:
@@ -185,7 +187,7 @@ def making(out: Path) -> Iterator[None]:
                 place.rmdir()
 
 
-class Before:
+class EarlierFiles:
     """The files that were in the output folder before, so that nobody mistakes older figures for new ones."""
 
     def __init__(self, out: Path) -> None:
@@ -193,11 +195,11 @@ class Before:
         with suppress(OSError):  # there is no such folder yet
             self._names = sorted(path.name for path in out.iterdir())
 
-    def told(self, path: Path) -> str:
+    def describe(self, path: Path) -> str:
         """The path of a written file, and whether it replaced another."""
         return f"{path} (replaced)" if path.name in self._names else str(path)
 
-    def left(self, written: Sequence[Path], form: str) -> str:
+    def leftovers(self, written: Sequence[Path], form: str) -> str:
         """A line about earlier files whose names match `form`; empty if there are none."""
         new = {path.name for path in written}
         old = [name for name in self._names if re.fullmatch(form, name) and name not in new]

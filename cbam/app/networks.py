@@ -69,7 +69,7 @@ def viewer(
     if any(about != loaded[0][2] for *_, about in loaded):
         raise ConfigError("--compare: the networks were trained on different classes or sizes of images")
     networks = {label: net for (label, _), (_, net, _) in zip(parts, loaded, strict=True)}
-    about = [f"{label}: {told}" for (label, _), (told, *_) in zip(parts, loaded, strict=True)]
+    about = [f"{label}: {description}" for (label, _), (description, *_) in zip(parts, loaded, strict=True)]
     return Viewer(networks, about=about, mode="bilinear", **loaded[0][2])
 
 
@@ -109,7 +109,7 @@ def _load(
         how["resized"] = card.resize
     else:
         how["resized"] = side if digits or card.data == NAME else short_side(side)
-    return found.told, found.network.eval(), how
+    return found.description, found.network.eval(), how
 
 
 def _of_weights(

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from cbam.app.config import read_config, wanted
+from cbam.app.config import expected_type, read_config
 from cbam.errors import ConfigError, MissingExtraError
 
 
@@ -26,9 +26,9 @@ class Parser(argparse.ArgumentParser):
         for argument in left:
             if argument.startswith("-"):
                 self.error(f"unknown option {argument}{self._hint(argument)}")
-        return found, self._taken(found, left)
+        return found, self._fill_positionals(found, left)
 
-    def _taken(self, found: argparse.Namespace, left: list[str]) -> list[str]:
+    def _fill_positionals(self, found: argparse.Namespace, left: list[str]) -> list[str]:
         """Assign leftover arguments to optional positionals, which argparse decides are absent too early.
 
         In `eval RUN --device cpu DATA` it decides at RUN that there is no DATA.
@@ -91,7 +91,7 @@ def _reader(kind: type, field: dataclasses.Field):
         try:
             return kind(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"must be {wanted(field)}, got {text!r}") from None
+            raise argparse.ArgumentTypeError(f"must be {expected_type(field)}, got {text!r}") from None
 
     return read
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cbam.app.look import making
+from cbam.app.look import output_folder
 from cbam.app.terminal import counted
 from cbam.data import annotated, cluttered_digits
 from cbam.errors import ConfigError, DataError
@@ -95,17 +95,17 @@ def score(
     names = {sample.picture: sample.name for sample in found}
     watch.say("; left out: ".join([f"{counted(len(names), 'image')} with boxes", *notes]))
     named, first = next(iter(viewer.networks.items()))
-    calm = untrained(first, viewer.normalised(torch.stack([one.image for one in found[:16]])))
+    untrained_net = untrained(first, viewer.normalised(torch.stack([one.image for one in found[:16]])))
     values, labelled = _Values(), 0
     for sample in found:
         image = viewer.normalised(sample.image)
         target, known = _target(viewer, first, image, sample.label)
         labelled += known
-        for name, heat in _maps(viewer, calm, image, target, method, layer).items():
+        for name, heat in _maps(viewer, untrained_net, image, target, method, layer).items():
             values.add(name, heat, sample.area, viewer.networks.get(name, first), image, target)
         watch.advance(1 / len(found))
     of = f" of {layer}" if layer else ""
-    thresholds, measured = values.at_the_best_thresholds([sample.picture for sample in found])
+    thresholds, measured = values.at_best_thresholds([sample.picture for sample in found])
     return {
         "what": f"{METHODS[method]}{of} on {Path(data).name}" + (f", boxes of {label}" if label else ""),
         "layer": layer,
@@ -127,10 +127,10 @@ def score(
 
 
 def _maps(
-    viewer: Viewer, calm: nn.Module, image: Tensor, target: int, method: str, layer: str | None
+    viewer: Viewer, untrained_net: nn.Module, image: Tensor, target: int, method: str, layer: str | None
 ) -> dict[str, Tensor]:
     """The maps of every network and of the two baselines, (H, W) each."""
-    networks = {**viewer.networks, UNTRAINED: calm}
+    networks = {**viewer.networks, UNTRAINED: untrained_net}
     maps = {name: gradcam(net, image[None], target, layer, method)[0] for name, net in networks.items()}
     return {**maps, CENTRE: centre_prior(*image.shape[1:])}
 
@@ -151,7 +151,7 @@ def samples(
         if (own := [k for k in images.labels(index) if label in (None, classes[k - 1])])
     ]
     found, hidden, unreadable = [], 0, []
-    for path, index, labels in spaced(sorted(wanted), limit):
+    for path, index, labels in evenly_spaced(sorted(wanted), limit):
         try:
             item = images[index]
         except DataError as error:
@@ -185,7 +185,7 @@ def _area_in_view(viewer: Viewer, item: dict[str, Any], label: int) -> Tensor | 
 def _digits(viewer: Viewer, limit: int | None) -> list[Sample]:
     val = digits_for(viewer)
     found = []
-    for i in spaced(range(len(val)), limit):
+    for i in evenly_spaced(range(len(val)), limit):
         item = val[i]
         area = box_area([item["box"].tolist()], val.size, val.size)
         found.append(Sample(i, f"digit {i}", item["image"], area, val.classes[item["target"]]))
@@ -209,7 +209,7 @@ def digits_for(viewer: Viewer):
 def write(results: dict[str, Any], out: Path) -> list[Path]:
     """Write the results as score.json and as a readable page, score.md."""
     page, record = out / "score.md", out / "score.json"
-    with making(out):
+    with output_folder(out):
         record.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
         page.write_text(markdown(results), encoding="utf-8")
     return [page, record]
@@ -235,7 +235,7 @@ def markdown(results: dict[str, Any]) -> str:
         lines.append(f"| {words} | {' | '.join(cells)} |")
     for pair, found in results["differences"].items():
         lines += ["", f"**{pair}**, paired image by image:", ""]
-        lines += [f"- {_told(key, found[key])}" for key in MEASURES]
+        lines += [f"- {_describe(key, found[key])}" for key in MEASURES]
     lines += ["", *_NOTES, ""]
     return "\n".join(lines)
 
@@ -254,7 +254,7 @@ _NOTES = (
 )
 
 
-def _told(key: str, found: dict[str, Any]) -> str:
+def _describe(key: str, found: dict[str, Any]) -> str:
     words, factor, _ = MEASURES[key]
     digits = 2 if factor == 100 else 4
     interval = ""
@@ -296,23 +296,23 @@ class _Values:
             self._of.setdefault(name, {}).setdefault(key, []).append(float(value))
         self._overlaps.setdefault(name, []).append(overlap(heat[None], area[None])[0])
 
-    def at_the_best_thresholds(self, pictures: list[int]) -> tuple[dict[str, float], _Measured]:
+    def at_best_thresholds(self, pictures: list[int]) -> tuple[dict[str, float], _Measured]:
         """Each map's threshold with the highest mean IoU; and all measures per image, with the IoU at it.
 
         `pictures` has the image index of each map in the order in which they were added.
         """
         thresholds, measured = {}, {}
         for name, rows in self._overlaps.items():
-            table = _of_pictures(torch.stack(rows), pictures)
+            table = _per_image(torch.stack(rows), pictures)
             best = int(table.mean(0).argmax())
             thresholds[name] = round(THRESHOLDS[best].item(), 2)
             own = {key: torch.tensor(kept, dtype=torch.float64) for key, kept in self._of[name].items()}
-            measured[name] = {key: _of_pictures(kept, pictures).tolist() for key, kept in own.items()}
+            measured[name] = {key: _per_image(kept, pictures).tolist() for key, kept in own.items()}
             measured[name]["iou"] = table[:, best].tolist()
         return thresholds, measured
 
 
-def _of_pictures(values: Tensor, pictures: list[int]) -> Tensor:
+def _per_image(values: Tensor, pictures: list[int]) -> Tensor:
     """The mean over the consecutive maps of each image: (maps, ...) -> (images, ...)."""
     _, counts = torch.tensor(pictures).unique_consecutive(return_counts=True)
     return torch.stack([own.mean(0) for own in values.split(counts.tolist())])
@@ -333,7 +333,7 @@ def _target(viewer: Viewer, first: nn.Module, image: Tensor, label: str) -> tupl
         return int(logits_of(first(image[None])).argmax()), False
 
 
-def spaced(items: Sequence, limit: int | None) -> list:
+def evenly_spaced(items: Sequence, limit: int | None) -> list:
     """All of `items`, or `limit` of them, evenly spaced."""
     if limit is None or limit >= len(items):
         return list(items)

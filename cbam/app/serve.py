@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from cbam.app.explanation import CHOICES, MAX_BYTES, Explainer, said, shown_of
+from cbam.app.explanation import CHOICES, MAX_BYTES, Explainer, error_text, parse_options
 from cbam.app.guard import Guard, addresses
 from cbam.errors import InputError, MissingExtraError, OutputError
 from cbam.explain.looking import Viewer
@@ -49,7 +49,7 @@ _CSS = """
 _DOWNLOAD = """(data) => { if (data) { const a = document.createElement('a'); a.href = data;
   a.download = 'look.png'; document.body.append(a); a.click(); a.remove(); } return data; }"""
 _EMPTY = "<p>Drop an image, or choose an example.</p>"
-_NOTHING = "", None, _EMPTY  # key, class and page when no image is shown
+_CLEARED = "", None, _EMPTY  # key, class and page when no image is shown
 
 
 def serve(
@@ -157,7 +157,7 @@ def page(explainer: Explainer):
         how, taken = [method, stage, threshold, opacity], [key, target, result]
         # An upload clears the chosen example, and an example clears the upload.
         file.upload(handlers.upload, [file, *how], [*taken, example], **one)
-        file.clear(lambda: (*_NOTHING, None), None, [*taken, example], api_visibility="private")
+        file.clear(lambda: (*_CLEARED, None), None, [*taken, example], api_visibility="private")
         example.input(handlers.example, [example, *how], [*taken, file], **one)
         for control in (target, method, stage):
             control.input(handlers.show, controls, result, trigger_mode="always_last", **one)
@@ -184,7 +184,7 @@ class _Handlers:
             finally:
                 file.unlink(missing_ok=True)
 
-        return self._take(read, method, stage, threshold, opacity)
+        return self._show_new(read, method, stage, threshold, opacity)
 
     def example(self, name: str, method, stage, threshold, opacity):
         def read() -> tuple[bytes, str]:
@@ -192,49 +192,49 @@ class _Handlers:
                 raise InputError("there is no such example")
             return examples[name].read_bytes(), name
 
-        return self._take(read, method, stage, threshold, opacity)
+        return self._show_new(read, method, stage, threshold, opacity)
 
-    def _take(self, read: Callable[[], tuple[bytes, str]], method, stage, threshold, opacity):
+    def _show_new(self, read: Callable[[], tuple[bytes, str]], method, stage, threshold, opacity):
         """Key, class and page of a new image, and None to clear the other input.
 
         The previous result is removed even if the new image cannot be shown: it is of another image.
         """
         try:
-            key = self._explainer.take(*read())
-            shown = shown_of(None, method, stage, threshold, opacity)
-            first = self._explainer.look(key, shown)
-            return key, first.index, self._explainer.page(key, shown), None
+            key = self._explainer.add(*read())
+            options = parse_options(None, method, stage, threshold, opacity)
+            first = self._explainer.look(key, options)
+            return key, first.index, self._explainer.page(key, options), None
         except Exception as error:
-            return "", None, _reason(error), None
+            return "", None, _alert(error), None
 
     def show(self, key: str, target, method, stage, threshold, opacity) -> str:
         if not key:
             return _EMPTY
         try:
-            return self._explainer.page(key, shown_of(target, method, stage, threshold, opacity))
+            return self._explainer.page(key, parse_options(target, method, stage, threshold, opacity))
         except Exception as error:
-            return _reason(error)
+            return _alert(error)
 
     def figure(self, key: str, target, method, stage, threshold, opacity) -> str:
         if not key:
             return ""
         try:
-            png = self._explainer.figure(key, shown_of(target, method, stage, threshold, opacity))
+            png = self._explainer.figure(key, parse_options(target, method, stage, threshold, opacity))
         except Exception as error:
-            raise _lasting(error) from None
+            raise _notification(error) from None
         return "data:image/png;base64," + base64.b64encode(png).decode()
 
 
-def _reason(error: Exception) -> str:
+def _alert(error: Exception) -> str:
     """The error message, in place of the page."""
-    return f'<p role="alert">{html.escape(said(error))}</p>'
+    return f'<p role="alert">{html.escape(error_text(error))}</p>'
 
 
-def _lasting(error: Exception):
+def _notification(error: Exception):
     """The error message as a notification that stays until it is closed; the page remains."""
     import gradio  # pyright: ignore[reportMissingImports]
 
-    words = html.escape(said(error))  # Gradio shows it as HTML
+    words = html.escape(error_text(error))  # Gradio shows it as HTML
     return gradio.Error(words, duration=None, print_exception=False)
 
 

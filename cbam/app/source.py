@@ -37,14 +37,14 @@ class Source:
     """A network and its metadata.
 
     Attributes:
-        told: where it comes from, in words.
+        description: where it comes from, in words.
         name: its name for `cbam.build`; empty for a user's own architecture.
         card: classes, size, normalisation; for a run also how it was trained, and the results.
         normalised: whether mean and standard deviation are known; if not, the card has ImageNet's.
     """
 
     network: nn.Module
-    told: str
+    description: str
     name: str
     card: hub.Card
     normalised: bool = True
@@ -55,12 +55,12 @@ class Source:
         Unknown entries are left out, such as resize and crop if `size` is not the card's.
         """
         card = self.card
-        told: dict[str, Any] = {"network": self.name, "classes": card.classes}
+        metadata: dict[str, Any] = {"network": self.name, "classes": card.classes}
         if self.normalised:
-            told |= {"mean": card.mean, "std": card.std}
+            metadata |= {"mean": card.mean, "std": card.std}
         if card.resize and size == card.size:
-            told |= {"resize": card.resize, "crop": size}
-        return {name: value for name, value in told.items() if value}
+            metadata |= {"resize": card.resize, "crop": size}
+        return {name: value for name, value in metadata.items() if value}
 
 
 def source(
@@ -167,14 +167,14 @@ def _run(path: Path) -> Source:
 
 def _metrics(state: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
     """The epochs recorded in a folder, if it is the folder of this run; otherwise an empty list."""
-    told = {entry["epoch"]: entry for entry in epochs(folder)}
+    by_epoch = {entry["epoch"]: entry for entry in epochs(folder)}
     for entry in state["history"]:
-        known = told.get(entry["epoch"], {})
+        known = by_epoch.get(entry["epoch"], {})
         if any(known[name] != value for name, value in entry.items() if name in known):
             return []
     began, settings = state["config"], settings_in(folder)
     same = all(began.get(name) == settings[name] for name in _OF_RUN if name in settings)
-    return [*told.values()] if same else []
+    return [*by_epoch.values()] if same else []
 
 
 def _card(state: dict[str, Any], config: Config, metrics: list[dict[str, Any]]) -> hub.Card:
@@ -192,7 +192,7 @@ def _card(state: dict[str, Any], config: Config, metrics: list[dict[str, Any]]) 
         data=Path(config.data).name if config.data else NAME,
         pictures={name: data[name] for name in ("training", "validation", "names") if name in data},
         recipe=_recipe(config),
-        results={told: found[key] for key, told in _RESULTS.items() if found.get(key) is not None},
+        results={title: found[key] for key, title in _RESULTS.items() if found.get(key) is not None},
         about=_about(state, config),
         **own,
     )

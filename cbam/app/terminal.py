@@ -5,7 +5,7 @@ import sys
 import time
 from typing import TextIO
 
-SETTLED = 300.0  # seconds after which the time left is estimated even if less than 2 % are done
+ESTIMATE_AFTER = 300.0  # seconds after which the time left is estimated even if less than 2 % are done
 _PLAIN = str.maketrans({"±": "+-", "×": "x", "…": "...", "–": "-", "→": "->"})
 
 
@@ -88,7 +88,7 @@ class Lines:
 
     def _left(self) -> str:
         here, passed = self.done - self.skipped, time.monotonic() - self.began
-        if here <= 0 or (here < 0.02 and passed < SETTLED):
+        if here <= 0 or (here < 0.02 and passed < ESTIMATE_AFTER):
             return ""
         # The shares are floats, so their sum may slightly exceed 1.
         minutes, seconds = divmod(round(passed * max(0.0, 1 - self.done) / here), 60)
@@ -136,7 +136,7 @@ class Bar:
     skip = advance  # rich does not count the first update in its speed
 
 
-class Nothing(Lines):
+class NoOutput(Lines):
     """No output, for all processes but the first."""
 
     def say(self, line: str) -> None:
@@ -146,19 +146,19 @@ class Nothing(Lines):
         pass
 
 
-def progress(*, quiet: bool = False, beside: TextIO | None = None) -> Lines | Bar:
+def progress(*, quiet: bool = False, line_stream: TextIO | None = None) -> Lines | Bar:
     """A bar in a terminal, lines elsewhere; nothing if `quiet`.
 
-    `beside` is the stream for the lines, if standard output is for another program.
+    `line_stream` is the stream for the lines, if standard output is for another program.
     """
     if quiet:
-        return Nothing()
+        return NoOutput()
     if sys.stdout is None or not sys.stdout.isatty():
-        return Lines(beside)
+        return Lines(line_stream)
     try:
         return Bar()
     except ImportError:
-        return Lines(beside)
+        return Lines(line_stream)
 
 
 class Counter:

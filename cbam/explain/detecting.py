@@ -19,9 +19,7 @@ from cbam.explain.watching import check_images, is_detection
 from cbam.surgery.effects import eval_mode
 
 SAME_OBJECT_IOU = 0.5  # boxes with at least this IoU are the same object
-MIN_SHORT_SIDE = (
-    16  # minimum shorter side in pixels, after the detector's resizing; below it nothing is visible
-)
+MIN_SHORT_SIDE = 16  # pixels of the shorter side after the detector's resizing; below it nothing is visible
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,11 +121,7 @@ def detect(
     first = next((one for one in found.values() if len(one.boxes)), None)
     if first is not None and box <= len(first.boxes):
         for label, one in found.items():
-            index = (
-                box - 1
-                if one is first
-                else _matching_box(one, first.boxes[box - 1], int(first.labels[box - 1]))
-            )
+            index = box - 1 if one is first else _match(one, first.boxes[box - 1], int(first.labels[box - 1]))
             if index is not None:
                 found[label] = _with_evidence(one, index, networks[label], image, method, layer)
     return Detection(name, picture, tuple(found.values()), detectors.classes, method)
@@ -176,7 +170,7 @@ class _ScoreOfBox(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         (one,) = self.detector(images)
-        index = _matching_box(one, self.box, self.label)
+        index = _match(one, self.box, self.label)
         if index is None:
             raise InputError("the detector does not find this box")
         return one["scores"][index].reshape(1, 1)
@@ -241,7 +235,7 @@ def _with_evidence(
     return Finds(one.network, one.boxes, one.labels, one.scores, index, heat)
 
 
-def _matching_box(one, box: Tensor, label: int) -> int | None:
+def _match(one, box: Tensor, label: int) -> int | None:
     """The index of the box of that class with the highest IoU with `box`, None if that is below SAME."""
     from torchvision.ops import box_iou
 

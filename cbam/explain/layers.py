@@ -111,10 +111,8 @@ class _OutputShapes:
             squares = _layout_from_shape(own, int.__eq__)
             return by_stride if squares is None else squares
         grown = [[d for d, (a, b) in enumerate(zip(own, other, strict=False)) if a != b] for other in others]
-        known = {
-            False: [[3], [2]],
-            True: [[2], [1]],
-        }  # dimensions that grow with the width, and with the height
+        # The dimensions that grow with the width, and with the height.
+        known = {False: [[3], [2]], True: [[2], [1]]}
         return next((last for last, dims in known.items() if dims == grown), None)
 
     def tokens_after(self, name: str) -> str | None:

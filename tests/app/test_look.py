@@ -9,7 +9,7 @@ import torch
 
 import cbam
 from cbam.app.cli import main
-from cbam.app.look import Wanted, look_at
+from cbam.app.look import LookRequest, look_at
 from cbam.app.networks import lines_of
 from cbam.errors import ConfigError, DataError, OutputError
 from cbam.explain import Viewer
@@ -52,7 +52,7 @@ def seen(viewer, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "look", keep)
     monkeypatch.setattr(module, "look_figure", lambda looks, path, across: path)
     monkeypatch.setattr(module, "stages_figure", lambda look, path, network: path)
-    return lambda path: (looks, lines, look_at(viewer, Wanted([path], tmp_path / "out"), lines.append))
+    return lambda path: (looks, lines, look_at(viewer, LookRequest([path], tmp_path / "out"), lines.append))
 
 
 def odd(photo, kind, path):
@@ -110,7 +110,7 @@ def test_a_bomb_and_a_huge_image_are_left_out_before_they_are_decoded(seen, tmp_
 
 def test_few_images_get_a_row_and_their_stages_each(viewer, photo, tmp_path):
     photo.save(tmp_path / "a b.png")
-    told = look_at(viewer, Wanted([tmp_path / "a b.png"] * 2, tmp_path / "out"), lambda _: None)
+    told = look_at(viewer, LookRequest([tmp_path / "a b.png"] * 2, tmp_path / "out"), lambda _: None)
     names = {path.name for path in told.figures}
     assert names == {
         f"{stem}{ending}" for stem in ("look", "stages-a_b", "stages-a_b-2") for ending in (".png", ".svg")
@@ -131,7 +131,7 @@ def test_a_method_that_takes_long_says_so_before_each_image(viewer, photo, tmp_p
     monkeypatch.setattr(module, "look", look)
     photo.save(tmp_path / "a.png")
     wanted = [tmp_path / "a.png"] * 2
-    look_at(viewer, Wanted(wanted, tmp_path / "out", method="scorecam"), lines.append)
+    look_at(viewer, LookRequest(wanted, tmp_path / "out", method="scorecam"), lines.append)
     told = [line.partition(": ")[2] or line for line in lines]
     assert told[0] == told[3] == "Score-CAM runs each network once per channel; this is slow"
     assert told[1] == told[4] == "it looks"
@@ -141,7 +141,7 @@ def test_every_network_with_gates_has_its_stages(viewer, photo, tmp_path):
     two = {"a": viewer.networks["CBAM"], "plain": viewer.networks["plain"], "b": viewer.networks["CBAM"]}
     photo.save(tmp_path / "cat.png")
     eyes = Viewer(two, viewer.classes, size=32, resized=36)
-    told = look_at(eyes, Wanted([tmp_path / "cat.png"], tmp_path), lambda _: None)
+    told = look_at(eyes, LookRequest([tmp_path / "cat.png"], tmp_path), lambda _: None)
     stages = [path.name for path in told.figures if path.name.startswith("stages") and path.suffix == ".svg"]
     assert stages == ["stages-cat-a.svg", "stages-cat-b.svg"]
     for name in ("a", "b"):
@@ -165,7 +165,7 @@ def test_a_folder_in_it_that_cannot_be_read_does_not_hide_that_there_are_no_imag
 
     monkeypatch.setattr(Path, "iterdir", iterdir)
     with pytest.raises(DataError, match=r"no images in .*; there are some in .*open: give the folders"):
-        look_at(viewer, Wanted([tmp_path], tmp_path / "out"), lambda _: None)
+        look_at(viewer, LookRequest([tmp_path], tmp_path / "out"), lambda _: None)
 
 
 def test_a_folder_gives_contact_sheets(seen, photo, tmp_path):
@@ -200,21 +200,21 @@ def test_an_image_that_cannot_be_read_is_told_and_the_others_are_shown(seen, pho
 
 def test_nothing_to_look_at_and_nowhere_to_write_are_errors(viewer, photo, tmp_path):
     with pytest.raises(DataError, match="no images in"):
-        look_at(viewer, Wanted([tmp_path], tmp_path / "out"), lambda _: None)
+        look_at(viewer, LookRequest([tmp_path], tmp_path / "out"), lambda _: None)
     assert not (tmp_path / "out").exists()
     (tmp_path / "cats").mkdir()
     photo.save(tmp_path / "cats" / "good.png")
     with pytest.raises(DataError, match=r"there are some in .*cats: give the folders"):
-        look_at(viewer, Wanted([tmp_path], tmp_path / "out"), lambda _: None)
+        look_at(viewer, LookRequest([tmp_path], tmp_path / "out"), lambda _: None)
     (tmp_path / "bad.png").write_text("no")
     with pytest.raises(DataError, match=r"no image can be read \(1 tried\)"):
-        look_at(viewer, Wanted([tmp_path], tmp_path / "out"), lambda _: None)
+        look_at(viewer, LookRequest([tmp_path], tmp_path / "out"), lambda _: None)
     photo.save(tmp_path / "good.png")
     with pytest.raises(OutputError, match="cannot write to"):
-        look_at(viewer, Wanted([tmp_path], tmp_path / "bad.png" / "out"), lambda _: None)
+        look_at(viewer, LookRequest([tmp_path], tmp_path / "bad.png" / "out"), lambda _: None)
     (tmp_path / "out" / "look.png").mkdir(parents=True)
     with pytest.raises(OutputError, match=r"cannot write to .*out.look\.png: Is a directory; give another"):
-        look_at(viewer, Wanted([tmp_path / "good.png"], tmp_path / "out"), lambda _: None)
+        look_at(viewer, LookRequest([tmp_path / "good.png"], tmp_path / "out"), lambda _: None)
 
 
 def test_one_command_shows_a_photograph_with_the_default_pair(photo, tmp_path, monkeypatch, capsys):
@@ -331,11 +331,11 @@ def test_a_look_that_fails_leaves_no_empty_folder(viewer, photo, tmp_path):
     bad, out = tmp_path / "bad.png", tmp_path / "new" / "out"
     bad.write_text("no image")
     with pytest.raises(DataError, match=r"no image can be read \(1 tried\)"):
-        look_at(viewer, Wanted([bad], out), lambda _: None)
+        look_at(viewer, LookRequest([bad], out), lambda _: None)
     assert not out.parent.exists()
     out.mkdir(parents=True)
     with pytest.raises(DataError, match=r"no image can be read \(1 tried\)"):
-        look_at(viewer, Wanted([bad], out), lambda _: None)
+        look_at(viewer, LookRequest([bad], out), lambda _: None)
     assert out.exists()  # it was there before
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from cbam.app.cli import main
-from cbam.app.detecting import Asked, detectors, look_for_objects
+from cbam.app.detecting import DetectRequest, detectors, look_for_objects
 from cbam.errors import CheckpointError, ConfigError, DataError, OutputError
 from cbam.models import build, detector
 
@@ -95,7 +95,7 @@ def test_more_images_than_fit_one_figure_make_several(here, monkeypatch):
     from pathlib import Path
 
     eyes = detectors(PLAIN, "plain.pt", [], "classes.txt", None)
-    told = look_for_objects(eyes, Asked([Path("photo.png")] * 8, here), lambda _: None)
+    told = look_for_objects(eyes, DetectRequest([Path("photo.png")] * 8, here), lambda _: None)
     assert drawn == [6, 6, 2, 2]
     assert [path.name for path in told.figures] == [
         "detect-1.png", "detect-1.svg", "detect-2.png", "detect-2.svg",
@@ -118,10 +118,10 @@ def test_nothing_is_drawn_until_an_image_has_the_box(here, monkeypatch):
     from pathlib import Path
 
     eyes = detectors(PLAIN, "plain.pt", [], "classes.txt", None)
-    look_for_objects(eyes, Asked([Path("photo.png")] * 8, here, box=3), lambda _: None)
+    look_for_objects(eyes, DetectRequest([Path("photo.png")] * 8, here, box=3), lambda _: None)
     assert drawn == ["detect-1", "detect-1", "detect-2", "detect-2"]
     with pytest.raises(ConfigError, match="--box 3: no image has more than 1 boxes"):
-        look_for_objects(eyes, Asked([Path("photo.png")] * 7, here, box=3), lambda _: None)
+        look_for_objects(eyes, DetectRequest([Path("photo.png")] * 7, here, box=3), lambda _: None)
     assert len(drawn) == 4
 
 
@@ -225,9 +225,9 @@ def test_nowhere_to_write_is_told_before_any_work(here, folder):
 
     eyes = detectors(PLAIN, "plain.pt", [], "classes.txt", None)
     with pytest.raises(OutputError, match="cannot write to"):
-        look_for_objects(eyes, Asked([Path("photo.png")], folder / "bad.png" / "out"), lambda _: None)
+        look_for_objects(eyes, DetectRequest([Path("photo.png")], folder / "bad.png" / "out"), lambda _: None)
     with pytest.raises(DataError, match="no images in"):
-        look_for_objects(eyes, Asked([here.parent], here), lambda _: None)
+        look_for_objects(eyes, DetectRequest([here.parent], here), lambda _: None)
 
 
 def test_a_look_that_fails_leaves_no_empty_folder(here):

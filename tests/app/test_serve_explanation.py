@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import cbam
-from cbam.app.explanation import KEPT, Explainer, GoneError, Shown, said, shown_of
+from cbam.app.explanation import CAPACITY, DisplayOptions, ExpiredError, Explainer, error_text, parse_options
 from cbam.errors import CBAMError, DataError, InputError
 from cbam.explain import Viewer
 
@@ -38,15 +38,15 @@ def picture(number: int = 0, kind: str = "PNG", **how) -> bytes:
 
 
 def test_a_page_holds_the_image_the_maps_and_the_gates_of_a_stage(explainer):
-    key = explainer.take(picture(), "photo.png")
+    key = explainer.add(picture(), "photo.png")
     stage = explainer.stage_names()[0]
-    page = explainer.page(key, Shown(stage=stage, target=7))
+    page = explainer.page(key, DisplayOptions(stage=stage, target=7))
     assert "Grad-CAM, plain" in page
     assert "Grad-CAM, CBAM" in page
     assert f"CBAM, {stage}: " in page
     assert "where: spatial gate" in page
     assert "channels kept most" in page
-    for one in explainer.look(key, Shown(target=7)).glances:
+    for one in explainer.look(key, DisplayOptions(target=7)).glances:
         assert f"p = {one.probability:.3f}" in page
     images = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
     assert len(images) == 15
@@ -60,7 +60,7 @@ def test_the_middle_of_the_gates_changes_nothing_only_after_an_identity_start(st
     torch.manual_seed(0)
     nets = {"CBAM": cbam.build("resnet_tiny+cbam", start=start)}
     explainer = Explainer(Viewer(nets, [f"class {i}" for i in range(1000)], size=32, resized=36))
-    page = explainer.page(explainer.take(picture(), "photo.png"), Shown())
+    page = explainer.page(explainer.add(picture(), "photo.png"), DisplayOptions())
     assert ("dashed: changes nothing" in page) == (start == "identity")
     assert ("dashed: middle of the range;\n1 changes nothing" in page) == (start == "paper")
     assert ("channels kept most" in page) == (start == "paper")
@@ -68,17 +68,17 @@ def test_the_middle_of_the_gates_changes_nothing_only_after_an_identity_start(st
 
 
 def test_below_the_threshold_and_without_opacity_the_image_is_grey(explainer):
-    key = explainer.take(picture(), "photo.png")
+    key = explainer.add(picture(), "photo.png")
 
     def map_of(**how):
-        page = explainer.page(key, Shown(**how))
+        page = explainer.page(key, DisplayOptions(**how))
         data = re.findall(r'src="data:image/png;base64,([^"]+)"', page)[1]
         return torch.from_numpy(numpy.array(Image.open(io.BytesIO(base64.b64decode(data)))))
 
     grey = map_of(opacity=0.0)
     assert (grey == grey[..., :1]).all()
     whole, part = map_of(), map_of(threshold=0.5)
-    heat = explainer.look(key, Shown()).glances[0].heat
+    heat = explainer.look(key, DisplayOptions()).glances[0].heat
     coloured = heat >= 0.5
     assert coloured.any()
     assert not coloured.all()
@@ -87,8 +87,8 @@ def test_below_the_threshold_and_without_opacity_the_image_is_grey(explainer):
 
 
 def test_names_are_written_as_text(explainer):  # W13
-    key = explainer.take(picture(), "<script>alert(1)</script>.png")
-    page = explainer.page(key, Shown(target=0))
+    key = explainer.add(picture(), "<script>alert(1)</script>.png")
+    page = explainer.page(key, DisplayOptions(target=0))
     assert "&lt;b&gt;bold&lt;/b&gt;" in page
     assert "<b>" not in page
     assert "<script" not in page
@@ -98,8 +98,8 @@ def test_what_is_written_beside_the_pixels_does_not_come_back(explainer):  # W14
     exif = Image.Exif()
     exif[0x010E] = "home address"
     exif.get_ifd(0x8825)[1] = "N"
-    key = explainer.take(picture(0, "JPEG", exif=exif), "photo.jpg")
-    page = explainer.page(key, Shown())
+    key = explainer.add(picture(0, "JPEG", exif=exif), "photo.jpg")
+    page = explainer.page(key, DisplayOptions())
     pictures = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
     assert pictures
     for data in pictures:
@@ -123,7 +123,7 @@ def test_what_is_too_large_or_no_still_image_is_refused(explainer):  # W1 W3 W4 
         (picture()[:500], "damaged"),
     ):
         with pytest.raises(DataError, match=message):
-            explainer.take(data, "x")
+            explainer.add(data, "x")
 
 
 def test_the_page_keeps_the_class_of_the_number_where_names_are_twice():
@@ -134,18 +134,18 @@ def test_the_page_keeps_the_class_of_the_number_where_names_are_twice():
     with torch.no_grad():
         net.fc.bias.copy_(torch.tensor([0.0, 0, 0, 9]))
     explainer = Explainer(Viewer({"net": net}, ["dog", "crane", "cat", "crane"], size=32))
-    key = explainer.take(picture(), "x")
-    assert explainer.look(key, Shown()).index == 3
-    taken = _Handlers(explainer)._take(lambda: (picture(), "x"), "gradcam", None, 0.0, 0.5)
+    key = explainer.add(picture(), "x")
+    assert explainer.look(key, DisplayOptions()).index == 3
+    taken = _Handlers(explainer)._show_new(lambda: (picture(), "x"), "gradcam", None, 0.0, 0.5)
     assert taken[1] == 3
-    assert "predicts crane (3)" in explainer.page(key, Shown(target=1))
+    assert "predicts crane (3)" in explainer.page(key, DisplayOptions(target=1))
 
 
 def test_a_phones_photograph_with_a_preview_beside_it_is_taken(explainer):  # D7
     photo, file = Image.open(io.BytesIO(picture())), io.BytesIO()
     photo.save(file, "MPO", save_all=True, append_images=[photo.resize((20, 24))])
-    key = explainer.take(file.getvalue(), "phone.jpg")
-    assert explainer.look(key, Shown()).image.shape == (3, 32, 32)
+    key = explainer.add(file.getvalue(), "phone.jpg")
+    assert explainer.look(key, DisplayOptions()).image.shape == (3, 32, 32)
 
 
 def test_a_large_image_is_refused_before_it_is_decoded(explainer, monkeypatch):  # W4
@@ -155,26 +155,26 @@ def test_a_large_image_is_refused_before_it_is_decoded(explainer, monkeypatch): 
     Image.new("1", (9000, 9000)).save(wide, "PNG")
     monkeypatch.setattr(module, "decode", lambda _: pytest.fail("it was decoded"))
     with pytest.raises(DataError, match="81 megapixels"):
-        explainer.take(wide.getvalue(), "x")
+        explainer.add(wide.getvalue(), "x")
 
 
 def test_the_oldest_images_go_and_a_key_opens_its_own_alone(explainer):  # W6
-    first = explainer.take(picture(), "first")
-    keys = [explainer.take(picture(i), str(i)) for i in range(KEPT)]
-    assert len({first, *keys}) == KEPT + 1
-    with pytest.raises(GoneError, match="upload it again"):
-        explainer.page(first, Shown())
-    with pytest.raises(GoneError):
-        explainer.page("../../etc/passwd", Shown())
-    assert explainer.look(keys[3], Shown()).name == "3"
+    first = explainer.add(picture(), "first")
+    keys = [explainer.add(picture(i), str(i)) for i in range(CAPACITY)]
+    assert len({first, *keys}) == CAPACITY + 1
+    with pytest.raises(ExpiredError, match="upload it again"):
+        explainer.page(first, DisplayOptions())
+    with pytest.raises(ExpiredError):
+        explainer.page("../../etc/passwd", DisplayOptions())
+    assert explainer.look(keys[3], DisplayOptions()).name == "3"
 
 
 def test_of_many_looks_at_an_image_the_gates_of_its_stages_are_kept_once():
     torch.manual_seed(0)
     net = cbam.build("resnet18+cbam", num_classes=9).eval()
     explainer = Explainer(Viewer({"CBAM": net}, [f"class {i}" for i in range(9)], size=64))
-    key = explainer.take(picture(), "x")
-    looks = [explainer.look(key, Shown(target=i)) for i in range(8)]
+    key = explainer.add(picture(), "x")
+    looks = [explainer.look(key, DisplayOptions(target=i)) for i in range(8)]
     assert list(looks[0].blocks["CBAM"]) == explainer.stage_names()
     held = {
         tensor.data_ptr(): tensor.nbytes
@@ -186,16 +186,18 @@ def test_of_many_looks_at_an_image_the_gates_of_its_stages_are_kept_once():
         c * (16 // s) ** 2 for c, s in ((64, 1), (128, 2), (256, 4), (512, 8))
     )  # bytes, of one each
     assert sum(held.values()) == 4 * maps
-    assert explainer.page(key, Shown(target=1)) == explainer.page(key, Shown(target=1))
+    assert explainer.page(key, DisplayOptions(target=1)) == explainer.page(key, DisplayOptions(target=1))
 
 
 def test_200_interleaved_requests_each_equal_the_serial_answer(explainer):  # W10
     names = explainer.stage_names()
-    keys = [explainer.take(picture(i), str(i)) for i in range(10)]
+    keys = [explainer.add(picture(i), str(i)) for i in range(10)]
     wanted = [
         (
             keys[i % 10],
-            Shown(target=i % 7 or None, stage=names[i % len(names)], method=("gradcam", "layercam")[i % 2]),
+            DisplayOptions(
+                target=i % 7 or None, stage=names[i % len(names)], method=("gradcam", "layercam")[i % 2]
+            ),
         )
         for i in range(200)
     ]
@@ -217,40 +219,40 @@ def test_200_interleaved_requests_each_equal_the_serial_answer(explainer):  # W1
 
 
 def test_a_crash_is_told_by_a_number_and_the_next_answer_is_right(explainer, monkeypatch, caplog):  # W12
-    key = explainer.take(picture(), "photo")
-    before = explainer.page(key, Shown(target=3))
+    key = explainer.add(picture(), "photo")
+    before = explainer.page(key, DisplayOptions(target=3))
     explainer._looks.clear()
     net = explainer.viewer.networks["CBAM"]
     monkeypatch.setattr(net, "forward", lambda x: 1 / 0)
     with pytest.raises(ZeroDivisionError) as caught:
-        explainer.page(key, Shown(target=3))
-    told = said(caught.value)
+        explainer.page(key, DisplayOptions(target=3))
+    told = error_text(caught.value)
     assert re.fullmatch(
         r"This image could not be explained \(error [0-9a-f]{8}\)\. See the server log\.", told
     )
     assert "ZeroDivision" not in told
     assert told.split("error ")[1][:8] in caplog.text
     monkeypatch.undo()
-    assert explainer.page(key, Shown(target=3)) == before
-    assert said(InputError("plain words")) == "plain words"
+    assert explainer.page(key, DisplayOptions(target=3)) == before
+    assert error_text(InputError("plain words")) == "plain words"
 
 
 def test_the_figure_is_a_png_of_the_maps_as_they_are_shown(explainer):
-    key = explainer.take(picture(), "photo")
-    whole = explainer.figure(key, Shown())
+    key = explainer.add(picture(), "photo")
+    whole = explainer.figure(key, DisplayOptions())
     assert whole.startswith(b"\x89PNG")
-    assert explainer.figure(key, Shown()) == whole
+    assert explainer.figure(key, DisplayOptions()) == whole
     for how in ({"threshold": 0.5}, {"opacity": 0.3}, {"target": 7}):
-        assert explainer.figure(key, Shown(**how)) != whole
+        assert explainer.figure(key, DisplayOptions(**how)) != whole
 
 
 def test_what_cannot_be_shown_leaves_its_reason_and_nothing_of_the_image_before(explainer):
     from cbam.app.serve import _Handlers
 
     handlers, how = _Handlers(explainer), ("gradcam", None, 0.0, 0.5)
-    key, _, page, _ = handlers._take(lambda: (picture(), "x"), *how)
+    key, _, page, _ = handlers._show_new(lambda: (picture(), "x"), *how)
     assert "Grad-CAM" in page
-    gone = handlers._take(lambda: (b"<html>", "corrupt.png"), *how)
+    gone = handlers._show_new(lambda: (b"<html>", "corrupt.png"), *how)
     assert gone[:2] == ("", None)
     assert gone[2].startswith('<p role="alert">not an image (starts with &#x27;&lt;html')
     explainer._pictures.pop(key)
@@ -258,9 +260,9 @@ def test_what_cannot_be_shown_leaves_its_reason_and_nothing_of_the_image_before(
 
 
 def test_an_unknown_stage_is_named(explainer):
-    key = explainer.take(picture(), "photo")
+    key = explainer.add(picture(), "photo")
     with pytest.raises(InputError, match="no stage 'x'; expected one of "):
-        explainer.page(key, Shown(stage="x"))
+        explainer.page(key, DisplayOptions(stage="x"))
 
 
 ODD = [
@@ -273,16 +275,16 @@ def test_whatever_is_asked_for_is_answered_or_refused_in_words(explainer):  # W1
     """2,000 requests of anything in every place: a page, or one of our own refusals."""
     random = numpy.random.default_rng(0)
     names = [*explainer.stage_names(), None]
-    keys = [explainer.take(picture(i), str(i)) for i in range(3)]
+    keys = [explainer.add(picture(i), str(i)) for i in range(3)]
     answered, refused = 0, []
     for _ in range(2000):
         wanted = [keys[0], 7, "gradcam", names[random.integers(len(names))], 0.2, 0.6]
         for place in random.choice(6, random.integers(0, 3), replace=False):
             wanted[place] = ODD[random.integers(len(ODD))] if place else [*keys, *ODD][random.integers(9)]
         try:
-            page = explainer.page(wanted[0], shown_of(*wanted[1:]))
+            page = explainer.page(wanted[0], parse_options(*wanted[1:]))
         except CBAMError as error:
-            refused.append(said(error))
+            refused.append(error_text(error))
         else:
             answered += 1
             assert page.startswith('<div class="cbam-row">')
@@ -307,9 +309,9 @@ def test_whatever_is_given_as_an_image_is_taken_or_refused_in_words(explainer): 
         if random.random() < 0.1:
             data = bytearray(random.bytes(200))
         try:
-            explainer.take(bytes(data), "x")
+            explainer.add(bytes(data), "x")
         except DataError as error:
-            refused.append(said(error))
+            refused.append(error_text(error))
         else:
             taken += 1
     assert taken > 200
@@ -339,4 +341,4 @@ def test_1000_requests_leave_no_file(tmp_path, monkeypatch):  # W15
         if i % 50 == 0:
             assert handlers.figure(key, target, "gradcam", stage, 0.0, 0.6).startswith("data:image/png")
         assert list(tmp_path.iterdir()) == []
-    assert len(explainer._pictures) == len(explainer._looks) == KEPT
+    assert len(explainer._pictures) == len(explainer._looks) == CAPACITY

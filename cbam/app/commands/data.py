@@ -30,7 +30,7 @@ def run(options: argparse.Namespace) -> int:
     need("cbam data check", {"vision": ("numpy", "PIL")})
     from cbam.data.check import check
 
-    with terminable(), progress(beside=sys.stderr) as watch:
+    with terminable(), progress(line_stream=sys.stderr) as watch:
         kind, findings = check(
             options.data, deep=options.deep, workers=options.workers, passed=Counter(watch).passed
         )
@@ -42,6 +42,6 @@ def run(options: argparse.Namespace) -> int:
     if not count:
         show(f"{options.data}: {kind}, no faults" + ("" if options.deep else " (--deep decodes every image)"))
         return 0
-    told = f"{count} fault{'s' * (count > 1)}, {repaired} of them repaired on reading"
-    show(f"{options.data}: {kind}, {told}")
+    summary = f"{count} fault{'s' * (count > 1)}, {repaired} of them repaired on reading"
+    show(f"{options.data}: {kind}, {summary}")
     return 3

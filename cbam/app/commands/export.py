@@ -76,7 +76,7 @@ def run(options: argparse.Namespace) -> int:
 
     with terminable():
         found = source(options.source, options.model, options.num_classes, options.mean, options.std)
-        show(found.told)
+        show(found.description)
         show(_folder(found, out, options) if options.to == "hub" else _file(found, out, options))
     return 0
 

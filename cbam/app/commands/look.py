@@ -123,38 +123,41 @@ def _check(options: argparse.Namespace) -> None:
 def _look_and_measure(options: argparse.Namespace) -> str:
     from cbam.app.networks import viewer
 
-    eyes = viewer(
+    networks = viewer(
         options.model, options.weights, options.compare, options.classes, options.size,
         digits="digits" in (options.score, options.gates), mean=options.mean, std=options.std,
     )  # fmt: skip
-    for line in eyes.about:
+    for line in networks.about:
         show(line)
-    unreadable = _look(options, eyes) if options.images else ""
+    unreadable = _look(options, networks) if options.images else ""
     if options.score:
-        _score(options, eyes)
+        _score(options, networks)
     if options.gates:
-        _gates(options, eyes)
+        _gates(options, networks)
     return unreadable
 
 
-def _look(options: argparse.Namespace, eyes) -> str:
+def _look(options: argparse.Namespace, networks) -> str:
     """Draw the figures; returns a message about unreadable images, or an empty string."""
-    from cbam.app.look import FIGURES, Before, Wanted, look_at
+    from cbam.app.look import FIGURES, EarlierFiles, LookRequest, look_at
 
     paths, out = [Path(path) for path in options.images], Path(options.out)
-    before, wanted = Before(out), Wanted(paths, out, options.target, options.method, options.layer)
-    return _told(look_at(eyes, wanted, show), before, FIGURES)
+    earlier, request = (
+        EarlierFiles(out),
+        LookRequest(paths, out, options.target, options.method, options.layer),
+    )
+    return _report(look_at(networks, request, show), earlier, FIGURES)
 
 
 def _detect(options: argparse.Namespace) -> str:
     """Draw what the detectors find; returns a message about unreadable images, or an empty string."""
-    from cbam.app.detecting import FIGURES, Asked, detectors, look_for_objects
-    from cbam.app.look import Before
+    from cbam.app.detecting import FIGURES, DetectRequest, detectors, look_for_objects
+    from cbam.app.look import EarlierFiles
 
-    eyes = detectors(options.model, options.weights, options.compare, options.classes, options.size)
-    for line in eyes.about:
+    networks = detectors(options.model, options.weights, options.compare, options.classes, options.size)
+    for line in networks.about:
         show(line)
-    asked = Asked(
+    request = DetectRequest(
         [Path(path) for path in options.images],
         Path(options.out),
         options.box or 1,
@@ -162,42 +165,42 @@ def _detect(options: argparse.Namespace) -> str:
         options.method,
         options.layer,
     )
-    before = Before(asked.out)
-    return _told(look_for_objects(eyes, asked, show), before, FIGURES)
+    earlier = EarlierFiles(request.out)
+    return _report(look_for_objects(networks, request, show), earlier, FIGURES)
 
 
-def _told(told, before, form: str) -> str:
+def _report(outcome, earlier, pattern: str) -> str:
     show("")
-    for path in told.figures:
-        show(before.told(path))
-    if left := before.left(told.figures, form):
+    for path in outcome.figures:
+        show(earlier.describe(path))
+    if left := earlier.leftovers(outcome.figures, pattern):
         show(left)
-    count = len(told.unreadable)
-    return f"{count} of {counted(told.looked + count, 'image')} left out" if count else ""
+    count = len(outcome.unreadable)
+    return f"{count} of {counted(outcome.processed + count, 'image')} left out" if count else ""
 
 
-def _score(options: argparse.Namespace, eyes) -> None:
-    from cbam.app.look import Before
+def _score(options: argparse.Namespace, networks) -> None:
+    from cbam.app.look import EarlierFiles
     from cbam.app.score import markdown, score, write
 
     with progress() as watch:
         results = score(
-            eyes, options.score, watch, method=options.method, layer=options.layer, limit=options.limit,
+            networks, options.score, watch, method=options.method, layer=options.layer, limit=options.limit,
             label=options.label,
         )  # fmt: skip
     show("")
     show(markdown(results))
-    before = Before(Path(options.out))
+    earlier = EarlierFiles(Path(options.out))
     for path in write(results, Path(options.out)):
-        show(before.told(path))
+        show(earlier.describe(path))
 
 
-def _gates(options: argparse.Namespace, eyes) -> None:
+def _gates(options: argparse.Namespace, networks) -> None:
     from cbam.app.gates import gates
-    from cbam.app.look import Before
+    from cbam.app.look import EarlierFiles
 
-    before = Before(Path(options.out))
+    earlier = EarlierFiles(Path(options.out))
     with progress() as watch:
-        written = gates(eyes, options.gates, Path(options.out), watch, limit=options.limit)
+        written = gates(networks, options.gates, Path(options.out), watch, limit=options.limit)
     for path in written:
-        show(before.told(path))
+        show(earlier.describe(path))

@@ -36,9 +36,9 @@ def run(options: argparse.Namespace) -> int:
     from cbam.app.serve import serve
 
     with terminable():
-        eyes = viewer(
+        networks = viewer(
             options.model, options.weights, options.compare, options.classes, options.size,
             mean=options.mean, std=options.std,
         )  # fmt: skip
-        serve(eyes, host=options.host, port=options.port, say=show)
+        serve(networks, host=options.host, port=options.port, say=show)
     return 0
