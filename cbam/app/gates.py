@@ -80,7 +80,7 @@ _NOTES = (
     f"- In short, in this order: next to nothing, a change below {100 * IDLE:.0f} %; saturated, more than "
     f"{100 * MOSTLY_SATURATED:.0f} % of the channel gates; the same channels for every image, more than "
     f"{100 * FIXED:.0f} % of their variance fixed; else what explains more of it, the class or the image. "
-    "Without channel gates the spatial ones are taken.",
+    "Without channel gates the spatial gates decide.",
 )
 
 

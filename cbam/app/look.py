@@ -125,7 +125,7 @@ def file_stem(text: str, taken: set[str]) -> str:
 
 
 def picture_files(paths: Sequence[Path]) -> list[Path]:
-    """The files among the paths, and the images in the folders among them, sorted by name.
+    """The files among the paths, and the images in the folders among them, each folder sorted by name.
 
     Raises:
         DataError: there are none.

@@ -221,12 +221,12 @@ def markdown(results: dict[str, Any]) -> str:
     lines = [f"# Do the maps find the object? {results['what']}", ""]
     lines += [f"- {line}" for line in results["networks"]]
     share, pictures = 100 * results["object_share"], counted(results["pictures"], "image")
-    lines += [f"- {pictures}; the object takes {share:.1f} % of them on average"]
+    lines += [f"- {pictures}; the object covers {share:.1f} % of them on average"]
     lines += [f"- left out: {note}" for note in results["left_out"]]
     maps = results.get("maps", results["pictures"])  # older records had one map per image
     noun = "image" if maps == results["pictures"] else "map"
     if noun == "map":
-        lines += [f"- a map for every label in an image, {maps} in all; an image has the mean of its maps"]
+        lines += [f"- one map per label in an image, {maps} in all; the value of an image is their mean"]
     of_class = [(which, counted(n, noun)) for which, n in results["class"].items() if n]
     lines += [f"- the map is for the class {which}: {many}" for which, many in of_class]
     lines += ["", f"|  | {' | '.join(names)} |", f"|---|{'---|' * len(names)}"]
@@ -243,7 +243,7 @@ def markdown(results: dict[str, Any]) -> str:
 _NOTES = (
     "- Pointing game: whether the map's maximum is on the object. Energy: the share of the map's sum on it.",
     "- IoU: of the object and the part of the map above a threshold, a share of the map's maximum. Each map "
-    "has one threshold for all images: the one that is best on these images.",
+    "has one threshold for all images: the best one on these images.",
     "- Deletion (lower is better) and insertion (higher is better): the area under the probability of the "
     f"class while pixels are removed, or added, in descending order of the map, in {STEPS} steps. Each "
     "network judges its own map; the first one also judges the centre prior and the untrained network.",

@@ -120,8 +120,8 @@ def test_an_image_with_objects_of_several_labels_is_one_image(viewer, boxes):
         a, b, mean = (found["values"]["plain"][key] for found in (one, corner, both))
         assert mean == pytest.approx([(x + y) / 2 for x, y in zip(a, b, strict=True)], abs=1e-4)
     page = markdown(both)
-    assert "- 6 images; the object takes" in page
-    assert "- a map for every label in an image, 12 in all; an image has the mean of its maps" in page
+    assert "- 6 images; the object covers" in page
+    assert "- one map per label in an image, 12 in all; the value of an image is their mean" in page
     assert "- the map is for the class of the label: 6 maps" in page
     assert "in all" not in markdown(one)
     few = score(viewer, str(boxes), Lines(), limit=3)
@@ -131,7 +131,7 @@ def test_an_image_with_objects_of_several_labels_is_one_image(viewer, boxes):
 def test_the_page_says_what_the_results_say(viewer, boxes):
     results = score(viewer, str(boxes), Lines(), limit=4)
     page = markdown(results)
-    assert "- 4 images; the object takes 5.0 % of them on average" in page
+    assert "- 4 images; the object covers 5.0 % of them on average" in page
     assert "| pointing game, % | 100.0 | 100.0 |" in page
     assert "**CBAM against plain**, paired image by image:" in page
 

@@ -35,40 +35,40 @@ def add(parser: Parser) -> None:
     parser.add_argument(
         "--out", default=OUT, metavar="DIR", help=f"parent of the folders of the studies (default: {OUT})"
     )
-    alone = parser.add_mutually_exclusive_group()
-    alone.add_argument("--plan", action="store_true", help="print which runs are missing, and train nothing")
-    alone.add_argument("--tables", action="store_true", help="recompute the tables, and train nothing")
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--plan", action="store_true", help="print which runs are missing, and train nothing")
+    mode.add_argument("--tables", action="store_true", help="recompute the tables, and train nothing")
     parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu or cuda (default: auto)")
     parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes that load images")
     parser.add_argument(
         "--commit", metavar="SHA", help="the commit of this code, if it is a copy without git"
     )
-    absent = argparse.SUPPRESS  # the default depends on the data set
-    parser.add_argument("--network", default=absent, metavar="NAME", help="network, see `cbam list`")
-    parser.add_argument("--epochs", type=count, default=absent, metavar="N", help="epochs of a run")
-    parser.add_argument("--batch-size", type=count, default=absent, metavar="N", help="images per step")
-    parser.add_argument("--lr", type=float, default=absent, metavar="RATE", help="highest learning rate")
+    unset = argparse.SUPPRESS  # the default depends on the data set
+    parser.add_argument("--network", default=unset, metavar="NAME", help="network, see `cbam list`")
+    parser.add_argument("--epochs", type=count, default=unset, metavar="N", help="epochs of a run")
+    parser.add_argument("--batch-size", type=count, default=unset, metavar="N", help="images per step")
+    parser.add_argument("--lr", type=float, default=unset, metavar="RATE", help="highest learning rate")
     parser.add_argument(
         "--warmup-epochs",
         type=float,
-        default=absent,
+        default=unset,
         metavar="N",
         help="epochs in which the learning rate rises to --lr; 0: none",
     )
     parser.add_argument(
-        "--size", type=count, default=absent, metavar="PIXELS", help="side of the images, in pixels"
+        "--size", type=count, default=unset, metavar="PIXELS", help="side of the images, in pixels"
     )
     parser.add_argument(
         "--limit",
         type=count,
-        default=absent,
+        default=unset,
         metavar="N",
         help="use only about N training and N validation images",
     )
     parser.add_argument(
-        "--regions", type=count, default=absent, metavar="N", help="regions per image for Faster R-CNN"
+        "--regions", type=count, default=unset, metavar="N", help="regions per image for Faster R-CNN"
     )
-    parser.add_argument("--precision", default=absent, metavar="NAME", help=f"one of {', '.join(PRECISIONS)}")
+    parser.add_argument("--precision", default=unset, metavar="NAME", help=f"one of {', '.join(PRECISIONS)}")
 
 
 def run(options: argparse.Namespace) -> int:
