@@ -45,7 +45,7 @@ class DisplayOptions:
     Attributes:
         target: class index, None for the first network's prediction.
         method: a key of `maps.METHODS`.
-        stage: block whose gates are shown, None for the last one.
+        stage: block whose gates are shown; the last one if None, or if a network has no such block.
         threshold: 0 to 1; pixels of the map below it stay grey.
         opacity: of the colours, 0 to 1.
     """
@@ -144,7 +144,8 @@ class Explainer:
         S = self.viewer.size
         with self._models:
             found = look_at_view(self.viewer, torch.zeros(3, S, S, dtype=torch.uint8))
-        return list(stages(next(reversed(found.blocks.values()), {})))
+        names = [name for blocks in found.blocks.values() for name in stages(blocks)]
+        return list(dict.fromkeys(reversed(names)))[::-1]  # the last network's last stage comes last
 
 
 def error_text(error: BaseException) -> str:
@@ -162,8 +163,12 @@ def render(seen: Look, options: DisplayOptions) -> str:
     parts = [f'<div class="cbam-row">{_figure(_png(seen.image), "input", html.escape(seen.target))}']
     parts += [_heat(seen, glance, options) for glance in seen.glances]
     parts.append("</div>")
-    for network, blocks in seen.blocks.items():
-        parts.append(_stage(seen, network, stages(blocks), options))
+    known = {network: stages(blocks) for network, blocks in seen.blocks.items()}
+    names = dict.fromkeys(name for blocks in known.values() for name in blocks)
+    if names and options.stage is not None and options.stage not in names:
+        raise InputError(f"no stage {options.stage!r}; expected one of {', '.join(names)}")
+    for network, blocks in known.items():
+        parts.append(_stage(seen, network, blocks, options))
     return "".join(parts)
 
 
@@ -177,9 +182,7 @@ def _heat(seen: Look, glance: Glance, options: DisplayOptions) -> str:
 
 
 def _stage(seen: Look, network: str, blocks: dict[str, Refinement], options: DisplayOptions) -> str:
-    if options.stage is not None and options.stage not in blocks:
-        raise InputError(f"no stage {options.stage!r}; expected one of {', '.join(blocks)}")
-    name = options.stage or list(blocks)[-1]
+    name = options.stage if options.stage in blocks else list(blocks)[-1]
     block = blocks[name]
     C, h, w = block.before.shape[1:]
     cells = []

@@ -259,6 +259,19 @@ def test_what_cannot_be_shown_leaves_its_reason_and_nothing_of_the_image_before(
     assert "upload it again" in handlers.show(key, None, *how)
 
 
+def test_of_networks_with_other_blocks_each_shows_a_stage_of_its_own():
+    nets = [cbam.build("resnet_tiny+cbam") for _ in range(2)]
+    nets = {"first": nets[0], "second": torch.nn.Sequential(nets[1])}
+    explainer = Explainer(Viewer(nets, [f"class {i}" for i in range(1000)], size=32, resized=36))
+    key, names = explainer.add(picture(), "photo.png"), explainer.stage_names()
+    inner = [name for name in names if not name.startswith("0.")]
+    assert names == [*inner, *(f"0.{name}" for name in inner)]
+    for stage, shown in ((names[0], (names[0], names[-1])), (names[-1], (inner[-1], names[-1]))):
+        page = explainer.page(key, DisplayOptions(stage=stage))
+        assert f">first, {shown[0]}: " in page
+        assert f">second, {shown[1]}: " in page
+
+
 def test_an_unknown_stage_is_named(explainer):
     key = explainer.add(picture(), "photo")
     with pytest.raises(InputError, match="no stage 'x'; expected one of "):
