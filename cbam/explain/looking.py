@@ -236,7 +236,7 @@ def class_index(classes: Sequence[str], text: str) -> int:
         if index < len(classes) and text == f"{classes[index]} ({index})":
             return index
     found = [index for index, name in enumerate(classes) if name == text]
-    if text.isascii() and text.isdigit() and int(text) < len(classes):
+    if text.isascii() and text.isdigit() and len(text) < 10 and int(text) < len(classes):
         found = list(dict.fromkeys([*found, int(text)]))
     lowered = [name.lower() for name in classes]
     found = found or [index for index, name in enumerate(lowered) if name == text.lower()]

@@ -132,6 +132,8 @@ def test_a_class_is_named_by_number_or_by_name():
         class_index(CLASSES, "cot")
     with pytest.raises(ConfigError, match="no class '5'; give a class name or 0 to 4"):
         class_index(CLASSES, "5")
+    with pytest.raises(ConfigError, match="no class '99999"):
+        class_index(CLASSES, "9" * 5000)  # more digits than int() takes
 
 
 def test_a_class_that_may_be_several_is_asked_for_again():
