@@ -142,10 +142,8 @@ def _look(options: argparse.Namespace, networks) -> str:
     from cbam.app.look import FIGURES, EarlierFiles, LookRequest, look_at
 
     paths, out = [Path(path) for path in options.images], Path(options.out)
-    earlier, request = (
-        EarlierFiles(out),
-        LookRequest(paths, out, options.target, options.method, options.layer),
-    )
+    earlier = EarlierFiles(out)
+    request = LookRequest(paths, out, options.target, options.method, options.layer)
     return _report(look_at(networks, request, show), earlier, FIGURES)
 
 
