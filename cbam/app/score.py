@@ -105,9 +105,10 @@ def score(
             values.add(name, heat, sample.area, viewer.networks.get(name, first), image, target)
         watch.advance(1 / len(found))
     of = f" of {layer}" if layer else ""
+    folder = Path(data).name or Path(data).resolve().name  # "." has no name
     thresholds, measured = values.at_best_thresholds([sample.picture for sample in found])
     return {
-        "what": f"{METHODS[method]}{of} on {Path(data).name}" + (f", boxes of {label}" if label else ""),
+        "what": f"{METHODS[method]}{of} on {folder}" + (f", boxes of {label}" if label else ""),
         "layer": layer,
         "networks": list(viewer.about),
         "pictures": len(names),

@@ -128,6 +128,18 @@ def test_an_image_with_objects_of_several_labels_is_one_image(viewer, boxes):
     assert few["names"] == ["0.png", "2.png", "4.png"]
 
 
+def test_the_folder_one_is_in_is_called_by_its_name(viewer, tmp_path, monkeypatch):
+    (tmp_path / "cells").mkdir()
+    monkeypatch.chdir(tmp_path / "cells")
+    Image.new("RGB", (40, 40), "white").save("a.png")
+    box = "<xmin>11</xmin><ymin>11</ymin><xmax>20</xmax><ymax>20</ymax>"
+    Path("a.xml").write_text(
+        "<annotation><filename>a.png</filename><size><width>40</width><height>40</height></size>"
+        f"<object><name>square</name><bndbox>{box}</bndbox></object></annotation>"
+    )
+    assert score(viewer, ".", Lines())["what"] == "Grad-CAM on cells"
+
+
 def test_the_page_says_what_the_results_say(viewer, boxes):
     results = score(viewer, str(boxes), Lines(), limit=4)
     page = markdown(results)
