@@ -128,7 +128,7 @@ def test_an_image_with_objects_of_several_labels_is_one_image(viewer, boxes):
     assert few["names"] == ["0.png", "2.png", "4.png"]
 
 
-def test_the_folder_one_is_in_is_called_by_its_name(viewer, tmp_path, monkeypatch):
+def test_the_current_folder_is_reported_by_its_name(viewer, tmp_path, monkeypatch):
     (tmp_path / "cells").mkdir()
     monkeypatch.chdir(tmp_path / "cells")
     Image.new("RGB", (40, 40), "white").save("a.png")

@@ -259,7 +259,7 @@ def test_what_cannot_be_shown_leaves_its_reason_and_nothing_of_the_image_before(
     assert "upload it again" in handlers.show(key, None, *how)
 
 
-def test_of_networks_with_other_blocks_each_shows_a_stage_of_its_own():
+def test_networks_with_different_blocks_each_show_their_own_stage():
     nets = [cbam.build("resnet_tiny+cbam") for _ in range(2)]
     nets = {"first": nets[0], "second": torch.nn.Sequential(nets[1])}
     explainer = Explainer(Viewer(nets, [f"class {i}" for i in range(1000)], size=32, resized=36))
