@@ -267,7 +267,7 @@ def test_a_damaged_image_is_left_out_of_the_gates_and_counted(tmp_path, capsys):
     page = gates(viewer, str(pictures), out, Lines())[0].read_text()
     assert capsys.readouterr().out.count("left out: ") == 1  # for both networks
     assert "left out" not in whole.lower()
-    assert "a, 3 images in images:" in page
+    assert "a, 3 images in pictures:" in page
     assert "- Left out: 1 image that cannot be read." in page
     (pictures / "0.png").unlink()
     again = gates(viewer, str(pictures), out, Lines())[0].read_text()

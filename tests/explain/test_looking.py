@@ -321,7 +321,7 @@ def test_names_that_begin_alike_are_told_apart_by_their_ends():
     names = [f"ILSVRC2012_val_0000{i}.JPEG" for i in range(2890, 2910)]
     short = [page.truncate_middle(name, 1.04) for name in names]
     assert len(set(short)) == len(names)
-    assert max(map(len, short)) <= int(1.04 / page.CHARACTER)
+    assert max(map(len, short)) <= int(1.04 / page.CHARACTER_WIDTH)
     assert short[0] == "ILSVRC201\N{HORIZONTAL ELLIPSIS}890.JPEG"
     assert page.truncate_middle("cat.png", 1.04) == "cat.png"
 
