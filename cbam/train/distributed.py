@@ -1,7 +1,7 @@
-"""Several processes that train one network: joining them, agreeing, and naming the one that is gone.
+"""Several processes that train one network: connecting them, agreeing, and naming one that is gone.
 
-What they agree on goes over gloo and the CPU, also on GPUs: there a lost peer is an exception, where NCCL
-would end the process. Gradients go over NCCL.
+They agree over gloo on the CPU even when training on GPUs: with gloo a lost peer raises an exception, whereas
+NCCL would end the process. Gradients go over NCCL.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from cbam.errors import CBAMError, ConfigError, DistributedError, NonFiniteError
 from cbam.train.launch import Place, die_with_parent
 
 TIMEOUT = 600.0  # seconds that the others wait for a process
-ROLL_CALL = 1.5  # seconds to answer whether one is there
+ROLL_CALL = 1.5  # seconds in which a process must answer the roll call
 T = TypeVar("T")
 
 
@@ -39,11 +39,11 @@ class World:
 
     @property
     def is_first(self) -> bool:
-        """Whether this is the process that writes and speaks."""
+        """Whether this is the process that writes and reports."""
         return self.rank == 0
 
     def sum(self, *numbers: float) -> list[float]:
-        """The sums of these numbers over all processes, equal on all of them to the last bit."""
+        """The sums of these numbers over all processes, bitwise equal on all of them."""
         if self.size == 1:
             return list(numbers)
         total = torch.tensor(numbers, dtype=torch.float64)
@@ -51,7 +51,7 @@ class World:
         return total.tolist()
 
     def all(self, value: T) -> list[T]:
-        """What each process has, by rank."""
+        """The value of each process, by rank."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
@@ -59,7 +59,7 @@ class World:
         return values
 
     def from_first(self, function: Callable[[], T]) -> T:
-        """What `function` returns, or raises, in the first process; the others wait for it."""
+        """Run `function` in the first process only; return its result, or raise its error, in all."""
         if self.size == 1:
             return function()
         said: list[Any] = [None]
@@ -75,7 +75,7 @@ class World:
         return value
 
     def joined(self, part: Tensor) -> Tensor:
-        """The parts of all processes, which may be of different lengths, one after the other."""
+        """Concatenate the parts of all processes, which may differ in length."""
         if self.size == 1:
             return part
         lengths = self.all(len(part))
@@ -86,7 +86,7 @@ class World:
         return torch.cat([p[:n] for p, n in zip(parts, lengths, strict=True)])
 
     def spread(self, tensors: list[Tensor]) -> None:
-        """Give every process the first one's `tensors`, in place."""
+        """Overwrite `tensors` in every process with those of the first."""
         if self.size > 1:
             for tensor in tensors:
                 dist.broadcast(tensor, 0)
@@ -96,28 +96,28 @@ _here = World()
 
 
 def world() -> World:
-    """The world of this process: the one that it joined, or itself alone."""
+    """The world that this process has joined, or a world of its own."""
     return _here
 
 
 @contextlib.contextmanager
 def joined(place: Place | None, *, cuda: bool = False, timeout: float = TIMEOUT) -> Iterator[World]:
-    """Meet the other processes, and part from them at the end.
+    """Connect to the other processes, and disconnect at the end.
 
-    An error of any process ends all of them: in the others it is a DistributedError that names it. The error
-    is told once: in every process but one, `silent` is set on it.
+    An error in any process ends all of them: in the others it is a DistributedError that names the process.
+    The error is reported once: in every process but one it has `silent` set.
 
     Args:
-        place: None for a process of its own.
+        place: None for a single process.
         cuda: whether every process has a GPU.
-        timeout: seconds after which a process that does not answer is taken for hung.
+        timeout: seconds after which a process that does not answer counts as hung.
     """
     global _here
     if place is None or place.size == 1:
         yield World()
         return
     die_with_parent()
-    if place.local_size == place.size:  # one machine: neither a network nor its name is needed
+    if place.local_size == place.size:  # one machine: works without a network or a resolvable host name
         name = "lo0" if sys.platform == "darwin" else "lo"
         os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
     if hasattr(signal, "SIGUSR1"):
@@ -139,21 +139,21 @@ def joined(place: Place | None, *, cuda: bool = False, timeout: float = TIMEOUT)
         raise told from (None if told is error else error)
     finally:
         _here = World()
-        if dist.is_initialized() and not (cuda and sys.exc_info()[0]):  # NCCL would wait for the dead
+        if dist.is_initialized() and not (cuda and sys.exc_info()[0]):  # NCCL would wait for a dead peer
             dist.destroy_process_group()
 
 
 def _take_gpu(place: Place) -> str:
-    """Make this process's GPU the current one, and return what it is known by everywhere.
+    """Make this process's GPU the current one, and return its UUID.
 
-    It is the one of the process's number on this machine, or the only one that it sees: srun can show each
-    process another (`--gpus-per-task 1`).
+    It is the one of the local rank, or the only one that the process sees: srun can show each process a
+    different one (`--gpus-per-task 1`).
     """
     there = torch.cuda.device_count()
     if max(place.local_size, place.local_rank + 1) > there > 1:
         raise ConfigError(
-            f"{place.local_size} processes on this machine need a GPU each, and a process sees {there} here: "
-            f"start {there}, let each process see all GPUs or its own alone, or take --device cpu"
+            f"{place.local_size} processes on this machine need a GPU each, but a process sees {there} here: "
+            f"start {there}, let each process see all GPUs or only its own, or use --device cpu"
         )
     number = place.local_rank if there > 1 else 0
     torch.cuda.set_device(number)
@@ -161,17 +161,17 @@ def _take_gpu(place: Place) -> str:
 
 
 def _check_apart(gpus: list[str]) -> None:
-    """Refuse processes that share a GPU: they would wait for each other, and NCCL for both."""
+    """Refuse processes that share a GPU: they would wait for each other, and NCCL would hang."""
     for rank, gpu in enumerate(gpus):
         if (first := gpus.index(gpu)) < rank:
             raise ConfigError(
-                f"processes {first} and {rank} have one and the same GPU ({gpu}), and need one each: "
-                f"start {len(set(gpus))}, let each see all GPUs or its own alone, or take --device cpu"
+                f"processes {first} and {rank} have the same GPU ({gpu}), but need one each: "
+                f"start {len(set(gpus))}, let each see all GPUs or only its own, or use --device cpu"
             )
 
 
 def _meet(place: Place, timeout: float) -> dist.Store:
-    """A store for this attempt alone: torchrun restarts processes, and the keys of the dead stay."""
+    """A store for this attempt only: torchrun restarts processes, and the keys of dead ones remain."""
     kind, _, address = place.store.partition(":")
     patience = datetime.timedelta(seconds=min(timeout, 300))
     try:
@@ -189,8 +189,8 @@ def _meet(place: Place, timeout: float) -> dist.Store:
 
 
 def _attempt(store: dist.Store, place: Place, patience: datetime.timedelta) -> int:
-    """The number of this attempt. The first process begins one; the others take the newest not taken by a
-    process of their rank before."""
+    """The number of this attempt. Rank 0 starts a new one; the others join the newest that no earlier
+    process of their rank has joined."""
     if place.rank == 0:
         return store.add("cbam/attempts", 1)
     deadline = time.monotonic() + patience.total_seconds()
@@ -199,29 +199,29 @@ def _attempt(store: dist.Store, place: Place, patience: datetime.timedelta) -> i
         if attempt > 0 and store.add(f"cbam/{attempt}/taken/{place.rank}", 1) == 1:
             return attempt
         time.sleep(0.1)
-    raise DistributedError(f"process {place.rank} waited {patience.total_seconds():g} s for the first one")
+    raise DistributedError(f"process {place.rank} waited {patience.total_seconds():g} s for process 0")
 
 
 class _RollCall:
-    """Says who is gone when one is, and sees to it that an error is told once."""
+    """Finds out which process is gone, and makes sure that an error is reported only once."""
 
     def __init__(self, store: dist.Store, place: Place) -> None:
         self._store, self._place = store, place
         store.set(f"who/{place.rank}", f"{socket.gethostname()}:{os.getpid()}")
 
     def told(self, error: BaseException) -> BaseException:
-        """`error`, or what became of another process where that is why it was raised; perhaps `silent`."""
+        """`error`, or a DistributedError if another process caused it; `silent` if another reports it."""
         try:
             if is_of_a_peer(error):
                 error = DistributedError(self._missing(error))
             else:
                 self._store.set(f"left/{self._place.rank}", _line(error))
             first = self._store.add("told", 1) == 1
-            if isinstance(error, StoppedError | NonFiniteError):  # all come to it, and the first knows most
+            if isinstance(error, StoppedError | NonFiniteError):  # raised in all; the first has the details
                 first = self._place.rank == 0
             error.silent = not first  # type: ignore[attr-defined]
-        except (dist.DistError, RuntimeError):  # the store was in a process that is gone
-            error = DistributedError("process 0, where all processes meet, is gone")
+        except (dist.DistError, RuntimeError):  # the store is gone with its process
+            error = DistributedError("process 0, which connects all processes, is gone")
             error.silent = self._place.rank > 1  # type: ignore[attr-defined]
         return error
 
@@ -250,14 +250,14 @@ class _RollCall:
         return f"process {rank} (pid {pid} on {host})" if pid else f"process {rank}, which never started,"
 
     def _place_of(self, rank: int) -> tuple[str, str]:
-        """Host and process number; empty for one that never started, whose key would be waited for."""
+        """Host and process id; empty for a process that never started, as get() would wait for its key."""
         if not self._store.check([f"who/{rank}"]):
             return "", ""
         host, _, pid = self._store.get(f"who/{rank}").decode().rpartition(":")
         return host, pid
 
     def _dump_stacks(self, absent: list[int]) -> None:
-        """Let those of this machine that do not answer say on stderr where they are."""
+        """Make unresponsive processes on this machine print their stacks to stderr."""
         for rank in absent:
             host, pid = self._place_of(rank)
             if host == socket.gethostname() and hasattr(signal, "SIGUSR1"):
@@ -266,14 +266,14 @@ class _RollCall:
 
 
 def is_of_a_peer(error: BaseException) -> bool:
-    """Whether an error is what a process sees of the end of another."""
+    """Whether an error was caused by the end of another process."""
     if isinstance(error, CBAMError):
         return False
     if isinstance(error, dist.DistError):
         return True
     signs = (
         *("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer"),
-        *("Wait timeout", "Timeout waiting for key"),  # a FileStore's, of one that does not come
+        *("Wait timeout", "Timeout waiting for key"),  # from a FileStore, if a process never joins
     )
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
 

@@ -1,6 +1,6 @@
-"""The place of a process among those that train one network, and how one machine starts them.
+"""The rank of a process among those that train one network, and a launcher for one machine.
 
-Imports no torch: `cbam train --devices N` waits for its processes without it.
+Imports no torch: `cbam train --devices N` only waits for its processes.
 """
 
 import contextlib
@@ -21,9 +21,9 @@ from pathlib import Path
 
 from cbam.errors import DistributedError
 
-GRACE = 10.0  # seconds for the others to end, once one of the processes has failed
-_OURS = "_CBAM_PLACE"  # from `launch` to the processes that it starts
-# This very package, and nothing that the folder it is started in happens to hold.
+GRACE = 10.0  # seconds for the others to end after one process has failed
+_OURS = "_CBAM_PLACE"  # set by `launch` for the processes it starts
+# Runs this copy of the package, whatever the working directory contains.
 _RUN = """import sys; sys.path.insert(0, sys.argv.pop(1)); import cbam; sys.path.append(sys.path.pop(0))
 from cbam.__main__ import main; sys.exit(main())"""
 _TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -47,10 +47,10 @@ class Place:
 
 
 def place() -> Place | None:
-    """This process's place, as `launch`, torchrun or SLURM's srun says; None for a process of its own.
+    """This process's place, as set by `launch`, torchrun or SLURM's srun; None for a single process.
 
     Raises:
-        DistributedError: what they say makes no sense.
+        DistributedError: their environment variables are invalid.
     """
     said = os.environ
     try:
@@ -64,26 +64,26 @@ def place() -> Place | None:
                 int(said.get("LOCAL_RANK", 0)), int(said.get("LOCAL_WORLD_SIZE", 1)),
                 f"{'agent' if served else 'tcp'}:{said['MASTER_ADDR']}:{said['MASTER_PORT']}",
             )  # fmt: skip
-        elif int(said.get("SLURM_STEP_NUM_TASKS", 1)) > 1:  # a job's script, beside srun, is alone
+        elif int(said.get("SLURM_STEP_NUM_TASKS", 1)) > 1:  # not in a batch script, which runs without srun
             here = _slurm()
         elif said.get("WORLD_SIZE", "1") not in ("", "0", "1"):
             _tell_of_half(said["WORLD_SIZE"], tuple(name for name in _TORCHRUN if name not in said))
     except (KeyError, ValueError, TypeError, ZeroDivisionError) as error:
-        raise DistributedError(f"the processes' environment cannot be read: {error!r}") from error
+        raise DistributedError(f"the launcher's environment cannot be read: {error!r}") from error
     if here and not (
         0 <= here.rank < here.size and here.local_rank >= 0 and 0 < here.local_size <= here.size
     ):
         raise DistributedError(
-            f"the processes' environment cannot be: process {here.rank} of {here.size}, on its machine "
-            f"{here.local_rank} of {here.local_size}; they count from 0"
+            f"the launcher's environment is inconsistent: rank {here.rank} of {here.size}, local rank "
+            f"{here.local_rank} of {here.local_size}; ranks count from 0"
         )
     return here
 
 
 @functools.cache
 def _tell_of_half(size: str, absent: tuple[str, ...]) -> None:
-    """Say, once, that nobody tells this process which of the others it is."""
-    _log.warning("WORLD_SIZE is %s, without %s: this process works alone", size, ", ".join(absent))
+    """Warn once that the environment does not say which of several processes this is."""
+    _log.warning("WORLD_SIZE is %s without %s: this process runs alone", size, ", ".join(absent))
 
 
 def _slurm() -> Place:
@@ -98,17 +98,17 @@ def _slurm() -> Place:
 
 
 def first_host(nodes: str) -> str:
-    """The first name of a SLURM list of nodes: "gpu[003-006,9],login" -> "gpu003"."""
+    """The first host in a SLURM node list: "gpu[003-006,9],login" -> "gpu003"."""
     first = re.match(r"(\[[^]]*\]|[^,[])*", nodes)
     assert first is not None  # it may be empty
     return re.sub(r"\[([^],-]*)[^]]*\]", r"\1", first[0])
 
 
 def launch(arguments: Sequence[str], processes: int) -> int:
-    """Run `cbam ARGUMENTS` in that many processes on this machine; the exit code of the first failure.
+    """Run `cbam ARGUMENTS` in that many processes on this machine; return the exit code of the first failure.
 
-    Each signal is handed on. When a process has failed, the others have GRACE seconds to end; a process
-    never outlives this one.
+    Signals are forwarded. After a process has failed, the others have GRACE seconds to end; no process
+    outlives this one.
     """
     with tempfile.TemporaryDirectory() as folder:
         store = f"file:{Path(folder) / 'store'}"
@@ -130,13 +130,13 @@ def _start(arguments: Sequence[str], where: Place) -> subprocess.Popen:
         env=environment,
         stdin=subprocess.DEVNULL,
         stdout=None if where.rank == 0 else subprocess.DEVNULL,
-        start_new_session=True,  # Ctrl-C comes to them from here, and once
+        start_new_session=True,  # Ctrl-C reaches them only once, from here
     )
 
 
 @contextlib.contextmanager
 def _handing_on(ranks: Sequence[subprocess.Popen]) -> Iterator[list[int]]:
-    """The signals that were handed on, as they come."""
+    """Forward signals to the processes; the list collects them as they arrive."""
     asked: list[int] = []
 
     def hand_on(number: int, frame) -> None:
@@ -153,7 +153,7 @@ def _handing_on(ranks: Sequence[subprocess.Popen]) -> Iterator[list[int]]:
 
 
 def _wait(ranks: Sequence[subprocess.Popen]) -> list[tuple[int, int]]:
-    """(rank, exit code) in the order in which they ended; those that do not end are killed, and left out."""
+    """(rank, exit code) in the order in which they ended; those still running after GRACE are left out."""
     ended: list[tuple[int, int]] = []
     deadline = float("inf")
     while len(ended) < len(ranks) and time.monotonic() < deadline:
@@ -167,9 +167,9 @@ def _wait(ranks: Sequence[subprocess.Popen]) -> list[tuple[int, int]]:
 
 
 def _exit_code(ended: Sequence[tuple[int, int]], processes: int, asked: Sequence[int] = ()) -> int:
-    """Of the first that failed by itself: not of one that was left alone by another, nor of one killed.
+    """The exit code of the first process that failed by itself, not through another's end or a kill.
 
-    Those that were `asked` to end, by a signal, before they could listen to it have no code of their own.
+    Processes that got one of the signals `asked` before they had a handler for it have no code of their own.
     """
     failed = [(rank, code) for rank, code in ended if code]
     own = [code for _, code in failed if code > 0 and code != DistributedError.exit_code]
@@ -177,17 +177,17 @@ def _exit_code(ended: Sequence[tuple[int, int]], processes: int, asked: Sequence
         return own[0] if own else 0
     if asked:
         return 128 + asked[0]
-    if all(code < 0 for _, code in failed) and len(failed) == processes:  # nobody could say it
+    if all(code < 0 for _, code in failed) and len(failed) == processes:  # no process could report it
         rank, code = failed[0]
         raise DistributedError(f"process {rank} was ended by {signal.Signals(-code).name}")
     return DistributedError.exit_code
 
 
 def die_with_parent() -> None:
-    """Let SIGTERM come to this process when the one that launched it is gone (Linux)."""
+    """Have SIGTERM sent to this process when the one that launched it ends (Linux)."""
     if _OURS not in os.environ or not sys.platform.startswith("linux"):
         return
     pr_set_pdeathsig = 1
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
-    if os.getppid() == 1:  # it was gone before
+    if os.getppid() == 1:  # it has already ended
         os.kill(os.getpid(), signal.SIGTERM)

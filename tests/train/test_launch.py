@@ -97,7 +97,7 @@ def test_a_process_that_knows_how_many_there_are_and_not_which_it_is_says_that_i
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("MASTER_ADDR", "a1")
     assert place() is place() is None
-    assert caplog.messages == ["WORLD_SIZE is 4, without RANK, MASTER_PORT: this process works alone"]
+    assert caplog.messages == ["WORLD_SIZE is 4 without RANK, MASTER_PORT: this process runs alone"]
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,7 @@ def test_a_place_that_cannot_be_is_told_before_anybody_waits_for_it(monkeypatch,
     fit = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "a1", "MASTER_PORT": "29500"}
     for name, value in (fit | said).items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(DistributedError, match=r"cannot be: process -?\d of \d, on its machine -?\d of \d"):
+    with pytest.raises(DistributedError, match=r"inconsistent: rank -?\d of \d, local rank -?\d of \d"):
         place()
 
 

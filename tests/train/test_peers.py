@@ -126,7 +126,7 @@ def test_a_loss_that_is_nan_in_one_process_stops_all_before_the_step(ends):
     stopped = end_of(ends, "nan", "stop", [2])
     assert [end["code"] for end in stopped] == [5, 5]
     assert [end["silent"] for end in stopped] == [False, True]
-    assert "epoch 0, step 1, of the training images" in stopped[0]["error"]
+    assert "epoch 0, step 1, on the training images" in stopped[0]["error"]
     assert (stopped[0]["step"], len(stopped[0]["pictures"])) == (1, 4)
 
 
@@ -186,7 +186,7 @@ def test_each_process_takes_the_gpu_of_its_number_or_the_only_one_that_it_sees(e
 def test_processes_that_would_share_a_gpu_are_refused(ends):
     shared, few = end_of(ends, "gpus", GPUS["one to all"]), end_of(ends, "gpus", GPUS["too few"])
     assert [end["code"] for end in (*shared, *few)] == [2] * 5
-    assert all("processes 0 and 1 have one and the same GPU (a)" in end["error"] for end in shared)
+    assert all("processes 0 and 1 have the same GPU (a)" in end["error"] for end in shared)
     assert sum(not end["silent"] for end in shared) == 1
-    told = "3 processes on this machine need a GPU each, and a process sees 2 here: start 2"
+    told = "3 processes on this machine need a GPU each, but a process sees 2 here: start 2"
     assert any(told in end["error"] for end in few)
