@@ -1,7 +1,6 @@
 """The exponential moving average of a network's weights and statistics (Polyak and Juditsky 1992).
 
-It is what is evaluated, and what a checkpoint of such a run is scored with; training goes on from the
-weights.
+Validation and the scoring of a checkpoint use the average; training continues from the weights.
 """
 
 from typing import Any
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 class Average:
     """average <- d average + (1 - d) weights after step n, with d = min(decay, (1 + n) / (10 + n)).
 
-    BatchNorm's running statistics are averaged likewise; whole numbers are copied.
+    BatchNorm's running statistics are averaged too; integer tensors are copied.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -21,12 +20,12 @@ class Average:
         self.tensors = {name: tensor.detach().clone() for name, tensor in self._live().items()}
 
     def _live(self) -> dict[str, Tensor]:
-        """The network's own tensors, as they are now: moving a network replaces its buffers."""
+        """The network's current tensors, looked up each time, as moving a network replaces its buffers."""
         return self._model.state_dict(keep_vars=True)
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take in what the weights are now."""
+        """Update the average with the current weights."""
         live = self._followed()
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
@@ -38,7 +37,7 @@ class Average:
     @torch.no_grad()
     def swap(self) -> None:
         """Exchange the weights of the network and the average."""
-        shared: dict[int, list[str]] = {}  # the names of each tensor: modules may share one
+        shared: dict[int, list[str]] = {}  # the names of each tensor, as modules may share one
         live = self._followed()
         for name, tensor in live.items():
             shared.setdefault(id(tensor), []).append(name)
@@ -50,28 +49,28 @@ class Average:
                 self.tensors[name].copy_(kept)
 
     def _followed(self) -> dict[str, Tensor]:
-        """The network's tensors; the average is brought to their device, dtype and layout first."""
+        """The network's tensors, after moving the average to their device, dtype and layout."""
         live = self._live()
         for name, tensor in live.items():
             own = self.tensors[name]
             if (own.device, own.dtype, own.stride()) != (tensor.device, tensor.dtype, tensor.stride()):
-                # No inference tensors, where a resumed run begins in a validation; strides alike, so that the
-                # foreach kernel takes all tensors at once.
+                # A resumed run may begin with a validation, and must not create inference tensors there.
+                # Equal strides let the foreach kernel handle all tensors at once.
                 with torch.inference_mode(False):
                     self.tensors[name] = torch.empty_like(tensor).copy_(own)
         return live
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
+        """The state for a checkpoint."""
         return {"updates": self.updates, "tensors": self.tensors}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there."""
+        """Restore the state of a checkpoint."""
         self.updates = state["updates"]
         for name, tensor in self.tensors.items():
             tensor.copy_(state["tensors"][name])
 
 
 def average_of(state: dict[str, Any]) -> dict[str, Tensor]:
-    """The weights that a checkpoint is scored with: the average, where the run keeps one."""
+    """The weights that a checkpoint is scored with: the average, if the run keeps one."""
     return state["average"]["tensors"] if state.get("average") else state["model"]

@@ -1,4 +1,4 @@
-"""Classification: uint8 images of one class each, normalised on the device; cross-entropy and errors.
+"""Single-label classification: uint8 images, normalised on the device; cross-entropy and error rates.
 
 Shapes: N images, K classes. A batch is a dict: "image" uint8 (N, 3, H, W), "target" (N,), "index" (N,).
 """
@@ -19,12 +19,12 @@ from cbam.train.task import Part
 
 
 class Classification:
-    """Cross-entropy, and top-1 and top-5 errors in %, of a classifier: a `Task`.
+    """The `Task` of a classifier: cross-entropy, and top-1 and top-5 errors in %.
 
     Args:
         mean, std: of the data set, per channel, of values / 255.
-        recipe: says whether images are mixed and targets smoothed; None where nothing is trained: an
-            evaluation keeps the logits of every image, which a validation of many classes has no room for.
+        recipe: mixing and label smoothing; None for an evaluation. Only an evaluation keeps the logits of
+            every image: with many classes, a validation during training has no memory for them.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class Classification:
         self.mean, self.std = tuple(mean), tuple(std)
 
     def loss(self, network: Callable[..., Tensor], batch: dict, part: Part) -> tuple[Tensor, Tensor]:
-        """The cross-entropy, and how many of the images that count are taken for another class."""
+        """The cross-entropy, and how many of the counted images are misclassified."""
         target, smooth = batch["target"], self.recipe.label_smoothing
         mixed = mix(normalise(batch["image"], self.mean, self.std), self.recipe, part.key)
         logits = network(mixed.image)
@@ -55,13 +55,13 @@ class Classification:
         return {"train_top1": 100 * tally}
 
     def output(self, batch: dict) -> tuple[Tensor, ...]:
-        """What is `judged` (N, 2 or 3), indices (N,); where they are kept, targets (N,) and logits (N, K)."""
+        """The result of `judged` and indices (N,); in an evaluation also targets (N,) and logits (N, K)."""
         logits = self.model(normalise(batch["image"], self.mean, self.std)).float().cpu()
         targets, indices = batch["target"].cpu(), batch["index"].cpu()
         return judged(logits, targets), indices, *((targets, logits) if self._keeps else ())
 
     def collected(self, outputs: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-        """The same of all images, by index."""
+        """The same for all images, sorted by index."""
         parts = [world().joined(torch.cat(part)) for part in zip(*outputs, strict=True)]
         order = parts[1].argsort()
         return tuple(part[order] for part in parts)
@@ -70,7 +70,7 @@ class Classification:
         """Loss and errors.
 
         Raises:
-            NonFiniteError: the network gives NaN; its largest class would be no answer of the network's.
+            NonFiniteError: an output is NaN or infinite, so its argmax means nothing.
         """
         values, indices, *_ = collected
         if bad := indices[values[:, 0].isnan()].tolist():
@@ -79,31 +79,31 @@ class Classification:
                 f"the network gives NaN or infinity for {len(bad)} of {len(indices)} validation images "
                 f"({told}); they were not scored"
             )
-        # Rounded once: the same whatever the number of threads.
+        # fsum rounds once, so the result does not depend on the number of threads.
         loss, top1, *top5 = (math.fsum(column) / len(values) for column in values.T.tolist())
         return {"val_loss": loss, "val_top1": 100 * top1, "val_top5": 100 * top5[0] if top5 else None}
 
 
 def normalise(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """uint8 (N, 3, H, W) -> float of zero mean and unit variance, in channels_last: faster in convolutions.
+    """uint8 (N, 3, H, W) -> normalised float in channels_last, which is faster in convolutions.
 
-    `mean` and `std` are the data set's, of values / 255.
+    `mean` and `std` are those of the data set, of values / 255.
     """
-    kind = torch.get_default_dtype()  # float64 in a training of that precision
+    kind = torch.get_default_dtype()  # float64 when training in fp64
     shift, scale = _per_channel(tuple(mean), kind, image.device), _per_channel(tuple(std), kind, image.device)
     return ((image.to(kind) - shift) / scale).contiguous(memory_format=torch.channels_last)
 
 
 @functools.lru_cache(16)
 def _per_channel(values: tuple[float, ...], kind: torch.dtype, device: torch.device) -> Tensor:
-    """255 times these as (3, 1, 1). A GPU would be waited for, were they sent there in every step."""
-    with torch.inference_mode(False):  # it may be wanted first by an evaluation
+    """255 times these as (3, 1, 1). Cached, as copying them to a GPU in every step would synchronise it."""
+    with torch.inference_mode(False):  # the cache may be filled by an evaluation
         return torch.tensor([255 * value for value in values], dtype=kind, device=device).view(3, 1, 1)
 
 
 def judged(logits: Tensor, targets: Tensor) -> Tensor:
-    """float64 (N, 2 or 3): of each image the cross-entropy, NaN where an output is not finite; whether its
-    class is not the first; and, of more than five classes, whether it is not among the first five.
+    """float64 (N, 2 or 3), per image: the cross-entropy, NaN if an output is not finite; the top-1 error, 0
+    or 1; and, with more than five classes, the top-5 error.
     """
     loss = F.cross_entropy(logits.double(), targets, reduction="none")
     columns = [loss.where(logits.isfinite().all(1), torch.nan), logits.argmax(1) != targets]

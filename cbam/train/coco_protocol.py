@@ -1,10 +1,10 @@
-"""COCO's twelve numbers of boxes, by the protocol of its evaluation code, in numpy.
+"""COCO's twelve metrics for boxes, by the protocol of its evaluation code, in numpy.
 
-Per image and class the hundred most certain detections are matched in falling order of their scores, for ten
-overlaps and four ranges of area: each takes the object that it overlaps most of those not yet taken; crowds
-and objects outside the range come last, and what is matched with them counts neither way. Precision is made
-monotone and read at 101 recalls. pycocotools does this pair by pair; here all images and classes go together,
-and the only loop is over the rank of a detection within its image and class.
+Per image and class the hundred detections with the highest scores are matched in descending order, for ten
+overlaps and four area ranges: each takes the unmatched object that it overlaps most; crowds and objects
+outside the range come last, and a match with them counts neither way. Precision is made monotone and sampled
+at 101 recalls. pycocotools does this pair by pair; here all images and classes are processed together, and
+the only loop is over the rank of a detection within its image and class.
 
 N detections and M objects of all images; P pairs of them that overlap enough; A areas, T overlaps.
 """
@@ -17,16 +17,16 @@ import numpy as np
 OVERLAPS = np.linspace(0.5, 0.95, 10)
 RECALLS = np.linspace(0.0, 1.0, 101)
 AREAS = np.array([[0, 1e10], [0, 32**2], [32**2, 96**2], [96**2, 1e10]])  # all, small, medium, large
-MOST = 100  # detections of a class on an image
+MOST = 100  # detections per class and image
 FEW = (1, 10)
-_CHUNK = 1 << 21  # pairs looked at together
+_CHUNK = 1 << 21  # pairs processed at once
 
 
 class Boxes(NamedTuple):
-    """Boxes of all images, sorted by image and label, and within them detections by falling score.
+    """Boxes of all images, sorted by image and label, then by descending score.
 
     Attributes:
-        key: (N,) int, number of the image * (classes + 1) + label, so that those of one pair are one slice.
+        key: (N,) int, number of the image * (classes + 1) + label, so that each image and class is one slice.
         boxes: (N, 4), x0 y0 x1 y1.
         score, area: (N,). crowd, difficult: (N,) bool.
     """
@@ -42,7 +42,7 @@ class Boxes(NamedTuple):
 def twelve(found: Boxes, there: Boxes, classes: int) -> list[float]:
     """AP at all, .5, .75 overlap, of small, medium, large; recall of 1, 10, 100, of small, medium, large.
 
-    In parts of one, NaN where there is no object.
+    As fractions; NaN where there is no object.
     """
     rank = np.arange(len(found.key)) - np.searchsorted(found.key, found.key)
     kept = np.flatnonzero(rank < MOST)
@@ -70,13 +70,13 @@ def twelve(found: Boxes, there: Boxes, classes: int) -> list[float]:
 
 
 def _match(found: Boxes, there: Boxes, ignored: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Whether a detection is matched, and whether with an object that is ignored: (A, T, N) bool, twice."""
+    """Whether each detection is matched, and whether with an ignored object: (A, T, N) bool, twice."""
     matched = np.zeros((len(AREAS), len(OVERLAPS), len(found.key)), bool)
     void, taken = np.zeros_like(matched), np.zeros((*matched.shape[:2], len(there.key)), bool)
     d, o, overlap = (
         np.concatenate(part) for part in zip(*overlapping(found, there, OVERLAPS[0]), strict=True)
     )
-    # The rank of a detection among those of its image and class that overlap an object.
+    # The rank of each detection among those of its image and class that overlap an object.
     first = np.flatnonzero(np.diff(d, prepend=-1))
     groups = found.key[d[first]]
     turn = np.repeat(np.arange(len(first)) - np.searchsorted(groups, groups), np.diff(first, append=len(d)))
@@ -87,7 +87,7 @@ def _match(found: Boxes, there: Boxes, ignored: np.ndarray) -> tuple[np.ndarray,
 
 
 def _take_turn(d, o, overlap, ignored, crowd, matched, void, taken) -> None:
-    """Match one detection of every image and class; `d` and `o` are the pairs' indices, sorted by d."""
+    """Match one detection per image and class; `d` and `o` are the indices of the pairs, sorted by d."""
     if not len(d):
         return
     first = np.flatnonzero(np.diff(d, prepend=-1))
@@ -109,9 +109,9 @@ def _take_turn(d, o, overlap, ignored, crowd, matched, void, taken) -> None:
 def overlapping(
     found: Boxes, there: Boxes, least: float
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Indices of detections and of objects of their image and class, and overlaps of `least` or more.
+    """Indices of detections and objects of the same image and class with an overlap of at least `least`.
 
-    All pairs of a detection come together, in the order of the objects.
+    Yields detections, objects, overlaps. All pairs of a detection come together, in the order of the objects.
     """
     start = np.searchsorted(there.key, found.key)
     count = np.searchsorted(there.key, found.key, side="right") - start
@@ -134,7 +134,7 @@ def _overlap(a: np.ndarray, b: np.ndarray, crowd: np.ndarray) -> np.ndarray:
 
 
 def _curve(right: np.ndarray, counted: np.ndarray, objects: int) -> tuple[np.ndarray, np.ndarray]:
-    """Precision at RECALLS and the last recall, of detections (T, n) by falling score."""
+    """Precision at RECALLS and the final recall, of detections (T, n) by descending score."""
     hits, all_counted = right.cumsum(1, dtype=np.float64), counted.cumsum(1, dtype=np.float64)
     recall = hits / objects
     precision = hits / (all_counted + np.spacing(1))

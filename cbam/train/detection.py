@@ -1,10 +1,10 @@
-"""Detection: uint8 images of any size with labelled boxes; the detector's losses, and average precision.
+"""Object detection: uint8 images of any size with labelled boxes; the detector's losses, average precision.
 
 A batch is a dict of lists: "image" uint8 (3, H, W), "target" with boxes (N, 4), labels (N,), area, crowd and
-difficult; and "index", a tensor. Networks are torchvision's kind: see `cbam.models.detector`.
+difficult; and "index", a tensor. Networks have torchvision's interface: see `cbam.models.detector`.
 
-A detector's loss is a mean over the images of its part of a step, or nearly so: SSD divides by the number
-of boxes that were matched in the part. So how many processes share a step matters a little.
+A detector's loss is roughly a mean over the images of its part of a step (SSD divides by the number of
+matched boxes in the part), so the number of processes has a small effect.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,18 +22,18 @@ _ByIndex = dict[int, dict[str, Tensor]]
 
 
 class Detection:
-    """The losses of a detector of torchvision's kind, and its average precision in %: a `Task`.
+    """The `Task` of a detector with torchvision's interface: its losses, and its average precision in %.
 
     Args:
         classes: names of the labels 1, 2, ...
-        rules: "coco", COCO's twelve numbers; or "voc", average precision by Pascal VOC's development kit.
+        rules: "coco", COCO's twelve metrics; or "voc", average precision by Pascal VOC's development kit.
     """
 
     def __init__(self, model: nn.Module, classes: Sequence[str], rules: str) -> None:
         self.model, self.classes, self.rules = model, list(classes), rules
 
     def loss(self, network: Callable[..., Any], batch: dict, part: Part) -> tuple[Tensor, Tensor]:
-        """The sum of the detector's losses. Images that only fill up a part are left out, but two stay."""
+        """The sum of the detector's losses. Padding images are left out, but at least two images are used."""
         count = max(part.count, min(2, len(batch["target"])))
         targets = [{name: target[name] for name in ("boxes", "labels")} for target in batch["target"][:count]]
         losses = network(_pictures(batch)[:count], targets)
@@ -41,11 +41,11 @@ class Detection:
         return loss * part.weight, loss.new_zeros(())
 
     def trained(self, tally: float) -> dict[str, float]:
-        """Nothing: detections on training images would have to be computed apart."""
+        """Nothing: detections on training images would need a second forward pass."""
         return {}
 
     def output(self, batch: dict) -> list[tuple[int, dict[str, Tensor], dict[str, Tensor]]]:
-        """Index, detections and objects of each image."""
+        """The index, detections and objects of each image."""
         found = self.model(_pictures(batch))
         return [
             (index, _on_cpu(own), _on_cpu(target))
@@ -61,8 +61,8 @@ class Detection:
     def scores(self, collected: tuple[_ByIndex, _ByIndex]) -> dict[str, float | None]:
         """`val_ap` (mean over overlaps of 0.50 to 0.95), `val_ap50`, `val_ap75`, and what the rules add.
 
-        None where there is nothing to find. VOC's are areas under the curve (2010 on), and
-        `val_ap50_11points`, as for VOC2007.
+        None where there is nothing to detect. VOC's are areas under the curve (from 2010 on), and
+        `val_ap50_11points` is that of VOC2007.
         """
         rules = _coco if self.rules == "coco" else _voc
         return world().from_first(lambda: rules(*collected, self.classes))
@@ -89,8 +89,8 @@ def _known(value: float) -> float | None:
 
 
 def _pictures(batch: dict) -> list[Tensor]:
-    """As the detector takes them: values in 0..1."""
-    kind = torch.get_default_dtype()  # float64 in a training of that precision
+    """The images as the detector expects them: values in 0..1."""
+    kind = torch.get_default_dtype()  # float64 when training in fp64
     return [picture.to(kind) / 255 for picture in batch["image"]]
 
 

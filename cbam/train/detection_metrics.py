@@ -1,10 +1,10 @@
-"""How good detections are: COCO's twelve numbers, and the average precision of Pascal VOC.
+"""Detection metrics: COCO's twelve, and the average precision of Pascal VOC.
 
-Both take two mappings from the id of an image: what was found there (`boxes` (N, 4), `scores` (N,), `labels`
-(N,), as torchvision's detectors return them) and what is there (`boxes`, `labels`, `area`, `crowd`,
-`difficult`, as the samples of a data set have them). Boxes are x0 y0 x1 y1 in pixels, ends exclusive. An
-image is scored once however many processes saw it, since a mapping holds it once. Numbers are percentages,
-NaN where there is nothing to find.
+Both take two mappings from image ids: the detections (`boxes` (N, 4), `scores` (N,), `labels` (N,), as
+torchvision's detectors return them) and the ground truth (`boxes`, `labels`, `area`, `crowd`, `difficult`, as
+in the samples of a data set). Boxes are x0 y0 x1 y1 in pixels, ends exclusive. Each image is scored once,
+even if several processes saw it, since a mapping holds it once. Results are percentages, NaN where there is
+nothing to detect.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,8 +23,8 @@ COCO_NUMBERS = (
 )  # fmt: skip
 POINTS = ("area", "11")
 LISTED = 10
-# The kit's 0:0.1:1. MATLAB counts from both ends, and 3 x 0.1 is above 0.3: a recall of exactly 0.3 is not
-# enough for the fourth point.
+# The kit's 0:0.1:1. MATLAB counts from both ends, and 3 x 0.1 exceeds 0.3 in floating point, so a recall of
+# exactly 0.3 does not reach the fourth point.
 _TENTHS = (*(0.1 * k for k in range(6)), *(1 - 0.1 * k for k in range(4, -1, -1)))
 
 Found = Mapping[int, Mapping[str, Tensor]]
@@ -32,17 +32,17 @@ Truth = Mapping[int, Mapping[str, Tensor]]
 
 
 def coco_numbers(found: Found, truth: Truth, classes: Sequence[str]) -> dict[str, float]:
-    """COCO's twelve numbers of boxes, by its own protocol, in percent.
+    """COCO's twelve metrics for boxes, by its own protocol, in percent.
 
     Args:
-        found: detections by image; an image that is left out has none.
-        truth: objects by image, of every image that counts.
+        found: detections by image; an image without an entry has none.
+        truth: objects by image, with an entry for every image that counts.
         classes: names of the labels 1, 2, ...
 
     Raises:
         NonFiniteError: a box or a score is NaN or infinite; COCO's own code would score it.
-        DataError: an image that is not in `truth`, or a label that is no class.
-        InputError: tensors that do not fit each other.
+        DataError: an image is not in `truth`, or a label is not a class.
+        InputError: the shapes of the tensors do not match.
     """
     check_detections(found, truth, len(classes))
     numbers = {image: number for number, image in enumerate(truth)}
@@ -52,9 +52,9 @@ def coco_numbers(found: Found, truth: Truth, classes: Sequence[str]) -> dict[str
 
 
 class VocScore(NamedTuple):
-    """Average precision of every class in percent, and their mean over the classes that have an object.
+    """Average precision of each class in percent, and the mean over the classes with an object.
 
-    Of two classes of one name `classes` has the last; the mean has both.
+    If two classes share a name, `classes` has the last; the mean includes both.
     """
 
     mean: float
@@ -66,15 +66,15 @@ def voc_ap(
 ) -> VocScore:
     """Average precision by the rules of Pascal VOC's development kit, in percent.
 
-    A detection takes the object of its class and image that it overlaps most, and is right if the overlap is
-    at least `iou` and the object was not taken by one of a higher score. If that object is difficult the
-    detection counts neither way, and difficult objects need not be found. The kit counts pixels from 1 and
-    adds 1 to widths; with exclusive ends that is the plain overlap.
+    A detection is assigned to the object of its class and image that it overlaps most. It is correct if the
+    overlap is at least `iou` and no detection with a higher score has the same object. If the object is
+    difficult, the detection counts neither way; difficult objects need not be found. The kit counts pixels
+    from 1 and adds 1 to widths, which with exclusive ends is the plain overlap.
 
     Args:
-        points: "area" under the precision made monotone (from 2010 on), or "11", its mean at recall 0, 0.1,
-            ..., 1 (2007).
-        iou: the overlap that is enough.
+        points: "area" under the monotone precision (from 2010 on), or "11", its mean at recall 0, 0.1, ..., 1
+            (2007).
+        iou: the overlap required.
 
     Raises:
         As `coco_numbers`.
@@ -85,7 +85,7 @@ def voc_ap(
 def voc_scores(
     found: Found, truth: Truth, classes: Sequence[str], asked: Sequence[tuple[float, str]]
 ) -> list[VocScore]:
-    """`voc_ap` for several pairs of `iou` and `points`, in the time of one: objects are looked for once."""
+    """`voc_ap` for several pairs of `iou` and `points`, in the time of one: the matching is shared."""
     if wrong := [points for _, points in asked if points not in POINTS]:
         raise InputError(f'points must be "area" or "11", got {wrong[0]!r}')
     check_detections(found, truth, len(classes))
@@ -118,18 +118,20 @@ def check_detections(found: Found, truth: Truth, classes: int) -> None:
         boxes, scores, labels = own["boxes"], own["scores"], own["labels"]
         if boxes.shape != (len(scores), 4) or scores.shape != labels.shape or scores.dim() != 1:
             shapes = ", ".join(str(tuple(t.shape)) for t in (boxes, scores, labels))
-            raise InputError(f"image {image}: boxes, scores and labels of (N, 4), (N,), (N,), got {shapes}")
+            raise InputError(
+                f"image {image}: boxes, scores and labels must be (N, 4), (N,), (N,), got {shapes}"
+            )
         if not (torch.isfinite(boxes).all() and torch.isfinite(scores).all()):
             raise NonFiniteError(f"image {image}: a detection has a box or a score that is not finite")
     for what, mapping in (("detections", found), ("objects", truth)):
         labels = torch.cat([own["labels"].flatten() for own in mapping.values()] or [torch.ones(1)])
         wrong = labels[(labels < 1) | (labels > classes)].unique().tolist()
         if wrong:
-            raise DataError(f"{what} of labels that are no class (1 to {classes}): {_some(wrong)}")
+            raise DataError(f"{what} with labels that are not classes (1 to {classes}): {_some(wrong)}")
 
 
 def _flat(mapping: Found | Truth, classes: int, numbers: Mapping[int, int]) -> Boxes:
-    """All of a mapping, images by their numbers; what is missing is 0, and an area that of the box."""
+    """A mapping as arrays, images by their numbers; a missing field is 0, a missing area that of the box."""
     parts = list(mapping.values())
     if not parts:
         parts = [{"boxes": torch.zeros(0, 4), "labels": torch.zeros(0)}]
@@ -151,7 +153,7 @@ def _flat(mapping: Found | Truth, classes: int, numbers: Mapping[int, int]) -> B
 
 
 def _by_class(found: Boxes, classes: int) -> list[np.ndarray]:
-    """The detections of each class, by falling score."""
+    """The detections of each class, by descending score."""
     falling = np.argsort(-found.score, kind="stable")
     label = found.key[falling] % (classes + 1)
     ends = np.bincount(label, minlength=classes + 1)[1:].cumsum()
@@ -159,7 +161,7 @@ def _by_class(found: Boxes, classes: int) -> list[np.ndarray]:
 
 
 def _best(found: Boxes, objects: Boxes, least: float) -> tuple[np.ndarray, np.ndarray]:
-    """Of each detection the object that it overlaps most, the first of equals, and how much; -1 for none."""
+    """For each detection the object it overlaps most (the first of equals; -1 for none), and the overlap."""
     best, most = np.full(len(found.key), -1), np.zeros(len(found.key))
     objects = objects._replace(crowd=np.zeros_like(objects.crowd))  # VOC has none
     for d, o, overlap in overlapping(found, objects, least):
@@ -173,9 +175,9 @@ def _best(found: Boxes, objects: Boxes, least: float) -> tuple[np.ndarray, np.nd
 
 
 def _right(best: np.ndarray, most: np.ndarray, difficult: np.ndarray, iou: float) -> np.ndarray:
-    """Of each detection: 1 right, 0 wrong, -1 on a difficult object.
+    """For each detection: 1 correct, 0 wrong, -1 on a difficult object.
 
-    Those of a class on an image come in falling order of score, so the first on an object is the right one.
+    Within a class and image they come by descending score, so the first one on an object is the correct one.
     """
     right = np.zeros(len(best), np.int64)
     near = np.flatnonzero((best >= 0) & (most >= iou))

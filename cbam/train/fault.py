@@ -1,4 +1,4 @@
-"""Named points where a test may kill the process, to prove that a run survives it."""
+"""Named points where a test can kill the process, to prove that the run survives it."""
 
 import os
 import signal
@@ -7,9 +7,9 @@ _passed: dict[str, int] = {}
 
 
 def fault(point: str) -> None:
-    """Do nothing, unless CBAM_FAULT is `point:count`: then the process kills itself at that passage.
+    """Do nothing, unless CBAM_FAULT is `point:count`: then the process kills itself at that pass.
 
-    Tests set it; it is no setting. Counts start at 1. SIGKILL lets nothing be tidied up, as a power cut does.
+    It is for tests, not a setting. Counts start at 1. Like a power cut, SIGKILL leaves no time for cleanup.
     """
     wanted = os.environ.get("CBAM_FAULT")
     if not wanted or wanted.rpartition(":")[0] != point:

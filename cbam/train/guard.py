@@ -1,4 +1,4 @@
-"""Scalars of a step, copied to the CPU without stalling a GPU; and undoing the forward pass of a step."""
+"""Copying the scalars of a step to the CPU without stalling a GPU, and undoing a step's forward pass."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 class Pending:
-    """Scalars on their way to the CPU. A GPU goes on with the backward pass meanwhile."""
+    """Scalars on their way to the CPU, while a GPU continues with the backward pass."""
 
     def __init__(self, *scalars: Tensor) -> None:
         numbers = torch.stack([scalar.detach().double() for scalar in scalars])
@@ -21,14 +21,14 @@ class Pending:
             self._numbers = numbers
 
     def numbers(self) -> list[float]:
-        """The scalars, once they are here."""
+        """The scalars, after waiting for them to arrive."""
         if self._event is not None:
             self._event.synchronize()
         return self._numbers.tolist()
 
 
 class Before:
-    """What the forward pass of a step changes: BatchNorm's statistics and the random state."""
+    """A snapshot of what the forward pass of a step changes: BatchNorm's statistics and the random state."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model, self._kept = model, []
@@ -36,7 +36,7 @@ class Before:
 
     @torch.no_grad()
     def remember(self) -> None:
-        """Keep them as they are."""
+        """Take the snapshot."""
         live = self._live()
         if [(t.device, t.dtype) for t in self._kept] != [(t.device, t.dtype) for t in live]:
             self._kept = [tensor.clone() for tensor in live]
@@ -46,7 +46,7 @@ class Before:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Put them back."""
+        """Restore the snapshot."""
         _copy(self._live(), self._kept)
         set_rng(self._rng)
 
@@ -55,13 +55,13 @@ class Before:
 
 
 def _copy(to: list[Tensor], source: list[Tensor]) -> None:
-    for kind in {tensor.dtype for tensor in to}:  # of one dtype a GPU copies all in one launch
+    for kind in {tensor.dtype for tensor in to}:  # a GPU copies all tensors of one dtype in one launch
         pairs = [(a, b) for a, b in zip(to, source, strict=True) if a.dtype == kind]
         torch._foreach_copy_([a for a, _ in pairs], [b for _, b in pairs])
 
 
 def rng() -> dict[str, Any]:
-    """The random state of this process, on the CPU and on its GPU."""
+    """The random state of this process, on the CPU and its GPU."""
     return {
         "cpu": torch.get_rng_state(),
         "cuda": [torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else [],
@@ -69,7 +69,7 @@ def rng() -> dict[str, Any]:
 
 
 def set_rng(states: dict[str, Any]) -> None:
-    """Go on from such a state; of a GPU where there is one."""
+    """Restore such a state; that of a GPU only if there is one."""
     torch.set_rng_state(states["cpu"])
     if torch.cuda.is_available() and states["cuda"]:
         torch.cuda.set_rng_state(states["cuda"][0])

@@ -1,4 +1,4 @@
-"""Mixup and CutMix of a batch with itself in reverse order, drawn from (seed, epoch, step, part) alone."""
+"""Mixup and CutMix of a batch with its own reverse, a function of (seed, epoch, step, part)."""
 
 from dataclasses import dataclass
 
@@ -11,14 +11,14 @@ from cbam.train.recipe import Recipe
 
 @dataclass(frozen=True)
 class Mix:
-    """A batch N of images in which image i holds `share` of itself; the rest is of image N - 1 - i."""
+    """A batch of N images in which image i has a share of `share`, and image N - 1 - i the rest."""
 
     image: Tensor
     share: float
 
 
 def mix(image: Tensor, recipe: Recipe, numbers: tuple[int, ...]) -> Mix:
-    """(N, 3, H, W) float -> the same, mixed as `recipe` says; `numbers` make the draw."""
+    """(N, 3, H, W) float -> the same shape, mixed by `recipe`; `numbers` seed the draw."""
     if not (recipe.mixup or recipe.cutmix):
         return Mix(image, 1.0)
     random = draws("mixing", *numbers)
@@ -35,7 +35,7 @@ def mix(image: Tensor, recipe: Recipe, numbers: tuple[int, ...]) -> Mix:
 
 
 def _box(height: int, width: int, share: float, random: np.random.Generator) -> tuple[int, int, int, int]:
-    """Top, bottom, left, right of a box of 1 - share of the area, around any point, cut at the edge."""
+    """Top, bottom, left, right of a box with 1 - share of the area around a random point, clipped."""
     side = np.sqrt(1 - share)
     y, x = random.integers(height), random.integers(width)
     h, w = int(height * side), int(width * side)

@@ -1,4 +1,4 @@
-"""The parameter groups of a network, by learning rate and weight decay, and the optimizer over them."""
+"""Parameter groups by learning rate and weight decay, and the optimizer over them."""
 
 import torch
 from torch import nn
@@ -8,7 +8,7 @@ from cbam.train.recipe import Recipe
 
 
 def parameter_groups(recipe: Recipe, model: nn.Module) -> list[dict]:
-    """The parameters that are trained, by learning rate and weight decay."""
+    """The trainable parameters, grouped by learning rate and weight decay."""
     gates = {id(p) for part in attached(model).values() for p in part.parameters()}
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for parameter in model.parameters():

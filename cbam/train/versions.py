@@ -1,4 +1,4 @@
-"""What a run was made with."""
+"""The software versions that a run was made with."""
 
 import importlib
 import importlib.metadata
@@ -23,9 +23,9 @@ def versions() -> dict[str, str]:
 
 
 def native() -> tuple[str, str] | None:
-    """Version of cbam-native and a digest of what it was compiled from; None where it is not there.
+    """The version of cbam-native and a digest of its sources; None if it is not installed.
 
-    The digest is "" where an older version does not say it.
+    The digest is "" for older versions, which do not have it.
     """
     try:
         module = importlib.import_module("cbam_native")

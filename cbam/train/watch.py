@@ -1,26 +1,26 @@
-"""The progress of a training, a comparison or a study."""
+"""Progress reports of a training, a comparison or a study."""
 
 from typing import Protocol
 
 
 class Watch(Protocol):
-    """Is kept informed while it runs."""
+    """Receives progress reports."""
 
     def say(self, line: str) -> None:
-        """A line of lasting interest."""
+        """Report a line of lasting interest."""
 
     def now(self, what: str) -> None:
-        """What is running from here on."""
+        """Report what is running from now on."""
 
     def advance(self, share: float) -> None:
-        """Another `share` of the whole, out of 1, is done."""
+        """Report that another `share` of the whole, out of 1, is done."""
 
     def skip(self, share: float) -> None:
-        """The same of work that was done earlier, which says nothing of the speed."""
+        """The same for work done earlier, which says nothing about the speed."""
 
 
 class Silent:
-    """A `Watch` that tells nobody."""
+    """A `Watch` that reports nothing."""
 
     def say(self, line: str) -> None: ...
 

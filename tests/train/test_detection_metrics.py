@@ -194,7 +194,7 @@ def test_no_detections_score_0(detections):  # D28
 def test_unknown_images_and_labels_are_listed(score):  # D29
     with pytest.raises(DataError, match=r"not in the data set: 2, 9"):
         score({2: found([A], [0.5]), 9: found([A], [0.5])}, {1: there([A])}, ["x"])
-    with pytest.raises(DataError, match=r"detections of labels that are no class \(1 to 1\): 0, 4"):
+    with pytest.raises(DataError, match=r"detections with labels that are not classes \(1 to 1\): 0, 4"):
         score({1: found([A, A], [0.5, 0.6], [4, 0])}, {1: there([A])}, ["x"])
 
 
