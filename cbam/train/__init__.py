@@ -1,4 +1,4 @@
-"""A network, a data set and a recipe -> a trained network and its metrics, on Lightning's Trainer."""
+"""Training and evaluation on Lightning's Trainer: network, data and recipe -> trained network, metrics."""
 
 import importlib
 from typing import TYPE_CHECKING
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from cbam.train.runs import run
     from cbam.train.scoring import score
 
-# The command line reads the recipes for its help, which must not wait for torch.
+# Imported on first use: the command line reads the recipes for its help, which must not wait for torch.
 _HOME = {
     **dict.fromkeys(
         ("Detections", "Evaluation", "evaluate", "evaluate_detector", "fit", "pick_device"), "fitting"

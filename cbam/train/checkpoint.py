@@ -1,8 +1,8 @@
-"""Checkpoint files: whole or not there, checked by SHA-256 before anything in them is used.
+"""Checkpoint files, written atomically and verified by SHA-256 before anything in them is used.
 
-A file is what `torch.save` wrote, with the digest of those bytes as the comment of the zip archive. So the
-digest appears with the bytes in one rename (a second file beside it could be a step behind), `torch.load` and
-`cbam.load_weights` read the file as they read any other, and a flipped bit is found wherever it is.
+A file is the output of `torch.save`, with the digest of those bytes as the comment of the zip archive. So one
+rename publishes both (a separate digest file could be one step behind), `torch.load` and `cbam.load_weights`
+read the file like any other, and a flipped bit anywhere is detected.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ def save(folder: Path, step: int, state: dict[str, Any]) -> Path:
     """Write `state`, of plain values and tensors, as the checkpoint after `step` steps of the whole run.
 
     Raises:
-        OSError: no room or no permission; what was there before is as it was.
+        OSError: no space or no permission; existing checkpoints are unchanged.
     """
     buffer = io.BytesIO()
     torch.save({"schema": SCHEMA, **state}, buffer)
@@ -45,20 +45,23 @@ def save(folder: Path, step: int, state: dict[str, Any]) -> Path:
     write(path, data, fault)
     try:
         write(folder / LAST, _record(path, digest, len(data), state))
-    except OSError:  # the checkpoint is there, and is found without; of another one it must not speak
+    except OSError:  # the checkpoint is found without the record, but a stale record would describe another
         with contextlib.suppress(OSError):
             (folder / LAST).unlink(missing_ok=True)
     return path
 
 
 def _record(path: Path, digest: str, size: int, state: dict[str, Any]) -> bytes:
-    told = {"file": path.name, "sha256": digest, "bytes": size}
-    told |= {name: state[name] for name in ("epoch", "step") if name in state}
-    return (json.dumps(told) + "\n").encode()
+    record = {"file": path.name, "sha256": digest, "bytes": size}
+    record |= {name: state[name] for name in ("epoch", "step") if name in state}
+    return (json.dumps(record) + "\n").encode()
 
 
 def write(path: Path, data: bytes, at: Callable[[str], None] = lambda point: None) -> None:
-    """Put `data` into `path`: temporary file, fsync, rename, fsync of the folder. `at` is told each point."""
+    """Write `data` to `path` atomically: temporary file, fsync, rename, fsync of the folder.
+
+    `at` is called at each point where a test may kill the process.
+    """
     part = path.with_name(f".{path.name}.part")
     try:
         with part.open("wb") as file:
@@ -81,11 +84,11 @@ def write(path: Path, data: bytes, at: Callable[[str], None] = lambda point: Non
 
 
 def load(path: Path) -> dict[str, Any]:
-    """What `save` wrote, on the CPU. Nothing of a file is used unless its digest holds; no code of it runs.
+    """Load what `save` wrote, on the CPU. The digest is verified first, and no code in the file is run.
 
     Raises:
         CheckpointNotFoundError: no such file.
-        CheckpointError: damaged, no checkpoint of ours, of a newer version, or one that asks to run code.
+        CheckpointError: damaged, not one of our checkpoints, from a newer version, or asking to run code.
     """
     if fault_found := damage(path):
         raise CheckpointError(f"{path}: {fault_found}")
@@ -93,7 +96,7 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def _intact(path: Path) -> dict[str, Any]:
-    """What a checkpoint without damage holds."""
+    """The contents of an undamaged checkpoint."""
     state = read(path)
     if not isinstance(state, dict) or type(state.get("schema")) is not int:
         raise CheckpointError(f"{path}: not a checkpoint of cbam train")
@@ -105,7 +108,7 @@ def _intact(path: Path) -> dict[str, Any]:
 
 
 def damage(path: Path) -> str:
-    """What is wrong with the bytes of a checkpoint, or why they cannot be read; empty if nothing is wrong.
+    """What is wrong with a checkpoint's bytes, or why they cannot be read; empty if they are intact.
 
     Raises:
         CheckpointNotFoundError: no such file.
@@ -122,7 +125,7 @@ def damage(path: Path) -> str:
     body, length = data[: -_COMMENT - 2], data[-_COMMENT - 2 : -_COMMENT]
     digest = hashlib.sha256(body + b"\0\0").hexdigest()
     if length != _COMMENT.to_bytes(2, "little") or digest.encode() != comment[len(_MARK) :]:
-        return "damaged, its SHA-256 is not the recorded one"
+        return "damaged, its SHA-256 does not match the recorded one"
     return ""
 
 
@@ -134,11 +137,11 @@ def _cut(path: Path, data: bytes) -> str:
     recorded = last(path.parent)
     if recorded.get("file") == path.name and len(data) < recorded["bytes"]:
         return f"{100 * len(data) / recorded['bytes']:.3g} % of its recorded size"
-    return "cut off, or no checkpoint of cbam train: its SHA-256 is not at its end"
+    return "cut off, or not a checkpoint of cbam train: there is no SHA-256 at its end"
 
 
 def last(folder: Path) -> dict[str, Any]:
-    """The record of the newest checkpoint, empty where there is none that can be read."""
+    """The record of the newest checkpoint; empty if it is missing or unreadable."""
     try:
         record = json.loads((folder / LAST).read_text("utf-8"))
         return record if isinstance(record, dict) and type(record.get("bytes")) is int else {}
@@ -153,32 +156,32 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def step_of(path: Path) -> int:
-    """After how many steps `save` wrote a checkpoint, by its name; -1 for another name."""
+    """The step of a checkpoint, from its file name; -1 for any other name."""
     match = _NAME.fullmatch(path.name)
     return int(match[1]) if match else -1
 
 
 def is_ours(path: Path) -> bool:
-    """Whether a file is a checkpoint of a run, also under another name; a cut-off one is told by its name."""
+    """Whether a file is a checkpoint of a run, even if renamed; a cut-off one is recognised by its name."""
     if step_of(path) >= 0:
         return True
     try:
         with path.open("rb") as file:
             file.seek(-_COMMENT, os.SEEK_END)
             return file.read(len(_MARK)) == _MARK
-    except OSError:  # shorter than that, or what reads it says why it cannot be read
+    except OSError:  # too short, or unreadable: whoever reads it next reports why
         return False
 
 
 def newest(folder: Path, say: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
-    """The newest valid checkpoint of a folder and what it holds, or None where there are no checkpoints.
+    """The newest valid checkpoint of a folder and its contents, or None if there are no checkpoints.
 
-    One that is damaged, or that the disk does not give back, is passed over in favour of an older one, and
-    `say` is told so in one line. One that is intact and yet refused (it asks to run code, or is of a newer
-    version) is no accident: nothing replaces it.
+    Damaged or unreadable checkpoints are skipped in favour of an older one, and `say` reports them in one
+    line. One that is intact but refused (it asks to run code, or is from a newer version) is an error:
+    falling back to an older one would hide it.
 
     Raises:
-        CheckpointError: there are checkpoints, but none is valid; a run never starts afresh in silence.
+        CheckpointError: there are checkpoints, but none is valid; a run never silently starts over.
     """
     found, damaged = checkpoints(folder), []
     for path in found:
@@ -192,18 +195,18 @@ def newest(folder: Path, say: Callable[[str], None]) -> tuple[Path, dict[str, An
     if damaged:
         raise CheckpointError(
             f"none of the {len(found)} checkpoints in {folder} is valid: {'; '.join(damaged[:3])}; "
-            "give another --out to start anew"
+            "give another --out to start over"
         )
     return None
 
 
 def rotate(saved: Path, keep: int) -> None:
-    """Delete all but the `keep` newest checkpoints up to `saved`, once that has been read back and holds.
+    """Delete all but the `keep` newest checkpoints up to `saved`, after reading `saved` back to verify it.
 
-    A later one, a damaged one that the run did not go on from, is left where it is.
+    Later ones are kept: they are damaged, and the run did not resume from them.
 
     Raises:
-        CheckpointError: `saved` is damaged, or cannot be read; nothing was deleted. OSError.
+        CheckpointError: `saved` is damaged or unreadable; nothing was deleted. OSError.
     """
     older = [path for path in checkpoints(saved.parent) if step_of(path) <= step_of(saved)][keep:]
     if older and (fault_found := damage(saved)):

@@ -1,4 +1,4 @@
-"""Lightning's Trainer as we use it: silent, writing nothing where the user works, on one device or many."""
+"""Lightning's Trainer, configured to be silent and to write no files of its own, on one or more devices."""
 
 import contextlib
 import functools
@@ -28,10 +28,10 @@ _PRECISIONS = {"fp32": "32-true", "fp64": "64-true"}
 
 
 class _Shared(DDPStrategy):
-    """DDP that leaves everything where it is after an error.
+    """DDP that leaves the network on its device after an error.
 
-    Lightning would bring the network back to the CPU then, and wait for a GPU that waits for a process that
-    is gone; so nobody would be told which one.
+    Lightning would move it back to the CPU, and so wait for a GPU that waits for a process that is gone. The
+    message that names that process would never appear.
     """
 
     _failed = False
@@ -46,9 +46,9 @@ class _Shared(DDPStrategy):
 
 
 class _Joined(ClusterEnvironment):
-    """For Lightning: the processes are there, and have met (see distributed.py).
+    """Tells Lightning that the processes are already started and connected (see distributed.py).
 
-    Each is told that it is alone on its machine: which GPU is its own is settled.
+    Each appears to be alone on its machine, since its GPU is already chosen.
     """
 
     def __init__(self, here: World) -> None:
@@ -92,7 +92,7 @@ class _Joined(ClusterEnvironment):
 def trainer(
     device: torch.device, epochs: int, callbacks: Sequence[pl.Callback] = (), recipe: Recipe | None = None
 ) -> Iterator[pl.Trainer]:
-    """A Trainer for `recipe`, or for an evaluation; errors are raised as ours.
+    """A Trainer for `recipe`, or for an evaluation; its errors are raised as ours.
 
     Raises:
         NonFiniteError, DataError, OutOfMemoryError, InputError: see `cbam.train.fit`.
@@ -111,7 +111,7 @@ def trainer(
                 use_distributed_sampler=False,
                 callbacks=list(callbacks),
                 accumulate_grad_batches=settings.accumulate,
-                # Asks anew how long an epoch is: a resumed one is shorter.
+                # Makes Lightning ask again how long an epoch is: a resumed one is shorter.
                 reload_dataloaders_every_n_epochs=1 if callbacks else 0,
                 **_devices(device, settings),
             )
@@ -140,7 +140,7 @@ def _devices(device: torch.device, recipe: Recipe) -> dict[str, Any]:
     if here.size > 1:
         how |= {"devices": [torch.cuda.current_device()] if cuda else 1, "num_nodes": here.size}
         how["sync_batchnorm"] = recipe.sync_bn
-        # Steps.on_validation_epoch_start spreads what BatchNorm has counted, once, before it evaluates.
+        # Not in every step: Steps.on_validation_epoch_start broadcasts BatchNorm's statistics.
         known = inspect.signature(DistributedDataParallel.__init__).parameters
         name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
         how["strategy"] = _Shared(**{name: False})  # pyright: ignore[reportArgumentType]
@@ -149,18 +149,18 @@ def _devices(device: torch.device, recipe: Recipe) -> dict[str, Any]:
 
 @functools.cache
 def _tell_of_emulation(precision: str) -> None:
-    """Say, once, that the CPU has no arithmetic of `precision`, before somebody waits a week."""
-    name = f"_is_mkldnn_{precision}_supported"  # what torch asks before it takes a convolution of its own
+    """Warn once if the CPU only emulates `precision`, which is very slow."""
+    name = f"_is_mkldnn_{precision}_supported"  # torch's own test for native convolutions
     known = getattr(torch.ops.mkldnn, name, None)
     if known is not None and not known():
         _log.warning(
-            "this processor has no %s arithmetic: a step may take ten times as long as with --precision fp32",
+            "this CPU has no %s arithmetic: a step may take ten times as long as with --precision fp32",
             precision,
         )
 
 
 def _told(error: BaseException, device: torch.device, recipe: Recipe | None) -> BaseException | None:
-    """Our error in place of this one, or None where this one stays."""
+    """The error of ours to raise instead of this one; None to keep it."""
     text = " ".join(str(error).split())
     if "DataLoader worker" in text:
         return DataError(f"a process that loads images died: {text}")
@@ -169,16 +169,16 @@ def _told(error: BaseException, device: torch.device, recipe: Recipe | None) -> 
         return OutOfMemoryError(f"out of memory on {device.type}{_smaller(device, recipe)} ({text[:200]})")
     if "Expected more than 1 value per channel" in text:
         return InputError(
-            "a part of a step is a single image, and a map of it has one pixel, of which BatchNorm "
-            "has no variance: take a larger --batch-size, a lower --accumulate, or larger images"
+            "BatchNorm cannot take the variance of a single value per channel, from a batch of one image and "
+            "a map of one pixel: use a larger --batch-size, a lower --accumulate or larger images"
         )
     if "Expected to have finished reduction" in text:
-        return InputError(f"parameters of the network had no part in the loss: {text[:300]}")
+        return InputError(f"some parameters of the network were not used in the loss: {text[:300]}")
     return None
 
 
 def _smaller(device: torch.device, recipe: Recipe | None) -> str:
-    """With how much, and what takes less memory, in words."""
+    """What was running out of memory, and how to use less, as the end of a message."""
     peak = ""
     if device.type == "cuda":
         peak = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB at the peak"
@@ -203,7 +203,7 @@ def _quiet() -> Iterator[None]:
             warnings.filterwarnings("ignore", message=".*GPU available but not used.*")
             warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated.*")  # Lightning's own
             warnings.filterwarnings("ignore", message=".*is configured to be used as a.*")
-            # In fp16 the first steps are left out, until gradients are scaled so that they fit.
+            # In fp16 the first steps are skipped, until the loss scale is low enough.
             warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step..` before")
             yield
     finally:
@@ -213,14 +213,14 @@ def _quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _interruptible() -> Iterator[None]:
-    """Lightning answers Ctrl-C with sys.exit(1), deaf to a second one; here it is KeyboardInterrupt again."""
+    """Raise KeyboardInterrupt on Ctrl-C, where Lightning ignores a second one and calls sys.exit(1)."""
     in_main = threading.current_thread() is threading.main_thread()
     handler = signal.getsignal(signal.SIGINT)
     try:
         yield
     except SystemExit as stop:
         if isinstance(stop.__context__, KeyboardInterrupt):
-            raise stop.__context__ from None  # what was raised: a subclass may tell SIGTERM from Ctrl-C
+            raise stop.__context__ from None  # the original: a subclass may stand for SIGTERM
         raise
     finally:
         if in_main:

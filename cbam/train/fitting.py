@@ -1,4 +1,4 @@
-"""Training and evaluation of a classifier or a detector: functions around Lightning's Trainer."""
+"""Train and evaluate classifiers and detectors: functions around Lightning's Trainer."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """How a network does on a data set of N images and K classes.
+    """The results of a network on a data set of N images and K classes.
 
     top1, top5: errors in %; top5 is None with five classes or fewer. loss: mean cross-entropy.
     probabilities: (N, K), by index. targets: (N,).
@@ -42,7 +42,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Detections:
-    """How a detector does on a data set.
+    """The results of a detector on a data set.
 
     scores: by name, in %, see `cbam.train.detection`. found, truth: by the index of the image, see
     `cbam.train.detection_metrics`.
@@ -75,30 +75,29 @@ def fit(
     The order of the images and their augmentation are functions of (seed, epoch, index): two models
     trained with the same seed and epochs see the same batches. On a CPU the same call gives the same
     weights, bit for bit. Errors are in %, `seconds` is the training part of the epoch, `step_seconds`
-    the median step, `wait_seconds` what was waited for images. With an average (`ema`) it is what is
-    evaluated, and what `model` holds in the end. Images with boxes train a detector, any others a
-    classifier.
+    the median step, `wait_seconds` the time spent waiting for images. With an average (`ema`), the average
+    is evaluated, and ends up in `model`. Images with boxes train a detector, others a classifier.
 
-    In several processes (see distributed.py), each of which calls this alike, the steps are the same, but for
-    what BatchNorm and dropout see: each process has its part of every batch.
+    With several processes (see distributed.py), each makes the same call and computes its part of every
+    batch. The steps are the same except that BatchNorm and dropout see only that part.
 
     Args:
-        seed: of the order and of whatever is random in the model (the caller's generator is left alone).
+        seed: for the order and all randomness in the model (the caller's generator is left unchanged).
         first_epoch: the number of the first epoch, for a model that has been trained before.
         on_step: called with the work of every step, in forward passes of an image; training counts three.
-        keeper: saves checkpoints, and goes on from the one it was given, bit for bit on a CPU.
+        keeper: saves checkpoints, and resumes from the one it was given, bit for bit on a CPU.
 
     Raises:
-        ConfigError: no such device, or processes that cannot share the batches. DataError: a bad image.
+        ConfigError: no such device, or the processes cannot share the batches. DataError: a bad image.
         NonFiniteError: a loss or an output is not finite. OutOfMemoryError.
         DistributedError: another process is gone.
-        StoppedError: the keeper was told to stop. OutputError: it can no longer save.
+        StoppedError: the keeper was asked to stop. OutputError: it can no longer save.
     """
     with lightning():
         from cbam.train.steps import Steps
     here, where = world(), pick_device(device)
     if recipe.precision == "fp64":
-        model.double()  # before a checkpoint is read into it
+        model.double()  # before a checkpoint is loaded into it
     _check_processes(here, where, recipe, val)
     shard = Shard(here.rank, here.size, recipe.accumulate)
     gpu = where.type == "cuda"
@@ -119,7 +118,7 @@ def fit(
     )
     checks = _checks(val, 2 * recipe.batch_size // shard.parts, workers, gpu)  # no gradients are kept
     with seeded(_own(seed, here), where), modes_restored(model), _listening(keeper):
-        model.to(memory_format=torch.channels_last)  # what convolutions are fastest in
+        model.to(memory_format=torch.channels_last)  # fastest for convolutions
         try:
             _train(steps, batches, checks, where, keeper)
             if steps.average is not None:
@@ -132,7 +131,7 @@ def fit(
 
 
 def _train(steps, batches: DataLoader, checks: DataLoader, where: torch.device, keeper) -> None:
-    """The epochs that are left, and before them the validation that a killed run did not come to."""
+    """Run the remaining epochs, after the validation that a killed run did not finish."""
     from cbam.train.engine import trainer
 
     recipe, callbacks, first_epoch = steps.recipe, [keeper] if keeper else [], steps.first_epoch
@@ -151,7 +150,7 @@ def _train(steps, batches: DataLoader, checks: DataLoader, where: torch.device, 
 
 
 def _checks(images: Images | BoxedImages, batch_size: int, workers: int, gpu: bool) -> DataLoader:
-    """The part of a validation set that is this process's: every world-th image."""
+    """This process's part of a validation set: every world-th image."""
     shard = Shard(world().rank, world().size)
     return loader(images, max(1, batch_size), train=False, workers=workers, shard=shard, pinned=gpu)
 
@@ -160,8 +159,8 @@ def _check_processes(here: World, where: torch.device, recipe: Recipe, val: Imag
     parts = here.size * recipe.accumulate
     if recipe.batch_size % parts:
         raise ConfigError(
-            f"batch_size {recipe.batch_size} cannot be shared evenly by {here.size} processes of "
-            f"{recipe.accumulate} batches each; take a multiple of {parts}"
+            f"batch_size {recipe.batch_size} cannot be split evenly into {here.size} processes with "
+            f"{recipe.accumulate} batches each; use a multiple of {parts}"
         )
     if here.size > len(val):
         raise ConfigError(f"{len(val)} validation images are too few for {here.size} processes")
@@ -180,7 +179,7 @@ def evaluate(
 ) -> Evaluation:
     """Errors and probabilities of `model` on `images`, in eval mode, every image exactly once.
 
-    In several processes (see distributed.py) each takes its part, and all return the whole.
+    With several processes (see distributed.py) each evaluates its part, and all return the whole.
 
     Raises:
         NonFiniteError: the network gives NaN. DataError: a bad image. ConfigError: no such device.
@@ -220,7 +219,7 @@ def _validated(
     workers: int,
     on_step: Callable[[int], None] | None,
 ) -> Any:
-    """The `Steps` of an evaluation, with what was collected and its metrics."""
+    """The `Steps` of an evaluation, with the collected outputs and their metrics."""
     with lightning():
         from cbam.train.engine import trainer
         from cbam.train.steps import Steps
@@ -244,7 +243,7 @@ def _check_whole(images: Images | BoxedImages, indices: list[int]) -> None:
 
 
 def _task(model: nn.Module, images: Images | BoxedImages, recipe: Recipe | None = None) -> Task:
-    """What the network is trained for: the images say it."""
+    """The task that belongs to the images: detection if they have boxes, else classification."""
     if isinstance(images, BoxedImages):
         from cbam.train.detection import Detection
 
@@ -255,21 +254,21 @@ def _task(model: nn.Module, images: Images | BoxedImages, recipe: Recipe | None 
 
 
 def pick_device(device: str) -> torch.device:
-    """ "auto", "cpu" or "cuda" -> the device; "auto" is the GPU where there is one.
+    """ "auto", "cpu" or "cuda" -> the device; "auto" is the GPU if there is one.
 
     Raises:
-        ConfigError: another name, or "cuda" on a machine without a usable GPU.
+        ConfigError: any other name, or "cuda" on a machine without a usable GPU.
     """
     if device not in ("auto", "cpu", "cuda"):
         raise ConfigError(f"device must be auto, cpu or cuda, got {device!r}")
     if device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device cuda: PyTorch finds no usable GPU here; take --device cpu, or auto")
+        raise ConfigError("device cuda: PyTorch finds no usable GPU here; use --device cpu or auto")
     return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 @contextlib.contextmanager
 def lightning() -> Iterator[None]:
-    """Name the extra, where Lightning or what it needs is not installed."""
+    """Name the extra to install if Lightning or one of its dependencies is missing."""
     try:
         yield
     except ImportError as error:
@@ -279,7 +278,7 @@ def lightning() -> Iterator[None]:
 
 
 def _own(seed: int, here: World) -> int:
-    """The seed of what is random in the network: each process draws its own."""
+    """The seed for randomness in the network, different in each process."""
     return seed if here.is_first else int(draws("rank", here.rank, seed).integers(2**62))
 
 

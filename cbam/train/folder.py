@@ -1,12 +1,12 @@
 """The folder of one training run: its settings, and its metrics, one JSON line each.
 
-config.json    the settings as they came into effect
+config.json    the settings in effect
 metrics.jsonl  a line every few steps, and one per epoch
 epochs.csv     a row per epoch, see loggers.py
-nonfinite.json the images of a step whose loss is not finite
-wandb-id       what W&B knows the run by
+nonfinite.json the images of a step whose loss was not finite
+wandb-id       identifies the run to W&B
 step-*.ckpt    checkpoints, see checkpoint.py; last.json names the newest
-lock           who is running here, see lock.py
+lock           the process that is running here, see lock.py
 """
 
 import contextlib
@@ -26,12 +26,12 @@ from cbam.train.task import is_epoch
 CONFIG, METRICS, TABLE, NONFINITE, LOCK, WANDB = (
     "config.json", "metrics.jsonl", "epochs.csv", "nonfinite.json", "lock", "wandb-id"
 )  # fmt: skip
-MOST_WAITING = 10_000  # lines of metrics that are kept for a disk that takes none
+MOST_WAITING = 10_000  # lines of metrics held back while the disk cannot be written
 WRITTEN = ("step-*.ckpt", LAST, CONFIG, METRICS, TABLE, NONFINITE, LOCK, WANDB)
 
 
 def write_config(folder: Path, config: dict[str, Any]) -> None:
-    """Write the settings in effect as JSON, which is YAML too: `--config` reads it.
+    """Write the settings in effect as JSON, which is also YAML, so `--config` can read it.
 
     Raises:
         OutputError: it cannot be written.
@@ -40,7 +40,7 @@ def write_config(folder: Path, config: dict[str, Any]) -> None:
 
 
 def _put(path: Path, data: bytes) -> None:
-    """Write a file that no run begins without."""
+    """Write a file that the run cannot do without."""
     try:
         write(path, data)
     except OSError as error:
@@ -48,7 +48,7 @@ def _put(path: Path, data: bytes) -> None:
 
 
 def settings_in(folder: Path) -> dict[str, Any]:
-    """The settings that a folder tells; none where it tells nothing that can be read."""
+    """The settings in a folder's config.json; empty if it is missing or unreadable."""
     with contextlib.suppress(OSError, ValueError):
         settings = json.loads((folder / CONFIG).read_text("utf-8"))
         return settings if isinstance(settings, dict) else {}
@@ -56,19 +56,18 @@ def settings_in(folder: Path) -> dict[str, Any]:
 
 
 def check_free(folder: Path) -> None:
-    """Refuse to begin a run where the files of something else would be overwritten.
+    """Refuse to start a run where it would overwrite files that do not belong to a run.
 
-    A run that died before its first checkpoint is no obstacle.
+    A run that died before its first checkpoint may be overwritten.
 
     Raises:
-        ConfigError: there is something else.
+        ConfigError: there are such files.
     """
     if checkpoints(folder) or _is_of_run(folder / CONFIG):
         return
     if there := [name for name in (CONFIG, METRICS, TABLE) if (folder / name).exists()]:
         raise ConfigError(
-            f"{folder} holds {', '.join(there)} of something else than a run, which a run would overwrite: "
-            "give another --out"
+            f"{folder} holds {', '.join(there)}, not from a run, which would be lost: give another --out"
         )
 
 
@@ -77,7 +76,7 @@ def _is_of_run(config: Path) -> bool:
 
 
 def clean(folder: Path) -> None:
-    """Delete what a killed run had begun to write, and nothing of anybody else."""
+    """Delete the unfinished files of a killed run, and nothing else."""
     for name in WRITTEN:
         for part in folder.glob(f".{name}.part"):
             if not part.is_dir():
@@ -85,7 +84,7 @@ def clean(folder: Path) -> None:
 
 
 def epochs(folder: Path) -> list[dict[str, Any]]:
-    """The metrics of every epoch in metrics.jsonl; a line that was torn when the process died is left out."""
+    """The metrics of every epoch in metrics.jsonl; a line cut off when the process died is left out."""
     found = []
     with contextlib.suppress(FileNotFoundError):
         for line in (folder / METRICS).read_bytes().splitlines():
@@ -99,20 +98,20 @@ def _written(entry: dict[str, Any]) -> bytes:
 
 
 class Metrics:
-    """The lines of metrics.jsonl. A disk that takes no more is told in one line; the run goes on."""
+    """The lines of metrics.jsonl. If the disk cannot be written, one line says so and the run continues."""
 
     def __init__(self, folder: Path, say: Callable[[str], None]) -> None:
         self._path, self._say = folder / METRICS, say
-        self._waiting: list[bytes] = []  # lines that the disk did not take
+        self._waiting: list[bytes] = []  # lines that could not be written yet
 
     def cut(self, epoch: int, step: int, before: Sequence[dict[str, Any]] = ()) -> None:
-        """Forget what came after `step` steps of the whole run, in which `epoch` was not over.
+        """Drop the lines after `step` steps of the whole run, within the unfinished `epoch`.
 
-        A line that was torn when the process died is dropped with it. Of the epochs `before`, which the
-        checkpoint holds, those without a line get it back: a run may go on in another folder.
+        A line cut off when the process died is dropped too. The epochs `before`, which are in the checkpoint,
+        get their line back if it is missing: a run may continue in another folder.
 
         Raises:
-            OutputError: they cannot be written.
+            OutputError: the file cannot be written.
         """
         kept = [line for line in self._lines() if self._is_before(line, epoch, step)]
         there = {entry["epoch"] for entry in map(json.loads, kept) if is_epoch(entry)}
@@ -135,22 +134,22 @@ class Metrics:
             return False
 
     def add(self, entry: dict[str, Any]) -> None:
-        """Append a line, and those that are still to be written."""
+        """Append a line, after those not yet written."""
         first = not self._waiting
         self._waiting = [*self._waiting, _written(entry)][-MOST_WAITING:]
         error = self._append()
         if error is not None and first:
-            self._say(f"{self._path}: {error.strerror or error}; its lines wait till it can be written")
+            self._say(f"{self._path}: {error.strerror or error}; its lines wait until it can be written")
 
     def end(self) -> None:
-        """Append what is still to be written, or say that it is lost."""
+        """Append the lines not yet written, or report that they are lost."""
         error = self._append() if self._waiting else None
         if error is not None:
             told = f"{len(self._waiting)} of its lines are lost"
             self._say(f"{self._path}: {error.strerror or error}; {told}")
 
     def _append(self) -> OSError | None:
-        """Write all lines that wait, or none."""
+        """Write all waiting lines, or none."""
         lines, before = b"".join(self._waiting), None
         middle = len(lines) - len(self._waiting[-1]) // 2
         try:
@@ -163,13 +162,13 @@ class Metrics:
         except OSError as error:
             with contextlib.suppress(OSError):
                 if before is not None:
-                    os.truncate(self._path, before)  # a torn line is worse than none
+                    os.truncate(self._path, before)  # leave no partial line
             return error
         self._waiting = []
         return None
 
     def sync(self) -> None:
-        """Bring what was added onto the disk, so that no checkpoint is ahead of the metrics."""
+        """Sync the file to disk, so that no checkpoint is ahead of the metrics."""
         with contextlib.suppress(OSError), self._path.open("ab") as file:
             os.fsync(file.fileno())
             sync_folder(self._path.parent)

@@ -1,4 +1,4 @@
-"""A Lightning callback that saves a run so that it can go on bit for bit, and stops it at a step's end."""
+"""A Lightning callback that saves a run for bit-exact resumption, and stops it at the end of a step."""
 
 import contextlib
 import errno
@@ -27,10 +27,10 @@ from cbam.train.loggers import Loggers
 from cbam.train.steps import CLOCK, NonFiniteLossError, Steps
 from cbam.train.task import told
 
-PATIENCE = 3  # saves that may fail one after the other
+PATIENCE = 3  # consecutive failed saves that end a run
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
-_Stop = tuple[str, int]  # what stops a run, and the exit code
+_Stop = tuple[str, int]  # why a run stops, and its exit code
 LIMIT: _Stop = ("the time limit", 75)
 _STOPS: list[_Stop] = [*((number.name, 128 + number) for number in SIGNALS), LIMIT]
 
@@ -38,29 +38,28 @@ _log = logging.getLogger("cbam")
 
 
 def _line(entry: dict[str, Any], step: int) -> dict[str, Any]:
-    """The line of an epoch, without the timings, which differ from run to run."""
+    """An epoch's line in metrics.jsonl: without timings, which differ from run to run."""
     return {**{name: value for name, value in entry.items() if name not in CLOCK}, "step": step}
 
 
 class Keeper(pl.Callback):
-    """Saves every `save_every` steps and at the end of every epoch, before it is validated.
+    """Saves a checkpoint every `save_every` steps and at the end of every epoch, before its validation.
 
-    A first SIGTERM or SIGINT ends the step, saves and raises `StoppedError` (exit code 143 or 130), as
-    `max_time` does (75); a second one ends at once. A save that fails leaves the older checkpoints and is
-    tried again at the next; the third failure in a row is an OutputError.
+    The first SIGTERM or SIGINT finishes the step, saves and raises `StoppedError` (exit code 143 or 130), as
+    `max_time` does (75); a second signal stops at once. A failed save keeps the older checkpoints and is
+    retried at the next one; the third failure in a row raises OutputError.
 
     Args:
         folder: of the run, locked.
-        about: plain values that go into every checkpoint as they are.
-        state: what `checkpoint.load` read, to go on from; None starts afresh.
-        save_every, log_every: in steps; None saves at the ends of epochs alone.
-        copies: how many checkpoints stay.
-        max_time: seconds from `began`; the stop comes earlier by a margin for saving.
-        began: as `time.monotonic` has it; None is now.
+        about: plain values stored in every checkpoint as they are.
+        state: what `checkpoint.load` returned, to resume from; None starts a new run.
+        save_every, log_every: in steps; None saves only at the end of each epoch.
+        copies: how many checkpoints to keep.
+        max_time: seconds from `began`; the run stops earlier, by a margin for saving.
+        began: a time of `time.monotonic`; None is now.
         say: called with each line for the user.
-        overrides: whether learning rate, schedule, weight decay and momentum are the recipe's, not those of
-            `state`.
-        loggers: get every line of metrics, timings included.
+        overrides: take learning rate, schedule, weight decay and momentum from the recipe instead of `state`.
+        loggers: get every line of metrics, including timings.
     """
 
     def __init__(
@@ -86,15 +85,15 @@ class Keeper(pl.Callback):
         self._save_seconds, self._failures, self._step, self._lr = 0.0, 0, 0, 0.0
         self._stop: _Stop | None = None
         self._saved: Path | None = None
-        self._unsaved: dict[str, Any] | None = None  # what the newest save could not write
+        self._unsaved: dict[str, Any] | None = None  # the state that the last save failed to write
         self._here, self._between, self._began_at = world(), True, 0
 
-    # --- going on ---
+    # --- resuming ---
 
     def take_up(self, steps: Steps, batches: DataLoader, common: int = 0) -> bool:
-        """Restore all but the optimizer; returns whether the epoch still has to be validated.
+        """Restore everything but the optimizer; return whether the epoch still has to be validated.
 
-        `common` is the number of batches that every process validates.
+        `common` is the number of validation batches that every process has at least.
         """
         state, self._steps, self._common = self.state, steps, common
         self._began_at = state["step"] if state else 0
@@ -105,8 +104,8 @@ class Keeper(pl.Callback):
         epoch, seen = state["epoch"], state["seen"]
         if state["steps_per_epoch"] != steps.steps_per_epoch:
             raise CheckpointError(
-                f"the checkpoint counts {state['steps_per_epoch']} steps per epoch, "
-                f"this run {steps.steps_per_epoch}"
+                f"the checkpoint has {state['steps_per_epoch']} steps per epoch, "
+                f"but this run has {steps.steps_per_epoch}"
             )
         self._step = state["step"]
         before = [
@@ -131,7 +130,7 @@ class Keeper(pl.Callback):
             self.metrics.cut(epoch, step, before)
 
     def _take_up_rng(self, state: dict[str, Any]) -> None:
-        """Restore this process's random state; with another number of processes, one made from the step."""
+        """Restore this process's random state, or seed a new one if the number of processes has changed."""
         states = [state["rng"], *state.get("more_rng", [])]
         if len(states) == self._here.size:
             set_rng(states[self._here.rank])
@@ -154,7 +153,7 @@ class Keeper(pl.Callback):
             self.state = None
 
     def _override(self, optimizer, schedule, bases: list[Any], fresh: list[tuple[float, float]]) -> None:
-        """Put the settings that the run is resumed with in place of the restored ones."""
+        """Replace the restored settings with those of the resuming run."""
         schedule.base_lrs = bases
         momentum = self._steps.recipe.momentum
         for group, base, (_, decay), factor in zip(
@@ -210,7 +209,7 @@ class Keeper(pl.Callback):
     def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, *_) -> None:
         fault("eval")
         self._check_time()
-        if self._here.size > 1:  # a process may have a batch less than another
+        if self._here.size > 1:  # some processes may have one batch fewer
             flags = self._here.sum(*self._flags()) if batch_idx < self._common else []
             stop = self._agreed(flags)
         else:
@@ -219,7 +218,7 @@ class Keeper(pl.Callback):
             self._raise(stop, f"in the validation of epoch {self._steps.epoch}")
 
     def on_train_end(self, trainer, pl_module) -> None:
-        """Retry a last save that failed: without its last weights no run ends well."""
+        """Retry the final save if it failed: a run without its last weights is not finished."""
         if self._unsaved is not None and self._unsaved["step"] == self._step:
             check_lock(self.folder)
             self._write(self._unsaved, last=True)
@@ -227,19 +226,19 @@ class Keeper(pl.Callback):
             self.metrics.end()
 
     def on_exception(self, trainer, pl_module, exception: BaseException) -> None:
-        """Save what was reached: before a step whose loss is not finite, or when an image ends the run."""
+        """Save the progress so far: before a step with a non-finite loss, or when an image ends the run."""
         self._steps.end_validation()
         if isinstance(exception, NonFiniteLossError):
             if self._here.is_first:
                 self._name_pictures(exception)
             self._save_last(trainer)
         elif isinstance(exception, DataError) and self._here.size == 1 and self._is_new():
-            if not self._between:  # it came for a later part of a step
+            if not self._between:  # the image belongs to a later part of the step
                 self._steps.undo_parts()
             self._save_last(trainer)
 
     def _is_new(self) -> bool:
-        """Whether there is a step that no checkpoint holds."""
+        """Whether there are steps since the last checkpoint."""
         saved = checkpoint.step_of(self._saved) if self._saved else self._began_at
         return self._step > saved
 
@@ -256,7 +255,7 @@ class Keeper(pl.Callback):
             self._say(f"nothing new was saved: {error}")
 
     def log_epoch(self, entry: dict[str, Any]) -> None:
-        """Write the line of an epoch, and say it."""
+        """Write and report the metrics of an epoch."""
         if not self._here.is_first:
             return
         self.metrics.add(_line(entry, self._step))
@@ -265,14 +264,14 @@ class Keeper(pl.Callback):
         clock = ""
         if (seconds := entry["seconds"]) == seconds:
             clock = f", {seconds:.1f} s, {entry['images_per_second']:.0f} images/s"
-            clock += f", {100 * entry['wait_seconds'] / seconds:.0f} % of it waiting for them"
+            clock += f", {100 * entry['wait_seconds'] / seconds:.0f} % of the time waiting for images"
         loss = "skipped" if entry["train_loss"] is None else f"loss {entry['train_loss']:.4f}"
         self._say(f"epoch {entry['epoch']}: {loss}, {told(entry)}{clock}")
 
     # --- saving ---
 
     def _save(self, trainer: pl.Trainer, done: int) -> None:
-        """Save in the first process. All come here, and none goes on, or ends, before that is done."""
+        """Save in the first process. All processes call this, and none continues before it is done."""
         states = self._here.all(rng())
         self._here.from_first(lambda: self._save_all(trainer, done, states))
 
@@ -280,8 +279,8 @@ class Keeper(pl.Callback):
         state = self._state(trainer, done, states)
         if broken := [name for name, value in state["model"].items() if not value.isfinite().all()]:
             raise FloatingPointError(
-                f"{len(broken)} tensors of the network hold NaN or infinity after step {self._step} "
-                f"({broken[0]}); the last checkpoint is from before"
+                f"{len(broken)} tensors of the network contain NaN or infinity after step {self._step} "
+                f"({broken[0]}); the last checkpoint was saved before that"
             )
         check_lock(self.folder)
         self.metrics.sync()
@@ -300,7 +299,7 @@ class Keeper(pl.Callback):
         try:
             checkpoint.rotate(self._saved, self.copies)
         except (OSError, CheckpointError) as error:
-            self._say(f"older checkpoints stay: {error}")
+            self._say(f"older checkpoints were not deleted: {error}")
 
     def _state(self, trainer: pl.Trainer, done: int, states: list[dict[str, Any]]) -> dict[str, Any]:
         steps = self._steps
@@ -314,7 +313,7 @@ class Keeper(pl.Callback):
             "step": self._step,
             "steps_per_epoch": steps.steps_per_epoch,
             "seen": {**steps.seen(), "step": done},
-            "history": [*steps.history],  # as it is now, should this be written after the next validation
+            "history": [*steps.history],  # a copy, as a failed save may be retried after the next validation
         }
         if len(states) > 1:
             state["more_rng"] = states[1:]
@@ -326,18 +325,18 @@ class Keeper(pl.Callback):
 
     def _failed(self, error: OSError, *, last: bool) -> None:
         self._failures += 1
-        room = "no room on the disk" if error.errno == errno.ENOSPC else error.strerror or str(error)
+        reason = "no space left on the disk" if error.errno == errno.ENOSPC else error.strerror or str(error)
         what = f"{self.folder}: the checkpoint after step {self._step}"
-        line = f"{what} cannot be written ({room}); the older stay"
+        line = f"{what} cannot be written ({reason}); the older ones stay"
         if last or self._stop or self._failures >= PATIENCE:
             raise OutputError(line) from error
-        self._say(f"{line}, training goes on")
+        self._say(f"{line}, training continues")
 
     # --- stopping ---
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Handle the stop signals inside the block, and restore their handlers after it."""
+        """Handle the stop signals inside the block, then restore the previous handlers."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -350,7 +349,7 @@ class Keeper(pl.Callback):
                 signal.signal(number, handler)
 
     def _listen(self) -> None:
-        """Lightning sets handlers of its own when it starts, so this is called again then."""
+        """Install our handlers. Called again once Lightning has started, as it installs its own."""
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
                 signal.signal(number, self._hear)
@@ -369,16 +368,16 @@ class Keeper(pl.Callback):
             self._stop = LIMIT
 
     def _flags(self) -> list[float]:
-        """The stop requests of this process, to be summed over all."""
+        """The stop requests of this process, to be summed over all processes."""
         return [float(self._stop == stop) for stop in _STOPS]
 
     def _agreed(self, flags: Sequence[float]) -> _Stop | None:
-        """Why to stop after this step, the same in all processes."""
+        """Why to stop after this step, agreed on by all processes; None to continue."""
         if self._here.size == 1:
             return self._stop
         return next((stop for stop, flag in zip(_STOPS, flags, strict=False) if flag), None)
 
     def _raise(self, stop: _Stop, where: str) -> None:
         name, code = stop
-        saved = f"saved as {self._saved}" if self._saved else "the checkpoint it came from holds"
-        raise StoppedError(f"stopped by {name} {where}; {saved}; --resume auto goes on", code)
+        saved = f"saved as {self._saved}" if self._saved else "nothing new to save"
+        raise StoppedError(f"stopped by {name} {where}; {saved}; --resume auto continues", code)

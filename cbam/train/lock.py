@@ -1,8 +1,8 @@
 """One run at a time in a folder, on any number of machines.
 
-The file `lock` says who is running. On its own machine a run that was killed is told by its process number;
-one of another machine, or container, by its silence: as long as it lives, a run touches its lock every BEAT
-seconds. So a job that went down with its machine and is started on another one goes on there by itself.
+The file `lock` names the running process. On the same machine, the process id shows whether that run was
+killed; on another machine or in a container, silence does: a live run touches its lock every BEAT seconds.
+So a job that went down with its machine can continue on another one without help.
 """
 
 import contextlib
@@ -20,17 +20,17 @@ from cbam.train.checkpoint import write
 from cbam.train.folder import LOCK, clean
 
 BEAT = 10.0  # seconds between two signs of life
-_MARK = b'{"pid": '  # what a lock begins with
-SILENCE = 60.0  # seconds without one after which a run of another machine is dead
+_MARK = b'{"pid": '  # how a lock file starts
+SILENCE = 60.0  # seconds without one after which a run on another machine counts as dead
 
 
 @contextlib.contextmanager
 def locked(folder: Path, say: Callable[[str], None] = lambda line: None) -> Iterator[None]:
-    """Make the folder if need be and keep every other run out of it; what a killed run left is cleaned.
+    """Create the folder if needed, keep other runs out of it, and clean up after a killed one.
 
     Raises:
-        ConfigError: another run is in it, or a file of that name that is no lock. OutputError: it cannot be
-            made or written to.
+        ConfigError: another run is using it, or its file `lock` is not ours. OutputError: it cannot be
+            created or written to.
     """
     me = _me()
     try:
@@ -38,7 +38,7 @@ def locked(folder: Path, say: Callable[[str], None] = lambda line: None) -> Iter
         with _alone(folder):
             _refuse_other_file(folder / LOCK)
             _refuse_second(folder, say)
-            write(folder / LOCK, json.dumps(me).encode())  # a full or read-only disk shows here
+            write(folder / LOCK, json.dumps(me).encode())  # fails on a full or read-only disk
         clean(folder)
     except OSError as error:
         if isinstance(error, OutputError):
@@ -60,10 +60,10 @@ def is_mine(folder: Path) -> bool:
 
 
 def check_lock(folder: Path) -> None:
-    """Refuse to write where another run has taken over.
+    """Refuse to write if another run has taken over the folder.
 
     Raises:
-        ConfigError: the lock is that of another process.
+        ConfigError: the lock belongs to another process.
     """
     holder = _holder(folder)
     if holder and holder != _me():
@@ -79,7 +79,7 @@ def _beat(lock: Path, over: threading.Event) -> None:
 
 
 def _is_silent(lock: Path) -> bool:
-    """Whether there is no sign of life for SILENCE seconds, by the clock of the disk alone."""
+    """Whether the lock stays untouched for SILENCE seconds. Compares its own times only, not our clock."""
     first, deadline = _touched(lock), time.monotonic() + SILENCE
     while time.monotonic() < deadline:
         time.sleep(min(1.0, SILENCE / 10))
@@ -89,7 +89,7 @@ def _is_silent(lock: Path) -> bool:
 
 
 def _touched(lock: Path) -> int | None:
-    """When the lock was touched last. It is opened, for a network disk may answer stat() from memory."""
+    """When the lock was last touched. The file is opened, as a network disk may cache results of stat()."""
     try:
         with lock.open("rb") as file:
             return os.fstat(file.fileno()).st_mtime_ns
@@ -99,7 +99,7 @@ def _touched(lock: Path) -> int | None:
 
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """One process at a time looks at the lock and takes it."""
+    """Let only one process at a time read the lock and take it."""
     try:
         import fcntl
     except ImportError:  # Windows
@@ -107,7 +107,7 @@ def _alone(folder: Path) -> Iterator[None]:
         return
     handle = os.open(folder, os.O_RDONLY)
     try:
-        with contextlib.suppress(OSError):  # a network disk without locks
+        with contextlib.suppress(OSError):  # a network disk may have no locks
             fcntl.flock(handle, fcntl.LOCK_EX)
         yield
     finally:
@@ -115,22 +115,22 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 def _refuse_other_file(lock: Path) -> None:
-    """One of ours may be cut off where the machine went down."""
+    """Refuse a file that is not our lock, which may be cut off if the machine went down."""
     with contextlib.suppress(FileNotFoundError):
         with lock.open("rb") as file:
             begins = file.read(len(_MARK))
         if not _MARK.startswith(begins):
-            raise ConfigError(f"{lock} is of something else than a run: give another --out")
+            raise ConfigError(f"{lock} is not from a run: give another --out")
 
 
 def _refuse_second(folder: Path, say: Callable[[str], None]) -> None:
     holder = _holder(folder)
     if holder and (holder.get("host"), holder.get("numbers")) != (socket.gethostname(), _numbers()):
         who = f"process {holder.get('pid')} on {holder.get('host')}"
-        say(f"{folder} was last used by {who}; looking for {SILENCE:g} s whether it is alive")
+        say(f"{folder} was last used by {who}; waiting {SILENCE:g} s to see whether it is alive")
         if not _is_silent(folder / LOCK):
             raise ConfigError(f"{folder} is in use by {who}; give another --out")
-        say(f"{who} is silent: its folder is taken over")
+        say(f"no sign of life from {who}: taking over its folder")
     elif holder and holder == _process(holder.get("pid")):
         raise ConfigError(f"{folder} is in use by process {holder['pid']}; give another --out")
 
@@ -148,7 +148,7 @@ def _me() -> dict[str, Any]:
 
 
 def _process(pid: Any) -> dict[str, Any]:
-    """What tells a living process from a later one of the same number; empty for one that is not there."""
+    """What tells a process from a later one with the same id; empty if it is not running."""
     if type(pid) is not int:
         return {}
     try:
@@ -169,7 +169,7 @@ def _process(pid: Any) -> dict[str, Any]:
 
 
 def _numbers() -> str:
-    """What process numbers count in: a container has a space of them for itself (Linux)."""
+    """The namespace of process ids: each container has its own (Linux)."""
     with contextlib.suppress(OSError):
         return str(Path("/proc/self/ns/pid").readlink())
     return ""

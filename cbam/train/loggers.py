@@ -1,7 +1,6 @@
-"""Metrics for other programs: a table, TensorBoard, W&B, MLflow. One that fails is reported once and dropped.
+"""Metrics for other programs: CSV, TensorBoard, W&B, MLflow. One that fails is reported once and dropped.
 
-None of them is the record of a run: that is metrics.jsonl, which knows nothing of the clock and is resumed
-to the byte.
+None of them is the record of a run: that is metrics.jsonl, which has no timings and resumes byte for byte.
 """
 
 import contextlib
@@ -26,7 +25,7 @@ class _Logger(Protocol):
 
 
 class Loggers:
-    """The loggers of these names in the folder of a run; `config` is shown by those that can."""
+    """The loggers of these names in the folder of a run; those that can also show `config`."""
 
     def __init__(
         self, names: tuple[str, ...], folder: Path, config: dict[str, Any], say: Callable[[str], None]
@@ -40,32 +39,32 @@ class Loggers:
             self.put(name, logger)
 
     def put(self, name: str, logger: _Logger) -> None:
-        """One logger more."""
+        """Add a logger."""
         self._loggers[name] = logger
 
     def add(self, metrics: dict[str, Any], step: int) -> None:
-        """The metrics after a step of the whole run."""
+        """Log the metrics after a step, counted over the whole run."""
         numbers = {n: float(v) for n, v in metrics.items() if isinstance(v, int | float) and v == v}
         for name, logger in list(self._loggers.items()):
             self._guarded(name, lambda to=logger: to.log_metrics(numbers, step))
 
     def close(self) -> None:
-        """Bring out what they hold."""
+        """Finish and flush all loggers."""
         for name, logger in list(self._loggers.items()):
             self._guarded(name, lambda to=logger: to.finalize("success"))
 
     def _guarded(self, name: str, act: Callable[[], None]) -> None:
         try:
             act()
-        except StoppedError:  # a second signal came meanwhile: it is not the logger's
+        except StoppedError:  # from a second signal in the meantime, not from the logger
             raise
         except (Exception, SystemExit) as error:
             self._loggers.pop(name, None)
-            self._say(f"{name}: {type(error).__name__}: {error}; training goes on without it")
+            self._say(f"{name}: {type(error).__name__}: {error}; training continues without it")
 
 
 class Line:
-    """Tells `now` how far a run is and how fast, at most every so many seconds."""
+    """Reports the progress and speed of a run to `now`, at most once every `every` seconds."""
 
     def __init__(self, now: Callable[[str], None], epochs: int, *, every: float) -> None:
         self._now, self._epochs, self._every, self._last = now, epochs, every, float("-inf")
@@ -78,21 +77,21 @@ class Line:
         loss = f"loss {metrics['loss']:.4f}" if "loss" in metrics else "skipped"
         self._now(
             f"epoch {metrics['epoch']:.0f} of {self._epochs}, step {step}: {loss}, "
-            f"{rate:.0f} images/s, {100 * waited:.0f} % of the time waiting for them"
+            f"{rate:.0f} images/s, {100 * waited:.0f} % of the time waiting for images"
         )
 
     def finalize(self, status: str) -> None: ...
 
 
 class _Table:
-    """epochs.csv: a row per epoch, written anew from metrics.jsonl each time."""
+    """epochs.csv: a row per epoch, rewritten from metrics.jsonl each time."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         if is_epoch(metrics):
-            with contextlib.suppress(OSError):  # the next one, or the end, writes all of it
+            with contextlib.suppress(OSError):  # the next epoch, or the end, writes all rows
                 self._write()
 
     def _write(self) -> None:
@@ -116,7 +115,7 @@ class _TensorBoard:
         self._folder, self._make, self._writer = folder, SummaryWriter, None
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        if self._writer is None:  # now it is known where the run is: what was written beyond does not count
+        if self._writer is None:  # only now is the step known from which earlier events are discarded
             self._writer = self._make(str(self._folder / "tensorboard"), purge_step=step)
         for name, value in metrics.items():
             self._writer.add_scalar(name, value, step)
@@ -130,7 +129,7 @@ class _TensorBoard:
 def _tensorboard(folder: Path, config: dict[str, Any]) -> _Logger | None:
     try:
         return _TensorBoard(folder)
-    except ImportError:  # it is asked for by default, and not everybody has it
+    except ImportError:  # it is on by default, and not everybody has it
         return None
 
 
@@ -139,7 +138,7 @@ def _wandb(folder: Path, config: dict[str, Any]) -> _Logger:
 
     file = folder / WANDB
     if not file.exists():
-        write(file, secrets.token_hex(8).encode())  # a name would be that of other runs too
+        write(file, secrets.token_hex(8).encode())  # a folder's name is not unique
     name, own = "-".join(folder.absolute().parts[-2:]), file.read_text("utf-8")
     return WandbLogger(project="cbam", name=name, id=own, save_dir=folder, resume="allow", config=config)
 

@@ -1,4 +1,4 @@
-"""What a run's settings name: its images, its network, its checkpoint."""
+"""What the settings of a run refer to: its images, its network and its checkpoint."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +23,7 @@ from cbam.train.recipes import Config
 
 
 def pictures(config: Config) -> tuple[Images, Images] | tuple[BoxedImages, BoxedImages]:
-    """The training and the validation set."""
+    """The training and validation sets."""
     if config.detects:
         return _boxed(config)
     if config.data is None:
@@ -37,7 +37,7 @@ def pictures(config: Config) -> tuple[Images, Images] | tuple[BoxedImages, Boxed
 
 
 def about(train: Images | BoxedImages, val: Images | BoxedImages) -> dict[str, Any]:
-    """What tells one data set from another, wherever it lies."""
+    """What identifies a data set, independent of its path."""
     return {
         "classes": train.classes, "training": len(train), "validation": len(val), "size": train.size,
         "names": digest_of_names(train, val),
@@ -53,16 +53,16 @@ def _boxed(config: Config) -> tuple[BoxedImages, BoxedImages]:
     if config.limit:
         train, val = train.subset(config.limit), val.subset(config.limit)
     if not val.scored:
-        val.notes.append("no validation image has an object that is scored, so AP stays unknown (-)")
+        val.notes.append("no validation image has an object to score, so AP is unknown (-)")
     return train.augmented(config.augment or "none"), val
 
 
 def network(
     config: Config, classes: int, *, loaded: bool = False, say: Callable[[str], None] = lambda _: None
 ) -> nn.Module:
-    """The network of a run, initialised by its seed; unless it is `loaded` later, with its first weights.
+    """The network of a run, initialised by its seed, with its pretrained weights unless `loaded` later.
 
-    `say` is told what it begins with.
+    `say` reports what it starts from.
     """
     start = config.settled().start or "paper"
     with seeded(config.seed):
@@ -74,22 +74,20 @@ def network(
             model = build(config.model, num_classes=classes, start=start)
     if not loaded and (told := _begun(model, config, start)):
         say(told)
-    if config.freeze_norm and config.pretrained:  # from scratch there is nothing to keep
+    if config.freeze_norm and config.pretrained:  # from scratch there are no statistics to keep
         freeze_norm(model)
     return model
 
 
 def _begun(model: nn.Module, config: Config, start: str) -> str:
-    """Put the first weights in; what the network then has, in words."""
+    """Load the pretrained weights; return a description of what the network starts from."""
     places, parts, brought = len(attached(model)), [], False
     if config.pretrained:
         try:
             found, inside = begin_with(model, config.model, weights_at(config.pretrained))
         except CheckpointError as misfit:
             raise misfit_of(config.pretrained, misfit) from None
-        parts.append(
-            taken(config.pretrained, found) + (" into the network of the detector" if inside else "")
-        )
+        parts.append(taken(config.pretrained, found) + (" into the detector's backbone" if inside else ""))
         brought = found.format != "plain"
     if places:
         parts.append(f"attention at {places} places {_STARTS['file' if brought else start]}")
@@ -97,22 +95,22 @@ def _begun(model: nn.Module, config: Config, start: str) -> str:
 
 
 _STARTS = {
-    "file": "as the file has it",
+    "file": "as in the file",
     "paper": "initialised as in the paper (--start identity: multiplying by one)",
     "identity": "starts as the identity, multiplying by one",
 }
 
 
 def taken(path: str, loaded: Loaded) -> str:
-    """What was taken from a file, a run or a folder, in words."""
-    head = "; its last layer is left out, as it is made for other classes" if loaded.head_skipped else ""
-    return f"weights of {path}: {loaded.tensors} tensors taken{head}"
+    """A description of what was loaded from a file, a run or a folder."""
+    head = "; its last layer is left out, as it is for other classes" if loaded.head_skipped else ""
+    return f"weights of {path}: {loaded.tensors} tensors loaded{head}"
 
 
 def weights_at(path: str) -> str | dict[str, Tensor]:
-    """What `load_weights` takes: for a weights file, a run or its checkpoint, a folder of `save_pretrained`.
+    """The argument for `load_weights`, from a weights file, a run, a checkpoint or a published folder.
 
-    Of a run that averages its weights it is the average, which is what it was validated by.
+    For a run that keeps an average of its weights it is the average, which the run was validated with.
     """
     where = Path(path)
     if hub.is_published(where):
@@ -123,36 +121,36 @@ def weights_at(path: str) -> str | dict[str, Tensor]:
 
 
 def load_trained(model: nn.Module, source: Path | dict[str, Tensor], name: str, where: Path) -> None:
-    """Put weights into the network `name` that is used as it is then; `where` they are from.
+    """Load weights from `where` into the network `name`, to be used without further training.
 
     Raises:
-        CheckpointError: they do not fit, or lack the attention, which would be untrained.
+        CheckpointError: they do not fit, or have no attention, which would be untrained.
     """
     if load_weights(model, source).missing:
         raise CheckpointError(
-            f"{where} has no weights of attention, so that of {name} would be untrained: "
+            f"{where} has no attention weights, so the attention of {name} would be untrained: "
             f"give --model {name.partition('+')[0]}, or the weights of {name}"
         )
 
 
 def unnamed(path: Path) -> ConfigError:
-    """The error for weights that come without the name of their network.
+    """The error for a weights file, which does not record its network.
 
     Raises:
-        CheckpointError: they are none, or damaged.
+        CheckpointError: it is not a weights file, or damaged.
     """
     read(path)
-    return ConfigError(f"{path} does not say what network it is: give --model NAME, see `cbam list`")
+    return ConfigError(f"{path} does not record its network: give --model NAME, see `cbam list`")
 
 
 def misfit_of(path: str, misfit: CheckpointError) -> CheckpointError:
-    """The error with the name of what does not fit; a state dict that was read from a run has none."""
+    """The error with the path of the weights; for a state dict read from a run it has none yet."""
     told = str(misfit)
     return misfit if path in told else CheckpointError(f"{path}: {told}")
 
 
 def network_at(path: str) -> str:
-    """The name of the network whose weights are there; "" of a weights file, which does not say it."""
+    """The name of the network that the weights are of; "" for a weights file, which does not record it."""
     where = Path(path)
     if hub.is_published(where):
         return read_config(where / CONFIG)[0].name
@@ -165,26 +163,26 @@ def began_with(state: dict[str, Any]) -> Config:
     """The settings that a checkpoint's run began with.
 
     Raises:
-        CheckpointError: some are not known here.
+        CheckpointError: some of them are unknown to this version.
     """
     unknown = [name for name in state["config"] if name not in Config.names()]
     if unknown:
         raise CheckpointError(
             f"the checkpoint has settings that this cbam does not know ({', '.join(unknown)}); upgrade cbam"
         )
-    return Config(**state["config"]).settled()  # runs of an earlier cbam do not say how attention began
+    return Config(**state["config"]).settled()  # runs of older versions do not record the start of attention
 
 
 def ours(path: Path) -> dict[str, Any]:
-    """What a checkpoint of `cbam train` holds, or the newest valid one of a folder."""
+    """The contents of a checkpoint of `cbam train`, or of the newest valid one in a folder."""
     return found_at(path, lambda _: None)[1]
 
 
 def found_at(path: Path, say: Callable[[str], None]) -> tuple[Path, dict[str, Any]]:
-    """The same with its file; `say` is told of damaged ones that are passed over.
+    """The same with its file; `say` reports damaged ones that are skipped.
 
     Raises:
-        CheckpointNotFoundError: there is none. CheckpointError: it is damaged, or not of `cbam train`.
+        CheckpointNotFoundError: there is none. CheckpointError: it is damaged, or not from `cbam train`.
     """
     found = checkpoint.newest(path, say) if path.is_dir() else (path, checkpoint.load(path))
     if found is None:

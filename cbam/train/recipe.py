@@ -1,4 +1,4 @@
-"""The hyperparameters of a training; no framework is imported."""
+"""The hyperparameters of a training. Imports no torch."""
 
 import math
 from dataclasses import dataclass
@@ -13,28 +13,28 @@ NONFINITE = ("stop", "skip")
 
 @dataclass(frozen=True)
 class Recipe:
-    """The settings of one training; all problems of a bad one are reported together.
+    """The settings of one training; all invalid ones are reported together.
 
     Args:
         epochs: passes over the training images.
-        batch_size: images per step, on all devices together; of the last one see `cbam.data.loader`.
+        batch_size: images per step, on all devices together; for the last step see `cbam.data.loader`.
         optimizer: "sgd" (with `momentum`) or "adamw".
         lr: the highest learning rate.
         weight_decay: on every parameter, as in the paper; with `decay_matrices_only` not on biases and norms.
         schedule: "cosine" (half a cosine down to zero over the run, arXiv 1608.03983), "step" (the
             paper's: divided by 10 every `step_epochs` epochs, or after each of `milestones`) or "constant".
-        warmup_epochs: over which the learning rate first rises in a straight line (arXiv 1706.02677).
+        warmup_epochs: over which the learning rate first rises linearly (arXiv 1706.02677).
         attention_lr: the learning rate of attached attention, as a multiple of that of the network.
         label_smoothing: share of the target that is spread over all classes (arXiv 1512.00567).
         mixup, cutmix: the parameter of the Beta distribution that the share of the second image is drawn
-            from (arXiv 1710.09412, 1905.04899); 0 leaves it out, and with both each batch draws one.
+            from (arXiv 1710.09412, 1905.04899); 0 for none, and with both each batch draws one.
         ema: decay per step of the average of the weights that is evaluated, 0 for none.
-        precision: "fp32", or "bf16" or "fp16" by autocast, the weights staying fp32; "fp64" for tests.
-        accumulate: batches that a step is computed in, one after the other, to save memory.
+        precision: "fp32"; "bf16" or "fp16" by autocast, with fp32 weights; "fp64" for tests.
+        accumulate: number of batches that each step is computed in, one after the other, to save memory.
         compile: run the network through torch.compile.
         sync_bn: BatchNorm over the batches of all devices (GPUs only).
-        nonfinite: a loss that is not finite takes no step; "stop" ends there, "skip" goes on, at most 10
-            times in a row.
+        nonfinite: no step is taken with a non-finite loss; "stop" then ends the training, "skip" continues,
+            at most 10 times in a row.
     """
 
     epochs: int = 10
@@ -80,13 +80,13 @@ class Recipe:
             yield isinstance(value, bool), f"{name} must be true or false, got {value!r}"
         marks = self.milestones
         rising = isinstance(marks, tuple) and all(map(_is_count, marks)) and list(marks) == sorted(set(marks))
-        yield rising, f"milestones must be rising numbers of epochs, got {marks!r}"
+        yield rising, f"milestones must be increasing numbers of epochs, got {marks!r}"
         if _is_count(self.batch_size) and _is_count(self.accumulate):
             good = self.batch_size % self.accumulate == 0
             yield good, f"batch_size {self.batch_size} must be a multiple of accumulate {self.accumulate}"
 
     def unreached(self) -> str:
-        """What of the schedule the epochs do not come to, in words; it is no error, as of a short trial."""
+        """The part of the schedule that lies beyond the last epoch, in words; a short trial may have one."""
         marks = self.milestones or (self.step_epochs,)
         late = [mark for mark in marks if mark >= self.epochs]
         told = []
@@ -98,7 +98,7 @@ class Recipe:
         return f"epochs is {self.epochs}: {'; '.join(told)}" if told else ""
 
     def lr_factor(self, step: int, steps_per_epoch: int) -> float:
-        """The learning rate of a step (counted from 0 over the whole run) as a share of `lr`."""
+        """The learning rate of a step (counted from 0 over the whole run), as a fraction of `lr`."""
         warm = self.warmup_epochs * steps_per_epoch
         if step < warm:
             return (step + 1) / (warm + 1)

@@ -1,6 +1,6 @@
-"""What `cbam train` can be told, and the named recipes. Imports no torch: the help is made from it.
+"""The settings of `cbam train`, and the named recipes. Imports no torch: the help is made from it.
 
-A recipe is a function that returns a Config; a variant of one is `dataclasses.replace` of what it returns.
+A recipe is a function that returns a Config; `dataclasses.replace` makes variants of it.
 """
 
 import difflib
@@ -15,17 +15,17 @@ from cbam.train.option import option
 from cbam.train.recipe import NONFINITE, OPTIMIZERS, PRECISIONS, SCHEDULES, Recipe
 
 AUGMENTATIONS = ("none", "flip", "ssd")  # those of cbam.data.augment, which needs torch
-DETECT = "detect/"  # recipes of detectors begin like this
-FINE_TUNING = "imagenet/finetune"  # the recipe whose rate is that of trained weights
+DETECT = "detect/"  # prefix of the recipes for detectors
+FINE_TUNING = "imagenet/finetune"  # the recipe whose learning rate is for pretrained weights
 STARTS = ("paper", "identity")
 LOGGERS = ("csv", "tensorboard", "wandb", "mlflow")
 
 
 @dataclass(frozen=True)
 class Config:
-    """The settings of a run. All problems of a bad one are reported together (`ConfigError`)."""
+    """The settings of a run. All invalid settings are reported together (`ConfigError`)."""
 
-    recipe: str = option("digits", "the recipe that this began with")
+    recipe: str = option("digits", "the recipe that these settings started from")
     data: str | None = option(
         None,
         "image folder: train/ and val/ with one folder per class, or one folder, which is split; or a folder "
@@ -107,7 +107,7 @@ class Config:
 
     def __post_init__(self) -> None:
         for name in ("loggers", "milestones"):
-            if isinstance(value := getattr(self, name), list):  # as JSON has it
+            if isinstance(value := getattr(self, name), list):  # JSON has no tuples
                 object.__setattr__(self, name, tuple(value))
         problems = [text for good, text in self._rules() if not good]
         try:
@@ -135,7 +135,7 @@ class Config:
         yield from self._rules_of_task()
         yield type(self.exif) is bool, f"exif must be true or false, got {self.exif!r}"
         if self.recipe == "digits":
-            yield self.data is None, "the recipe digits makes its own images; for DATA there is folder"
+            yield self.data is None, "the recipe digits makes its own images; for DATA use the recipe folder"
             yield self.size is None, "size belongs to an image folder, and no DATA is given"
 
     def _rules_of_task(self):
@@ -148,21 +148,21 @@ class Config:
         yield good, f"augment must be one of {', '.join(AUGMENTATIONS)}, got {self.augment!r}"
         for name in ("label_smoothing", "mixup", "cutmix", "compile"):
             yield not getattr(self, name), f"{name} is not for detectors"
-        yield self.exif, "boxes are as their image is seen, turned as EXIF says: exif cannot be left out"
+        yield self.exif, "boxes refer to images rotated as their EXIF says: exif cannot be turned off"
 
     @property
     def detects(self) -> bool:
-        """Whether it is a detector that is trained."""
+        """Whether the run trains a detector."""
         return self.recipe.startswith(DETECT)
 
     def settled(self) -> "Config":
-        """The same with the start of attention said, where nobody said it."""
+        """The same settings, with the default start of attention filled in."""
         if self.start or not isinstance(self.model, str) or "+" not in self.model:
             return self
         return replace(self, start="identity" if self.pretrained else "paper")
 
     def training(self) -> Recipe:
-        """The part that says how the network is trained."""
+        """The part of the settings that the training loop needs."""
         return Recipe(**{item.name: getattr(self, item.name) for item in fields(Recipe)})
 
     @classmethod
@@ -171,12 +171,12 @@ class Config:
         return [item.name for item in fields(cls)]
 
 
-# What may change when a run is resumed: it says where and how fast, not what is computed.
+# May change when a run is resumed: where and how fast it runs, not what it computes.
 FREE = (
     *("data", "device", "devices", "nodes", "accumulate", "workers", "compile"),
     *("save_every", "log_every", "keep", "loggers"),
 )
-# What may change when it is resumed with --override.
+# May change when it is resumed with --override.
 OVERRIDABLE = (
     *("epochs", "lr", "momentum", "weight_decay", "schedule", "step_epochs", "milestones", "warmup_epochs"),
     *("label_smoothing", "mixup", "cutmix", "nonfinite"),
@@ -261,19 +261,19 @@ RECIPES: dict[str, Callable[[], Config]] = {
 
 
 def fine_tuning_rate(name: str, given: dict[str, Any]) -> float | None:
-    """A tenth of the rate of a recipe that trains from scratch, where it is to begin with trained weights.
+    """A tenth of a from-scratch recipe's learning rate, for a run that starts from pretrained weights.
 
-    As `cbam compare` has it, and most who fine-tune; None where `given` says a rate, or none is needed.
+    As in `cbam compare`, and common in fine-tuning; None if `given` has a rate, or the recipe's stays.
     """
     scratch = name != FINE_TUNING and not name.startswith(DETECT)
     return recipe(name).lr / 10 if scratch and given.get("pretrained") and "lr" not in given else None
 
 
 def recipe(name: str) -> Config:
-    """The settings of the recipe of that name.
+    """The settings of the recipe `name`.
 
     Raises:
-        ConfigError: there is none; the message has the nearest name.
+        ConfigError: there is no such recipe; the message suggests the nearest name.
     """
     if name not in RECIPES:
         near = difflib.get_close_matches(name, RECIPES, 1, 0.0)
@@ -282,14 +282,14 @@ def recipe(name: str) -> Config:
 
 
 def full_path(data: str | os.PathLike) -> str:
-    """The path of DATA from the root, as it is kept in a run's settings."""
+    """The absolute path of DATA, as stored in the settings of a run."""
     return str(Path(data).absolute())
 
 
 def changes(
     before: dict[str, Any], now: dict[str, Any], *, override: bool = False
 ) -> tuple[list[str], list[str]]:
-    """How the settings of a resumed run differ: what may not, and what may."""
+    """How the settings of a resumed run differ: the refused changes, and the allowed ones."""
     may = FREE + (OVERRIDABLE if override else ())
     told = {
         name: f"{name} {before.get(name)!r} -> {now[name]!r}" for name in now if now[name] != before.get(name)

@@ -1,4 +1,4 @@
-"""A run in a folder: from the settings to a trained network, resumed as often as it takes."""
+"""A training run in a folder: from its settings to a trained network, resumed as often as needed."""
 
 import contextlib
 import dataclasses
@@ -45,20 +45,20 @@ def run(
     override: bool = False,
     began: float | None = None,
 ) -> list[dict]:
-    """Train by the recipe `name`, with `settings` in place of its own; metrics per epoch.
+    """Train by the recipe `name`, with `settings` overriding its own; return the metrics of each epoch.
 
-    Everything goes to `folder`: see folder.py. A resumed run takes the settings it began with; `settings`
-    may change those of `recipes.FREE`, and with `override` those of `recipes.OVERRIDABLE`. In several
-    processes (see distributed.py) each calls this alike; the first one reads, writes and speaks.
+    Everything is written to `folder` (see folder.py). A resumed run keeps its original settings; `settings`
+    may change those in `recipes.FREE`, and with `override` also those in `recipes.OVERRIDABLE`. With several
+    processes (see distributed.py) each makes the same call; only the first reads, writes and reports.
 
     Args:
-        resume: None for a new run; "auto" for the newest valid checkpoint of `folder`, or a new run where
-            there is none; or the path of a checkpoint, or of a run's folder for its newest.
-        max_time: seconds after which to save and raise StoppedError, counted from `began` as
-            `time.monotonic` has it; from now where it is None.
+        resume: None for a new run; "auto" for the newest valid checkpoint of `folder`, or a new run if there
+            is none; or the path of a checkpoint, or of a run's folder for its newest.
+        max_time: seconds after which to save and raise StoppedError, counted from `began`, a time of
+            `time.monotonic`; None is now.
 
     Raises:
-        ConfigError: bad settings, a run in the folder, changed settings. DataError: bad images.
+        ConfigError: bad or changed settings, or another run in the folder. DataError: bad images.
         CheckpointError: none of the checkpoints is valid. NonFiniteError: the loss is not finite.
         StoppedError: a signal or the time limit. OutputError: the folder cannot be written to.
         OutOfMemoryError. DistributedError: another process is gone.
@@ -89,7 +89,7 @@ def run(
         for note in dict.fromkeys([*train.notes, *val.notes]):
             watch.say(note)
         watch.now(f"{config.model} on {_told(where, here)}, in {folder}")
-        if state is None and here.is_first:  # left by one that died before its first checkpoint
+        if state is None and here.is_first:  # left by a run that died before its first checkpoint
             (folder / WANDB).unlink(missing_ok=True)
         loggers = _loggers(config, folder, watch) if here.is_first else None
         if loggers:
@@ -110,10 +110,10 @@ def _lock(stack: contextlib.ExitStack, folder: Path, watch: Watch) -> None:
 
 
 def _begin(stack: contextlib.ExitStack, folder: Path, config: dict[str, Any], watch: Watch) -> None:
-    if not is_mine(folder):  # it was not there yet
+    if not is_mine(folder):  # the folder did not exist before
         _lock(stack, folder, watch)
         if checkpoint.checkpoints(folder):
-            raise ConfigError(f"{folder} holds a run that began meanwhile: give another --out")
+            raise ConfigError(f"{folder} holds a run that began in the meantime: give another --out")
         check_free(folder)
     write_config(folder, config)
 
@@ -132,22 +132,22 @@ def _loggers(config: Config, folder: Path, watch: Watch) -> Loggers:
 
 
 def _state(folder: Path, resume: str | None, say: Callable[[str], None]) -> dict[str, Any] | None:
-    """The checkpoint to go on from."""
+    """The checkpoint to resume from."""
     check_free(folder)
     there = checkpoint.checkpoints(folder)
     if resume is None:
         if there:
-            raise ConfigError(f"{folder} holds a run: --resume auto goes on with it, or give another --out")
+            raise ConfigError(f"{folder} holds a run: --resume auto continues it, or give another --out")
         return None
     if resume == "auto" and not there:
-        say(f"no checkpoint in {folder}: a new run")
+        say(f"no checkpoint in {folder}: starting a new run")
         return None
     source = folder if resume == "auto" else Path(resume)
     path, state = found_at(source, say)
     itself = source.resolve() == folder.resolve()
     if there and not itself and path.resolve() != there[0].resolve():
         raise ConfigError(f"{folder} holds the checkpoint {there[0].name}: give another --out")
-    say(f"going on from {path}: epoch {state['epoch']}, {state['seen']['step']} steps of it done")
+    say(f"resuming from {path}: epoch {state['epoch']}, {state['seen']['step']} steps of it done")
     return state
 
 
@@ -166,7 +166,7 @@ def _settings(
             given[path] = full_path(given[path])
     if state is None:
         if rate := fine_tuning_rate(name, given):
-            say(f"learning rate {rate:g}, a tenth of the recipe's, as the weights are trained already (--lr)")
+            say(f"learning rate {rate:g}, a tenth of the recipe's, as the weights are pretrained (see --lr)")
             given["lr"] = rate
         config = dataclasses.replace(recipe(name), **given).settled()
         if config.data is None and config.recipe != "digits" and not config.detects:
@@ -175,14 +175,14 @@ def _settings(
         if config.data and not config.detects:
             refuse_among(config.data, folder)
         if name == FINE_TUNING and not config.pretrained:
-            raise ConfigError(f"the recipe {name} needs --pretrained FILE, the weights to begin with")
+            raise ConfigError(f"the recipe {name} needs --pretrained FILE, the weights to start from")
         return config
     before = began_with(state)
     config = dataclasses.replace(before, **{**given, "recipe": name})
     refused, allowed = changes(dataclasses.asdict(before), dataclasses.asdict(config), override=override)
     if refused:
         raise ConfigError(
-            f"the run began with other settings: {'; '.join(refused)}; leave them out to go on with it, "
+            f"the run began with other settings: {'; '.join(refused)}; leave them out to continue it, "
             f"or give another --out for a new run{_hint(refused)}"
         )
     begun = state["epoch"] + (state["seen"]["step"] > 0)
@@ -195,14 +195,14 @@ def _settings(
 
 
 def _refuse_idle(before: Config, config: Config) -> None:
-    """Refuse settings that were given in place of those before, and have no effect beside the others."""
+    """Refuse settings that differ from `before` but have no effect together with the others."""
     told = {}
     if config.schedule != "step":
         told |= dict.fromkeys(("step_epochs", "milestones"), f"is for --schedule step, not {config.schedule}")
     if config.optimizer != "sgd":
         told["momentum"] = f"is for --optimizer sgd, not {config.optimizer}"
     if "+" not in config.model:
-        told["start"] = f"is for attention, and {config.model} has none that was added (NAME+cbam)"
+        told["start"] = f"is for added attention, and {config.model} has none (NAME+cbam adds it)"
     idle = [name for name in told if getattr(config, name) != getattr(before, name)]
     if idle:
         raise ConfigError("; ".join(f"{name} {told[name]}" for name in idle))
@@ -210,11 +210,11 @@ def _refuse_idle(before: Config, config: Config) -> None:
 
 def _hint(refused: list[str]) -> str:
     could = all(line.split()[0] in OVERRIDABLE for line in refused)
-    return ", or --override to go on with the new ones" if could else ""
+    return ", or --override to continue with the new ones" if could else ""
 
 
 def _places(given: dict[str, Any]) -> dict[str, int]:
-    """How many devices and nodes there really are."""
+    """The actual numbers of devices and nodes."""
     here = world()
     found = {"devices": here.local_size, "nodes": here.size // here.local_size}
     for name, count in found.items():
@@ -224,16 +224,16 @@ def _places(given: dict[str, Any]) -> dict[str, int]:
 
 
 def _difference(before: dict, now: dict) -> str:
-    """In words; older checkpoints do not know the names, nor the objects of detection."""
+    """The difference in words; older checkpoints record neither the file names nor the objects."""
     other = [name for name in now if name in before and before[name] != now[name]]
     told = [f"{n} {str(before[n])[:80]} -> {str(now[n])[:80]}" for n in other if n not in _DIGESTS]
     return "; ".join(told or [_DIGESTS[name] for name in other])
 
 
 _DIGESTS = {
-    "names": "as many, but some have other names",
-    "training objects": "other boxes or labels in the training images",
-    "validation objects": "other boxes or labels in the validation images",
+    "names": "as many, but some with other names",
+    "training objects": "different boxes or labels in the training images",
+    "validation objects": "different boxes or labels in the validation images",
 }
 
 

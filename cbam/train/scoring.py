@@ -20,7 +20,7 @@ from cbam.train.material import about, began_with, load_trained, network, ours, 
 from cbam.train.recipes import Config
 
 _Set = Images | BoxedImages
-_Candidate = tuple[nn.Module, _Set, str]  # the network, its images, and in words both
+_Candidate = tuple[nn.Module, _Set, str]  # the network, its images, and a description of both
 
 
 def score(
@@ -34,26 +34,26 @@ def score(
     workers: int = 0,
     held_out: bool = False,
 ) -> tuple[Evaluation | Detections, str]:
-    """Evaluate a checkpoint of `run`, or the weights of a named network; and say on what.
+    """Evaluate a checkpoint of `run`, or the weights of a named network; also return what was evaluated.
 
-    Of a run that averages its weights it is the average.
+    A run that keeps an average of its weights (EMA) is evaluated with the average.
 
     Args:
-        path: of a checkpoint, of a run's folder (its newest valid one), of a folder of `save_pretrained`, or
-            of a weights file.
-        data: image folder, for a detector one of COCO or Pascal VOC; None: what the run was trained on, or
-            the digits. Its validation images are taken. Of a folder of classes that has none apart all are,
-            but of the one that the run was trained on only those that were held out.
-        model: the network of a weights file; a checkpoint and a published folder know their own.
-        size: side of the images; a checkpoint and a published folder know their own.
-        batch_size: None for 256, of a detector 8.
-        held_out: of any folder of classes that has no validation images apart, take those that a training
-            on it holds out.
+        path: of a checkpoint, a run's folder (its newest valid checkpoint), a folder of `save_pretrained`,
+            or a weights file.
+        data: image folder, for a detector in COCO or Pascal VOC layout; None for what the run was trained
+            on, or the digits. Its validation images are used. If a folder of classes has none, all its
+            images are used, or for the folder that the run was trained on only those held out.
+        model: the network of a weights file; checkpoints and published folders record theirs.
+        size: side of the images; checkpoints and published folders record theirs.
+        batch_size: None for 256, or 8 for a detector.
+        held_out: for any folder of classes without validation images, use those that training on it would
+            hold out.
 
     Raises:
         CheckpointNotFoundError, CheckpointError: as `checkpoint.load`, `from_pretrained` and `load_weights`.
-        ConfigError: no model is named, the classes are not the network's, or images of a run that held
-            some of them out have come or gone.
+        ConfigError: no model is named, the classes are not the network's, or the folder that a run held
+            images out of has changed since.
         NonFiniteError: the network gives NaN.
     """
     if not path.exists():
@@ -75,21 +75,21 @@ def score(
 def _published(
     path: Path, data: str | None, model: str | None, size: int | None, held_out: bool
 ) -> _Candidate:
-    """A folder of `save_pretrained`: its card says how images come to it."""
+    """A folder of `save_pretrained`, whose card has the preprocessing."""
     if model is not None:
-        raise ConfigError(f"{path} says what network it is: leave --model out")
+        raise ConfigError(f"{path} records its own network: leave --model out")
     net, card = hub.from_pretrained(path), hub.card_of(path)
     if data is None and card.data != NAME:
-        raise ConfigError(f"{path} knows no images here: give DATA, a folder of them")
+        raise ConfigError(f"{path} does not record where its images are: give DATA, an image folder")
     side = size or card.size
     config = Config("folder", data=data, size=side if data else None, exif=card.exif)
     known = {**card.pictures, "classes": list(card.classes)} if "names" in card.pictures else None
-    # The card has no path, so a folder of the name that it gives is taken for what was trained on, too.
+    # The card has no path, so a folder with the name on it also counts as what was trained on.
     own = data is not None and (Path(data).absolute().name == card.data or _holds(config, known))
     val, which = _pictures(config, held_out=held_out or own, began_with=known if own else None)
     assert not isinstance(val, BoxedImages)
     if not card.classes:
-        raise ConfigError(f"{path}: its card does not name the classes, so its answers cannot be judged")
+        raise ConfigError(f"{path}: its card does not name the classes, so it cannot be scored")
     _check_classes(val, card.classes, str(path))
     val.mean, val.std = card.mean, card.std
     if card.resize and side == card.size and isinstance(val, Validation):
@@ -105,7 +105,7 @@ def _trained(path: Path, data: str | None, model: str | None, size: int | None, 
         recipe=began.recipe if began.detects else "folder",
     )  # fmt: skip
     if not (own := _is_of_run(config, began, state["data"])):
-        config = dataclasses.replace(config, limit=None)  # it says how much of its own images a run takes
+        config = dataclasses.replace(config, limit=None)  # the limit is for the run's own images
     val, which = _pictures(config, held_out=held_out or own, began_with=state["data"] if own else None)
     _check_classes(val, state["data"]["classes"], "the run")
     net = network(config, len(val.classes), loaded=True)
@@ -126,19 +126,19 @@ def _weights(path: Path, data: str | None, model: str | None, size: int | None, 
     try:
         load_trained(net, path, model, path)
     except OtherClassesError as error:
-        here = f"there are {len(val.classes)} in {val.name}"
-        raise error.advising(f"give DATA, images in a folder for each of them; {here}") from None
+        here = f"{val.name} has {len(val.classes)}"
+        raise error.advising(f"give DATA, with a folder of images for each of them; {here}") from None
     return net, val, f"{model} on {which}"
 
 
 def _pictures(
     config: Config, *, held_out: bool, began_with: dict[str, Any] | None = None
 ) -> tuple[_Set, str]:
-    """The images to be scored, and in words how many of which folder they are.
+    """The images to score, and a description of how many of which folder they are.
 
     Args:
-        held_out: of a folder of classes that is split by us, take the part that validates.
-        began_with: what the run was trained on, where these are its own images.
+        held_out: from a folder of classes that we split, take the validation part.
+        began_with: what the run was trained on, if these are its own images.
     """
     whole = None
     if config.data and not config.detects:
@@ -147,20 +147,20 @@ def _pictures(
         return whole, f"all {len(whole)} images of {config.data}"
     train, val = pictures(config)
     if whole is not None:
-        # The split is by the order of the names: with an image more it is another.
+        # The split follows the order of the file names, so one image more changes it.
         if began_with is not None and not _same(began_with, train, val):
             raise ConfigError(
-                f"{config.data} has other images than when the run began, so which were held out is no "
-                "longer known: score a folder with none of the run's images and of another name, or put "
-                "this one back as it was"
+                f"the images in {config.data} have changed since the run began, so which were held out is "
+                "no longer known: restore the folder, or score one with another name and none of the run's "
+                "images"
             )
         of = f"{len(val)} of the {len(whole)} images of {config.data}"
-        return val, f"{of}, held out when it is trained on"
+        return val, f"{of}, the held-out part"
     return val, f"{len(val)} validation images of {val.name}"
 
 
 def _is_of_run(config: Config, began: Config, data: dict[str, Any]) -> bool:
-    """Whether the images that `config` names are those that a run began with: the same, or moved."""
+    """Whether `config` names the images that a run began with, in place or moved."""
     if config.data is None or began.data is None:
         return config.data == began.data
     here, there = Path(config.data), Path(began.data)
@@ -170,20 +170,20 @@ def _is_of_run(config: Config, began: Config, data: dict[str, Any]) -> bool:
 
 
 def _holds(config: Config, data: dict[str, Any] | None) -> bool:
-    """Whether the images of `config` are those that `data` tells of."""
+    """Whether the images of `config` are those that `data` describes."""
     try:
         return data is not None and _same(data, *pictures(config))
-    except DataError:  # they cannot be trained on, with one image in a class for example
+    except DataError:  # they cannot be split for training, with one image in a class for example
         return False
 
 
 def _same(data: dict[str, Any], train: _Set, val: _Set) -> bool:
-    """Whether a data set is what a run began with, as far as its checkpoint says."""
+    """Whether a data set is the one a run began with, as far as its checkpoint records."""
     found = about(train, val)
-    del found["size"]  # it may be scored in another one
+    del found["size"]  # scoring at another size is allowed
     return all(data[name] == value for name, value in found.items() if name in data)
 
 
 def _check_classes(val: _Set, classes, of: str) -> None:
     if list(val.classes) != list(classes):
-        raise ConfigError(f"{val.name} has other classes than {of}: {str(val.classes)[:120]}")
+        raise ConfigError(f"{val.name} has different classes from {of}: {str(val.classes)[:120]}")

@@ -1,4 +1,4 @@
-"""What Lightning trains: any task by any recipe, step by step, alone or as one of several processes."""
+"""The LightningModule: trains any task by any recipe, in one process or as one of several."""
 
 import logging
 import statistics
@@ -20,15 +20,15 @@ from cbam.train.optimizer import make_optimizer, parameter_groups
 from cbam.train.recipe import Recipe
 from cbam.train.task import Part, Task
 
-CLOCK = ("seconds", "step_seconds", "wait_seconds", "images_per_second")  # of an epoch, no part of the run
-SKIPS = 10  # steps in a row that may be skipped
-LEAST_SCALE = 2.0**-10  # of the loss in fp16: what is not finite at a thousandth never is
+CLOCK = ("seconds", "step_seconds", "wait_seconds", "images_per_second")  # timings of an epoch
+SKIPS = 10  # consecutive steps that may be skipped
+LEAST_SCALE = 2.0**-10  # of the loss in fp16: gradients still not finite at a thousandth never will be
 
 _log = logging.getLogger("cbam")
 
 
 class NonFiniteLossError(FloatingPointError):
-    """The loss is not finite; `pictures` are those of the step, of all processes."""
+    """The loss is not finite; `pictures` are the images of the step, in the processes where it is not."""
 
     def __init__(self, message: str, pictures: list[int]) -> None:
         super().__init__(message)
@@ -36,15 +36,15 @@ class NonFiniteLossError(FloatingPointError):
 
 
 class Steps(pl.LightningModule):
-    """Trains the network of `task` by `recipe`; per epoch one dict is added to `history`.
+    """Trains the network of `task` by `recipe`; adds one dict of metrics per epoch to `history`.
 
-    Metrics are exact: they come from the whole epoch, of all processes.
+    Metrics are exact: computed over the whole epoch and all processes.
 
     Args:
         steps_per_epoch: optimizer steps.
         first_epoch: the number of the first epoch.
-        samples: of the training set.
-        seed: of what is drawn for mixing.
+        samples: size of the training set.
+        seed: for the random draws of mixing.
         shard: this process's part of a step.
         on_step: called with the work of every batch; on_epoch, with the metrics of every epoch.
     """
@@ -68,7 +68,7 @@ class Steps(pl.LightningModule):
         self.steps_per_epoch, self.first_epoch = steps_per_epoch, first_epoch
         self.on_step, self.on_epoch = on_step, on_epoch
         self.average = Average(task.model, self.recipe.ema) if self.recipe.ema else None
-        self.flags: Callable[[], Sequence[float]] = tuple  # of this process, summed over all in every step
+        self.flags: Callable[[], Sequence[float]] = tuple  # this process's, summed over all in every step
         self.summed_flags: list[float] = []
         self.history: list[dict] = []
         self.outputs: list = []
@@ -93,7 +93,7 @@ class Steps(pl.LightningModule):
     # --- an epoch of training ---
 
     def on_train_epoch_start(self) -> None:
-        # Lightning has just set the sampler to an epoch counted from 0.
+        # Lightning has just set the sampler to its own epoch number, which starts at 0.
         self._set_sampler(self.epoch)
         self._begin(self._seen or {"step": 0, "lr": self.trainer.optimizers[0].param_groups[0]["lr"]})
         self._seen = {}
@@ -110,11 +110,11 @@ class Steps(pl.LightningModule):
 
     @property
     def epoch(self) -> int:
-        """The number of the epoch, those of earlier trainings counted."""
+        """The number of the current epoch, counting earlier trainings."""
         return self.first_epoch + self.current_epoch
 
     def seen(self) -> dict:
-        """How far the current epoch is, as plain values for `take_up`."""
+        """The progress of the current epoch, as plain values for `restore`."""
         return {
             "step": self.offset + len(self._steps),
             "lr": self._lr,
@@ -122,24 +122,24 @@ class Steps(pl.LightningModule):
         }
 
     def take_up(self, epoch: int, seen: dict, history: list[dict]) -> None:
-        """Resume in `epoch`, of which `seen` is done."""
+        """Resume in `epoch`, after the progress in `seen`."""
         self.first_epoch, self._seen, self.history = epoch, seen, list(history)
         self._begin(seen)
 
     # --- a step of training, in `accumulate` batches ---
 
     def place(self, batch_idx: int) -> tuple[int, int]:
-        """The step of the epoch that a batch belongs to, and its number in that step."""
+        """The step of the epoch that a batch belongs to, and its number within that step."""
         step, part = divmod(batch_idx, self._shard.accumulate)
         return self.offset + step, part
 
     @property
     def step_loss(self) -> float | None:
-        """The mean loss of the last step; None where it was skipped."""
+        """The mean loss of the last step; None if it was skipped."""
         return None if self._skip else self._step_sums[0] / max(1, self._step_sums[2])
 
     def rates(self) -> dict[str, float]:
-        """Pictures per second, of all processes, and the share of it waited for them, since last asked."""
+        """Images per second over all processes, and the share of time spent waiting, since the last call."""
         now = time.perf_counter()
         began, images, waited = self._asked
         self._asked = (now, self._images, self._waited)
@@ -167,14 +167,14 @@ class Steps(pl.LightningModule):
         count = self._shard.share(samples, number) if parts > 1 else len(batch["index"])
         key = (self._seed, self.epoch, step, number, world().rank)
         part = Part(count, count if parts == 1 else samples, parts, key)
-        model = self.model if self._compiled is None else self._compiled  # which has no truth value
+        model = self.model if self._compiled is None else self._compiled  # it has no truth value, so no `or`
         loss, tally = self.task.loss(model, batch, part)
         self._pending, self._indices = (Pending(loss, tally), count, samples), batch["index"]
         fault("fwd")
         return loss
 
     def on_after_backward(self) -> None:
-        """Collect the loss, and agree with all processes whether to take the step."""
+        """Collect the loss, and agree among all processes whether to take the step."""
         pending, count, samples = self._pending
         value, tally = pending.numbers()
         total = value * (count if self._shard.parts == 1 else samples / self._shard.parts)
@@ -200,39 +200,39 @@ class Steps(pl.LightningModule):
             self._before.restore()
             often = f"; the {self._skipped - 1} steps before were skipped" if self._skipped > 1 else ""
             raise NonFiniteLossError(
-                f"{what}, of the training images {told}; no step was taken{often}", pictures
+                f"{what}, on the training images {told}; no step was taken{often}", pictures
             )
         self._skip = True
         if world().is_first:
-            _log.warning("%s, of the training images %s; the step is skipped", what, told)
+            _log.warning("%s, on the training images %s; the step is skipped", what, told)
 
     def _name_unused(self) -> None:
         unused = [n for n, p in self.model.named_parameters() if p.requires_grad and p.grad is None]
         if unused:
             raise InputError(
-                f"{len(unused)} parameters of the network had no part in the loss ({', '.join(unused[:5])}); "
-                "several processes can train only what all of them use"
+                f"{len(unused)} parameters of the network were not used in the loss "
+                f"({', '.join(unused[:5])}); training in several processes requires all of them"
             )
 
     def on_before_optimizer_step(self, optimizer) -> None:
         self._check_scale()
-        if self._skip:  # without a gradient the optimizer leaves a parameter and its momentum alone
+        if self._skip:  # without gradients the optimizer changes neither parameters nor momentum
             self._before.restore()
             optimizer.zero_grad(set_to_none=True)
         else:
             self._skipped = 0
 
     def _check_scale(self) -> None:
-        """Stop where fp16 leaves out step after step, each of which halves its scale, and trains nothing.
+        """Stop when fp16 skips step after step, halving the loss scale each time, and trains nothing.
 
-        Asked here a GPU is not waited for once more: the scaler waits for the same gradients next.
+        This adds no GPU synchronisation: the scaler waits for the same gradients next.
         """
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         if scaler is not None and (scale := scaler.get_scale()) < LEAST_SCALE:
             raise FloatingPointError(
-                f"the scale of the loss in fp16 fell to {scale:g} before epoch {self.epoch}, step "
-                f"{len(self._steps) + self.offset}: steps were left out, for their gradients were not "
-                "finite, whatever the scale; take --precision bf16 or fp32"
+                f"the fp16 loss scale fell to {scale:g} before epoch {self.epoch}, step "
+                f"{len(self._steps) + self.offset}: steps were skipped because their gradients were not "
+                "finite at any scale; use --precision bf16 or fp32"
             )
 
     def optimizer_step(self, *arguments, **named) -> None:
@@ -244,7 +244,7 @@ class Steps(pl.LightningModule):
             self.average.update()
 
     def undo_parts(self) -> None:
-        """Put back what the parts of an unfinished step changed; it is not counted before its end."""
+        """Undo what the parts of an unfinished step changed; a step counts only once it is complete."""
         self._before.restore()
 
     def on_train_batch_end(self, outputs, batch, batch_idx: int) -> None:
@@ -254,18 +254,18 @@ class Steps(pl.LightningModule):
         self._tell(3 * len(batch["index"]))
 
     def on_train_epoch_end(self) -> None:
-        # Lightning validates before this hook: the epoch's seconds were taken when validation began.
+        # Lightning validates before this hook, so the epoch's time was taken when validation began.
         self.finish_epoch(self.epoch)
         self._set_sampler(self.epoch + 1)  # Lightning asks for its length before it sets the epoch
 
     def finish_epoch(self, epoch: int) -> None:
-        """Add the epoch to `history`, once it has been trained and validated."""
+        """Add the epoch to `history` after its training and validation."""
         loss, tally, count = self._sums.tolist()
         trained = {"train_loss": loss / max(1, count), **self.task.trained(tally / max(1, count))}
         entry = {
             "epoch": epoch,
             "lr": self._lr,
-            **(trained if count else dict.fromkeys(trained)),  # every step of it was skipped
+            **(trained if count else dict.fromkeys(trained)),  # None if every step was skipped
             **self.validated,
             "seconds": self._seconds,
             "step_seconds": statistics.median(self._steps or [float("nan")]),
@@ -298,11 +298,11 @@ class Steps(pl.LightningModule):
         self.outputs, self.validated = [], self.task.scores(self.collected)
 
     def end_validation(self) -> None:
-        """Put the weights back in the place of their average; also when a validation ends by an error."""
+        """Swap the weights back in for their average; also after an error in a validation."""
         if self._averaged and self.average is not None:
             self.average.swap()
         self._averaged = False
 
     def _tell(self, images: int) -> None:
         if self.on_step is not None:
-            self.on_step(images * world().size)  # the others do as much
+            self.on_step(images * world().size)  # the other processes do as much

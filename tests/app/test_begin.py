@@ -55,8 +55,8 @@ def test_a_trained_network_of_timm_is_fine_tuned_with_attention(recipe, plain, c
     assert cli.main([*line, *FEW, "--size", "32", "--lr", "0", "--out", "run"]) == 0
     body = [name for name in plain if not name.startswith("fc.")]
     told = (
-        f"weights of {Path.cwd()}/plain.pt: {len(body)} tensors taken; its last layer is left out, as it is "
-        "made for other classes; attention at 4 places starts as the identity, multiplying by one\n"
+        f"weights of {Path.cwd()}/plain.pt: {len(body)} tensors loaded; its last layer is left out, as it is "
+        "for other classes; attention at 4 places starts as the identity, multiplying by one\n"
     )
     assert told in capsys.readouterr().out
     began = first_weights("run")
@@ -130,13 +130,11 @@ def test_a_training_begins_with_a_run_or_a_folder_to_publish(capsys):
     for source in ("first", next(Path("first").glob("*.ckpt")).as_posix(), "shared"):
         out = f"from-{Path(source).name}"
         assert cli.main([*line, "--pretrained", source, "--lr", "0", "--out", out]) == 0
-        told = (
-            f"weights of {Path.cwd() / source}: {len(average)} tensors taken; attention at 3 places starts as"
-        )
+        told = f"weights of {Path.cwd() / source}: {len(average)} tensors loaded; attention at 3 places starts as"
         assert told in capsys.readouterr().out
         assert torch.equal(first_weights(out)["layer1.0.conv1.weight"], average["layer1.0.conv1.weight"])
     assert cli.main([*line, "--pretrained", "from-first", "--out", "on"]) == 0
-    assert "attention at 3 places as the file has it" in capsys.readouterr().out
+    assert "attention at 3 places as in the file" in capsys.readouterr().out
     assert cli.main([*line, "--pretrained", "from-first", "--model", "resnet_tiny", "--out", "no"]) == 4
     assert f"cbam: {Path.cwd()}/from-first: " in capsys.readouterr().err
 
@@ -165,6 +163,6 @@ def test_a_comparison_begins_with_a_run_and_takes_its_network(monkeypatch, capsy
     assert "refined is of resnet_tiny+cbam, and a comparison begins with a plain" in capsys.readouterr().err
     assert cli.main([*line, "--pretrained", "plain", "pictures"]) == 0
     assert "; timm:resnet10t on " in (out := capsys.readouterr().out)
-    assert f"weights of plain: {len(first_weights('plain'))} tensors taken\n" in out
+    assert f"weights of plain: {len(first_weights('plain'))} tensors loaded\n" in out
     recorded = json.loads(Path("cbam-report/results.json").read_text())["config"]
     assert (recorded["model"], recorded["lr"]) == ("timm:resnet10t", 0.005)

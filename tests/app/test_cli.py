@@ -372,7 +372,7 @@ def test_train_is_stopped_resumed_and_evaluated(tmp_path, capsys):
     assert cli.main(["train", "digits", *small, "--out", "run", "--max-time", "0s"]) == 75
     assert "stopped by the time limit after 1 of 3 steps of epoch 0" in capsys.readouterr().err
     assert cli.main(["train", "digits", "--out", "run"]) == 2
-    assert "--resume auto goes on" in capsys.readouterr().err
+    assert "--resume auto continues" in capsys.readouterr().err
     assert cli.main(["train", "digits", "--out", "run", "--resume", "auto", "--lr", "0.2"]) == 2
     assert "lr 0.05 -> 0.2" in capsys.readouterr().err
     assert cli.main(["train", "digits", "--out", "run", "--resume", "auto"]) == 0
@@ -438,7 +438,7 @@ def test_a_signal_from_outside_saves_and_another_run_is_kept_out(number, code, t
         process.send_signal(number)
         _, err = process.communicate(timeout=60)
     assert process.returncode == code
-    assert b"--resume auto goes on" in err
+    assert b"--resume auto continues" in err
     assert err.count(b"cbam: ") == 1
     assert b"Traceback" not in err
     assert not (tmp_path / "run" / "lock").exists()

@@ -434,6 +434,6 @@ def test_weights_without_attention_are_not_taken_for_a_network_that_has_some(tmp
     ):
         assert main(command) == 4
         told = capsys.readouterr().err
-        assert ".pt has no weights of attention, so that of " in told
+        assert ".pt has no attention weights, so the attention of " in told
         assert "would be untrained: give --model re" in told
     assert not (tmp_path / "plain.pt2").exists()

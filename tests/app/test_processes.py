@@ -102,7 +102,7 @@ def test_there_are_as_many_processes_as_workers_and_none_outlives_a_kill(tmp_pat
         os.killpg(process.pid, signal.SIGINT)
         _, err = process.communicate(timeout=60)
         assert process.returncode == 130
-        assert err.endswith("--resume auto goes on\n")
+        assert err.endswith("--resume auto continues\n")
         assert err.count("cbam: ") == 1
         assert "Traceback" not in err
         assert gone(workers)
@@ -159,7 +159,7 @@ def test_torchrun_starts_anew_what_was_killed_and_the_end_is_the_same(tmp_path, 
         os.kill(sorted(ranks)[rank], signal.SIGKILL)
         out, err = process.communicate(timeout=120)
         assert process.returncode == 0, err
-        assert "going on from" in out
+        assert "resuming from" in out
     states = [checkpoint.load(checkpoint.checkpoints(folder / "run")[0]) for folder in (calm, cut)]
     ours, theirs = (state["model"] for state in states)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)

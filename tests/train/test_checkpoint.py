@@ -84,7 +84,7 @@ def test_each_of_a_thousand_flipped_bits_is_found(saved):
         (b"", "the file is empty"),
         (b"<html>404</html>", "probably a web page"),
         (b"PK\x03\x04", "% of its recorded"),
-        (b"PK\x03\x04" + bytes(100_000), "its SHA-256 is not at its end"),  # as a power cut leaves it
+        (b"PK\x03\x04" + bytes(100_000), "there is no SHA-256 at its end"),  # as a power cut leaves it
     ],
 )
 def test_what_is_no_checkpoint_is_told_and_passed_over(saved, content, told):

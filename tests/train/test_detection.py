@@ -168,7 +168,8 @@ def test_boxes_that_changed_since_a_run_began_are_told(shapes):
     other._labels = train._labels.clone()
     other._labels[0] = 2
     assert _difference(before, material.about(train, val)) == ""
-    assert _difference(before, material.about(other, val)) == "other boxes or labels in the training images"
+    difference = _difference(before, material.about(other, val))
+    assert difference == "different boxes or labels in the training images"
     old = {name: value for name, value in before.items() if "objects" not in name}
     assert _difference(old, material.about(other, val)) == ""
 
@@ -213,7 +214,7 @@ def test_validation_images_with_nothing_to_find_are_told_and_the_run_goes_on(
         difficult = text.replace("<object>", "<object><difficult>1</difficult>")
         path.write_text(difficult if left == "difficult ones" else re.sub("<object>.*</object>", "", text))
     train, val = pictures(Config("detect/short", augment="flip", data=str(root)))
-    assert "no validation image has an object that is scored, so AP stays unknown (-)" in val.notes
+    assert "no validation image has an object to score, so AP is unknown (-)" in val.notes
     for epochs in (1, 2):
         found = checkpoint.newest(tmp_path, print)
         keeper = Keeper(tmp_path, {}, state=found and found[1], say=said.append)
@@ -332,7 +333,7 @@ def test_settings_that_a_detector_has_not_are_refused_together():
         Config("folder", regions=5, freeze_norm=True)
     with pytest.raises(ConfigError, match="300 pixels"):
         make_detector("ssd300:mobilenet_v1", 2, start="paper", size=200, regions=None)
-    with pytest.raises(ConfigError, match="Faster R-CNN's"):
+    with pytest.raises(ConfigError, match="regions is for Faster R-CNN, not "):
         make_detector("ssd300:mobilenet_v1", 2, start="paper", size=None, regions=20)
 
 
@@ -417,7 +418,7 @@ def test_attention_that_a_classifier_lacks_begins_as_was_said(name, start):
 def test_a_file_that_is_neither_is_refused(tmp_path):
     torch.save({"weight": torch.ones(3)}, tmp_path / "odd.pt")
     model = make_detector("ssd300:mobilenet_v1", 3, start="paper", size=None, regions=None)
-    with pytest.raises(CheckpointError, match="nor does it fit whole"):
+    with pytest.raises(CheckpointError, match="does not fit the whole detector either"):
         begin_with(model, "ssd300:mobilenet_v1", str(tmp_path / "odd.pt"))
 
 

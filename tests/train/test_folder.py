@@ -96,6 +96,6 @@ def test_metrics_that_cannot_be_written_are_one_line_and_not_the_end(tmp_path):
         metrics.add({"epoch": 0, "step": step})
     metrics.sync()
     assert len(said) == 1
-    assert "its lines wait till it can be written" in said[0]
+    assert "its lines wait until it can be written" in said[0]
     metrics.end()
     assert said[1].endswith("3 of its lines are lost")

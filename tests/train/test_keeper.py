@@ -226,7 +226,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step_with_the_images_named(t
                 model[5].bias[0] = float("nan")
 
     model = Watched(poison)
-    with pytest.raises(NonFiniteError, match=r"epoch 0, step 2, of the training images \d+, \d+, \d+, \d+;"):
+    with pytest.raises(NonFiniteError, match=r"epoch 0, step 2, on the training images \d+, \d+, \d+, \d+;"):
         train(tmp_path, model)
     assert files(tmp_path) == ["last.json", METRICS, NONFINITE, "step-00000002.ckpt"]
     assert len((tmp_path / METRICS).read_text().splitlines()) == 2
@@ -338,9 +338,9 @@ def test_a_full_disk_keeps_the_old_checkpoint_and_the_run_goes_on_when_there_is_
     # K13
     said: list[str] = []
     train(tmp_path, Watched(full_from(3, until=5)), say=said.append)
-    assert [line for line in said if "the older stay" in line] == [
+    assert [line for line in said if "the older ones stay" in line] == [
         f"{tmp_path}: the checkpoint after step 3 cannot be written (File too large); "
-        "the older stay, training goes on"
+        "the older ones stay, training continues"
     ]
     assert bits(tmp_path) == bits(calm)
 
@@ -359,7 +359,7 @@ def test_a_run_whose_last_weights_are_not_on_the_disk_does_not_end_well(tmp_path
     else:
         with pytest.raises(OutputError, match="after step 6 cannot be written"):
             train(tmp_path, model, say=said.append, save_every=None)
-    assert sum("training goes on" in line for line in said) == 1
+    assert sum("training continues" in line for line in said) == 1
 
 
 @pytest.mark.usefixtures("_room_again")
@@ -412,7 +412,7 @@ def test_metrics_have_a_line_per_step_and_per_epoch(calm):
 
 
 def test_a_checkpoint_of_another_number_of_steps_is_refused(calm):
-    with pytest.raises(CheckpointError, match="counts 3 steps per epoch, this run 2"):
+    with pytest.raises(CheckpointError, match="has 3 steps per epoch, but this run has 2"):
         train(calm, images=Colours(8))
 
 

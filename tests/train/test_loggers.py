@@ -54,7 +54,7 @@ def test_a_run_leaves_a_table_of_its_epochs_and_what_tensorboard_reads(tmp_path,
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
     assert {"loss", "lr", "images_per_second", "wait_share", "val_top1"} <= set(events.Tags()["scalars"])
     assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4]
-    assert any("images/s" in line and "of the time waiting for them" in line for line in watch.said)
+    assert any("images/s" in line and "of the time waiting for images" in line for line in watch.said)
 
 
 class Broken:
@@ -75,7 +75,7 @@ def test_a_logger_that_fails_is_told_once_and_the_run_goes_on(tmp_path, small, m
     history = run("digits", {**small, "loggers": ("wandb", "csv")}, tmp_path / "run", watch)
     assert len(history) == 2
     told = [line for line in watch.said if "wandb" in line]
-    assert told == ["wandb: ConnectionError: no network; training goes on without it"]
+    assert told == ["wandb: ConnectionError: no network; training continues without it"]
     assert (tmp_path / "run" / "epochs.csv").exists()
 
 
@@ -162,7 +162,7 @@ def test_the_line_of_progress_comes_not_too_often():
     line = Line(said.append, 9, every=1000.0)
     for step in range(3):
         line.log_metrics({"epoch": 2, "loss": 0.5, "images_per_second": 12.3, "wait_share": 0.04}, step)
-    assert said == ["epoch 2 of 9, step 0: loss 0.5000, 12 images/s, 4 % of the time waiting for them"]
+    assert said == ["epoch 2 of 9, step 0: loss 0.5000, 12 images/s, 4 % of the time waiting for images"]
 
 
 def test_a_table_is_the_same_after_a_run_was_resumed(tmp_path, small):

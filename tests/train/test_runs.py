@@ -101,12 +101,14 @@ def test_a_stopped_run_goes_on_with_its_own_settings_to_the_same_weights(finishe
 def test_a_new_run_into_the_folder_of_another_is_refused(folder):
     # C7
     before = sorted(folder.iterdir())
-    with pytest.raises(ConfigError, match="holds a run: --resume auto goes on with it"):
+    with pytest.raises(ConfigError, match="holds a run: --resume auto continues it"):
         digits(folder)
     assert sorted(folder.iterdir()) == before
 
 
-@pytest.mark.parametrize(("left", "told"), [(LOCK, "in use by"), ("step-00000003.ckpt", "began meanwhile")])
+@pytest.mark.parametrize(
+    ("left", "told"), [(LOCK, "in use by"), ("step-00000003.ckpt", "began in the meantime")]
+)
 def test_of_two_runs_that_begin_at_once_in_a_new_folder_one_is_refused(tmp_path, monkeypatch, left, told):
     # R21: the other made the folder while this one read its images
     folder, read = tmp_path / "run", runs.pictures
@@ -135,7 +137,7 @@ def test_files_that_are_not_a_runs_are_not_overwritten(tmp_path, monkeypatch, na
     # C7, K18
     (tmp_path / name).write_text(text)
     for resume in (None, "auto"):
-        with pytest.raises(ConfigError, match=f"holds {name} of something else than a run.*another --out"):
+        with pytest.raises(ConfigError, match=f"holds {name}, not from a run.*another --out"):
             digits(tmp_path, resume=resume, **(SMALL if resume else {}))
     folder, read = tmp_path / "run", runs.pictures
 
@@ -144,7 +146,7 @@ def test_files_that_are_not_a_runs_are_not_overwritten(tmp_path, monkeypatch, na
         return read(config)
 
     monkeypatch.setattr(runs, "pictures", slow)
-    with pytest.raises(ConfigError, match="something else than a run"):
+    with pytest.raises(ConfigError, match="not from a run"):
         digits(folder)
     assert [(path.name, path.read_text()) for path in folder.iterdir()] == [(name, text)]
 
@@ -162,7 +164,7 @@ def test_resume_auto_begins_where_there_is_nothing_and_says_so(tmp_path):
     # K19
     watch = Watch()
     digits(tmp_path / "run", resume="auto", watch=watch, **SMALL)
-    assert watch.said[0] == f"no checkpoint in {tmp_path / 'run'}: a new run"
+    assert watch.said[0] == f"no checkpoint in {tmp_path / 'run'}: starting a new run"
 
 
 def test_resume_from_a_path_that_is_not_there_is_refused(tmp_path):
@@ -187,7 +189,7 @@ def test_a_run_goes_on_from_the_newest_valid_checkpoint_of_a_folder_that_is_name
     newest.write_bytes(b"")
     watch = Watch()
     digits(tmp_path / "other", resume=str(folder), watch=watch)
-    assert any(line.startswith(f"going on from {older}: ") for line in watch.said)
+    assert any(line.startswith(f"resuming from {older}: ") for line in watch.said)
     digits(folder, resume=str(folder))
     for run_folder in (folder, tmp_path / "other"):
         assert all(torch.equal(weights(run_folder)[n], t) for n, t in weights(finished).items())
@@ -230,7 +232,10 @@ def test_fewer_epochs_than_have_begun_are_refused(folder):
             "step_epochs is for --schedule step, not cosine; milestones is",
         ),
         ({"optimizer": "adamw", "momentum": 0.8}, "momentum is for --optimizer sgd, not adamw"),
-        ({"model": "resnet_tiny", "start": "paper"}, "start is for attention, and resnet_tiny has none"),
+        (
+            {"model": "resnet_tiny", "start": "paper"},
+            "start is for added attention, and resnet_tiny has none",
+        ),
     ],
 )
 def test_a_setting_that_would_have_no_effect_is_refused(tmp_path, given, told):
@@ -275,7 +280,7 @@ def test_settings_that_change_the_run_are_refused_and_others_told(folder):
         digits(folder, resume="auto", lr=0.1, seed=1)
     with pytest.raises(ConfigError, match="recipe 'digits' -> 'folder'"):
         run("folder", {}, folder, Watch(), resume="auto")
-    with pytest.raises(ConfigError, match=r"lr 0\.05 -> 0\.1; .* --override to go on"):
+    with pytest.raises(ConfigError, match=r"lr 0\.05 -> 0\.1; .* --override to continue"):
         digits(folder, resume="auto", lr=0.1)
     with pytest.raises(ConfigError, match=r"model 'resnet_tiny\+cbam' -> 'resnet_tiny'"):
         digits(folder, resume="auto", model="resnet_tiny", override=True)
@@ -384,7 +389,7 @@ def test_a_published_folder_is_scored_as_its_card_says_images_come_to_it(picture
         score(folder, device="cpu")
     other = cbam.hub.Card(classes=("dark", "bright"), size=32)
     turned = cbam.save_pretrained(network, tmp_path / "turned", network="resnet_tiny+cbam", card=other)
-    with pytest.raises(ConfigError, match=r"has other classes than .*turned"):
+    with pytest.raises(ConfigError, match=r"has different classes from .*turned"):
         score(turned, data=str(pictures), device="cpu")
     silent = cbam.save_pretrained(network, tmp_path / "silent", network="resnet_tiny+cbam")
     with pytest.raises(ConfigError, match="does not name the classes"):
@@ -394,7 +399,7 @@ def test_a_published_folder_is_scored_as_its_card_says_images_come_to_it(picture
 def test_weights_for_other_classes_than_the_images_are_refused_with_both_numbers(pictures, tmp_path):
     """K12"""
     torch.save(cbam.build("resnet_tiny", num_classes=7).state_dict(), tmp_path / "seven.pth")
-    message = "for 7 classes: give DATA, images in a folder for each of them; there are 2 in images$"
+    message = "for 7 classes: give DATA, with a folder of images for each of them; images has 2$"
     with pytest.raises(CheckpointError, match=message):
         score(tmp_path / "seven.pth", data=str(pictures), model="resnet_tiny")
 
@@ -441,7 +446,7 @@ def test_a_folder_is_trained_on_moved_and_evaluated(pictures, tmp_path):
     assert (scored.top5, what) == (None, "resnet_tiny on 4 validation images of moved")
     shutil.copytree(moved / "train" / "dark", moved / "train" / "grey")
     shutil.copytree(moved / "val" / "dark", moved / "val" / "grey")
-    with pytest.raises(ConfigError, match="other classes than the run"):
+    with pytest.raises(ConfigError, match="different classes from the run"):
         score(out, data=str(moved), device="cpu")
 
 
@@ -468,7 +473,7 @@ def test_a_run_takes_images_as_they_are_stored_where_that_is_asked_for(pictures)
     assert torch.equal(material.pictures(config)[1][0]["image"], before)
     turned = material.pictures(dataclasses.replace(config, exif=True))[1][0]["image"]
     assert not torch.equal(turned, before)
-    with pytest.raises(ConfigError, match="exif cannot be left out"):
+    with pytest.raises(ConfigError, match="exif cannot be turned off"):
         dataclasses.replace(recipe("detect/coco"), exif=False)
 
 

@@ -77,7 +77,7 @@ def test_one_image_of_a_class_is_enough_where_the_runs_own_are_gone(trained, tmp
 
 def test_of_the_runs_own_folder_what_was_held_out_is_scored(own, tmp_path, monkeypatch):
     folder, pictures = own
-    line = f"resnet_tiny on 4 of the 20 images of {pictures}, held out when it is trained on"
+    line = f"resnet_tiny on 4 of the 20 images of {pictures}, the held-out part"
     monkeypatch.chdir(pictures.parent)
     assert told(folder) == told(folder, data=str(pictures)) == line
     assert told(folder, data="mine") == line.replace(str(pictures), "mine")  # by another path
@@ -130,7 +130,7 @@ def test_a_runs_own_folder_with_an_image_replaced_is_refused(trained, tmp_path):
         (tmp_path / "mine" / name / "00.png").rename(tmp_path / "mine" / name / "99.png")
     with pytest.raises(ConfigError, match="which were held out is no longer known"):
         told(tmp_path / "run")
-    with pytest.raises(ConfigError, match="not those of the run: as many, but some have other names"):
+    with pytest.raises(ConfigError, match="not those of the run: as many, but some with other names"):
         run("folder", {}, tmp_path / "run", Silent(), resume="auto")
     moved = (tmp_path / "mine").rename(tmp_path / "moved")
     assert "on all 20" in told(tmp_path / "run", data=str(moved))
@@ -168,7 +168,7 @@ def test_a_published_run_counts_anew_what_its_card_claims(own, tmp_path, monkeyp
         told(Path("shared"), data=str(by_chance))
     with pytest.raises(ConfigError, match="give DATA"):
         score(Path("shared"), device="cpu")
-    with pytest.raises(ConfigError, match="says what network it is"):
+    with pytest.raises(ConfigError, match="records its own network"):
         told(Path("shared"), data=str(pictures), model="resnet18")
 
 
