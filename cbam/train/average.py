@@ -26,7 +26,7 @@ class Average:
     @torch.no_grad()
     def update(self) -> None:
         """Update the average with the current weights."""
-        live = self._followed()
+        live = self._aligned()
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         floats = [name for name, tensor in self.tensors.items() if tensor.is_floating_point()]
@@ -38,7 +38,7 @@ class Average:
     def swap(self) -> None:
         """Exchange the weights of the network and the average."""
         shared: dict[int, list[str]] = {}  # the names of each tensor, as modules may share one
-        live = self._followed()
+        live = self._aligned()
         for name, tensor in live.items():
             shared.setdefault(id(tensor), []).append(name)
         for names in shared.values():
@@ -48,7 +48,7 @@ class Average:
             for name in names:
                 self.tensors[name].copy_(kept)
 
-    def _followed(self) -> dict[str, Tensor]:
+    def _aligned(self) -> dict[str, Tensor]:
         """The network's tensors, after moving the average to their device, dtype and layout."""
         live = self._live()
         for name, tensor in live.items():

@@ -90,8 +90,8 @@ def load(path: Path) -> dict[str, Any]:
         CheckpointNotFoundError: no such file.
         CheckpointError: damaged, not one of our checkpoints, from a newer version, or asking to run code.
     """
-    if fault_found := damage(path):
-        raise CheckpointError(f"{path}: {fault_found}")
+    if problem := damage(path):
+        raise CheckpointError(f"{path}: {problem}")
     return _intact(path)
 
 
@@ -121,7 +121,7 @@ def damage(path: Path) -> str:
         return f"cannot be read: {error.strerror or error}"
     comment = data[-_COMMENT:]
     if not data or not comment.startswith(_MARK):
-        return _cut(path, data)
+        return _describe_cut(path, data)
     body, length = data[: -_COMMENT - 2], data[-_COMMENT - 2 : -_COMMENT]
     digest = hashlib.sha256(body + b"\0\0").hexdigest()
     if length != _COMMENT.to_bytes(2, "little") or digest.encode() != comment[len(_MARK) :]:
@@ -129,7 +129,7 @@ def damage(path: Path) -> str:
     return ""
 
 
-def _cut(path: Path, data: bytes) -> str:
+def _describe_cut(path: Path, data: bytes) -> str:
     if not data:
         return "the file is empty"
     if data.lstrip()[:1] == b"<":
@@ -185,8 +185,8 @@ def newest(folder: Path, say: Callable[[str], None]) -> tuple[Path, dict[str, An
     """
     found, damaged = checkpoints(folder), []
     for path in found:
-        if fault_found := damage(path):
-            damaged.append(f"{path.name}: {fault_found}")
+        if problem := damage(path):
+            damaged.append(f"{path.name}: {problem}")
             continue
         state = _intact(path)
         if damaged:
@@ -209,8 +209,8 @@ def rotate(saved: Path, keep: int) -> None:
         CheckpointError: `saved` is damaged or unreadable; nothing was deleted. OSError.
     """
     older = [path for path in checkpoints(saved.parent) if step_of(path) <= step_of(saved)][keep:]
-    if older and (fault_found := damage(saved)):
-        raise CheckpointError(f"{saved}: {fault_found}")
+    if older and (problem := damage(saved)):
+        raise CheckpointError(f"{saved}: {problem}")
     for path in older:
         fault("rotate")
         path.unlink(missing_ok=True)

@@ -55,14 +55,14 @@ class Classification:
         return {"train_top1": 100 * tally}
 
     def output(self, batch: dict) -> tuple[Tensor, ...]:
-        """The result of `judged` and indices (N,); in an evaluation also targets (N,) and logits (N, K)."""
+        """The `per_image_scores` and indices (N,); in an evaluation also targets (N,) and logits (N, K)."""
         logits = self.model(normalise(batch["image"], self.mean, self.std)).float().cpu()
         targets, indices = batch["target"].cpu(), batch["index"].cpu()
-        return judged(logits, targets), indices, *((targets, logits) if self._keeps else ())
+        return per_image_scores(logits, targets), indices, *((targets, logits) if self._keeps else ())
 
     def collected(self, outputs: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
         """The same for all images, sorted by index."""
-        parts = [world().joined(torch.cat(part)) for part in zip(*outputs, strict=True)]
+        parts = [world().concatenated(torch.cat(part)) for part in zip(*outputs, strict=True)]
         order = parts[1].argsort()
         return tuple(part[order] for part in parts)
 
@@ -74,10 +74,10 @@ class Classification:
         """
         values, indices, *_ = collected
         if bad := indices[values[:, 0].isnan()].tolist():
-            told = ", ".join(map(str, bad[:8])) + (", ..." if len(bad) > 8 else "")
+            shown = ", ".join(map(str, bad[:8])) + (", ..." if len(bad) > 8 else "")
             raise NonFiniteError(
                 f"the network gives NaN or infinity for {len(bad)} of {len(indices)} validation images "
-                f"({told}); they were not scored"
+                f"({shown}); they were not scored"
             )
         # fsum rounds once, so the result does not depend on the number of threads.
         loss, top1, *top5 = (math.fsum(column) / len(values) for column in values.T.tolist())
@@ -101,7 +101,7 @@ def _per_channel(values: tuple[float, ...], kind: torch.dtype, device: torch.dev
         return torch.tensor([255 * value for value in values], dtype=kind, device=device).view(3, 1, 1)
 
 
-def judged(logits: Tensor, targets: Tensor) -> Tensor:
+def per_image_scores(logits: Tensor, targets: Tensor) -> Tensor:
     """float64 (N, 2 or 3), per image: the cross-entropy, NaN if an output is not finite; the top-1 error, 0
     or 1; and, with more than five classes, the top-5 error.
     """

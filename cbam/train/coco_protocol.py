@@ -39,7 +39,7 @@ class Boxes(NamedTuple):
     difficult: np.ndarray
 
 
-def twelve(found: Boxes, there: Boxes, classes: int) -> list[float]:
+def box_metrics(found: Boxes, truth: Boxes, classes: int) -> list[float]:
     """AP at all, .5, .75 overlap, of small, medium, large; recall of 1, 10, 100, of small, medium, large.
 
     As fractions; NaN where there is no object.
@@ -48,15 +48,15 @@ def twelve(found: Boxes, there: Boxes, classes: int) -> list[float]:
     kept = np.flatnonzero(rank < MOST)
     found, rank = Boxes(*(part[kept] for part in found)), rank[kept]
     low, high = AREAS[:, :1], AREAS[:, 1:]
-    ignored = (there.area < low) | (there.area > high) | there.crowd  # (A, M)
-    matched, void = _match(found, there, ignored)
+    ignored = (truth.area < low) | (truth.area > high) | truth.crowd  # (A, M)
+    matched, void = _match(found, truth, ignored)
     outside = (found.area < low) | (found.area > high)
     void |= ~matched & outside[:, None]
     precision = np.full((len(AREAS), len(OVERLAPS), len(RECALLS), classes), np.nan)
     recall = np.full((len(AREAS), len(OVERLAPS), classes), np.nan)
     few = np.full((len(FEW), len(OVERLAPS), classes), np.nan)
     falling = np.argsort(-found.score, kind="stable")
-    label, wanted = found.key[falling] % (classes + 1), there.key % (classes + 1)
+    label, wanted = found.key[falling] % (classes + 1), truth.key % (classes + 1)
     for k in range(classes):
         objects = (~ignored[:, wanted == k + 1]).sum(1)
         mine = falling[label == k + 1]
@@ -69,12 +69,12 @@ def twelve(found: Boxes, there: Boxes, classes: int) -> list[float]:
     return [_mean(values) for values in (*ap, *few, *recall)]
 
 
-def _match(found: Boxes, there: Boxes, ignored: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _match(found: Boxes, truth: Boxes, ignored: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Whether each detection is matched, and whether with an ignored object: (A, T, N) bool, twice."""
     matched = np.zeros((len(AREAS), len(OVERLAPS), len(found.key)), bool)
-    void, taken = np.zeros_like(matched), np.zeros((*matched.shape[:2], len(there.key)), bool)
+    void, taken = np.zeros_like(matched), np.zeros((*matched.shape[:2], len(truth.key)), bool)
     d, o, overlap = (
-        np.concatenate(part) for part in zip(*overlapping(found, there, OVERLAPS[0]), strict=True)
+        np.concatenate(part) for part in zip(*overlapping(found, truth, OVERLAPS[0]), strict=True)
     )
     # The rank of each detection among those of its image and class that overlap an object.
     first = np.flatnonzero(np.diff(d, prepend=-1))
@@ -82,7 +82,7 @@ def _match(found: Boxes, there: Boxes, ignored: np.ndarray) -> tuple[np.ndarray,
     turn = np.repeat(np.arange(len(first)) - np.searchsorted(groups, groups), np.diff(first, append=len(d)))
     order = np.argsort(turn, kind="stable")
     for pairs in np.split(order, np.flatnonzero(np.diff(turn[order])) + 1):
-        _take_turn(d[pairs], o[pairs], overlap[pairs], ignored, there.crowd, matched, void, taken)
+        _take_turn(d[pairs], o[pairs], overlap[pairs], ignored, truth.crowd, matched, void, taken)
     return matched, void
 
 
@@ -107,20 +107,20 @@ def _take_turn(d, o, overlap, ignored, crowd, matched, void, taken) -> None:
 
 
 def overlapping(
-    found: Boxes, there: Boxes, least: float
+    found: Boxes, truth: Boxes, least: float
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Indices of detections and objects of the same image and class with an overlap of at least `least`.
 
     Yields detections, objects, overlaps. All pairs of a detection come together, in the order of the objects.
     """
-    start = np.searchsorted(there.key, found.key)
-    count = np.searchsorted(there.key, found.key, side="right") - start
+    start = np.searchsorted(truth.key, found.key)
+    count = np.searchsorted(truth.key, found.key, side="right") - start
     total = count.cumsum()
     cuts = np.searchsorted(total, np.arange(_CHUNK, total[-1] if len(total) else 0, _CHUNK))
     for own in np.split(np.arange(len(found.key)), cuts):
         d = np.repeat(own, count[own])
         o = np.arange(len(d)) - np.repeat(count[own].cumsum() - count[own], count[own]) + start[d]
-        overlap = _overlap(found.boxes[d], there.boxes[o], there.crowd[o])
+        overlap = _overlap(found.boxes[d], truth.boxes[o], truth.crowd[o])
         near = overlap >= least
         yield d[near], o[near], overlap[near]
 

@@ -70,21 +70,21 @@ class Detection:
 
 def _coco(found: _ByIndex, truth: _ByIndex, classes: list[str]) -> dict[str, float | None]:
     numbers = coco_numbers(found, truth, classes)
-    return {f"val_{name.lower().replace(' ', '_')}": _known(numbers[name]) for name in COCO_NUMBERS}
+    return {f"val_{name.lower().replace(' ', '_')}": _none_if_nan(numbers[name]) for name in COCO_NUMBERS}
 
 
 def _voc(found: _ByIndex, truth: _ByIndex, classes: list[str]) -> dict[str, float | None]:
     asked = [*((overlap, "area") for overlap in OVERLAPS), (0.5, "11")]
     *areas, eleven = (score.mean for score in voc_scores(found, truth, classes, asked))
     return {
-        "val_ap": _known(sum(areas) / len(areas)),
-        "val_ap50": _known(areas[0]),
-        "val_ap75": _known(areas[OVERLAPS.index(0.75)]),
-        "val_ap50_11points": _known(eleven),
+        "val_ap": _none_if_nan(sum(areas) / len(areas)),
+        "val_ap50": _none_if_nan(areas[0]),
+        "val_ap75": _none_if_nan(areas[OVERLAPS.index(0.75)]),
+        "val_ap50_11points": _none_if_nan(eleven),
     }
 
 
-def _known(value: float) -> float | None:
+def _none_if_nan(value: float) -> float | None:
     return float(value) if value == value else None
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from cbam.errors import DataError, InputError, NonFiniteError
-from cbam.train.coco_protocol import Boxes, overlapping, twelve
+from cbam.train.coco_protocol import Boxes, box_metrics, overlapping
 
 COCO_NUMBERS = (
     "AP", "AP50", "AP75", "AP small", "AP medium", "AP large",
@@ -47,7 +47,7 @@ def coco_numbers(found: Found, truth: Truth, classes: Sequence[str]) -> dict[str
     check_detections(found, truth, len(classes))
     numbers = {image: number for number, image in enumerate(truth)}
     detections, objects = (_flat(mapping, len(classes), numbers) for mapping in (found, truth))
-    values = twelve(detections, objects, len(classes))
+    values = box_metrics(detections, objects, len(classes))
     return {name: 100 * value for name, value in zip(COCO_NUMBERS, values, strict=True)}
 
 

@@ -41,7 +41,9 @@ def make_detector(name: str, classes: int, *, start: str, size: int | None, regi
     return model
 
 
-def begin_with(model: nn.Module, name: str, source: str | Mapping[str, Tensor]) -> tuple[Loaded, bool]:
+def load_initial_weights(
+    model: nn.Module, name: str, source: str | Mapping[str, Tensor]
+) -> tuple[Loaded, bool]:
     """Load the weights of a file or state dict into a classifier or detector, to train it from there.
 
     Returns what was loaded, and whether it went only into the backbone of a detector.
@@ -63,7 +65,7 @@ def begin_with(model: nn.Module, name: str, source: str | Mapping[str, Tensor]) 
         try:
             if inside:
                 network, loaded = _classifier(model, name, source)
-                put_body(model, network, attention=loaded.format != "plain")
+                load_backbone(model, network, attention=loaded.format != "plain")
                 return replace(loaded, head_skipped=False), True  # a detector has no use for its head
             return load_weights(model, source, head="skip"), False
         except CheckpointError as misfit:
@@ -79,11 +81,11 @@ def _classifier(model: nn.Module, name: str, source: str | Mapping[str, Tensor])
         inside = inside.partition("+")[0]
     with torch.random.fork_rng([]):  # no GPUs: it is built on the CPU
         network = build(inside, num_classes=1000, start="identity")
-    loaded, _ = begin_with(network, inside, source)
+    loaded, _ = load_initial_weights(network, inside, source)
     return network, loaded
 
 
-def put_body(model: nn.Module, network: nn.Module, *, attention: bool) -> None:
+def load_backbone(model: nn.Module, network: nn.Module, *, attention: bool) -> None:
     """Copy the weights of a classifier into the backbone of a detector; with `attention`, its attention too.
 
     Raises:

@@ -62,19 +62,19 @@ class World:
         """Run `function` in the first process only; return its result, or raise its error, in all."""
         if self.size == 1:
             return function()
-        said: list[Any] = [None]
+        outcome: list[Any] = [None]
         if self.is_first:
             try:
-                said = [(function(), None)]
+                outcome = [(function(), None)]
             except (CBAMError, FloatingPointError) as error:
-                said = [(None, error)]
-        dist.broadcast_object_list(said, 0)
-        value, error = said[0]
+                outcome = [(None, error)]
+        dist.broadcast_object_list(outcome, 0)
+        value, error = outcome[0]
         if error is not None:
             raise error
         return value
 
-    def joined(self, part: Tensor) -> Tensor:
+    def concatenated(self, part: Tensor) -> Tensor:
         """Concatenate the parts of all processes, which may differ in length."""
         if self.size == 1:
             return part
@@ -85,7 +85,7 @@ class World:
         dist.all_gather(parts, padded)
         return torch.cat([p[:n] for p, n in zip(parts, lengths, strict=True)])
 
-    def spread(self, tensors: list[Tensor]) -> None:
+    def broadcast(self, tensors: list[Tensor]) -> None:
         """Overwrite `tensors` in every process with those of the first."""
         if self.size > 1:
             for tensor in tensors:
@@ -122,28 +122,28 @@ def joined(place: Place | None, *, cuda: bool = False, timeout: float = TIMEOUT)
         os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
     if hasattr(signal, "SIGUSR1"):
         faulthandler.register(signal.SIGUSR1, all_threads=True)
-    store, patience = _meet(place, timeout), datetime.timedelta(seconds=timeout)
-    call = _RollCall(store, place)
+    store, patience = _open_store(place, timeout), datetime.timedelta(seconds=timeout)
+    roll_call = _RollCall(store, place)
     _here = World(place.rank, place.size, place.local_size)
     try:
-        gpu = _take_gpu(place) if cuda else None
+        gpu = _set_gpu(place) if cuda else None
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         dist.init_process_group(
             backend, store=store, rank=place.rank, world_size=place.size, timeout=patience
         )
         if gpu is not None:
-            _check_apart(_here.all(gpu))
+            _check_distinct(_here.all(gpu))
         yield _here
     except BaseException as error:
-        told = call.told(error)
-        raise told from (None if told is error else error)
+        reported = roll_call.report(error)
+        raise reported from (None if reported is error else error)
     finally:
         _here = World()
         if dist.is_initialized() and not (cuda and sys.exc_info()[0]):  # NCCL would wait for a dead peer
             dist.destroy_process_group()
 
 
-def _take_gpu(place: Place) -> str:
+def _set_gpu(place: Place) -> str:
     """Make this process's GPU the current one, and return its UUID.
 
     It is the one of the local rank, or the only one that the process sees: srun can show each process a
@@ -160,7 +160,7 @@ def _take_gpu(place: Place) -> str:
     return str(torch.cuda.get_device_properties(number).uuid)
 
 
-def _check_apart(gpus: list[str]) -> None:
+def _check_distinct(gpus: list[str]) -> None:
     """Refuse processes that share a GPU: they would wait for each other, and NCCL would hang."""
     for rank, gpu in enumerate(gpus):
         if (first := gpus.index(gpu)) < rank:
@@ -170,7 +170,7 @@ def _check_apart(gpus: list[str]) -> None:
             )
 
 
-def _meet(place: Place, timeout: float) -> dist.Store:
+def _open_store(place: Place, timeout: float) -> dist.Store:
     """A store for this attempt only: torchrun restarts processes, and the keys of dead ones remain."""
     kind, _, address = place.store.partition(":")
     patience = datetime.timedelta(seconds=min(timeout, 300))
@@ -184,8 +184,8 @@ def _meet(place: Place, timeout: float) -> dist.Store:
         )
         return dist.PrefixStore(f"cbam/{_attempt(store, place, patience)}", store)
     except (dist.DistError, RuntimeError, ValueError) as error:
-        told = f"process {place.rank} cannot reach the others at {address}: {_line(error)}"
-        raise DistributedError(told) from error
+        message = f"process {place.rank} cannot reach the others at {address}: {_line(error)}"
+        raise DistributedError(message) from error
 
 
 def _attempt(store: dist.Store, place: Place, patience: datetime.timedelta) -> int:
@@ -209,14 +209,14 @@ class _RollCall:
         self._store, self._place = store, place
         store.set(f"who/{place.rank}", f"{socket.gethostname()}:{os.getpid()}")
 
-    def told(self, error: BaseException) -> BaseException:
+    def report(self, error: BaseException) -> BaseException:
         """`error`, or a DistributedError if another process caused it; `silent` if another reports it."""
         try:
-            if is_of_a_peer(error):
+            if is_peer_error(error):
                 error = DistributedError(self._missing(error))
             else:
                 self._store.set(f"left/{self._place.rank}", _line(error))
-            first = self._store.add("told", 1) == 1
+            first = self._store.add("reported", 1) == 1
             if isinstance(error, StoppedError | NonFiniteError):  # raised in all; the first has the details
                 first = self._place.rank == 0
             error.silent = not first  # type: ignore[attr-defined]
@@ -236,8 +236,8 @@ class _RollCall:
                 break
             time.sleep(0.1)
         if left:
-            said = self._store.get(f"left/{left[0]}").decode()
-            return f"{self._who(left[0])} stopped: {said}"
+            reason = self._store.get(f"left/{left[0]}").decode()
+            return f"{self._who(left[0])} stopped: {reason}"
         hung = "imed out" in str(error) or "imeout" in str(error)
         if hung:
             traceback.print_exception(error)  # where this process waited
@@ -265,7 +265,7 @@ class _RollCall:
                     os.kill(int(pid), signal.SIGUSR1)
 
 
-def is_of_a_peer(error: BaseException) -> bool:
+def is_peer_error(error: BaseException) -> bool:
     """Whether an error was caused by the end of another process."""
     if isinstance(error, CBAMError):
         return False

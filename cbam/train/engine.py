@@ -27,7 +27,7 @@ _log = logging.getLogger("cbam")
 _PRECISIONS = {"fp32": "32-true", "fp64": "64-true"}
 
 
-class _Shared(DDPStrategy):
+class _DDP(DDPStrategy):
     """DDP that leaves the network on its device after an error.
 
     Lightning would move it back to the CPU, and so wait for a GPU that waits for a process that is gone. The
@@ -45,7 +45,7 @@ class _Shared(DDPStrategy):
             super().teardown()
 
 
-class _Joined(ClusterEnvironment):
+class _Connected(ClusterEnvironment):
     """Tells Lightning that the processes are already started and connected (see distributed.py).
 
     Each appears to be alone on its machine, since its GPU is already chosen.
@@ -120,21 +120,21 @@ def trainer(
         except (RuntimeError, ValueError, MemoryError) as error:
             if isinstance(error, CBAMError):
                 raise
-            told = _told(error, device, recipe)
-            if told is None:
+            translated = _translated(error, device, recipe)
+            if translated is None:
                 raise
-            raise told from error
+            raise translated from error
 
 
 def _devices(device: torch.device, recipe: Recipe) -> dict[str, Any]:
     here, cuda = world(), device.type == "cuda"
-    plugins: list[Any] = [_Joined(here)]
+    plugins: list[Any] = [_Connected(here)]
     how: dict[str, Any] = {"accelerator": "gpu" if cuda else "cpu", "devices": 1, "plugins": plugins}
     if recipe.precision in _PRECISIONS:
         how["precision"] = _PRECISIONS[recipe.precision]
     else:
         if not cuda:
-            _tell_of_emulation(recipe.precision)
+            _warn_of_emulation(recipe.precision)
         kind = "bf16-mixed" if recipe.precision == "bf16" else "16-mixed"
         plugins.append(MixedPrecision(kind, device.type))
     if here.size > 1:
@@ -143,12 +143,12 @@ def _devices(device: torch.device, recipe: Recipe) -> dict[str, Any]:
         # Not in every step: Steps.on_validation_epoch_start broadcasts BatchNorm's statistics.
         known = inspect.signature(DistributedDataParallel.__init__).parameters
         name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-        how["strategy"] = _Shared(**{name: False})  # pyright: ignore[reportArgumentType]
+        how["strategy"] = _DDP(**{name: False})  # pyright: ignore[reportArgumentType]
     return how
 
 
 @functools.cache
-def _tell_of_emulation(precision: str) -> None:
+def _warn_of_emulation(precision: str) -> None:
     """Warn once if the CPU only emulates `precision`, which is very slow."""
     name = f"_is_mkldnn_{precision}_supported"  # torch's own test for native convolutions
     known = getattr(torch.ops.mkldnn, name, None)
@@ -159,14 +159,16 @@ def _tell_of_emulation(precision: str) -> None:
         )
 
 
-def _told(error: BaseException, device: torch.device, recipe: Recipe | None) -> BaseException | None:
+def _translated(error: BaseException, device: torch.device, recipe: Recipe | None) -> BaseException | None:
     """The error of ours to raise instead of this one; None to keep it."""
     text = " ".join(str(error).split())
     if "DataLoader worker" in text:
         return DataError(f"a process that loads images died: {text}")
     memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
     if memory or "can't allocate memory" in text:
-        return OutOfMemoryError(f"out of memory on {device.type}{_smaller(device, recipe)} ({text[:200]})")
+        return OutOfMemoryError(
+            f"out of memory on {device.type}{_memory_advice(device, recipe)} ({text[:200]})"
+        )
     if "Expected more than 1 value per channel" in text:
         return InputError(
             "BatchNorm cannot take the variance of a single value per channel, from a batch of one image and "
@@ -177,7 +179,7 @@ def _told(error: BaseException, device: torch.device, recipe: Recipe | None) -> 
     return None
 
 
-def _smaller(device: torch.device, recipe: Recipe | None) -> str:
+def _memory_advice(device: torch.device, recipe: Recipe | None) -> str:
     """What was running out of memory, and how to use less, as the end of a message."""
     peak = ""
     if device.type == "cuda":

@@ -116,29 +116,31 @@ def fit(
         on_step=on_step,
         on_epoch=keeper.log_epoch if keeper else None,
     )
-    checks = _checks(val, 2 * recipe.batch_size // shard.parts, workers, gpu)  # no gradients are kept
-    with seeded(_own(seed, here), where), modes_restored(model), _listening(keeper):
+    val_batches = _val_loader(
+        val, 2 * recipe.batch_size // shard.parts, workers, gpu
+    )  # no gradients are kept
+    with seeded(_process_seed(seed, here), where), modes_restored(model), _signal_handling(keeper):
         model.to(memory_format=torch.channels_last)  # fastest for convolutions
         try:
-            _train(steps, batches, checks, where, keeper)
+            _train(steps, batches, val_batches, where, keeper)
             if steps.average is not None:
                 steps.average.swap()
         finally:
-            for each in (batches, checks):
+            for each in (batches, val_batches):
                 each.end()  # type: ignore[attr-defined]
             model.to(memory_format=torch.contiguous_format)
     return steps.history
 
 
-def _train(steps, batches: DataLoader, checks: DataLoader, where: torch.device, keeper) -> None:
+def _train(steps, batches: DataLoader, val_batches: DataLoader, where: torch.device, keeper) -> None:
     """Run the remaining epochs, after the validation that a killed run did not finish."""
     from cbam.train.engine import trainer
 
     recipe, callbacks, first_epoch = steps.recipe, [keeper] if keeper else [], steps.first_epoch
-    common = len(checks.dataset) // world().size  # type: ignore[arg-type]
-    if keeper and keeper.take_up(steps, batches, -(-common // checks.batch_sampler.size)):  # type: ignore[union-attr]
+    common = len(val_batches.dataset) // world().size  # type: ignore[arg-type]
+    if keeper and keeper.restore(steps, batches, -(-common // val_batches.batch_sampler.size)):  # type: ignore[union-attr]
         with trainer(where, 1, callbacks, recipe) as loop:
-            loop.validate(steps, checks, verbose=False)
+            loop.validate(steps, val_batches, verbose=False)
         steps.finish_epoch(steps.first_epoch)
         steps.first_epoch += 1
         batches.sampler.set_epoch(steps.first_epoch)  # type: ignore[attr-defined]
@@ -146,10 +148,10 @@ def _train(steps, batches: DataLoader, checks: DataLoader, where: torch.device, 
     with trainer(where, left, callbacks, recipe) as loop:
         steps.model.train()
         if left > 0:
-            loop.fit(steps, batches, checks)
+            loop.fit(steps, batches, val_batches)
 
 
-def _checks(images: Images | BoxedImages, batch_size: int, workers: int, gpu: bool) -> DataLoader:
+def _val_loader(images: Images | BoxedImages, batch_size: int, workers: int, gpu: bool) -> DataLoader:
     """This process's part of a validation set: every world-th image."""
     shard = Shard(world().rank, world().size)
     return loader(images, max(1, batch_size), train=False, workers=workers, shard=shard, pinned=gpu)
@@ -186,7 +188,7 @@ def evaluate(
     """
     steps = _validated(model, images, batch_size, device, workers, on_step)
     _, indices, targets, logits = steps.collected
-    _check_whole(images, indices.tolist())
+    _check_complete(images, indices.tolist())
     loss, top1, top5 = (steps.validated[f"val_{name}"] for name in ("loss", "top1", "top5"))
     return Evaluation(top1, top5, loss, logits.double().softmax(1), targets)
 
@@ -207,7 +209,7 @@ def evaluate_detector(
     """
     steps = _validated(model, images, batch_size, device, workers, on_step)
     found, truth = steps.collected
-    _check_whole(images, list(found))
+    _check_complete(images, list(found))
     return Detections(steps.validated, found, truth)
 
 
@@ -228,7 +230,7 @@ def _validated(
         raise ConfigError(f"{len(images)} images are too few for {here.size} processes")
     where = pick_device(device)
     steps = Steps(_task(model, images), on_step=on_step)
-    batches = _checks(images, batch_size, workers, where.type == "cuda")
+    batches = _val_loader(images, batch_size, workers, where.type == "cuda")
     with trainer(where, 1) as loop, seeded(0, where), modes_restored(model):
         try:
             loop.validate(steps, batches, verbose=False)
@@ -237,7 +239,7 @@ def _validated(
     return steps
 
 
-def _check_whole(images: Images | BoxedImages, indices: list[int]) -> None:
+def _check_complete(images: Images | BoxedImages, indices: list[int]) -> None:
     if indices != list(range(len(images))):
         raise DataError(f"{images.name}: {len(indices)} images were evaluated instead of {len(images)}")
 
@@ -277,10 +279,10 @@ def lightning() -> Iterator[None]:
         raise MissingExtraError.of("training", "train") from error
 
 
-def _own(seed: int, here: World) -> int:
+def _process_seed(seed: int, here: World) -> int:
     """The seed for randomness in the network, different in each process."""
     return seed if here.is_first else int(draws("rank", here.rank, seed).integers(2**62))
 
 
-def _listening(keeper: "Keeper | None") -> contextlib.AbstractContextManager:
-    return keeper.listening() if keeper else contextlib.nullcontext()
+def _signal_handling(keeper: "Keeper | None") -> contextlib.AbstractContextManager:
+    return keeper.handling_signals() if keeper else contextlib.nullcontext()

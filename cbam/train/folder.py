@@ -36,10 +36,10 @@ def write_config(folder: Path, config: dict[str, Any]) -> None:
     Raises:
         OutputError: it cannot be written.
     """
-    _put(folder / CONFIG, (json.dumps(config, indent=1) + "\n").encode())
+    _write_required(folder / CONFIG, (json.dumps(config, indent=1) + "\n").encode())
 
 
-def _put(path: Path, data: bytes) -> None:
+def _write_required(path: Path, data: bytes) -> None:
     """Write a file that the run cannot do without."""
     try:
         write(path, data)
@@ -63,15 +63,15 @@ def check_free(folder: Path) -> None:
     Raises:
         ConfigError: there are such files.
     """
-    if checkpoints(folder) or _is_of_run(folder / CONFIG):
+    if checkpoints(folder) or _belongs_to_run(folder / CONFIG):
         return
-    if there := [name for name in (CONFIG, METRICS, TABLE) if (folder / name).exists()]:
+    if foreign := [name for name in (CONFIG, METRICS, TABLE) if (folder / name).exists()]:
         raise ConfigError(
-            f"{folder} holds {', '.join(there)}, not from a run, which would be lost: give another --out"
+            f"{folder} holds {', '.join(foreign)}, not from a run, which would be lost: give another --out"
         )
 
 
-def _is_of_run(config: Path) -> bool:
+def _belongs_to_run(config: Path) -> bool:
     return settings_in(config.parent).get("recipe") in [*RECIPES]
 
 
@@ -93,7 +93,7 @@ def epochs(folder: Path) -> list[dict[str, Any]]:
     return [entry for entry in found if isinstance(entry, dict) and is_epoch(entry)]
 
 
-def _written(entry: dict[str, Any]) -> bytes:
+def _encoded(entry: dict[str, Any]) -> bytes:
     return (json.dumps(entry) + "\n").encode()
 
 
@@ -104,7 +104,7 @@ class Metrics:
         self._path, self._say = folder / METRICS, say
         self._waiting: list[bytes] = []  # lines that could not be written yet
 
-    def cut(self, epoch: int, step: int, before: Sequence[dict[str, Any]] = ()) -> None:
+    def truncate(self, epoch: int, step: int, before: Sequence[dict[str, Any]] = ()) -> None:
         """Drop the lines after `step` steps of the whole run, within the unfinished `epoch`.
 
         A line cut off when the process died is dropped too. The epochs `before`, which are in the checkpoint,
@@ -114,9 +114,9 @@ class Metrics:
             OutputError: the file cannot be written.
         """
         kept = [line for line in self._lines() if self._is_before(line, epoch, step)]
-        there = {entry["epoch"] for entry in map(json.loads, kept) if is_epoch(entry)}
-        lost = [_written(entry) for entry in before if entry["epoch"] not in there]
-        _put(self._path, b"".join([*lost, *kept]))
+        present = {entry["epoch"] for entry in map(json.loads, kept) if is_epoch(entry)}
+        missing = [_encoded(entry) for entry in before if entry["epoch"] not in present]
+        _write_required(self._path, b"".join([*missing, *kept]))
 
     def _lines(self) -> list[bytes]:
         try:
@@ -136,7 +136,7 @@ class Metrics:
     def add(self, entry: dict[str, Any]) -> None:
         """Append a line, after those not yet written."""
         first = not self._waiting
-        self._waiting = [*self._waiting, _written(entry)][-MOST_WAITING:]
+        self._waiting = [*self._waiting, _encoded(entry)][-MOST_WAITING:]
         error = self._append()
         if error is not None and first:
             self._say(f"{self._path}: {error.strerror or error}; its lines wait until it can be written")
@@ -145,8 +145,8 @@ class Metrics:
         """Append the lines not yet written, or report that they are lost."""
         error = self._append() if self._waiting else None
         if error is not None:
-            told = f"{len(self._waiting)} of its lines are lost"
-            self._say(f"{self._path}: {error.strerror or error}; {told}")
+            lost = f"{len(self._waiting)} of its lines are lost"
+            self._say(f"{self._path}: {error.strerror or error}; {lost}")
 
     def _append(self) -> OSError | None:
         """Write all waiting lines, or none."""

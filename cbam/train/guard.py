@@ -27,27 +27,27 @@ class Pending:
         return self._numbers.tolist()
 
 
-class Before:
+class Snapshot:
     """A snapshot of what the forward pass of a step changes: BatchNorm's statistics and the random state."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._model, self._kept = model, []
+        self._model, self._saved = model, []
         self._rng: dict[str, Any] = {}
 
     @torch.no_grad()
-    def remember(self) -> None:
+    def take(self) -> None:
         """Take the snapshot."""
         live = self._live()
-        if [(t.device, t.dtype) for t in self._kept] != [(t.device, t.dtype) for t in live]:
-            self._kept = [tensor.clone() for tensor in live]
+        if [(t.device, t.dtype) for t in self._saved] != [(t.device, t.dtype) for t in live]:
+            self._saved = [tensor.clone() for tensor in live]
         else:
-            _copy(self._kept, live)
+            _copy(self._saved, live)
         self._rng = rng()
 
     @torch.no_grad()
     def restore(self) -> None:
         """Restore the snapshot."""
-        _copy(self._live(), self._kept)
+        _copy(self._live(), self._saved)
         set_rng(self._rng)
 
     def _live(self) -> list[Tensor]:

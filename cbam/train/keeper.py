@@ -90,7 +90,7 @@ class Keeper(pl.Callback):
 
     # --- resuming ---
 
-    def take_up(self, steps: Steps, batches: DataLoader, common: int = 0) -> bool:
+    def restore(self, steps: Steps, batches: DataLoader, common: int = 0) -> bool:
         """Restore everything but the optimizer; return whether the epoch still has to be validated.
 
         `common` is the number of validation batches that every process has at least.
@@ -99,7 +99,7 @@ class Keeper(pl.Callback):
         self._began_at = state["step"] if state else 0
         steps.flags = self._flags
         if state is None:
-            self._cut(0, -1, [])
+            self._truncate_metrics(0, -1, [])
             return False
         epoch, seen = state["epoch"], state["seen"]
         if state["steps_per_epoch"] != steps.steps_per_epoch:
@@ -112,24 +112,24 @@ class Keeper(pl.Callback):
             _line(entry, (entry["epoch"] + 1 - steps.first_epoch) * steps.steps_per_epoch)
             for entry in state["history"]
         ]
-        self._cut(epoch, self._step, before)
+        self._truncate_metrics(epoch, self._step, before)
         steps.model.load_state_dict(state["model"])
         if steps.average is not None:
             steps.average.load_state_dict(state["average"])
-        steps.take_up(epoch, seen, state["history"])
+        steps.restore(epoch, seen, state["history"])
         sampler: Any = batches.batch_sampler
         sampler.sampler.resume(epoch, seen["step"] * sampler.size)
-        self._take_up_rng(state)
-        waits = seen["step"] == steps.steps_per_epoch
-        if waits:
+        self._restore_rng(state)
+        unvalidated = seen["step"] == steps.steps_per_epoch
+        if unvalidated:
             steps._seen = {}
-        return waits
+        return unvalidated
 
-    def _cut(self, epoch: int, step: int, before: list[dict[str, Any]]) -> None:
+    def _truncate_metrics(self, epoch: int, step: int, before: list[dict[str, Any]]) -> None:
         if self._here.is_first:
-            self.metrics.cut(epoch, step, before)
+            self.metrics.truncate(epoch, step, before)
 
-    def _take_up_rng(self, state: dict[str, Any]) -> None:
+    def _restore_rng(self, state: dict[str, Any]) -> None:
         """Restore this process's random state, or seed a new one if the number of processes has changed."""
         states = [state["rng"], *state.get("more_rng", [])]
         if len(states) == self._here.size:
@@ -140,7 +140,7 @@ class Keeper(pl.Callback):
             set_rng(states[0])
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._listen()
+        self._install_handlers()
         if self.state is not None:
             optimizer, schedule = trainer.optimizers[0], trainer.lr_scheduler_configs[0].scheduler
             fresh = [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
@@ -204,7 +204,7 @@ class Keeper(pl.Callback):
             self._loggers.add(entry, self._step)
 
     def on_validation_start(self, trainer, pl_module) -> None:
-        self._listen()
+        self._install_handlers()
 
     def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, *_) -> None:
         fault("eval")
@@ -230,19 +230,19 @@ class Keeper(pl.Callback):
         self._steps.end_validation()
         if isinstance(exception, NonFiniteLossError):
             if self._here.is_first:
-                self._name_pictures(exception)
+                self._record_pictures(exception)
             self._save_last(trainer)
-        elif isinstance(exception, DataError) and self._here.size == 1 and self._is_new():
+        elif isinstance(exception, DataError) and self._here.size == 1 and self._has_unsaved_steps():
             if not self._between:  # the image belongs to a later part of the step
                 self._steps.undo_parts()
             self._save_last(trainer)
 
-    def _is_new(self) -> bool:
+    def _has_unsaved_steps(self) -> bool:
         """Whether there are steps since the last checkpoint."""
         saved = checkpoint.step_of(self._saved) if self._saved else self._began_at
         return self._step > saved
 
-    def _name_pictures(self, error: NonFiniteLossError) -> None:
+    def _record_pictures(self, error: NonFiniteLossError) -> None:
         about = {"epoch": self._steps.epoch, "step": self._step, "loss": str(error)}
         about |= {"pictures": error.pictures}
         with contextlib.suppress(OSError):
@@ -292,7 +292,7 @@ class Keeper(pl.Callback):
             self._saved = checkpoint.save(self.folder, self._step, state)
         except OSError as error:
             self._unsaved = state
-            self._failed(error, last=last)
+            self._save_failed(error, last=last)
             return
         self._failures, self._unsaved = 0, None
         self._save_seconds = max(self._save_seconds, time.monotonic() - began)
@@ -323,7 +323,7 @@ class Keeper(pl.Callback):
             state["scaler"] = scaler
         return state
 
-    def _failed(self, error: OSError, *, last: bool) -> None:
+    def _save_failed(self, error: OSError, *, last: bool) -> None:
         self._failures += 1
         reason = "no space left on the disk" if error.errno == errno.ENOSPC else error.strerror or str(error)
         what = f"{self.folder}: the checkpoint after step {self._step}"
@@ -335,26 +335,26 @@ class Keeper(pl.Callback):
     # --- stopping ---
 
     @contextlib.contextmanager
-    def listening(self) -> Iterator[None]:
+    def handling_signals(self) -> Iterator[None]:
         """Handle the stop signals inside the block, then restore the previous handlers."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
         before = {number: signal.getsignal(number) for number in SIGNALS}
-        self._listen()
+        self._install_handlers()
         try:
             yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def _listen(self) -> None:
+    def _install_handlers(self) -> None:
         """Install our handlers. Called again once Lightning has started, as it installs its own."""
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
-                signal.signal(number, self._hear)
+                signal.signal(number, self._on_signal)
 
-    def _hear(self, number: int, frame) -> None:
+    def _on_signal(self, number: int, frame) -> None:
         name, code = signal.Signals(number).name, 128 + number
         if self._stop not in (None, LIMIT):
             raise StoppedError(f"stopped at once by a second signal ({name}); the checkpoints stay", code)

@@ -52,22 +52,22 @@ def place() -> Place | None:
     Raises:
         DistributedError: their environment variables are invalid.
     """
-    said = os.environ
+    env = os.environ
     try:
-        if _OURS in said:
-            return Place(**json.loads(said[_OURS]))
+        if _OURS in env:
+            return Place(**json.loads(env[_OURS]))
         here = None
-        if "TORCHELASTIC_RUN_ID" in said or said.keys() >= set(_TORCHRUN):
-            served = said.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        if "TORCHELASTIC_RUN_ID" in env or env.keys() >= set(_TORCHRUN):
+            served = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
             here = Place(
-                int(said["RANK"]), int(said["WORLD_SIZE"]),
-                int(said.get("LOCAL_RANK", 0)), int(said.get("LOCAL_WORLD_SIZE", 1)),
-                f"{'agent' if served else 'tcp'}:{said['MASTER_ADDR']}:{said['MASTER_PORT']}",
+                int(env["RANK"]), int(env["WORLD_SIZE"]),
+                int(env.get("LOCAL_RANK", 0)), int(env.get("LOCAL_WORLD_SIZE", 1)),
+                f"{'agent' if served else 'tcp'}:{env['MASTER_ADDR']}:{env['MASTER_PORT']}",
             )  # fmt: skip
-        elif int(said.get("SLURM_STEP_NUM_TASKS", 1)) > 1:  # not in a batch script, which runs without srun
+        elif int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1:  # not in a batch script, which runs without srun
             here = _slurm()
-        elif said.get("WORLD_SIZE", "1") not in ("", "0", "1"):
-            _tell_of_half(said["WORLD_SIZE"], tuple(name for name in _TORCHRUN if name not in said))
+        elif env.get("WORLD_SIZE", "1") not in ("", "0", "1"):
+            _warn_incomplete(env["WORLD_SIZE"], tuple(name for name in _TORCHRUN if name not in env))
     except (KeyError, ValueError, TypeError, ZeroDivisionError) as error:
         raise DistributedError(f"the launcher's environment cannot be read: {error!r}") from error
     if here and not (
@@ -81,19 +81,19 @@ def place() -> Place | None:
 
 
 @functools.cache
-def _tell_of_half(size: str, absent: tuple[str, ...]) -> None:
+def _warn_incomplete(size: str, absent: tuple[str, ...]) -> None:
     """Warn once that the environment does not say which of several processes this is."""
     _log.warning("WORLD_SIZE is %s without %s: this process runs alone", size, ", ".join(absent))
 
 
 def _slurm() -> Place:
-    said = os.environ
-    size = int(said["SLURM_STEP_NUM_TASKS"])
-    nodes = int(said.get("SLURM_STEP_NUM_NODES", said.get("SLURM_NNODES", 1)))
-    host = first_host(said.get("SLURM_STEP_NODELIST", said.get("SLURM_NODELIST", "127.0.0.1")))
-    port = 15000 + int(said["SLURM_JOB_ID"]) % 20000
+    env = os.environ
+    size = int(env["SLURM_STEP_NUM_TASKS"])
+    nodes = int(env.get("SLURM_STEP_NUM_NODES", env.get("SLURM_NNODES", 1)))
+    host = first_host(env.get("SLURM_STEP_NODELIST", env.get("SLURM_NODELIST", "127.0.0.1")))
+    port = 15000 + int(env["SLURM_JOB_ID"]) % 20000
     return Place(
-        int(said["SLURM_PROCID"]), size, int(said["SLURM_LOCALID"]), size // nodes, f"tcp:{host}:{port}"
+        int(env["SLURM_PROCID"]), size, int(env["SLURM_LOCALID"]), size // nodes, f"tcp:{host}:{port}"
     )
 
 
@@ -114,13 +114,13 @@ def launch(arguments: Sequence[str], processes: int) -> int:
         store = f"file:{Path(folder) / 'store'}"
         ranks = [_start(arguments, Place(r, processes, r, processes, store)) for r in range(processes)]
         try:
-            with _handing_on(ranks) as asked:
+            with _forwarding_signals(ranks) as received:
                 ended = _wait(ranks)
         finally:
             for rank in ranks:
                 rank.kill()
                 rank.wait()
-    return _exit_code(ended, processes, asked)
+    return _exit_code(ended, processes, received)
 
 
 def _start(arguments: Sequence[str], where: Place) -> subprocess.Popen:
@@ -135,18 +135,18 @@ def _start(arguments: Sequence[str], where: Place) -> subprocess.Popen:
 
 
 @contextlib.contextmanager
-def _handing_on(ranks: Sequence[subprocess.Popen]) -> Iterator[list[int]]:
+def _forwarding_signals(ranks: Sequence[subprocess.Popen]) -> Iterator[list[int]]:
     """Forward signals to the processes; the list collects them as they arrive."""
-    asked: list[int] = []
+    received: list[int] = []
 
-    def hand_on(number: int, frame) -> None:
-        asked.append(number)
+    def forward(number: int, frame) -> None:
+        received.append(number)
         for rank in ranks:
             rank.send_signal(number)
 
-    before = {number: signal.signal(number, hand_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield asked
+        yield received
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -166,17 +166,18 @@ def _wait(ranks: Sequence[subprocess.Popen]) -> list[tuple[int, int]]:
     return ended
 
 
-def _exit_code(ended: Sequence[tuple[int, int]], processes: int, asked: Sequence[int] = ()) -> int:
+def _exit_code(ended: Sequence[tuple[int, int]], processes: int, received: Sequence[int] = ()) -> int:
     """The exit code of the first process that failed by itself, not through another's end or a kill.
 
-    Processes that got one of the signals `asked` before they had a handler for it have no code of their own.
+    Processes that got one of the `received` signals before they had a handler for it have no code of their
+    own.
     """
     failed = [(rank, code) for rank, code in ended if code]
     own = [code for _, code in failed if code > 0 and code != DistributedError.exit_code]
     if own or not failed:
         return own[0] if own else 0
-    if asked:
-        return 128 + asked[0]
+    if received:
+        return 128 + received[0]
     if all(code < 0 for _, code in failed) and len(failed) == processes:  # no process could report it
         rank, code = failed[0]
         raise DistributedError(f"process {rank} was ended by {signal.Signals(-code).name}")

@@ -32,12 +32,12 @@ def locked(folder: Path, say: Callable[[str], None] = lambda line: None) -> Iter
         ConfigError: another run is using it, or its file `lock` is not ours. OutputError: it cannot be
             created or written to.
     """
-    me = _me()
+    me = _this_process()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _alone(folder):
+        with _exclusive(folder):
             _refuse_other_file(folder / LOCK)
-            _refuse_second(folder, say)
+            _refuse_other_run(folder, say)
             write(folder / LOCK, json.dumps(me).encode())  # fails on a full or read-only disk
         clean(folder)
     except OSError as error:
@@ -45,7 +45,7 @@ def locked(folder: Path, say: Callable[[str], None] = lambda line: None) -> Iter
             raise
         raise OutputError.at(folder, error) from error
     over = threading.Event()
-    threading.Thread(target=_beat, args=(folder / LOCK, over), daemon=True, name="lock").start()
+    threading.Thread(target=_heartbeat, args=(folder / LOCK, over), daemon=True, name="lock").start()
     try:
         yield
     finally:
@@ -56,7 +56,7 @@ def locked(folder: Path, say: Callable[[str], None] = lambda line: None) -> Iter
 
 def is_mine(folder: Path) -> bool:
     """Whether this process holds the lock."""
-    return _holder(folder) == _me()
+    return _holder(folder) == _this_process()
 
 
 def check_lock(folder: Path) -> None:
@@ -66,13 +66,13 @@ def check_lock(folder: Path) -> None:
         ConfigError: the lock belongs to another process.
     """
     holder = _holder(folder)
-    if holder and holder != _me():
+    if holder and holder != _this_process():
         raise ConfigError(
             f"{folder} was taken over by process {holder.get('pid')} on {holder.get('host')}; this run ends"
         )
 
 
-def _beat(lock: Path, over: threading.Event) -> None:
+def _heartbeat(lock: Path, over: threading.Event) -> None:
     while not over.wait(BEAT):
         with contextlib.suppress(OSError):
             os.utime(lock)
@@ -98,7 +98,7 @@ def _touched(lock: Path) -> int | None:
 
 
 @contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
+def _exclusive(folder: Path) -> Iterator[None]:
     """Let only one process at a time read the lock and take it."""
     try:
         import fcntl
@@ -123,7 +123,7 @@ def _refuse_other_file(lock: Path) -> None:
             raise ConfigError(f"{lock} is not from a run: give another --out")
 
 
-def _refuse_second(folder: Path, say: Callable[[str], None]) -> None:
+def _refuse_other_run(folder: Path, say: Callable[[str], None]) -> None:
     holder = _holder(folder)
     if holder and (holder.get("host"), holder.get("numbers")) != (socket.gethostname(), _numbers()):
         who = f"process {holder.get('pid')} on {holder.get('host')}"
@@ -143,7 +143,7 @@ def _holder(folder: Path) -> dict[str, Any]:
         return {}
 
 
-def _me() -> dict[str, Any]:
+def _this_process() -> dict[str, Any]:
     return _process(os.getpid())
 
 

@@ -63,7 +63,7 @@ class Loggers:
             self._say(f"{name}: {type(error).__name__}: {error}; training continues without it")
 
 
-class Line:
+class ProgressLine:
     """Reports the progress and speed of a run to `now`, at most once every `every` seconds."""
 
     def __init__(self, now: Callable[[str], None], epochs: int, *, every: float) -> None:

@@ -18,7 +18,7 @@ from cbam.surgery.effects import seeded
 from cbam.surgery.weights import Loaded
 from cbam.train import checkpoint
 from cbam.train.average import average_of
-from cbam.train.detector import begin_with, make_detector
+from cbam.train.detector import load_initial_weights, make_detector
 from cbam.train.recipes import Config
 
 
@@ -72,25 +72,25 @@ def network(
             )
         else:
             model = build(config.model, num_classes=classes, start=start)
-    if not loaded and (told := _begun(model, config, start)):
-        say(told)
+    if not loaded and (description := _load_initial(model, config, start)):
+        say(description)
     if config.freeze_norm and config.pretrained:  # from scratch there are no statistics to keep
         freeze_norm(model)
     return model
 
 
-def _begun(model: nn.Module, config: Config, start: str) -> str:
+def _load_initial(model: nn.Module, config: Config, start: str) -> str:
     """Load the pretrained weights; return a description of what the network starts from."""
-    places, parts, brought = len(attached(model)), [], False
+    places, parts, with_attention = len(attached(model)), [], False
     if config.pretrained:
         try:
-            found, inside = begin_with(model, config.model, weights_at(config.pretrained))
+            found, inside = load_initial_weights(model, config.model, weights_at(config.pretrained))
         except CheckpointError as misfit:
             raise misfit_of(config.pretrained, misfit) from None
         parts.append(taken(config.pretrained, found) + (" into the detector's backbone" if inside else ""))
-        brought = found.format != "plain"
+        with_attention = found.format != "plain"
     if places:
-        parts.append(f"attention at {places} places {_STARTS['file' if brought else start]}")
+        parts.append(f"attention at {places} places {_STARTS['file' if with_attention else start]}")
     return "; ".join(parts)
 
 
@@ -145,8 +145,8 @@ def unnamed(path: Path) -> ConfigError:
 
 def misfit_of(path: str, misfit: CheckpointError) -> CheckpointError:
     """The error with the path of the weights; for a state dict read from a run it has none yet."""
-    told = str(misfit)
-    return misfit if path in told else CheckpointError(f"{path}: {told}")
+    message = str(misfit)
+    return misfit if path in message else CheckpointError(f"{path}: {message}")
 
 
 def network_at(path: str) -> str:

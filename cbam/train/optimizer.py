@@ -13,16 +13,16 @@ def parameter_groups(recipe: Recipe, model: nn.Module) -> list[dict]:
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for parameter in model.parameters():
         if parameter.requires_grad:
-            apart = recipe.attention_lr != 1 and id(parameter) in gates
-            bare = recipe.decay_matrices_only and parameter.ndim < 2
-            groups.setdefault((apart, bare), []).append(parameter)
+            own_lr = recipe.attention_lr != 1 and id(parameter) in gates
+            no_decay = recipe.decay_matrices_only and parameter.ndim < 2
+            groups.setdefault((own_lr, no_decay), []).append(parameter)
     return [
         {
             "params": parameters,
-            "lr": recipe.lr * (recipe.attention_lr if apart else 1),
-            "weight_decay": 0.0 if bare else recipe.weight_decay,
+            "lr": recipe.lr * (recipe.attention_lr if own_lr else 1),
+            "weight_decay": 0.0 if no_decay else recipe.weight_decay,
         }
-        for (apart, bare), parameters in sorted(groups.items(), key=lambda item: item[0])
+        for (own_lr, no_decay), parameters in sorted(groups.items(), key=lambda item: item[0])
     ]
 
 

@@ -89,13 +89,13 @@ class Recipe:
         """The part of the schedule that lies beyond the last epoch, in words; a short trial may have one."""
         marks = self.milestones or (self.step_epochs,)
         late = [mark for mark in marks if mark >= self.epochs]
-        told = []
+        parts = []
         if self.warmup_epochs >= self.epochs:
-            told.append(f"warmup_epochs is {self.warmup_epochs:g}, so the learning rate rises to the end")
+            parts.append(f"warmup_epochs is {self.warmup_epochs:g}, so the learning rate rises to the end")
         if self.schedule == "step" and late:
             name = "milestones" if self.milestones else "step_epochs"
-            told.append(f"the learning rate is not lowered at {name} {' '.join(map(str, late))}")
-        return f"epochs is {self.epochs}: {'; '.join(told)}" if told else ""
+            parts.append(f"the learning rate is not lowered at {name} {' '.join(map(str, late))}")
+        return f"epochs is {self.epochs}: {'; '.join(parts)}" if parts else ""
 
     def lr_factor(self, step: int, steps_per_epoch: int) -> float:
         """The learning rate of a step (counted from 0 over the whole run), as a fraction of `lr`."""

@@ -290,8 +290,10 @@ def changes(
     before: dict[str, Any], now: dict[str, Any], *, override: bool = False
 ) -> tuple[list[str], list[str]]:
     """How the settings of a resumed run differ: the refused changes, and the allowed ones."""
-    may = FREE + (OVERRIDABLE if override else ())
-    told = {
+    allowed = FREE + (OVERRIDABLE if override else ())
+    diff = {
         name: f"{name} {before.get(name)!r} -> {now[name]!r}" for name in now if now[name] != before.get(name)
     }
-    return [told[name] for name in told if name not in may], [told[name] for name in told if name in may]
+    return [diff[name] for name in diff if name not in allowed], [
+        diff[name] for name in diff if name in allowed
+    ]

@@ -17,7 +17,7 @@ from cbam.train.distributed import World, world
 from cbam.train.fitting import fit, lightning, pick_device
 from cbam.train.folder import WANDB, check_free, write_config
 from cbam.train.lock import is_mine, locked
-from cbam.train.loggers import Line, Loggers
+from cbam.train.loggers import Loggers, ProgressLine
 from cbam.train.material import began_with, found_at, network, pictures
 from cbam.train.recipes import (
     FINE_TUNING,
@@ -72,23 +72,23 @@ def run(
         here.from_first(lambda: _lock(stack, folder, watch) if folder.is_dir() else None)
         state = here.from_first(lambda: _state(folder, resume, watch.say))
         config = _settings(name, settings, state, folder, watch.say, override=override)
-        if told := config.training().unreached():
-            watch.say(told)
+        if unreached := config.training().unreached():
+            watch.say(unreached)
         where = pick_device(config.device)
         train, val = pictures(config)
         if not config.detects:
             config = dataclasses.replace(config, size=train.size if config.data else None)
         data = material.about(train, val)
         about = {"config": dataclasses.asdict(config), "data": data, "versions": versions()}
-        if state is not None and (told := _difference(state["data"], data)):
-            raise ConfigError(f"the images are not those of the run: {told}")
+        if state is not None and (difference := _difference(state["data"], data)):
+            raise ConfigError(f"the images are not those of the run: {difference}")
         model = network(config, len(train.classes), loaded=state is not None, say=watch.say)
         with lightning():
             from cbam.train.keeper import Keeper
         here.from_first(lambda: _begin(stack, folder, about["config"], watch))
         for note in dict.fromkeys([*train.notes, *val.notes]):
             watch.say(note)
-        watch.now(f"{config.model} on {_told(where, here)}, in {folder}")
+        watch.now(f"{config.model} on {_described_device(where, here)}, in {folder}")
         if state is None and here.is_first:  # left by a run that died before its first checkpoint
             (folder / WANDB).unlink(missing_ok=True)
         loggers = _loggers(config, folder, watch) if here.is_first else None
@@ -118,7 +118,7 @@ def _begin(stack: contextlib.ExitStack, folder: Path, config: dict[str, Any], wa
     write_config(folder, config)
 
 
-def _told(where: torch.device, here: World) -> str:
+def _described_device(where: torch.device, here: World) -> str:
     if here.size == 1:
         return str(where)
     nodes = here.size // here.local_size
@@ -127,7 +127,7 @@ def _told(where: torch.device, here: World) -> str:
 
 def _loggers(config: Config, folder: Path, watch: Watch) -> Loggers:
     loggers = Loggers(config.loggers, folder, dataclasses.asdict(config), watch.say)
-    loggers.put("progress", Line(watch.now, config.epochs, every=getattr(watch, "every", 30.0)))
+    loggers.put("progress", ProgressLine(watch.now, config.epochs, every=getattr(watch, "every", 30.0)))
     return loggers
 
 
@@ -160,7 +160,7 @@ def _settings(
     *,
     override: bool,
 ) -> Config:
-    given = {**given, **_places(given)}
+    given = {**given, **_device_counts(given)}
     for path in ("data", "pretrained"):
         if given.get(path):
             given[path] = full_path(given[path])
@@ -196,16 +196,18 @@ def _settings(
 
 def _refuse_idle(before: Config, config: Config) -> None:
     """Refuse settings that differ from `before` but have no effect together with the others."""
-    told = {}
+    reasons = {}
     if config.schedule != "step":
-        told |= dict.fromkeys(("step_epochs", "milestones"), f"is for --schedule step, not {config.schedule}")
+        reasons |= dict.fromkeys(
+            ("step_epochs", "milestones"), f"is for --schedule step, not {config.schedule}"
+        )
     if config.optimizer != "sgd":
-        told["momentum"] = f"is for --optimizer sgd, not {config.optimizer}"
+        reasons["momentum"] = f"is for --optimizer sgd, not {config.optimizer}"
     if "+" not in config.model:
-        told["start"] = f"is for added attention, and {config.model} has none (NAME+cbam adds it)"
-    idle = [name for name in told if getattr(config, name) != getattr(before, name)]
+        reasons["start"] = f"is for added attention, and {config.model} has none (NAME+cbam adds it)"
+    idle = [name for name in reasons if getattr(config, name) != getattr(before, name)]
     if idle:
-        raise ConfigError("; ".join(f"{name} {told[name]}" for name in idle))
+        raise ConfigError("; ".join(f"{name} {reasons[name]}" for name in idle))
 
 
 def _hint(refused: list[str]) -> str:
@@ -213,7 +215,7 @@ def _hint(refused: list[str]) -> str:
     return ", or --override to continue with the new ones" if could else ""
 
 
-def _places(given: dict[str, Any]) -> dict[str, int]:
+def _device_counts(given: dict[str, Any]) -> dict[str, int]:
     """The actual numbers of devices and nodes."""
     here = world()
     found = {"devices": here.local_size, "nodes": here.size // here.local_size}
@@ -226,8 +228,8 @@ def _places(given: dict[str, Any]) -> dict[str, int]:
 def _difference(before: dict, now: dict) -> str:
     """The difference in words; older checkpoints record neither the file names nor the objects."""
     other = [name for name in now if name in before and before[name] != now[name]]
-    told = [f"{n} {str(before[n])[:80]} -> {str(now[n])[:80]}" for n in other if n not in _DIGESTS]
-    return "; ".join(told or [_DIGESTS[name] for name in other])
+    shown = [f"{n} {str(before[n])[:80]} -> {str(now[n])[:80]}" for n in other if n not in _DIGESTS]
+    return "; ".join(shown or [_DIGESTS[name] for name in other])
 
 
 _DIGESTS = {

@@ -60,16 +60,16 @@ def score(
         raise CheckpointNotFoundError(f"{path}: no such file")
     pick_device(device)
     if hub.is_published(path):
-        net, val, told = _published(path, data, model, size, held_out)
+        net, val, description = _published(path, data, model, size, held_out)
     elif path.is_dir() or checkpoint.is_ours(path):
-        net, val, told = _trained(path, data, model, size, held_out)
+        net, val, description = _trained(path, data, model, size, held_out)
     else:
-        net, val, told = _weights(path, data, model, size, held_out)
+        net, val, description = _weights(path, data, model, size, held_out)
     if isinstance(val, BoxedImages):
         scored = evaluate_detector(net, val, batch_size=batch_size or 8, device=device, workers=workers)
     else:
         scored = evaluate(net, val, batch_size=batch_size or 256, device=device, workers=workers)
-    return scored, told
+    return scored, description
 
 
 def _published(
@@ -86,7 +86,7 @@ def _published(
     known = {**card.pictures, "classes": list(card.classes)} if "names" in card.pictures else None
     # The card has no path, so a folder with the name on it also counts as what was trained on.
     own = data is not None and (Path(data).absolute().name == card.data or _holds(config, known))
-    val, which = _pictures(config, held_out=held_out or own, began_with=known if own else None)
+    val, which = _pictures(config, held_out=held_out or own, trained_on=known if own else None)
     assert not isinstance(val, BoxedImages)
     if not card.classes:
         raise ConfigError(f"{path}: its card does not name the classes, so it cannot be scored")
@@ -106,7 +106,7 @@ def _trained(path: Path, data: str | None, model: str | None, size: int | None, 
     )  # fmt: skip
     if not (own := _is_of_run(config, began, state["data"])):
         config = dataclasses.replace(config, limit=None)  # the limit is for the run's own images
-    val, which = _pictures(config, held_out=held_out or own, began_with=state["data"] if own else None)
+    val, which = _pictures(config, held_out=held_out or own, trained_on=state["data"] if own else None)
     _check_classes(val, state["data"]["classes"], "the run")
     net = network(config, len(val.classes), loaded=True)
     load_trained(net, average_of(state), config.model, path)
@@ -132,13 +132,13 @@ def _weights(path: Path, data: str | None, model: str | None, size: int | None, 
 
 
 def _pictures(
-    config: Config, *, held_out: bool, began_with: dict[str, Any] | None = None
+    config: Config, *, held_out: bool, trained_on: dict[str, Any] | None = None
 ) -> tuple[_Set, str]:
     """The images to score, and a description of how many of which folder they are.
 
     Args:
         held_out: from a folder of classes that we split, take the validation part.
-        began_with: what the run was trained on, if these are its own images.
+        trained_on: what the run was trained on, if these are its own images.
     """
     whole = None
     if config.data and not config.detects:
@@ -148,7 +148,7 @@ def _pictures(
     train, val = pictures(config)
     if whole is not None:
         # The split follows the order of the file names, so one image more changes it.
-        if began_with is not None and not _same(began_with, train, val):
+        if trained_on is not None and not _same(trained_on, train, val):
             raise ConfigError(
                 f"the images in {config.data} have changed since the run began, so which were held out is "
                 "no longer known: restore the folder, or score one with another name and none of the run's "

@@ -15,7 +15,7 @@ from cbam.errors import InputError
 from cbam.train.average import Average
 from cbam.train.distributed import world
 from cbam.train.fault import fault
-from cbam.train.guard import Before, Pending
+from cbam.train.guard import Pending, Snapshot
 from cbam.train.optimizer import make_optimizer, parameter_groups
 from cbam.train.recipe import Recipe
 from cbam.train.task import Part, Task
@@ -75,7 +75,7 @@ class Steps(pl.LightningModule):
         self.collected: Any = None  # of the last validation
         self._samples, self._seed, self._shard = samples, seed, shard
         self._compiled = torch.compile(task.model) if self.recipe.compile else None
-        self._before = Before(task.model)
+        self._snapshot = Snapshot(task.model)
         self._seen: dict = {}
         self.validated: dict = {}
         self._skip, self._skipped, self._averaged = False, 0, False
@@ -106,7 +106,7 @@ class Steps(pl.LightningModule):
         self._sums = torch.tensor(seen.get("sums", [0.0, 0, 0]), dtype=torch.float64)
         self._began, self._seconds, self._steps = time.perf_counter(), float("nan"), []
         self._waited, self._ended, self._images = 0.0, self._began, 0.0
-        self._asked = (self._began, 0.0, 0.0)
+        self._last_rates = (self._began, 0.0, 0.0)
 
     @property
     def epoch(self) -> int:
@@ -121,7 +121,7 @@ class Steps(pl.LightningModule):
             "sums": self._sums.tolist(),
         }
 
-    def take_up(self, epoch: int, seen: dict, history: list[dict]) -> None:
+    def restore(self, epoch: int, seen: dict, history: list[dict]) -> None:
         """Resume in `epoch`, after the progress in `seen`."""
         self.first_epoch, self._seen, self.history = epoch, seen, list(history)
         self._begin(seen)
@@ -141,8 +141,8 @@ class Steps(pl.LightningModule):
     def rates(self) -> dict[str, float]:
         """Images per second over all processes, and the share of time spent waiting, since the last call."""
         now = time.perf_counter()
-        began, images, waited = self._asked
-        self._asked = (now, self._images, self._waited)
+        began, images, waited = self._last_rates
+        self._last_rates = (now, self._images, self._waited)
         seconds = max(1e-9, now - began)
         return {
             "images_per_second": (self._images - images) / seconds,
@@ -158,7 +158,7 @@ class Steps(pl.LightningModule):
         self._waited += now - self._ended
         if self.place(batch_idx)[1] == 0:
             self._step_began, self._step_sums, self._skip = now, [0.0, 0.0, 0.0], False
-            self._before.remember()
+            self._snapshot.take()
 
     def training_step(self, batch, batch_idx: int) -> Tensor:
         step, number = self.place(batch_idx)
@@ -183,30 +183,30 @@ class Steps(pl.LightningModule):
         self.summed_flags = agreed[4:]
         self._step_sums = [a + b for a, b in zip(self._step_sums, agreed[:3], strict=True)]
         if agreed[3]:
-            self._refuse(value, bad)
+            self._reject_step(value, bad)
         self._images += agreed[2]
         if world().size > 1:
-            self._name_unused()
+            self._check_unused()
 
-    def _refuse(self, value: float, bad: bool) -> None:
+    def _reject_step(self, value: float, bad: bool) -> None:
         batch_idx = self.trainer.fit_loop.epoch_loop.batch_idx
         step, _ = self.place(batch_idx)
         mine = self._indices.tolist() if bad else []
         pictures = [index for part in world().all(mine) for index in part]
-        told = ", ".join(map(str, pictures[:8])) + (", ..." if len(pictures) > 8 else "")
+        indices = ", ".join(map(str, pictures[:8])) + (", ..." if len(pictures) > 8 else "")
         what = f"the loss is {value if bad else 'not finite'} in epoch {self.epoch}, step {step}"
         self._skipped += not self._skip
         if self.recipe.nonfinite == "stop" or self._skipped > SKIPS:
-            self._before.restore()
-            often = f"; the {self._skipped - 1} steps before were skipped" if self._skipped > 1 else ""
+            self._snapshot.restore()
+            skipped = f"; the {self._skipped - 1} steps before were skipped" if self._skipped > 1 else ""
             raise NonFiniteLossError(
-                f"{what}, on the training images {told}; no step was taken{often}", pictures
+                f"{what}, on the training images {indices}; no step was taken{skipped}", pictures
             )
         self._skip = True
         if world().is_first:
-            _log.warning("%s, on the training images %s; the step is skipped", what, told)
+            _log.warning("%s, on the training images %s; the step is skipped", what, indices)
 
-    def _name_unused(self) -> None:
+    def _check_unused(self) -> None:
         unused = [n for n, p in self.model.named_parameters() if p.requires_grad and p.grad is None]
         if unused:
             raise InputError(
@@ -217,7 +217,7 @@ class Steps(pl.LightningModule):
     def on_before_optimizer_step(self, optimizer) -> None:
         self._check_scale()
         if self._skip:  # without gradients the optimizer changes neither parameters nor momentum
-            self._before.restore()
+            self._snapshot.restore()
             optimizer.zero_grad(set_to_none=True)
         else:
             self._skipped = 0
@@ -245,13 +245,13 @@ class Steps(pl.LightningModule):
 
     def undo_parts(self) -> None:
         """Undo what the parts of an unfinished step changed; a step counts only once it is complete."""
-        self._before.restore()
+        self._snapshot.restore()
 
     def on_train_batch_end(self, outputs, batch, batch_idx: int) -> None:
         self._ended = time.perf_counter()
         if self.ends_step(batch_idx):
             self._steps.append(self._ended - self._step_began)
-        self._tell(3 * len(batch["index"]))
+        self._report_work(3 * len(batch["index"]))
 
     def on_train_epoch_end(self) -> None:
         # Lightning validates before this hook, so the epoch's time was taken when validation began.
@@ -281,16 +281,16 @@ class Steps(pl.LightningModule):
     def on_validation_epoch_start(self) -> None:
         if self.trainer.state.fn == "fit":
             self._seconds = time.perf_counter() - self._began
-        world().spread(list(self.model.buffers()))
+        world().broadcast(list(self.model.buffers()))
         if self.average is not None:
-            world().spread(list(self.average.tensors.values()))
+            world().broadcast(list(self.average.tensors.values()))
             self.average.swap()
             self._averaged = True
         self.outputs, self.collected = [], None
 
     def validation_step(self, batch, batch_idx: int) -> None:
         self.outputs.append(self.task.output(batch))
-        self._tell(len(batch["index"]))
+        self._report_work(len(batch["index"]))
 
     def on_validation_epoch_end(self) -> None:
         self.end_validation()
@@ -303,6 +303,6 @@ class Steps(pl.LightningModule):
             self.average.swap()
         self._averaged = False
 
-    def _tell(self, images: int) -> None:
+    def _report_work(self, images: int) -> None:
         if self.on_step is not None:
             self.on_step(images * world().size)  # the other processes do as much

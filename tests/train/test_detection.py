@@ -22,7 +22,7 @@ from cbam.models import build
 from cbam.surgery import attached
 from cbam.train import Config, Recipe, checkpoint, evaluate_detector, fit, material, run, score
 from cbam.train.detection import Detection
-from cbam.train.detector import begin_with, make_detector
+from cbam.train.detector import load_initial_weights, make_detector
 from cbam.train.keeper import Keeper
 from cbam.train.material import network, pictures
 from cbam.train.recipes import recipe
@@ -368,7 +368,7 @@ def test_a_classifier_goes_into_the_network_of_a_detector(name, tmp_path):
     torch.save(network.state_dict(), tmp_path / "classifier.pt")
     model = make_detector(name, 3, start="identity", size=None, regions=None)
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    begin_with(model, name, str(tmp_path / "classifier.pt"))
+    load_initial_weights(model, name, str(tmp_path / "classifier.pt"))
     state = model.state_dict()
     changed = {key for key in state if key in before and not torch.equal(state[key], before[key])}
     if name.startswith("faster"):
@@ -390,7 +390,7 @@ def test_a_classifier_goes_into_the_network_of_a_detector(name, tmp_path):
         assert len(convolutions) == 13
     torch.save(model.state_dict(), tmp_path / "detector.pt")
     other = make_detector(name, 3, start="identity", size=None, regions=None)
-    begin_with(other, name, str(tmp_path / "detector.pt"))
+    load_initial_weights(other, name, str(tmp_path / "detector.pt"))
     assert all(torch.equal(value, other.state_dict()[key]) for key, value in model.state_dict().items())
 
 
@@ -407,7 +407,7 @@ def test_attention_that_a_classifier_lacks_begins_as_was_said(name, start):
     model = make_detector(name, 3, start=start, size=None, regions=None)
     before = {key: value.clone() for key, value in model.state_dict().items() if ".cbam." in key}
     assert any(key.endswith(".gain") for key in before) == (start == "identity")
-    assert begin_with(model, name, plain)[1]
+    assert load_initial_weights(model, name, plain)[1]
     after = model.state_dict()
     assert {key for key in after if ".cbam." in key} == before.keys()
     assert all(torch.equal(after[key], value) for key, value in before.items())
@@ -419,7 +419,7 @@ def test_a_file_that_is_neither_is_refused(tmp_path):
     torch.save({"weight": torch.ones(3)}, tmp_path / "odd.pt")
     model = make_detector("ssd300:mobilenet_v1", 3, start="paper", size=None, regions=None)
     with pytest.raises(CheckpointError, match="does not fit the whole detector either"):
-        begin_with(model, "ssd300:mobilenet_v1", str(tmp_path / "odd.pt"))
+        load_initial_weights(model, "ssd300:mobilenet_v1", str(tmp_path / "odd.pt"))
 
 
 def test_what_is_wrong_with_a_file_is_said_once(tmp_path):
@@ -434,7 +434,7 @@ def test_what_is_wrong_with_a_file_is_said_once(tmp_path):
         (build("resnet_tiny"), "resnet_tiny", odd, 1),
     ):
         with pytest.raises(CheckpointError) as error:
-            begin_with(model, name, str(path))
+            load_initial_weights(model, name, str(path))
         assert str(error.value).count(str(path)) == parts
 
 

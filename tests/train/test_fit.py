@@ -19,8 +19,8 @@ from cbam.data import Images, loader
 from cbam.errors import ConfigError, DataError, InputError, NonFiniteError, OutOfMemoryError
 from cbam.train import Recipe, evaluate, fit, pick_device
 from cbam.train.average import Average
-from cbam.train.classification import Classification, judged, normalise
-from cbam.train.engine import _Shared, _tell_of_emulation
+from cbam.train.classification import Classification, normalise, per_image_scores
+from cbam.train.engine import _DDP, _warn_of_emulation
 from cbam.train.optimizer import parameter_groups
 from cbam.train.steps import Steps
 
@@ -216,7 +216,11 @@ def test_a_validation_keeps_a_few_numbers_of_an_image_and_an_evaluation_its_outp
 def test_one_output_that_is_not_finite_is_found_in_whatever_class(value, column):
     logits = torch.zeros(3, 7)
     logits[1, column] = value
-    assert judged(logits, torch.zeros(3, dtype=torch.long))[:, 0].isnan().tolist() == [False, True, False]
+    assert per_image_scores(logits, torch.zeros(3, dtype=torch.long))[:, 0].isnan().tolist() == [
+        False,
+        True,
+        False,
+    ]
 
 
 def test_outputs_that_are_nan_are_no_top_1_error():
@@ -345,12 +349,12 @@ def test_after_an_error_nobody_waits_for_a_gpu_that_waits_for_the_dead(monkeypat
     # R6
     calls: list[str] = []
     monkeypatch.setattr(DDPStrategy, "teardown", lambda self: calls.append("teardown"))
-    monkeypatch.setattr(_Shared, "root_device", torch.device(device))
-    strategy = _Shared()
+    monkeypatch.setattr(_DDP, "root_device", torch.device(device))
+    strategy = _DDP()
     strategy.on_exception(RuntimeError("Connection closed by peer"))
     strategy.teardown()
     assert calls == ["teardown"] * moved
-    _Shared().teardown()
+    _DDP().teardown()
     assert calls == ["teardown"] * (moved + 1)
 
 
@@ -437,14 +441,14 @@ def test_a_processor_that_lacks_the_arithmetic_of_a_precision_is_told_once(
     precision, arithmetic, monkeypatch, caplog
 ):
     monkeypatch.setattr(torch.ops.mkldnn, f"_is_mkldnn_{precision}_supported", lambda: arithmetic)
-    _tell_of_emulation.cache_clear()
+    _warn_of_emulation.cache_clear()
     for _ in range(2):
         recipe = Recipe(epochs=1, batch_size=8, precision=precision)
         fit(small(), Colours(8), Colours(8), recipe, seed=0, device="cpu")
     told = [record.message for record in caplog.records if "--precision fp32" in record.message]
     assert len(told) == (not arithmetic)
     assert all(precision in message for message in told)
-    _tell_of_emulation.cache_clear()
+    _warn_of_emulation.cache_clear()
 
 
 def test_a_compiled_network_is_trained_under_its_own_names(monkeypatch):

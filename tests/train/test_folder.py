@@ -27,13 +27,13 @@ def test_metrics_are_cut_to_the_checkpoint_and_a_torn_line_goes(tmp_path):
         metrics.add(entry)
     whole = lines(tmp_path)
     (tmp_path / METRICS).write_bytes((tmp_path / METRICS).read_bytes() + b'{"epoch": 1, "st')
-    metrics.cut(1, 6)
+    metrics.truncate(1, 6)
     assert lines(tmp_path) == whole
-    metrics.cut(1, 4)
+    metrics.truncate(1, 4)
     assert lines(tmp_path) == whole[:3]
-    metrics.cut(0, 3)  # after the last step of epoch 0, before its validation
+    metrics.truncate(0, 3)  # after the last step of epoch 0, before its validation
     assert lines(tmp_path) == whole[:1]
-    metrics.cut(0, -1)
+    metrics.truncate(0, -1)
     assert lines(tmp_path) == []
 
 
@@ -61,7 +61,7 @@ def test_a_disk_that_is_full_before_the_first_step_is_an_output_error(tmp_path):
     metrics = Metrics(tmp_path, print)
     for name, begin in (
         (CONFIG, lambda: write_config(tmp_path, {})),
-        (METRICS, lambda: metrics.cut(1, 2, [{"epoch": 0, "train_loss": 1.0}])),
+        (METRICS, lambda: metrics.truncate(1, 2, [{"epoch": 0, "train_loss": 1.0}])),
     ):
         (tmp_path / f".{name}.part").symlink_to("/dev/full")
         with pytest.raises(OutputError, match=rf"cannot write to {tmp_path}: No space left.*another --out"):

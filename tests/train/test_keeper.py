@@ -18,7 +18,7 @@ from cbam.errors import CheckpointError, DataError, NonFiniteError, OutputError,
 from cbam.train import Recipe, checkpoint, fit
 from cbam.train.folder import METRICS, epochs
 from cbam.train.keeper import NONFINITE, Keeper
-from cbam.train.loggers import Line, Loggers
+from cbam.train.loggers import Loggers, ProgressLine
 
 RECIPE = Recipe(epochs=2, batch_size=4)  # 3 steps per epoch
 PARTS = dataclasses.replace(RECIPE, accumulate=2)
@@ -268,7 +268,7 @@ def test_a_step_that_is_skipped_has_no_loss_and_the_line_of_progress_says_so(tmp
     # R10
     said: list[str] = []
     loggers = Loggers((), tmp_path, {}, said.append)
-    loggers.put("progress", Line(said.append, 2, every=0.0))
+    loggers.put("progress", ProgressLine(said.append, 2, every=0.0))
     train(tmp_path, nan_at(2), recipe=dataclasses.replace(RECIPE, nonfinite="skip"), loggers=loggers)
     lines = [json.loads(line) for line in (tmp_path / METRICS).read_text().splitlines()]
     assert [line["loss"] is None for line in lines if "loss" in line] == [False, True, *[False] * 4]
@@ -420,7 +420,7 @@ def test_an_epoch_without_a_step_has_no_loss_and_no_error_of_training(tmp_path):
     # R10
     said: list[str] = []
     loggers = Loggers(("csv",), tmp_path, {}, said.append)
-    loggers.put("progress", Line(said.append, 2, every=0.0))
+    loggers.put("progress", ProgressLine(said.append, 2, every=0.0))
     recipe = dataclasses.replace(RECIPE, nonfinite="skip")
     history = train(tmp_path, nan_at(1, 2, 3), recipe=recipe, loggers=loggers, say=said.append)
     lines = [json.loads(line) for line in (tmp_path / METRICS).read_text().splitlines()]

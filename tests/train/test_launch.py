@@ -13,8 +13,8 @@ import torch
 from cbam.errors import ConfigError, DistributedError
 from cbam.train import Config
 from cbam.train.distributed import World, joined, world
-from cbam.train.launch import Place, _exit_code, _tell_of_half, first_host, launch, place
-from cbam.train.runs import _places
+from cbam.train.launch import Place, _exit_code, _warn_incomplete, first_host, launch, place
+from cbam.train.runs import _device_counts
 
 
 @pytest.fixture(autouse=True)
@@ -90,7 +90,7 @@ def test_the_script_of_a_slurm_job_is_a_process_of_its_own(monkeypatch):
 def test_a_process_that_knows_how_many_there_are_and_not_which_it_is_says_that_it_works_alone(
     monkeypatch, caplog
 ):
-    _tell_of_half.cache_clear()
+    _warn_incomplete.cache_clear()
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert place() is None
     assert not caplog.messages
@@ -165,8 +165,8 @@ def _children(pid: int) -> list[str]:
 
 def test_a_number_of_devices_that_was_not_started_is_refused():
     with pytest.raises(ConfigError, match="devices is 4, but 1 was started"):
-        _places({"devices": 4})
-    assert _places({}) == {"devices": 1, "nodes": 1}
+        _device_counts({"devices": 4})
+    assert _device_counts({}) == {"devices": 1, "nodes": 1}
     assert Config(**json.loads(json.dumps({"recipe": "digits", "devices": 4}))).devices == 4
 
 

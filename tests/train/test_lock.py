@@ -73,7 +73,7 @@ def _hasty(monkeypatch):
 def test_a_run_of_another_machine_that_gives_a_sign_of_life_keeps_its_folder(tmp_path, of):
     # K18, R21
     theirs, over = of(tmp_path), threading.Event()
-    pulse = threading.Thread(target=lock._beat, args=(theirs, over))
+    pulse = threading.Thread(target=lock._heartbeat, args=(theirs, over))
     pulse.start()
     before, said = theirs.read_bytes(), []
     try:

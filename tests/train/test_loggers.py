@@ -11,7 +11,7 @@ import pytest
 from cbam.errors import StoppedError
 from cbam.train import run
 from cbam.train.folder import METRICS
-from cbam.train.loggers import Line, Loggers
+from cbam.train.loggers import Loggers, ProgressLine
 
 
 class Watch:
@@ -159,7 +159,7 @@ def test_a_full_disk_ends_the_table_and_not_the_run(tmp_path):
 
 def test_the_line_of_progress_comes_not_too_often():
     said: list[str] = []
-    line = Line(said.append, 9, every=1000.0)
+    line = ProgressLine(said.append, 9, every=1000.0)
     for step in range(3):
         line.log_metrics({"epoch": 2, "loss": 0.5, "images_per_second": 12.3, "wait_share": 0.04}, step)
     assert said == ["epoch 2 of 9, step 0: loss 0.5000, 12 images/s, 4 % of the time waiting for images"]
