@@ -130,7 +130,7 @@ class Keeper(pl.Callback):
             self.metrics.truncate(epoch, step, before)
 
     def _restore_rng(self, state: dict[str, Any]) -> None:
-        """Restore this process's random state, or seed a new one if the number of processes has changed."""
+        """Restore this process's random state. If the number of processes changed, ranks above 0 are reseeded."""
         states = [state["rng"], *state.get("more_rng", [])]
         if len(states) == self._here.size:
             set_rng(states[self._here.rank])

@@ -294,6 +294,5 @@ def changes(
     diff = {
         name: f"{name} {before.get(name)!r} -> {now[name]!r}" for name in now if now[name] != before.get(name)
     }
-    return [diff[name] for name in diff if name not in allowed], [
-        diff[name] for name in diff if name in allowed
-    ]
+    refused = [line for name, line in diff.items() if name not in allowed]
+    return refused, [line for name, line in diff.items() if name in allowed]

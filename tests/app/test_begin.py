@@ -130,10 +130,8 @@ def test_a_training_begins_with_a_run_or_a_folder_to_publish(capsys):
     for source in ("first", next(Path("first").glob("*.ckpt")).as_posix(), "shared"):
         out = f"from-{Path(source).name}"
         assert cli.main([*line, "--pretrained", source, "--lr", "0", "--out", out]) == 0
-        told = (
-            f"weights of {Path.cwd() / source}: {len(average)} tensors loaded; attention at 3 places starts "
-        )
-        assert f"{told}as" in capsys.readouterr().out
+        taken = f"{len(average)} tensors loaded; attention at 3 places starts as"
+        assert f"weights of {Path.cwd() / source}: {taken}" in capsys.readouterr().out
         assert torch.equal(first_weights(out)["layer1.0.conv1.weight"], average["layer1.0.conv1.weight"])
     assert cli.main([*line, "--pretrained", "from-first", "--out", "on"]) == 0
     assert "attention at 3 places as in the file" in capsys.readouterr().out
