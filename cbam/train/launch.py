@@ -22,7 +22,7 @@ from pathlib import Path
 from cbam.errors import DistributedError
 
 GRACE = 10.0  # seconds for the others to end after one process has failed
-_OURS = "_CBAM_PLACE"  # set by `launch` for the processes it starts
+_OURS, _LAUNCHER = "_CBAM_PLACE", "_CBAM_LAUNCHER"  # set by `launch` for the processes it starts
 # Runs this copy of the package, whatever the working directory contains.
 _RUN = """import sys; sys.path.insert(0, sys.argv.pop(1)); import cbam; sys.path.append(sys.path.pop(0))
 from cbam.__main__ import main; sys.exit(main())"""
@@ -124,7 +124,7 @@ def launch(arguments: Sequence[str], processes: int) -> int:
 
 
 def _start(arguments: Sequence[str], where: Place) -> subprocess.Popen:
-    environment = {**os.environ, _OURS: json.dumps(asdict(where))}
+    environment = {**os.environ, _OURS: json.dumps(asdict(where)), _LAUNCHER: str(os.getpid())}
     return subprocess.Popen(
         [sys.executable, "-P", "-c", _RUN, _HOME, *arguments],
         env=environment,
@@ -186,9 +186,9 @@ def _exit_code(ended: Sequence[tuple[int, int]], processes: int, received: Seque
 
 def die_with_parent() -> None:
     """Have SIGTERM sent to this process when the one that launched it ends (Linux)."""
-    if _OURS not in os.environ or not sys.platform.startswith("linux"):
+    if _LAUNCHER not in os.environ or not sys.platform.startswith("linux"):
         return
     pr_set_pdeathsig = 1
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
-    if os.getppid() == 1:  # it has already ended
+    if os.getppid() != int(os.environ[_LAUNCHER]):  # it has already ended; in a container it may be process 1
         os.kill(os.getpid(), signal.SIGTERM)

@@ -1,10 +1,13 @@
 """Where a process stands among several, and what a launch ends with (rows R6, R9, R25)."""
 
+import ctypes
 import json
+import os
 import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -13,7 +16,16 @@ import torch
 from cbam.errors import ConfigError, DistributedError
 from cbam.train import Config
 from cbam.train.distributed import World, joined, world
-from cbam.train.launch import Place, _exit_code, _warn_incomplete, first_host, launch, place
+from cbam.train.launch import (
+    Place,
+    _exit_code,
+    _start,
+    _warn_incomplete,
+    die_with_parent,
+    first_host,
+    launch,
+    place,
+)
 from cbam.train.runs import _device_counts
 
 
@@ -157,6 +169,25 @@ def test_a_launch_that_is_ended_while_it_begins_says_so():
             assert launched.wait(60) == 143
         finally:
             launched.kill()
+
+
+def test_a_process_ends_with_its_launcher_which_may_be_process_1_of_a_container(monkeypatch):
+    # R6
+    started, ended, parent = [], [], [1]
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, env, **__: started.append(env))
+    monkeypatch.setattr(os, "getpid", lambda: 1)
+    _start([], Place(0, 2, 0, 2, "file:store"))
+    for name, value in started[0].items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: types.SimpleNamespace(prctl=lambda *_: 0))
+    monkeypatch.setattr(os, "getppid", lambda: parent[0])
+    monkeypatch.setattr(os, "kill", lambda _, number: ended.append(number))
+    die_with_parent()
+    assert ended == []
+    parent[0] = 7  # who adopts a process whose launcher is gone
+    die_with_parent()
+    assert ended == [signal.SIGTERM]
 
 
 def _children(pid: int) -> list[str]:
