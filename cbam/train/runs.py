@@ -71,7 +71,9 @@ def run(
     with contextlib.ExitStack() as stack:
         here.from_first(lambda: _lock(stack, folder, watch) if folder.is_dir() else None)
         state = here.from_first(lambda: _state(folder, resume, watch.say))
-        config = _settings(name, settings, state, folder, watch.say, override=override)
+        config = _settings(name, settings, state, watch.say, override=override)
+        if config.data and not config.detects:
+            refuse_among(config.data, folder)
         if unreached := config.training().unreached():
             watch.say(unreached)
         where = pick_device(config.device)
@@ -155,7 +157,6 @@ def _settings(
     name: str,
     given: dict[str, Any],
     state: dict | None,
-    folder: Path,
     say: Callable[[str], None],
     *,
     override: bool,
@@ -172,8 +173,6 @@ def _settings(
         if config.data is None and config.recipe != "digits" and not config.detects:
             raise ConfigError(f"the recipe {name} needs DATA, an image folder")
         _refuse_idle(recipe(name), config)
-        if config.data and not config.detects:
-            refuse_among(config.data, folder)
         if name == FINE_TUNING and not config.pretrained:
             raise ConfigError(f"the recipe {name} needs --pretrained FILE, the weights to start from")
         return config

@@ -463,6 +463,15 @@ def test_a_run_that_would_be_read_as_a_class_of_its_images_is_refused(pictures, 
         run("folder", {}, pictures / beside, Watch(), resume="auto")
 
 
+def test_a_resumed_run_that_would_be_read_as_a_class_of_its_images_is_refused(pictures, tmp_path):
+    settings = {"model": "resnet_tiny", "epochs": 1, "batch_size": 4, "device": "cpu", "loggers": ()}
+    run("folder", {**settings, "data": str(pictures)}, tmp_path / "run", Watch())
+    before = sorted(pictures.rglob("*"))
+    with pytest.raises(ConfigError, match=r"among the classes of .*: give another --out"):
+        run("folder", {}, pictures / "train" / "more", Watch(), resume=str(tmp_path / "run"))
+    assert sorted(pictures.rglob("*")) == before
+
+
 def test_a_run_takes_images_as_they_are_stored_where_that_is_asked_for(pictures):
     # D6
     config, exif = Config("folder", data=str(pictures), exif=False), Image.Exif()
