@@ -126,7 +126,7 @@ def overlapping(
 
 
 def _overlap(a: np.ndarray, b: np.ndarray, crowd: np.ndarray) -> np.ndarray:
-    """Intersection over union, of a crowd over the detection `a` alone: (P, 4) twice -> (P,)."""
+    """Intersection over union; for a crowd, over the area of the detection `a`: (P, 4) twice -> (P,)."""
     shared = (np.minimum(a[:, 2:], b[:, 2:]) - np.maximum(a[:, :2], b[:, :2])).clip(0).prod(1)
     own, other = (boxes[:, 2:] - boxes[:, :2] for boxes in (a, b))
     whole = np.where(crowd, own.prod(1), own.prod(1) + other.prod(1) - shared)

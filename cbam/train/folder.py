@@ -67,7 +67,8 @@ def check_free(folder: Path) -> None:
         return
     if foreign := [name for name in (CONFIG, METRICS, TABLE) if (folder / name).exists()]:
         raise ConfigError(
-            f"{folder} holds {', '.join(foreign)}, not from a run, which would be lost: give another --out"
+            f"{folder} holds files that are not from a run ({', '.join(foreign)}) and would be overwritten: "
+            "give another --out"
         )
 
 

@@ -137,7 +137,7 @@ def test_files_that_are_not_a_runs_are_not_overwritten(tmp_path, monkeypatch, na
     # C7, K18
     (tmp_path / name).write_text(text)
     for resume in (None, "auto"):
-        with pytest.raises(ConfigError, match=f"holds {name}, not from a run.*another --out"):
+        with pytest.raises(ConfigError, match=rf"not from a run \({name}\) and .*another --out"):
             digits(tmp_path, resume=resume, **(SMALL if resume else {}))
     folder, read = tmp_path / "run", runs.pictures
 
