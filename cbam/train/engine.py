@@ -180,7 +180,7 @@ def _translated(error: BaseException, device: torch.device, recipe: Recipe | Non
 
 
 def _memory_advice(device: torch.device, recipe: Recipe | None) -> str:
-    """What was running out of memory, and how to use less, as the end of a message."""
+    """The batch size and peak memory, and how to use less, as part of a message."""
     peak = ""
     if device.type == "cuda":
         peak = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB at the peak"

@@ -130,7 +130,7 @@ class Keeper(pl.Callback):
             self.metrics.truncate(epoch, step, before)
 
     def _restore_rng(self, state: dict[str, Any]) -> None:
-        """Restore this process's random state; if their number changed, reseed all but the first process."""
+        """Restore this process's random state. With a new number of processes, reseed ranks above 0."""
         states = [state["rng"], *state.get("more_rng", [])]
         if len(states) == self._here.size:
             set_rng(states[self._here.rank])
