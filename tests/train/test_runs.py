@@ -377,7 +377,7 @@ def test_a_published_folder_is_scored_as_its_card_says_images_come_to_it(picture
     card = cbam.hub.Card(classes=("bright", "dark"), size=32, mean=(0.2, 0.3, 0.4), std=(0.5,) * 3)
     folder = cbam.save_pretrained(network, tmp_path / "garden", network="resnet_tiny+cbam", card=card)
     scored, what = score(folder, data=str(pictures), device="cpu")
-    assert what == "garden on 4 validation images of images"
+    assert what == "garden on 4 validation images of pictures"
     _, val = material.pictures(Config("folder", data=str(pictures), size=32))
     seen = torch.stack([val[i]["image"] for i in range(4)]) / 255
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (card.mean, card.std))
@@ -399,7 +399,7 @@ def test_a_published_folder_is_scored_as_its_card_says_images_come_to_it(picture
 def test_weights_for_other_classes_than_the_images_are_refused_with_both_numbers(pictures, tmp_path):
     """K12"""
     torch.save(cbam.build("resnet_tiny", num_classes=7).state_dict(), tmp_path / "seven.pth")
-    message = "for 7 classes: give DATA, with a folder of images for each of them; images has 2$"
+    message = "for 7 classes: give DATA, with a folder of images for each of them; pictures has 2$"
     with pytest.raises(CheckpointError, match=message):
         score(tmp_path / "seven.pth", data=str(pictures), model="resnet_tiny")
 
