@@ -1,4 +1,4 @@
-"""Attention into a model and out again: `attach`, `detach`, `sites`, and weights of every dialect."""
+"""Attach attention to a model and detach it, list where it can go, and load weights of every dialect."""
 
 from cbam.surgery.attach import attach, bypassed, detach
 from cbam.surgery.convert import convert_state_dict

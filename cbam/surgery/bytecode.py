@@ -1,7 +1,7 @@
-"""Inspect the bytecode of a forward, and copy it so that it reads other attributes of `self`.
+"""Inspect the bytecode of a forward, and copy it with other attributes of `self` in place of some.
 
-Only the names in a code object are changed. So no source text is needed, and branches, closures and helper
-methods are preserved.
+Only the names in a code object change. No source text is needed, and branches, closures and helper methods
+are preserved.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ class UnroutableError(Exception):
 
 
 def names(base: type[nn.Module]) -> set[str]:
-    """Every name in the code of `forward` and of the methods it reaches."""
+    """All names in the code of `forward` and of the methods it reaches."""
     return {name for code in codes(base) for name in code.co_names}
 
 
@@ -35,7 +35,7 @@ def codes(base: type[nn.Module]) -> Iterator[types.CodeType]:
 
 
 def all_codes(base: type[nn.Module]) -> Iterator[types.CodeType]:
-    """`codes`, and those of the functions that they call or are wrapped in, libraries excepted."""
+    """`codes`, and the code of functions that these call or are wrapped in, except of libraries."""
     pending: list[Any] = [*_reached(base).values(), base.forward]
     seen: set[types.FunctionType] = set()
     while pending:
@@ -47,7 +47,7 @@ def all_codes(base: type[nn.Module]) -> Iterator[types.CodeType]:
         seen.add(function)
         found = [*nested(function.__code__)]
         yield from found
-        with contextlib.suppress(ValueError):  # a cell that is still empty
+        with contextlib.suppress(ValueError):  # an empty cell
             pending += [cell.cell_contents for cell in function.__closure__ or ()]
         pending += [function.__globals__.get(name) for code in found for name in _global_names(code)]
         pending.append(vars(function).get("__wrapped__"))
@@ -67,16 +67,16 @@ def catches(code: types.CodeType) -> bool:
     return any(i.opname == "PUSH_EXC_INFO" for i in dis.get_instructions(code))
 
 
-def makes_text(code: types.CodeType) -> bool:
+def formats_string(code: types.CodeType) -> bool:
     """Whether the code contains an f-string."""
     return any(i.opname.startswith(("FORMAT_", "BUILD_STRING")) for i in dis.get_instructions(code))
 
 
 def is_straight(base: type[nn.Module], child: str) -> bool:
-    """Whether `child` is named in `forward` itself alone, and only called or compared with None.
+    """Whether `child` is named only in `forward` itself, and is only called or compared with None.
 
-    A deferred value must reach the end of the block under the conditions it was made in. Inside a `with`, or
-    in a function that is passed `child`, as `checkpoint` is, it would be computed under others.
+    A deferred value must be computed under the conditions it was created in. Those of a `with`, or of a
+    function that receives `child`, as `checkpoint` does, may have ended by then.
     """
     code = getattr(base.forward, "__code__", None)
     if code is None or enters_context(code):
@@ -98,12 +98,12 @@ def is_straight(base: type[nn.Module], child: str) -> bool:
 
 
 def redirected(base: type[nn.Module], others: dict[str, str]) -> dict[type[nn.Module], dict[str, Any]]:
-    """Copies of the methods that `forward` reaches and that call a child, with that call redirected.
+    """Copies of the methods reached by `forward` that call a child, with that call redirected.
 
     By class: methods of `base`, and those found through `super()` in classes after it in the MRO.
 
     Args:
-        others: for each child, the attribute that the code is to read instead.
+        others: for each child, the attribute to read instead.
 
     Raises:
         UnroutableError: no method names the child, or one uses the name for something else.
@@ -118,7 +118,7 @@ def redirected(base: type[nn.Module], others: dict[str, str]) -> dict[type[nn.Mo
         for child in here:
             _check_code(function, child)
         if here:
-            methods.setdefault(place, {})[name] = _renamed(function, here)
+            methods.setdefault(place, {})[name] = _with_names(function, here)
             missing -= here.keys()
     if missing:
         raise UnroutableError(f"no method of {base.__name__} names {missing.pop()}")
@@ -126,7 +126,7 @@ def redirected(base: type[nn.Module], others: dict[str, str]) -> dict[type[nn.Mo
 
 
 def _reached(base: type[nn.Module]) -> dict[tuple[type, str], types.FunctionType]:
-    """The methods and properties that `forward` uses, itself included: of `base` and behind `super()`."""
+    """`forward` and the methods and properties it uses, of `base` and through `super()`."""
     reached: dict[tuple[type, str], types.FunctionType] = {}
     pending: list[tuple[type | None, int, str]] = [(base, 0, "forward")]
     while pending:
@@ -146,7 +146,7 @@ def _reached(base: type[nn.Module]) -> dict[tuple[type, str], types.FunctionType
 
 
 def nested(code: types.CodeType) -> Iterator[types.CodeType]:
-    """`code`, and that of the functions defined in it."""
+    """`code`, and the code of functions defined in it."""
     yield code
     for const in code.co_consts:
         if isinstance(const, types.CodeType):
@@ -154,7 +154,7 @@ def nested(code: types.CodeType) -> Iterator[types.CodeType]:
 
 
 def _check_code(function: types.FunctionType, child: str) -> None:
-    """Raise unless every use of the name reads an attribute of `self`: renaming changes all uses."""
+    """Raise unless every use of the name reads an attribute of `self`, since renaming changes all uses."""
     receiver = function.__code__.co_varnames[0]
     for code in nested(function.__code__):
         before = None
@@ -173,10 +173,10 @@ def _loads(instruction: dis.Instruction, variable: str) -> bool:
     return instruction.opname.startswith(("LOAD_FAST", "LOAD_DEREF")) and last == variable
 
 
-def _renamed(function: types.FunctionType, names: dict[str, str]) -> types.FunctionType:
-    """`function` reading other attributes of the block: `self._cbam_call` where it read `self.<child>`."""
+def _with_names(function: types.FunctionType, names: dict[str, str]) -> types.FunctionType:
+    """A copy of `function` that reads, for example, `self._cbam_call` instead of `self.<child>`."""
     copy = types.FunctionType(
-        _renamed_code(function.__code__, names),
+        _code_with_names(function.__code__, names),
         function.__globals__,
         function.__name__,
         function.__defaults__,
@@ -188,13 +188,13 @@ def _renamed(function: types.FunctionType, names: dict[str, str]) -> types.Funct
     return copy
 
 
-def _renamed_code(code: types.CodeType, names: dict[str, str]) -> types.CodeType:
+def _code_with_names(code: types.CodeType, names: dict[str, str]) -> types.CodeType:
     return code.replace(
         co_names=tuple(names.get(name, name) for name in code.co_names),
         co_consts=tuple(
-            _renamed_code(c, names) if isinstance(c, types.CodeType) else c for c in code.co_consts
+            _code_with_names(c, names) if isinstance(c, types.CodeType) else c for c in code.co_consts
         ),
-        # Scripting reads a function's source through its file name: it must find none rather than the
-        # original's, which has no attention in it.
+        # Scripting finds a function's source through its file name. It must find none: that of the original
+        # has no attention.
         co_filename=f"<cbam: {code.co_name} with attention at {', '.join(names)}>",
     )

@@ -1,7 +1,7 @@
-"""The side effects of a forward: detected, and undone.
+"""Detect and undo the side effects of a forward.
 
-A user's forward is run here for inspection. It may draw random numbers, update a buffer or store what it has
-computed. None of that may remain, and a forward generated from its graph would leave it out.
+A user's forward, run for inspection, may draw random numbers, update a buffer or store what it computed. None
+of that may remain, and a forward generated from its graph would leave it out.
 """
 
 import contextlib
@@ -19,41 +19,40 @@ DRAWS = "draws random numbers"
 
 
 @contextlib.contextmanager
-def undrawn(seed: int | None = None) -> Iterator[list[str]]:
-    """For a `with`: restores the random generators of Python, NumPy and, on the CPU, torch.
+def rng_restored(seed: int | None = None) -> Iterator[list[str]]:
+    """Context manager: restores the random generators of Python, NumPy and torch (CPU).
 
     Args:
-        seed: what they are seeded with inside, if given.
+        seed: if given, the generators are seeded with it.
 
     Yields:
-        a list, which holds DRAWS after the `with` if anything was drawn.
+        a list that contains DRAWS after the `with` if random numbers were drawn.
     """
     effects: list[str] = []
     numpy: Any = sys.modules.get("numpy.random")  # if it has been imported
-    python, torchs, numpys = _states(numpy)
+    python_state, torch_state, numpy_state = _rng_states(numpy)
     if seed is not None:
         random.seed(seed)
-        torch.default_generator.manual_seed(seed)  # that of the CPU alone
+        torch.default_generator.manual_seed(seed)  # only the CPU's
         if numpy:
             numpy.seed(seed)
-    begin = _states(numpy)
+    begin = _rng_states(numpy)
     try:
         yield effects
     finally:
-        if not _same_states(begin, _states(numpy)):
+        if not _same_rng_states(begin, _rng_states(numpy)):
             effects.append(DRAWS)
-        random.setstate(python)
-        torch.set_rng_state(torchs)
+        random.setstate(python_state)
+        torch.set_rng_state(torch_state)
         if numpy:
-            numpy.set_state(numpys)
+            numpy.set_state(numpy_state)
 
 
 @contextlib.contextmanager
 def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
-    """For a `with`: seeds torch's generators of the CPU, and of `device` if that is a GPU.
+    """Context manager: seeds torch's generators of the CPU, and of `device` if that is a GPU.
 
-    They are restored afterwards. Those of other GPUs, which `torch.manual_seed` would seed too, are left
-    alone.
+    They are restored afterwards. Other GPUs, which `torch.manual_seed` would seed too, are not touched.
     """
     own = [device] if device is not None and device.type == "cuda" else []
     with torch.random.fork_rng(own):
@@ -64,24 +63,24 @@ def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
         yield
 
 
-def _states(numpy: Any) -> tuple[Any, Tensor, Any]:
+def _rng_states(numpy: Any) -> tuple[Any, Tensor, Any]:
     return random.getstate(), torch.get_rng_state(), numpy.get_state() if numpy else None
 
 
-def _same_states(a: tuple[Any, Tensor, Any], b: tuple[Any, Tensor, Any]) -> bool:
-    # NumPy's is a tuple with an array in it, which compares as a list
-    numpys = [state and (state[1].tolist(), state[2:]) for state in (a[2], b[2])]
-    return a[0] == b[0] and torch.equal(a[1], b[1]) and numpys[0] == numpys[1]
+def _same_rng_states(a: tuple[Any, Tensor, Any], b: tuple[Any, Tensor, Any]) -> bool:
+    # a NumPy state is a tuple with an array, which is compared as a list
+    numpy_states = [state and (state[1].tolist(), state[2:]) for state in (a[2], b[2])]
+    return a[0] == b[0] and torch.equal(a[1], b[1]) and numpy_states[0] == numpy_states[1]
 
 
 @contextlib.contextmanager
-def unchanged(module: nn.Module, called: str = "") -> Iterator[list[str]]:
-    """For a `with`: restores the attributes of `module` itself, and the values of its buffers.
+def state_restored(module: nn.Module, path: str = "") -> Iterator[list[str]]:
+    """Context manager: restores the attributes of `module` itself, and the values of its buffers.
 
-    A cache that a trace has filled would poison the next run. `called` is the module's name in its block.
+    A cache filled by a trace would break the next run. `path` is the module's name in its block.
 
     Yields:
-        a list, which says after the `with` what was changed.
+        a list that states after the `with` what was changed.
     """
     effects: list[str] = []
     attributes = dict(vars(module))
@@ -98,7 +97,7 @@ def unchanged(module: nn.Module, called: str = "") -> Iterator[list[str]]:
         names = [n for n in {**attributes, **now} if attributes.get(n, effects) is not now.get(n, effects)]
         names += [n for n, container, content in contents if _items(container) != _items(content)]
         names += [n for n, buffer, version, _ in buffers if buffer._version != version]
-        of = f"self.{called}." if called else "self."
+        of = f"self.{path}." if path else "self."
         effects += [f"changes {of}{name}" for name in names if name != "training"]
         now.clear()
         now.update(attributes)
@@ -113,7 +112,7 @@ def unchanged(module: nn.Module, called: str = "") -> Iterator[list[str]]:
 
 @contextlib.contextmanager
 def modes_restored(model: nn.Module) -> Iterator[None]:
-    """For a `with`: restores the training or eval mode of every module."""
+    """Context manager: restores the training or eval mode of every module."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         yield
@@ -124,14 +123,14 @@ def modes_restored(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """For a `with`: `model.eval()`; the mode of every module is restored afterwards."""
+    """Context manager: calls `model.eval()`, and restores the mode of every module afterwards."""
     with modes_restored(model):
         model.eval()
         yield
 
 
 def _items(container: Any) -> list[tuple[Any, int]]:
-    """The contents of a container, by identity: they may be tensors, which do not compare."""
+    """The contents of a container by identity, since they may be tensors, which `==` does not compare."""
     if isinstance(container, dict):
         return [(key, id(value)) for key, value in container.items()]
     return [(None, id(value)) for value in container]

@@ -2,7 +2,7 @@
 
 The graph holds the operations of the block's own `forward`, with every child as one call
 (`cbam.surgery.tracing`). The trunk is followed back from the output, at each residual add along the shortcut.
-The result is a conjecture, which `cbam.surgery.trial` checks by running the block.
+`cbam.surgery.trial` then checks the result by running the block.
 """
 
 import inspect
@@ -57,7 +57,7 @@ class Trunk:
     Attributes:
         graph, effects: of the block, from `trace_with_effects`.
         adds: the last one first.
-        note: a sum of another kind in which the trunk ends; else empty.
+        note: why the trunk ends in a sum of another kind; empty if it does not.
     """
 
     def __init__(self, block: nn.Module, graph: fx.Graph, effects: list[str]) -> None:
@@ -72,7 +72,7 @@ class Trunk:
         self._walk(_first_node(next(iter(reversed(graph.nodes))).args[0]))
 
     def inputs(self, node: Node) -> list[Node]:
-        """The tensors that flow into `node`: neither parameters nor sizes."""
+        """The tensors that `node` reads, except parameters and sizes."""
         return [n for n in node.all_input_nodes if n.op != "get_attr" and n not in self._scalars]
 
     def _walk(self, node: Node | None) -> None:
@@ -106,12 +106,12 @@ class Trunk:
         if any(_name(n) in _MATMULS for n in inner):
             return Add(node, branch, shortcut, "an attention module: its branch multiplies matrices")
         if not self._convs(inner) or not any(self._is_nonlinear(n) for n in inner):
-            reason = "linear branch: it holds no convolution and nonlinearity"
+            reason = "linear branch: it lacks a convolution or a nonlinearity"
             return Add(node, branch, shortcut, reason, on_request=True)
         return Add(node, branch, shortcut)
 
     def _partial(self, node: Node) -> str:
-        """Why the walk ends at a node of several inputs."""
+        """Why the walk ends at a node with several inputs."""
         sums = [p for p in self.inputs(node) if _is_add(p) and len(self.inputs(p)) == 2]
         if node.target not in _CATS or not sums:
             return ""
@@ -160,7 +160,7 @@ class Trunk:
             yield child, "before"
 
     def tail(self, add: Add) -> Node | None:
-        """The ReLU of a block that ends in relu(norm + shortcut), if nothing else reads either value.
+        """The ReLU of a block that ends in relu(norm + shortcut), if nothing else reads the norm or the add.
 
         Norm and add are deferred until the ReLU, so nothing may write to their inputs before it: the norm's
         input has no other reader and shares no memory, and the ReLU directly follows the add.
@@ -182,13 +182,13 @@ class Trunk:
         return relu if found else None
 
     def _is_new(self, node: Node) -> bool:
-        """Whether nothing else can hold the memory of a value: all values that may share it are read once."""
+        """Whether a value shares its memory with nothing else: all values that may alias it are read once."""
         if len(node.users) != 1 or node.op not in ("call_module", "call_function", "call_method"):
             return False
         return self._convs({node}) > 0 or all(self._is_new(n) for n in self.inputs(node))
 
     def shortcut(self, add: Add) -> str:
-        """The direct child, a Sequential, that computes the shortcut; empty if anything else reads it."""
+        """The direct child, a Sequential, that computes the shortcut; empty if it has another reader."""
         node = add.shortcut
         found = (
             self._is_a(node, nn.Sequential, None)
@@ -205,7 +205,7 @@ class Trunk:
         return name is not None and _name(node).rstrip("_") == name
 
     def _by_scalar(self, node: Node) -> bool:
-        """Whether a product has a number, or a parameter of one element, as its other factor."""
+        """Whether the other factor of a product is a number or a parameter with one element."""
         factors = [a for a in node.args if a not in self.inputs(node)]
         if len(factors) != 1:
             return False
@@ -223,7 +223,7 @@ def _is_add(node: Node) -> bool:
 
 
 def convolutions(module: nn.Module) -> int:
-    """How many convolutions `module` holds, itself included."""
+    """Count the convolutions in `module`, itself included."""
     return sum(_is_convolution(m) for m in module.modules())
 
 
@@ -239,7 +239,7 @@ def _is_nonlinear(module: nn.Module) -> bool:
         return True
     if next(module.children(), None) is None and _ACTIVATION_CLASS.search(type(module).__name__):
         return True
-    own = vars(type(module)).get("_cbam_base", type(module))  # its class without attention
+    own = vars(type(module)).get("_cbam_base", type(module))  # the class without attention
     code = getattr(inspect.unwrap(own.forward), "__code__", None)
     library = own.__module__.startswith("torch.nn.")
     return code is not None and not library and any(_ACTIVATION.fullmatch(name) for name in code.co_names)
@@ -251,14 +251,14 @@ def _is_slice(node: Node) -> bool:
 
 
 def _name(node: Node) -> str:
-    """The name of the function or tensor method that a node calls, "" for other nodes."""
+    """The name of the function or tensor method that a node calls; "" for other nodes."""
     if node.op == "call_method":
         return str(node.target)
     return getattr(node.target, "__name__", "") if node.op == "call_function" else ""
 
 
 def _first_node(value) -> Node | None:
-    """The tensor a forward returns, or the first of those it returns."""
+    """The tensor, or the first of several, that a forward returns."""
     if isinstance(value, Node):
         return value
     if isinstance(value, dict):

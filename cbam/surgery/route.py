@@ -1,4 +1,4 @@
-"""Put attention on a block's branch without changing a child, a key or a hook.
+"""Attach attention to a block's branch without changing a child, a key or a hook.
 
 The block's class is replaced by a subclass of the same name. Its forward is the block's own code with one
 call redirected: `self.bn3(x)` runs as `self._cbam_call(x)`, which is `self.cbam(self.bn3(x))`. One name in
@@ -45,11 +45,11 @@ class Route:
             "graph".
         child: the direct child whose call is redirected, or the name of the value in the graph.
         source: for "graph", the generated forward and the importable names it uses.
-        tail: whether `child` is the norm of the block's end, `relu(attention(norm(x)) + shortcut)`, which may
-            run as one operation.
-        relu: for a tail, the direct child that is its ReLU; empty where the code calls a function.
-        shortcut: for a tail, the direct child, a sequence, that makes the shortcut: its norm may join.
-        alias: the property by which the code calls `child`; empty where it calls it by its name.
+        tail: whether `child` is the norm at the end of the block, `relu(attention(norm(x)) + shortcut)`,
+            which may run as one operation.
+        relu: for a tail, the direct child that is its ReLU; empty if the code calls a function.
+        shortcut: for a tail, the Sequential child that computes the shortcut, whose norm may be fused too.
+        alias: the property through which the code calls `child`; empty if it uses the name of the child.
     """
 
     when: str
@@ -71,22 +71,22 @@ class Route:
 
 def refine(block: nn.Module, route: Route, attention: nn.Module) -> None:
     """Make `attention` part of `block`; `restore` is the exact inverse."""
-    refined = refined_class(plain_class(block), route)  # first: where it fails, the block is as it was
+    refined = refined_class(plain_class(block), route)  # first: if it fails, the block is unchanged
     block.add_module(SLOT, attention)
     block.__class__ = refined
 
 
 def restore(block: nn.Module) -> None:
-    """Take the attention out of `block`."""
+    """Remove the attention from `block`."""
     del block._modules[SLOT]
     block.__class__ = vars(type(block))["_cbam_base"]
 
 
 @contextlib.contextmanager
 def paused(block: nn.Module) -> Iterator[None]:
-    """For a `with`: `block` runs the code of its base class; the attention remains a child."""
+    """Context manager: `block` runs the code of its base class; the attention remains a child."""
     refined = type(block)
-    block.__class__ = _without(vars(refined)["_cbam_base"], vars(refined)["_cbam_route"])
+    block.__class__ = _class_without(vars(refined)["_cbam_base"], vars(refined)["_cbam_route"])
     try:
         yield
     finally:
@@ -94,28 +94,28 @@ def paused(block: nn.Module) -> Iterator[None]:
 
 
 @functools.cache
-def _without(base: type[nn.Module], route: Route) -> type[nn.Module]:
-    """A class that runs as `base` does though the attention is a child: `base` itself, where it can."""
+def _class_without(base: type[nn.Module], route: Route) -> type[nn.Module]:
+    """A class that computes what `base` does without the attention child: `base` itself if possible."""
     if route.when == "graph":
         return _subclass(base, {"forward": _generated_forward(route), SLOT: staticmethod(lambda x: x)})
     if base.forward is nn.Sequential.forward:
-        return _subclass(base, {"forward": _skipping})
+        return _subclass(base, {"forward": _forward_without})
     return base
 
 
-def _skipping(self, x):
+def _forward_without(self, x):
     for name, child in self._modules.items():
         x = x if name == SLOT else child(x)
     return x
 
 
 def is_refined(block: nn.Module) -> bool:
-    """Whether `block` has attention from `refine`; a slice of a refined sequence has its class alone."""
+    """Whether `refine` attached attention to `block`; a slice of a refined Sequential has only its class."""
     return hasattr(type(block), "_cbam_route") and SLOT in block._modules
 
 
 def is_last_refined(block: nn.Module) -> bool:
-    """Whether the class of a refined `block` is still the one that `refine` set, so that `restore` works."""
+    """Whether a refined `block` still has the class that `refine` set, so that `restore` works."""
     return "_cbam_route" in vars(type(block))
 
 
@@ -135,7 +135,7 @@ def refined_class(base: type[nn.Module], route: Route) -> type[nn.Module]:
 
 @functools.cache
 def _refined_class(base: type[nn.Module], route: Route, _: tuple[types.CodeType, ...]) -> type[nn.Module]:
-    behind: dict[type[nn.Module], dict[str, Any]] = {}
+    inherited: dict[type[nn.Module], dict[str, Any]] = {}
     if route.when == "graph":
         methods: dict[str, Any] = {"forward": _generated_forward(route)}
     elif route.when == "output":
@@ -144,44 +144,44 @@ def _refined_class(base: type[nn.Module], route: Route, _: tuple[types.CodeType,
         redirected = {route.alias or route.child: _REDIRECTED}
         if route.shortcut:
             redirected[route.shortcut] = _SHORTCUT
-        behind = bytecode.redirected(base, redirected)
-        methods = behind.pop(base, {})
+        inherited = bytecode.redirected(base, redirected)
+        methods = inherited.pop(base, {})
         methods[_REDIRECTED] = _redirected_call(route)
         if route.shortcut:
             methods[_SHORTCUT] = _redirected_shortcut(route.shortcut)
         if route.tail:
-            methods["forward"] = _settled(methods.get("forward", base.forward))
+            methods["forward"] = _settling(methods.get("forward", base.forward))
     return _subclass(
         base,
         methods | {"_cbam_base": base, "_cbam_route": route, "__reduce_ex__": _reduce_ex},
-        # `super()` in a method of `base` finds each of these right before the class that it copies
-        *(_subclass(c, behind[c]) for c in base.__mro__ if c in behind),
+        # `super()` in a method of `base` finds each of these just before the class it copies
+        *(_subclass(c, inherited[c]) for c in base.__mro__ if c in inherited),
     )
 
 
-class _Silent(nn.Module):
-    """Keeps `__init_subclass__` of later bases from running: registries must not see the subclass."""
+class _Unregistered(nn.Module):
+    """Keeps `__init_subclass__` of the bases after it from running: registries must not see the subclass."""
 
     def __init_subclass__(cls) -> None:
         pass
 
 
 def _subclass(base: type, namespace: dict[str, Any], *others: type) -> type:
-    """A subclass of `base` and `others`, named like `base`, made without notifying registries."""
-    kind = type(base)  # a metaclass may keep a registry too
+    """Create a subclass of `base` and `others`, named like `base`, without notifying registries."""
+    kind = type(base)  # a metaclass may register classes too
     make = abc.ABCMeta if issubclass(kind, abc.ABCMeta) else type
     named = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
-    made = make.__new__(kind, base.__name__, (_Silent, base, *others), namespace | named)
+    made = make.__new__(kind, base.__name__, (_Unregistered, base, *others), namespace | named)
     made.__bases__ = (base, *others)
     return made
 
 
 def child_route(block: nn.Module, when: str, child: str) -> Route:
-    """The route before or after the call of a direct child, under whatever name the code calls it."""
+    """The route before or after the call of a direct child, whichever name the code uses for it."""
     names = bytecode.names(type(block))
     if child not in names:
         for name in sorted(names):
-            with contextlib.suppress(Exception):  # a property raises what it likes
+            with contextlib.suppress(Exception):  # a property can raise anything
                 known = isinstance(inspect.getattr_static(block, name), property)
                 if known and getattr(block, name) is block._modules[child]:
                     return Route(when, child, alias=name)
@@ -189,13 +189,13 @@ def child_route(block: nn.Module, when: str, child: str) -> Route:
 
 
 def graph_route(block: nn.Module, value: str) -> Route:
-    """A route by a forward generated from the graph of `block`, with attention on the value named `value`.
+    """A route through a forward generated from the graph of `block`, with attention on the value `value`.
 
     Raises:
-        UnroutableError: the forward does something that a graph does not hold, the graphs of training and
-            evaluation differ (dropout would be fixed), or the graph uses an object that cannot be imported.
+        UnroutableError: the forward does something that a graph cannot express, its graphs in training and
+            evaluation differ (as with dropout), or its graph uses an object that cannot be imported.
     """
-    _refuse_lost(block)
+    _check_lossless(block)
     code = [_with_attention(block, value, training) for training in (False, True)]
     if code[0].src != code[1].src:
         raise UnroutableError("its forward differs between training and evaluation")
@@ -204,8 +204,8 @@ def graph_route(block: nn.Module, value: str) -> Route:
     return Route("graph", value, code[0].src, names)
 
 
-def _refuse_lost(block: nn.Module) -> None:
-    """Raise if a trace would drop a `with`, a `try` or an argument of the forward, or freeze a setting."""
+def _check_lossless(block: nn.Module) -> None:
+    """Raise if a trace would drop a `with`, a `try` or a default argument, or freeze a setting."""
     for parameter in inspect.signature(type(block).forward).parameters.values():
         if parameter.default is not parameter.empty:
             raise UnroutableError(
@@ -217,13 +217,13 @@ def _refuse_lost(block: nn.Module) -> None:
             raise UnroutableError("its forward enters a `with`, which a generated one would leave out")
         if code in own and bytecode.catches(code):
             raise UnroutableError("its forward has a `try`, which a generated one would leave out")
-        if asked := sorted(MODES.intersection(code.co_names)):
-            raise UnroutableError(f"its forward asks {asked[0]}, which a generated one would freeze")
+        if queried := sorted(MODES.intersection(code.co_names)):
+            raise UnroutableError(f"its forward calls {queried[0]}, which a generated one would freeze")
         names = {*code.co_names}
         if "getattr" in names:
             texts = tuple(c for c in code.co_consts if isinstance(c, str) and c)
             names |= {*texts}
-            if bytecode.makes_text(code):  # a name may begin with a text in the code
+            if bytecode.formats_string(code):  # a computed name may begin with a string in the code
                 names |= {name for name in dir(block) if name.startswith(texts)}
         for name in sorted(names - _OWN):
             if _is_setting(inspect.getattr_static(block, name, None)):
@@ -231,7 +231,7 @@ def _refuse_lost(block: nn.Module) -> None:
 
 
 def _is_setting(value: Any) -> bool:
-    """Whether a trace records the value of an attribute, and not that it is read."""
+    """Whether a trace records the value of an attribute instead of the read."""
     code = isinstance(value, property | staticmethod | classmethod) or callable(value)
     return not (value is None or code or isinstance(value, Tensor | nn.Module))
 
@@ -239,7 +239,7 @@ def _is_setting(value: Any) -> bool:
 def _with_attention(block: nn.Module, value: str, training: bool):
     try:
         graph, effects = trace_with_effects(block, training=training)
-    except Exception as error:  # a forward may refuse to be traced in any way it likes
+    except Exception as error:  # tracing a user's forward can raise anything
         mode = "training" if training else "evaluation"
         raise UnroutableError(f"its forward cannot be traced in {mode}: {first_line(error)}") from error
     if effects:
@@ -247,15 +247,15 @@ def _with_attention(block: nn.Module, value: str, training: bool):
     node = next((n for n in graph.nodes if n.name == value), None)
     if node is None:
         raise UnroutableError("its forward differs between training and evaluation")
-    _refuse_types(block, graph)
+    _check_types(block, graph)
     with graph.inserting_after(node):
         attended = graph.call_module(SLOT, (node,))
     node.replace_all_uses_with(attended, delete_user_cb=lambda user: user is not attended)
     return graph.python_code("self")
 
 
-def _refuse_types(block: nn.Module, graph: fx.Graph) -> None:
-    """Raise if the graph holds the dtype or device of a tensor, which `to()` may change later."""
+def _check_types(block: nn.Module, graph: fx.Graph) -> None:
+    """Raise if the graph contains the dtype or device of a tensor, which `to()` may change later."""
     values = tree_leaves([(n.args, n.kwargs) for n in graph.nodes])
     found = [value for value in values if isinstance(value, torch.dtype | torch.device)]
     codes = [*bytecode.all_codes(type(block))] if found else []
@@ -294,12 +294,12 @@ def _generated_forward(route: Route) -> Callable:
 
 def _output_forward(base: type[nn.Module]) -> Callable:
     if base.forward is nn.Sequential.forward:
-        return base.forward  # it runs its children in order, and the attention is the last
-    return _declared(base.forward, "{self}.cbam(_cbam_base.forward({given}))", _cbam_base=base)
+        return base.forward  # runs the children in order, and attention is the last child
+    return _with_signature(base.forward, "{self}.cbam(_cbam_base.forward({given}))", _cbam_base=base)
 
 
 def _redirected_call(route: Route) -> Callable:
-    child = route.alias or route.child  # a property may return another child another time
+    child = route.alias or route.child  # by property, since that may return another child later
     if route.tail:
 
         def begin_tail(self, x):
@@ -323,7 +323,7 @@ def _redirected_call(route: Route) -> Callable:
 
 
 def _redirected_shortcut(child: str) -> property:
-    """What the code reads in place of `child`, which it calls or compares with None."""
+    """The property that the code reads instead of `child`, to call it or to compare it with None."""
 
     def shortcut(self):
         layers = getattr(self, child)
@@ -332,31 +332,31 @@ def _redirected_shortcut(child: str) -> property:
     return property(shortcut)
 
 
-def _settled(forward: Callable) -> Callable:
-    """`forward`, returning a tensor even if a deferred value met no ReLU."""
-    return _declared(
+def _settling(forward: Callable) -> Callable:
+    """`forward`, made to return a tensor even if a deferred value reached no ReLU."""
+    return _with_signature(
         forward, "_cbam_settled(_cbam_plain({given}))", _cbam_settled=settled, _cbam_plain=forward
     )
 
 
-def _declared(forward: Callable, body: str, **names: Any) -> Callable:
-    """A function that returns `body`, with the parameters of `forward`: tracers read them from its code.
+def _with_signature(forward: Callable, body: str, **names: Any) -> Callable:
+    """A function that returns `body` and has the parameters of `forward`, which tracers read from its code.
 
-    In `body`, `{self}` is the first parameter and `{given}` stands for all; `names` are its other names.
+    In `body`, `{self}` is the first parameter and `{given}` all of them; `names` are its globals.
     """
     parameters = _parameters(forward)
-    given = ", ".join(_PASSED.get(p.kind, "{0}").format(p.name) for p in parameters)
+    given = ", ".join(_ARGUMENT.get(p.kind, "{0}").format(p.name) for p in parameters)
     first = parameters[0].name + ("[0]" if parameters[0].kind is inspect.Parameter.VAR_POSITIONAL else "")
-    # The source shows only which parameters have defaults; the values are set below.
+    # The source only marks which parameters have defaults; their values are set below.
     shown = [p if p.default is p.empty else p.replace(default=None) for p in parameters]
     declared = inspect.Signature([p.replace(annotation=p.empty) for p in shown])
     source = f"def forward{declared}: return " + body.format(self=first, given=given)
-    # The file name is that of no file, so that scripting finds no source.
+    # No file has this name, so that scripting finds no source.
     exec(compile(source, f"<cbam: {getattr(forward, '__name__', 'forward')} with attention>", "exec"), names)
     made = names["forward"]
     optional = [p for p in parameters if p.default is not p.empty]
-    made.__defaults__ = tuple(p.default for p in optional if p.kind in _BY_PLACE)
-    made.__kwdefaults__ = {p.name: p.default for p in optional if p.kind not in _BY_PLACE}
+    made.__defaults__ = tuple(p.default for p in optional if p.kind in _POSITIONAL)
+    made.__kwdefaults__ = {p.name: p.default for p in optional if p.kind not in _POSITIONAL}
     return made
 
 
@@ -371,8 +371,8 @@ def _parameters(forward: Callable) -> list[inspect.Parameter]:
     return [inspect.Parameter(name, kind) for name, kind in zip(("args", "kwargs"), kinds, strict=True)]
 
 
-_BY_PLACE = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-_PASSED = {
+_POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+_ARGUMENT = {
     inspect.Parameter.VAR_POSITIONAL: "*{0}",
     inspect.Parameter.KEYWORD_ONLY: "{0}={0}",
     inspect.Parameter.VAR_KEYWORD: "**{0}",
@@ -380,13 +380,13 @@ _PASSED = {
 
 
 def _reduce_ex(self, protocol):
-    """Pickle and copy by base class and route: the refined class itself cannot be imported."""
+    """Pickle and copy by base class and route, since the refined class cannot be imported."""
     cls = type(self)
     if not is_last_refined(self):
-        raise TypeError(f"{cls.__name__} was made of a class with attention; undo that before pickling")
+        raise TypeError(f"{cls.__name__} is derived from a class with attention; undo that before pickling")
     make, _, *state = super(cls, self).__reduce_ex__(max(int(protocol), 2))
     if make is not _NEW_OBJECT:
-        raise TypeError(f"{cls.__name__} pickles itself in its own way; detach the attention first")
+        raise TypeError(f"{cls.__name__} defines its own pickling; detach the attention first")
     return _refined_instance, (cls._cbam_base, cls._cbam_route), *state
 
 

@@ -13,7 +13,7 @@ from torch.nn.modules.conv import _ConvNd
 from cbam.errors import AttachError, InputError, first_line
 from cbam.surgery import bytecode, graph, tracing
 from cbam.surgery.bytecode import UnroutableError, is_straight
-from cbam.surgery.effects import DRAWS, unchanged, undrawn
+from cbam.surgery.effects import DRAWS, rng_restored, state_restored
 from cbam.surgery.route import (
     MODES,
     SLOT,
@@ -36,28 +36,28 @@ from cbam.surgery.trial import (
     without_hooks,
 )
 
-# Sides of the inputs that a model is tried with, by number of spatial dimensions.
+# Sizes of the inputs to run a model on, by number of spatial dimensions.
 _INPUT_SIZES = {
     1: ((64, 96), (1024, 1536)),
     2: ((64, 96), (224, 256), (299, 331)),
     3: ((32, 48), (64, 96)),
 }
-_ON_INSTANCE = "a forward put on the instance, which attention cannot follow"
+_ON_INSTANCE = "a forward assigned to the instance, which cannot be redirected"
 
 
 @dataclass(frozen=True)
 class Site:
-    """One place of a model, and whether attention goes there.
+    """One place in a model, and whether attention goes there.
 
     Attributes:
         name: the block, as in `named_modules`.
-        channels: of the feature map there; None where it is not known.
+        channels: of the feature map there; None if unknown.
         why: where in the block the attention runs, or why it does not.
         default: whether `attach` without `where` takes it.
         attached: whether it has attention now.
         dims: dimensions of the feature map (4 for images).
-        route: how the block's forward reaches the attention; None if it cannot.
-        name_taken: whether what prevents it is an attribute of the block by the name of the attention.
+        route: how the forward of the block calls the attention; None if it cannot.
+        name_taken: whether the only obstacle is that the block has an attribute with the attention's name.
     """
 
     name: str
@@ -76,23 +76,23 @@ class Site:
         return f"{self.name or '(the model)'}: {state}, {width}{self.why}{tail}"
 
 
-def called(name: str) -> str:
-    """The name of a module for a message; that of the model itself is empty."""
+def label(name: str) -> str:
+    """The name of a module for messages; that of the model itself is empty."""
     return name or "the model"
 
 
 def sites(model: nn.Module) -> list[Site]:
-    """Every residual block of `model`: where attention goes, or why it does not; changes nothing.
+    """List the residual blocks of `model`: where attention goes, or why it does not; changes nothing.
 
     Blocks are recognised by what their own forward computes: a shortcut added to a branch that holds a
-    convolution and a nonlinearity. Every site was run alone, on a copy, at two sizes.
+    convolution and a nonlinearity. Every site is checked by running a copy of its block at two sizes.
     """
     check_module(model)
     found: list[Site] = []
     with_site: set[type] = set()
     plain: list[tuple[str, nn.Module]] = []
     for name, block in _blocks(model):
-        places = _places(name, block)
+        places = _sites_of(name, block)
         if any(s.default for s in places):
             with_site.add(plain_class(block))
         if not places:
@@ -126,15 +126,15 @@ def _blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
-def _places(name: str, block: nn.Module) -> list[Site]:
-    """The residual adds of one block, the last one first."""
+def _sites_of(name: str, block: nn.Module) -> list[Site]:
+    """A site for each residual add of a block, the last add first."""
     if is_refined(block):
-        return _attached_places(name, block)
+        return _attached_sites(name, block)
     if isinstance(block, fx.GraphModule):
-        return [Site(name, None, "a graph of torch.fx, which writes its forward anew: attach, then trace")]
+        return [Site(name, None, "a torch.fx graph, which regenerates its forward: attach, then trace")]
     try:
         traced = tracing.trace_with_effects(block, training=False)
-    except Exception as error:  # a forward may refuse to be traced in any way it likes
+    except Exception as error:  # tracing a user's forward can raise anything
         if not tracing.adds_values(block):
             return []
         traced = traced_on_an_example(block)
@@ -143,19 +143,19 @@ def _places(name: str, block: nn.Module) -> list[Site]:
     trunk = graph.Trunk(block, *traced)
     places: list[Site] = []
     for add in trunk.adds:
-        places.append(_place(name, block, trunk, add, taken=any(s.default for s in places)))
+        places.append(_site(name, block, trunk, add, taken=any(s.default for s in places)))
     if not places and trunk.note:
         places.append(Site(name, None, trunk.note))
     return places
 
 
-def _attached_places(name: str, block: nn.Module) -> list[Site]:
-    """The places of a block with attention, found in a copy without it."""
+def _attached_sites(name: str, block: nn.Module) -> list[Site]:
+    """The sites of a block with attention, found on a copy without it."""
     route: Route = type(block)._cbam_route  # pyright: ignore[reportAttributeAccessIssue]
-    with contextlib.suppress(Exception):  # what a block holds may refuse a copy in any way it likes
+    with contextlib.suppress(Exception):  # copying a user's objects can raise anything
         plain = copy.deepcopy(block)
         restore(plain)
-        places = [replace(s, attached=s.route == route) for s in _places(name, plain)]
+        places = [replace(s, attached=s.route == route) for s in _sites_of(name, plain)]
         if any(s.attached for s in places):
             return places
     return [
@@ -163,7 +163,7 @@ def _attached_places(name: str, block: nn.Module) -> list[Site]:
     ]
 
 
-def _place(name: str, block: nn.Module, trunk: graph.Trunk, add: graph.Add, taken: bool) -> Site:
+def _site(name: str, block: nn.Module, trunk: graph.Trunk, add: graph.Add, taken: bool) -> Site:
     if taken:
         return Site(name, None, "a second add in one block")
     if add.reason and not add.on_request:
@@ -171,7 +171,7 @@ def _place(name: str, block: nn.Module, trunk: graph.Trunk, add: graph.Add, take
     try:
         bench = Bench(block, trunk.graph)
     except MisfitError as misfit:
-        return _unrun(name, block, trunk, add, misfit)
+        return _unchecked_site(name, block, trunk, add, misfit)
     try:
         value = bench.value_at(add)
     except MisfitError as misfit:
@@ -193,8 +193,10 @@ def _place(name: str, block: nn.Module, trunk: graph.Trunk, add: graph.Add, take
     return Site(name, value.channels, "; ".join(refusals))
 
 
-def _unrun(name: str, block: nn.Module, trunk: graph.Trunk, add: graph.Add, misfit: MisfitError) -> Site:
-    """A block that does not run alone: taken if its last layer determines the channel axis."""
+def _unchecked_site(
+    name: str, block: nn.Module, trunk: graph.Trunk, add: graph.Add, misfit: MisfitError
+) -> Site:
+    """The site of a block that does not run on its own: free if its last layer determines the channels."""
     if "forward" in vars(block):
         return Site(name, None, f"has {_ON_INSTANCE}")
     for child, when in trunk.steps_back(add.branch):
@@ -226,18 +228,18 @@ def _routes(block: nn.Module, trunk: graph.Trunk, add: graph.Add) -> Iterator[Ro
 
 
 def _with_tail(route: Route, block: nn.Module, trunk: graph.Trunk, add: graph.Add) -> Route:
-    """`route`, marked if the end of the block that begins there may run as one operation, in training too."""
+    """`route`, marked as a tail if the rest of the block can run as one operation, also in training."""
     relu = trunk.tail(add)
     if relu is None or route.child != add.branch.target or not is_straight(type(block), route.child):
         return route
     name = str(relu.target) if relu.op == "call_module" else ""
     try:
         trained = graph.Trunk(block, *tracing.trace_with_effects(block, training=True))
-    except Exception:  # a forward may refuse to be traced in any way it likes
+    except Exception:  # tracing a user's forward can raise anything
         return route
-    chances = {DRAWS, tracing.DECIDES}.intersection(trunk.effects + trained.effects)
-    if chances or MODES & bytecode.names(type(block)):
-        return route  # it may drop a branch that it has computed, whose batch would not be counted
+    unpredictable = {DRAWS, tracing.BRANCHES}.intersection(trunk.effects + trained.effects)
+    if unpredictable or MODES & bytecode.names(type(block)):
+        return route  # if the block drops a deferred branch, its BatchNorm would miss that batch
     same = [a for a in trained.adds if a.branch.target == route.child and trained.tail(a) is not None]
     if not same or "." in name:
         return route
@@ -253,56 +255,56 @@ def output_sites(model: nn.Module, names: list[str]) -> list[Site]:
         module = modules[name]
         if isinstance(module, _NormBase):
             raise AttachError(
-                f"{called(name)} is a {type(module).__name__}: converting it to SyncBatchNorm would drop "
+                f"{label(name)} is a {type(module).__name__}: converting it to SyncBatchNorm would drop "
                 "attention; name the module around it, or the activation after it"
             )
         if type(module).forward is nn.Module.forward:
             raise AttachError(
-                f"{called(name)} is a {type(module).__name__}, which has no forward; name a module inside it"
+                f"{label(name)} is a {type(module).__name__}, which has no forward; name a module inside it"
             )
         if "forward" in vars(module):
-            raise AttachError(f"{called(name)} has {_ON_INSTANCE}")
+            raise AttachError(f"{label(name)} has {_ON_INSTANCE}")
         if hasattr(module, SLOT):
-            raise AttachError(f"{called(name)} has an attribute {SLOT!r} already; nothing was changed")
+            raise AttachError(f"{label(name)} already has an attribute {SLOT!r}; nothing was changed")
     values = {n: v for n in names if (v := static_channels(modules[n]))}
     if len(values) < len(names):
-        values |= _observed(model, [n for n in names if n not in values])
+        values |= _observed_values(model, [n for n in names if n not in values])
     return [
         Site(n, values[n].channels, "on its output", dims=values[n].dims, route=Route("output"))
         for n in names
     ]
 
 
-def _observed(model: nn.Module, names: list[str]) -> dict[str, Value]:
-    """The outputs of modules, found by running the model on inputs of two sizes."""
+def _observed_values(model: nn.Module, names: list[str]) -> dict[str, Value]:
+    """The outputs of modules, observed by running the model on inputs of two sizes."""
     first = next((m for m in model.modules() if isinstance(m, _ConvNd)), None)
     if first is None:
-        raise AttachError("the model has no convolution")
+        raise AttachError("the model has no convolution, so its input is unknown")
     dim, failure = len(first.kernel_size), ""
     for sizes in _INPUT_SIZES[dim]:
         try:
             inputs = [torch.zeros(1, first.in_channels, *(size,) * dim).to(first.weight) for size in sizes]
             runs = [_output_shapes(model, names, x) for x in inputs]
-        except Exception as error:  # a model refuses what it cannot take in any way it likes
+        except Exception as error:  # running a user's model can raise anything
             failure = first_line(error)
             continue
         return {name: _fixed_channels(name, *(run[name] for run in runs)) for name in names}
-    raise AttachError(f"the model could not be run to learn the channels of {called(names[0])}: {failure}")
+    raise AttachError(f"the model could not be run to find the channels of {label(names[0])}: {failure}")
 
 
 def _fixed_channels(name: str, *runs: list[torch.Size]) -> Value:
     if not all(runs):
-        raise AttachError(f"{called(name)} is not called in the forward of the model; nothing was changed")
+        raise AttachError(f"{label(name)} is not called in the forward of the model; nothing was changed")
     (a, *more), (b, *_) = (map(tuple, run) for run in runs)
     if more:
         raise AttachError(
-            f"attention after {called(name)} is called {len(more) + 1} times in one forward; "
+            f"attention after {label(name)} would run {len(more) + 1} times in one forward; "
             "name the module around it"
         )
     pooled = set(a[2:]) == {1}
     if len(a) < 3 or a[1] != b[1] or (a[2:] == b[2:] and not pooled):
         raise AttachError(
-            f"the output of {called(name)} is no (N, C, H, W) map: {a}, {b} for inputs of two sizes"
+            f"the output of {label(name)} is not an (N, C, H, W) map: {a}, {b} for inputs of two sizes"
         )
     return Value(a[1], len(a))
 
@@ -310,13 +312,13 @@ def _fixed_channels(name: str, *runs: list[torch.Size]) -> Value:
 def _output_shapes(model: nn.Module, names: list[str], x: Tensor) -> dict[str, list[torch.Size]]:
     """The shapes that attention on the output of the named modules would get in one run, in eval mode.
 
-    Probes stand there for this run only. No hook of the user fires.
+    Probes are attached for this run only, and no hooks of the user fire.
     """
     probes = {name: Probe() for name in names}
     modules = dict(model.named_modules())
-    with without_hooks(model), torch.no_grad(), undrawn(), contextlib.ExitStack() as stack:
+    with without_hooks(model), torch.no_grad(), rng_restored(), contextlib.ExitStack() as stack:
         for m in modules.values():
-            stack.enter_context(unchanged(m))  # its mode included
+            stack.enter_context(state_restored(m))  # its mode included
         for name, probe in probes.items():
             refine(modules[name], Route("output"), probe)
             stack.callback(restore, modules[name])

@@ -1,4 +1,4 @@
-"""Trace the forward of one block, with every child kept as a call, and note what a graph cannot hold."""
+"""Trace the forward of one block, with each child as one call, and report what a graph cannot express."""
 
 import contextlib
 import dis
@@ -15,29 +15,29 @@ from torch.fx.proxy import Attribute, TraceError
 from torch.utils._pytree import tree_leaves
 
 from cbam.surgery import bytecode
-from cbam.surgery.effects import unchanged, undrawn
+from cbam.surgery.effects import rng_restored, state_restored
 
-DECIDES = "decides by what it is given"
+BRANCHES = "branches on its input"
 _SHAPE_READERS = {"size", "dim", "numel"}
 _KINDS = {"shape", "ndim", "dtype", "device", "is_cuda", "requires_grad"}
 
 
-class _Counted(fx.Proxy):
-    tracer: "_Shallow"
+class _Sized(fx.Proxy):
+    tracer: "_ShallowTracer"
 
     def __len__(self) -> int:
         return len(self.tracer.known(self))
 
 
-class _Attribute(_Counted, Attribute):
+class _Attribute(_Sized, Attribute):
     """An attribute of a value in a trace, such as its shape."""
 
     def __init__(self, root: fx.Proxy, attr: str) -> None:
         Attribute.__init__(self, root, attr)
 
 
-class _Value(_Counted):
-    """A value in a trace; operations in place are recorded as such, which fx does not do."""
+class _Value(_Sized):
+    """A value in a trace; in-place operations are recorded as such, which fx does not do."""
 
     def __getattr__(self, k: str) -> _Attribute:
         return _Attribute(self, k)
@@ -54,10 +54,10 @@ for _function in (operator.iadd, operator.isub, operator.imul, operator.itruediv
     setattr(_Value, f"__{_function.__name__}__", _in_place(_function))
 
 
-class _Shallow(fx.Tracer):
+class _ShallowTracer(fx.Tracer):
     """Traces the forward of one module; children remain calls, except those that only add.
 
-    With an `example`, questions about the shape, dtype or device of a value get the example's answer, and
+    With an `example`, decisions on the shape, dtype or device of a value are made as for the example, and
     *args and **kwargs are empty.
     """
 
@@ -107,11 +107,11 @@ class _Shallow(fx.Tracer):
         return bool(self.known(obj))
 
     def known(self, value: fx.Proxy) -> Any:
-        """The value that `value`, which depends on sizes, dtypes and devices alone, has for the example."""
-        node = value.node  # of an attribute it is made when it is asked for
+        """The value for the example of `value`, which may depend only on sizes, dtypes and devices."""
+        node = value.node  # the node of an attribute is created on this access
         if self._example is None or node not in scalars(self.graph):
-            raise TraceError(f"it {DECIDES}")
-        self.effects.append(DECIDES)
+            raise TraceError(f"it {BRANCHES}")
+        self.effects.append(BRANCHES)
         interpreter = fx.Interpreter(self.root, garbage_collect_values=False, graph=self.graph)
         self._evaluates = True
         try:
@@ -125,8 +125,8 @@ class _Shallow(fx.Tracer):
 def trace(block: nn.Module) -> fx.Graph:
     """The graph of `block.forward` with default arguments, in eval mode.
 
-    Whatever the forward changes in `block` and in random generators is restored. Raises whatever the forward
-    raises on symbolic values.
+    What the forward changes in `block` and in random generators is restored. Raises what the forward raises
+    on symbolic values.
     """
     return trace_with_effects(block, training=False)[0]
 
@@ -134,30 +134,30 @@ def trace(block: nn.Module) -> fx.Graph:
 def trace_with_effects(
     block: nn.Module, *, training: bool, example: Tensor | None = None
 ) -> tuple[fx.Graph, list[str]]:
-    """`trace`, and a list of what the forward does that a graph cannot hold.
+    """`trace`, and a list of what the forward does that a graph cannot express.
 
     Args:
-        example: an input for `block`. A forward that depends on sizes is followed as it runs for this input.
+        example: an input for `block`. A forward that depends on sizes is traced as it runs for this input.
     """
     parameters = inspect.signature(type(block).forward).parameters.values()
     defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
     with contextlib.ExitStack() as stack:
-        changes = [stack.enter_context(unchanged(m, name)) for name, m in block.named_modules()]
-        draws = stack.enter_context(undrawn())
+        changes = [stack.enter_context(state_restored(m, name)) for name, m in block.named_modules()]
+        draws = stack.enter_context(rng_restored())
         block.training = training
         own = {*vars(block)}
-        tracer = _Shallow(example)
+        tracer = _ShallowTracer(example)
         graph = tracer.trace(block, concrete_args=defaults)
-        foreign = _take_back(block, graph, own)
+        foreign = _move_constants(block, graph, own)
         for value in tree_leaves([{**vars(m)} for m in block.modules()]):
             if isinstance(value, fx.Proxy):
-                value.node.meta["kept"] = True  # stored in the block, which may read it after its forward
+                value.node.meta["kept"] = True  # stored in the block, which may read it later
     switches = ["switches gradients or autocast"] if len(tracer.modes) > 1 else []
     return graph, [*itertools.chain(*changes), *draws, *switches, *foreign, *tracer.effects]
 
 
-def _take_back(block: nn.Module, graph: fx.Graph, own: set[str]) -> list[str]:
-    """Move the constants of a forward, which fx sets on `block`, to their nodes; report if there are any."""
+def _move_constants(block: nn.Module, graph: fx.Graph, own: set[str]) -> list[str]:
+    """Move constants of the forward, which fx stores on `block`, to their nodes; report if there are any."""
     nodes = [n for n in graph.nodes if n.op == "get_attr" and str(n.target) in {*vars(block)} - own]
     for node in nodes:
         node.meta["constant"] = getattr(block, str(node.target))
@@ -167,7 +167,7 @@ def _take_back(block: nn.Module, graph: fx.Graph, own: set[str]) -> list[str]:
 
 
 def adds_values(block: nn.Module) -> bool:
-    """Whether the code of `block.forward` has an addition; for blocks that cannot be traced."""
+    """Whether the code of `block.forward` contains an addition; for blocks that cannot be traced."""
     code = getattr(inspect.unwrap(type(block).forward), "__code__", None)
     return code is not None and any(
         i.argrepr in ("+", "+=") or (i.argval in ("add", "add_") and i.opcode in dis.hasname)
@@ -187,7 +187,7 @@ def _only_adds(module: nn.Module) -> bool:
 
 
 def scalars(graph: fx.Graph) -> set[Node]:
-    """Nodes that are sizes, dtypes or devices, or computed from these alone."""
+    """Nodes that are sizes, dtypes or devices, or computed only from these."""
     found: set[Node] = set()
     for node in graph.nodes:
         reads_shape = (node.target is getattr and len(node.args) > 1 and node.args[1] in _KINDS) or (

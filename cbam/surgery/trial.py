@@ -1,4 +1,4 @@
-"""Run a copy of a block alone: which axis holds the channels, and does a route preserve the function?
+"""Run a copy of a block on its own: which axis holds the channels, and does a route preserve the function?
 
 The copy is on the CPU, in float32 and eval mode, without the user's hooks. So nothing in the model changes,
 and no input of the whole network has to be guessed. An identity start would hide a wrong channel axis; runs
@@ -19,12 +19,12 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
 from cbam.errors import first_line
-from cbam.surgery.effects import undrawn
+from cbam.surgery.effects import rng_restored
 from cbam.surgery.graph import Add
 from cbam.surgery.route import Route, refine, restore
 from cbam.surgery.tracing import trace_with_effects
 
-# Small first; then sizes that windows, patches and fixed position tables are made for.
+# Small sizes first, then those that windows, patches and fixed position tables need.
 _SIZES = (
     *(((6, 10), (10, 4)), ((16, 24), (24, 8)), ((56, 112), (112, 56))),
     *(((side, side),) for side in (7, 14, 8, 16, 32)),
@@ -33,19 +33,19 @@ _DRAWS = 32  # training steps in which stochastic depth must keep the branch at 
 
 
 class MisfitError(Exception):
-    """A block cannot carry attention at a place; the message says why."""
+    """A block cannot have attention at a place; the message says why."""
 
 
 @dataclass(frozen=True)
 class Value:
-    """What flows at a place: `channels` on axis 1 of a tensor of `dims` dimensions."""
+    """The value at a place: a tensor with `dims` dimensions and `channels` on axis 1."""
 
     channels: int
     dims: int
 
 
 class Probe(nn.Module):
-    """Stands in for attention: notes the shape of each input, and multiplies by `factor`."""
+    """A stand-in for attention that records the shape of each input, and multiplies it by `factor`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,16 +58,16 @@ class Probe(nn.Module):
 
 
 class Bench:
-    """A copy of a block, and inputs that it takes.
+    """A copy of a block, and inputs that it accepts.
 
     Raises:
-        MisfitError: the block cannot be copied, or no input of any plausible size runs through it.
+        MisfitError: the block cannot be copied, or does not run on any input of plausible size.
     """
 
     def __init__(self, block: nn.Module, graph: fx.Graph) -> None:
         try:
             self.block = _detached_copy(block)
-        except Exception as error:  # what a block holds may refuse a copy in any way it likes
+        except Exception as error:  # copying a user's objects can raise anything
             raise MisfitError(f"cannot be copied: {first_line(error)}") from error
         self._graph = graph
         self._refusal = ""
@@ -80,18 +80,18 @@ class Bench:
         self._plain: list[Any] = []  # the output of the plain block for each input
         self.inputs = self._find_inputs()
         if not self.inputs:
-            raise MisfitError(self._why_not())
+            raise MisfitError(self._refusal_reason())
 
     def value_at(self, add: Add) -> Value:
-        """What flows at the branch of `add`.
+        """The value at the end of the branch of `add`.
 
         Raises:
             MisfitError: the branch does not have the shape of the sum, or no fixed channel axis.
         """
         shapes = []
         for x in self.inputs:
-            noted = _noted_shapes(self.block, self._graph, x)
-            branch, shortcut, total = (noted.get(n.name) for n in (add.branch, add.shortcut, add.node))
+            recorded = _recorded_shapes(self.block, self._graph, x)
+            branch, shortcut, total = (recorded.get(n.name) for n in (add.branch, add.shortcut, add.node))
             if branch is None or not branch == shortcut == total:
                 raise MisfitError("a gate: its branch is broadcast over the shortcut")
             shapes.append(branch)
@@ -99,7 +99,7 @@ class Bench:
         if len(first) != self.inputs[0].dim():
             raise MisfitError(f"works on {_kind(len(first))}, not on (N, C, ...) maps")
         moved = any(other[1] != first[1] or other[2:] == first[2:] for other in others)
-        if moved or (not others and first[1] == first[2]):  # one square size: channels are the odd one out
+        if moved or (not others and first[1] == first[2]):  # in one square input, channels are the odd axis
             raise MisfitError("works on channels-last (N, H, W, C) values")
         if first[1] == 1:
             raise MisfitError("a mask: it has one channel")
@@ -109,8 +109,8 @@ class Bench:
         """Put a probe at `route` and compare with the plain block.
 
         Raises:
-            MisfitError: the probe is not called exactly once, also in training, not at `value`, or changes
-                the output; or the block does not run with it.
+            MisfitError: the probe is not called exactly once, in training too; it does not get `value`, or
+                changes the output; or the block does not run with it.
             UnroutableError: the code of the block does not allow the route.
         """
         probe = Probe()
@@ -122,7 +122,7 @@ class Bench:
                     raise MisfitError(f"{route} runs {len(probe.shapes)} times in one forward")
                 if len(probe.shapes[0]) != value.dims or probe.shapes[0][1] != value.channels:
                     raise MisfitError(
-                        f"{route} carries {tuple(probe.shapes[0])}, the branch {value.channels} channels"
+                        f"{route} has shape {tuple(probe.shapes[0])}, the branch {value.channels} channels"
                     )
                 if not _same(out, expected):
                     raise MisfitError(f"{route} changes the function of the block")
@@ -134,14 +134,14 @@ class Bench:
             restore(self.block)
 
     def _check_training(self, route: Route, probe: Probe) -> None:
-        """Raise if training takes another path: the attention would act without having been trained."""
-        self.block.training = True  # only its own: children compute as in evaluation
+        """Raise if training takes another path, on which the attention would not be trained."""
+        self.block.training = True  # only the block itself: its children compute as in evaluation
         try:
             for seed in range(_DRAWS):
                 self._probed(route, probe, self.inputs[0], seed)
                 if len(probe.shapes) == 1:
                     return
-                if not self._drew:  # else it may be stochastic depth, which skips the branch at times
+                if not self._drew:  # with draws it may be stochastic depth, which skips the branch at times
                     break
         finally:
             self.block.training = False
@@ -152,12 +152,12 @@ class Bench:
         probe.shapes.clear()
         try:
             return self._run(x, seed)
-        except Exception as error:  # a block may inspect itself, or its caller
-            raise MisfitError(f"{route} stops its forward: {first_line(error)}") from error
+        except Exception as error:  # for example of a block that inspects itself or its caller
+            raise MisfitError(f"{route} makes the forward fail: {first_line(error)}") from error
 
     def _run(self, x: Tensor, seed: int = 0):
-        with torch.no_grad(), warnings.catch_warnings(), _new_as_the_copy(), undrawn(seed) as draws:
-            warnings.simplefilter("ignore")  # nobody asked for this forward
+        with torch.no_grad(), warnings.catch_warnings(), _float32_on_cpu(), rng_restored(seed) as draws:
+            warnings.simplefilter("ignore")  # the user did not request this forward
             x = x.clone()  # the block may write to its input, which is then a result too
             out = self.block(x), x
         self._drew = bool(draws)
@@ -176,15 +176,15 @@ class Bench:
     def _runs(self, x: Tensor) -> bool:
         try:
             self._plain.append(self._run(x))
-        except Exception as error:  # a block refuses what it cannot take in any way it likes
+        except Exception as error:  # running a user's block can raise anything
             self._refusal = self._refusal or first_line(error)
             return False
         return True
 
-    def _why_not(self) -> str:
+    def _refusal_reason(self) -> str:
         channels = next(iter(_entry_channels(self.block, self._graph)), 0)
         if not channels:
-            return "cannot be run alone: no layer tells its channels"
+            return "cannot be run alone: no layer determines its channels"
         if self._runs(_ramp(1, 6, 10, channels)):
             return "works on channels-last (N, H, W, C) values"
         if self._runs(_ramp(1, 60, channels)):
@@ -193,22 +193,22 @@ class Bench:
 
 
 def traced_on_an_example(block: nn.Module) -> tuple[fx.Graph, list[str]] | None:
-    """The graph, for a small input, of a forward that depends on sizes; None if it takes none."""
+    """The graph, for a small input, of a forward that depends on sizes; None if no input works."""
     try:
         clone = _detached_copy(block)
-    except Exception:  # what a block holds may refuse a copy in any way it likes
+    except Exception:  # copying a user's objects can raise anything
         return None
-    channels = _entry_channels(clone, fx.Graph())[:3]  # whole networks have many, and none fits
+    channels = _entry_channels(clone, fx.Graph())[:3]  # whole networks have many, and none works
     for (size, *_), c in itertools.product(_SIZES, channels):
         example = _ramp(1, c, *_fit(size, _dims(clone)))
-        with contextlib.suppress(Exception), warnings.catch_warnings(), _new_as_the_copy():
-            warnings.simplefilter("ignore")  # nobody asked for this forward
+        with contextlib.suppress(Exception), warnings.catch_warnings(), _float32_on_cpu():
+            warnings.simplefilter("ignore")  # the user did not request this forward
             return trace_with_effects(clone, training=False, example=example)
     return None
 
 
 def static_channels(child: nn.Module) -> Value | None:
-    """The output of a convolution or BatchNorm, by its definition; None for all other modules."""
+    """The output of a convolution or BatchNorm, from its definition; None for other modules."""
     layer = child
     while isinstance(layer, nn.Sequential) and len(layer) and type(layer).forward is nn.Sequential.forward:
         if "forward" in vars(layer):
@@ -230,22 +230,22 @@ def _is_of_torch(function: object) -> bool:
 
 @contextlib.contextmanager
 def without_hooks(module: nn.Module) -> Iterator[None]:
-    """For a `with`: `module` runs without the forward hooks of its user."""
-    kept = []
+    """Context manager: `module` runs without the user's forward hooks."""
+    saved = []
     for m in module.modules():
         for name in ("_forward_hooks", "_forward_pre_hooks"):
-            kept.append((m, name, dict(vars(m)[name])))
+            saved.append((m, name, dict(vars(m)[name])))
             vars(m)[name].clear()
     try:
         yield
     finally:
-        for m, name, hooks in kept:
+        for m, name, hooks in saved:
             vars(m)[name].update(hooks)
 
 
 @contextlib.contextmanager
-def _new_as_the_copy() -> Iterator[None]:
-    """For a `with`: new tensors are by default float32 on the CPU, as the copy is."""
+def _float32_on_cpu() -> Iterator[None]:
+    """Context manager: new tensors are by default float32 on the CPU, like the copy."""
     dtype, device = torch.get_default_dtype(), torch.get_default_device()
     torch.set_default_dtype(torch.float32)
     try:
@@ -257,7 +257,7 @@ def _new_as_the_copy() -> Iterator[None]:
 
 def _detached_copy(block: nn.Module) -> nn.Module:
     """A copy of `block` on the CPU, in float32 and eval mode, without hooks, with random weights."""
-    # Pruning and old weight norms keep computed weights as attributes, which torch does not deepcopy.
+    # Pruning and the old weight norm keep computed weights as attributes, which torch cannot deepcopy.
     attributes = [v for m in block.modules() for v in vars(m).values() if isinstance(v, Tensor)]
     with without_hooks(block):
         clone = copy.deepcopy(block, {id(v): v.detach().clone() for v in attributes if not v.is_leaf})
@@ -276,21 +276,21 @@ def _detached_copy(block: nn.Module) -> nn.Module:
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in clone.parameters():
-            # With affine scales that start at zero every test of the branch would pass.
+            # Affine scales that start at zero would let every check of the branch pass.
             p.uniform_(0.5, 1.5, generator=generator) if p.dim() < 2 else p.uniform_(
                 -0.3, 0.3, generator=generator
             )
     return clone.requires_grad_(False)
 
 
-class _ShapeNotes(fx.Interpreter):
+class _ShapeRecorder(fx.Interpreter):
     def __init__(self, block: nn.Module, graph: fx.Graph) -> None:
         super().__init__(block, graph=graph)
-        self.noted: dict[str, torch.Size] = {}
+        self.recorded: dict[str, torch.Size] = {}
         self._constants = {n.target: n.meta["constant"] for n in graph.nodes if "constant" in n.meta}
 
     def call_module(self, target, args, kwargs):
-        # a child may append to a list argument, and the lists of a graph are immutable
+        # a child may append to a list argument, but lists in a graph are immutable
         args = tuple(list(a) if isinstance(a, list) else a for a in args)
         return super().call_module(target, args, kwargs)
 
@@ -304,7 +304,7 @@ class _ShapeNotes(fx.Interpreter):
     def run_node(self, n: fx.Node):
         out = super().run_node(n)
         if isinstance(out, Tensor):
-            self.noted[n.name] = out.shape
+            self.recorded[n.name] = out.shape
         return out
 
 
@@ -312,23 +312,23 @@ def _is_floating(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point() and not value.is_meta
 
 
-def _noted_shapes(block: nn.Module, graph: fx.Graph, x: Tensor) -> dict[str, torch.Size]:
-    """The shape of every tensor of the graph.
+def _recorded_shapes(block: nn.Module, graph: fx.Graph, x: Tensor) -> dict[str, torch.Size]:
+    """The shape of every tensor in the graph.
 
     Raises:
-        MisfitError: the graph does not run, though the forward it was read from does.
+        MisfitError: the graph does not run, although the traced forward does.
     """
-    interpreter = _ShapeNotes(block, graph)
+    interpreter = _ShapeRecorder(block, graph)
     try:
-        with torch.no_grad(), _new_as_the_copy(), undrawn():
+        with torch.no_grad(), _float32_on_cpu(), rng_restored():
             interpreter.run(x.clone())
-    except Exception as error:  # a graph lacks the side effects of its forward
+    except Exception as error:  # a graph lacks the side effects of the forward
         raise MisfitError(f"its traced forward does not run: {first_line(error)}") from error
-    return interpreter.noted
+    return interpreter.recorded
 
 
 def _entry_channels(block: nn.Module, graph: fx.Graph) -> list[int]:
-    """The input channels that the block may take, likeliest first: of layers that it calls, then others."""
+    """Candidates for the input channels, likeliest first: of layers that the block calls, then of others."""
     children = dict(block.named_modules())
     readers = [children[str(n.target)] for n in graph.nodes if n.op == "call_module"]
     found = [_in_channels(m) for reader in [*readers, block] for m in reader.modules()]
@@ -362,7 +362,7 @@ def _ramp(*shape: int) -> Tensor:
 
 
 def _same(a, b) -> bool:
-    """Bit for bit, through tuples, lists and dicts; NaN equals the same NaN."""
+    """Whether two outputs are bit-identical, through tuples, lists and dicts; NaN equals NaN."""
     if isinstance(a, Tensor):
         return isinstance(b, Tensor) and torch.equal(a.nan_to_num(7e30), b.nan_to_num(7e30))
     if isinstance(a, dict):

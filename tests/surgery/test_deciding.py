@@ -116,7 +116,7 @@ class DecidesByNumbers(Host):
 
 def test_a_block_that_decides_by_the_numbers_in_its_input_is_left_out():
     (site,) = cbam.sites(DecidesByNumbers())
-    assert str(site) == "(the model): left out, cannot be traced: it decides by what it is given"
+    assert str(site) == "(the model): left out, cannot be traced: it branches on its input"
 
 
 class DecidesInTraining(Host):
@@ -132,7 +132,7 @@ class DecidesInTraining(Host):
 def test_a_block_that_cannot_be_traced_in_training_is_a_reason_and_no_error():
     model = nn.Sequential(DecidesInTraining(), ComparesShapes())
     left_out, taken = cbam.sites(model)
-    assert "cannot be traced in training: it decides by what it is given" in left_out.why
+    assert "cannot be traced in training: it branches on its input" in left_out.why
     assert taken.default
     assert list(attached(cbam.attach(model))) == ["1"]
 
@@ -146,7 +146,7 @@ class ListOfLayersOfAnySize(Host):
 def test_no_forward_is_generated_from_one_path_of_several():
     (site,) = cbam.sites(ListOfLayersOfAnySize())
     assert not site.default
-    assert "cannot be traced in evaluation: it decides by what it is given" in site.why
+    assert "cannot be traced in evaluation: it branches on its input" in site.why
 
 
 class AddsInAChildAfterAList(Host):

@@ -476,7 +476,7 @@ class Counts(CountsThenInherits):
         (Wrapped, "reads self.scale"),
         (AsksAHelper, "reads self.scale"),
         (NamesItAnew, "reads self.scale3"),
-        (AsksForAutocast, "asks is_autocast_enabled"),
+        (AsksForAutocast, "calls is_autocast_enabled"),
         (Tries, "has a `try`"),
         (ReadsAType, "reads torch.float32 of a tensor"),
         (KeepsInAChild, "changes self.a.kept"),
@@ -566,7 +566,7 @@ def test_a_block_that_looks_at_its_class_is_refused():
             return x + self.norm(self.b(F.dropout(self.act(self.a(x)), 0.1, self.training)))
 
     (site,) = cbam.sites(Exact())
-    assert "after norm stops its forward: no Exact" in site.why
+    assert "after norm makes the forward fail: no Exact" in site.why
 
 
 class ByAStaticMethod(Host):
@@ -829,7 +829,7 @@ def test_a_block_of_two_inputs_with_a_forward_on_the_instance_is_refused():
     block = Conditional()
     block.forward = partial(Conditional.forward, block)
     (site,) = cbam.sites(block)
-    assert site.why == "has a forward put on the instance, which attention cannot follow"
+    assert site.why == "has a forward assigned to the instance, which cannot be redirected"
     assert not site.default
 
 
