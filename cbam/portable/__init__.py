@@ -1,4 +1,4 @@
-"""Networks for other runtimes: torch.export, ONNX and OpenVINO files, checked before they are in place."""
+"""Export networks to torch.export, ONNX and OpenVINO files, each checked before it is put in place."""
 
 from cbam.portable.check import Agreement
 from cbam.portable.exporting import Exported, export

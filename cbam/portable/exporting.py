@@ -1,4 +1,4 @@
-"""Write a network as a file from which another runtime computes the same."""
+"""Write a network as a file that computes the same in another runtime."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -17,8 +17,8 @@ from cbam.portable.formats import Format, format_of
 from cbam.portable.program import inputs, plain, program, settled, unseen_shapes
 
 SHAPE = (1, 3, 224, 224)
-# A graph holds for an axis of length one or for longer ones, never for both.
-SMALL_MAP = "; with dynamic no map may be one pixel high or wide: give a larger size, or leave dynamic out"
+# A graph is valid for axes of length one or for longer ones, never for both.
+SMALL_MAP = "; with dynamic, no map may be one pixel high or wide: give a larger size, or leave dynamic out"
 
 
 @dataclass(frozen=True)
@@ -26,10 +26,10 @@ class Exported:
     """A file that computes what the network computes.
 
     Attributes:
-        path: what a runtime opens; the weights of an OpenVINO file lie beside it, in a .bin.
+        path: the file that a runtime opens; OpenVINO has the weights next to it, in a .bin.
         format: "torch", "onnx" or "openvino".
         size: of all its files, in bytes.
-        agreement: with the network, as it was measured on the file before it was put in place.
+        agreement: with the network, measured on the file before it was put in place.
     """
 
     path: Path
@@ -51,18 +51,18 @@ def export(
 ) -> Exported:
     """Write `model` as a file for torch.export, ONNX or OpenVINO, without any operator of ours.
 
-    The file is read back and run against the network on three inputs before it is put in place: outputs agree
-    to 1e-5 of their largest value, or there is no file. The model itself is not changed; it is exported in
-    eval mode, without the wrappers of `torch.compile` and DistributedDataParallel.
+    The file is read back and compared with the network on three inputs before it is put in place: outputs
+    agree to 1e-5 of their largest value, or no file is written. The model itself is not changed. It is
+    exported in eval mode, without the wrappers of `torch.compile` and DistributedDataParallel.
 
     Args:
         path: `.pt2`, `.onnx` or `.xml`; the folder must exist.
-        to: "torch", "onnx" or "openvino"; by default what `path` ends in.
-        shape: of the input, float32: (N, C, H, W), or of a signal (N, C, W), or of a volume (N, C, D, H, W).
-        dynamic: leave all dimensions but C free; the file is then checked at three shapes that are not the
+        to: "torch", "onnx" or "openvino"; by default according to the suffix of `path`.
+        shape: of the float32 input: (N, C, H, W); (N, C, W) for a signal, (N, C, D, H, W) for a volume.
+        dynamic: leave all dimensions except C free; the file is then checked at three shapes other than the
             traced one.
-        opset: of ONNX; by default the exporter's.
-        about: metadata for the file, by name: strings, or values that JSON can express.
+        opset: the ONNX opset; by default the exporter's.
+        about: metadata for the file: strings, or values that JSON can express, by name.
         overwrite: replace an existing file.
 
     Raises:
@@ -70,30 +70,30 @@ def export(
         DtypeError: the weights are not float32, or quantised. ConfigError: an unknown format, or a file that
             exists. InputError: the model refuses the shape, or JSON cannot express `about`.
         NonFiniteError: the network computes NaN.
-        OutputError: no space or no permission. MissingExtraError: a package is missing.
+        OutputError: no space or no permission. MissingExtraError: a package is not installed.
     """
     path = Path(path)
-    name, made = format_of(to, path)
+    name, file_format = format_of(to, path)
     _check(shape, opset, about, name)
     network = plain(model)
-    targets = [path.with_suffix(suffix) for suffix in made.suffixes]
-    # The network is on the CPU, and torch reads files to the process's default device.
+    targets = [path.with_suffix(suffix) for suffix in file_format.suffixes]
+    # The network is on the CPU, but torch loads files onto the default device of the process.
     with placed(*targets, overwrite=overwrite) as part, torch.device("cpu"), settled(network):
         graph = program(network, shape, dynamic=dynamic)
-        made.write(graph, part / path.name, about or {}, opset)
+        file_format.write(graph, part / path.name, about or {}, opset)
         checked = inputs(unseen_shapes(shape, dynamic=dynamic))
-        read = _read_back(made, part / path.name, name)
+        read = _read_back(file_format, part / path.name, name)
         found = agreement(network, read, checked, path.name, SMALL_MAP if dynamic else "")
         size = sum((part / target.name).stat().st_size for target in targets)
     return Exported(path, name, size, found)
 
 
-def _read_back(made: Format, path: Path, name: str) -> Run:
+def _read_back(file_format: Format, path: Path, name: str) -> Run:
     try:
-        return made.read(path)
+        return file_format.read(path)
     except (OSError, MemoryError):
         raise
-    except Exception as error:  # of the runtime, which raises what it likes
+    except Exception as error:  # a runtime can raise anything
         raise ExportError(
             f"{name} cannot read the file that was written: {first_line(error, 300)}"
         ) from error
@@ -106,10 +106,10 @@ def _check(shape: tuple[int, ...], opset: int | None, about: Mapping[str, Any] |
     if opset is not None and (type(opset) is not int or opset < 1):
         raise ConfigError(f"opset must be a positive int, got {opset!r}")
     if opset is not None and name == "torch":
-        raise ConfigError("opset is ONNX's; a file for torch has none")
+        raise ConfigError("opset is an ONNX setting; a file for torch has none")
     if not all(isinstance(key, str) for key in about or {}):
-        raise InputError(f"about must have texts as its names, got {list(about or {})!r:.80}")
+        raise InputError(f"the names in about must be strings, got {list(about or {})!r:.80}")
     try:
         json.dumps(dict(about or {}), allow_nan=False)
     except (TypeError, ValueError) as error:
-        raise InputError(f"about must hold texts, or values that JSON has: {error}") from error
+        raise InputError(f"about must contain strings, or values that JSON can express: {error}") from error

@@ -1,4 +1,4 @@
-"""The file formats: how a graph is written, and how the file is run."""
+"""The file formats: how to write a graph, and how to run the file."""
 
 import contextlib
 import importlib.util
@@ -21,8 +21,8 @@ from cbam.portable.program import quiet
 
 INPUT = "x"
 SIDES = ("depth", "height", "width")
-LARGEST = 1_900_000_000  # bytes; the limit of protocol buffers is 2 GiB
-PRECISION = {"INFERENCE_PRECISION_HINT": "f32"}  # without it OpenVINO computes in bfloat16 where it can
+LARGEST = 1_900_000_000  # bytes; protocol buffers are limited to 2 GiB
+PRECISION = {"INFERENCE_PRECISION_HINT": "f32"}  # by default OpenVINO computes in bfloat16 where it can
 
 Write = Callable[[ExportedProgram, Path, Mapping[str, Any], int | None], None]
 
@@ -32,7 +32,7 @@ class Format:
     """One format.
 
     Attributes:
-        suffixes: of its files; the last is the one that a runtime opens.
+        suffixes: of its files; a runtime opens the last one.
         needs: packages required to write and to check.
         write: (program, path of the last file, metadata for it, opset).
         read: path of the last file -> a function that runs it on the CPU in float32.
@@ -50,28 +50,28 @@ def format_of(to: str | None, path: Path) -> tuple[str, Format]:
     Raises:
         ConfigError: neither is known, or they differ. MissingExtraError: its packages are not installed.
     """
-    by_suffix = {made.suffixes[-1]: name for name, made in FORMATS.items()}
+    by_suffix = {fmt.suffixes[-1]: name for name, fmt in FORMATS.items()}
     if to is None:
         to = by_suffix.get(path.suffix)
     if to not in FORMATS:
-        known = ", ".join(f"{name} ({made.suffixes[-1]})" for name, made in FORMATS.items())
-        raise ConfigError(f"to={to!r}, {path.name}: expected one of {known}")
-    made = FORMATS[to]
-    if path.suffix != made.suffixes[-1]:
-        raise ConfigError(f"{path}: a file for {to} ends in {made.suffixes[-1]}")
-    absent = [name for name in made.needs if importlib.util.find_spec(name) is None]
+        known = ", ".join(f"{name} ({fmt.suffixes[-1]})" for name, fmt in FORMATS.items())
+        raise ConfigError(f"no known format in to={to!r} and {path.name}: expected one of {known}")
+    fmt = FORMATS[to]
+    if path.suffix != fmt.suffixes[-1]:
+        raise ConfigError(f"{path}: a file for {to} must end in {fmt.suffixes[-1]}")
+    absent = [name for name in fmt.needs if importlib.util.find_spec(name) is None]
     if absent:
         raise MissingExtraError.of(f"export to {to}", "export", absent)
-    return to, made
+    return to, fmt
 
 
 # --- torch ---
 
 
-def _write_torch(made: ExportedProgram, path: Path, about: Mapping[str, Any], opset: int | None) -> None:
+def _write_torch(program: ExportedProgram, path: Path, about: Mapping[str, Any], opset: int | None) -> None:
     buffer = io.BytesIO()
     with quiet():
-        torch.export.save(made, buffer, extra_files={"cbam.json": json.dumps(dict(about))})
+        torch.export.save(program, buffer, extra_files={"cbam.json": json.dumps(dict(about))})
     path.write_bytes(buffer.getvalue())
 
 
@@ -83,22 +83,24 @@ def _read_torch(path: Path) -> Run:
 # --- ONNX ---
 
 
-def _write_onnx(made: ExportedProgram, path: Path, about: Mapping[str, Any], opset: int | None) -> None:
-    proto = _onnx(made, opset)
+def _write_onnx(program: ExportedProgram, path: Path, about: Mapping[str, Any], opset: int | None) -> None:
+    proto = _onnx(program, opset)
     for key, value in about.items():
         entry = proto.metadata_props.add()
         entry.key, entry.value = key, value if isinstance(value, str) else json.dumps(value)
     if proto.ByteSize() > LARGEST:
-        raise ExportError(f"the network takes {proto.ByteSize()} bytes, and one ONNX file {LARGEST} at most")
+        raise ExportError(
+            f"the network takes {proto.ByteSize()} bytes, but an ONNX file can have at most {LARGEST}"
+        )
     path.write_bytes(proto.SerializeToString())
 
 
-def _onnx(made: ExportedProgram, opset: int | None) -> Any:
+def _onnx(program: ExportedProgram, opset: int | None) -> Any:
     try:
-        # onnxscript before 0.7 prints what it rewrote
+        # onnxscript before 0.7 prints what it rewrites
         with quiet(), contextlib.redirect_stdout(io.StringIO()):
             written = torch.onnx.export(
-                made, dynamo=True, opset_version=opset, input_names=[INPUT], verbose=False
+                program, dynamo=True, opset_version=opset, input_names=[INPUT], verbose=False
             )
         proto = written.model_proto  # pyright: ignore[reportOptionalMemberAccess]
     except ImportError as error:
@@ -109,19 +111,19 @@ def _onnx(made: ExportedProgram, opset: int | None) -> Any:
         raise ExportError(f"ONNX cannot express this network: {_cause(error)}") from error
     got = {entry.domain: entry.version for entry in proto.opset_import}
     if opset is not None and got.get("") != opset:
-        raise ExportError(f"this network needs opset {got.get('')}, and cannot be written in opset {opset}")
+        raise ExportError(f"this network needs opset {got.get('')}, it cannot be written in opset {opset}")
     foreign = [f"{n.name} ({n.domain}::{n.op_type})" for n in proto.graph.node if n.domain]
     if foreign or proto.functions:
-        raise ExportError(f"the ONNX graph holds operators that are not standard: {', '.join(foreign[:5])}")
+        raise ExportError(f"the ONNX graph contains non-standard operators: {', '.join(foreign[:5])}")
     _name_free(proto)
     return proto
 
 
 def _name_free(proto: Any) -> None:
-    """Name the free dimensions batch, height, ...: torch numbers them."""
+    """Rename the free dimensions, which torch numbers, to batch, height, ..."""
     dims = proto.graph.input[0].type.tensor_type.shape.dim
-    called = ["batch", "", *SIDES[5 - len(dims) :]]
-    names = {dim.dim_param: name for dim, name in zip(dims, called, strict=True) if dim.dim_param}
+    dim_names = ["batch", "", *SIDES[5 - len(dims) :]]
+    names = {dim.dim_param: name for dim, name in zip(dims, dim_names, strict=True) if dim.dim_param}
     for value in (*proto.graph.input, *proto.graph.output, *proto.graph.value_info):
         for dim in value.type.tensor_type.shape.dim:
             if dim.dim_param:
@@ -129,7 +131,7 @@ def _name_free(proto: Any) -> None:
 
 
 def _cause(error: BaseException) -> str:
-    """The operator or node that the exporter failed on, from the chain of its errors."""
+    """The operator or node on which the exporter failed, from its chain of errors."""
     texts, seen = [], error
     while seen is not None:
         texts.append(str(seen))
@@ -145,7 +147,7 @@ def _read_onnx(path: Path) -> Run:
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = 4  # errors are raised as well
+    options.log_severity_level = 4  # errors are raised anyway
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     return lambda x: [torch.from_numpy(value) for value in session.run(None, {INPUT: x.numpy()})]
 
@@ -153,11 +155,13 @@ def _read_onnx(path: Path) -> Run:
 # --- OpenVINO ---
 
 
-def _write_openvino(made: ExportedProgram, path: Path, about: Mapping[str, Any], opset: int | None) -> None:
+def _write_openvino(
+    program: ExportedProgram, path: Path, about: Mapping[str, Any], opset: int | None
+) -> None:
     import openvino  # pyright: ignore[reportMissingImports]
 
-    onnx = path.with_name(f".{path.stem}.onnx")  # goes with the folder, which is a temporary one
-    _write_onnx(made, onnx, {}, opset)
+    onnx = path.with_name(f".{path.stem}.onnx")  # deleted with the temporary folder
+    _write_onnx(program, onnx, {}, opset)
     try:
         model = openvino.Core().read_model(onnx)
         for key, value in about.items():
@@ -165,7 +169,7 @@ def _write_openvino(made: ExportedProgram, path: Path, about: Mapping[str, Any],
     except RuntimeError as error:
         raise ExportError(f"OpenVINO cannot read this network: {first_line(error, 300)}") from error
     try:
-        openvino.save_model(model, path, compress_to_fp16=False)  # or it would halve the weights' precision
+        openvino.save_model(model, path, compress_to_fp16=False)  # the default would halve the precision
     except RuntimeError as error:
         raise OutputError(f"{path.name} cannot be written: {first_line(error, 300)}") from error
 

@@ -1,4 +1,4 @@
-"""A network as a graph of torch's own operators, from which every format is made."""
+"""A network as a graph of torch's own operators, from which every format is written."""
 
 import contextlib
 import copy
@@ -13,16 +13,16 @@ from torch.export import Dim, ExportedProgram
 from torch.utils._pytree import tree_map
 
 from cbam.errors import CBAMError, DtypeError, ExportError, InputError, first_line
-from cbam.surgery.dialect import bare
+from cbam.surgery.dialect import unwrapped
 from cbam.surgery.effects import eval_mode
 
 OURS = "cbam"  # the namespace of our operators, which no other runtime has
-_TALKATIVE = ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")
-STEP = 32  # pixels between two sizes: networks halve a side five times
+_NOISY = ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")
+STEP = 32  # pixels between two sizes; networks halve a side five times
 
 
 def plain(model: nn.Module) -> nn.Module:
-    """The network inside its wrappers, on the CPU; a copy only if it has to be moved there.
+    """The network without wrappers, on the CPU; copied only if it has to be moved there.
 
     Raises:
         InputError: not a module, or one without parameters or without memory. ExportError: it is scripted.
@@ -30,17 +30,17 @@ def plain(model: nn.Module) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise InputError(f"export takes a torch.nn.Module, got {type(model).__name__}")
-    model = bare(model)
+    model = unwrapped(model)
     if isinstance(model, torch.jit.ScriptModule):
-        raise ExportError("the model is scripted; export the module that it was made from")
-    _refuse_dtypes(model)
+        raise ExportError("the model is scripted; export the module it was made from")
+    _check_dtypes(model)
     devices = {p.device.type for p in (*model.parameters(), *model.buffers())}
     if "meta" in devices:
         raise InputError(f"{type(model).__name__} has parameters without memory: load its weights first")
     return model if devices == {"cpu"} else copy.deepcopy(model).cpu()
 
 
-def _refuse_dtypes(model: nn.Module) -> None:
+def _check_dtypes(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if "quantized" in type(module).__module__:
             raise DtypeError(
@@ -58,7 +58,7 @@ def _refuse_dtypes(model: nn.Module) -> None:
 
 @contextlib.contextmanager
 def settled(model: nn.Module) -> Iterator[None]:
-    """For a `with`: `model` in eval mode, without gradients, autocast and `module.compile()`."""
+    """Context manager: `model` in eval mode, without gradients, autocast and `module.compile()`."""
     before = [(module, module._compiled_call_impl) for module in model.modules()]
     try:
         for module, _ in before:
@@ -71,13 +71,13 @@ def settled(model: nn.Module) -> Iterator[None]:
 
 
 def inputs(shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
-    """A float32 tensor of each shape, the same ones every time."""
+    """A random float32 tensor of each shape, the same on every call."""
     generator = torch.Generator().manual_seed(0)
     return [torch.randn(shape, generator=generator, dtype=torch.float32) for shape in shapes]
 
 
 def traced_shape(shape: tuple[int, ...], *, dynamic: bool) -> tuple[int, ...]:
-    """The shape to trace with: free dimensions must not be 1, nor equal, or the graph may depend on that."""
+    """The shape to trace with: free dimensions must differ and not be 1, or the graph may depend on them."""
     if not dynamic:
         return shape
     free = [max(2, shape[0])]
@@ -101,11 +101,11 @@ def unseen_shapes(shape: tuple[int, ...], *, dynamic: bool) -> list[tuple[int, .
 
 
 def program(model: nn.Module, shape: tuple[int, ...], *, dynamic: bool) -> ExportedProgram:
-    """The graph of `model`, which is `settled`, in torch's own operators.
+    """The graph of `model`, which must be `settled`, in torch's own operators.
 
     Raises:
-        ExportError: torch.export refuses the model, or its graph holds an operator of this package.
-        InputError: the model itself refuses the input.
+        ExportError: torch.export cannot export the model, or its graph contains an operator of this package.
+        InputError: the model itself does not accept the input.
     """
     (x,) = inputs([traced_shape(shape, dynamic=dynamic)])
     try:
@@ -113,35 +113,39 @@ def program(model: nn.Module, shape: tuple[int, ...], *, dynamic: bool) -> Expor
     except CBAMError:
         raise
     except Exception as error:
-        told = first_line(error, 300)
-        raise InputError(f"{type(model).__name__} refuses an input {tuple(x.shape)}: {told}") from error
+        reason = first_line(error, 300)
+        raise InputError(
+            f"{type(model).__name__} does not accept an input of shape {tuple(x.shape)}: {reason}"
+        ) from error
     free = {place: Dim.DYNAMIC for place in range(len(shape)) if place != 1} if dynamic else {}
     try:
-        named = inspect.signature(model.forward).bind(x).arguments  # x, or the *args that hold it
+        named = inspect.signature(model.forward).bind(x).arguments  # x, or the *args with it
         shapes = tree_map(lambda _: free, named)
         with quiet():
-            made = torch.export.export(model, (x,), dynamic_shapes=shapes, strict=False)
-    except Exception as error:  # torch raises errors of its own, and every builtin
+            exported = torch.export.export(model, (x,), dynamic_shapes=shapes, strict=False)
+    except Exception as error:  # torch raises errors of its own and any builtin
         advice = "; leave dynamic out to fix batch and size" if dynamic else ""
         raise ExportError(
-            f"torch.export cannot take {type(model).__name__}: {first_line(error, 300)}{advice}"
+            f"torch.export cannot export {type(model).__name__}: {first_line(error, 300)}{advice}"
         ) from error
-    ours = {str(n.target) for n in _nodes(made) if getattr(n.target, "namespace", "") == OURS}
+    ours = {str(n.target) for n in _nodes(exported) if getattr(n.target, "namespace", "") == OURS}
     if ours:
-        raise ExportError(f"the graph holds operators that only this package has: {', '.join(sorted(ours))}")
-    return made
+        raise ExportError(
+            f"the graph contains operators that only this package has: {', '.join(sorted(ours))}"
+        )
+    return exported
 
 
-def _nodes(made: ExportedProgram) -> Iterator[torch.fx.Node]:
-    for module in made.graph_module.modules():
+def _nodes(exported: ExportedProgram) -> Iterator[torch.fx.Node]:
+    for module in exported.graph_module.modules():
         if isinstance(module, torch.fx.GraphModule):
             yield from module.graph.nodes
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """For a `with`: silences the logs and warnings of the exporters, which concern their own code."""
-    loggers = [logging.getLogger(name) for name in _TALKATIVE]
+    """Context manager: silences the logs and warnings of the exporters, which concern their own code."""
+    loggers = [logging.getLogger(name) for name in _NOISY]
     levels = [logger.level for logger in loggers]
     try:
         for logger in loggers:

@@ -1,4 +1,4 @@
-"""Read a weights file without running code from it, and say what is wrong with any other file."""
+"""Read a weights file without running code from it, and explain what is wrong with any other file."""
 
 import pickle
 import re
@@ -19,8 +19,8 @@ def read(path: Path) -> Any:
 
     Raises:
         CheckpointNotFoundError: no such file.
-        CheckpointError: unreadable, damaged, not a weights file, or one that asks to run code.
-        MissingExtraError: the file is safetensors, and the package to read it is absent.
+        CheckpointError: unreadable, damaged, not a weights file, or it asks to run code.
+        MissingExtraError: the file is safetensors, and the package to read it is not installed.
     """
     try:
         size = _size(path)
@@ -42,7 +42,7 @@ def read(path: Path) -> Any:
 
 
 def _size(path: Path) -> int:
-    """Bytes of a file; `Path.exists` would call one that cannot be reached absent, from Python 3.14."""
+    """The bytes of a file; from Python 3.14, `Path.exists` calls a file that cannot be reached absent."""
     try:
         found = path.stat()
     except (FileNotFoundError, NotADirectoryError, ValueError) as error:  # ValueError: a zero byte
@@ -69,7 +69,7 @@ def _read_safetensors(path: Path, size: int) -> dict[str, Tensor]:
         return load_file(path)
     except OSError:
         raise
-    except Exception as error:  # the library has one class for all other errors
+    except Exception as error:  # safetensors has one class for all other errors
         raise CheckpointError(
             f"{path}: damaged or cut off ({size} bytes, read as safetensors): {error}"
         ) from error
@@ -105,12 +105,12 @@ def _read_torch(path: Path) -> Any:
         if found := _unsafe_globals(path, error):
             raise CheckpointError(
                 f"{path}: refused, it asks to run {some(found)}, which plain weights never need. If "
-                "you trust it, save the weights alone where it was made: torch.save(model.state_dict(), path)"
+                "you trust it, save only the weights where it was made: torch.save(model.state_dict(), path)"
             ) from None
-        raise CheckpointError(f"{path}: damaged, or not plain weights: {_reason(error)}") from error
+        raise CheckpointError(f"{path}: damaged or not plain weights: {_reason(error)}") from error
     except OSError:
         raise
-    except Exception as error:  # torch raises nearly every builtin for a damaged file
+    except Exception as error:  # torch raises almost any builtin error for a damaged file
         raise CheckpointError(f"{path}: damaged or not plain weights: {_reason(error)}") from error
 
 

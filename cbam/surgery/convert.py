@@ -1,4 +1,4 @@
-"""Weights of an attached model under the names of the released code, or of timm: the way back."""
+"""Convert the weights of an attached model to the names of the released code, or of timm."""
 
 import math
 from collections import OrderedDict
@@ -21,10 +21,10 @@ _FORWARDS = (nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward, nn.GroupNorm.forw
 def convert_state_dict(model: nn.Module, to: str = "released") -> dict[str, Tensor]:
     """The weights of `model` under the names of the authors' released code, or of timm's CbamModule.
 
-    The copy has its own memory. A gain, which neither format knows, is folded by powers of two into the
-    affine layer before the attention (times both gains), the first layer of the MLP (divided by both) and the
-    convolution of the spatial gate (divided by its gain). In eval mode the function stays the same to the
-    bit, as long as no activation leaves the dtype's normal range (float16 ends at 65504).
+    The result has its own memory. A gain, which neither format has, must be a power of two. It is folded into
+    the affine layer before the attention (times both gains), the first layer of the MLP (divided by both) and
+    the convolution of the spatial gate (divided by its gain). In eval mode the output stays bit-identical, as
+    long as no activation leaves the normal range of the dtype (float16 ends at 65504).
 
     timm's module must have biases: `block_args={"attn_layer": partial(CbamModule, mlp_bias=True)}` with
     CbamModule from timm.layers.cbam.
@@ -35,7 +35,7 @@ def convert_state_dict(model: nn.Module, to: str = "released") -> dict[str, Tens
 
     Raises:
         InputError: an unknown format.
-        CheckpointError: an attention, or a gain, that the format cannot hold; it names the block.
+        CheckpointError: an attention, or a gain, that the format cannot express; it names the block.
     """
     if to not in ("released", "timm"):
         raise InputError(f'to must be "released" or "timm", got {to!r}')
@@ -55,12 +55,12 @@ def convert_state_dict(model: nn.Module, to: str = "released") -> dict[str, Tens
 def _check_convertible(attention: nn.Module, to: str) -> None:
     if type(attention) is not CBAM:
         raise MisfitError(
-            f"its attention is {type(attention).__name__}, and {to} weights hold cbam.CBAM alone"
+            f"its attention is {type(attention).__name__}, and {to} weights are only for cbam.CBAM"
         )
     if attention.spatial.dim != 2:
         raise MisfitError(f"its attention has dim={attention.spatial.dim}, and {to} weights are for images")
     if set(attention.channel.pools) != {"avg", "max"}:
-        raise MisfitError(f"its pools are {attention.channel.pools}, and {to} weights mean avg and max")
+        raise MisfitError(f"its pools are {attention.channel.pools}, and {to} weights need avg and max")
     if to == "released" and attention.spatial.kernel_size != 7:
         raise MisfitError(f"its spatial kernel is {attention.spatial.kernel_size}, the released code's is 7")
     odd = attention.state_dict().keys() - {ours for ours, _, _ in NAMES} - {"channel.gain", "spatial.gain"}
@@ -69,7 +69,7 @@ def _check_convertible(attention: nn.Module, to: str) -> None:
 
 
 def _fold_gains(target: Target, name: str, state: dict[str, Tensor]) -> None:
-    """Move the gains of one block into its affine layer, MLP and 7x7, exactly."""
+    """Fold the gains of one block exactly into its affine layer, MLP and spatial convolution."""
     slot = under(name, SLOT)
     gates = (target.gates[f"{slot}.channel"], target.gates[f"{slot}.spatial"])
     channel, spatial = (1.0 if gate.gain is None else gate.gain.item() for gate in gates)
@@ -78,7 +78,7 @@ def _fold_gains(target: Target, name: str, state: dict[str, Tensor]) -> None:
     affine = _affine_names(target, affine_before(target.blocks[name]))
     if not affine:
         raise MisfitError(
-            f"its gain of {channel * spatial:g} folds only into a normalisation or convolution of its own "
+            f"its gain of {channel * spatial:g} folds only into an unshared normalisation or convolution "
             "right before the attention; save model.state_dict() instead"
         )
     for tensor in affine:
@@ -88,32 +88,32 @@ def _fold_gains(target: Target, name: str, state: dict[str, Tensor]) -> None:
 
 
 def affine_before(block: nn.Module) -> nn.Module | None:
-    """The layer with weight and bias whose output is what the attention of `block` gets, if there is one."""
+    """The layer with weight and bias whose output is the input of the attention of `block`, if any."""
     route = type(block)._cbam_route  # pyright: ignore[reportAttributeAccessIssue]
     if route.when == "after":
         module = block.get_submodule(route.child)
     else:
-        module = _maker(block, route)
+        module = _producer(block, route)
     while module is not None and not isinstance(module, _NORMS):
         if type(module) is nn.Conv2d:
             return module
-        module = _maker(module, None)
+        module = _producer(module, None)
     return module if module is not None and _ends_in_affine(module) else None
 
 
 def _ends_in_affine(norm: nn.Module) -> bool:
-    """Whether a norm ends with its affine map: torch's own, and timm's where its activation is none."""
+    """Whether a norm ends with its affine map: torch's do, and timm's if they have no activation."""
     ours = type(norm).forward in _FORWARDS
     children = list(norm.children())
-    silent = bool(children) and all(type(child) is nn.Identity for child in children)
-    return getattr(norm, "affine", False) and (ours or silent)
+    no_activation = bool(children) and all(type(child) is nn.Identity for child in children)
+    return getattr(norm, "affine", False) and (ours or no_activation)
 
 
-def _maker(parent: nn.Module, route: Route | None) -> nn.Module | None:
-    """The child of `parent` whose output, used nowhere else, a route takes, or `parent` returns."""
+def _producer(parent: nn.Module, route: Route | None) -> nn.Module | None:
+    """The child of `parent` whose output, used nowhere else, is the value at `route`, or returned."""
     try:
         graph = trace(parent)
-    except Exception:  # whatever a forward raises that cannot be traced: then nothing is known about it
+    except Exception:  # the forward cannot be traced, so nothing is known
         return None
     if route is None or route.when == "output":
         value: Any = graph.output_node().args[0]
@@ -124,7 +124,7 @@ def _maker(parent: nn.Module, route: Route | None) -> nn.Module | None:
     else:
         value = next((n for n in graph.nodes if n.name == route.child), None)
     while isinstance(value, Node) and value.op == "call_module":
-        # in its own graph, the value of a "graph" route still has the users that attention stands before
+        # for a "graph" route, the value still has the users that attention comes before
         if len(value.users) != 1 and not (route and route.when == "graph"):
             return None
         child = parent.get_submodule(str(value.target))
@@ -135,7 +135,7 @@ def _maker(parent: nn.Module, route: Route | None) -> nn.Module | None:
 
 
 def _affine_names(target: Target, affine: nn.Module | None) -> list[str]:
-    """The names of the weight and bias of a layer; none if they are shared or computed from others."""
+    """The names of the weight and bias of a layer; empty if they are shared or computed from others."""
     if affine is None:
         return []
     name = next(name for name, module in target.model.named_modules() if module is affine)
@@ -166,7 +166,7 @@ def _renamed(state: dict[str, Tensor], target: Target, to: str) -> dict[str, Ten
         if to == "timm" and name in new_names:
             value = _as_timm(name, value)
         renamed[new_names.get(name, name)] = value
-    # torchvision's MNASNet refuses a state dict without the version that is noted there
+    # torchvision's MNASNet refuses a state dict without the version in its metadata
     renamed._metadata = target.model.state_dict()._metadata  # pyright: ignore
     return renamed
 

@@ -12,7 +12,7 @@ from cbam.nn import CBAM
 from cbam.nn.gate import SigmoidGate
 from cbam.surgery.route import SLOT, is_refined
 
-# ours, under `<block>.cbam.`; the released code, under the same; timm's CbamModule, under `<block>.se.`
+# ours, under `<block>.cbam.`; the released code's, under the same; timm's CbamModule, under `<block>.se.`
 NAMES = [
     ("channel.fc1.weight", "ChannelGate.mlp.1.weight", "channel.fc1.weight"),
     ("channel.fc1.bias", "ChannelGate.mlp.1.bias", "channel.fc1.bias"),
@@ -33,12 +33,12 @@ class MisfitError(Exception):
 class Target:
     """The tensors, attached blocks and gates of a model, by name.
 
-    The model inside a wrapper (DistributedDataParallel, torch.compile) is taken. Gains are not among the
-    tensors: their keys come and go with their values.
+    Wrappers (DistributedDataParallel, torch.compile) are removed. Gains are not among the tensors, because
+    their keys depend on their values.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.model = model = bare(model)
+        self.model = model = unwrapped(model)
         modules = list(model.named_modules(remove_duplicate=False))
         self.blocks = {name: module for name, module in modules if is_refined(module)}
         self.gates = {n: m for n, m in modules if isinstance(m, SigmoidGate)}
@@ -51,7 +51,7 @@ class Target:
             )
         attached = tuple(under(block, f"{SLOT}.") for block in self.blocks)
         self.attention = {name for name in self.tensors if name.startswith(attached)}
-        # prefixes of attention: where it is attached, and where a network has a CBAM of its own
+        # prefixes of attention, both attached and of a CBAM that is part of the network
         self.slots = {*attached, *(under(n, "") for n, m in modules if isinstance(m, CBAM))}
 
     def head(self) -> set[str]:
@@ -65,18 +65,18 @@ class Target:
             for name, module in modules
             if isinstance(module, nn.Linear | nn.Conv2d) and under(name, "weight") not in self.attention
         ]
-        places = [name for name, module in modules if module in _told_heads(self.model)] or [""]
+        places = [name for name, module in modules if module in _distilled_heads(self.model)] or [""]
         last = [[f"{n}." for n in layers if f"{n}.".startswith(under(place, ""))][-1:] for place in places]
         return {name for name in self.tensors if name.startswith(tuple(itertools.chain(*last)))}
 
     def copy(self, values: Mapping[str, Tensor], gains: Mapping[str, float]) -> None:
-        """Copy values that have been checked; if that fails all the same, restore everything."""
+        """Copy checked values; if that fails nevertheless, restore everything."""
         before = {name: value.clone() for name, value in self.tensors.items()}
         gains_before = {gate: gate.gain for gate in self.gates.values()}
         try:
             for name, gain in gains.items():
                 self.gates[name].set_gain(gain)
-            state = self.model.state_dict()  # with metadata, which says that the names are current
+            state = self.model.state_dict()  # with metadata, which marks the names as current
             state.update(values)
             self.model.load_state_dict(state)
         except BaseException:
@@ -87,13 +87,13 @@ class Target:
             raise
 
 
-def _told_heads(model: Any) -> tuple[nn.Module, ...]:
-    told = model.get_classifier() if type(model).__module__.startswith("timm.") else ()
-    return told if isinstance(told, tuple) else ()
+def _distilled_heads(model: Any) -> tuple[nn.Module, ...]:
+    heads = model.get_classifier() if type(model).__module__.startswith("timm.") else ()
+    return heads if isinstance(heads, tuple) else ()
 
 
-def bare(model: nn.Module) -> nn.Module:
-    """The network inside DistributedDataParallel, DataParallel and torch.compile."""
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The network inside DistributedDataParallel, DataParallel and torch.compile wrappers."""
     while isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel) or _compiled(model):
         model = model._orig_mod if _compiled(model) else model.module  # pyright: ignore
     return model
@@ -109,6 +109,6 @@ def under(module: str, name: str) -> str:
 
 
 def some(names: list[str]) -> str:
-    """The first five names, and how many more there are."""
+    """The first five names, and the number of others."""
     more = f", and {len(names) - 5} more" if len(names) > 5 else ""
     return ", ".join(names[:5]) + more

@@ -1,6 +1,6 @@
-"""Weights of other CBAM codes under our names, where ours computes the same function.
+"""Weights of other CBAM implementations under our names, where ours computes the same function.
 
-docs/dialects.md compares what each code computes, and measures what is claimed here.
+docs/dialects.md compares what each implementation computes, and measures what is claimed here.
 """
 
 from collections.abc import Collection, Mapping
@@ -19,15 +19,15 @@ _RESIDUAL = "adds its input to its output, x + CBAM(x), which no gate computes"
 
 @dataclass(frozen=True)
 class Dialect:
-    """A code's CBAM, by what it calls its weights.
+    """The CBAM of one implementation, by the names of its weights.
 
     Attributes:
-        name: what `Loaded.format` says.
-        names: theirs -> ours, below the attention; or below the block, where its parts are the block's own.
-        marks: those of `names` that no other code uses.
-        mean_first: whether the spatial convolution reads [mean, max], not [max, mean].
+        name: the value of `Loaded.format`.
+        names: theirs -> ours, below the attention; or below the block, if the gates are its children.
+        marks: those of `names` that no other implementation uses.
+        mean_first: whether the spatial convolution reads [mean, max] instead of [max, mean].
         normed: whether a BatchNorm follows that convolution.
-        refusal: why no weights of ours compute its function; "" if some do.
+        refusal: why ours cannot compute its function; "" if it can.
     """
 
     name: str
@@ -87,14 +87,14 @@ DIALECTS = (
         ("spatial_attention.cv1.weight",),
         mean_first=True,
         normed=False,
-        refusal="computes its channel gate by one layer from C to C on the mean alone, without a maximum, "
+        refusal="computes its channel gate with one layer from C to C on the mean only, without a maximum, "
         "a hidden layer or a ReLU",
     ),
 )
 
 
 def dialect_of(names: Collection[str]) -> Dialect | None:
-    """The code whose attention is among these names, if it is another's."""
+    """The other implementation whose attention is among these names, if any."""
     for dialect in DIALECTS:
         ends = tuple(f".{mark}" for mark in dialect.marks)
         if any(f".{name}".endswith(ends) for name in names):
@@ -103,10 +103,10 @@ def dialect_of(names: Collection[str]) -> Dialect | None:
 
 
 def translated(tensors: dict[str, Tensor], target: Target) -> tuple[str, dict[str, Tensor], bool]:
-    """The file's format, its tensors under our names, and whether they are exact in eval mode alone.
+    """The file's format, its tensors under our names, and whether they are exact in eval mode only.
 
     Raises:
-        MisfitError: no weights of ours compute what the file's code computes.
+        MisfitError: ours cannot compute what the file's implementation computes.
     """
     dialect = dialect_of([name for name in tensors if name not in target.tensors])
     if dialect is None:
@@ -125,13 +125,13 @@ def _renamed(tensors: dict[str, Tensor], dialect: Dialect, target: Target) -> di
     for name, value in tensors.items():
         new = name if name in target.tensors else _our_name(name, dialect, target)
         if new in renamed:
-            raise MisfitError(f"it has two attentions for {new}")
+            raise MisfitError(f"two of its tensors are for {new}")
         renamed[new] = value
     return renamed
 
 
 def _our_name(name: str, dialect: Dialect, target: Target) -> str:
-    """`<attention>.<theirs>` or, by a child of any name or none, `<block>.<child>.<theirs>`."""
+    """Our name for `<attention>.<theirs>`, `<block>.<any child>.<theirs>` or `<block>.<theirs>`."""
     theirs = next((suffix for suffix in dialect.names if f".{name}".endswith(f".{suffix}")), None)
     if theirs is None:
         return name
@@ -146,7 +146,7 @@ def _our_name(name: str, dialect: Dialect, target: Target) -> str:
 
 
 def _complete(tensors: dict[str, Tensor], slot: str, dialect: Dialect, target: Target) -> None:
-    """1x1 convolutions to matrices, no bias to a zero bias, [mean, max] to [max, mean], no norm to one."""
+    """Turn 1x1 convolutions into matrices, [mean, max] into [max, mean]; add missing biases and the norm."""
     for layer in ("fc1", "fc2"):
         weight, bias = tensors.get(f"{slot}channel.{layer}.weight"), f"{slot}channel.{layer}.bias"
         if weight is not None and weight.shape[2:] == (1, 1):
@@ -161,7 +161,7 @@ def _complete(tensors: dict[str, Tensor], slot: str, dialect: Dialect, target: T
 
 
 def _add_norm(tensors: dict[str, Tensor], norm: str, target: Target) -> None:
-    """A BatchNorm that adds the convolution's bias and does nothing else, in eval mode."""
+    """Add a BatchNorm that, in eval mode, adds the convolution's bias and does nothing else."""
     if f"{norm}running_var" not in target.tensors:
         return
     eps: Any = target.model.get_submodule(norm.removesuffix(".")).eps

@@ -1,8 +1,8 @@
-"""Load weights of plain networks, of ours, of the authors' released checkpoints and of other codes.
+"""Load weights of plain networks, our own, the authors' released checkpoints and other implementations.
 
 Loading is all or nothing: everything is read, renamed and checked before the first value is copied.
-Other codes' files mean gain 1, ours say their gain where it is not 1: the model computes what the file's
-author computed, however its attention was started.
+Files of other implementations imply gain 1, ours contain the gain if it is not 1: the model computes what
+the author of the file computed, whichever start its attention had.
 """
 
 import math
@@ -24,16 +24,16 @@ from cbam.surgery.translate import dialect_of, translated
 __all__ = ["Loaded", "check_weights", "load_weights"]
 
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "model_state", "net", "network", "params", "weights")
-_MAX_DEPTH = 4  # of dicts around a state dict; a dict may hold itself
+_MAX_DEPTH = 4  # of dicts around a state dict; a dict may contain itself
 _OWN_HEAD = 'cbam.load_weights(..., head="skip") keeps the model\'s own last layer. The model is unchanged'
-_COUNTER = ".num_batches_tracked"  # absent in files older than torch 0.4.1, and no part of the function
+_COUNTER = ".num_batches_tracked"  # absent in files older than torch 0.4.1, and not part of the function
 
 
 class _OtherClasses(MisfitError):
-    """The last layer alone is of another shape."""
+    """Only the last layer has a different shape."""
 
-    def __init__(self, told: str, classes: int) -> None:
-        super().__init__(told)
+    def __init__(self, message: str, classes: int) -> None:
+        super().__init__(message)
         self.classes = classes
 
 
@@ -43,11 +43,11 @@ class Loaded:
 
     Attributes:
         format: "plain" (no attention in the file), "cbam" (ours), "released", "timm", "mmyolo" or "luuuyi".
-        tensors: how many tensors of the model now hold the file's values.
-        missing: attention tensors that the file does not have; they keep their values.
+        tensors: how many tensors of the model now have the values of the file.
+        missing: attention tensors that are not in the file; they keep their values.
         head_skipped: whether the last layer kept its own values.
-        eval_only: whether the model computes what the file's code does in eval mode alone: the file's spatial
-            gate has no BatchNorm, and the model's is set to add the bias and do nothing else.
+        eval_only: whether the model matches the file's implementation in eval mode only: the spatial gate of
+            the file has no BatchNorm, and the model's is set to add the bias and do nothing else.
     """
 
     format: str
@@ -63,42 +63,42 @@ def load_weights(
     """Copy weights into `model`, all or nothing.
 
     Files are safetensors or `torch.save` files, read without running any code from them. The prefixes
-    `module.` and `_orig_mod.`, and a surrounding dict such as `dict(epoch, state_dict, ...)`, are taken off.
-    Every tensor of the plain network must be there; attention may be absent as a whole and then stays as it
-    is. Attention of other codes is translated where ours computes the same, and refused with the reason where
-    it does not (docs/dialects.md); it may belong to an attached block, or stand where the model has a
+    `module.` and `_orig_mod.`, and a surrounding dict such as `dict(epoch, state_dict, ...)`, are removed.
+    Every tensor of the plain network must be present; attention may be absent as a whole and then keeps its
+    values. Attention of other implementations is translated if ours computes the same, and otherwise refused
+    with the reason (docs/dialects.md); it may belong to an attached block, or be where the model has a
     `cbam.CBAM` of its own.
 
-    A flipped bit in a `torch.save` file is found by the file's own checksums. A safetensors file, and one in
-    torch's format of before 2020, has none: there only damage to the structure or the finiteness shows.
+    The checksums in a `torch.save` file reveal a flipped bit. Safetensors files, and files in torch's format
+    from before 2020, have none: only damage to the structure, or NaN and infinity, are detected.
 
     Args:
         model: plain, or with attention attached.
         source: a path, or a state dict.
-        head: "load" takes the file's last linear layer too (both of a distilled network); "skip" leaves the
+        head: "load" includes the file's last linear layer (both of a distilled network); "skip" keeps the
             model's own, for other classes.
 
     Raises:
         CheckpointNotFoundError: no such file.
-        CheckpointError: unreadable, damaged, unsafe, or it does not fit (OtherClassesError where nothing but
-            the last layer does not). The model is unchanged.
+        CheckpointError: unreadable, damaged, unsafe, or it does not fit (OtherClassesError if only the last
+            layer does not). The model is unchanged.
         InputError: neither a path nor a state dict, or an unknown `head`.
-        MissingExtraError: the file is safetensors, and the package to read it is absent.
+        MissingExtraError: the file is safetensors, and the package to read it is not installed.
     """
-    target, values, gains, loaded = _fitted(model, source, head)
+    target, values, gains, loaded = _checked(model, source, head)
     target.copy(values, gains)
     return loaded
 
 
 def check_weights(model: nn.Module, source: str | PathLike[str] | Mapping[str, Any]) -> Loaded:
     """What `load_weights` would do, and raise, without doing it."""
-    return _fitted(model, source, "load")[-1]
+    return _checked(model, source, "load")[-1]
 
 
-def _fitted(
+def _checked(
     model: nn.Module, source: str | PathLike[str] | Mapping[str, Any], head: str
 ) -> tuple[Target, dict[str, Tensor], dict[str, float], Loaded]:
-    """What is to be copied, and where to, once all of it has been checked."""
+    """The target, the checked values and gains to copy into it, and the report."""
     if head not in ("load", "skip"):
         raise InputError(f'head must be "load" or "skip", got {head!r}')
     if isinstance(source, Mapping):
@@ -112,7 +112,7 @@ def _fitted(
         tensors = _tensors(content, target)
         file_format, tensors, eval_only = translated(tensors, target)
         tensors = _without_counters(tensors, target)
-        gains = _take_gains(tensors, target)
+        gains = _pop_gains(tensors, target)
         kept = target.head() if head == "skip" else set()
         values = {name: value for name, value in tensors.items() if name not in kept}
         missing = _check_names(values, target, kept)
@@ -127,7 +127,7 @@ def _fitted(
 
 
 def _tensors(content: Any, target: Target) -> dict[str, Tensor]:
-    """The state dict in `content`, without wrapper dicts and prefixes."""
+    """The state dict in `content`, without surrounding dicts and prefixes."""
     for _ in range(_MAX_DEPTH):
         inner = [w for w in _WRAPPERS if _holds_tensors(content.get(w))] if _is_dict(content) else []
         content = content[inner[0]] if inner else content
@@ -135,14 +135,16 @@ def _tensors(content: Any, target: Target) -> dict[str, Tensor]:
         raise MisfitError(f"it holds a {type(content).__name__}, not a state dict")
     if not content:
         raise MisfitError("it is an empty dict")
-    odd = [f"{key} ({type(value).__name__})" for key, value in content.items() if not _is_plain(key, value)]
-    if odd:
-        raise MisfitError(f"it is no state dict of dense tensors: {some(odd)}")
+    invalid = [
+        f"{key} ({type(value).__name__})" for key, value in content.items() if not _is_plain(key, value)
+    ]
+    if invalid:
+        raise MisfitError(f"it is not a state dict of dense tensors: {some(invalid)}")
     tensors = {}
     for key, value in content.items():
         name = key if key in target.tensors else _stripped(key)
         if name in tensors:
-            raise MisfitError(f"two of its names are {name} once 'module.' and '_orig_mod.' are taken off")
+            raise MisfitError(f"two of its names are {name} once 'module.' and '_orig_mod.' are removed")
         tensors[name] = value.detach()
     return tensors
 
@@ -152,7 +154,7 @@ def _is_dict(value: Any) -> bool:
 
 
 def _holds_tensors(value: Any) -> bool:
-    """Whether a dict holds a tensor, or may hold one further down; a configuration does not."""
+    """Whether a dict contains a tensor, or may contain one further down; a configuration does not."""
     return _is_dict(value) and any(
         isinstance(inner, Tensor) or (key in _WRAPPERS and _is_dict(inner)) for key, inner in value.items()
     )
@@ -170,8 +172,8 @@ def _stripped(name: str) -> str:
     return name
 
 
-def _take_gains(tensors: dict[str, Tensor], target: Target) -> dict[str, float]:
-    """The gain of every gate whose weights are in `tensors`, 1 by default; gains are removed from these."""
+def _pop_gains(tensors: dict[str, Tensor], target: Target) -> dict[str, float]:
+    """Remove and return the gains of gates whose weights are in `tensors`; the default is 1."""
     gains = {}
     for gate in target.gates:
         if any(under(gate, name) in tensors for name, _ in target.gates[gate].named_parameters()):
@@ -193,7 +195,7 @@ def _without_counters(tensors: dict[str, Tensor], target: Target) -> dict[str, T
 
 
 def _check_names(values: Collection[str], target: Target, kept: set[str]) -> list[str]:
-    """The attention tensors that the file does not have: none, or all of them."""
+    """Check the names, and return the attention tensors missing in the file: none, or all of them."""
     wanted = [name for name in target.tensors if name not in kept]
     missing = [name for name in wanted if name not in values and not name.endswith(_COUNTER)]
     unexpected = [name for name in values if name not in target.tensors]
@@ -202,18 +204,18 @@ def _check_names(values: Collection[str], target: Target, kept: set[str]) -> lis
         missing = [name for name in missing if name not in target.attention]
     if not missing and not unexpected:
         return absent
-    complaints = [
+    problems = [
         f"{len(names)} {kind}: {some(names)}"
         for kind, names in (("missing", missing), ("unexpected", unexpected))
         if names
     ]
     matched = sum(name in values for name in wanted)
-    summary = f"{matched} of {len(wanted)} names fit {type(target.model).__name__}; {'; '.join(complaints)}"
+    summary = f"{matched} of {len(wanted)} names fit {type(target.model).__name__}; {'; '.join(problems)}"
     raise MisfitError(summary + _hint(missing, unexpected, target))
 
 
 def _hint(missing: list[str], unexpected: list[str], target: Target) -> str:
-    """What would have worked, as far as the names show."""
+    """What would have worked, judging by the names."""
     if not target.slots and (dialect_of(unexpected) or any(f".{SLOT}." in f".{name}" for name in unexpected)):
         return (
             ". The file has attention: call cbam.attach(model) first, or name the network with it, as in "
@@ -251,22 +253,22 @@ def _check_shapes(values: Mapping[str, Tensor], target: Target) -> None:
         for name in values
         if name in wrong
     ]
-    told = f"{len(wrong)} of other shape: {some(listed)}"
+    message = f"{len(wrong)} with a different shape: {some(listed)}"
     classes, own = ({n for name in wrong for n in of[name].shape[:1]} for of in (values, target.tensors))
     if wrong <= target.head() and len(classes) == 1 and classes != own:
-        raise _OtherClasses(told, *classes)
-    raise MisfitError(told)
+        raise _OtherClasses(message, *classes)
+    raise MisfitError(message)
 
 
 def _check_values(values: Mapping[str, Tensor], target: Target) -> dict[str, Tensor]:
-    """The values in the model's dtypes, every one of them finite."""
-    odd = [
+    """The values in the dtypes of the model, checked to be finite."""
+    invalid = [
         f"{name} ({value.dtype})"
         for name, value in values.items()
-        if _kind(value) != _kind(target.tensors[name])
+        if _number_kind(value) != _number_kind(target.tensors[name])
     ]
-    if odd:
-        raise MisfitError(f"{len(odd)} of another kind of number: {some(odd)}")
+    if invalid:
+        raise MisfitError(f"{len(invalid)} with an incompatible dtype: {some(invalid)}")
     converted = {name: value.to(target.tensors[name].dtype) for name, value in values.items()}
     broken = [name for name, value in converted.items() if not value.isfinite().all()]
     if broken:
@@ -276,5 +278,5 @@ def _check_values(values: Mapping[str, Tensor], target: Target) -> dict[str, Ten
     return converted
 
 
-def _kind(value: Tensor) -> tuple[bool, bool]:
+def _number_kind(value: Tensor) -> tuple[bool, bool]:
     return value.is_floating_point(), value.is_complex()

@@ -17,7 +17,7 @@ SAME = ["released code", "timm", "timm, `mlp_bias=True`", "mmyolo", "luuuyi"]
 OTHER = {
     "External-Attention": r"External-Attention, which adds its input to its output, x \+ CBAM\(x\)",
     "Peachypie98": r"Peachypie98, which adds its input to its output",
-    "ultralytics": r"ultralytics, which computes its channel gate by one layer from C to C on the mean alone",
+    "ultralytics": "ultralytics, which computes its channel gate with one layer from C to C on the mean only",
 }
 WITHOUT_NORM = {"mmyolo", "luuuyi"}
 

@@ -299,7 +299,7 @@ def test_a_dict_that_holds_itself_is_refused():
     """K5"""
     endless = {"epoch": 1, "best": torch.ones(1)}
     endless["state_dict"] = endless
-    refused(tiny(), endless, "no state dict of dense tensors")
+    refused(tiny(), endless, "not a state dict of dense tensors")
 
 
 def test_a_configuration_beside_the_weights_is_no_wrapper():
@@ -318,7 +318,9 @@ def test_a_model_without_memory_is_refused():
 
 @pytest.mark.parametrize("key", ["odd", 7])
 def test_what_is_no_state_dict_is_refused(key):
-    refused(tiny(), {**tiny().state_dict(), key: "text" if key == "odd" else torch.ones(1)}, "no state dict")
+    refused(
+        tiny(), {**tiny().state_dict(), key: "text" if key == "odd" else torch.ones(1)}, "not a state dict"
+    )
     refused(tiny(), {}, "empty dict")
     refused(tiny(), {"a": torch.ones(2, 2).to_sparse()}, "dense tensors")
     refused(tiny(), {"a": torch.ones(2, device="meta")}, "dense tensors")
@@ -378,7 +380,7 @@ def test_a_wrong_shape_changes_nothing(name):
     """K7, K12"""
     state = tiny(seed=1).state_dict()
     state[name] = state[name][:, :1]
-    message = refused(tiny(), state, f"1 of other shape: {name} is")
+    message = refused(tiny(), state, f"1 with a different shape: {name} is")
     assert "head" not in message
 
 
@@ -403,7 +405,7 @@ def test_a_head_of_other_width_for_the_same_classes_is_not_said_to_have_others()
     """K12"""
     state = tiny(seed=1).state_dict()
     state["fc.weight"] = torch.ones(10, 32)
-    assert "classes" not in refused(tiny(), state, "1 of other shape: fc.weight is")
+    assert "classes" not in refused(tiny(), state, "1 with a different shape: fc.weight is")
 
 
 @pytest.mark.parametrize("network", ["mobilenet_v2", "squeezenet1_1", "timm:test_convnext", "timm:test_vit"])
@@ -438,7 +440,7 @@ def test_values_beyond_the_models_dtype_are_refused():
     state["fc.bias"][0] = 1e6
     refused(tiny().half(), state, "infinity in torch.float16: fc.bias")
     state["fc.bias"] = torch.ones(10, dtype=torch.int64)
-    refused(tiny(), state, r"another kind of number: fc.bias \(torch.int64\)")
+    refused(tiny(), state, r"an incompatible dtype: fc.bias \(torch.int64\)")
 
 
 def test_a_file_of_another_precision_is_converted():
