@@ -2,7 +2,7 @@
 
 dependencies = ["torch", "torchvision", "timm"]
 
-from cbam import build, from_pretrained  # noqa: E402 - torch.hub looks at `dependencies` first
+from cbam import build, from_pretrained  # noqa: E402 - torch.hub reads `dependencies` first
 
 
 def resnet18_cbam(num_classes: int = 1000):
@@ -26,7 +26,7 @@ def resnet101_cbam(num_classes: int = 1000):
 
 
 def mobilenet_v2_cbam(num_classes: int = 1000):
-    """MobileNetV2 with CBAM in its 10 blocks with a shortcut."""
+    """MobileNetV2 with CBAM in its 10 blocks that have a shortcut, initialised as the paper's code does."""
     return build("mobilenet_v2+cbam", num_classes=num_classes)
 
 

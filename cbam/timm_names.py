@@ -1,7 +1,7 @@
-"""`timm.create_model("cbam_resnet50")`: networks of timm with CBAM attached, under names of their own.
+"""Names for `timm.create_model`, such as "cbam_resnet50": timm networks with CBAM attached.
 
-timm takes a second to import, and `import cbam` has to cost nothing. So nothing is registered until timm is
-there: before `import timm`, `import cbam` leaves a note for Python's import system; after it, it registers.
+timm takes a second to import, but `import cbam` must cost nothing. So the names are registered when timm is
+imported: at once if it is already, otherwise by a finder in Python's import system.
 """
 
 import importlib.util
@@ -21,27 +21,27 @@ convnext_tiny convnextv2_atto ghostnet_100 dla34 darknet53 cspdarknet53 hrnet_w1
 """.split()
 
 
-class _Watch:
-    """A finder that finds nothing itself: when timm has been imported, it registers the names."""
+class _RegisteringFinder:
+    """An import finder that finds nothing itself, but registers the names once timm is imported."""
 
     def __init__(self) -> None:
-        self._asking = threading.local()
+        self._searching = threading.local()
 
     def find_spec(self, name: str, path=None, target=None) -> ModuleSpec | None:
-        """timm's own spec, its loader told to register when it is done."""
-        if name != "timm" or getattr(self._asking, "timm", False):
+        """timm's own spec, with a loader that also registers the names."""
+        if name != "timm" or getattr(self._searching, "timm", False):
             return None
-        self._asking.timm = True
+        self._searching.timm = True
         try:
             spec = importlib.util.find_spec(name)
         finally:
-            self._asking.timm = False
+            self._searching.timm = False
         if spec is None or spec.loader is None:
             return spec
         loader, load = spec.loader, spec.loader.exec_module
 
         def load_and_register(module) -> None:
-            del loader.exec_module  # the loader's own again
+            del loader.exec_module  # restores the loader's own method
             load(module)
             register_safely()
 
@@ -50,18 +50,18 @@ class _Watch:
 
 
 def watch() -> None:
-    """Register now if timm is imported already, and else when it is."""
+    """Register now if timm is already imported, otherwise when it is."""
     if "timm" in sys.modules:
         register_safely()
-    elif not any(isinstance(finder, _Watch) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Watch())
+    elif not any(isinstance(finder, _RegisteringFinder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _RegisteringFinder())
 
 
 def register_safely() -> None:
-    """Register; what goes wrong is no reason for `import timm` to fail."""
+    """Register the names, but never make `import timm` fail."""
     try:
         register()
-    except Exception as error:  # another version of timm
+    except Exception as error:  # for example with another version of timm
         _log.warning("timm.create_model does not know cbam_*: %s: %s", type(error).__name__, error)
 
 
@@ -84,5 +84,5 @@ def _entry(network: str):
         return attach(model, start="identity" if pretrained else "paper")
 
     create.__name__ = create.__qualname__ = PREFIX + network
-    create.__doc__ = f"timm's {network} with CBAM; weights of the plain network keep their function."
+    create.__doc__ = f"timm's {network} with CBAM; pretrained weights keep their function."
     return create

@@ -1,4 +1,4 @@
-"""Networks by name, bare or with attention, what they cost, and detectors over them."""
+"""Networks by name, plain or with attention, their cost, and detectors built on them."""
 
 from cbam.models.catalogue import attentions, build, names
 from cbam.models.cost import Cost, profile

@@ -1,10 +1,10 @@
-"""Networks by name: ours, torchvision's and timm's, bare or with attention.
+"""Networks by name: ours, torchvision's and timm's, plain or with attention.
 
-A name is `[library:]network[+attention]`: "resnet50", "resnet50+cbam", "timm:resnet50+se". A bare network
-name is ours if we have it, else torchvision's, else timm's. Nothing is downloaded.
+A name is `[library:]network[+attention]`: "resnet50", "resnet50+cbam", "timm:resnet50+se". Without a library
+it is ours if we have it, else torchvision's, else timm's. Nothing is downloaded.
 
-Ours are those of the paper's tables that the libraries lack. `mobilenet_v1` and `wide_resnet18` take any
-width: `mobilenet_v1_0.35`.
+Ours are the networks in the paper's tables that the libraries lack. `mobilenet_v1` and `wide_resnet18` accept
+any width: `mobilenet_v1_0.35`.
 """
 
 import difflib
@@ -27,28 +27,28 @@ _OF_TORCH = ("resnet_tiny", "mobilenet_v1", "mobilenet_v1_0.7")
 _OF_TORCHVISION = ("resnext101_32x4d", "wide_resnet18_1.5", "wide_resnet18_2.0")
 _WIDTH = re.compile(r"(mobilenet_v1|wide_resnet18)_([0-9]+(?:\.[0-9]+)?)")
 _LIBRARIES = ("cbam", "torchvision", "timm")
-# Their defaults hand out a tuple of logits while training, and announce a change of initialisation.
+# By default they return a tuple of logits in training mode, and warn about a change of initialisation.
 _PLAIN_OUTPUT = {name: {"aux_logits": False, "init_weights": True} for name in ("googlenet", "inception_v3")}
 
 
 def build(name: str, *, num_classes: int = 1000, start: str = "paper", stride_in: str = "3x3") -> nn.Module:
-    """A freshly initialised network: `build("resnet50+cbam")`.
+    """Build a freshly initialised network: `build("resnet50+cbam")`.
 
     Args:
         name: `[library:]network[+attention]`; library is `cbam`, `torchvision` or `timm`, and a name without
             one is ours, else torchvision's, else timm's. `names()` lists the networks, `attentions()` the
-            attentions.
-        num_classes: outputs of the network.
-        start: how attention begins: "paper", as in the paper's networks, which train from scratch; or
-            "identity", which is what `cbam.attach` begins with in networks that may be trained already.
+            attention modules.
+        num_classes: number of outputs.
+        start: how attention is initialised: "paper", for training from scratch, as in the paper; or
+            "identity", the default of `cbam.attach`, for networks that may be trained already.
         stride_in: where bottleneck blocks stride: "3x3" leaves them as the library has them, "1x1" moves
-            the stride into the convolution before, as the paper's column of multiply-accumulates counts.
+            the stride into the convolution before, as the multiply-accumulates in the paper assume.
 
     Raises:
-        ConfigError: an unknown name, attention, start or stride_in, or no bottleneck block to move it in.
+        ConfigError: an unknown name, attention, start or stride_in, or no bottleneck block for stride_in.
         InputError: num_classes is not a positive int.
         AttachError: the network has no place for attention.
-        MissingExtraError: torchvision or timm is needed and absent.
+        MissingExtraError: torchvision or timm is needed but not installed.
     """
     network, attention = _split(name)
     door.check_count("num_classes", num_classes)
@@ -73,14 +73,14 @@ def build(name: str, *, num_classes: int = 1000, start: str = "paper", stride_in
 
 
 def attentions() -> list[str]:
-    """The attentions that `build` knows, sorted: `build(f"resnet50+{name}")`."""
+    """The attention modules that `build` knows, sorted: `build(f"resnet50+{name}")`."""
     return sorted(ATTENTIONS)
 
 
 def names(pattern: str = "") -> list[str]:
-    """The networks that `build` knows, sorted, those of an absent library left out.
+    """The networks that `build` knows, sorted, without those of libraries that are not installed.
 
-    A timm network whose bare name is torchvision's appears as `timm:<name>`.
+    A timm network with the name of a torchvision network appears as `timm:<name>`.
 
     Args:
         pattern: part of a name, or a wildcard pattern such as "resnet*"; empty for all.
@@ -101,7 +101,7 @@ def names(pattern: str = "") -> list[str]:
 def _split(name: str) -> tuple[str, str]:
     """ "resnet50+cbam" -> ("resnet50", "cbam")."""
     if not isinstance(name, str):
-        raise InputError(f"a network is named by a str, got {type(name).__name__}")
+        raise InputError(f"the name of a network must be a str, got {type(name).__name__}")
     network, plus, attention = name.partition("+")
     if plus and attention not in ATTENTIONS:
         known = ", ".join(attentions())
@@ -110,7 +110,7 @@ def _split(name: str) -> tuple[str, str]:
 
 
 def _find(network: str) -> tuple[str, str]:
-    """Which library has `network`, and its name there."""
+    """The library that has `network`, and its name there."""
     library, colon, bare = network.rpartition(":")
     if colon and library not in _LIBRARIES:
         raise ConfigError(
@@ -130,7 +130,7 @@ def _listed(library: str) -> list[str]:
     if library == "torchvision":
         models = _torchvision()
         return models.list_models(module=models)
-    return _timm().list_models(exclude_filters="cbam_*")  # those that cbam/timm_names.py registered
+    return _timm().list_models(exclude_filters="cbam_*")  # registered by cbam/timm_names.py
 
 
 def _create(library: str, network: str, num_classes: int) -> nn.Module:

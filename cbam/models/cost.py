@@ -1,4 +1,4 @@
-"""What a network costs: parameters and multiply-accumulates."""
+"""The cost of a network: parameters and multiply-accumulates."""
 
 from typing import NamedTuple
 
@@ -11,7 +11,7 @@ from cbam.surgery.effects import eval_mode
 
 
 class Cost(NamedTuple):
-    """Parameters, and 10^9 multiply-accumulates for one image."""
+    """Number of parameters, and 10^9 multiply-accumulates for one image."""
 
     parameters: int
     gmac: float
@@ -20,16 +20,16 @@ class Cost(NamedTuple):
 def profile(model: nn.Module, size: int | tuple[int, int] = 224) -> Cost:
     """Count the parameters of `model`, and its multiply-accumulates for one RGB image of `size`.
 
-    Convolutions and matrix products are counted, as in the paper's tables (there called GFLOPs); sums,
-    poolings and activations are not. The image runs in eval mode without gradients, on the device and in
-    the dtype of the model's first parameter; every module's mode is put back. On the meta device
-    (`with torch.device("meta"): model = build(name)`) nothing is computed and no memory is taken.
+    Convolutions and matrix products are counted, as in the paper's tables (which call them GFLOPs); sums,
+    pooling and activations are not. The image runs in eval mode without gradients, on the device and in the
+    dtype of the model's first parameter; the mode of every module is restored. On the meta device
+    (`with torch.device("meta"): model = build(name)`) nothing is computed and no memory is used.
 
     Args:
         size: side of a square image, or (height, width), in pixels.
 
     Raises:
-        InputError: a size that is no positive int, or a model without parameters.
+        InputError: a size that is not a positive int or pair, or a model without parameters.
     """
     sides = size if isinstance(size, tuple) else (size, size)
     if len(sides) != 2 or any(type(side) is not int or side < 1 for side in sides):

@@ -1,10 +1,10 @@
-"""Detectors by name: Faster R-CNN, RetinaNet, SSD300, StairNet, over plain networks or ones with attention.
+"""Detectors by name: Faster R-CNN, RetinaNet, SSD300 and StairNet, on networks with or without attention.
 
 A name is `detector:network[+attention]`: "fasterrcnn:resnet50+cbam", "fasterrcnn_c4:resnet101+se",
 "retinanet:timm:convnext_tiny", "ssd300:vgg16", "stairnet300:mobilenet_v1+se". They are torchvision's: in
-training they take a list of images (3, H, W) in 0..1 and a list of targets (`boxes`, `labels` from 1) and
-give losses, else a list of detections. Nothing is downloaded: weights of a classifier go into the network
-first: `faster_rcnn`.
+training mode they take a list of images (3, H, W) in 0..1 and a list of targets (`boxes`, `labels` from 1)
+and return losses, otherwise a list of detections. Nothing is downloaded. To start from a trained classifier,
+load its weights into the network first: see `faster_rcnn`.
 """
 
 from __future__ import annotations
@@ -25,52 +25,52 @@ from cbam.surgery.effects import eval_mode
 if TYPE_CHECKING:
     from torchvision.models.detection import FasterRCNN, RetinaNet
 
-_OVER_VGG_OR_MOBILENET = ("ssd300", "stairnet300")
-DETECTORS = ("fasterrcnn", "fasterrcnn_c4", "retinanet", *_OVER_VGG_OR_MOBILENET)
+_SINGLE_SHOT = ("ssd300", "stairnet300")
+DETECTORS = ("fasterrcnn", "fasterrcnn_c4", "retinanet", *_SINGLE_SHOT)
 _WIDTH = 256  # of the feature pyramid
-_TRIED = (128, 160)  # height and width of an image, a multiple of 32 as detectors pad to
+_TRIAL_SIZE = (128, 160)  # height and width of an image, multiples of 32, to which detectors pad
 
 
 def detector(name: str, *, num_classes: int, start: str = "paper") -> nn.Module:
-    """A freshly initialised detector: `detector("fasterrcnn:resnet50+cbam", num_classes=20)`.
+    """Build a freshly initialised detector: `detector("fasterrcnn:resnet50+cbam", num_classes=20)`.
 
     Args:
-        name: `detector:network[+attention]`; fasterrcnn's and retinanet's networks are `build`'s ResNets
-            and timm's with feature maps, fasterrcnn_c4's the ResNets; ssd300 and stairnet300 have vgg16 and
-            mobilenet_v1, and attention is stairnet300's alone, right before every classifier.
+        name: `detector:network[+attention]`. fasterrcnn and retinanet accept `build`'s ResNets and timm
+            networks with feature maps, fasterrcnn_c4 only ResNets, ssd300 and stairnet300 vgg16 and
+            mobilenet_v1. Of these two only stairnet300 has attention, right before every classifier.
         num_classes: without the background.
-        start: how attention begins, "paper" or "identity" (see `cbam.attach`).
+        start: how attention is initialised, "paper" or "identity" (see `cbam.attach`).
 
     Raises:
-        ConfigError: an unknown name, or a combination that there is not.
+        ConfigError: an unknown name, or an unsupported combination.
         InputError: num_classes is not a positive int.
     """
     kind, colon, network = name.partition(":")
     if not colon or kind not in DETECTORS:
         raise ConfigError(
-            f"unknown detector {name!r}; expected DETECTOR:NETWORK, one of {', '.join(DETECTORS)}"
+            f"unknown detector {name!r}; expected DETECTOR:NETWORK, with one of {', '.join(DETECTORS)}"
         )
     door.check_count("num_classes", num_classes)
-    if kind in _OVER_VGG_OR_MOBILENET:
+    if kind in _SINGLE_SHOT:
         return _single_shot(kind, network, num_classes, start)
     make = {"fasterrcnn": faster_rcnn, "fasterrcnn_c4": faster_rcnn_c4, "retinanet": retinanet}[kind]
     return make(build(network, start=start), num_classes)
 
 
 def faster_rcnn(network: nn.Module, num_classes: int) -> FasterRCNN:
-    """torchvision's Faster R-CNN with a feature pyramid over a classification network.
+    """Build torchvision's Faster R-CNN with a feature pyramid on a classification network.
 
-    Weights go in before: `cbam.load_weights(network, file)`, then this. The network's modules are used as
-    they are, attached attention among them; its classifier is left out.
+    Load weights first: `cbam.load_weights(network, file)`. The network's modules are used as they are, with
+    any attached attention; its classifier is left out.
 
     Args:
-        network: a ResNet of torchvision's kind, or a timm network that gives its intermediate maps.
+        network: a torchvision ResNet, or a timm network that returns its intermediate maps.
         num_classes: without the background.
 
     Raises:
-        ConfigError: a network of another kind, or one that takes images of one size alone.
+        ConfigError: another kind of network, or one that accepts images of one size only.
     """
-    _need_torchvision()
+    _require_torchvision()
     from torchvision.models.detection import FasterRCNN
     from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
@@ -78,19 +78,19 @@ def faster_rcnn(network: nn.Module, num_classes: int) -> FasterRCNN:
 
 
 def faster_rcnn_c4(network: nn.Module, num_classes: int) -> FasterRCNN:
-    """Faster R-CNN without a pyramid, as it was in the paper's time: see `faster_rcnn`.
+    """Build Faster R-CNN without a pyramid, as at the time of the paper: see `faster_rcnn`.
 
-    Region proposals and boxes read one map, of conv4 (`layer3`, stride 16), and conv5 (`layer4`) is the head
-    of every box, at 14x14 (He et al., arXiv 1512.03385, appendix A). Proposals are as many as in Faster R-CNN
-    (Ren et al., 1506.01497): 2000 to train, 300 to test, and 128 of an image to learn from.
+    Region proposals and boxes read one map, that of conv4 (`layer3`, stride 16), and conv5 (`layer4`) is the
+    head of every box, at 14x14 (He et al., arXiv 1512.03385, appendix A). The numbers of proposals are those
+    of Faster R-CNN (Ren et al., 1506.01497): 2000 in training, 300 in testing, and 128 per image in the loss.
 
     Args:
-        network: a ResNet of torchvision's kind.
+        network: a torchvision ResNet.
 
     Raises:
-        ConfigError: a network of another kind.
+        ConfigError: another kind of network.
     """
-    _need_torchvision()
+    _require_torchvision()
     from torchvision.models import ResNet
     from torchvision.models.detection import FasterRCNN
     from torchvision.models.detection.anchor_utils import AnchorGenerator
@@ -98,7 +98,7 @@ def faster_rcnn_c4(network: nn.Module, num_classes: int) -> FasterRCNN:
     from torchvision.ops import MultiScaleRoIAlign
 
     if not isinstance(network, ResNet):
-        raise ConfigError(f"fasterrcnn_c4 takes torchvision's ResNets, got {type(network).__name__}")
+        raise ConfigError(f"fasterrcnn_c4 needs a torchvision ResNet, got {type(network).__name__}")
     return FasterRCNN(
         Conv4(network),
         rpn_anchor_generator=AnchorGenerator(((32, 64, 128, 256, 512),), ((0.5, 1.0, 2.0),)),
@@ -112,8 +112,8 @@ def faster_rcnn_c4(network: nn.Module, num_classes: int) -> FasterRCNN:
 
 
 def retinanet(network: nn.Module, num_classes: int) -> RetinaNet:
-    """torchvision's RetinaNet with a feature pyramid over a classification network: see `faster_rcnn`."""
-    _need_torchvision()
+    """Build torchvision's RetinaNet with a feature pyramid on a classification network: see `faster_rcnn`."""
+    _require_torchvision()
     from torchvision.models.detection import RetinaNet
     from torchvision.models.detection.retinanet import _default_anchorgen
     from torchvision.ops.feature_pyramid_network import LastLevelP6P7
@@ -137,7 +137,7 @@ class Conv4(nn.Module):
 
 
 class Conv5(nn.Module):
-    """The last stage of a ResNet on the maps of boxes, and their mean: (K, C, 14, 14) -> (K, 2C)."""
+    """The last stage of a ResNet on the maps of boxes, then their mean: (K, C, 14, 14) -> (K, 2C)."""
 
     def __init__(self, network: Any) -> None:
         super().__init__()
@@ -148,12 +148,12 @@ class Conv5(nn.Module):
 
 
 class Pyramid(nn.Module):
-    """The last maps of a classification network, and a feature pyramid (Lin et al., CVPR 2017) over them.
+    """The last maps of a classification network, and a feature pyramid (Lin et al., CVPR 2017) on them.
 
     Args:
         network: see `faster_rcnn`.
-        levels: how many of its maps are taken.
-        top: torchvision's block for the maps above.
+        levels: how many of its maps are used.
+        top: torchvision's block for additional, coarser maps.
 
     Shape: (N, 3, H, W) -> maps (N, 256, H/s, W/s) by name, the finest first.
     """
@@ -187,7 +187,7 @@ class TimmMaps(nn.Module):
 
 
 def _body(network: nn.Module, levels: int) -> tuple[nn.Module, list[int]]:
-    """A module that gives the maps of a network, and their channels."""
+    """A module that returns the maps of a network, and their channels."""
     from torchvision.models import ResNet
     from torchvision.models._utils import IntermediateLayerGetter
 
@@ -196,57 +196,59 @@ def _body(network: nn.Module, levels: int) -> tuple[nn.Module, list[int]]:
         channels = [_width(getattr(network, stage)) for stage in stages]
         return IntermediateLayerGetter(network, {stage: stage for stage in stages}), channels
     maps: Callable | None = getattr(network, "forward_intermediates", None)
-    described: Any = getattr(network, "feature_info", None)
-    if maps is None or described is None or len(described) < levels:
+    feature_info: Any = getattr(network, "feature_info", None)
+    if maps is None or feature_info is None or len(feature_info) < levels:
         raise ConfigError(
-            f"{type(network).__name__} gives no feature maps; a detector takes torchvision's ResNets and "
-            "timm's networks that have forward_intermediates"
+            f"{type(network).__name__} returns no feature maps; a detector needs a torchvision ResNet or a "
+            "timm network with forward_intermediates"
         )
-    _refuse_one_size(network)
-    channels = [level["num_chs"] for level in list(described)[-levels:]]
+    _check_any_size(network)
+    channels = [level["num_chs"] for level in list(feature_info)[-levels:]]
     return TimmMaps(network, levels), channels
 
 
-def _refuse_one_size(network: Any) -> None:
-    """Raise for a network of timm's that takes images of one size alone; a detector's have many.
+def _check_any_size(network: Any) -> None:
+    """Raise for a timm network that accepts images of one size only; a detector's images vary in size.
 
-    timm says which may, and some of those take others all the same.
+    Some networks that timm marks as such accept other sizes nevertheless, so the network is run.
     """
     if not (getattr(network, "pretrained_cfg", None) or {}).get("fixed_input_size"):
         return
     like = next(network.parameters())
     try:
         with eval_mode(network), torch.no_grad():
-            network.forward_intermediates(like.new_zeros(1, 3, *_TRIED), intermediates_only=True)
-    except Exception as error:  # of its own kind in every network
-        told = f"{type(network).__name__} takes images of one size alone, and a detector's have many"
-        raise ConfigError(f"{told}: {str(error) or type(error).__name__}") from error
+            network.forward_intermediates(like.new_zeros(1, 3, *_TRIAL_SIZE), intermediates_only=True)
+    except Exception as error:  # every network raises errors of its own
+        reason = (
+            f"{type(network).__name__} accepts images of one size only, but a detector's images vary in size"
+        )
+        raise ConfigError(f"{reason}: {str(error) or type(error).__name__}") from error
 
 
 def _width(stage: Any) -> int:
-    """The channels of a ResNet's stage; its classifier, which may be another one, does not say them."""
+    """The output channels of a ResNet's stage, from its last block: the classifier may have been replaced."""
     block = stage[-1]
     return (block.conv3 if hasattr(block, "conv3") else block.conv2).out_channels
 
 
 def _single_shot(kind: str, network: str, num_classes: int, start: str) -> nn.Module:
-    _need_torchvision()
+    _require_torchvision()
     from cbam.models import ssd
 
     backbone, plus, attention = network.partition("+")
     if backbone not in ("vgg16", "mobilenet_v1"):
-        raise ConfigError(f"{kind} is built over vgg16 or mobilenet_v1, got {backbone!r}")
+        raise ConfigError(f"{kind} is built on vgg16 or mobilenet_v1, got {backbone!r}")
     if plus and attention not in ATTENTIONS:
         raise ConfigError(f"unknown attention {attention!r}; expected one of {', '.join(sorted(ATTENTIONS))}")
     if plus and kind == "ssd300":
-        raise ConfigError("attention is put before stairnet300's classifiers; ssd300 has no place of its own")
+        raise ConfigError("ssd300 has no place for attention; stairnet300 has, before its classifiers")
     if kind == "ssd300":
         return ssd.ssd300(backbone, num_classes + 1)
     model = ssd.stairnet300(backbone, num_classes + 1)
     return attach(model, ssd.ATTENTION_AT, ATTENTIONS[attention], start=start) if plus else model
 
 
-def _need_torchvision() -> None:
+def _require_torchvision() -> None:
     try:
         import torchvision.models.detection  # noqa: F401
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""BatchNorm that stays as it was trained: what detectors are fine-tuned with, whose batches are small."""
+"""Frozen BatchNorm, as used to fine-tune detectors, whose batches are small."""
 
 from typing import Any, TypeVar
 
@@ -13,23 +13,23 @@ M = TypeVar("M", bound=nn.Module)
 def freeze_norm(model: M) -> M:
     """Replace every BatchNorm of a network by torchvision's FrozenBatchNorm2d, in place; returns the network.
 
-    Statistics and affine parameters become buffers under their old names, and no longer learn. Checkpoints go
-    in as before, of either kind. Attached attention keeps its own BatchNorm, whose weights it has to learn.
-    timm's BatchNormAct2d, which has the activation in it, becomes timm's frozen kind and keeps that.
-    SyncBatchNorm is taken to be that of images.
+    Statistics and affine parameters become buffers under their old names, and are no longer trained.
+    Checkpoints from before and after freezing load. Attached attention keeps its own BatchNorm, which has to
+    be trained. timm's BatchNormAct2d becomes timm's frozen version, with the activation it contains.
+    SyncBatchNorm is assumed to normalise images.
 
     Args:
         model: a network, before or after `cbam.attach`, or a detector.
 
     Raises:
-        InputError: a kind of BatchNorm that does more than BatchNorm2d, and is not timm's.
+        InputError: a subclass of BatchNorm2d or SyncBatchNorm other than timm's BatchNormAct2d.
         MissingExtraError: torchvision is not installed.
     """
-    learning = {module for part in attached(model).values() for module in part.modules()}
+    attention_modules = {module for part in attached(model).values() for module in part.modules()}
     frozen: dict[nn.Module | None, nn.Module] = {
-        norm: _frozen(norm)  # one that stands in two places stays one
+        norm: _frozen(norm)  # a shared norm stays shared
         for norm in model.modules()
-        if isinstance(norm, nn.BatchNorm2d | nn.SyncBatchNorm) and norm not in learning
+        if isinstance(norm, nn.BatchNorm2d | nn.SyncBatchNorm) and norm not in attention_modules
     }
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
@@ -39,10 +39,10 @@ def freeze_norm(model: M) -> M:
 
 
 def _frozen(norm: nn.BatchNorm2d | nn.SyncBatchNorm) -> nn.Module:
-    """Exactly what `norm` computes in eval mode; without statistics of its own there is nothing to freeze."""
+    """A frozen copy that computes what `norm` does in eval mode; `norm` itself if it has no statistics."""
     if norm.running_mean is None or norm.running_var is None:
         return norm
-    made = _like(norm).to(norm.running_mean.device, norm.running_mean.dtype).train(norm.training)
+    made = _empty_frozen(norm).to(norm.running_mean.device, norm.running_mean.dtype).train(norm.training)
     values = {name: getattr(norm, name) for name in ("running_mean", "running_var", "weight", "bias")}
     for name, value in values.items():
         if value is not None:
@@ -50,7 +50,7 @@ def _frozen(norm: nn.BatchNorm2d | nn.SyncBatchNorm) -> nn.Module:
     return made
 
 
-def _like(norm: nn.BatchNorm2d | nn.SyncBatchNorm) -> nn.Module:
+def _empty_frozen(norm: nn.BatchNorm2d | nn.SyncBatchNorm) -> nn.Module:
     """A frozen norm of the same kind, width and epsilon."""
     if type(norm) in (nn.BatchNorm2d, nn.SyncBatchNorm):
         try:
@@ -66,4 +66,6 @@ def _like(norm: nn.BatchNorm2d | nn.SyncBatchNorm) -> nn.Module:
         made.drop, made.act = activated.drop, activated.act
         return made
     kind = f"{type(norm).__module__}.{type(norm).__qualname__}"
-    raise InputError(f"{kind} cannot be frozen: it is a BatchNorm of a kind of its own")
+    raise InputError(
+        f"{kind} cannot be frozen: it is not a plain BatchNorm2d, SyncBatchNorm or timm BatchNormAct2d"
+    )

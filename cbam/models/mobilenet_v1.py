@@ -1,6 +1,6 @@
-"""MobileNet V1 (Howard et al., 2017, arXiv 1704.04861): depthwise and pointwise convolutions in turn.
+"""MobileNet V1 (Howard et al., 2017, arXiv 1704.04861): alternating depthwise and pointwise convolutions.
 
-Shapes: N samples, H x W pixels, K classes. (N, 3, H, W) -> (N, K); a 224 x 224 image has a last map of 7 x 7.
+Shapes: N samples, H x W pixels, K classes. (N, 3, H, W) -> (N, K); a 224 x 224 image ends in a 7 x 7 map.
 """
 
 import math
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from cbam.errors import InputError
 
 _STEM = 32
-# (channels, stride) of each pointwise convolution and of the depthwise one before it (table 1 there)
+# (channels, stride) of each pointwise convolution and of the depthwise one before it (MobileNet, table 1)
 _BLOCKS = (
     *((64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2)),
     *((512, 1),) * 5,
@@ -24,8 +24,8 @@ class MobileNetV1(nn.Module):
 
     Parameters are named `stem.conv.weight`, `blocks.0.depthwise.conv.weight`, `blocks.0.pointwise.bn.weight`,
     ..., `fc.weight`. There is no residual block: CBAM's table 5 counts attention after every convolution, and
-    the modules that match `UNITS` are those 27 places. The ReLU is inside, so attention sees what it lets
-    through; attention of the stem has the keys `stem.cbam.*`.
+    the modules that match `UNITS` are those 27 places. They contain the ReLU, so attention comes after it;
+    attention of the stem has the keys `stem.cbam.*`.
 
     Args:
         num_classes: K.
@@ -52,8 +52,8 @@ class MobileNetV1(nn.Module):
         self.fc = nn.Linear(inputs, num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
-                # Kaiming normal by the fan-out of one group: torch's counts every group's, and shrinks
-                # depthwise layers until the signal is lost.
+                # Kaiming normal with the fan-out of one group: torch counts all groups, which makes depthwise
+                # layers so small that the signal is lost.
                 fan_out = module.out_channels * module.kernel_size[0] ** 2 // module.groups
                 nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
 

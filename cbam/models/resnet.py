@@ -1,4 +1,4 @@
-"""Residual networks of CBAM's table 4 that torchvision does not list, made of its blocks; needs torchvision.
+"""Residual networks of CBAM's table 4 that torchvision lacks, built from its blocks; needs torchvision.
 
 Parameters are named as in torchvision's ResNets: `conv1`, `bn1`, `layer1.0.conv1`, ..., `fc`.
 """
@@ -10,12 +10,12 @@ from cbam.errors import InputError
 
 
 def resnext101_32x4d(num_classes: int = 1000) -> ResNet:
-    """ResNeXt101 of 32 groups of 4 channels (Xie et al., CVPR 2017); torchvision lists 32x8d and 64x4d."""
+    """ResNeXt101 with 32 groups of 4 channels (Xie et al., CVPR 2017); torchvision has 32x8d and 64x4d."""
     return ResNet(Bottleneck, [3, 4, 23, 3], num_classes=num_classes, groups=32, width_per_group=4)
 
 
 def wide_resnet18(num_classes: int = 1000, *, width: float) -> ResNet:
-    """ResNet18 with int(width * C) channels in every stage, the stem left at 64.
+    """ResNet18 with int(width * C) channels in every stage; the stem keeps 64.
 
     Raises:
         InputError: a width outside [0.05, 8].

@@ -1,6 +1,6 @@
 """A residual network small enough to train on a CPU in a minute.
 
-Shapes: N samples, H x W pixels, K classes. (N, 3, H, W) -> (N, K); a 64 x 64 image has a last map of 8 x 8.
+Shapes: N samples, H x W pixels, K classes. (N, 3, H, W) -> (N, K); a 64 x 64 image ends in an 8 x 8 map.
 """
 
 from torch import Tensor, nn
@@ -36,7 +36,7 @@ class ResNetTiny(nn.Module):
 
 
 class _Block(nn.Module):
-    """Two 3x3 convolutions beside a shortcut (He et al., CVPR 2016): (N, C, H, W) -> (N, D, H/s, W/s)."""
+    """Two 3x3 convolutions with a shortcut (He et al., CVPR 2016): (N, C, H, W) -> (N, D, H/s, W/s)."""
 
     def __init__(self, inputs: int, outputs: int, *, stride: int) -> None:
         super().__init__()

@@ -1,17 +1,17 @@
-"""SSD300 (Liu et al., arXiv 1512.02325) and StairNet (Woo et al., 1709.05788), over VGG16 and MobileNet.
+"""SSD300 (Liu et al., arXiv 1512.02325) and StairNet (Woo et al., 1709.05788), on VGG16 and MobileNet.
 
     SSD       six maps of the backbone, each with its own classifier and box regressor
-    StairNet  the same maps, and a path from the last one down: p_i = lateral(f_i) + deconv(p_i+1),
-              smoothed; attention, where it is, sits on the smoothed map right before the classifier
+    StairNet  the same maps, and a top-down path from the last one: p_i = lateral(f_i) + deconv(p_i+1),
+              smoothed; attention, if any, is on the smoothed map right before the classifier
 
-torchvision's SSD does the rest: default boxes, matching, hard negative mining, suppression. It takes a list
-of images (3, H, W) of any size, and resizes them to 300 x 300.
+torchvision's SSD does the rest: default boxes, matching, hard negative mining, non-maximum suppression. It
+takes a list of images (3, H, W) of any size, and resizes them to 300 x 300.
 
-CBAM's table 7 prints the parameters of eight such networks, to three digits, but not their layers. What is
-built here has those counts to the last printed digit, with 21 classes: six default boxes on each of the first
-four maps and four on the others (SSD's paper has four on the first); over VGG16 a pyramid of 256 channels
-with 3x3 convolutions, over MobileNet V1 one of 128 channels with 1x1 convolutions and depthwise
-deconvolutions, and classifiers likewise. Another choice could print the same.
+CBAM's table 7 gives the parameters of eight such networks, to three digits, but not their layers. The
+networks here have those counts to the last printed digit, with 21 classes: six default boxes on each of the
+first four maps and four on the others (SSD's paper has four on the first); on VGG16 a pyramid of 256 channels
+with 3x3 convolutions, on MobileNet V1 one of 128 channels with 1x1 convolutions and depthwise deconvolutions,
+and classifiers likewise. Other choices could give the same counts.
 """
 
 from collections import OrderedDict
@@ -31,12 +31,12 @@ ATTENTION_AT = r"backbone\.smooth\.\d+"
 
 
 def ssd300(backbone: str, num_classes: int) -> SSD:
-    """SSD300 over "vgg16" or "mobilenet_v1"; `num_classes` counts the background."""
+    """SSD300 on "vgg16" or "mobilenet_v1"; `num_classes` includes the background."""
     return _detector(_maps(backbone), num_classes)
 
 
 def stairnet300(backbone: str, num_classes: int) -> SSD:
-    """StairNet over "vgg16" or "mobilenet_v1"; attention goes to the modules that match ATTENTION_AT."""
+    """StairNet on "vgg16" or "mobilenet_v1"; attention goes on the modules that match ATTENTION_AT."""
     return _detector(Stairs(_maps(backbone)), num_classes)
 
 
@@ -51,11 +51,11 @@ def _detector(backbone: "VGGMaps | MobileNetMaps | Stairs", num_classes: int) ->
 
 
 class VGGMaps(SSDFeatureExtractorVGG):
-    """VGG16 up to conv5_3, fc6 and fc7 as convolutions, and four more steps: maps of side 38 to 1."""
+    """VGG16 up to conv5_3, fc6 and fc7 as convolutions, and four extra stages: maps of side 38 to 1."""
 
     channels = (512, 1024, 512, 256, 256, 256)
     sides = (38, 19, 10, 5, 3, 1)
-    scales: ClassVar = [0.07, 0.15, 0.33, 0.51, 0.69, 0.87, 1.05]  # the paper's, as parts of 300 pixels
+    scales: ClassVar = [0.07, 0.15, 0.33, 0.51, 0.69, 0.87, 1.05]  # the paper's, as fractions of 300 pixels
     kernel_size, width = 3, 256
 
     def __init__(self) -> None:
@@ -63,7 +63,7 @@ class VGGMaps(SSDFeatureExtractorVGG):
 
 
 class MobileNetMaps(nn.Module):
-    """MobileNet V1 without its classifier, and four more steps: maps of side 19 to 1."""
+    """MobileNet V1 without its classifier, and four extra stages: maps of side 19 to 1."""
 
     channels = (512, 1024, 512, 256, 256, 128)
     sides = (19, 10, 5, 3, 2, 1)
@@ -85,7 +85,7 @@ class MobileNetMaps(nn.Module):
         maps = []
         for i, block in enumerate(self.blocks):
             x = block(x)
-            if i in (10, 12):  # the last of stride 16, and the last
+            if i in (10, 12):  # the last block with stride 16, and the last block
                 maps.append(x)
         for step in self.extra:
             maps.append(step(maps[-1]))
@@ -93,7 +93,7 @@ class MobileNetMaps(nn.Module):
 
 
 class Stairs(nn.Module):
-    """Six maps (N, C_i, S_i, S_i) -> six of equal width (N, W, S_i, S_i) that know the maps above them."""
+    """The top-down path: six maps (N, C_i, S_i, S_i) -> six of equal width (N, W, S_i, S_i)."""
 
     def __init__(self, maps: VGGMaps | MobileNetMaps) -> None:
         super().__init__()
@@ -103,7 +103,7 @@ class Stairs(nn.Module):
         groups = 1 if self.kernel_size == 3 else width
         self.lateral = nn.ModuleList(nn.Conv2d(channels, width, 1) for channels in maps.channels)
         self.deconv = nn.ModuleList(
-            # 1 -> 3 pixels takes no padding, twice as many take one.
+            # 1 -> 3 pixels needs no padding; 1 -> 2 and all larger sizes need 1.
             nn.ConvTranspose2d(
                 width, width, 3, 2, padding=int(big < 2 * small + 1), groups=groups, bias=False
             )
@@ -122,7 +122,7 @@ class Stairs(nn.Module):
 
 
 class _Head(nn.Module):
-    """A classifier and a box regressor for each map, of kernel size 3 (torchvision's) or 1."""
+    """A classifier and a box regressor for each map, with kernel size 3 (as in torchvision) or 1."""
 
     def __init__(
         self, channels: Sequence[int], boxes: Sequence[int], num_classes: int, kernel_size: int
@@ -144,7 +144,7 @@ class _Head(nn.Module):
 
 
 def _step(inputs: int, outputs: int) -> nn.Sequential:
-    """To half the side: a 1x1 convolution to half the outputs, a 3x3 one of stride 2."""
+    """Halve the side: a 1x1 convolution to half the outputs, then a 3x3 one with stride 2."""
     step = nn.Sequential(
         nn.Conv2d(inputs, outputs // 2, 1),
         nn.ReLU(inplace=True),

@@ -8,11 +8,11 @@ from torch import nn
 def stride_in_1x1(model: nn.Module) -> int:
     """Move the stride of every bottleneck block from its 3x3 to its first 1x1 convolution, in place.
 
-    He et al. (CVPR 2016) stride in the 1x1, which is what the multiply-accumulates of CBAM's tables count;
-    torchvision and CBAM's released code stride in the 3x3. No parameter changes, so weights load either way
-    and compute something else.
+    He et al. (CVPR 2016) stride in the 1x1, which the multiply-accumulates of CBAM's tables assume;
+    torchvision and CBAM's released code stride in the 3x3. No parameter changes, so weights load either way,
+    but compute something else.
 
-    Returns the number of blocks changed; 0 where the network has none that strides in a 3x3.
+    Returns the number of blocks changed; 0 if no block of the network strides in a 3x3.
     """
     blocks = list(_striding_in_3x3(model))
     for first, second in blocks:

@@ -1,19 +1,19 @@
-"""The arrangements that CBAM's tables 1 to 3 compare, each a composition: `channels -> module`.
+"""The arrangements compared in CBAM's tables 1 to 3, each a function `channels -> module`.
 
 Shapes: N samples, C channels, H x W pixels. A feature map F is (N, C, H, W) or (C, H, W).
 
-    cbam-avg       Mc(F) F, channel attention alone, by the average (squeeze-and-excitation)     table 1
+    cbam-avg       Mc(F) F, channel attention only, by the average (squeeze-and-excitation)      table 1
     cbam-max       Mc(F) F, by the maximum                                                       table 1
     cbam-channel   Mc(F) F, by both                                                              tables 1, 2
-    cbam-conv3/7   Mc, then Ms of a 1x1 convolution C -> 1 and a 3x3 or 7x7 one 1 -> 1           table 2
+    cbam-conv3/7   Mc, then Ms from a 1x1 convolution C -> 1 and a 3x3 or 7x7 one 1 -> 1         table 2
     cbam-k3        Mc, then Ms with a 3x3 convolution                                            table 2
     cbam-reversed  Ms, then Mc                                                                   table 3
     cbam-parallel  Mc(F) Ms(F) F, both gates from the same F                                     table 3
 
-The paper does not print how "parallel" merges; the product of both gates is the natural reading.
+The paper does not say how "parallel" combines the gates; their product is the natural reading.
 
 Arrangements of several modules name their weights by position (`0.fc1.weight`, `1.conv.weight`), so that
-weights of one arrangement are not taken for those of another.
+weights of one arrangement do not load into another.
 """
 
 from collections.abc import Callable
@@ -25,11 +25,11 @@ from torch import Tensor, nn
 from cbam.nn import CBAM, ChannelAttention, SpatialAttention, door
 from cbam.ops import rescale
 
-torch.fx.wrap("rescale")  # it looks at dimensions, which a symbolic trace does not know
+torch.fx.wrap("rescale")  # it reads dimensions, which a symbolic trace does not know
 
 
 class ConvSpatialAttention(SpatialAttention):
-    """Where, from a learned descriptor (paper section 4.1): g sigmoid(BN(conv(1x1 conv(F)))).
+    """Spatial attention from a learned descriptor (paper section 4.1): g sigmoid(BN(conv(1x1 conv(F)))).
 
     Args:
         channels: C of the feature map.
@@ -47,7 +47,7 @@ class ConvSpatialAttention(SpatialAttention):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialise both convolutions fan-out kaiming normal, BatchNorm at zero, gain 1."""
+        """Initialise both convolutions with Kaiming normal (fan-out), BatchNorm at zero, gain 1."""
         super().reset_parameters()
         for layer in self.children():
             if isinstance(layer, nn.Conv2d):
@@ -69,7 +69,7 @@ class Parallel(nn.Module):
     """The product of gates computed from the same map: F' = g1(F) g2(F) F.
 
     Args:
-        gates: their `gate(x)` broadcasts to `x`.
+        gates: modules whose `gate(x)` broadcasts to `x`.
 
     Shape: (N, C, H, W) -> the same; unbatched (C, H, W) too.
     """
@@ -79,12 +79,12 @@ class Parallel(nn.Module):
         self.gates = nn.ModuleList(gates)
 
     def reset_parameters(self) -> None:
-        """Initialise every gate as it does itself."""
+        """Call `reset_parameters` of every gate."""
         for gate in self.gates:
             gate.reset_parameters()  # pyright: ignore[reportCallIssue]
 
     def identity_(self) -> "Parallel":
-        """Make every gate exactly 1; in place."""
+        """Make every gate exactly 1, in place."""
         for gate in self.gates:
             gate.identity_()  # pyright: ignore[reportCallIssue]
         return self

@@ -161,11 +161,11 @@ def test_a_senseless_number_of_classes_is_refused(num_classes):
 
 
 def test_arguments_are_checked_at_the_door():
-    with pytest.raises(InputError, match="named by a str, got int"):
+    with pytest.raises(InputError, match="name of a network must be a str, got int"):
         build(18)
     with pytest.raises(ConfigError, match='"paper" or "identity", got \'zero\''):
         build("resnet_tiny", start="zero")
-    with pytest.raises(AttachError, match=r'say where=... to cbam.attach\(cbam.build\("vgg11_bn"\), ...\)$'):
+    with pytest.raises(AttachError, match=r'pass where=... to cbam.attach\(cbam.build\("vgg11_bn"\), ...\)$'):
         build("vgg11_bn+cbam")
 
 

@@ -284,7 +284,9 @@ def test_a_network_of_one_size_of_images_is_refused_as_it_was(name):
     with torch.device("meta"):
         network = build(name, num_classes=3).train()
         keys = list(network.state_dict())
-        with pytest.raises(ConfigError, match="takes images of one size alone, and a detector's have many"):
+        with pytest.raises(
+            ConfigError, match="accepts images of one size only, but a detector's images vary in size"
+        ):
             retinanet(network, 3)
     assert list(network.state_dict()) == keys
     assert network.training
@@ -355,11 +357,11 @@ def test_what_the_last_map_knows_reaches_the_first():
     [
         ("fasterrcnn", "expected DETECTOR:NETWORK"),
         ("yolo:resnet18", f"one of {', '.join(DETECTORS)}"),
-        ("ssd300:resnet18", "ssd300 is built over vgg16 or mobilenet_v1, got 'resnet18'"),
+        ("ssd300:resnet18", "ssd300 is built on vgg16 or mobilenet_v1, got 'resnet18'"),
         ("stairnet300:vgg16+no", "unknown attention 'no'"),
-        ("ssd300:vgg16+cbam", "ssd300 has no place of its own"),
-        ("fasterrcnn:mobilenet_v1", "MobileNetV1 gives no feature maps"),
-        ("fasterrcnn_c4:timm:resnet18", "fasterrcnn_c4 takes torchvision's ResNets, got ResNet"),
+        ("ssd300:vgg16+cbam", "ssd300 has no place for attention"),
+        ("fasterrcnn:mobilenet_v1", "MobileNetV1 returns no feature maps"),
+        ("fasterrcnn_c4:timm:resnet18", "fasterrcnn_c4 needs a torchvision ResNet, got ResNet"),
         ("fasterrcnn:resnet18+no", "unknown attention 'no'"),
     ],
 )
