@@ -7,7 +7,7 @@ of that may remain, and a forward generated from its graph would leave it out.
 import contextlib
 import random
 import sys
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 DRAWS = "draws random numbers"
+_CONTAINERS = (dict, OrderedDict, defaultdict, list, set, deque)
 
 
 @contextlib.contextmanager
@@ -84,7 +85,7 @@ def state_restored(module: nn.Module, path: str = "") -> Iterator[list[str]]:
     """
     effects: list[str] = []
     attributes = dict(vars(module))
-    contents = [(n, v, v.copy()) for n, v in attributes.items() if type(v) in (dict, OrderedDict, list, set)]
+    contents = _containers(attributes)
     buffers = [
         (name, b, b._version, b.detach().clone())
         for name, b in module._buffers.items()
@@ -103,7 +104,7 @@ def state_restored(module: nn.Module, path: str = "") -> Iterator[list[str]]:
         now.update(attributes)
         for _, container, content in contents:
             container.clear()
-            container.extend(content) if isinstance(container, list) else container.update(content)
+            container.extend(content) if isinstance(container, list | deque) else container.update(content)
         with torch.no_grad():
             for _, buffer, version, values in buffers:
                 if buffer._version != version:
@@ -127,6 +128,19 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
     with modes_restored(model):
         model.eval()
         yield
+
+
+def _containers(attributes: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """The containers in attributes, also inside others: the attribute's name, the container and a copy."""
+    found: dict[int, tuple[str, Any, Any]] = {}
+    pending = [*attributes.items()]
+    for name, value in pending:  # grows in the loop
+        if type(value) in _CONTAINERS and id(value) not in found:
+            found[id(value)] = name, value, value.copy()
+        elif type(value) is not tuple:
+            continue
+        pending += [(name, inner) for inner in (value.values() if isinstance(value, dict) else value)]
+    return [*found.values()]
 
 
 def _items(container: Any) -> list[tuple[Any, int]]:

@@ -6,6 +6,7 @@ import pickle
 import random
 import re
 import threading
+from collections import deque
 from functools import partial, wraps
 from types import SimpleNamespace
 
@@ -938,6 +939,30 @@ def test_nothing_of_a_trace_stays_in_what_a_block_keeps():
         cbam.attach(block)
         assert torch.equal(block(x), expected)
     pickle.dumps(cbam.detach(block))
+
+
+class RememberingInside(Host):
+    """Keeps what it computes in a deque, and in a list inside a dict inside a tuple."""
+
+    def __init__(self):
+        super().__init__()
+        self.recent, self.tables = deque(maxlen=2), ({"means": []},)
+
+    def forward(self, x):
+        y = self.norm(self.b(self.act(self.a(x))))
+        self.recent.append(y)
+        self.tables[0]["means"].append(y.mean())
+        return x + y
+
+
+def test_nothing_of_a_trace_stays_in_containers_of_a_block():  # S16
+    block = RememberingInside().eval()
+    block.recent.append("mine")
+    means = block.tables[0]["means"]
+    assert [s.why for s in cbam.sites(block)] == ["after norm"]
+    assert block.recent == deque(["mine"], maxlen=2)
+    assert block.tables[0]["means"] is means
+    assert means == []
 
 
 class Counting(Host):
