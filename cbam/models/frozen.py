@@ -42,12 +42,12 @@ def _frozen(norm: nn.BatchNorm2d | nn.SyncBatchNorm) -> nn.Module:
     """A frozen copy that computes what `norm` does in eval mode; `norm` itself if it has no statistics."""
     if norm.running_mean is None or norm.running_var is None:
         return norm
-    made = _empty_frozen(norm).to(norm.running_mean.device, norm.running_mean.dtype).train(norm.training)
+    frozen = _empty_frozen(norm).to(norm.running_mean.device, norm.running_mean.dtype).train(norm.training)
     values = {name: getattr(norm, name) for name in ("running_mean", "running_var", "weight", "bias")}
     for name, value in values.items():
         if value is not None:
-            getattr(made, name).copy_(value.detach())
-    return made
+            getattr(frozen, name).copy_(value.detach())
+    return frozen
 
 
 def _empty_frozen(norm: nn.BatchNorm2d | nn.SyncBatchNorm) -> nn.Module:
@@ -62,9 +62,9 @@ def _empty_frozen(norm: nn.BatchNorm2d | nn.SyncBatchNorm) -> nn.Module:
     if type(norm).__module__.startswith("timm.") and type(norm).__name__ == "BatchNormAct2d":
         from timm.layers import FrozenBatchNormAct2d
 
-        made = FrozenBatchNormAct2d(norm.num_features, eps=norm.eps)
-        made.drop, made.act = activated.drop, activated.act
-        return made
+        frozen = FrozenBatchNormAct2d(norm.num_features, eps=norm.eps)
+        frozen.drop, frozen.act = activated.drop, activated.act
+        return frozen
     kind = f"{type(norm).__module__}.{type(norm).__qualname__}"
     raise InputError(
         f"{kind} cannot be frozen: it is not a plain BatchNorm2d, SyncBatchNorm or timm BatchNormAct2d"

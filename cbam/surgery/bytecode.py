@@ -1,4 +1,4 @@
-"""Inspect the bytecode of a forward, and copy it with other attributes of `self` in place of some.
+"""Inspect the bytecode of a forward, and copy it so that it reads other attributes of `self`.
 
 Only the names in a code object change. No source text is needed, and branches, closures and helper methods
 are preserved.

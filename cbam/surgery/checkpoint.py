@@ -15,7 +15,7 @@ from cbam.surgery.dialect import some
 
 
 def read(path: Path) -> Any:
-    """The contents of a safetensors file, or of a `torch.save` file that holds plain data.
+    """The contents of a safetensors file, or of a `torch.save` file with plain data.
 
     Raises:
         CheckpointNotFoundError: no such file.

@@ -62,7 +62,9 @@ def _check_convertible(attention: nn.Module, to: str) -> None:
     if set(attention.channel.pools) != {"avg", "max"}:
         raise MisfitError(f"its pools are {attention.channel.pools}, and {to} weights need avg and max")
     if to == "released" and attention.spatial.kernel_size != 7:
-        raise MisfitError(f"its spatial kernel is {attention.spatial.kernel_size}, the released code's is 7")
+        raise MisfitError(
+            f"its spatial kernel is {attention.spatial.kernel_size}, but the released code has 7"
+        )
     odd = attention.state_dict().keys() - {ours for ours, _, _ in NAMES} - {"channel.gain", "spatial.gain"}
     if odd:
         raise MisfitError(f"{to} weights have no name for its {some(sorted(odd))}")

@@ -171,9 +171,9 @@ def _subclass(base: type, namespace: dict[str, Any], *others: type) -> type:
     kind = type(base)  # a metaclass may register classes too
     make = abc.ABCMeta if issubclass(kind, abc.ABCMeta) else type
     named = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
-    made = make.__new__(kind, base.__name__, (_Unregistered, base, *others), namespace | named)
-    made.__bases__ = (base, *others)
-    return made
+    subclass = make.__new__(kind, base.__name__, (_Unregistered, base, *others), namespace | named)
+    subclass.__bases__ = (base, *others)
+    return subclass
 
 
 def child_route(block: nn.Module, when: str, child: str) -> Route:
@@ -353,11 +353,11 @@ def _with_signature(forward: Callable, body: str, **names: Any) -> Callable:
     source = f"def forward{declared}: return " + body.format(self=first, given=given)
     # No file has this name, so that scripting finds no source.
     exec(compile(source, f"<cbam: {getattr(forward, '__name__', 'forward')} with attention>", "exec"), names)
-    made = names["forward"]
+    function = names["forward"]
     optional = [p for p in parameters if p.default is not p.empty]
-    made.__defaults__ = tuple(p.default for p in optional if p.kind in _POSITIONAL)
-    made.__kwdefaults__ = {p.name: p.default for p in optional if p.kind not in _POSITIONAL}
-    return made
+    function.__defaults__ = tuple(p.default for p in optional if p.kind in _POSITIONAL)
+    function.__kwdefaults__ = {p.name: p.default for p in optional if p.kind not in _POSITIONAL}
+    return function
 
 
 def _parameters(forward: Callable) -> list[inspect.Parameter]:

@@ -143,7 +143,7 @@ def _sites_of(name: str, block: nn.Module) -> list[Site]:
     trunk = graph.Trunk(block, *traced)
     places: list[Site] = []
     for add in trunk.adds:
-        places.append(_site(name, block, trunk, add, taken=any(s.default for s in places)))
+        places.append(_site(name, block, trunk, add, has_site=any(s.default for s in places)))
     if not places and trunk.note:
         places.append(Site(name, None, trunk.note))
     return places
@@ -163,8 +163,8 @@ def _attached_sites(name: str, block: nn.Module) -> list[Site]:
     ]
 
 
-def _site(name: str, block: nn.Module, trunk: graph.Trunk, add: graph.Add, taken: bool) -> Site:
-    if taken:
+def _site(name: str, block: nn.Module, trunk: graph.Trunk, add: graph.Add, has_site: bool) -> Site:
+    if has_site:
         return Site(name, None, "a second add in one block")
     if add.reason and not add.on_request:
         return Site(name, None, add.reason)

@@ -57,7 +57,7 @@ for _function in (operator.iadd, operator.isub, operator.imul, operator.itruediv
 class _ShallowTracer(fx.Tracer):
     """Traces the forward of one module; children remain calls, except those that only add.
 
-    With an `example`, decisions on the shape, dtype or device of a value are made as for the example, and
+    With an `example`, decisions on the shape, dtype or device of a value are those for the example, and
     *args and **kwargs are empty.
     """
 

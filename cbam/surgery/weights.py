@@ -132,7 +132,7 @@ def _tensors(content: Any, target: Target) -> dict[str, Tensor]:
         inner = [w for w in _WRAPPERS if _holds_tensors(content.get(w))] if _is_dict(content) else []
         content = content[inner[0]] if inner else content
     if not isinstance(content, Mapping):
-        raise MisfitError(f"it holds a {type(content).__name__}, not a state dict")
+        raise MisfitError(f"it contains a {type(content).__name__}, not a state dict")
     if not content:
         raise MisfitError("it is an empty dict")
     invalid = [
