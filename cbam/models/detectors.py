@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from cbam.errors import ConfigError, MissingExtraError
+from cbam.errors import ConfigError, InputError, MissingExtraError
 from cbam.models.catalogue import ATTENTIONS, build
 from cbam.nn import door
 from cbam.surgery import attach
@@ -43,8 +43,10 @@ def detector(name: str, *, num_classes: int, start: str = "paper") -> nn.Module:
 
     Raises:
         ConfigError: an unknown name, or an unsupported combination.
-        InputError: num_classes is not a positive int.
+        InputError: name is not a str, or num_classes is not a positive int.
     """
+    if not isinstance(name, str):
+        raise InputError(f"the name of a detector must be a str, got {type(name).__name__}")
     kind, colon, network = name.partition(":")
     if not colon or kind not in DETECTORS:
         raise ConfigError(

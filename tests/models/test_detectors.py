@@ -374,3 +374,8 @@ def test_what_there_is_not_is_refused(name, told):
 def test_the_number_of_classes_is_checked(count):
     with pytest.raises(InputError, match="num_classes must be a positive int"):
         detector("ssd300:vgg16", num_classes=count)
+
+
+def test_a_detector_is_named_by_a_string():
+    with pytest.raises(InputError, match="name of a detector must be a str, got int"):
+        detector(5, num_classes=3)
