@@ -126,7 +126,7 @@ BAD = [
     (["export", "full", "--to", "torch"], 4, "no checkpoint in this folder"),
     (["export", "full", "--to", "torch", "--num-classes", "3"], 2, "omit --model and --num-classes"),
     (["export", "resnet_tiny", "--to", "torch", "--out", "text.pth"], 2, "text.pth exists"),
-    (["export", "resnet_tiny", "--to", "torch", "--out", "a.onnx"], 2, "a file for torch ends in .pt2"),
+    (["export", "resnet_tiny", "--to", "torch", "--out", "a.onnx"], 2, "a file for torch must end in .pt2"),
     (["export", "resnet_tiny", "--to", "torch", "--out", "no/a.pt2"], 7, "cannot be written"),
     (["export", "resnet_tiny", "--to", "torch", "--opset", "18"], 2, "opset is an ONNX setting"),
     (["sites", "tim:resnet18"], 2, "unknown library 'tim'"),
