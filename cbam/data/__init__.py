@@ -1,13 +1,13 @@
-"""Disk -> batches: images as uint8 tensors, image folders, COCO, VOC, cluttered digits, and the loader.
+"""From disk to batches: image decoding, image folders, COCO, VOC, cluttered digits, and the loader.
 
-Everything random is a function of (seed, epoch, index) alone, so neither the number of workers
+Everything random is a function of (seed, epoch, index) only, so neither the number of workers
 nor an interruption changes what a run sees.
 """
 
 from cbam.errors import MissingExtraError
 
 try:
-    import numpy  # noqa: F401 - torch leaves it optional, every file of this room uses it
+    import numpy  # noqa: F401 - optional for torch, required here
 except ImportError as error:
     raise MissingExtraError.of("cbam.data", "vision") from error
 

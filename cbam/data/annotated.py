@@ -1,7 +1,7 @@
-"""One set of images with boxes, in whatever form it lies on the disk: VOC XML, COCO JSON, or a table.
+"""A set of images with boxes in any supported format: VOC XML, COCO JSON, or a CSV table.
 
-Beside `voc` and `coco`, which read the data of a training and refuse what is not whole, this takes what there
-is: an image that is missing is left out and counted.
+`voc` and `coco` read training data and reject an incomplete set. `annotated` is lenient: a missing image is
+left out and counted.
 """
 
 import csv
@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from cbam.data.boxes import BoxedImages, Finding, Picture, Thing, accept, is_file, tidied
+from cbam.data.boxes import BoxedImages, Finding, Picture, Thing, accept, clip, is_file
 from cbam.data.coco import CocoReader, pictures_of
 from cbam.data.decode import read_text, shown
 from cbam.data.located import LocatedJSON
@@ -22,13 +22,13 @@ COLUMNS = ("file", "x0", "y0", "x1", "y1")
 
 
 def annotated(source: str | os.PathLike) -> BoxedImages:
-    """The images of a set and their boxes; `notes` counts what was left out and repaired.
+    """Read a set of images with boxes; `notes` counts what was left out or repaired.
 
     Args:
-        source: a folder of VOC (`Annotations/*.xml` beside `JPEGImages/`, or `*.xml` beside their
-            images), a COCO .json, or a .csv with the columns file, x0, y0, x1, y1 and perhaps label. Files
-            of a JSON or CSV are looked for beside it, and in images/ beside it. The boxes of a CSV are in
-            pixels of the image as it is seen, pixel (i, j) covering [j, j+1] x [i, i+1].
+        source: a VOC folder (`Annotations/*.xml` next to `JPEGImages/`, or `*.xml` next to their images), a
+            COCO .json, or a .csv with the columns file, x0, y0, x1, y1 and optionally label. The images of a
+            JSON or CSV are expected in the same folder, or in images/ there. The boxes of a CSV are in pixels
+            of the upright image; pixel (i, j) covers [j, j+1] x [i, i+1].
 
     Raises:
         DataError: it cannot be read, a box is not finite, or nothing is left.
@@ -56,7 +56,7 @@ def _coco(file: Path) -> CocoReader:
 
 
 class _Labelled:
-    """A VOC reader whose classes have labels, in the order of their names."""
+    """A VOC reader with labels assigned to the classes in alphabetical order."""
 
     def __init__(self, reader: VocReader) -> None:
         self.findings, self.pictures = reader.findings, reader.pictures
@@ -66,14 +66,14 @@ class _Labelled:
 
 
 class _Table:
-    """A CSV with a box per line."""
+    """A CSV file with one box per line."""
 
     def __init__(self, file: Path) -> None:
         self.findings: list[Finding] = []
         self.pictures: list[Picture] = []
         try:
             rows = list(self._rows(file))
-        except csv.Error as error:  # a field of 128 KB
+        except csv.Error as error:  # for example a field of more than 128 KB
             raise DataError(f"{shown(file)}: {error}") from error
         self.classes = sorted({label for *_, label in rows})
         indices: dict[Path, int] = {}
@@ -82,9 +82,9 @@ class _Table:
             if not is_file(path):
                 self.findings.append(Finding(where, f"{MISSING} ({shown(path)})", MISSING))
                 continue
-            inside, done = tidied(box, 1 << 30, 1 << 30)  # how large the image is shows when it is read
-            if done:
-                self.findings.append(Finding(where, done, done))
+            inside, repair = clip(box, 1 << 30, 1 << 30)  # the image's size is known only once it is read
+            if repair:
+                self.findings.append(Finding(where, repair, repair))
             if inside is None:
                 continue
             index = indices.setdefault(path, len(indices))
@@ -98,8 +98,8 @@ class _Table:
         for row in table:
             where = f"{shown(file)} line {table.line_num}"
             if absent := [name for name in COLUMNS if not row.get(name)]:
-                told = f"no {', '.join(absent)}; the columns are {', '.join(COLUMNS)} and label"
-                self.findings.append(Finding(where, told))
+                fault = f"no {', '.join(absent)}; the columns are {', '.join(COLUMNS)} and label"
+                self.findings.append(Finding(where, fault))
                 continue
             try:
                 x0, y0, x1, y1 = (float(row[name]) for name in COLUMNS[1:])

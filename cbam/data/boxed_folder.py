@@ -1,4 +1,4 @@
-"""A folder of COCO or Pascal VOC -> a training and a validation set of images with boxes."""
+"""Training and validation sets of images with boxes, from a COCO or Pascal VOC folder."""
 
 import os
 from collections.abc import Sequence
@@ -11,26 +11,26 @@ from cbam.data.voc import voc
 from cbam.errors import DataError
 
 LAYOUTS = (
-    "VOC2007 (and VOC2012), JPEGImages with Annotations and ImageSets, annotations/instances_*.json beside "
-    "their folders of images, or train/_annotations.coco.json"
+    "VOC2007 (and VOC2012), JPEGImages with Annotations and ImageSets, annotations/instances_*.json with "
+    "image folders next to annotations/, or train/_annotations.coco.json"
 )
 
 
-PARTS = (("trainval", "test"), ("train", "val"))  # of one folder like VOC's, the first that are there
+PARTS = (("trainval", "test"), ("train", "val"))  # splits of a single VOC folder, in order of preference
 
 
 def boxed_folder(path: str | os.PathLike) -> tuple[BoxedImages, BoxedImages]:
-    """The training and the validation set of a folder. Its form is found out:
+    """Read the training and the validation set of a folder. Its layout is detected:
 
-        VOC2007/, VOC2012/   trainval of both, and the test of VOC2007; one alone is the next
-        JPEGImages/, ...     one folder like VOC's: trainval and test, or train and val
+        VOC2007/, VOC2012/   trainval of both, and test of VOC2007; a single one is read like the next
+        JPEGImages/, ...     a single VOC folder: trainval and test, or train and val
         annotations/         instances_train*.json and instances_val*.json; images in train*/ and val*/
         train/, valid/       images and their _annotations.coco.json, as Roboflow exports them
 
-    Training has no boxes of crowds and no image without a box, as is usual; validation has everything.
+    As usual, training leaves out crowd boxes and images without a box; validation keeps everything.
 
     Raises:
-        DataError: no such folder, none of these forms, or faults in it: see `coco` and `voc`.
+        DataError: no such folder, an unknown layout, or faulty data: see `coco` and `voc`.
     """
     root = Path(path)
     if not root.is_dir():
@@ -47,12 +47,12 @@ def boxed_folder(path: str | os.PathLike) -> tuple[BoxedImages, BoxedImages]:
 
 
 def voc_years(root: Path) -> list[Path]:
-    """The folders of VOC's years in `root`; one of them alone is a folder in VOC's form itself."""
+    """The folders VOC2007 and VOC2012 in `root`, as far as they exist."""
     return [root / year for year in ("VOC2007", "VOC2012") if (root / year).is_dir()]
 
 
 def is_voc(root: Path) -> bool:
-    """Whether `root` is itself in VOC's form."""
+    """Whether `root` itself has the VOC layout."""
     return (root / "Annotations").is_dir() and (root / "ImageSets" / "Main").is_dir()
 
 
@@ -68,11 +68,11 @@ def _voc(root: Path) -> tuple[BoxedImages, BoxedImages] | None:
         pair = next((pair for pair in PARTS if splits.issuperset(pair)), None)
         if pair is None:
             raise DataError(
-                f"{shown(root / 'ImageSets' / 'Main')}: trainval.txt and test.txt, or train.txt and val.txt, "
-                f"are needed; there is {', '.join(sorted(splits)[:10]) or 'nothing'}"
+                f"{shown(root / 'ImageSets' / 'Main')}: expected trainval.txt and test.txt, or train.txt and "
+                f"val.txt; found {', '.join(sorted(splits)[:10]) or 'nothing'}"
             )
         train = voc(root, pair[0])
-        val = voc(root, pair[1], classes=train.classes or None)  # without a class nothing is trained below
+        val = voc(root, pair[1], classes=train.classes or None)  # no classes: refused later, as no boxes
     else:
         return None
     train.name, val.name = ("trainval", "test") if len(years) > 1 else pair
@@ -87,9 +87,9 @@ def _coco(root: Path) -> tuple[BoxedImages, BoxedImages] | None:
         return None
     for part, found in files.items():
         if len(found) != 1:
-            told = ", ".join(path.name for path in found) or "none"
+            names = ", ".join(path.name for path in found) or "none"
             raise DataError(
-                f"{shown(root / 'annotations')}: one instances_{part}*.json is needed, there is {told}"
+                f"{shown(root / 'annotations')}: expected one instances_{part}*.json, found {names}"
             )
     train, val = (coco(found[0], root / found[0].stem.removeprefix("instances_")) for found in files.values())
     return _same_classes(train, val)
@@ -107,12 +107,12 @@ def _roboflow(root: Path) -> tuple[BoxedImages, BoxedImages] | None:
 
 def _same_classes(train: BoxedImages, val: BoxedImages) -> tuple[BoxedImages, BoxedImages]:
     if differ := differing(train.classes, val.classes):
-        raise DataError(f"{train.name} and {val.name} do not have the same categories: {differ}")
+        raise DataError(f"{train.name} and {val.name} have different categories: {differ}")
     return train, val
 
 
 def differing(train: Sequence[str], val: Sequence[str]) -> str:
-    """How the categories of two COCO files differ; "" if they do not."""
+    """How the categories of two COCO files differ; "" if they are the same."""
     if list(train) == list(val):
         return ""
     only = sorted(set(train) ^ set(val))[:5]
@@ -120,5 +120,5 @@ def differing(train: Sequence[str], val: Sequence[str]) -> str:
 
 
 def _none(root: Path) -> tuple[BoxedImages, BoxedImages]:
-    there = ", ".join(shown(path.name) for path in sorted(root.iterdir())[:5]) or "nothing"
-    raise DataError(f"{shown(root)}: no images with boxes in a known form ({LAYOUTS}); there is {there}")
+    found = ", ".join(shown(path.name) for path in sorted(root.iterdir())[:5]) or "nothing"
+    raise DataError(f"{shown(root)}: no images with boxes in a known layout ({LAYOUTS}); found {found}")

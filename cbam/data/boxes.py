@@ -1,10 +1,10 @@
-"""Pictures with boxes, and what is wrong with them; the readers of COCO and VOC make both.
+"""Images with boxes, and faults found in them; the COCO and VOC readers produce both.
 
-Boxes are x0 y0 x1 y1 in pixels, ends exclusive: a box over the whole image is 0 0 W H. Labels count from 1,
-for detectors keep 0 for the background.
+Boxes are x0 y0 x1 y1 in pixels, ends exclusive: a box over the whole image is 0 0 W H. Labels start at 1,
+because detectors reserve 0 for the background.
 
-EXIF turns an image and its boxes alike. An annotation belongs to the pixels as they are stored, unless the
-size that it states is that of the upright image alone.
+The EXIF orientation is applied to an image and to its boxes. Annotations are taken to refer to the pixels as
+stored, unless the size they state matches only the upright image.
 """
 
 import copy
@@ -20,16 +20,16 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from cbam.data.augment import augment_boxed, known
+from cbam.data.augment import augment_boxed, check_augmentation
 from cbam.data.decode import decode_turned, read, shown
 from cbam.data.images import MAX_SEED, check_int, draws
 from cbam.errors import DataError
 
-RESOLUTION = 0.01  # pixels: what COCO's files are written to
-SHOWN = 3  # faults that one message tells
+RESOLUTION = 0.01  # pixels; COCO's files have two decimals
+SHOWN = 3  # faults quoted in one message
 PER_BOX = ("boxes", "labels", "area", "crowd", "difficult")
 
-CLIPPED = "a box reaches outside its image: clipped"
+CLIPPED = "a box extends outside its image: clipped"
 OUTSIDE = "a box lies outside its image: dropped"
 DEGENERATE = "a box has no width or no height: dropped"
 
@@ -39,10 +39,10 @@ class Finding:
     """One fault of a data set.
 
     Args:
-        where: file, and line and column where it has lines; empty if `what` says it.
-        what: the fault, in words.
-        counted: the kind of fault, for one that the readers repair and count; empty if they refuse it.
-        times: how often it is there.
+        where: the file, with line and column if it is a text file; empty if `what` already says it.
+        what: description of the fault.
+        counted: kind of fault, for one that the readers repair and count; empty if they reject it.
+        times: number of occurrences.
     """
 
     where: str
@@ -55,7 +55,7 @@ class Finding:
 
 
 class Picture(NamedTuple):
-    """An image file; height and width are what its annotation states, 0 for one on the upright image."""
+    """An image file; height and width as annotated, or 0 if the boxes refer to the upright image."""
 
     id: int
     name: str
@@ -65,7 +65,7 @@ class Picture(NamedTuple):
 
 
 class Thing(NamedTuple):
-    """An annotated object of image `image` (its index)."""
+    """An annotated object; `image` is the index of its image."""
 
     image: int
     box: tuple[float, float, float, float]
@@ -76,15 +76,15 @@ class Thing(NamedTuple):
 
 
 class BoxedImages(Dataset):
-    """Pictures in their own sizes with any number of labelled boxes.
+    """Images of their own sizes, each with any number of labelled boxes.
 
     Args:
-        name: of the set, for reports.
-        classes: the names; label k is `classes[k - 1]`.
-        pictures: in order.
-        things: their objects, in any order; boxes inside their image, with width and height.
-        notes: counted oddities, to be shown once.
-        rules: by whose rules detections are scored, "voc" or "coco".
+        name: name of the set, for reports.
+        classes: class names; label k is `classes[k - 1]`.
+        pictures: the images, in order.
+        things: their objects, in any order; boxes lie inside the image and are not empty.
+        notes: counts of oddities, shown once.
+        rules: scoring protocol, "voc" or "coco".
     """
 
     size = None  # each image has its own
@@ -102,7 +102,7 @@ class BoxedImages(Dataset):
         self.name, self.classes, self.pictures = name, list(classes), list(pictures)
         self.notes, self.rules = list(notes), rules
         self.seed, self.augmentation = 0, "none"
-        # Flat arrays: worker processes share them, where a million small objects would be copied.
+        # Worker processes share flat arrays; a million small objects would be copied into each.
         ordered = sorted(things, key=lambda thing: thing.image)
         self._starts = np.searchsorted([t.image for t in ordered], np.arange(len(self.pictures) + 1))
         self._boxes = np.array([t.box for t in ordered], np.float64).reshape(-1, 4)
@@ -115,16 +115,16 @@ class BoxedImages(Dataset):
         return len(self.pictures)
 
     def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
-        """Sample `index`, or (epoch, index), as the loader's sampler asks.
+        """Sample `index`, or (epoch, index), which the loader's sampler yields.
 
         Returns:
             image: uint8 (3, H, W), upright; boxes: float32 (N, 4); labels: int64 (N,), from 1;
-            area: float32 (N,), square pixels, of the mask where there is one; crowd, difficult: bool (N,);
-            image_id: int; index: int. N may be 0. Of an augmented set the sample is a function of (seed,
-            epoch, index); an index alone means epoch 0.
+            area: float32 (N,), square pixels, of the mask if there is one; crowd, difficult: bool (N,);
+            image_id: int; index: int. N may be 0. A sample of an augmented set is a function of (seed,
+            epoch, index); a bare index means epoch 0.
 
         Raises:
-            DataError: the image cannot be read, or is not of the size that its annotation states.
+            DataError: the image cannot be read, or its size is not the annotated one.
         """
         epoch, index = map(operator.index, key if isinstance(key, tuple) else (0, key))
         if epoch < 0 or not 0 <= index < len(self):
@@ -148,7 +148,7 @@ class BoxedImages(Dataset):
 
     @staticmethod
     def collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """A batch: image, a list; target, a list of dicts with all that has an entry per box; index (N,)."""
+        """Collate a batch: image, a list; target, a list of dicts of the per-box entries; index (N,)."""
         return {
             "image": [sample["image"] for sample in samples],
             "target": [{name: sample[name] for name in PER_BOX} for sample in samples],
@@ -156,11 +156,11 @@ class BoxedImages(Dataset):
         }
 
     def augmented(self, how: str) -> "BoxedImages":
-        """The same set for training, its samples changed at random: see `cbam.data.augment`."""
-        return self._with(augmentation=known(how))
+        """The same set with random augmentation, for training: see `cbam.data.augment`."""
+        return self._with(augmentation=check_augmentation(how))
 
     def seeded(self, seed: int) -> "BoxedImages":
-        """The same set, its random choices made by `seed`."""
+        """The same set with another seed for its random choices."""
         return self._with(seed=check_int("seed", seed, 0, MAX_SEED))
 
     def _with(self, **values: Any) -> "BoxedImages":
@@ -169,51 +169,51 @@ class BoxedImages(Dataset):
         return other
 
     def loaded(self, batches: Any) -> Any:
-        """None: the loader loads them."""
+        """None: the DataLoader reads the samples."""
         return None
 
     @property
     def all_boxes(self) -> np.ndarray:
-        """Every box as its annotation has it: float64 (N, 4), those of the first image first."""
+        """All annotated boxes, in the order of the images: float64 (N, 4)."""
         return self._boxes
 
     def digest(self) -> str:
-        """A SHA-256 of all objects: whose they are, boxes, labels, which are crowds and which difficult."""
+        """SHA-256 of all objects: image, box, label, crowd and difficult."""
         whole = hashlib.sha256()
         for values in (self._starts, self._boxes, self._labels, self._crowd, self._difficult):
             whole.update(np.ascontiguousarray(values).tobytes())
         return whole.hexdigest()
 
     def inner_name(self, index: int) -> str:
-        """The file of an image, wherever the set lies."""
+        """File name of an image, independent of where the set is stored."""
         return self.pictures[index].name
 
     @property
     def scored(self) -> int:
-        """How many objects detections are scored by: all but crowds and difficult ones."""
+        """Number of objects that count in scoring: all but crowds and difficult ones."""
         return int((~(self._crowd | self._difficult)).sum())
 
     def count(self, index: int) -> int:
-        """How many objects image `index` has."""
+        """Number of objects in image `index`."""
         return int(self._starts[index + 1] - self._starts[index])
 
     def labels(self, index: int) -> list[int]:
-        """The labels in image `index`, sorted, each once; those of crowds left out."""
+        """The distinct labels in image `index`, sorted, without those of crowds."""
         own = slice(int(self._starts[index]), int(self._starts[index + 1]))
         return self._labels[own][~self._crowd[own]].unique().tolist()
 
     def with_objects(self) -> "BoxedImages":
-        """The images that have an object: the choice of many training recipes, none of an evaluation."""
+        """Keep the images that have an object. Common for training, never done for evaluation."""
         return self._chosen([i for i in range(len(self)) if self.count(i)], "without objects left out")
 
     def without_crowds(self) -> "BoxedImages":
-        """The same images without the boxes of crowds, which are no single object to learn."""
+        """The same images without crowd boxes, which are not single objects to learn."""
         things = [self._thing(j, i) for i in range(len(self)) for j in self._range(i) if not self._crowd[j]]
         left_out = len(self._labels) - len(things)
-        return self._made(self.pictures, things, f"{left_out} boxes of crowds left out" if left_out else "")
+        return self._made(self.pictures, things, f"{left_out} crowd boxes left out" if left_out else "")
 
     def subset(self, n: int) -> "BoxedImages":
-        """n images, or all if there are fewer, evenly spaced; always the same."""
+        """n evenly spaced images, or all if there are fewer; always the same ones."""
         n = min(check_int("n", n, 1, MAX_SEED), len(self))
         return self._chosen([i * len(self) // n for i in range(n)], "left out, the others evenly spaced")
 
@@ -236,10 +236,10 @@ class BoxedImages(Dataset):
         return Thing(image, tuple(self._boxes[j].tolist()), *(field[j].item() for field in fields))  # type: ignore[arg-type]
 
 
-def tidied(
+def clip(
     box: tuple[float, float, float, float], height: int, width: int
 ) -> tuple[tuple[float, float, float, float] | None, str]:
-    """A finite box brought into its image, None if nothing is left of it; and what was done, or ""."""
+    """Clip a finite box to its image. Returns the box, None if nothing is left, and the repair made or ""."""
     x0, y0, x1, y1 = box
     if x1 - x0 < RESOLUTION or y1 - y0 < RESOLUTION:
         return None, DEGENERATE
@@ -251,7 +251,7 @@ def tidied(
 
 
 def turned(boxes: np.ndarray, turn: int, height: int, width: int) -> np.ndarray:
-    """Boxes (N, 4) on a stored image of height x width -> on the upright one; `turn` as EXIF counts."""
+    """Map boxes (N, 4) from the stored image, height x width, to the upright one; `turn` is EXIF's."""
     x0, y0, x1, y1 = boxes.T
     if turn in (2, 3, 7, 8):
         x0, x1 = width - x1, width - x0
@@ -261,15 +261,15 @@ def turned(boxes: np.ndarray, turn: int, height: int, width: int) -> np.ndarray:
 
 
 def accept(findings: Sequence[Finding], what: str) -> list[str]:
-    """Notes that count the faults which the reader repaired.
+    """Summarise the faults that the reader repaired, one note for each kind.
 
     Raises:
-        DataError: with the first of the faults that it does not repair.
+        DataError: there are faults that it does not repair; the first few are quoted.
     """
-    refused = [finding for finding in findings if not finding.counted]
-    if refused:
-        more = len(refused) - SHOWN
-        text = "; ".join(map(str, refused[:SHOWN]))
+    rejected = [finding for finding in findings if not finding.counted]
+    if rejected:
+        more = len(rejected) - SHOWN
+        text = "; ".join(map(str, rejected[:SHOWN]))
         raise DataError(f"{text}; and {more} more, see `cbam data check {what}`" if more > 0 else text)
     kinds: dict[str, list[Finding]] = {}
     for finding in findings:
@@ -280,7 +280,7 @@ def accept(findings: Sequence[Finding], what: str) -> list[str]:
 
 
 def _upright(picture: Picture, boxes: np.ndarray, where: str) -> tuple[Tensor, np.ndarray]:
-    """The image, uint8 (3, H, W), and its boxes on it."""
+    """The upright image, uint8 (3, H, W), and its boxes on it."""
     try:
         data = read(picture.path)
     except OSError as error:
@@ -295,19 +295,19 @@ def _upright(picture: Picture, boxes: np.ndarray, where: str) -> tuple[Tensor, n
 
 
 def size_fault(picture: Picture, stored: tuple[int, int], turn: int) -> str:
-    """What is wrong with the size that the annotation of an image `stored` so states; "" if nothing."""
-    said = (picture.height, picture.width)
+    """How the annotated size contradicts the size (height, width) as stored; "" if it does not."""
+    stated = (picture.height, picture.width)
     upright = stored[::-1] if turn >= 5 else stored
-    if said in ((0, 0), stored, upright):
+    if stated in ((0, 0), stored, upright):
         return ""
     return (
-        f"{stored[1]}x{stored[0]} pixels, its annotation says {said[1]}x{said[0]}; "
-        "boxes on another size mean nothing"
+        f"{stored[1]}x{stored[0]} pixels, but its annotation says {stated[1]}x{stated[0]}, "
+        "so its boxes cannot be used"
     )
 
 
 def picture_files(folder: str | Path) -> set[str]:
-    """The names of the files right in `folder`."""
+    """The names of the entries directly in `folder`."""
     try:
         return {entry.name for entry in Path(folder).iterdir()}
     except OSError as error:
@@ -315,7 +315,7 @@ def picture_files(folder: str | Path) -> set[str]:
 
 
 def is_file(path: Path) -> bool:
-    """Whether there is a file; no file has a name that no file can have."""
+    """Whether `path` is a file; False also for a name that cannot exist."""
     try:
         return path.is_file()
     except (OSError, ValueError):  # too long, or with a zero byte

@@ -1,4 +1,4 @@
-"""Everything that is wrong with a data set on disk: image folders, COCO and VOC."""
+"""Find all faults of a data set on disk: image folders, parquet files, COCO and VOC."""
 
 import hashlib
 import os
@@ -33,20 +33,20 @@ def check(
     workers: int = 0,
     passed: Callable[[float], None] = lambda share: None,
 ) -> tuple[str, Iterator[Finding]]:
-    """What the folder at `path` is, and its faults, one by one as they are found.
+    """Detect the format of the folder at `path`, and yield its faults as they are found.
 
-    A folder with `Annotations` and `ImageSets/Main`, or with `VOC2007` or `VOC2012`, is VOC's; every split is
-    read. One with parquet files is read as `picture_set` reads it. One with JSON files of COCO's lists, or
-    whose folders hold some, is COCO's. Any other is taken for class folders of images.
+    A folder with `Annotations` and `ImageSets/Main`, or with `VOC2007` or `VOC2012`, is VOC; every split is
+    read. One with parquet files is read as `picture_set` reads it. One with JSON files of COCO's lists, in it
+    or in a folder directly below, is COCO. Any other is taken for class folders of images.
 
     Args:
-        deep: decode every image, look for the end marker of every JPEG, and for files in both parts or in
-            two classes.
-        workers: processes that look at images ahead, for speed alone.
-        passed: is told of every image that was looked at, and how much of all that is.
+        deep: decode every image, look for the end marker of every JPEG, and report files that are in both
+            splits or in two classes.
+        workers: processes that read images ahead; they affect speed only.
+        passed: called after every image with the fraction of the whole that it is.
 
     Raises:
-        DataError: no such folder. MissingExtraError: of parquet files, as faults are asked for.
+        DataError: no such folder. MissingExtraError: for parquet files, when the faults are iterated.
     """
     root = Path(path)
     if not root.is_dir():
@@ -63,7 +63,7 @@ def check(
 
 @dataclass(frozen=True)
 class _Look:
-    """How images are looked at: see `check`."""
+    """How images are inspected: see `check`."""
 
     deep: bool
     workers: int
@@ -72,14 +72,14 @@ class _Look:
     def at(
         self, items: Sequence[Any], faults: Callable[..., list[Finding]], share: float = 1.0
     ) -> Iterator[Finding]:
-        """The `faults` of each of these, in order, which are so much of the whole."""
+        """Yield the `faults` of each item, in order; the items are the fraction `share` of the whole."""
         for found in in_order(partial(faults, deep=self.deep), items, self.workers):
             self.passed(share / len(items))
             yield from found
 
 
 def picture_fault(path: str | os.PathLike, *, deep: bool) -> Finding | None:
-    """What is wrong with one image file."""
+    """The fault of one image file, if any."""
     try:
         if deep:
             return _decoded_fault(read(path), shown(path))
@@ -103,7 +103,7 @@ def _decoded_fault(data: bytes, name: str) -> Finding | None:
 
 
 def _lacks_end(data: bytes) -> bool:
-    """Of a JPEG: neither marker can occur inside a scan, so the last end must follow the last scan."""
+    """Whether a JPEG lacks its end marker: no marker occurs inside a scan, so it must follow the last one."""
     return data.startswith(b"\xff\xd8") and data.rfind(_END_OF_IMAGE) < data.rfind(_START_OF_SCAN)
 
 
@@ -132,7 +132,7 @@ def _parquet(root: Path, look: _Look) -> Iterator[Finding]:
         yield Finding("", str(error))
         return
     if train.classes != val.classes:
-        yield Finding(shown(root), "training and validation name different classes")
+        yield Finding(shown(root), "training and validation have different classes")
     count = len(train.targets) + len(val.targets)
     for rows in (train, val):
         if look.deep:
@@ -148,7 +148,7 @@ def _row_faults(rows: Any, index: int, *, deep: bool) -> list[Finding]:
 
 
 def _twins(splits: dict[str, Classes]) -> Iterator[Finding]:
-    """Files with the bytes of one that has another purpose or another class."""
+    """Find files identical to one of another split or another class."""
     placed = [
         (path, _size(path), name, what)
         for what, own in splits.items()
@@ -163,10 +163,10 @@ def _twins(splits: dict[str, Classes]) -> Iterator[Finding]:
         try:
             digest = hashlib.sha256(read(path)).digest()
         except (OSError, DataError):
-            continue  # it was told of before, or is gone since
+            continue  # reported already, or deleted since
         other, other_name, other_what = first.setdefault(digest, (path, name, what))
         if what != other_what:
-            yield Finding(shown(path), f"the same file is there to {other_what}: {shown(other)}")
+            yield Finding(shown(path), f"the same file is used to {other_what}: {shown(other)}")
         elif name != other_name:
             yield Finding(shown(path), f"the same file is in class {shown(other_name)}: {shown(other)}")
 
@@ -179,27 +179,27 @@ def _size(path: str) -> int:
 
 
 def _boxed_faults(picture: Picture, *, deep: bool) -> list[Finding]:
-    """Faults of an image file, and of the size that its annotation states."""
+    """Faults of an image file, and of its annotated size."""
     faults = _file_faults(picture.path, deep=deep)
-    if told := _stated_fault(picture):
-        faults.append(Finding(shown(picture.path), told))
+    if fault := _stated_fault(picture):
+        faults.append(Finding(shown(picture.path), fault))
     return faults
 
 
 def _stated_fault(picture: Picture) -> str:
-    """What is wrong with the size that its annotation states; nothing where the file's own cannot be read."""
+    """The fault of the annotated size; "" also if the file's own size cannot be read."""
     header = header_of(picture.path)
     stored = (header.height, header.width) if header else (0, 0)
     if not header or not size_fault(picture, stored, 1):
         return ""
-    return size_fault(picture, stored, orientation(read(picture.path)))  # a turn may make it the upright one
+    return size_fault(picture, stored, orientation(read(picture.path)))  # it may be that of the upright image
 
 
 def _voc(roots: list[Path], look: _Look) -> Iterator[Finding]:
-    """Every split once; what two splits share is told once. Lists of single classes repeat the whole ones."""
-    told: set[Finding] = set()
+    """Check every split, reporting shared faults once; per-class lists (NAME_split.txt) are skipped."""
+    reported: set[Finding] = set()
     pictures: dict[str, Picture] = {}
-    parts: dict[str, dict[str, Finding]] = {}  # of a split: its classes, and what to say of each
+    parts: dict[str, dict[str, Finding]] = {}  # split -> class -> the finding if it is not trained
     paths: dict[str, list[str]] = {}
     for root in roots:
         lists = root / "ImageSets" / "Main"
@@ -212,11 +212,13 @@ def _voc(roots: list[Path], look: _Look) -> Iterator[Finding]:
             except DataError as error:
                 yield Finding("", str(error))
                 continue
-            yield from (finding for finding in reader.findings if finding not in told)
-            told |= set(reader.findings)
+            yield from (finding for finding in reader.findings if finding not in reported)
+            reported |= set(reader.findings)
             own = parts.setdefault(split, {})
             for name, node in reader.classes.items():
-                own.setdefault(name, node.of(f"class {name!r} is in {split} and not in the training images"))
+                own.setdefault(
+                    name, node.fault(f"class {name!r} is in {split} but not in the training images")
+                )
             pictures |= {picture.path: picture for picture in reader.pictures}
             paths.setdefault(split, []).extend(picture.path for picture in reader.pictures)
     train, val = next((pair for pair in PARTS if paths.keys() >= set(pair)), ("", ""))
@@ -227,7 +229,7 @@ def _voc(roots: list[Path], look: _Look) -> Iterator[Finding]:
 
 
 def _coco_files(root: Path) -> list[Path]:
-    """The JSON files in a folder, and in the folders right below, that look like COCO's instances."""
+    """The JSON files in a folder, and in the folders directly below, that look like COCO instances."""
     found = []
     for folder in (root, root / "annotations", *sorted(p for p in root.iterdir() if p.is_dir())):
         files = sorted(filter(Path.is_file, folder.glob("*.json")))
@@ -236,17 +238,17 @@ def _coco_files(root: Path) -> list[Path]:
 
 
 def _is_coco(file: Path) -> bool:
-    """COCO's other files have images and annotations too, of another kind; their names tell them."""
+    """Whether it may be a file of instances; COCO's other kinds are recognised by their names."""
     if file.name.startswith(("captions_", "person_keypoints_", "image_info_", "panoptic_", "stuff_")):
         return False
     with file.open("rb") as opened:
-        head = opened.read(1 << 16).replace(b"\0", b"")  # UTF-16, which is told when it is read
+        head = opened.read(1 << 16).replace(b"\0", b"")  # UTF-16, reported when it is read
     return any(b'"%s"' % key.encode() in head for key in (*LISTS, "info"))
 
 
 def _coco(root: Path, files: list[Path], look: _Look) -> Iterator[Finding]:
-    parts: dict[str, tuple[list[str], list[str]]] = {}  # of a purpose: classes, and paths of images
-    sizes = [file.stat().st_size for file in files]  # as many images, about, before a file is read
+    parts: dict[str, tuple[list[str], list[str]]] = {}  # purpose -> classes and image paths
+    sizes = [file.stat().st_size for file in files]  # roughly proportional to the number of images
     for file, size in zip(files, sizes, strict=True):
         try:
             document = LocatedJSON(file)
@@ -255,7 +257,7 @@ def _coco(root: Path, files: list[Path], look: _Look) -> Iterator[Finding]:
             yield Finding("", str(error))
             continue
         yield from reader.findings
-        # the reader told of the others
+        # The reader has reported the missing ones.
         there = [picture for picture in reader.pictures if is_file(Path(picture.path))]
         yield from look.at(there, _boxed_faults, size / max(1, sum(sizes)))
         purpose = _purpose(file)
@@ -268,6 +270,6 @@ def _coco(root: Path, files: list[Path], look: _Look) -> Iterator[Finding]:
 
 
 def _purpose(file: Path) -> str:
-    """What training takes a COCO file for: "train", "validate", or "" for nothing."""
+    """What a COCO file is used for: "train", "validate", or "" for neither."""
     name = file.stem.removeprefix("instances_") if file.stem.startswith("instances_") else file.parent.name
     return "train" if name.startswith("train") else "validate" if name.startswith("val") else ""

@@ -1,11 +1,11 @@
-"""An image file -> a uint8 RGB tensor. Every oddity of image files is met here, once.
+"""Decode an image file to a uint8 RGB tensor. All oddities of image files are handled here.
 
-- The orientation that EXIF states is applied, unless pixels are wanted as they are stored.
+- The EXIF orientation is applied, unless the pixels are wanted as stored.
 - Grey, palette, 1-bit and CMYK images become RGB; transparency is composed on white (BACKGROUND).
-- 16-bit values are divided by 257 (65535 / 257 = 255), not clipped. 32-bit integers are taken as 16-bit
-  values. Floats state no scale: they are taken as 0..1, 0..255 or 0..65535, the first that holds them all.
-- Of an animation the first frame is taken.
-- An image above MAX_PIXELS, or of a format that is not in FORMATS, is refused before it is decoded.
+- 16-bit values are divided by 257 (65535 / 257 = 255), not clipped. 32-bit integers are treated as 16-bit
+  values. Floats have no defined scale: the first range of 0..1, 0..255, 0..65535 that holds all is assumed.
+- Only the first frame of an animation is read.
+- An image above MAX_PIXELS, or in a format that is not in FORMATS, is refused before it is decoded.
 """
 
 import io
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 MAX_PIXELS = 40_000_000
-MAX_BYTES = 1 << 29  # 40 MP of four 16-bit channels, stored plainly, are 320 MB
-MAX_TEXT = 1 << 32  # COCO's largest file of annotations is 0.5 GB
+MAX_BYTES = 1 << 29  # 40 MP of four 16-bit channels, uncompressed, are 320 MB
+MAX_TEXT = 1 << 32  # COCO's largest annotation file has 0.5 GB
 BACKGROUND = (255, 255, 255)
 
 _SIGNATURES = re.compile(
@@ -38,7 +38,7 @@ _SIGNATURES = re.compile(
 _TEXT = re.compile(rb"[!-=?-~]{3,16}")  # the first word, or the opening of a tag
 
 _WIDTH, _HEIGHT, _ORIENTATION = 0x0100, 0x0101, 0x0112
-_TURNS = {  # EXIF orientation -> the name of Pillow's transposition that undoes it
+_TURNS = {  # EXIF orientation -> name of Pillow's transposition that undoes it
     2: "FLIP_LEFT_RIGHT",
     3: "ROTATE_180",
     4: "FLIP_TOP_BOTTOM",
@@ -51,7 +51,7 @@ _TURNS = {  # EXIF orientation -> the name of Pillow's transposition that undoes
 
 @dataclass(frozen=True)
 class Header:
-    """Height and width in pixels, as stored; whether more frames follow the first."""
+    """Height and width in pixels, as stored, and whether there is more than one frame."""
 
     height: int
     width: int
@@ -59,10 +59,10 @@ class Header:
 
 
 def decode(source: str | os.PathLike | bytes) -> Tensor:
-    """The image in a file, or in the bytes of one -> uint8 (3, H, W) in RGB.
+    """Decode an image, given as a path or as the bytes of its file, to RGB: uint8 (3, H, W).
 
     Raises:
-        DataError: no such file, not an image, a format that is not in FORMATS, damaged, cut off, or more
+        DataError: no such file, not an image, a format that is not in FORMATS, damaged, truncated, or more
             than MAX_PIXELS. The message starts with the path.
     """
     if isinstance(source, (bytes, bytearray, memoryview)):
@@ -73,30 +73,30 @@ def decode(source: str | os.PathLike | bytes) -> Tensor:
         data = read(source)
     except DataError:
         raise
-    except (OSError, ValueError) as error:  # a ValueError is a zero byte in the name
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the name
         raise DataError(f"{shown(source)}: {getattr(error, 'strerror', None) or error}") from error
     return decode_bytes(data, shown(source)).contiguous()
 
 
 def read(path: str | os.PathLike, limit: int = MAX_BYTES) -> bytes:
-    """The bytes of a regular file of at most `limit` bytes; what the disk says is an OSError."""
+    """Read a regular file of at most `limit` bytes; errors of the disk are raised as OSError."""
     flags = os.O_RDONLY | getattr(os, "O_BINARY", 0)
-    flags |= getattr(os, "O_NONBLOCK", 0)  # a named pipe would wait for its writer
+    flags |= getattr(os, "O_NONBLOCK", 0)  # opening a named pipe would wait for a writer
     with os.fdopen(os.open(path, flags), "rb") as file:
         state = os.fstat(file.fileno())
         if not stat.S_ISREG(state.st_mode):
             raise DataError(f"{shown(path)}: not a regular file")
         if state.st_size > limit:
-            raise DataError(f"{shown(path)}: {state.st_size} bytes; files like it are read up to {limit}")
+            raise DataError(f"{shown(path)}: {state.st_size} bytes; the limit for such files is {limit}")
         return file.read()
 
 
 def read_text(path: str | os.PathLike) -> str:
-    """The text of a UTF-8 file, a byte order mark left out; what is wrong with it is a DataError."""
+    """Read a UTF-8 file without its byte order mark; any fault is a DataError."""
     try:
         return read(path, MAX_TEXT).decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DataError(f"{shown(path)}: byte {error.start} is no UTF-8 text") from error
+        raise DataError(f"{shown(path)}: byte {error.start} is not UTF-8") from error
     except (OSError, ValueError) as error:
         if isinstance(error, DataError):
             raise
@@ -104,16 +104,16 @@ def read_text(path: str | os.PathLike) -> str:
 
 
 def decode_bytes(data: bytes, where: str, *, exif: bool = True) -> Tensor:
-    """The bytes of an image file -> uint8 (3, H, W), a pixel's channels side by side in memory.
+    """Decode the bytes of an image file to uint8 (3, H, W), with the memory layout (H, W, 3).
 
-    `where` begins the message of a DataError. Without `exif` no turn is applied (but to a TIFF, which Pillow
-    turns itself).
+    The message of a DataError starts with `where`. Without `exif` the orientation is not applied, except to
+    a TIFF, which Pillow turns itself.
     """
     return decode_turned(data, where, exif=exif)[0]
 
 
 def decode_turned(data: bytes, where: str, *, exif: bool = True) -> tuple[Tensor, int]:
-    """As `decode_bytes`, and the turn that the image got, 1 to 8 as EXIF counts; 1 for none."""
+    """As `decode_bytes`, with the EXIF orientation that was applied, 1 to 8; 1 for none."""
     try:
         from PIL import Image, UnidentifiedImageError
     except ImportError as error:
@@ -127,17 +127,17 @@ def decode_turned(data: bytes, where: str, *, exif: bool = True) -> tuple[Tensor
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise DataError(f"{where}: an image of more than {MAX_PIXELS // 10**6} megapixels") from error
-    except Exception as error:  # damaged bytes surface as whatever the decoder tripped over
+    except Exception as error:  # decoders raise errors of many types for damaged bytes
         picture = _decode_without_end(data, where, exif)
         if picture is not None:
             return picture
-        unknown = isinstance(error, UnidentifiedImageError)  # its text shows an address in memory
+        unknown = isinstance(error, UnidentifiedImageError)  # its text is a memory address
         reason = "its header cannot be read" if unknown else str(error) or type(error).__name__
         raise DataError(f"{where}: damaged or unsupported image ({reason})") from error
 
 
 def header_of(path: str | os.PathLike | io.BytesIO) -> Header | None:
-    """What the header says; None where it cannot be read."""
+    """Read the header; None if it cannot be read."""
     try:
         from PIL import Image
     except ImportError as error:
@@ -145,41 +145,40 @@ def header_of(path: str | os.PathLike | io.BytesIO) -> Header | None:
     try:
         with Image.open(path, formats=FORMATS) as image:
             several = getattr(image, "is_animated", False)
-            animated = (
-                several and image.format != "MPO"
-            )  # a phone's JPEG with a preview or a depth map beside it
+            # MPO is a phone's JPEG that also holds a preview or a depth map.
+            animated = several and image.format != "MPO"
             height, width = image.height, image.width
-            if image.format == "TIFF":  # Pillow turns its size as EXIF says
+            if image.format == "TIFF":  # Pillow swaps its size if EXIF says so
                 width, height = image.tag_v2[_WIDTH], image.tag_v2[_HEIGHT]  # pyright: ignore
             return Header(height, width, animated)
-    except Exception:  # the reader of the image itself says what is wrong with it
+    except Exception:  # decoding the image reports the fault
         return None
 
 
 def orientation(data: bytes) -> int:
-    """The turn, 1 to 8 as EXIF counts, that `decode_bytes` gives the image in these bytes; 1 for none."""
+    """The EXIF orientation, 1 to 8, that `decode_bytes` applies to the image in these bytes; 1 for none."""
     from PIL import Image
 
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             return _turn(image)
-    except Exception:  # the reader of the image itself says what is wrong with it
+    except Exception:  # decoding the image reports the fault
         return 1
 
 
 def not_an_image(head: bytes) -> str | None:
-    """What is wrong with a file that starts with `head` (16 bytes suffice), None if it may be an image."""
+    """Why a file that starts with `head` (16 bytes suffice) is not an image; None if it may be one."""
     if not head:
         return "not an image (empty file)"
     if _SIGNATURES.match(head):
         return None
     text = _TEXT.match(head.lstrip())
     start = repr(text.group().decode()) if text else "bytes " + head[:8].hex(" ")
-    return f"not an image (starts with {start}); read are {', '.join(FORMATS)}"
+    return f"not an image (starts with {start}); supported: {', '.join(FORMATS)}"
 
 
 def shown(path: str | os.PathLike | bytes) -> str:
-    """A file name as one printable line: line breaks and undecodable bytes are escaped."""
+    """A file name as one printable line, with line breaks and undecodable bytes escaped."""
     name = os.fsdecode(path)
     if name.isprintable():
         return name
@@ -187,12 +186,12 @@ def shown(path: str | os.PathLike | bytes) -> str:
 
 
 def _decode(data: bytes, where: str, exif: bool) -> tuple[Tensor, int]:
-    """The image, and how it was turned."""
+    """The image, and the EXIF orientation that was applied."""
     from PIL import Image
 
     with Image.open(io.BytesIO(data), formats=FORMATS) as image:
         _check_pixels(image, where)
-        done = _turn(image) if image.format == "TIFF" else 1  # Pillow turns it as it loads it
+        done = _turn(image) if image.format == "TIFF" else 1  # Pillow applies it when loading
         image.load()
         picture, turn = _to_rgb(image), _turn(image) if exif else 1
         if turn != 1:
@@ -201,11 +200,11 @@ def _decode(data: bytes, where: str, exif: bool) -> tuple[Tensor, int]:
 
 
 def _decode_without_end(data: bytes, where: str, exif: bool) -> tuple[Tensor, int] | None:
-    """A JPEG that lacks nothing but the two bytes of its end marker; None for any other.
+    """Decode a JPEG that lacks only the two bytes of its end marker; None for any other.
 
-    Nor for a progressive one, which shows an image, if a coarse one, after any of its scans. Given a
-    marker the decoder makes up grey for what is missing. So it is asked twice, once with noise before the
-    marker: the images are equal only if neither the grey nor the noise was needed.
+    Also None for a progressive one, which gives a coarse image after any of its scans. If a marker is
+    appended, the decoder fills missing data with grey. So the file is decoded twice, once with noise before
+    the marker: the images are equal only if neither grey nor noise was used.
     """
     from PIL import Image
 
@@ -241,7 +240,7 @@ def _to_rgb(image: "Image.Image") -> "Image.Image":
 
 
 def _deep_grey(image: "Image.Image") -> np.ndarray:
-    """More than 8 bits a value -> uint8 (H, W)."""
+    """Convert an image with more than 8 bits per value to uint8 (H, W)."""
     values = np.asarray(image).astype(np.float32)  # exact to 2^24
     low, high = values.min(), values.max()
     if not (low >= 0 and high <= 65535):
@@ -257,14 +256,14 @@ def _deep_grey(image: "Image.Image") -> np.ndarray:
 
 
 def _turn(image: "Image.Image") -> int:
-    """The turn that is left to do, as EXIF counts; Pillow has turned a TIFF that is loaded."""
+    """The EXIF orientation still to be applied; Pillow has done so for a loaded TIFF."""
     try:
-        said = image.getexif().get(_ORIENTATION, 1)
-        return said if said in _TURNS else 1
-    except Exception:  # a damaged EXIF block states no orientation; the image itself may be sound
+        tag = image.getexif().get(_ORIENTATION, 1)
+        return tag if tag in _TURNS else 1
+    except Exception:  # damaged EXIF data; the image itself may be sound
         return 1
 
 
 def _to_tensor(picture: "Image.Image") -> Tensor:
-    # A view: the crop that follows is faster so, and the image need not be copied.
+    # A view: the copy is saved, and the crop that follows is faster in this layout.
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1)

@@ -1,11 +1,11 @@
-"""Cluttered digits: real handwritten digits at a random place among pieces of others, with their box.
+"""Cluttered digits: real handwritten digits at a random position among pieces of others, with their box.
 
 The task of Mnih et al. (2014, arXiv 1406.6247, "cluttered translated MNIST") on the 1,797 digits of
-8x8 pixels that scikit-learn carries (UCI, Alpaydin and Kaynak 1998), so that nothing is downloaded.
+8x8 pixels that scikit-learn includes (UCI, Alpaydin and Kaynak 1998), so that nothing is downloaded.
 
-Of every sample: the digit is enlarged to a side of 20 to 32 pixels and placed on a black square of 64 x 64;
-ten pieces of 9 x 9 pixels, cut from digits of other classes that were enlarged likewise, lie anywhere;
-where things overlap the brighter one shows.
+In every sample the digit is enlarged to a side of 20 to 32 pixels and placed on a black square of 64 x 64.
+Ten pieces of 9 x 9 pixels, cut from digits of other classes enlarged in the same way, lie anywhere.
+The brighter pixel wins where they overlap.
 """
 
 from collections.abc import Sequence
@@ -24,16 +24,16 @@ SMALLEST, LARGEST = 20, 32
 PIECES, PIECE = 10, 9
 TRAIN_DIGITS = 1437
 COMPOSITIONS = 3
-INK = 64  # what is brighter, of 255, is the digit's ink
+INK = 64  # pixels brighter than this, of 255, belong to the digit
 
 _SIZES = range(SMALLEST, LARGEST + 1)
 
 
 def cluttered_digits(seed: int = 0) -> tuple[Images, Images]:
-    """The training and the validation set: uint8 (3, 64, 64), 10 classes, boxes known.
+    """The training and the validation set: uint8 (3, 64, 64), 10 classes, with boxes.
 
-    The first 1,437 digits train, recomposed in every epoch; the last 360 validate, in three fixed
-    compositions each (1,080 samples). Neither takes anything, clutter included, from the other's digits.
+    The first 1,437 digits are for training, recomposed in every epoch; the last 360 are for validation, in
+    three fixed compositions each (1,080 samples). The sets share no digits, clutter included.
     The box is tight around the digit's ink: x0 y0 x1 y1 in pixels, ends exclusive.
     """
     seed = check_int("seed", seed, 0, MAX_SEED)
@@ -53,7 +53,7 @@ def cluttered_digits(seed: int = 0) -> tuple[Images, Images]:
 
 
 class _Digits(Images):
-    """One split; `fixed` if its compositions do not change from epoch to epoch."""
+    """One split; `fixed` if its compositions are the same in every epoch."""
 
     def __init__(self, pixels: np.ndarray, labels: np.ndarray, base_seed: int, *, fixed: bool) -> None:
         self._repeats = COMPOSITIONS if fixed else 1
@@ -80,7 +80,7 @@ class _Digits(Images):
         return grey.expand(3, SIDE, SIDE).contiguous(), box
 
     def _add_digit(self, canvas: np.ndarray, digit: int, random: np.random.Generator) -> tuple[int, ...]:
-        """Draw the digit at a random size and place; the box of its ink."""
+        """Draw the digit with a random size and position; return the box of its ink."""
         u = random.random(3)
         size = _below(u[0], len(_SIZES))
         side = SMALLEST + int(size)
@@ -94,7 +94,7 @@ class _Digits(Images):
         return x + left, y + top, x + right, y + bottom
 
     def _add_clutter(self, canvas: np.ndarray, label: int, random: np.random.Generator) -> None:
-        """Draw the pieces of digits of other classes than `label`."""
+        """Draw pieces of digits of classes other than `label`."""
         u = random.random((6, PIECES))
         others = self._others[label]
         digits = self._pixels[others[_below(u[0], len(others))]]
@@ -109,18 +109,18 @@ class _Digits(Images):
 
 
 def _below(uniform: np.ndarray, bound: np.ndarray | int) -> np.ndarray:
-    """Uniform numbers in [0, 1) -> integers from 0 to bound - 1."""
+    """Map uniform numbers in [0, 1) to integers from 0 to bound - 1."""
     return (uniform * bound).astype(np.int64)
 
 
 def _ends(mask: np.ndarray) -> tuple[int, int]:
-    """First true position, and last + 1."""
+    """First true position, and last true position + 1."""
     where = np.flatnonzero(mask)
     return int(where[0]), int(where[-1]) + 1
 
 
 def _enlargements() -> np.ndarray:
-    """(sizes, LARGEST, 8): the first `side` rows of each times an 8x8 image enlarge it bilinearly."""
+    """(sizes, LARGEST, 8): the first `side` rows R of each enlarge an 8x8 image x bilinearly, R x R'."""
     matrices = np.zeros((len(_SIZES), LARGEST, 8), dtype=np.float32)
     for matrix, side in zip(matrices, _SIZES, strict=True):
         enlarged = F.interpolate(torch.eye(8)[None], size=side, mode="linear", align_corners=False)

@@ -1,4 +1,4 @@
-"""A folder of images, one folder per class -> a training and a validation set."""
+"""Training and validation sets from a folder of images with one folder per class."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -11,30 +11,30 @@ from cbam.data.images import MAX_SEED, Images, check_int
 from cbam.data.pictures import Training, Validation
 from cbam.data.scan import Classes, find_pictures, find_unsplit
 
-PEEKS = 20_000  # headers read of so many images at the start; all the others as they come
-TINY, NARROW = 10, 10  # pixels on the short side; times as long as wide
+PEEKS = 20_000  # number of headers read at the start; the other images are checked when they are read
+TINY, NARROW = 10, 10  # short side in pixels; ratio of the sides
 
 
 def image_folder(
     path: str | os.PathLike, *, size: int | None = None, unreadable: int | None = None, exif: bool = True
 ) -> tuple[Images, Images]:
-    """The training and the validation set of a folder of images, one folder per class.
+    """Read the training and the validation set of a folder of images with one folder per class.
 
     `path` holds `train` and one of `val`, `validation`, `valid`, `test`; or it holds the class folders, and
-    of every class the 1st, 6th, 11th, ... image by name validates. Class folders may have folders
-    inside. Hidden files and files without the ending of an image are left out and counted in `notes`.
+    the 1st, 6th, 11th, ... image of every class, by name, is used for validation. Class folders may be
+    nested. Hidden files and files without an image extension are left out and counted in `notes`.
 
-    Animations, of which the first frame is taken, and tiny or very narrow images are counted there too.
+    Animations, of which only the first frame is used, and tiny or very narrow images are counted there too.
 
-    A training image that cannot be read is named once and replaced by the next of its class, until there
-    are too many. In validation it is an error, for the set would silently be another one.
+    A training image that cannot be read is reported once and replaced by the next of its class, until there
+    are too many. In validation it is an error, because the set would silently change.
 
     Args:
-        size: side of the square that the network gets. None: the median short side of the training images
-            (200 of them, evenly spaced) to the nearest multiple of 32, but 32 to 224.
+        size: side of the square network input. None: the median short side of the training images (200 of
+            them, evenly spaced), rounded to a multiple of 32 and limited to 32 to 224.
         unreadable: number of training images that may be unreadable. None: 0.1 % of them, but 1 to 100.
-        exif: whether images are turned as their EXIF says; torchvision's folders, which published numbers
-            come from, do not.
+        exif: whether to apply the EXIF orientation; torchvision's ImageFolder, with which published numbers
+            were measured, does not.
 
     Raises:
         DataError: no such folder, no images, an empty class, fewer than two classes, classes that differ
@@ -56,9 +56,9 @@ def image_folder(
 def unsplit_folder(
     path: str | os.PathLike, *, size: int | None = None, exif: bool = True
 ) -> Validation | None:
-    """Every image of a folder of classes, as they are validated; None where `train` and `val` are in it.
+    """Read all images of a folder of classes for evaluation; None if `train` and `val` are in it.
 
-    Args and errors: as those of `image_folder`.
+    Args and errors: see `image_folder`.
     """
     if size is not None:
         size = check_int("size", size, 8, 4096)
@@ -76,14 +76,14 @@ def _name(path: str | os.PathLike) -> str:
 
 
 class _Files:
-    """The images of class folders; `notes` counts what is read, but may not be what was meant."""
+    """The images of class folders; `notes` counts those that are readable but suspicious."""
 
     def __init__(self, classes: Classes, split: str) -> None:
         self.classes = [shown(name) for name in classes]
         self.targets = [label for label, paths in enumerate(classes.values()) for _ in paths]
         self.notes: list[str] = []
         self._paths = _Paths([path for paths in classes.values() for path in paths])
-        # The folder of the classes, which are two or more, as the paths begin: commonpath would tidy it.
+        # The common parent of the class folders, of which there are two or more. commonpath would normalise.
         first = [paths[0] for paths in classes.values()]
         self._root = os.path.commonprefix(first).rpartition(os.sep)[0]  # noqa: RUF071
         self._split = split
@@ -98,9 +98,9 @@ class _Files:
         return self._paths[index][len(self._root) + 1 :]
 
     def faults(self) -> Iterator[tuple[int, str]]:
-        """Those whose first bytes show that they are no images."""
-        looked_at, odd = range(0, len(self._paths), -(-len(self._paths) // PEEKS)), _Odd()
-        for index in looked_at:
+        """Yield the images whose first bytes show that they are not images."""
+        inspected, odd = range(0, len(self._paths), -(-len(self._paths) // PEEKS)), _Odd()
+        for index in inspected:
             try:
                 with Path(self._paths[index]).open("rb", buffering=0) as file:
                     fault = not_an_image(file.read(16))
@@ -109,16 +109,16 @@ class _Files:
             if fault:
                 yield index, fault
             else:
-                odd.look(self._paths[index])
-        of = "" if len(looked_at) == len(self._paths) else f" (of {len(looked_at)} that were looked at)"
-        self.notes += [f"{self._split}: {line}{of}" for line in odd.told()]
+                odd.inspect(self._paths[index])
+        of = "" if len(inspected) == len(self._paths) else f" (of {len(inspected)} inspected)"
+        self.notes += [f"{self._split}: {line}{of}" for line in odd.summary()]
 
 
 class _Paths:
-    """Many paths in one piece of memory.
+    """Many paths in one block of memory.
 
-    The loader's workers share what is not written to, and Python writes a count into every string that it
-    reads: as strings, the names of ImageNet would take 160 MB in each of them.
+    Forked workers share memory that is not written to, but Python updates the reference count of every string
+    it reads: as strings, the names of ImageNet would take 160 MB in each worker.
     """
 
     def __init__(self, paths: Sequence[str]) -> None:
@@ -134,23 +134,23 @@ class _Paths:
 
 
 class _Odd:
-    """Counts the images that are read, but may not be what was meant; the first of each kind is named."""
+    """Counts images that are readable but suspicious, with the first of each kind."""
 
     def __init__(self) -> None:
         self._found: dict[str, list[str]] = {}
 
-    def look(self, path: str) -> None:
+    def inspect(self, path: str) -> None:
         header = header_of(path)
         if header is None:
             return
         short, long = sorted((header.height, header.width))
         if header.animated:
-            self._found.setdefault("with several frames, of which the first is taken", []).append(path)
+            self._found.setdefault("with several frames, of which only the first is used", []).append(path)
         if short < TINY or long > NARROW * short:
             kind = f"below {TINY} pixels on a side, or more than {NARROW} times as long as wide"
             self._found.setdefault(kind, []).append(path)
 
-    def told(self) -> list[str]:
+    def summary(self) -> list[str]:
         return [
             f"{len(paths)} image{'s' * (len(paths) > 1)} {kind}; the first: {shown(paths[0])}"
             for kind, paths in self._found.items()
@@ -162,5 +162,5 @@ def _input_size(classes: Classes, notes: list[str]) -> int:
     headers = [header_of(paths[i]) for i in range(0, len(paths), -(-len(paths) // 200))]
     short = float(np.median([min(header.height, header.width) for header in headers if header] or [224]))
     size = int(min(224, max(32, round(short / 32) * 32)))
-    notes.append(f"the network gets {size} x {size} pixels (median short side of the images: {short:g})")
+    notes.append(f"network input: {size} x {size} pixels (median short side of the images: {short:g})")
     return size

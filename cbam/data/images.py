@@ -1,7 +1,6 @@
-"""A set of labelled images, and the draws that its random choices come from.
+"""The base class of labelled image sets, and the generators for their random choices.
 
-What a sample looks like is a function of (seed, epoch, index): the set draws from a generator that these
-numbers start.
+A sample is a function of (seed, epoch, index): its random numbers come from a generator seeded with these.
 """
 
 import copy
@@ -28,25 +27,25 @@ _PURPOSES = ("order", "augmentation", "composition", "fixed composition", "mixin
 
 
 def draws(purpose: str, *numbers: int) -> np.random.Generator:
-    """A random generator that is a function of its purpose and of these numbers (0 to MAX_SEED) alone."""
+    """A random generator determined only by its purpose and these numbers (0 to MAX_SEED)."""
     entropy = (_PURPOSES.index(purpose), *numbers)
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(entropy)))
 
 
 class Images(Dataset):
-    """Labelled images, all brought to S x S pixels; a subclass says what sample (epoch, index) is.
+    """Labelled images of S x S pixels; a subclass implements `sample(epoch, index)`.
 
     Args:
-        name: of the set, for reports.
-        classes: the names, in the order of the targets; printable.
-        targets: the class of every sample.
+        name: name of the set, for reports.
+        classes: class names, in the order of the targets; printable.
+        targets: class index of every sample.
         size: S.
-        has_boxes: whether the samples carry the box of their object.
-        mean, std: per channel, of the values / 255; what to normalise with.
-        notes: counted oddities, to be shown once.
+        has_boxes: whether the samples have the box of their object.
+        mean, std: per channel, of the values / 255, for normalisation.
+        notes: counts of oddities, shown once.
     """
 
-    collate = None  # samples are stacked
+    collate = None  # the default: samples are stacked
 
     def __init__(
         self,
@@ -69,7 +68,7 @@ class Images(Dataset):
         return len(self.targets)
 
     def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
-        """Sample `index`, or (epoch, index); an index alone means epoch 0.
+        """Sample `index`, or (epoch, index); a bare index means epoch 0.
 
         Returns:
             image: uint8 (3, S, S); target: int; index: int;
@@ -92,30 +91,30 @@ class Images(Dataset):
         raise NotImplementedError
 
     def inner_name(self, index: int) -> str:
-        """The path of a sample's file inside the set, wherever that lies; "" where there are no files."""
+        """Path of a sample's file relative to the set; "" if there are no files."""
         return ""
 
     def whole(self, index: int) -> Tensor:
-        """The middle square of an image, brought to uint8 (3, S, S) without any random choice."""
-        raise DataError(f"{self.name} makes its images anew in every epoch, so none can be kept")
+        """The central square of an image, resized to uint8 (3, S, S), without augmentation."""
+        raise DataError(f"{self.name} generates new images in every epoch, so they cannot stay on the device")
 
     def loaded(self, batches: Any) -> Any:
-        """The batches that `loading.Batches` names, of a set that loads them itself; None of any other."""
+        """An iterable over `batches`, for a set that loads them itself; None for any other."""
         return None
 
     @property
     def unreadable(self) -> list[str]:
-        """The files that were found unreadable so far, in this process or in the loader's workers."""
+        """The files found unreadable so far, in this process or in the loader's workers."""
         return []
 
     def seeded(self, seed: int) -> "Images":
-        """The same set, its random choices made by `seed`; a validation set makes none."""
+        """The same set with another seed for its random choices; a validation set makes none."""
         other = copy.copy(self)
         other.seed = check_int("seed", seed, 0, MAX_SEED)
         return other
 
     def subset(self, n: int) -> "Images":
-        """About n samples, evenly spaced, every class in its share and at least once; always the same."""
+        """About n evenly spaced samples, stratified by class, at least one of each; always the same ones."""
         n = check_int("n", n, 1, MAX_SEED)
         targets = np.asarray(self.targets)
         chosen = []
@@ -127,7 +126,7 @@ class Images(Dataset):
 
 
 class _Subset(Images):
-    """Some samples of another set, each as it is there, numbered from 0."""
+    """Some samples of another set, renumbered from 0."""
 
     def __init__(self, images: Images, indices: Sequence[int]) -> None:
         super().__init__(
@@ -163,7 +162,7 @@ class _Subset(Images):
 
 
 def digest_of_names(*sets: Any) -> str:
-    """A SHA-256 of the names inside each set, in their order: equal wherever the files lie."""
+    """SHA-256 of the file names in each set, in order, independent of where the files are stored."""
     digest = hashlib.sha256()
     for images in sets:
         digest.update(b"\n")
@@ -173,7 +172,7 @@ def digest_of_names(*sets: Any) -> str:
 
 
 def check_int(name: str, value: int, least: int, most: int) -> int:
-    """`value`, if it is an integer from `least` to `most`; else an InputError that says so."""
+    """Return `value` as an int if it is from `least` to `most`, else raise an InputError."""
     if isinstance(value, bool) or not hasattr(value, "__index__") or not least <= value <= most:
         raise InputError(f"{name} must be an integer from {least} to {most}, got {value!r}")
     return operator.index(value)

@@ -1,7 +1,7 @@
-"""Batches of a set of images, for one process or for each of several.
+"""Batches of a set of images, for one process or several.
 
-Where a sample comes in an epoch is a function of (seed, epoch, index), and of nothing else: a step of N
-images is the same N images however many processes, and however many parts of a step, share them.
+The position of a sample in an epoch depends only on (seed, epoch, index): a step of N images has the same N
+images, no matter how many processes and accumulated batches share it.
 """
 
 import ctypes
@@ -22,12 +22,12 @@ from cbam.data.boxes import BoxedImages
 from cbam.data.images import MAX_SEED, Images, check_int, draws
 from cbam.errors import DataError, InputError
 
-PATIENCE = 300.0  # seconds that a process may take for a batch
-_AHEAD = 16  # results that a process brings at once
-_POLL = 1.0  # seconds after which it is looked whether the processes are alive
-# Workers share the list of the images with the process that forks them; from Python 3.14 each would import
-# torch and get a copy of it.
-_START = "fork" if sys.platform.startswith("linux") else None
+PATIENCE = 300.0  # seconds that a worker may take for a batch
+_CHUNK = 16  # results that a worker returns at once
+_POLL = 1.0  # seconds between checks that the workers are alive
+# Forked workers share the list of images. Python 3.14's default start method would import torch in each, and
+# copy the list.
+_START_METHOD = "fork" if sys.platform.startswith("linux") else None
 _RAISED = f"{DataError.__module__}.{DataError.__name__}: "
 _Key = tuple[int, int]
 
@@ -36,10 +36,10 @@ _log = logging.getLogger("cbam")
 
 @dataclass(frozen=True)
 class Shard:
-    """Which part of every step is this process's: `rank` of `world`, in `accumulate` batches one by one.
+    """The part of every step that belongs to process `rank` of `world`, in `accumulate` successive batches.
 
-    A step is cut into world x accumulate equal parts. Where its images, the last of an epoch, do not fill
-    them, a part is filled up with images that do not count; `share` says how many do.
+    A step is divided into world x accumulate equal parts. If the last images of an epoch do not fill them,
+    parts are padded with images that do not count; `share` gives the number that do.
     """
 
     rank: int = 0
@@ -52,14 +52,14 @@ class Shard:
         return self.world * self.accumulate
 
     def part(self, step: list[_Key], number: int, least: int = 1) -> list[_Key]:
-        """Batch `number` (below `accumulate`) of this process in a step of these samples, `least` or more."""
+        """Batch `number` (< `accumulate`) of this process in a step, padded to `least` samples or more."""
         size = -(-len(step) // self.parts)
         first = (number * self.world + self.rank) * size
         own = step[first : first + size]
         return own + step[:1] * (max(size, least) - len(own))
 
     def share(self, samples: int, number: int) -> int:
-        """How many of the samples in `part(step, number)` count, in a step of `samples`."""
+        """Number of samples in `part(step, number)` that count, for a step of `samples`."""
         size = -(-samples // self.parts)
         return min(size, max(0, samples - (number * self.world + self.rank) * size))
 
@@ -68,10 +68,10 @@ ALONE = Shard()
 
 
 class EpochSampler(Sampler[_Key]):
-    """Yields (epoch, index) for every index once: in an order that (seed, epoch) makes, or in plain order.
+    """Yields (epoch, index) once for every index: shuffled by (seed, epoch), or in sequential order.
 
-    In plain order the epoch is always 0, so that an evaluation sees the same samples each time; there
-    `shard` takes every world-th index.
+    In sequential order the epoch is always 0, so that every evaluation sees the same samples, and `shard`
+    takes every world-th index.
     """
 
     def __init__(self, length: int, *, shuffle: bool, seed: int = 0, shard: Shard = ALONE) -> None:
@@ -80,11 +80,11 @@ class EpochSampler(Sampler[_Key]):
         self._seen = (0, 0)
 
     def set_epoch(self, epoch: int) -> None:
-        """Say which epoch the next iteration is; Lightning's Trainer does."""
+        """Set the epoch of the next iteration; Lightning's Trainer calls this."""
         self.epoch = epoch
 
     def resume(self, epoch: int, samples: int) -> None:
-        """Go on in `epoch`: its first `samples` have been seen, and are neither yielded nor counted."""
+        """Resume in `epoch`: its first `samples` have been seen, and are neither yielded nor counted."""
         self.epoch, self._seen = epoch, (epoch, samples)
 
     def _start(self) -> int:
@@ -102,12 +102,12 @@ class EpochSampler(Sampler[_Key]):
 
 
 class Batches(Sampler[list[_Key]]):
-    """The batches of one process: steps of `size` samples out of `sampler`, and of each the part of `shard`.
+    """The batches of one process: from each step of `size` samples, the part of `shard`.
 
     A last training step of one sample is left out, unless it is the only one.
     """
 
-    skip = 0  # batches that iterations leave out at their beginning
+    skip = 0  # batches that an iteration skips at its start
 
     def __init__(self, sampler: EpochSampler, size: int, shard: Shard) -> None:
         self.sampler, self.size, self.shard = sampler, size, shard
@@ -120,13 +120,13 @@ class Batches(Sampler[list[_Key]]):
         keys = list(self.sampler)
         for first in range(0, self.steps() * self.size, self.size):
             step = keys[first : first + self.size]
-            # Of a single sample BatchNorm takes no variance where its map has one pixel.
+            # BatchNorm cannot train on a single value: one sample whose feature map has one pixel.
             least = 2 if self.shard.parts > 1 and 1 < len(step) < self.size else 1
             for number in range(self.shard.accumulate):
                 yield self.shard.part(step, number, least) if self.sampler.shuffle else step
 
     def steps(self) -> int:
-        """Steps that an iteration has from here: fewer in an epoch that is resumed."""
+        """Number of steps in the next iteration: fewer in a resumed epoch."""
         return -(-len(self.sampler) // self.size) - self._leaves_one
 
     def __len__(self) -> int:
@@ -134,15 +134,15 @@ class Batches(Sampler[list[_Key]]):
 
 
 class _Loader(DataLoader):
-    """A DataLoader that outlives a worker's death once an epoch, and tells a DataError as it was raised."""
+    """A DataLoader that survives the death of one worker per epoch, and raises a worker's DataError as is."""
 
     batch_sampler: Batches
 
-    def __init__(self, images: Dataset, batches: Batches, *, patience: float, **how: Any) -> None:
-        if how["num_workers"]:
-            how |= {"timeout": _POLL, "multiprocessing_context": _START}
-        super().__init__(images, batch_sampler=batches, **how)
-        object.__setattr__(self, "sampler", batches.sampler)  # a DataLoader lets nobody set it
+    def __init__(self, images: Dataset, batches: Batches, *, patience: float, **options: Any) -> None:
+        if options["num_workers"]:
+            options |= {"timeout": _POLL, "multiprocessing_context": _START_METHOD}
+        super().__init__(images, batch_sampler=batches, **options)
+        object.__setattr__(self, "sampler", batches.sampler)  # DataLoader forbids setting it
         self._patience = patience
 
     def __iter__(self):  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -170,7 +170,7 @@ class _Loader(DataLoader):
                 self._restart(batches, error)
 
     def _started(self):
-        """An iterator; without torch's handler, which raises the death of a worker at any line of a step."""
+        """Start iterating, without torch's SIGCHLD handler, which would raise at any line of a step."""
         if not self.num_workers or threading.current_thread() is not threading.main_thread():
             return super().__iter__()
         before = signal.getsignal(signal.SIGCHLD)
@@ -188,7 +188,7 @@ class _Loader(DataLoader):
                     raise
                 if time.monotonic() - began > self._patience:
                     raise DataError(self._hung(batches, done)) from None
-            except (OSError, EOFError) as error:  # it died with a batch in its hands
+            except (OSError, EOFError) as error:  # it died while sending a batch
                 if not self.num_workers:
                     raise
                 raise RuntimeError(f"DataLoader worker ended early: {error}") from error
@@ -196,23 +196,23 @@ class _Loader(DataLoader):
     def _hung(self, batches, done: int) -> str:
         worker = batches._task_info[batches._rcvd_idx][0]
         pictures = [index for _, index in next(itertools.islice(self.batch_sampler, done, None), [])]
-        told = ", ".join(map(str, pictures[:8])) + (", ..." if len(pictures) > 8 else "")
+        indices = ", ".join(map(str, pictures[:8])) + (", ..." if len(pictures) > 8 else "")
         return (
-            f"process {batches._workers[worker].pid} (loader worker {worker}) brought nothing for "
-            f"{self._patience:g} s; it was reading the images {told}"
+            f"process {batches._workers[worker].pid} (loader worker {worker}) delivered nothing for "
+            f"{self._patience:g} s; it was reading the images {indices}"
         )
 
     def _restart(self, batches, error: RuntimeError) -> None:
-        if self.num_workers and (told := _exhausted(error)):
+        if self.num_workers and (exhausted := _exhausted(error)):
             self._end(batches)
-            raise told from None
+            raise exhausted from None
         if not self.num_workers or "DataLoader worker" not in str(error):
             raise error
         self._end(batches)
         self._deaths += 1
         if self._deaths > 1:
-            raise DataError(f"a process that loads images died, for the second time: {error}") from error
-        _log.warning("a process that loads images died and is started anew: %s", error)
+            raise DataError(f"a process that loads images died for the second time: {error}") from error
+        _log.warning("a process that loads images died and is restarted: %s", error)
 
     def end(self) -> None:
         """End the workers, if there are any."""
@@ -220,7 +220,7 @@ class _Loader(DataLoader):
             self._end(self._iterator)
 
     def _end(self, batches) -> None:
-        """End the workers now: the garbage collector would wait seconds, for a stopped one for ever."""
+        """End the workers now: the garbage collector would wait seconds, or forever for a stopped one."""
         if self.num_workers:
             for worker in batches._workers:
                 worker.kill()
@@ -229,25 +229,25 @@ class _Loader(DataLoader):
 
 
 def _exhausted(error: Exception) -> DataError | None:
-    """What the workers ran out of, in our words; None of any other error."""
+    """The error to raise if the workers ran out of files or shared memory; None for any other error."""
     text = str(error)
     if "Too many open files" in text:
-        return DataError("too many open files: raise the limit (ulimit -n 65536), or take fewer --workers")
-    # By signal, by the first batch that does not fit, by a semaphore that does not.
+        return DataError("too many open files: raise the limit (ulimit -n 65536), or use fewer --workers")
+    # Reported by a signal, by the first batch that does not fit, or by a semaphore that does not.
     if any(
         sign in text for sign in ("out of shared memory", "shared memory(shm)", "No space left on device")
     ):
         return DataError(
-            "no room in /dev/shm, through which the loader's processes hand over their batches: "
-            "give it more (docker run --shm-size 8g), or take fewer --workers"
+            "no space in /dev/shm, through which the loader's processes pass their batches: "
+            "enlarge it (docker run --shm-size 8g), or use fewer --workers"
         )
     return None
 
 
 def _end_with_parent(worker: int) -> None:
-    """Let this worker be killed with the process that it loads for (Linux).
+    """Have the kernel kill this worker together with its parent process (Linux).
 
-    It would notice by itself after seconds, in which it keeps that process's connections to others open.
+    It would notice only after seconds, and meanwhile keep its parent's connections open.
     """
     if sys.platform.startswith("linux"):
         pr_set_pdeathsig = 1
@@ -255,7 +255,7 @@ def _end_with_parent(worker: int) -> None:
 
 
 class _Results(Dataset):
-    """What `function` returns for each of these, by (epoch, number)."""
+    """The results of `function` for each item, by (epoch, index)."""
 
     def __init__(self, function: Callable[[Any], Any], items: Sequence[Any]) -> None:
         self.function, self.items = function, items
@@ -268,15 +268,15 @@ class _Results(Dataset):
 
 
 def in_order(function: Callable[[Any], Any], items: Sequence[Any], workers: int) -> Iterator[Any]:
-    """What `function` returns for each of these, in their order; `workers` are processes that go ahead.
+    """Yield `function(item)` for each item, in order, computed ahead by `workers` processes.
 
     Raises:
-        DataError: what it raises; a process that died again or brings nothing.
+        DataError: from `function`; a worker died for the second time or delivers nothing.
     """
     if workers == 0 or not items:
         yield from map(function, items)
         return
-    batches = Batches(EpochSampler(len(items), shuffle=False), _AHEAD, ALONE)
+    batches = Batches(EpochSampler(len(items), shuffle=False), _CHUNK, ALONE)
     results = _Loader(
         _Results(function, items),
         batches,
@@ -306,24 +306,24 @@ def loader(
     patience: float = PATIENCE,
 ) -> DataLoader:
     """Batches of `images` as dicts: image uint8 (N, 3, S, S), target (N,), index (N,), box (N, 4).
-    Those of images with boxes are as `BoxedImages.collate` says.
+    Batches of images with boxes are as in `BoxedImages.collate`.
 
     For training the order and the random choices are functions of (seed, epoch, index); call
-    `loader.sampler.set_epoch(epoch)` before each epoch, as Lightning does. Every sample comes once in an
-    epoch. One exception: a last training batch of a single sample is left out, for BatchNorm cannot
-    train on it (that sample differs from epoch to epoch).
+    `loader.sampler.set_epoch(epoch)` before each epoch, as Lightning does. An epoch yields every sample
+    once, except that a last training batch of a single sample is left out, because BatchNorm cannot train
+    on it (that sample differs from epoch to epoch).
 
     Args:
         batch_size: samples per step of all processes together, of which each gets N; for evaluation, N.
-        train: shuffled if true; in plain order, always as in epoch 0, if false.
-        workers: processes that read ahead, for speed alone. Once in an epoch, one that dies is replaced.
+        train: shuffle the samples; if false, sequential order, and always the samples of epoch 0.
+        workers: processes that read ahead; they affect speed only. One that dies is replaced, once per epoch.
         shard: the part of this process.
-        pinned: in memory that a GPU reads by itself while the processor goes on; takes a usable GPU.
+        pinned: use page-locked memory, for asynchronous copies to a GPU; needs a usable GPU.
         patience: seconds that a worker may take for a batch.
 
     Raises:
-        InputError: the samples of a step cannot be shared evenly.
-        DataError: no samples; while it runs: a bad image, a worker that died again or brings nothing.
+        InputError: the samples of a step cannot be divided evenly.
+        DataError: no samples; during iteration: a bad image, a worker died twice or delivers nothing.
     """
     batch_size = check_int("batch_size", batch_size, 1, MAX_SEED)
     workers = check_int("workers", workers, 0, 1024)
@@ -332,8 +332,8 @@ def loader(
         raise DataError(f"{images.name} has no samples")
     if train and batch_size % shard.parts:
         raise InputError(
-            f"batch_size {batch_size} cannot be shared evenly by {shard.world} processes of "
-            f"{shard.accumulate} batches each; take a multiple of {shard.parts}"
+            f"batch_size {batch_size} cannot be divided evenly among {shard.world} processes of "
+            f"{shard.accumulate} batches each; use a multiple of {shard.parts}"
         )
     images = images.seeded(seed) if train else images
     sampler = EpochSampler(len(images), shuffle=train, seed=seed, shard=shard)
@@ -350,6 +350,6 @@ def loader(
         worker_init_fn=_end_with_parent if workers else None,
         persistent_workers=workers > 0,
         pin_memory=pinned,
-        # Its own, for the workers' seeds, which nothing uses: the caller's generator is left alone.
+        # Its own generator for the workers' seeds, which nothing uses: the global one must not advance.
         generator=torch.Generator().manual_seed(seed),
     )

@@ -1,7 +1,7 @@
-"""A JSON file whose lists know where in the file each of their elements begins.
+"""A JSON reader that records where in the file each element of the outer lists begins.
 
-What the json module accepts beyond the standard (NaN, Infinity) is refused, and every fault has a line and a
-column. The elements of the outer lists are decoded one by one by the json module's own scanner.
+NaN and Infinity, which the json module accepts beyond the standard, are refused, and every fault has a line
+and a column. The elements of the outer lists are decoded one by one with the json module's own scanner.
 """
 
 import bisect
@@ -23,7 +23,7 @@ _LENIENT = json.JSONDecoder()
 
 
 class Element(NamedTuple):
-    """A decoded value; where in the text it begins; and where in it there is a NaN or Infinity, else None."""
+    """A decoded value, its position in the text, and the position of a NaN or Infinity in it, if any."""
 
     value: Any
     start: int
@@ -35,7 +35,7 @@ class _ConstantError(ValueError):
 
 
 class _MisplacedError(ValueError):
-    """Something is wrong at a position of the text."""
+    """A fault at a position of the text."""
 
     def __init__(self, what: str, at: int) -> None:
         super().__init__(what)
@@ -46,8 +46,8 @@ class LocatedJSON:
     """The file at `path`, whose outermost value is an object.
 
     Raises:
-        DataError: it cannot be read, or is no JSON; line and column are told. A NaN or Infinity in an element
-            of a list is left to the reader of the element, who knows its id.
+        DataError: it cannot be read, or is not JSON; the message gives line and column. A NaN or Infinity in
+            an element of a list is left to the reader of the element, which knows its id.
     """
 
     def __init__(self, path: str | os.PathLike) -> None:
@@ -62,7 +62,7 @@ class LocatedJSON:
         return key in self._keys
 
     def elements(self, key: str) -> list[Element] | None:
-        """The elements of the list under `key`, None if there is something else."""
+        """The elements of the list under `key`; None if the value is not a list."""
         return self._keys[key]
 
     def error(self, what: str, at: int) -> DataError:
@@ -80,7 +80,7 @@ class LocatedJSON:
         return [match.start() for match in re.finditer("\n", self.text)]
 
     def _members(self) -> Iterator[tuple[str, list[Element] | None]]:
-        """Keys of the outermost object, and under each the elements of its list, or None if it is none."""
+        """Yield each key of the outermost object with the elements of its list, or None for other values."""
         seen: set[str] = set()
         at = self._skip(self._expect("{", self._skip(0), "an object, as a COCO file is"))
         while self._next(at, "}"):
@@ -88,7 +88,7 @@ class LocatedJSON:
                 at = self._expect(",", at, "',' or '}'")
             name, start = self._decode(at := self._skip(at))
             if not isinstance(name.value, str) or name.value in seen:
-                raise _MisplacedError(f"{name.value!r} is no key, or there a second time", name.start)
+                raise _MisplacedError(f"{name.value!r} is not a key, or a duplicate", name.start)
             seen.add(name.value)
             at = self._skip(self._expect(":", self._skip(start), "':'"))
             if self.text[at : at + 1] == "[":
@@ -98,14 +98,14 @@ class LocatedJSON:
             else:
                 value, at = self._decode(at)
                 if value.constant is not None:
-                    raise _MisplacedError("NaN and Infinity are no JSON", value.constant)
+                    raise _MisplacedError("NaN and Infinity are not JSON", value.constant)
                 yield name.value, None
             at = self._skip(at)
         if self._skip(at + 1) < len(self.text):
             raise _MisplacedError("more text after the end", self._skip(at + 1))
 
     def _list(self, at: int, found: list[Element]) -> int:
-        """Decode the elements from `at` on; the position after the closing bracket."""
+        """Decode the elements from `at` on; return the position after the closing bracket."""
         at = self._skip(at)
         while self._next(at, "]"):
             if found:
@@ -125,26 +125,26 @@ class LocatedJSON:
                 matches = _CONSTANT.finditer(self.text, at, end)
                 return Element(value, at, next(m.start() for m in matches if m["name"])), end
         except json.JSONDecodeError as error:
-            raise _MisplacedError(*self._told(error)) from None
+            raise _MisplacedError(*self._explain(error)) from None
         except RecursionError:
             raise _MisplacedError("nested too deeply", at) from None
         except ValueError as error:  # an integer of thousands of digits
             raise _MisplacedError(str(error), at) from None
 
-    def _told(self, error: json.JSONDecodeError) -> tuple[str, int]:
+    def _explain(self, error: json.JSONDecodeError) -> tuple[str, int]:
         open_string = error.msg.startswith("Unterminated string")
         if open_string or self._skip(error.pos) >= len(self.text):
-            return "the file is cut off", len(self.text) if not open_string else error.pos
+            return "the file is truncated", len(self.text) if not open_string else error.pos
         return error.msg, error.pos
 
     def _next(self, at: int, closing: str) -> bool:
         if at >= len(self.text):
-            raise _MisplacedError("the file is cut off", at)
+            raise _MisplacedError("the file is truncated", at)
         return self.text[at] != closing
 
     def _expect(self, sign: str, at: int, what: str) -> int:
         if at >= len(self.text):
-            raise _MisplacedError("the file is cut off", at)
+            raise _MisplacedError("the file is truncated", at)
         if self.text[at] != sign:
             raise _MisplacedError(f"expected {what}, found {self.text[at]!r}", at)
         return at + 1

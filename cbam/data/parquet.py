@@ -1,7 +1,7 @@
-"""ImageNet-1k, or any set of images, as Hugging Face keeps it in parquet files -> two sets of images.
+"""ImageNet-1k, or any other image set, from Hugging Face's parquet files.
 
-The files are read through the package `datasets`, which turns them into Arrow files in its cache once, and
-maps those into memory: an image is then read from its place, in any order, by any number of processes.
+The files are read with the package `datasets`, which converts them once to Arrow files in its cache and maps
+those into memory, so that any number of processes can read the images in any order.
 """
 
 import os
@@ -17,16 +17,16 @@ from cbam.data.scan import class_roots
 from cbam.errors import ConfigError, DataError, MissingExtraError
 
 TRAIN, VALIDATION = ("train",), ("validation", "val", "valid", "test")
-PEEKS = 1000  # images whose first bytes are looked at, evenly spaced
+PEEKS = 1000  # images whose first bytes are checked, evenly spaced
 
 
 def picture_set(
     path: str | os.PathLike, *, size: int | None = None, exif: bool = True
 ) -> tuple[Images, Images]:
-    """The training and the validation set in a folder, of parquet files where it holds some.
+    """The training and the validation set of a folder, from parquet files if it has some.
 
     Args:
-        size, exif: as `image_folder` has them.
+        size, exif: see `image_folder`.
 
     Raises:
         DataError: see `image_folder` and `parquet_images`.
@@ -37,9 +37,9 @@ def picture_set(
 
 
 def unsplit_set(path: str | os.PathLike, *, size: int | None = None, exif: bool = True) -> Validation | None:
-    """Every image of a folder, as they are validated; None where it says itself which ones validate.
+    """All images of a folder, for evaluation; None if the folder has a validation split of its own.
 
-    Args and errors: as those of `image_folder`.
+    Args and errors: see `image_folder`.
     """
     if isinstance(path, (str, os.PathLike)) and has_parquet(path):
         return None
@@ -47,10 +47,10 @@ def unsplit_set(path: str | os.PathLike, *, size: int | None = None, exif: bool 
 
 
 def refuse_among(path: str | os.PathLike, folder: Path) -> None:
-    """Refuse to write to a `folder` that would be read as a class of the images under `path`, or in one.
+    """Refuse an output `folder` that would be read as a class of the images under `path`, or inside one.
 
     Raises:
-        ConfigError: it would. DataError: as `image_folder`.
+        ConfigError: it would be. DataError: see `image_folder`.
     """
     if has_parquet(path):
         return
@@ -58,7 +58,7 @@ def refuse_among(path: str | os.PathLike, folder: Path) -> None:
         if folder.resolve().is_relative_to(root.resolve()):
             inside = folder.resolve().relative_to(root.resolve())
             if not any(part.startswith(".") for part in inside.parts):
-                raise ConfigError(f"{folder} would lie among the classes of {path}: give another --out")
+                raise ConfigError(f"{folder} is among the class folders of {path}: give another --out")
 
 
 def parquet_images(
@@ -67,7 +67,7 @@ def parquet_images(
     """The sets in `train-*.parquet` and `validation-*.parquet` under `path` or `path`/data.
 
     Their columns are `image` (the encoded file) and `label`, as in ILSVRC/imagenet-1k. `size` is the side of
-    the square that the network gets, 224 where it is None.
+    the square network input, by default 224.
 
     Raises:
         DataError: no such files, other columns, labels without names, a broken validation image.
@@ -77,32 +77,34 @@ def parquet_images(
     root = Path(path)
     train, val = parquet_rows(root)
     if train.classes != val.classes:
-        raise DataError(f"{shown(root)}: training and validation name different classes")
+        raise DataError(f"{shown(root)}: training and validation have different classes")
     name = shown(root.resolve().name) or "parquet"
     return Training(name, train, size, [], exif=exif), Validation(name, val, size, exif=exif)
 
 
 def has_parquet(path: str | os.PathLike) -> bool:
-    """Whether the images of this folder are taken from parquet files."""
+    """Whether the images of this folder are read from parquet files."""
     return bool(_files(Path(path), TRAIN))
 
 
 def parquet_rows(root: Path) -> "tuple[_Rows, _Rows]":
-    """The rows of the training and the validation set; errors as those of `parquet_images`."""
+    """The rows of the training and the validation set; errors as in `parquet_images`."""
     files = {"train": _files(root, TRAIN), "validation": _files(root, VALIDATION)}
     absent = [split for split, found in files.items() if not found]
     if absent:
-        raise DataError(f"{shown(root)}: no {' and no '.join(absent)}-*.parquet, nor in its folder data")
+        raise DataError(
+            f"{shown(root)}: no {' and no '.join(absent)}-*.parquet, not in its folder data either"
+        )
     train, val = (_Rows(rows, f"{shown(root)}, {split}") for split, rows in _load(root, files).items())
     return train, val
 
 
 def _files(root: Path, names: tuple[str, ...]) -> list[str]:
-    """The files of the first of these names that has any: what is for the test is not validated beside."""
+    """The files of the first of these names that has any, so that test files do not join a validation set."""
     for name in names:
         try:
             found = [file for folder in (root, root / "data") for file in folder.glob(f"{name}-*.parquet")]
-        except (OSError, ValueError):  # a ValueError is a zero byte in the name
+        except (OSError, ValueError):  # ValueError: a null byte in the name
             return []
         if found:
             return sorted(map(str, found))
@@ -117,22 +119,22 @@ def _load(root: Path, files: dict[str, list[str]]) -> Any:
     shown_bars = datasets.is_progress_bar_enabled()
     datasets.disable_progress_bars()
     try:
-        # One by one: together they would all be given the names of the first one's classes.
+        # One by one: loaded together, all splits would get the class names of the first.
         return {
             split: datasets.load_dataset("parquet", data_files=found, split="train")
             for split, found in files.items()
         }
-    except Exception as error:  # what a damaged file trips differs from version to version
+    except Exception as error:  # the error of a damaged file differs from version to version
         cause = error.__cause__ or error
-        told = " ".join(str(cause).split())[:300]
-        raise DataError(f"{shown(root)}: the parquet files cannot be read ({told})") from error
+        reason = " ".join(str(cause).split())[:300]
+        raise DataError(f"{shown(root)}: the parquet files cannot be read ({reason})") from error
     finally:
         if shown_bars:
             datasets.enable_progress_bars()
 
 
 class _Rows:
-    """The rows of one split; `where` is what they are called in messages."""
+    """The rows of one split; `where` names them in messages."""
 
     def __init__(self, rows: Any, where: str) -> None:
         import datasets  # pyright: ignore[reportMissingImports]
@@ -142,15 +144,15 @@ class _Rows:
         label = rows.features.get("label")
         if "image" not in rows.features or not isinstance(label, datasets.ClassLabel):
             raise DataError(
-                f"{where}: expected the columns image and label, with the names of the classes; "
+                f"{where}: expected the columns image and label, with class names; "
                 f"found {', '.join(rows.features)}"
             )
         self.classes: list[str] = [shown(name) for name in label.names]
-        self.targets: list[int] = rows["label"][:]  # at once: row by row it takes a minute for ImageNet
+        self.targets: list[int] = rows["label"][:]  # all at once: row by row takes a minute for ImageNet
         wrong = [i for i, target in enumerate(self.targets) if not 0 <= target < len(self.classes)]
         if wrong:
             raise DataError(
-                f"{where}: label {self.targets[wrong[0]]} in row {wrong[0]}, of {len(self.classes)} classes"
+                f"{where}: label {self.targets[wrong[0]]} in row {wrong[0]}, but {len(self.classes)} classes"
             )
         self._rows = rows.cast_column("image", datasets.Image(decode=False)).select_columns("image")
 

@@ -1,7 +1,7 @@
-"""Encoded images, wherever they lie -> samples for training and for validation.
+"""Training and validation samples from encoded images of any source.
 
-Training images: a random-resized crop (8 to 100 % of the area, 3:4 to 4:3) and a flip.
-Validation images: short side to 256/224 of the network's input, then the centre.
+Training: a random-resized crop (8 to 100 % of the area, 3:4 to 4:3) and a horizontal flip.
+Validation: short side resized to 256/224 of the network input, then a centre crop.
 """
 
 import logging
@@ -21,26 +21,26 @@ _log = logging.getLogger("cbam")
 
 
 class Source(Protocol):
-    """Where encoded images come from. `notes` are what `faults` found worth telling."""
+    """A source of encoded images. `notes` are oddities that `faults` found."""
 
     classes: list[str]
     targets: list[int]
     notes: list[str]
 
     def read(self, index: int) -> bytes:
-        """The file; OSError where the disk does not answer."""
+        """The bytes of the file; OSError if the disk fails."""
         ...
 
     def name(self, index: int) -> str:
-        """What to call it in messages, printable."""
+        """Printable name for messages."""
         ...
 
     def inner_name(self, index: int) -> str:
-        """As `Images.inner_name`."""
+        """See `Images.inner_name`."""
         ...
 
     def faults(self) -> Iterator[tuple[int, str]]:
-        """Index and reason of those that are seen at once to be no images."""
+        """Yield index and reason for files that are obviously not images."""
         ...
 
 
@@ -60,7 +60,7 @@ class _Pictures(Images):
         return f"{self._source.name(index)} (class {self.classes[self.targets[index]]}, index {index})"
 
     def _picture(self, index: int) -> Tensor:
-        """uint8 (3, H, W). A disk that does not answer is asked three times."""
+        """Decode an image to uint8 (3, H, W), reading up to three times if the disk fails."""
         for pause in (0.05, 0.2, None):
             try:
                 return decode_bytes(self._source.read(index), self._where(index), exif=self._exif)
@@ -77,9 +77,9 @@ class _Pictures(Images):
 
 
 class Validation(_Pictures):
-    """The images of a source as they are validated: one that cannot be read is an error.
+    """Validation samples of a source; an unreadable image is an error.
 
-    `resized` is what the shorter side becomes before the middle is taken.
+    `resized` is the length of the short side before the centre crop.
     """
 
     def __init__(
@@ -89,18 +89,16 @@ class Validation(_Pictures):
         self.resized = short_side(size)
         broken = list(self._faults())
         if broken:
-            raise DataError(
-                f"validation images that cannot be read: {len(broken)}, the first: {broken[0][1]}"
-            )
+            raise DataError(f"{len(broken)} validation images cannot be read; the first: {broken[0][1]}")
 
     def sample(self, epoch: int, index: int) -> tuple[Tensor, Sequence[float]]:
         return centre(self._picture(index), self.size, self.resized), UNKNOWN_BOX
 
 
 class Training(_Pictures):
-    """The images of a source as they are trained on: an unreadable one is replaced, up to `unreadable`.
+    """Training samples of a source; up to `unreadable` unreadable images are replaced.
 
-    `_broken` marks those in memory that the loader's workers share.
+    `_broken` marks them, in memory shared with the loader's workers.
     """
 
     def __init__(
@@ -135,7 +133,7 @@ class Training(_Pictures):
         return tv.resize(tv.center_crop(picture, [side, side]), [self.size, self.size], antialias=True)
 
     def _readable(self, index: int) -> Tensor:
-        """The image, or the next readable one of its class, the first following the last."""
+        """The image, or the next readable one of its class, cyclically."""
         if not self._broken[index]:
             try:
                 return self._picture(index)
@@ -160,14 +158,14 @@ class Training(_Pictures):
         count = int(self._broken.sum())
         if count > self._allowed:
             raise DataError(
-                f"{count} of {len(self)} training images cannot be read, {self._allowed} may be; "
+                f"{count} of {len(self)} training images cannot be read, {self._allowed} allowed; "
                 f"the last: {message}"
             )
         _log.warning("unreadable, replaced by the next image of its class: %s", message)
 
 
 def augment(picture: Tensor, size: int, random: np.random.Generator) -> Tensor:
-    """A random-resized crop and a flip: uint8 (3, H, W) -> uint8 (3, size, size)."""
+    """Random-resized crop and horizontal flip: uint8 (3, H, W) -> uint8 (3, size, size)."""
     from torchvision.transforms.v2 import functional as tv
 
     top, left, height, width = random_crop(picture.shape[1], picture.shape[2], random)
@@ -177,7 +175,7 @@ def augment(picture: Tensor, size: int, random: np.random.Generator) -> Tensor:
 
 
 def random_crop(height: int, width: int, random: np.random.Generator) -> tuple[int, int, int, int]:
-    """Top, left, height, width of a crop as torchvision's RandomResizedCrop draws it."""
+    """Top, left, height and width of a crop, distributed as in torchvision's RandomResizedCrop."""
     for _ in range(10):
         area = height * width * random.uniform(0.08, 1)
         ratio = np.exp(random.uniform(np.log(3 / 4), np.log(4 / 3)))
@@ -190,15 +188,15 @@ def random_crop(height: int, width: int, random: np.random.Generator) -> tuple[i
 
 
 def centre(picture: Tensor, size: int, resized: int) -> Tensor:
-    """Short side to `resized`, then the centre: uint8 (3, H, W) -> uint8 (3, size, size)."""
+    """Resize the short side to `resized`, then crop the centre: uint8 (3, H, W) -> uint8 (3, size, size)."""
     from torchvision.transforms.v2 import functional as tv
 
     height, width = picture.shape[1:]
-    limit = 4 * min(height, width)  # of 1 x 20000 pixels nothing enormous is made
+    limit = 4 * min(height, width)  # 1 x 20000 pixels would become enormous
     picture = tv.center_crop(picture, [min(height, limit), min(width, limit)])
     return tv.center_crop(tv.resize(picture, [resized], antialias=True), [size, size])
 
 
 def short_side(size: int) -> int:
-    """What the shorter side of a validation image becomes, before its middle `size` pixels are taken."""
+    """Length of a validation image's short side before the centre crop of `size` pixels."""
     return round(size * 256 / 224)

@@ -1,7 +1,7 @@
-"""Pictures that stay on a device, cropped and flipped there: for data sets that fit beside the network.
+"""Image sets that stay on a device and are augmented there, for data that fit next to the network.
 
-A small network on small images waits for the processor that decodes and crops them. Here every image is
-decoded once; an epoch is a few tensor operations per batch, the same on a CPU and on a GPU.
+A small network on small images waits for the CPU that decodes and crops them. Here every image is decoded
+once; an epoch is a few tensor operations per batch, the same on a CPU and on a GPU.
 
 Shapes: N images in the set, B in a batch, S x S pixels.
 """
@@ -18,25 +18,25 @@ from torch import Tensor
 from cbam.data.images import UNKNOWN_BOX, Images, draws
 from cbam.data.loading import Batches
 
-_AT_ONCE = 256  # images that are read until a broken one or Ctrl-C shows
-TRIES = 10  # as torchvision's RandomResizedCrop
+_CHUNK = 256  # images read before an error or Ctrl-C takes effect
+TRIES = 10  # as in torchvision's RandomResizedCrop
 AREA, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
 
 
 class Resident(Images):
     """The images of another set as one tensor on `device`.
 
-    Training images are the middle square of each at S x S, of which a random-resized crop is made (8 to
-    100 % of the area, 3:4 to 4:3) and flipped: a function of (seed, epoch, index), whatever the batch and the
-    device. Crops lie on whole pixels and are enlarged bilinearly, so there is nothing to smooth. Validation
-    images are those of the other set, unchanged.
+    For training, the central square of each image is kept at S x S; samples are random-resized crops of it
+    (8 to 100 % of the area, 3:4 to 4:3), randomly flipped: a function of (seed, epoch, index), for any batch
+    and device. Crops lie on whole pixels and are only enlarged (bilinearly), so no antialiasing is needed.
+    Validation images are those of the other set, unchanged.
 
     Args:
-        images: a set of images that lie on a disk, such as `image_folder` makes.
-        augment: whether to crop and flip, as for training.
+        images: a set of images on disk, such as from `image_folder`.
+        augment: whether to crop and flip, for training.
 
     Raises:
-        DataError: an image cannot be read, or the set makes its images anew in every epoch.
+        DataError: an image cannot be read, or the set generates new images in every epoch.
     """
 
     def __init__(self, images: Images, device: torch.device | str, *, augment: bool) -> None:
@@ -52,10 +52,10 @@ class Resident(Images):
         self.augment, self.device = augment, torch.device(device)
         self.pixels = torch.empty((len(images), 3, images.size, images.size), dtype=torch.uint8)
         load = images.whole if augment else lambda index: images.sample(0, index)[0]
-        with ThreadPoolExecutor() as pool:  # images are decoded outside Python's lock
-            for first in range(0, len(images), _AT_ONCE):
-                some = range(first, min(first + _AT_ONCE, len(images)))
-                for index, picture in zip(some, pool.map(load, some), strict=True):
+        with ThreadPoolExecutor() as pool:  # decoding releases the GIL
+            for first in range(0, len(images), _CHUNK):
+                chunk = range(first, min(first + _CHUNK, len(images)))
+                for index, picture in zip(chunk, pool.map(load, chunk), strict=True):
                     self.pixels[index] = picture
         self.pixels = self.pixels.to(self.device)
         self.labels = torch.tensor(self.targets, device=self.device)
@@ -65,7 +65,7 @@ class Resident(Images):
         return self.at(epoch, torch.tensor([index], device=self.device))[0], UNKNOWN_BOX
 
     def at(self, epoch: int, indices: Tensor) -> Tensor:
-        """The images of these indices in an epoch: (B,) -> uint8 (B, 3, S, S)."""
+        """The samples of these indices in an epoch: (B,) -> uint8 (B, 3, S, S)."""
         pictures = self.pixels[indices]
         return crop_and_flip(pictures, self._crops(epoch)[indices]) if self.augment else pictures
 
@@ -73,7 +73,7 @@ class Resident(Images):
         return ResidentBatches(self, batches)
 
     def _crops(self, epoch: int) -> Tensor:
-        """The crops of an epoch, on the device; those of the last epoch asked for are kept."""
+        """The crops of an epoch, on the device; the most recent epoch is cached."""
         if self._drawn is None or self._drawn[0] != (self.seed, epoch):
             drawn = draw_crops(self.seed, epoch, len(self), self.size)
             self._drawn = (self.seed, epoch), torch.from_numpy(drawn).to(self.device)
@@ -81,7 +81,7 @@ class Resident(Images):
 
 
 class ResidentBatches:
-    """Batches as `cbam.data.loader` makes them, of a set that lies on a device."""
+    """Batches in the format of `cbam.data.loader`, from a set on a device."""
 
     def __init__(self, images: Resident, batches: Batches) -> None:
         self.dataset, self.batch_sampler, self.sampler = images, batches, batches.sampler
@@ -91,7 +91,7 @@ class ResidentBatches:
         return len(self.batch_sampler)
 
     def end(self) -> None:
-        """Nothing: no process reads ahead."""
+        """Do nothing: there are no workers."""
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for keys in self.batch_sampler:
@@ -105,10 +105,10 @@ class ResidentBatches:
 
 
 def draw_crops(seed: int, epoch: int, count: int, size: int) -> np.ndarray:
-    """The crops of an epoch: int64 (count, 5) of top, left, height, width and whether flipped.
+    """Draw the crops of an epoch: int64 (count, 5) of top, left, height, width and whether flipped.
 
     They follow torchvision's RandomResizedCrop: the first of TRIES shapes that fits, else the whole image.
-    Row i is a function of (seed, epoch, i) alone, for the numbers are drawn row by row.
+    Row i depends only on (seed, epoch, i), because the numbers are drawn row by row.
     """
     u = draws("augmentation", seed, epoch).random((count, 2 * TRIES + 3))
     area = size**2 * (AREA[0] + (AREA[1] - AREA[0]) * u[:, :TRIES])
@@ -125,13 +125,13 @@ def draw_crops(seed: int, epoch: int, count: int, size: int) -> np.ndarray:
 
 
 def crop_and_flip(pictures: Tensor, crops: Tensor) -> Tensor:
-    """Cut, enlarge bilinearly to S x S, flip: uint8 (B, 3, S, S), int64 (B, 5) -> uint8 (B, 3, S, S).
+    """Crop, enlarge bilinearly to S x S, flip: uint8 (B, 3, S, S), int64 (B, 5) -> uint8 (B, 3, S, S).
 
-    What lies outside a crop has no part in it: the same as cutting first and enlarging then.
+    Pixels outside a crop do not affect it, as if it were cut out first and then enlarged.
     """
     size = pictures.shape[-1]
     top, left, height, width, flip = crops.to(torch.float32).unbind(1)
-    y, x = _places(top, height, size), _places(left, width, size)
+    y, x = _coordinates(top, height, size), _coordinates(left, width, size)
     x = torch.where(flip[:, None] > 0, x.flip(1), x)
     scale = 2 / (size - 1)
     y, x = (y * scale - 1)[:, :, None].expand(-1, -1, size), (x * scale - 1)[:, None, :].expand(-1, size, -1)
@@ -141,8 +141,8 @@ def crop_and_flip(pictures: Tensor, crops: Tensor) -> Tensor:
     return enlarged.round_().clamp_(0, 255).to(torch.uint8)
 
 
-def _places(first: Tensor, length: Tensor, size: int) -> Tensor:
-    """Where the `size` pixels of an enlarged crop lie in the image, in pixels: (B,) -> (B, S)."""
+def _coordinates(first: Tensor, length: Tensor, size: int) -> Tensor:
+    """Coordinates in the image of the `size` pixels of an enlarged crop: (B,) -> (B, S)."""
     steps = torch.arange(size, device=first.device, dtype=torch.float32) + 0.5
     inside = steps * (length / size)[:, None] - 0.5
     return first[:, None] + torch.minimum(inside.clamp(min=0), (length - 1)[:, None])

@@ -1,7 +1,7 @@
-"""A folder -> the images of every class, for training and for validation. No image is opened.
+"""Find the images of every class in a folder, for training and validation, without opening them.
 
-PATH/train/CLASS/picture.jpg beside PATH/val/CLASS/picture.jpg, or PATH/CLASS/picture.jpg, which is split:
-the 1st, 6th, 11th, ... image of every class, in the order of their names, validate.
+PATH/train/CLASS/picture.jpg and PATH/val/CLASS/picture.jpg, or PATH/CLASS/picture.jpg, which is split: the
+1st, 6th, 11th, ... image of every class, in the order of their names, is used for validation.
 """
 
 import os
@@ -22,7 +22,7 @@ Classes = dict[str, list[str]]  # name of a class -> paths of its images, both i
 
 
 def find_pictures(path: str | os.PathLike) -> tuple[Classes, Classes, list[str]]:
-    """The training and the validation images under `path`, and what a reader of the result should know.
+    """The training and the validation images under `path`, and notes for the user.
 
     Raises:
         DataError: no such folder, no images, an empty class, fewer than two classes, or classes that
@@ -32,7 +32,9 @@ def find_pictures(path: str | os.PathLike) -> tuple[Classes, Classes, list[str]]
     root, splits = _layout(_folder(path), notes)
     if splits is None:
         train, val = _every_fifth(_scan(root, notes))
-        notes.append("no val folder: of every class the 1st, 6th, 11th, ... image by name validates")
+        notes.append(
+            "no val folder: the 1st, 6th, 11th, ... image of every class, by name, is used for validation"
+        )
     else:
         train, val = (_scan(folder, notes) for folder in splits)
         _check_same_classes(train, val, root)
@@ -40,10 +42,10 @@ def find_pictures(path: str | os.PathLike) -> tuple[Classes, Classes, list[str]]
 
 
 def find_unsplit(path: str | os.PathLike) -> tuple[Classes, list[str]] | None:
-    """Every image under `path` and notes as above; None where the folders of both splits are there.
+    """All images under `path`, with notes; None if there are folders of both splits.
 
     Raises:
-        DataError: as `find_pictures`, but that one image of a class is enough.
+        DataError: as in `find_pictures`, except that one image per class is enough.
     """
     notes: list[str] = []
     root, splits = _layout(_folder(path), notes)
@@ -51,10 +53,10 @@ def find_unsplit(path: str | os.PathLike) -> tuple[Classes, list[str]] | None:
 
 
 def class_roots(path: str | os.PathLike) -> list[Path]:
-    """The folders under `path` whose folders are read as classes.
+    """The folders under `path` that hold the class folders.
 
     Raises:
-        DataError: as `find_pictures`.
+        DataError: as in `find_pictures`.
     """
     root, splits = _layout(_folder(path), [])
     return [*(splits or [root])]
@@ -67,17 +69,17 @@ def _folder(path: str | os.PathLike) -> Path:
         kind = Path(path).stat().st_mode
     except FileNotFoundError as error:
         raise DataError(f"{shown(path)}: no such folder") from error
-    except (OSError, ValueError) as error:  # a ValueError is a zero byte in the name
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the name
         raise DataError(f"{shown(path)}: {getattr(error, 'strerror', None) or error}") from error
     if not stat.S_ISDIR(kind):
-        raise DataError(f"{shown(path)}: a file; give the folder that holds the images (unpack an archive)")
+        raise DataError(f"{shown(path)}: a file; give the folder of the images (unpack an archive)")
     return Path(path)
 
 
 def _layout(root: Path, notes: list[str]) -> tuple[Path, tuple[Path, Path] | None]:
-    """The folder to read, and its folders of the two splits where there are both.
+    """The folder to read, and its two split folders if both exist.
 
-    A single folder inside `root` is entered if it is `train` or holds the two splits, as in an archive
+    If `root` has a single folder that is `train` or holds the two splits, that one is read, as for an archive
     unpacked into a folder of its own name.
     """
     splits, others = _split_folders(root)
@@ -94,9 +96,9 @@ def _layout(root: Path, notes: list[str]) -> tuple[Path, tuple[Path, Path] | Non
 
 
 def _refuse_half(folders: Sequence[Path], root: Path) -> None:
-    """Refuse to take `train` and a second part of another name for two classes.
+    """Refuse to read `train` and a split with an unknown name as two classes.
 
-    They hold folders and no images; a class that is called so, of trains or of tests, holds images.
+    Splits hold only folders; a class with such a name, for example of trains, holds images.
     """
     for folder in folders:
         if folder.name.lower() not in ("train", "training", *VAL_NAMES):
@@ -104,14 +106,14 @@ def _refuse_half(folders: Sequence[Path], root: Path) -> None:
         inside = [entry for entry in _entries(folder) if not entry.name.startswith(".")]
         if inside and all(map(_is_folder, inside)):
             raise DataError(
-                f"{shown(root)}: {shown(folder.name)} holds folders alone, as a part of a data set does, and "
-                f"the other part is not known beside it ({_some([shown(f.name) for f in folders])}); "
+                f"{shown(root)}: {shown(folder.name)} holds only folders, as a split of a data set does, but "
+                f"the other split was not found (folders: {_some([shown(f.name) for f in folders])}); "
                 f"name the two train and {', '.join(VAL_NAMES[:-1])} or {VAL_NAMES[-1]}"
             )
 
 
 def _split_folders(root: Path) -> tuple[tuple[Path, Path] | None, list[Path]]:
-    """The folders of the two splits, whatever their case, None where there are not both; the others."""
+    """The two split folders, in any case, or None if one is missing; and the other folders."""
     folders = [root / entry.name for entry in _entries(root) if _is_folder(entry) and entry.name[0] != "."]
     named = {folder.name.lower(): folder for folder in folders}
     val = next((named[name] for name in VAL_NAMES if name in named), None)
@@ -120,7 +122,7 @@ def _split_folders(root: Path) -> tuple[tuple[Path, Path] | None, list[Path]]:
 
 
 def _scan(folder: Path, notes: list[str]) -> Classes:
-    """Every class folder of `folder` and its images; adds to `notes` what was left out."""
+    """The class folders of `folder` and their images; adds what was left out to `notes`."""
     left_out: Counter[str] = Counter()
     classes: Classes = {}
     for entry in _entries(folder):
@@ -129,7 +131,7 @@ def _scan(folder: Path, notes: list[str]) -> Classes:
         elif _is_folder(entry):
             classes[entry.name] = _pictures(entry.path, left_out)
         else:
-            left_out["beside the class folders"] += 1
+            left_out["not in a class folder"] += 1
     _check_classes(classes, folder)
     if left_out:
         counts = ", ".join(f"{count} {kind}" for kind, count in sorted(left_out.items()))
@@ -138,7 +140,7 @@ def _scan(folder: Path, notes: list[str]) -> Classes:
 
 
 def _pictures(top: str, left_out: Counter[str]) -> list[str]:
-    """The paths of the images under `top`, in order. Links are followed, to each folder once."""
+    """The sorted paths of the images under `top`. Links are followed, but each folder is read once."""
     seen: set[tuple[int, int]] = set()
     found: list[str] = []
     waiting = [top]
@@ -157,7 +159,7 @@ def _pictures(top: str, left_out: Counter[str]) -> list[str]:
             elif not entry.name.lower().endswith(EXTENSIONS):
                 left_out[f"with ending {shown(Path(entry.name).suffix) or 'none'}"] += 1
             elif not _is_file(entry):
-                left_out["broken link or no regular file"] += 1
+                left_out["broken link or not a regular file"] += 1
             else:
                 found.append(entry.path)
     return sorted(found)
@@ -179,12 +181,12 @@ def _identity(folder: str) -> tuple[int, int]:
 def _is_folder(entry: os.DirEntry) -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # a link to itself
+    except OSError:  # for example a link to itself
         return False
 
 
 def _is_file(entry: os.DirEntry) -> bool:
-    """What the listing says already: to ask for each of a million files takes minutes on a network disk."""
+    """From the directory listing: a stat for each of a million files takes minutes on a network disk."""
     try:
         return entry.is_file()
     except OSError:
@@ -202,7 +204,7 @@ def _check_classes(classes: Classes, folder: Path) -> None:
     if empty:
         raise DataError(f"{where}: no images in class {_some(empty)}; fill the folder or remove it")
     if len(classes) < 2:
-        raise DataError(f"{where}: one class only ({shown(next(iter(classes)))}); there must be two or more")
+        raise DataError(f"{where}: only one class ({shown(next(iter(classes)))}); expected two or more")
 
 
 def _check_same_classes(train: Classes, val: Classes, root: Path) -> None:
@@ -212,7 +214,7 @@ def _check_same_classes(train: Classes, val: Classes, root: Path) -> None:
             for a, b in ((set(train), set(val)), (set(val), set(train)))
         ]
         raise DataError(
-            f"{shown(root)}: training and validation hold different classes; "
+            f"{shown(root)}: training and validation have different classes; "
             f"only in training: {only[0]}; only in validation: {only[1]}"
         )
 
@@ -224,6 +226,6 @@ def _some(names: Sequence[str]) -> str:
 def _every_fifth(classes: Classes) -> tuple[Classes, Classes]:
     single = [shown(name) for name, paths in classes.items() if len(paths) < 2]
     if single:
-        raise DataError(f"one image only in class {_some(single)}; to train and to validate takes two")
+        raise DataError(f"only one image in class {_some(single)}; training and validation need two or more")
     train = {name: [p for i, p in enumerate(paths) if i % EVERY] for name, paths in classes.items()}
     return train, {name: paths[::EVERY] for name, paths in classes.items()}

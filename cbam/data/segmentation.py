@@ -1,6 +1,6 @@
-"""Whether the mask of a COCO annotation is one: polygons, or runs of 0 and 1, plain or compressed.
+"""Validate the mask of a COCO annotation: polygons, or run lengths (RLE), plain or compressed.
 
-Boxes need no mask. But a damaged one is a sign of a damaged file, and crashes other readers of it.
+Boxes need no mask. But a damaged one is a sign of a damaged file, and crashes other readers.
 """
 
 import math
@@ -10,20 +10,20 @@ MAX_SIDE = 1 << 20
 
 
 def mask_fault(mask: Any, height: int, width: int) -> str:
-    """What is wrong with the `segmentation` of an object in an image of height x width; "" if nothing."""
+    """The fault of the `segmentation` of an object in an image of height x width; "" if there is none."""
     if isinstance(mask, list):
         return _polygons_fault(mask)
     if not isinstance(mask, dict):
-        return f"segmentation is a {type(mask).__name__}, expected polygons or runs"
+        return f"segmentation is a {type(mask).__name__}, expected polygons or run lengths"
     size = mask.get("size")
     if size != [height, width]:
-        return f"segmentation is for an image of height and width {size}, this one has {[height, width]}"
+        return f"segmentation is for an image of height and width {size}, but the image has {[height, width]}"
     try:
         runs = _runs(mask.get("counts"))
     except ValueError as error:
         return f"segmentation: {error}"
     if sum(runs) != height * width:
-        return f"segmentation has runs of {sum(runs)} pixels in all, the image has {height * width}"
+        return f"segmentation has runs of {sum(runs)} pixels in total, but the image has {height * width}"
     return ""
 
 
@@ -32,21 +32,21 @@ def _polygons_fault(polygons: list) -> str:
         if polygon == []:  # other tools write [[]] where there is no mask
             continue
         if not isinstance(polygon, list) or len(polygon) < 6 or len(polygon) % 2:
-            return "segmentation: a polygon is a list of x and y in turn, of three points at least"
+            return "segmentation: a polygon must be a list of x and y in turn, with three points or more"
         try:
             finite = all(map(math.isfinite, polygon))
-        except (TypeError, OverflowError):  # no number, or an integer that no float holds
+        except (TypeError, OverflowError):  # not a number, or an integer too large for a float
             finite = False
         if not finite:
-            return "segmentation: a polygon has a coordinate that is no finite number"
+            return "segmentation: a polygon has a coordinate that is not a finite number"
     return ""
 
 
 def _runs(counts: Any) -> list[int]:
-    """The lengths of the runs; compressed, a letter holds five bits, and a run adds to the last but one."""
+    """The run lengths. Compressed: five bits a character, each run relative to the one two before it."""
     if isinstance(counts, list):
         if not all(type(count) is int and 0 <= count <= MAX_SIDE**2 for count in counts):
-            raise ValueError("counts must be whole numbers from 0")
+            raise ValueError("counts must be integers >= 0")
         return counts
     if not isinstance(counts, str):
         raise ValueError(f"counts are a {type(counts).__name__}, expected a list or a string")
@@ -67,5 +67,5 @@ def _runs(counts: Any) -> list[int]:
             raise ValueError("its compressed counts are damaged")
         value = shift = 0
     if shift:
-        raise ValueError("its compressed counts are cut off")
+        raise ValueError("its compressed counts are truncated")
     return runs

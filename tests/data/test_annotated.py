@@ -94,7 +94,7 @@ def test_images_may_lie_in_images_beside_the_file(tmp_path):
     draw(tmp_path / "images" / "b.jpg")
     images = annotated(coco(tmp_path))
     assert images.pictures[0].path == str(tmp_path / "images" / "b.jpg")
-    assert images.notes[0].startswith("once: an image is not there: left out; the first: ")
+    assert images.notes[0].startswith("once: an image is missing: left out; the first: ")
     (tmp_path / "boxes.csv").write_text("file,x0,y0,x1,y1\nb.jpg,1,2,3,4\n")
     assert found(annotated(tmp_path / "boxes.csv"))[0] == [("b.jpg", "", [(1, 2, 3, 4)])]
 
@@ -106,7 +106,7 @@ def test_boxes_without_area_and_images_that_are_not_there_are_counted(pictures):
     assert rows == [("a.jpg", "cat", [(0, 0, 3, 3)])]
     assert notes == [
         "once: a box has no width or no height: dropped",
-        "once: an image is not there: left out",
+        "once: an image is missing: left out",
     ]
     table = pictures / "boxes.csv"
     table.write_text("file,x0,y0,x1,y1\na.jpg,5,5,5,9\nnone.jpg,1,2,3,4\na.jpg,-3,0,9,9\n")
@@ -129,7 +129,7 @@ def test_a_name_that_no_file_can_have_is_an_image_that_is_not_there(pictures, fo
         (pictures / "boxes.csv").write_text(f"{table}{long}, 1, 2, 3, 4\n")
     images = annotated(pictures if form == "xml" else pictures / f"boxes.{form}")
     assert len(images) == 1
-    assert "an image is not there: left out" in images.notes[0]
+    assert "an image is missing: left out" in images.notes[0]
 
 
 def test_crowds_are_no_object_of_a_class(pictures):
@@ -167,7 +167,7 @@ def test_a_document_type_is_refused_before_any_entity_grows(pictures):  # D32
         ("a.xml", VOC.format(name="a.jpg", objects="<object><name>cat</name></object>"), "has no bndbox"),
         ("a.xml", VOC.format(name="a.jpg", objects="<object/>"), "an object without a name"),
         ("a.xml", VOC.format(name="a.jpg", objects=""), "no image with a box"),
-        ("a.json", '{"images": [', "line 1 column 13: the file is cut off"),
+        ("a.json", '{"images": [', "line 1 column 13: the file is truncated"),
         ("a.json", "[]", "expected an object"),
         ("a.json", '{"images": []}', "no 'annotations'"),
         ("a.csv", "file,x0,y0,x1,y1\na.jpg,1,2,3\n", "line 2: no y1"),
@@ -176,7 +176,7 @@ def test_a_document_type_is_refused_before_any_entity_grows(pictures):  # D32
         ("a.csv", "file,x0,y0,x1,y1\n\na.jpg,1,2,nan,4\n", "line 3: a box is not finite"),
         ("a.csv", f"file,x0,y0,x1,y1\n{'a' * 200_000},1,2,3,4\n", r"a\.csv: field larger than"),
         ("a.csv", "", "no image with a box"),
-        ("a.csv", "file,x0,y0,x1,y1\nnone.jpg,1,2,3,4\n", "an image is not there"),
+        ("a.csv", "file,x0,y0,x1,y1\nnone.jpg,1,2,3,4\n", "an image is missing"),
         ("a.txt", "", "expected a folder of VOC XML, a COCO"),
     ],
 )  # D21 D26

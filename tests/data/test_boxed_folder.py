@@ -110,7 +110,7 @@ def test_classes_that_differ_are_told(make_coco, tmp_path):
     # D14
     make_coco(tmp_path / "train" / "_annotations.coco.json", tmp_path / "train", [0])
     make_coco(tmp_path / "valid" / "_annotations.coco.json", tmp_path / "valid", [0], ("cat", "cow"))
-    with pytest.raises(DataError, match="the same categories: only one has cow, dog"):
+    with pytest.raises(DataError, match="have different categories: only one has cow, dog"):
         boxed_folder(tmp_path)
 
 
@@ -118,15 +118,15 @@ def test_what_is_no_such_folder_is_told_with_what_is_there(make_voc, make_coco, 
     with pytest.raises(DataError, match="no such folder"):
         boxed_folder(tmp_path / "nowhere")
     (tmp_path / "notes.txt").write_text("")
-    with pytest.raises(DataError, match=r"known form .*there is notes\.txt"):
+    with pytest.raises(DataError, match=r"known layout .*found notes\.txt"):
         boxed_folder(tmp_path)
-    with pytest.raises(DataError, match=r"trainval\.txt and test\.txt.*there is trainval"):
+    with pytest.raises(DataError, match=r"trainval\.txt and test\.txt.*found trainval"):
         boxed_folder(make_voc(tmp_path / "v", {"trainval": ["a"]}))
     with pytest.raises(DataError, match="no training images with a box"):
         boxed_folder(make_voc(tmp_path / "w", {"train": [""], "val": ["a"]}))
     root = tmp_path / "coco"
     make_coco(root / "annotations" / "instances_train2017.json", root / "train2017", [0])
-    with pytest.raises(DataError, match=r"one instances_val\*\.json is needed, there is none"):
+    with pytest.raises(DataError, match=r"expected one instances_val\*\.json, found none"):
         boxed_folder(root)
 
 

@@ -62,7 +62,7 @@ def test_an_image_is_read_once_for_its_pixels_and_its_turn(rotated, kind, monkey
 
 
 def test_a_stated_size_that_fits_neither_way_is_refused(rotated):  # D6
-    with pytest.raises(DataError, match="48x32 pixels, its annotation says 48x33"):
+    with pytest.raises(DataError, match="48x32 pixels, but its annotation says 48x33"):
         rotated(6, size=(33, 48))[0]
 
 

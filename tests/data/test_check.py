@@ -37,7 +37,7 @@ def test_every_image_that_is_none_is_named(classes):  # D3
     assert [fault.replace(str(classes), "") for fault in faults] == [
         "/train/cat/0.jpg: not an image (empty file)",
         "/val/dog/0.jpg: its header cannot be read",
-        "/val/dog/1.jpg: not an image (starts with '<html'); read are JPEG, PNG, WEBP, BMP, GIF, TIFF",
+        "/val/dog/1.jpg: not an image (starts with '<html'); supported: JPEG, PNG, WEBP, BMP, GIF, TIFF",
     ]
 
 
@@ -61,7 +61,7 @@ def test_deep_finds_files_that_validate_what_they_trained_or_are_of_two_classes(
     assert told(classes)[1] == []
     assert told(classes, deep=True)[1] == [
         f"{train}/dog/1.jpg: the same file is in class cat: {train}/cat/odd.jpg",
-        f"{val}/cat/again.jpg: the same file is there to train: {train}/cat/0.jpg",
+        f"{val}/cat/again.jpg: the same file is used to train: {train}/cat/0.jpg",
     ]
 
 
@@ -97,7 +97,7 @@ def test_a_fault_of_the_folders_does_not_hide_those_of_the_files(classes):  # D1
     shutil.rmtree(classes / "val/dog")
     (classes / "train/cat/0.jpg").write_bytes(b"text")
     _, faults = told(classes)
-    assert "one class only" in faults[0]
+    assert "only one class" in faults[0]
     assert faults[1].startswith(f"{classes}/train/cat/0.jpg: not an image")
 
 
@@ -151,7 +151,7 @@ def test_repaired_and_refused_faults_of_coco_are_told_with_their_lines(coco_fold
     _, faults = told(coco_folder)
     assert faults == [
         f"{coco_folder}/train2017/1.jpg: not an image (starts with 'text'); "
-        "read are JPEG, PNG, WEBP, BMP, GIF, TIFF",
+        "supported: JPEG, PNG, WEBP, BMP, GIF, TIFF",
         f"{file} line 1 column 13: image 1 has height 0 and width 30, expected pixels",
         f"{file} line 2 column 17: image_id 1 of annotation 5 is not among the file's images",
     ]
@@ -162,7 +162,7 @@ def test_a_coco_file_that_is_cut_off_is_told(coco_folder):  # D21
     file.write_text(file.read_text().partition(" 9,")[0])
     _, faults = told(coco_folder)
     column = len(file.read_text().splitlines()[1]) + 1
-    assert faults == [f"{file} line 2 column {column}: the file is cut off"]
+    assert faults == [f"{file} line 2 column {column}: the file is truncated"]
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be"])
@@ -182,7 +182,7 @@ def test_images_and_their_file_may_share_a_folder(coco_folder):
     (inner / "1.jpg").unlink()
     _, faults = told(coco_folder)
     assert len(faults) == 1
-    assert faults[0].endswith("1.jpg is not there")
+    assert faults[0].endswith("1.jpg is missing")
 
 
 def test_voc_folders_are_told_with_their_lines_and_each_fault_once(tmp_path, encoded):
@@ -207,7 +207,7 @@ def test_an_image_of_another_size_than_stated_is_told(coco_folder, encoded, pixe
     upright = encoded(pixels(30, 20), "JPEG", exif=turned.tobytes())  # 20 x 30 as it is seen
     (coco_folder / "train2017/1.jpg").write_bytes(upright)
     (coco_folder / "val2017/1.jpg").write_bytes(encoded(pixels(30, 20), "JPEG"))
-    wrong = "20x30 pixels, its annotation says 30x20; boxes on another size mean nothing"
+    wrong = "20x30 pixels, but its annotation says 30x20, so its boxes cannot be used"
     assert told(coco_folder) == ("COCO", [f"{coco_folder}/val2017/1.jpg: {wrong}"])
     assert told(coco_folder, deep=True) == ("COCO", [f"{coco_folder}/val2017/1.jpg: {wrong}"])
 
@@ -217,7 +217,7 @@ def test_parts_of_a_coco_folder_that_do_not_go_together_are_told(coco_folder, en
     file = coco_folder / "annotations/instances_val2017.json"
     file.write_text(file.read_text().replace('"x"', '"y"'))
     categories = f"{file}: its categories are not those of the training file: only one has x, y"
-    twin = f"{coco_folder}/val2017/1.jpg: the same file is there to train: {coco_folder}/train2017/1.jpg"
+    twin = f"{coco_folder}/val2017/1.jpg: the same file is used to train: {coco_folder}/train2017/1.jpg"
     assert told(coco_folder) == ("COCO", [categories])
     assert told(coco_folder, deep=True) == ("COCO", [categories, twin])
 
@@ -245,8 +245,8 @@ def test_the_years_of_voc_are_read_as_training_reads_them(voc_years, pixels, enc
     file.write_text(file.read_text().replace("<name>x", "<name>y"))
     _, faults = told(voc_years.parent, deep=True)
     assert faults == [
-        f"{file} line 1: class 'y' is in test and not in the training images",
-        f"{voc_years}/JPEGImages/b.jpg: the same file is there to train: {voc_years}/JPEGImages/a.jpg",
+        f"{file} line 1: class 'y' is in test but not in the training images",
+        f"{voc_years}/JPEGImages/b.jpg: the same file is used to train: {voc_years}/JPEGImages/a.jpg",
     ]
     assert told(voc_years) == ("VOC", faults[:1])
 

@@ -93,7 +93,7 @@ def test_the_place_of_a_fault_is_exact(write):  # D21
     told = refusal(write('{"images": [],\n "annotations": [{"id": 1,, "x": 2}]}'))
     assert " line 2 column 27: " in told
     told = refusal(write('{"images": [],\n "annotations": [{"id"'))
-    assert told.endswith("line 2 column 23: the file is cut off")
+    assert told.endswith("line 2 column 23: the file is truncated")
 
 
 @pytest.mark.parametrize("name", ["NaN", "Infinity", "-Infinity"])
@@ -102,9 +102,9 @@ def test_a_literal_that_is_no_json_is_refused_with_its_place_and_id(write, name)
     line = line_of(path, name)
     told = refusal((path, folder))
     assert told.startswith(f"{path} line {line} column ")
-    assert told.endswith("NaN and Infinity are no JSON (annotation 2)")
+    assert told.endswith("NaN and Infinity are not JSON (annotation 2)")
     told = refusal(write(f'{{"info": {name}}}'))
-    assert told.endswith("line 1 column 10: NaN and Infinity are no JSON")
+    assert told.endswith("line 1 column 10: NaN and Infinity are not JSON")
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,7 @@ def test_bytes_that_are_no_text_are_refused_and_a_byte_order_mark_is_not(write):
     path.write_bytes(b"\xef\xbb\xbf" + good)
     assert len(coco(path, folder)) == 2
     path.write_bytes(b"{\xff" + good)
-    assert refusal((path, folder)) == f"{path}: byte 1 is no UTF-8 text"
+    assert refusal((path, folder)) == f"{path}: byte 1 is not UTF-8"
 
 
 def test_missing_area_and_crowd_are_filled_and_counted(write):  # D22
@@ -153,8 +153,8 @@ def test_missing_area_and_crowd_are_filled_and_counted(write):  # D22
     assert images[0]["area"].tolist() == [200, 200, 99.5]
     assert not images[0]["crowd"].any()
     first, second = images.notes
-    assert first.startswith("2 times: an annotation has no area: taken is width times height; the first: ")
-    assert second.startswith("once: an annotation has no iscrowd: taken is 0; the first: ")
+    assert first.startswith("2 times: an annotation has no area: width times height is used; the first: ")
+    assert second.startswith("once: an annotation has no iscrowd: 0 is used; the first: ")
 
 
 def test_null_is_absent_and_true_is_one(write):  # D22
@@ -174,7 +174,7 @@ def test_an_id_that_is_there_twice_is_refused(write, key):  # D23
     lists = json.loads(path.read_text("utf-8"))
     lists[key].append(lists[key][-1])
     told = refusal(write(json.dumps(lists)))
-    assert told.endswith(f"id {lists[key][-1]['id']} is there a second time")
+    assert told.endswith(f"duplicate {key[:-1].replace('ie', 'y')} id {lists[key][-1]['id']}")
 
 
 def test_the_id_0_is_read_and_counted(write):  # D23
@@ -261,7 +261,7 @@ def test_a_file_without_annotations_is_a_set_without_boxes(write):  # D31
 def test_a_missing_or_broken_image_is_named(write, folder):
     arguments = write([annotation(1)])
     (folder / "b.png").unlink()
-    assert refusal(arguments).endswith(f"image 9: {folder / 'b.png'} is not there")
+    assert refusal(arguments).endswith(f"image 9: {folder / 'b.png'} is missing")
     (folder / "b.png").write_bytes(b"<html>")
     images = coco(*arguments)
     with pytest.raises(DataError, match=r"b\.png \(image 9\): not an image \(starts with '<html'\)"):
@@ -272,7 +272,7 @@ def test_a_name_that_no_file_can_have_is_named(write, folder):
     (folder / "inner").mkdir()
     name = f"inner/{'x' * 400}.jpg"
     image = {"id": 7, "file_name": name, "height": 48, "width": 64}
-    assert refusal(write([annotation(1)], images=[image])).endswith(f"{name} is not there")
+    assert refusal(write([annotation(1)], images=[image])).endswith(f"{name} is missing")
 
 
 def test_an_image_under_two_ids_is_kept_twice_and_counted(write):
@@ -287,16 +287,16 @@ def test_an_image_under_two_ids_is_kept_twice_and_counted(write):
 def test_an_image_of_another_size_than_stated_is_refused(write, folder, encoded, pixels):
     arguments = write([annotation(1)])
     (folder / "a.jpg").write_bytes(encoded(pixels(50, 64), "JPEG"))
-    with pytest.raises(DataError, match="64x50 pixels, its annotation says 64x48"):
+    with pytest.raises(DataError, match="64x50 pixels, but its annotation says 64x48"):
         coco(*arguments)[0]
 
 
 @pytest.mark.parametrize(
     ("lists", "told"),
     [
-        ({"images": 3}, "'images' is no list"),
+        ({"images": 3}, "'images' is not a list"),
         ({"images": [3]}, "an element of 'images' has the id None"),
-        ({"images": [{"id": "x"}]}, "has the id 'x', expected a whole number"),
+        ({"images": [{"id": "x"}]}, "has the id 'x', expected an integer"),
         ({"images": [{"id": 1, "file_name": "a.jpg"}]}, "image 1 has height None and width None"),
         ({"images": [{"id": 1, "file_name": "a.jpg", "height": 48, "width": 0}]}, "width 0, expected pixels"),
         ({"images": [{"id": 1, "file_name": "a.jpg", "height": 0, "width": 64}]}, "height 0 and width 64"),

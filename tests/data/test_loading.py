@@ -97,7 +97,7 @@ def test_a_worker_that_is_killed_is_replaced_once_and_no_image_comes_twice(tmp_p
     with caplog.at_level(logging.WARNING, "cbam"):
         assert indices(batches) == calm
     assert time.monotonic() - began < 20
-    assert "died and is started anew" in caplog.text
+    assert "died and is restarted" in caplog.text
     (tmp_path / "flag").unlink()
     assert indices(batches) == calm  # in another epoch, of a week perhaps, one may die again
 
@@ -114,7 +114,7 @@ def test_a_worker_that_is_killed_again_is_an_error(caplog):  # R4
         (OSError(24, "Too many open files"), "too many open files: raise the limit"),
         (
             RuntimeError("unable to allocate shared memory(shm) for file </t>: No space"),
-            "no room in /dev/shm",
+            "no space in /dev/shm",
         ),
     ],
 )
@@ -123,9 +123,9 @@ def test_what_the_workers_run_out_of_is_told_in_a_line_and_not_tried_again(error
         if index == 5:
             raise error
 
-    with pytest.raises(DataError, match=f"^{told}.* or take fewer --workers$"):
+    with pytest.raises(DataError, match=f"^{told}.* or use fewer --workers$"):
         list(loader(Numbered(12, act), 2, train=False, workers=2))
-    assert "started anew" not in caplog.text
+    assert "restarted" not in caplog.text
 
 
 def test_workers_that_cannot_be_started_for_want_of_room_are_told(monkeypatch):
@@ -133,7 +133,7 @@ def test_workers_that_cannot_be_started_for_want_of_room_are_told(monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("torch.utils.data.dataloader._MultiProcessingDataLoaderIter", full)
-    with pytest.raises(DataError, match=r"^no room in /dev/shm"):
+    with pytest.raises(DataError, match=r"^no space in /dev/shm"):
         list(loader(Numbered(12), 2, train=False, workers=2))
 
 
@@ -147,7 +147,7 @@ def test_a_worker_that_hangs_is_named_with_its_images_and_ended(tmp_path):  # R5
     with pytest.raises(DataError) as caught:
         list(batches)
     pid = (tmp_path / "pid").read_text()
-    told = f"process {pid} (loader worker 0) brought nothing for 4 s; it was reading the images 4, 5"
+    told = f"process {pid} (loader worker 0) delivered nothing for 4 s; it was reading the images 4, 5"
     assert str(caught.value) == told
     with pytest.raises(ProcessLookupError):
         os.kill(int(pid), 0)

@@ -28,7 +28,7 @@ def test_animations_are_counted_and_read_by_their_first_frame(pictures, encoded,
         (pictures / f"train/cat/{name}.{ending}").write_bytes(frames(encoded, kind))
     (pictures / f"val/dog/x.{ending}").write_bytes(frames(encoded, kind))
     train, val = image_folder(pictures)
-    told = "with several frames, of which the first is taken; the first: "
+    told = "with several frames, of which only the first is used; the first: "
     assert [note for note in train.notes if "frames" in note] == [
         f"training: 2 images {told}{pictures}/train/cat/x.{ending}"
     ]
@@ -65,7 +65,7 @@ def test_of_a_large_set_it_is_said_how_many_were_looked_at(pictures, encoded, mo
     monkeypatch.setattr(room, "PEEKS", 5)
     (pictures / "train/cat/0.jpg").write_bytes(encoded(np.zeros((4, 4, 3), np.uint8), "JPEG"))
     train, _ = image_folder(pictures)
-    assert any("(of 4 that were looked at)" in note for note in train.notes)
+    assert any("(of 4 inspected)" in note for note in train.notes)
 
 
 def test_an_ordinary_set_has_no_such_notes(pictures):  # D7, D11

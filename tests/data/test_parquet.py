@@ -102,7 +102,7 @@ def test_labels_without_a_class_or_a_name_are_refused(write, picture):  # D14
     with pytest.raises(DataError, match="label 2 in row 1, of 2 classes"):
         picture_set(root)
     write("train", [(0, picture()), (1, picture())], names=("cat", "cow"))
-    with pytest.raises(DataError, match="name different classes"):
+    with pytest.raises(DataError, match="have different classes"):
         picture_set(root)
     write("train", [(0, picture()), (1, picture())], names=None)
     with pytest.raises(DataError, match="expected the columns image and label"):

@@ -148,5 +148,5 @@ def test_a_subset_of_a_folder_can_stay_too(folder):
 
 
 def test_images_made_anew_in_every_epoch_are_refused():
-    with pytest.raises(DataError, match="cluttered_digits makes its images anew in every epoch"):
+    with pytest.raises(DataError, match="cluttered_digits generates new images in every epoch"):
         Resident(cluttered_digits()[0], "cpu", augment=True)

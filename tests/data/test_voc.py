@@ -82,7 +82,7 @@ def test_a_class_with_a_sign_that_cannot_be_seen_is_the_same_in_both_sets(folder
 def test_a_list_of_classes_with_a_name_twice_is_refused(folder):
     """Labels beyond the list of names would come of it, or those of other names."""
     root = folder({"a": xml(thing("dog"))})
-    with pytest.raises(InputError, match="classes: 'cat' is there twice"):
+    with pytest.raises(InputError, match="classes: duplicate 'cat'"):
         voc(root, "train", classes=["cat", "cat", "dog"])
 
 
@@ -141,18 +141,18 @@ def test_a_document_type_is_refused_before_an_entity_is_read(folder, text):  # D
         (xml(thing())[:-20], "a.xml line 6 column 1: unclosed token"),
         ("<annotation>\n<a></b></annotation>", "a.xml line 2 column 6: mismatched tag"),
         ("<annotation>&nbsp;</annotation>", "undefined entity"),
-        ("<html><body>404</body></html>", "a.xml line 1: <html> where VOC has <annotation>"),
+        ("<html><body>404</body></html>", "a.xml line 1: expected <annotation>, found <html>"),
         (
             "<?xml version='1.0' encoding='shift_jis'?><annotation/>",
-            "line 1: the encoding that it names: multi",
+            "line 1: encoding: multi",
         ),
         (
             "<?xml version='1.0' encoding='utf-88'?><annotation/>",
-            "line 1: the encoding that it names: unknown",
+            "line 1: encoding: unknown",
         ),
         (
             "<?xml version='1.0' encoding='rot13'?><annotation/>",
-            "line 1: the encoding that it names: 'rot13'",
+            "line 1: encoding: 'rot13'",
         ),
         (xml(thing(name="")), "a.xml line 3: an object without a name"),
         (xml(thing(box=("x", 1, 2, 3))), "a.xml line 5: cat has a box that is not four finite numbers"),
@@ -204,9 +204,9 @@ def test_a_list_of_one_class_may_have_a_second_column_and_no_name_twice(folder):
     (root / "ImageSets/Main/cat_train.txt").write_text("a  1\nb -1\n")
     assert len(voc(root, "cat_train")) == 2
     (root / "ImageSets/Main/train.txt").write_text("a\nb\na\n")
-    assert refusal(root, "train").endswith("train.txt line 3: a is there a second time")
+    assert refusal(root, "train").endswith("train.txt line 3: duplicate a")
     (root / "ImageSets/Main/train.txt").write_text("\n")
-    assert refusal(root, "train").endswith("names no image")
+    assert refusal(root, "train").endswith("lists no image")
 
 
 def test_a_name_with_a_space_is_a_name(folder):

@@ -265,8 +265,8 @@ def test_a_report_among_the_classes_is_refused_before_any_work(tmp_path):
         for i in range(4):
             Image.new("RGB", (8, 8), (40 * i, 9, 9)).save(tmp_path / name / f"{i}.png")
     settings = Settings(**SMALL, data=str(tmp_path))
-    with pytest.raises(ConfigError, match=r"would lie among the classes of .*: give another --out"):
+    with pytest.raises(ConfigError, match=r"is among the class folders of .*: give another --out"):
         compare(settings, tmp_path / "report")
-    with pytest.raises(ConfigError, match=r"would lie among the classes of .*: give another --out"):
+    with pytest.raises(ConfigError, match=r"is among the class folders of .*: give another --out"):
         prepare("channel", find_pictures(str(tmp_path), {}), {}, out=str(tmp_path / "results"))
     assert {path.name for path in tmp_path.iterdir()} == {"ant", "bee"}

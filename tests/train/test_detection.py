@@ -341,7 +341,7 @@ def test_a_recipe_of_detection_needs_images_with_boxes(tmp_path):
     with pytest.raises(ConfigError, match="needs DATA, a folder of COCO or Pascal VOC"):
         run("detect/short", {}, tmp_path / "run", Watch())
     (tmp_path / "pictures").mkdir()
-    with pytest.raises(DataError, match="no images with boxes in a known form"):
+    with pytest.raises(DataError, match="no images with boxes in a known layout"):
         run("detect/short", {"data": str(tmp_path / "pictures")}, tmp_path / "run", Watch())
 
 
