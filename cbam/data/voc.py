@@ -32,7 +32,6 @@ from cbam.errors import DataError, InputError
 MAX_XML = 1 << 24  # bytes; VOC's files have a few thousand
 SIDES = ("xmin", "ymin", "xmax", "ymax")
 MISSING = "an image is missing: left out"
-MANY = 10  # names that one message lists
 
 
 def voc(
