@@ -1,4 +1,4 @@
-# Each target makes .venv by itself the first time, and refreshes it when pyproject.toml changes.
+# Every target creates .venv on first use, and updates it when pyproject.toml changes.
 
 PYTHON ?= python3
 VENV := .venv
@@ -6,11 +6,11 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 NATIVE := $(VENV)/.native
 
-# One thread for each of the two test processes, each of which begins with half of the tests: what tests of a file
-# share is seldom made twice. The byte code is kept, for the many processes that tests start.
+# Two test processes with one thread each. Each starts with one half of the tests, so fixtures shared within a file
+# are seldom built twice. Byte code is written, for the many processes that tests start.
 PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-# From the whole checkout, so that links lead where they do in the repository; a warning is an error.
+# Built from the whole checkout, so that links work as in the repository. Warnings are errors.
 SITE := $(BIN)/python -m sphinx -q -W --keep-going -c docs -d build/doctrees . build/site
 
 .DEFAULT_GOAL := help
@@ -21,11 +21,11 @@ help: ## this list
 	@echo "make TARGET [PYTHON=python3.12]; the first use sets up .venv, which needs Python 3.11 or newer and pip"
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' Makefile | awk -F'|' '{ printf "%-14s %s\n", $$1, $$2 }'
 
-demo: $(NATIVE) ## train a small network with and without attention, and show what that brought (demo-report/)
+demo: $(NATIVE) ## train a small network with and without attention, and report the difference (demo-report/)
 	$(BIN)/cbam compare --out demo-report --overwrite
 	@echo "The report is in demo-report/: open report.html, or read report.md"
 
-readme: $(NATIVE) ## put the picture and the table of the last demo into README.md
+readme: $(NATIVE) ## put the image and the table of the last demo into README.md
 	$(BIN)/python -m docs.fill_readme demo-report
 
 cards: $(READY) ## write docs/methods/, a card for each attention module, and the tables of docs/dialects.md
@@ -37,10 +37,10 @@ evidence: $(READY) ## compute the tables of results/ from their records, and doc
 	$(BIN)/python -m docs.fill_boxes
 	$(BIN)/python -m docs.fill_runtimes
 
-faults: $(READY) ## write tests/FAULTS.md: which test covers which fault, and what is left
+faults: $(READY) ## write tests/FAULTS.md: which test covers which fault, and which are open
 	$(BIN)/python -m docs.fill_faults
 
-matrix: $(NATIVE) ## attach to every network of the matrix and write docs/matrix.md (goes on where it stopped)
+matrix: $(NATIVE) ## attach to every network of the matrix and write docs/matrix.md (resumes where it stopped)
 	$(BIN)/python -m benchmarks.matrix
 
 bench: $(NATIVE) ## measure what attention costs here (correctness first), and put it into docs/kernels.md
@@ -57,7 +57,7 @@ test: $(NATIVE) ## the tests, with a sample of the large matrices (at most 8 min
 test-all: $(NATIVE) ## every test
 	$(PYTEST)
 
-# Gradio, which holds Pillow back and takes 300 MB, is put beside .venv and not into it.
+# In an environment of its own: Gradio restricts the Pillow version and takes 300 MB.
 test-web: $(READY) ## the tests of `cbam serve` in a real browser (sets up .venv-web; needs chromium)
 	$(BIN)/python -m venv .venv-web
 	$(BIN)/python -c "import sysconfig; print('import site; site.addsitedir(%r)' % sysconfig.get_path('purelib'))" \
@@ -71,10 +71,10 @@ test-sanitized: $(READY) ## the CPU kernels under the address and undefined-beha
 test-lowest: ## the tests with the oldest versions that pyproject.toml allows (in .venv-lowest, 8 GB)
 	$(call tested-with,lowest,lowest-direct)
 
-test-newest: ## the tests with the newest versions that there are (in .venv-newest, 8 GB)
+test-newest: ## the tests with the newest released versions (in .venv-newest, 8 GB)
 	$(call tested-with,newest,highest)
 
-# By uv, which alone finds the oldest versions.
+# With uv, because pip cannot resolve to the lowest versions.
 define tested-with
 "$(PYTHON)" -m venv .venv-$(1)
 .venv-$(1)/bin/python -m pip install --quiet uv
@@ -83,7 +83,7 @@ define tested-with
 OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 .venv-$(1)/bin/python -m pytest -n 2 --dist worksteal -m "not large"
 endef
 
-dist: $(READY) ## build the sdists and wheels of cbam and cbam-native into dist/, and use the wheels
+dist: $(READY) ## build the sdists and wheels of cbam and cbam-native into dist/, and try the wheels
 	$(BIN)/python tools/dist.py dist
 
 check: $(READY) ## format, lint, types, floors, GPU kernels (compiled ahead of time), the site
@@ -102,17 +102,17 @@ clean: ## remove caches, reports and builds (.venv stays: rm -rf .venv to set up
 	rm -rf .pytest_cache .ruff_cache .hypothesis build dist demo-report lightning_logs native/dist native/cbam_native/*.so native/cbam_native/*.sha256
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
-# The CPU kernels. Where they cannot be built, one line says so, and everything runs without them.
+# The CPU kernels. If they cannot be built, one line says so, and everything runs without them.
 $(NATIVE): $(READY) $(wildcard native/*.py native/*.toml native/csrc/* native/cbam_native/*.py)
 	@"$(PYTHON)" tools/environment.py $(VENV) native
 	@touch $@
 
-# The stamp is written last, so an interrupted set-up is not taken for a finished one; `again` runs it once
-# more where the interpreter that .venv was made with is gone.
+# The stamp is written last, so that an interrupted set-up does not count as finished. `again` repeats the set-up
+# if the interpreter of .venv no longer exists.
 $(READY): pyproject.toml tools/environment.py $(if $(wildcard $(BIN)/python),,again)
 	@command -v "$(PYTHON)" >/dev/null || \
-		{ echo "$(PYTHON) is not there: install Python 3.11 or newer, or say make PYTHON=/path/to/python3" >&2; exit 1; }
+		{ echo "$(PYTHON) was not found: install Python 3.11 or newer, or run make PYTHON=/path/to/python3" >&2; exit 1; }
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-		{ echo "Python 3.11 or newer is needed, $(PYTHON) is $$("$(PYTHON)" --version 2>&1): say make PYTHON=python3.12" >&2; exit 1; }
+		{ echo "Python 3.11 or newer is needed, $(PYTHON) is $$("$(PYTHON)" --version 2>&1): run make PYTHON=python3.12" >&2; exit 1; }
 	@"$(PYTHON)" tools/environment.py $(VENV)
 	@touch $@

@@ -1,4 +1,4 @@
-"""What every test starts from: fixed seeds, one thread per test process, real data if here."""
+"""Set-up of every test: fixed seeds, one thread per test process, real data if available."""
 
 import functools
 import os
@@ -14,13 +14,13 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest test, all cells of the interpreter, comes first: last, it would keep one process alone."""
+    """Run the longest test, all cells of the interpreter, first; at the end only one process would be busy."""
     items.sort(key=lambda item: item.path.name != "test_interpreter.py")
 
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
-    """The same random numbers in each test, whatever ran before it."""
+    """Seed each test, so that its random numbers do not depend on the tests before it."""
     import numpy
 
     random.seed(0)
@@ -30,10 +30,10 @@ def _seeded() -> None:
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """The folder with imagenette96.zip and bccd.zip, beside the checkout."""
+    """The folder with imagenette96.zip and bccd.zip, next to the checkout."""
     folder = Path(__file__).parents[2] / "shared" / "data"
     if not folder.is_dir():
-        pytest.skip("the folder shared/data with real images is not beside this checkout")
+        pytest.skip("the folder shared/data with real images is not next to this checkout")
     return folder
 
 
@@ -42,7 +42,7 @@ EXACT = ("ops", "nn", "surgery", "models", "explain")
 
 @pytest.fixture(autouse=True)
 def _by_the_equation(request):
-    """The lower floors' tests are about bits, those of the equation; kernels have tests of their own."""
+    """Run the lower floors' tests, which compare bits, with the plain equation; kernels have their own tests."""
     if request.path.parent.name not in EXACT or "kernels" in request.fixturenames:
         yield
         return
@@ -54,7 +54,7 @@ def _by_the_equation(request):
 
 @pytest.fixture
 def kernels(monkeypatch):
-    """Fused kernels on the CPU: the native ones, or where those are not built a stand-in by the equation."""
+    """Fused kernels on the CPU: the native ones, or if those are not built, a stand-in using the equation."""
     from cbam.ops import cpu, switch
 
     if cpu.missing():
@@ -64,7 +64,7 @@ def kernels(monkeypatch):
 
 @functools.cache
 def _stand_in() -> torch.library.Library:
-    """`cbam::tail` and its backward for the CPU by `reference.tail` and autograd."""
+    """Implement `cbam::tail` and its backward for the CPU with `reference.tail` and autograd."""
     from cbam.ops.reference import Channel, Norm, Spatial, normalised, tail
 
     def parts(args, mean, var, s_mean, s_var):

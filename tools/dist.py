@@ -1,9 +1,9 @@
-"""Build what is released into a folder, and use it: `python tools/dist.py dist`.
+"""Build the release distributions into a folder, and try them: `python tools/dist.py dist`.
 
 Two distributions, each as an sdist and a wheel: cbam, which is pure Python, and cbam-native, whose wheel
-holds the compiled CPU kernels. A wheel is built from its unpacked sdist, so an sdist that lacks a file fails
-here and not at a user's. Then both wheels go into an empty environment and are used there, first without
-torch, then with the one that this Python has. Run by `make dist`, from the root of the checkout; needs
+holds the compiled CPU kernels. A wheel is built from its unpacked sdist, so that an sdist that lacks a file
+fails here and not for a user. Both wheels are then installed into an empty environment and used, first
+without torch, then with the one of this Python. Run by `make dist` from the root of the checkout; needs
 hatchling, and for the kernels a C++ compiler and torch.
 """
 
@@ -29,7 +29,7 @@ try:
 except ImportError as error:
     assert isinstance(error, cbam.errors.MissingExtraError) and "pip install torch" in str(error), error
 else:
-    raise SystemExit("torch is there")
+    raise SystemExit("torch is installed")
 """
 WITH_TORCH = """
 import sys
@@ -54,16 +54,16 @@ with cbam.ops.using("fused"):
 
 
 def main(folder: Path) -> None:
-    """Build every sdist and wheel into `folder`, and use the wheels."""
+    """Build every sdist and wheel into `folder`, and try the wheels."""
     folder.mkdir(parents=True, exist_ok=True)
-    made = [both(project, folder) for project in PROJECTS]
-    used([wheel for _, wheel in made])
-    for path in (path for pair in made for path in pair):
+    distributions = [build_both(project, folder) for project in PROJECTS]
+    try_out([wheel for _, wheel in distributions])
+    for path in (path for pair in distributions for path in pair):
         print(f"{path.stat().st_size / 1e6:6.2f} MB  {path}")
 
 
-def used(wheels: list[Path]) -> None:
-    """Install `wheels` into an empty environment and use them there; what goes wrong ends the program."""
+def try_out(wheels: list[Path]) -> None:
+    """Install `wheels` into an empty environment and use them; exit on the first failure."""
     with tempfile.TemporaryDirectory() as place:
         empty = Path(place) / "environment"
         venv.create(empty, with_pip=False)
@@ -80,31 +80,31 @@ def used(wheels: list[Path]) -> None:
 
 
 def call(line: list[str], folder: str) -> None:
-    """Run a command in `folder`, where no checkout is in reach."""
+    """Run a command in `folder`, where it cannot import from the checkout."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     done = subprocess.run(line, cwd=folder, env=clean, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(f"the wheels do not work: {' '.join(line[:3])}\n{done.stdout}{done.stderr}")
 
 
-def both(project: Path, folder: Path) -> tuple[Path, Path]:
-    """The sdist of `project`, and the wheel that comes of it."""
-    sdist = built("sdist", project, folder)
+def build_both(project: Path, folder: Path) -> tuple[Path, Path]:
+    """Build the sdist of `project`, and the wheel from it."""
+    sdist = build("sdist", project, folder)
     with tempfile.TemporaryDirectory() as unpacked:
         with tarfile.open(sdist) as archive:
             archive.extractall(unpacked, filter="data")
         (source,) = Path(unpacked).iterdir()
-        return sdist, built("wheel", source, folder)
+        return sdist, build("wheel", source, folder)
 
 
-def built(target: str, project: Path, folder: Path) -> Path:
-    """What hatchling builds of `project` as `target`, put into `folder`."""
+def build(target: str, project: Path, folder: Path) -> Path:
+    """Build `target` ("sdist" or "wheel") of `project` with hatchling into `folder`."""
     with tempfile.TemporaryDirectory() as fresh:
         line = [sys.executable, "-m", "hatchling", "build", "--target", target, "--directory", fresh]
         done = subprocess.run(line, cwd=project, capture_output=True, text=True, check=False)
         if done.returncode:
-            said = (done.stderr.strip() or done.stdout.strip() or "hatchling said nothing").splitlines()
-            sys.exit(f"the {target} of {project.name} was not built: {said[-1]}")
+            log = (done.stderr.strip() or done.stdout.strip() or "no output from hatchling").splitlines()
+            sys.exit(f"the {target} of {project.name} was not built: {log[-1]}")
         (made,) = Path(fresh).iterdir()
         return Path(shutil.move(made, folder / made.name))
 

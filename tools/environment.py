@@ -1,9 +1,9 @@
-"""Make or refresh the virtual environment of this checkout: `python tools/environment.py .venv`.
+"""Create or update the virtual environment of this checkout: `python tools/environment.py .venv`.
 
 `python tools/environment.py .venv native` then compiles the CPU kernels into it; without them everything
-works, only slower. A torch and torchvision that this Python can import already are used and not downloaded
-again. uv installs where it is on the path, else pip. Run by `make`, from the root of the checkout; needs
-Python alone.
+works, only slower. If this Python can already import torch and torchvision, they are used instead of
+downloaded again. Packages are installed with uv if it is on the path, else with pip. Run by `make` from the
+root of the checkout; needs only Python.
 """
 
 import json
@@ -17,7 +17,7 @@ import tomllib
 import venv
 from pathlib import Path
 
-# At most, to download and on disk: all packages, of any torch that is allowed; on Linux with CUDA libraries.
+# Upper bounds of download and disk space for all packages, with any supported torch; on Linux with CUDA.
 LINUX_GB, OTHER_GB = (4, 8), (1, 2)
 
 PROBE = """
@@ -32,17 +32,17 @@ print(json.dumps({
 
 
 def main(folder: Path) -> None:
-    """Make `folder` hold this project with everything its tests and its demo need."""
+    """Install this project into `folder`, with everything that its tests and its demo need."""
     unfinished = folder / ".unfinished"
     if unfinished.exists() or (folder.exists() and not runs(folder)):
-        print(f"{folder} is not whole: making it anew")
+        print(f"{folder} is incomplete: creating it again")
         shutil.rmtree(folder)
     found = usable_torch()
     fresh = not folder.exists()
     if fresh:
         say_size(found)
     folder.mkdir(exist_ok=True)
-    unfinished.touch()  # stays behind when anything below is interrupted, even by a kill
+    unfinished.touch()  # remains if anything below is interrupted, even by SIGKILL
     if fresh:
         create(folder, found)
     subprocess.run(installer(folder, found), check=True)
@@ -56,7 +56,7 @@ def runs(folder: Path) -> bool:
 
 
 def usable_torch() -> dict | None:
-    """Versions and folders of the torch and torchvision that this Python imports; None if it cannot."""
+    """Versions and folders of this Python's torch and torchvision; None if absent or too old."""
     probe = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True, check=False)
     if probe.returncode != 0:
         return None
@@ -71,44 +71,44 @@ def torch_floor() -> str:
 
 
 def number(version: str) -> tuple[int, ...]:
-    """(2, 10) of "2.10.1+cpu" or "torch>=2.10"."""
+    """Major and minor version: (2, 10) for "2.10.1+cpu" or "torch>=2.10"."""
     return tuple(int(part) for part in re.findall(r"\d+", version)[:2])
 
 
 def say_size(found: dict | None) -> None:
-    """Say what will be downloaded, and stop where the disk cannot hold it."""
+    """Print the size of the download, and exit if the disk is too full for it."""
     if found:
-        print(f"Using torch {found['torch']} and torchvision {found['torchvision']} of {sys.executable}")
+        print(f"Using torch {found['torch']} and torchvision {found['torchvision']} from {sys.executable}")
         return
     download, disk = LINUX_GB if platform.system() == "Linux" else OTHER_GB
-    print(f"No torch and torchvision to use in {sys.executable}: downloading up to {download} GB,")
-    print(f"up to {disk} GB on disk. To use your own, say make PYTHON=/path/to/python-with-torch", flush=True)
+    print(f"No usable torch and torchvision in {sys.executable}: downloading up to {download} GB,")
+    print(f"up to {disk} GB on disk. To use your own, run make PYTHON=/path/to/python-with-torch", flush=True)
     free = shutil.disk_usage(".").free / 1e9
     if free < disk:
-        sys.exit(f"only {free:.1f} GB are free here")
+        sys.exit(f"only {free:.1f} GB of disk space are free here, {disk} GB are needed")
 
 
 def create(folder: Path, found: dict | None) -> None:
-    """Make the environment; with torch `found`, let it see the packages of this Python."""
+    """Create the environment; if torch was `found`, with access to this Python's packages."""
     venv.create(folder, system_site_packages=bool(found), with_pip=False, symlinks=True)
-    if found and sys.prefix != sys.base_prefix:  # this Python is in an environment of its own
+    if found and sys.prefix != sys.base_prefix:  # this Python is itself in a virtual environment
         (site,) = (folder / "lib").glob("python*/site-packages")
         lines = [f"import site; site.addsitedir({path!r})\n" for path in found["folders"]]
         (site / "outer.pth").write_text("".join(lines), encoding="utf-8")
 
 
 def native(folder: Path) -> None:
-    """Compile native/ for the torch in `folder` and install it there; where that fails, say why in a line."""
+    """Compile native/ for the torch in `folder` and install it there; print one line if that fails."""
     print("Compiling the CPU kernels", flush=True)
     flags = ["--quiet", "--no-build-isolation", "--no-deps", "--force-reinstall", "./native"]
     done = subprocess.run([*pip(folder), "install", *flags], capture_output=True, text=True, check=False)
     if done.returncode:
-        print(f"Going on without the CPU kernels: {reason(done.stdout + done.stderr)}", flush=True)
+        print(f"Continuing without the CPU kernels: {reason(done.stdout + done.stderr)}", flush=True)
 
 
 def reason(log: str) -> str:
-    """The line of a failed build that says why: the compile step's own, else the last."""
-    lines = [line.strip() for line in log.splitlines() if line.strip()] or ["no reason was given"]
+    """The line of a failed build that gives the reason: the compile step's, else the last."""
+    lines = [line.strip() for line in log.splitlines() if line.strip()] or ["no output"]
     own = [line.partition("Unbuildable:")[2].strip() for line in lines if "Unbuildable:" in line]
     return (own or lines)[-1]
 
@@ -140,17 +140,17 @@ def installer(folder: Path, found: dict | None) -> list[str]:
 
 
 def pip(folder: Path) -> list[str]:
-    """The pip that installs into `folder`: this Python's, else one put there."""
+    """A pip command that installs into `folder`: this Python's pip, else one installed there."""
     python = str(folder / "bin" / "python")
-    asked = subprocess.run([sys.executable, "-m", "pip", "--version"], capture_output=True, check=False)
-    if asked.returncode == 0:
+    probe = subprocess.run([sys.executable, "-m", "pip", "--version"], capture_output=True, check=False)
+    if probe.returncode == 0:
         return [sys.executable, "-m", "pip", "--python", python]
     subprocess.run([python, "-m", "ensurepip"], check=True)
     return [python, "-m", "pip"]
 
 
 def writable(path: str) -> bool:
-    """Whether a folder at `path` exists or can be made, and written to."""
+    """Whether `path` is a writable folder, created if necessary."""
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
     except OSError:
@@ -164,4 +164,4 @@ if __name__ == "__main__":
     except subprocess.CalledProcessError as error:
         sys.exit(f"setting up {sys.argv[1]} failed: {' '.join(map(str, error.cmd))}")
     except KeyboardInterrupt:
-        sys.exit(f"setting up {sys.argv[1]} was interrupted; the next make begins it anew")
+        sys.exit(f"setting up {sys.argv[1]} was interrupted; the next make starts it again")

@@ -1,14 +1,14 @@
 """Train the gates of the default pair: `python tools/train_gates.py PICTURES --out DIR`.
 
-The base, EfficientNet-Lite0 with its ImageNet weights, stays frozen to the last bit, its BatchNorm too; CBAM
-starts as the identity, and its gates alone are trained. PICTURES holds train/ and val/ with a folder for each
-class, named by its WordNet id; Imagenette (imagenette96) is what the gates of the package were made with.
+The base, EfficientNet-Lite0 with its ImageNet weights, stays frozen to the last bit, including its BatchNorm;
+CBAM starts as the identity, and only its gates are trained. PICTURES holds train/ and val/ with a folder for
+each class, named by its WordNet id; the gates in the package were trained on Imagenette (imagenette96).
 
-The loss is the cross-entropy over the classes at hand, which are ten of the thousand, plus the divergence
-from the plain network over all thousand: the first asks for better, the second to leave the others alone.
+The loss is the cross-entropy over the classes in PICTURES, ten of the thousand, plus the KL divergence from
+the plain network over all thousand: the first improves these classes, the second preserves the others.
 
-It writes the gates and a record of what was run and what came out, validation images plain against CBAM.
-With `--minutes` it stops in time (exit code 75), and the same command goes on where it was.
+The program writes the gates, and a record with the settings and the validation of CBAM against plain.
+With `--minutes` it stops in time (exit code 75), and the same command resumes where it stopped.
 """
 
 import argparse
@@ -32,17 +32,17 @@ import cbam
 from cbam.data import decode
 from cbam.explain import pair
 
-SIZES = (128, 160, 192)  # of training, in turn by chance; the images have 96 pixels
+SIZES = (128, 160, 192)  # training sizes, chosen at random per batch; the images have 96 pixels
 KEEP = 0.5  # weight of the divergence from the plain network
 SCORED = (160, pair.SIZE)
 
 
 class OutOfTimeError(Exception):
-    """The minutes are over; what is done is saved."""
+    """The time limit is reached; progress is saved."""
 
 
 class Progress:
-    """What is done, in a file beside the gates. With the same options a later call goes on from it."""
+    """The progress, saved in a file next to the gates, from which a call with the same options resumes."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self._path, self._began = options.out / "unfinished.pt", time.monotonic()
@@ -52,22 +52,22 @@ class Progress:
         if self._path.exists():
             found = torch.load(self._path, weights_only=True)
             if found["settings"] != settings:
-                raise SystemExit(f"{self._path} is of other options: {found['settings']}")
+                raise SystemExit(f"{self._path} was written with other options: {found['settings']}")
             self.state = found
 
     @property
     def minutes(self) -> float:
-        """Computing so far, that of earlier calls counted."""
+        """Computing time so far, including earlier calls."""
         return (self.state["seconds"] + time.monotonic() - self._began) / 60
 
     def check(self, **done: Any) -> None:
-        """Save `done` and stop, if the time is over."""
+        """Save `done` and stop if the time limit is reached."""
         if time.monotonic() >= self._ends:
             self.save(**done)
             raise OutOfTimeError
 
     def save(self, **done: Any) -> None:
-        """Save what is done beside what was."""
+        """Add `done` to the saved state."""
         self.state |= done
         now = time.monotonic()
         self.state["seconds"] += now - self._began
@@ -77,7 +77,7 @@ class Progress:
         part.replace(self._path)
 
     def end(self) -> None:
-        """All is done."""
+        """Delete the saved progress."""
         self._path.unlink(missing_ok=True)
 
 
@@ -88,7 +88,7 @@ def main() -> None:
     try:
         _work(options, progress)
     except OutOfTimeError:
-        print(f"stopped after {progress.minutes:.1f} minutes in all; the same command goes on")
+        print(f"stopped after {progress.minutes:.1f} minutes in all; the same command resumes")
         sys.exit(75)
     progress.end()
 
@@ -111,7 +111,7 @@ def _work(options: argparse.Namespace, progress: Progress) -> None:
     }
     gates, record = options.out / pair.GATES.name, options.out / pair.RECORD.name
     save_file(pair.gates_of(model), gates)
-    told = {
+    result = {
         "what": "CBAM on EfficientNet-Lite0, base frozen, gates trained from the identity",
         "command": _command(options),
         "pictures": {"name": options.pictures.name, "train": len(train[1]), "val": len(val[1])},
@@ -136,26 +136,26 @@ def _work(options: argparse.Namespace, progress: Progress) -> None:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     if options.earlier:
-        told["earlier"] = {
+        result["earlier"] = {
             "sha256": _sha256(options.earlier),
             "validation": {
                 str(size): compare(own["earlier"], own["cbam"], val, ("earlier", "cbam"))
                 for size, own in logits.items()
             },
         }
-    record.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+    record.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(f"{gates}\n{record}")
 
 
 def _command(options: argparse.Namespace) -> str:
-    said = (
+    arguments = (
         f"--epochs {options.epochs} --batch-size {options.batch_size} --lr {options.lr} --seed {options.seed}"
     )
     if options.per_class:
-        said += f" --per-class {options.per_class}"
+        arguments += f" --per-class {options.per_class}"
     if options.val_per_class:
-        said += f" --val-per-class {options.val_per_class}"
-    return f"python tools/train_gates.py PICTURES {said}"
+        arguments += f" --val-per-class {options.val_per_class}"
+    return f"python tools/train_gates.py PICTURES {arguments}"
 
 
 def _options() -> argparse.Namespace:
@@ -169,13 +169,15 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--per-class", type=int, metavar="N", help="the first N training images of each class"
+        "--per-class", type=int, metavar="N", help="use the first N training images of each class"
     )
-    parser.add_argument("--val-per-class", type=int, metavar="N", help="the same of the validation images")
+    parser.add_argument("--val-per-class", type=int, metavar="N", help="the same for validation images")
     parser.add_argument(
-        "--earlier", type=Path, metavar="FILE", help="other gates, scored on the same images beside these"
+        "--earlier", type=Path, metavar="FILE", help="other gates to score on the same images"
     )
-    parser.add_argument("--minutes", type=float, metavar="M", help="stop after this time, to be called again")
+    parser.add_argument(
+        "--minutes", type=float, metavar="M", help="stop after this time; the same command resumes"
+    )
     return parser.parse_args()
 
 
@@ -192,7 +194,7 @@ def _pictures(folder: Path, per_class: int | None) -> tuple[list[Tensor], Tensor
 
 
 def batch(pictures: list[Tensor], size: int, generator: torch.Generator | None = None) -> Tensor:
-    """Normalised (N, 3, size, size); with a generator cropped (to 70 % at least) and flipped."""
+    """A normalised batch (N, 3, size, size); with a generator, cropped (to 70 % or more) and flipped."""
     views = []
     for picture in pictures:
         if generator is not None:
@@ -216,7 +218,7 @@ def fit(
     options: argparse.Namespace,
     progress: Progress,
 ) -> list[float]:
-    """Train the gates in place; the mean loss of each epoch."""
+    """Train the gates in place; return the mean loss of each epoch."""
     targets = train[1]
     gates = _ready(model)
     optimizer = torch.optim.Adam(gates, lr=options.lr)
@@ -256,14 +258,14 @@ def fit(
 
 
 def _ready(model: nn.Module) -> list[nn.Parameter]:
-    """The gates' parameters; nothing else of the network is trained, nor its BatchNorm moved."""
+    """Freeze everything but the gates, including BatchNorm statistics; return the gates' parameters."""
     gates = [p for name, p in model.named_parameters() if ".cbam." in name]
     for p in model.parameters():
         p.requires_grad_(any(p is gate for gate in gates))
     model.eval()
     for name, module in model.named_modules():
         if ".cbam." in name:
-            module.train()  # the gate's own BatchNorm alone
+            module.train()  # only the gates' own BatchNorm
     return gates
 
 
@@ -280,7 +282,7 @@ def _loss(model: nn.Module, teacher: nn.Module, train, chosen: Tensor, generator
 
 
 def _logits(network: nn.Module, val, size: int, name: str, progress: Progress) -> Tensor:
-    """(N, 1000) of the validation images at this size, computed once."""
+    """Logits (N, 1000) of the validation images at this size, computed once."""
     pictures, targets, _ = val
     parts: list[Tensor] = progress.state.get(name, [])
     with torch.inference_mode():
@@ -292,7 +294,7 @@ def _logits(network: nn.Module, val, size: int, name: str, progress: Progress) -
 
 
 def compare(base: Tensor, other: Tensor, val, names: tuple[str, str] = ("plain", "cbam")) -> dict:
-    """The second logits against the first, image by image."""
+    """Compare two sets of logits, paired by image."""
     _, targets, classes = val
     right = {
         "top1_of_1000": lambda logits: logits.argmax(1) == targets,

@@ -73,7 +73,7 @@ def test_make_goes_on_where_the_kernels_cannot_be_built(monkeypatch, capsys, tmp
     ]
     monkeypatch.setattr(environment, "pip", lambda folder: fails)
     environment.native(tmp_path)
-    assert capsys.readouterr().out.splitlines()[1:] == ["Going on without the CPU kernels: no C++ compiler"]
+    assert capsys.readouterr().out.splitlines()[1:] == ["Continuing without the CPU kernels: no C++ compiler"]
 
 
 def test_the_wheel_fits_every_python_of_the_platform(monkeypatch):
