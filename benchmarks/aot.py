@@ -1,14 +1,14 @@
-"""Compile every Triton kernel ahead of time, with no GPU, and examine what came out.
+"""Compile every Triton kernel ahead of time, without a GPU, and examine the result.
 
     python -m benchmarks.aot [--all] [--sm 80 90] [--jobs 2] [--verbose]
 
-The launchers run on tensors without data and each launch is recorded instead of made; every different
-specialisation is then compiled for each architecture, and its PTX and its resources are examined:
+The launchers run on meta tensors, and each launch is recorded instead of executed. Every distinct
+specialisation is then compiled for each architecture, and its PTX and its resources are checked:
 
-- no `max.f32` or `max.f64` that drops NaN, but in the kernels of DROPS_NAN, where it is shown why it is safe,
+- no `max.f32` or `max.f64` that drops NaN, except in the kernels of DROPS_NAN, where it is safe,
 - no TF32,
-- no local memory, at most 16 bytes of stack, 48 KB of shared memory, and 128 registers; `many_registers` says
-  where there may be more.
+- no local memory, at most 16 bytes of stack, 48 KB of shared memory, and 128 registers, with the exceptions
+  in `many_registers`.
 
 Without --all: a block in training in float32, bfloat16 and float64, every form in bfloat16, sm_80 and sm_90.
 """
@@ -35,14 +35,14 @@ from cbam.ops import triton_gradients, triton_kernels, triton_map
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 PROCESSORS = 132
 MAX_SHARED, MAX_REGISTERS = 48 * 1024, 128
-MAX_STACK = 16  # bytes: a few registers put by, once, which ptxas prefers to a block less per processor
+MAX_STACK = 16  # bytes: ptxas spills a few registers once rather than run a block less per processor
 
-# Where a maximum may drop NaN: every value that reaches `tl.max` has passed `value > best`, which is false
-# for NaN, so none can be NaN. The NaN of the map goes on by another way.
+# Kernels in which a maximum may drop NaN: every value that reaches `tl.max` has passed `value > best`, which
+# is false for NaN, so none is NaN. A NaN in the map propagates another way.
 DROPS_NAN = {
-    "pool": "the mean takes NaN to the gate; with max alone the extremum is made NaN by a flag of integers",
-    "squeeze": "the sum over the channels takes NaN to the convolution, at the same pixels",
-    "reduce_gradient": "q0 is used for dw only, beside q1, which has the NaN; dMs has it as well",
+    "pool": "the mean carries NaN to the gate; with only max, an integer flag makes the extremum NaN",
+    "squeeze": "the sum over the channels carries NaN to the convolution, at the same pixels",
+    "reduce_gradient": "q0 is used only for dw, together with q1, which has the NaN; so does dMs",
 }
 
 TYPES = {
@@ -53,7 +53,7 @@ TYPES = {
 
 @dataclass(frozen=True)
 class Launch:
-    """One specialisation of a kernel, as the runtime would compile it."""
+    """A specialisation of a kernel, as the runtime would compile it."""
 
     kernel: str
     module: str
@@ -68,7 +68,7 @@ class Launch:
 def specialised(
     kernel: Any, programs: int, arguments: tuple[Any, ...], constants: dict[str, Any], case: str
 ) -> Launch:
-    """What the runtime makes of the arguments: None and 1 are constants, multiples of 16 known as such."""
+    """Specialise like the runtime: None and 1 become constants, and divisibility by 16 is recorded."""
     warps = constants.pop("num_warps", 4)
     given = {**dict(zip(kernel.arg_names, arguments, strict=False)), **constants}
     signature, fixed, divisible = {}, {}, []
@@ -95,7 +95,7 @@ def specialised(
 
 @dataclass(frozen=True)
 class Form:
-    """One way to call the tail: which parts are there, which statistics are the batch's."""
+    """A way to call the tail: which parts it has, and which statistics are the batch's."""
 
     name: str
     norm: str = "batch"
@@ -134,7 +134,7 @@ SHAPES = (
 def launches(
     shape: tuple[int, ...], dtype: torch.dtype, nhwc: bool, form: Form, offset: int = 0
 ) -> list[Launch]:
-    """The launches of a forward, and of its backward, on tensors without data, `offset` values unaligned."""
+    """The launches of a forward and its backward on meta tensors, shifted by `offset` values."""
     N, C, H, W = shape
     found: list[Launch] = []
 
@@ -181,7 +181,7 @@ def launches(
 
 
 def cases(full: bool) -> Iterator[tuple[tuple[int, ...], torch.dtype, bool, Form, int]]:
-    """Maps and forms whose launches are compiled."""
+    """The maps and forms whose launches are compiled."""
     dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
     kinds = list(itertools.product(dtypes, (False, True)))
     if not full:
@@ -201,7 +201,7 @@ def cases(full: bool) -> Iterator[tuple[tuple[int, ...], torch.dtype, bool, Form
 
 @dataclass(frozen=True)
 class Result:
-    """What compiling one launch for one architecture gave."""
+    """The outcome of compiling a launch for an architecture."""
 
     launch: Launch
     sm: int
@@ -213,7 +213,7 @@ class Result:
 
 
 def compiled(launch: Launch, sm: int) -> Result:
-    """Compile and examine."""
+    """Compile a launch and check it."""
     kernel = getattr(sys.modules[launch.module], launch.kernel)
     signature = dict(launch.signature)
     attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in launch.divisible}
@@ -221,7 +221,7 @@ def compiled(launch: Launch, sm: int) -> Result:
     options = {"num_warps": launch.warps, "num_stages": 2, "enable_fp_fusion": False}
     try:
         binary = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
-    except Exception as error:  # the compiler fails in any way it likes; it is a row, not the end
+    except Exception as error:  # any error of the compiler is a result, and does not end the run
         text = f"{type(error).__name__}: {error}".strip().splitlines()
         return Result(launch, sm, faults=(" | ".join(text[:1] + text[-3:]),))
     used = resources(binary.asm["cubin"])
@@ -231,7 +231,7 @@ def compiled(launch: Launch, sm: int) -> Result:
 
 
 def faults(result: Result, ptx: str) -> Iterator[str]:
-    """What a kernel may not have."""
+    """Yield the forbidden properties of a compiled kernel."""
     kernel = result.launch.kernel
     dropping = [line for line in re.findall(r"\b(?:max|min)\.f\w+[^;]*", ptx) if ".NaN" not in line]
     if dropping and kernel not in DROPS_NAN:
@@ -247,16 +247,16 @@ def faults(result: Result, ptx: str) -> Iterator[str]:
 
 
 def many_registers(launch: Launch) -> bool:
-    """Whether a kernel may take more: it works on little, or there is no way to less."""
+    """Whether a kernel may use more: it works on little data, or cannot use fewer."""
     return (
         launch.kernel == "spatial_gradient"  # unrolled taps; its maps are small, (N, 2, L)
-        or (launch.kernel == "squeeze" and "X" not in launch.divisible)  # each value has its address
-        or (launch.kernel == "refine" and ("Q", None) not in launch.constants)  # the convolution folded in
+        or (launch.kernel == "squeeze" and "X" not in launch.divisible)  # one address per value
+        or (launch.kernel == "refine" and ("Q", None) not in launch.constants)  # with the convolution fused
     )
 
 
 def resources(cubin: bytes) -> dict[str, int]:
-    """REG, STACK, SHARED and LOCAL of the kernel in `cubin`, by the disassembler that Triton brings."""
+    """REG, STACK, SHARED and LOCAL of the kernel in `cubin`, from the disassembler included in Triton."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -270,8 +270,8 @@ def resources(cubin: bytes) -> dict[str, int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Compile every Triton kernel ahead of time and examine it.")
     parser.add_argument("--all", action="store_true", help="every form, type and architecture")
-    parser.add_argument("--verbose", action="store_true", help="a line for each kernel that was compiled")
-    parser.add_argument("--sm", type=int, nargs="+", help="for which architectures")
+    parser.add_argument("--verbose", action="store_true", help="print a line for each compiled kernel")
+    parser.add_argument("--sm", type=int, nargs="+", help="compute capabilities to compile for")
     parser.add_argument("--jobs", type=int, default=2)
     options = parser.parse_args()
     found = {launch: None for case in cases(options.all) for launch in launches(*case)}

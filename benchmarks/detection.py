@@ -1,8 +1,8 @@
-"""What attention adds to a training step of a detector: `python -m benchmarks.detection [--device cuda]`.
+"""Time a detector's training step with attention: `python -m benchmarks.detection [--device cuda]`.
 
-Plain and with attention take steps in turns on the same images (generated, with boxes drawn at random), so
-that whatever else the machine does falls on both alike; the number is the median of the ratios, and on a CPU
-the time is the processor's. The line goes to benchmarks/results/, from where the docs have it.
+The detectors with and without attention alternate on the same images (noise with random boxes), so that other
+load on the machine affects both equally. The result is the median of the ratios; on a CPU, processor time is
+measured. The file in benchmarks/results/ is the source of the table in the docs.
 """
 
 import argparse
@@ -26,7 +26,7 @@ PAIRS = (
 
 
 def batch(count: int, size: int) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
-    """Pictures (3, size, 4/3 size) of noise with ten boxes each."""
+    """Noise images (3, size, 4/3 size) with ten boxes each."""
     torch.manual_seed(0)
     pictures = [torch.rand(3, size, size * 4 // 3) for _ in range(count)]
     targets = []
@@ -38,7 +38,7 @@ def batch(count: int, size: int) -> tuple[list[Tensor], list[dict[str, Tensor]]]
 
 
 def stepper(name: str, options: argparse.Namespace, pictures: list[Tensor], targets: list[dict]) -> Step:
-    """One step of SGD on these images with a detector of that name."""
+    """An SGD step on these images with the detector `name`."""
     torch.manual_seed(0)
     own = None if name.startswith(("ssd300", "stairnet300")) else options.size
     regions = options.regions if name.startswith("fasterrcnn") else None
@@ -56,7 +56,7 @@ def stepper(name: str, options: argparse.Namespace, pictures: list[Tensor], targ
 
 
 def measure(name: str, attention: str, options: argparse.Namespace) -> dict:
-    """The seconds of both in turns."""
+    """Time the plain detector and the one with attention in alternation."""
     device = torch.device(options.device)
     pictures, targets = batch(options.batch, options.size)
     pictures = [picture.to(device) for picture in pictures]
@@ -75,7 +75,7 @@ def measure(name: str, attention: str, options: argparse.Namespace) -> dict:
 
 
 def main() -> None:
-    """Measure every pair, and write the file."""
+    """Measure every pair and write the file."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--turns", type=int, default=21)
@@ -90,12 +90,12 @@ def main() -> None:
             rows.append(measure(name, attention, options))
             print(json.dumps(rows[-1]), flush=True)
     device = machine.describe(torch.device(options.device))
-    told = {
+    result = {
         "device": device, "torch": torch.__version__, "batch": options.batch, "size": options.size,
         "regions": options.regions, "turns": options.turns, "commit": machine.commit(), "rows": rows,
     }  # fmt: skip
     path = RESULTS / f"detection-{device['type']}-torch{torch.__version__.partition('+')[0]}.json"
-    path.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(path)
 
 

@@ -1,10 +1,10 @@
-"""A plain Faster R-CNN trained by a loop as in torchvision's references, to hold the engine against.
+"""A plain Faster R-CNN trained by a loop as in torchvision's references, for comparison with the engine.
 
     python -m benchmarks.detection_loop BCCD --size 128 --regions 64 --limit 96 --epochs 3 --batch-size 4
 
-The settings mean what they mean to `cbam study coco`; the images are the same, and nothing else is shared:
-network, order, flips and schedule are torchvision's and PyTorch's own. A line per seed goes to
-benchmarks/results/detection-loop.jsonl, from where docs/detection.md has it.
+The settings have the same meaning as in `cbam study coco`. Only the images are shared: network, order, flips
+and schedule are torchvision's and PyTorch's own. A line per seed is appended to
+benchmarks/results/detection-loop.jsonl, which docs/detection.md reports.
 """
 
 import argparse
@@ -29,7 +29,7 @@ FLIP = v2.Compose([v2.RandomHorizontalFlip(0.5), v2.ToDtype(torch.float, scale=T
 
 
 class Flipped(Dataset):
-    """Pictures and targets as torchvision's references have them."""
+    """Images and targets in the format of torchvision's references."""
 
     def __init__(self, images: BoxedImages) -> None:
         self.images = images
@@ -47,12 +47,12 @@ class Flipped(Dataset):
 
 
 def pairs(samples: list) -> tuple:
-    """A batch as two tuples."""
+    """Collate a batch into two tuples."""
     return tuple(zip(*samples, strict=True))
 
 
 def trained(train: BoxedImages, options: argparse.Namespace, seed: int) -> FasterRCNN:
-    """torchvision's ResNet18 with a feature pyramid, nothing frozen, after the last epoch."""
+    """Train torchvision's ResNet18 with a feature pyramid, nothing frozen."""
     torch.manual_seed(seed)
     model = FasterRCNN(
         _resnet_fpn_extractor(resnet18(weights=None), 5), len(train.classes) + 1,
@@ -65,7 +65,7 @@ def trained(train: BoxedImages, options: argparse.Namespace, seed: int) -> Faste
     steps = len(batches)
 
     def factor(step: int) -> float:
-        """An epoch of warm-up, then half a cosine."""
+        """One epoch of warm-up, then a half-cosine."""
         if step < steps:
             return (step + 1) / (steps + 1)
         return 0.5 * (1 + math.cos(math.pi * (step - steps) / (steps * options.epochs - steps)))
@@ -84,7 +84,7 @@ def trained(train: BoxedImages, options: argparse.Namespace, seed: int) -> Faste
 
 @torch.no_grad()
 def scores(model: FasterRCNN, val: BoxedImages) -> dict[str, float]:
-    """The measures of `cbam study coco`, in %."""
+    """The metrics of `cbam study coco`, in %."""
     truth = dict(enumerate(val[i] for i in range(len(val))))
     found = {i: model([sample["image"] / 255])[0] for i, sample in truth.items()}
     areas = [voc_ap(found, truth, val.classes, iou=k / 100).mean for k in range(50, 100, 5)]
@@ -92,7 +92,7 @@ def scores(model: FasterRCNN, val: BoxedImages) -> dict[str, float]:
 
 
 def main() -> None:
-    """Train and score, a seed after the other."""
+    """Train and score with each seed."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

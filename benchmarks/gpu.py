@@ -1,15 +1,15 @@
-"""What only a GPU can settle about the Triton kernels, the most telling first: benchmarks/gpu.sh.
+"""Check and measure the Triton kernels on a GPU, the most informative steps first: benchmarks/gpu.sh.
 
-1. The cells of tests/triton/ without the interpreter, and what it cannot show: streams, graphs, size.
-2. Every kernel by itself: microseconds, bytes moved, and the share of the speed of a copy of as many bytes.
-3. Host time of an attached block, and batch 1 of a network inside a CUDA graph.
-4. `cbam bench`: attention alone, ends of blocks, whole networks, against their peers.
-5. `ncu` of every kernel.
-6. ResNet50 compiled, against the plain one compiled: minutes of compiling for each.
+1. The cells of tests/triton/ without the interpreter, and what it cannot test: streams, graphs, large sizes.
+2. Every kernel alone: microseconds, bytes moved, and speed relative to a copy of as many bytes.
+3. Host time of an attached block, and a network at batch size 1 in a CUDA graph.
+4. `cbam bench`: attention alone, ends of blocks and whole networks, against other implementations.
+5. A profile of every kernel by `ncu`.
+6. ResNet50 compiled, with and without attention; compiling takes minutes for each.
 
-A row goes to OUT, <step>-<device>.csv, as soon as it is measured. `gate` says whether the cells agreed:
-where they did not, 4 and 6 are left out, and no other time is a claim. `l2` says that a map fits that cache,
-which what is repeated then reads in place of the memory.
+Rows are written to OUT/<step>-<device>.csv as soon as they are measured. The column `gate` tells whether the
+cells agreed: if they did not, 4 and 6 are skipped, and the other times are marked unverified. The column `l2`
+marks maps that fit into the L2 cache, so that repetitions read the cache and not the memory.
 """
 
 import argparse
@@ -37,7 +37,7 @@ from cbam.ops import triton_gradients, triton_kernels
 from cbam.ops.triton_map import Kernels
 from cbam.studies import machine, timing
 from cbam.studies.bench import rivals
-from cbam.studies.bench.run import _Measure  # its two steps are wanted one by one, as the time allows
+from cbam.studies.bench.run import _Measure  # its steps are run one by one, as time allows
 from cbam.studies.bench.settings import Bench
 
 STAGES = ((256, 56), (512, 28), (1024, 14), (2048, 7))  # channels and side of ResNet50's stages at 224
@@ -47,20 +47,20 @@ METRICS = (
     "sm__throughput.avg.pct_of_peak_sustained_elapsed,launch__registers_per_thread,"
     "sm__warps_active.avg.pct_of_peak_sustained_active,lts__t_sector_hit_rate.pct"
 )
-# Maps read and written by a pass over the whole tail in training: docs/kernels.md counts them.
+# Maps that each kernel reads and writes for the whole tail in training, as counted in docs/kernels.md.
 MAPS = {"pool": 1, "squeeze": 1, "refine": 3, "reduce_gradient": 4, "weigh": 1, "write": 3}
 Rows = Iterator[dict[str, Any]]
 
 
 @dataclass
 class Job:
-    """What is to be done, and until when."""
+    """The options and the state of a run."""
 
     out: Path
     end: float
     dry: bool
-    commit: str | None = None  # of what this is a copy, where git cannot say
-    agreed: bool = False  # the cells with the equation
+    commit: str | None = None  # used if this is not a git checkout
+    agreed: bool = False  # whether the cells match the equation
     left_out: list[str] = field(default_factory=list)
 
     @property
@@ -76,31 +76,31 @@ class Job:
         return 1 if self.dry else 7
 
     def left(self) -> float:
-        """Seconds."""
+        """Seconds left."""
         return self.end - time.monotonic()
 
     def has_time(self, what: str, needs: float = 60) -> bool:
-        """Whether `what`, which takes `needs` seconds, may begin; said where it may not."""
+        """Whether there is time for `what`, which takes `needs` seconds; if not, print and record it."""
         if self.left() < needs:
-            print(f"left out, no time: {what}", flush=True)
+            print(f"skipped, no time: {what}", flush=True)
             self.left_out.append(what)
             return False
         return True
 
     @cached_property
     def where(self) -> dict[str, Any]:
-        """What was measured on what."""
+        """Device, torch version and commit."""
         commit = machine.commit() or self.commit
         name = machine.describe(self.device)["name"]
         return {"device": name, "torch": torch.__version__, "commit": commit}
 
     def in_l2(self, shape: tuple[int, ...]) -> str:
-        """What `l2` says of a map."""
+        """The value of the column `l2` for a map."""
         size = 0 if self.dry else torch.cuda.get_device_properties(self.device).L2_cache_size
         return "resident" if torch.Size(shape).numel() * self.dtype.itemsize <= size else ""
 
     def save(self, name: str, rows: list[dict[str, Any]]) -> None:
-        """Write the rows of a step, in place of those so far."""
+        """Write all rows of a step so far."""
         about = self.where | {"gate": "passed" if self.agreed else "unverified"}
         self.out.mkdir(parents=True, exist_ok=True)
         path = self.out / f"{name}-{'-'.join(self.where['device'].split())}.csv"
@@ -114,7 +114,7 @@ class Job:
 
 
 def tail_step(shape: tuple[int, ...], layout: str, job: Job) -> Callable[[], None]:
-    """A forward and a backward of the tail of a residual block in training."""
+    """A forward and backward pass of the tail of a residual block in training."""
     C = shape[1]
     hidden = max(1, C // 16)
     maps = torch.randn(3, *shape, device=job.device, dtype=job.dtype)
@@ -136,9 +136,10 @@ def tail_step(shape: tuple[int, ...], layout: str, job: Job) -> Callable[[], Non
 
 
 def recorded(step: Callable[[], None]) -> list[tuple[str, Callable[[], None]]]:
-    """The launches of a step, each as something that can be done again on its own buffers.
+    """Record the launches of a step as functions that repeat them on the same buffers.
 
-    `convolve` merges in the program that draws the last ticket, from the zero that `squeeze` has left.
+    `convolve` merges in the program that draws the last ticket; `squeeze` leaves the ticket at zero, so it is
+    zeroed here.
     """
     found: list[tuple[str, Callable[[], None]]] = []
     launch = Kernels.launch
@@ -162,7 +163,7 @@ def recorded(step: Callable[[], None]) -> list[tuple[str, Callable[[], None]]]:
 
 
 def kernels(job: Job) -> Rows:
-    """A row per kernel, shape and layout."""
+    """Yield a row per kernel, shape and layout."""
     batch, stages = (2, ((5, 3),)) if job.dry else (128, STAGES)
     for layout in LAYOUTS:
         for channels, side in stages:
@@ -198,7 +199,7 @@ def kernel_row(
 
 
 def hosts(job: Job) -> Rows:
-    """Microseconds of the host per forward of an attention, and a network's batch 1 in a CUDA graph."""
+    """Host time per forward of an attention module, and a network at batch size 1 in a CUDA graph."""
     for row in _hosts(job) if job.has_time("hosts", needs=40) else ():
         print("{what:32} {arm:6} {us:9.1f} us  {ratio}".format(**row), flush=True)
         yield row
@@ -220,7 +221,7 @@ def _hosts(job: Job) -> Rows:
 
 
 def submitted(step: Callable[[], object], count: int, job: Job) -> float:
-    """Seconds that the host needs for a step, the device's work not waited for."""
+    """Seconds of host time per step, without waiting for the device."""
     step()
     synchronize(job)
     began = time.perf_counter()
@@ -232,7 +233,7 @@ def submitted(step: Callable[[], object], count: int, job: Job) -> float:
 
 
 def replayed(model: nn.Module, job: Job) -> timing.Step:
-    """A forward of batch 1, captured."""
+    """A forward pass at batch size 1, captured in a CUDA graph."""
     x = torch.randn(1, 3, 224, 224, device=job.device, dtype=job.dtype)
     x = x.contiguous(memory_format=torch.channels_last)
 
@@ -252,7 +253,7 @@ def synchronize(job: Job) -> None:
 
 
 def bench(job: Job, compiled: bool = False) -> _Measure:
-    """What `cbam bench` measures with."""
+    """The measurement object of `cbam bench`."""
     batch = 2 if job.dry else 128
     settings = Bench(device=job.device.type, rounds=job.rounds, batch_size=batch, compiled=compiled)
     return _Measure(settings, job.device, job.dtype, batch, partial(print, flush=True))
@@ -285,10 +286,10 @@ def compiled(job: Job) -> Rows:
 
 
 def profiled(job: Job) -> Rows:
-    """One forward and backward under `ncu`, which is to leave the clocks of the machine as they are."""
+    """Profile one forward and backward with `ncu`, without locking the clocks of the machine."""
     tool = shutil.which("ncu")
     if tool is None:
-        print("left out: ncu is not here")
+        print("skipped: ncu is not installed")
     if tool is None or not job.has_time("ncu", needs=60):
         return
     command = [
@@ -298,19 +299,19 @@ def profiled(job: Job) -> Rows:
     ]  # fmt: skip
     with started(command, subprocess.PIPE) as process:
         try:
-            told = process.communicate(timeout=job.left())[0]
+            output = process.communicate(timeout=job.left())[0]
         except subprocess.TimeoutExpired:
-            print("ncu did not end in time", flush=True)
+            print("ncu did not finish in time", flush=True)
             job.left_out.append("ncu")
             return
     if process.returncode:
-        print(f"ncu failed: {told.strip().splitlines()[-3:]}", flush=True)
+        print(f"ncu failed: {output.strip().splitlines()[-3:]}", flush=True)
     else:
-        yield from csv.DictReader(line for line in told.splitlines() if line.startswith('"'))
+        yield from csv.DictReader(line for line in output.splitlines() if line.startswith('"'))
 
 
 def once(job: Job) -> None:
-    """What `ncu` looks at: the largest stage, after everything is compiled."""
+    """The work that `ncu` profiles: the largest stage, after a first pass that compiles."""
     channels, side = (5, 3) if job.dry else STAGES[0]
     for layout in LAYOUTS:
         step = tail_step((2 if job.dry else 128, channels, side, side), layout, job)
@@ -328,11 +329,11 @@ STEPS: dict[str, Callable[[Job], Rows]] = {
     "kernels": kernels, "hosts": hosts, "blocks": blocks, "networks": networks, "ncu": profiled,
     "compiled": compiled,
 }  # fmt: skip
-GATED = ("blocks", "networks", "compiled")  # nothing but ratios
+GATED = ("blocks", "networks", "compiled")  # ratios, skipped if the cells fail
 
 
-def measured(name: str, job: Job) -> None:
-    """Do a step, and save each of its rows when it is there."""
+def run_step(name: str, job: Job) -> None:
+    """Run a step, saving after every row."""
     rows = []
     for row in STEPS[name](job):
         rows.append(row)
@@ -341,18 +342,20 @@ def measured(name: str, job: Job) -> None:
 
 def main() -> int:
     names = ("cells", *STEPS)
-    parser = argparse.ArgumentParser(description="Settle on a GPU what only a GPU can settle.")
+    parser = argparse.ArgumentParser(description="Check and measure the Triton kernels on a GPU.")
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
-    parser.add_argument("--commit", help="of what this is a copy, where git cannot say")
-    parser.add_argument("--dry", action="store_true", help="no GPU: the interpreter, sizes that mean nothing")
-    parser.add_argument("--steps", nargs="+", choices=names, default=names, help="which (default: all)")
+    parser.add_argument("--commit", help="commit of this code, if it is not a git checkout")
+    parser.add_argument("--dry", action="store_true", help="no GPU: the interpreter and tiny sizes")
+    parser.add_argument(
+        "--steps", nargs="+", choices=names, default=names, help="steps to run (default: all)"
+    )
     parser.add_argument("--once", action="store_true", help="one forward and backward, for ncu")
     options = parser.parse_args()
     if options.dry != (os.environ.get("TRITON_INTERPRET") == "1"):
-        parser.error("--dry goes with TRITON_INTERPRET=1, and only with it")
+        parser.error("--dry and TRITON_INTERPRET=1 require each other")
     if not options.dry and not torch.cuda.is_available():
-        parser.error("no GPU here: DRY=1 benchmarks/gpu.sh tries the script without one")
+        parser.error("no GPU: to test the script without one, run DRY=1 benchmarks/gpu.sh")
     job = Job(options.out, time.monotonic() + 60 * options.minutes, options.dry, options.commit)
     if options.once:
         once(job)
@@ -360,20 +363,20 @@ def main() -> int:
     failed = []
     for name in options.steps:
         if "cells" in failed and name in GATED:
-            print(f"left out, the cells do not agree with the equation: {name}", flush=True)
+            print(f"skipped, the cells do not agree with the equation: {name}", flush=True)
             continue
         try:
             if name != "cells":
-                measured(name, job)
+                run_step(name, job)
             else:
                 job.agreed = agree(0.6 * job.left(), job.dry)
                 failed += [] if job.agreed else [name]
-        except Exception:  # the others may still tell something
+        except Exception:  # the other steps may still work
             traceback.print_exc()
             failed.append(name)
     return 1 if failed else 75 if job.left_out else 0
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what was started ends with it
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the child processes too
     sys.exit(main())

@@ -1,20 +1,20 @@
 #!/usr/bin/env bash
-# Settle what only a GPU can: the Triton kernels' correctness, their times, and what `ncu` says of them.
+# Check and measure the Triton kernels on a GPU: correctness, times, and profiles by `ncu`.
 #
 #   benchmarks/gpu.sh [MINUTES] [OUT]
 #
-# MINUTES  the time there is (default: 10); what would not end in it is left out, and named. Give it half a
-#          minute less than what kills the script
-# OUT      where the rows go (default: benchmarks/results)
+# MINUTES  time limit (default: 10); steps that would exceed it are skipped and listed. Give half a minute
+#          less than the limit at which the script is killed
+# OUT      folder for the results (default: benchmarks/results)
 # STEPS=   some of: cells kernels hosts blocks networks ncu compiled (default: all, in this order)
 #
-# Needs torch with CUDA and its Triton, pytest, torchvision and timm; `ncu` where it is there. No network.
-# Where the kernels do not agree, times are marked "unverified" and there are no ratios to other codes.
-# Exit codes: 0 all agreed, 1 something did not or broke, 75 something was left out for want of time.
+# Needs torch with CUDA and its Triton, pytest, torchvision and timm; optionally `ncu`. No internet access.
+# If the kernels fail the correctness checks, times are marked "unverified", and no ratios are measured.
+# Exit codes: 0 all agreed, 1 a check or a step failed, 75 something was skipped for lack of time.
 #
-# COMMIT=   of what this code is a copy, where git cannot say
+# COMMIT=   commit of this code, if it is not a git checkout
 # PYTHON=   python3
-# DRY=1     no GPU: Triton's interpreter and sizes that mean nothing, to try the script itself
+# DRY=1     no GPU: Triton's interpreter and tiny sizes, to test the script itself
 set -eu
 cd "$(dirname "$0")/.."
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"

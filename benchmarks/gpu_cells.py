@@ -1,4 +1,4 @@
-"""The cells of tests/triton/ on this device, shared by several processes: first step of benchmarks/gpu.py."""
+"""Run the cells of tests/triton/ on this device in several processes: first step of benchmarks/gpu.py."""
 
 import itertools
 import os
@@ -14,15 +14,15 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 CELLS = ROOT / "tests" / "triton" / "cells.py"
-# What a library of that machine warns of, in its import or later, says nothing of the kernels.
+# Warnings of other libraries on the GPU machine are not errors here.
 PYTEST = (sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-W", "default")
 
 
 def agree(seconds: float, dry: bool) -> bool:
-    """Whether every cell passes within `seconds`; a few of them in a dry run.
+    """Whether every cell passes within `seconds`; a dry run takes only a few of them.
 
-    Progress is said every ten seconds, then the end of what each process said: of one that did not end, the
-    name of the cell it was at.
+    Prints progress every ten seconds, then the end of each process's output: for one that did not finish, the
+    name of its current cell.
     """
     end = time.monotonic() + seconds
     cells = listed(["-k", "gains or identity"] if dry else ["-m", "not large"], seconds)
@@ -45,31 +45,31 @@ def agree(seconds: float, dry: bool) -> bool:
                 print(f"cells: {progress(logs)} of {len(cells)}", flush=True)
             time.sleep(1)
         for code, log in zip(codes, logs, strict=True):
-            told = log.read_text().strip()
-            last = told.rpartition("\n")[2]
-            print({0: last, None: f"did not end: {last}"}.get(code, told[-4000:]), flush=True)
+            output = log.read_text().strip()
+            last = output.rpartition("\n")[2]
+            print({0: last, None: f"did not finish: {last}"}.get(code, output[-4000:]), flush=True)
     return bool(cells) and all(code == 0 for code in codes)
 
 
 def listed(chosen: list[str], seconds: float) -> list[str]:
-    """The names of the cells; none, and why, where pytest cannot collect them."""
+    """The names of the cells; if pytest cannot collect them, print why and return none."""
     with started([*PYTEST, "-q", "--collect-only", str(CELLS), *chosen], subprocess.PIPE) as process:
-        told = process.communicate(timeout=seconds)[0]
+        output = process.communicate(timeout=seconds)[0]
     if process.returncode:
-        print(told[-4000:], flush=True)
+        print(output[-4000:], flush=True)
         return []
-    return [line for line in told.splitlines() if f"{CELLS.name}::" in line]
+    return [line for line in output.splitlines() if f"{CELLS.name}::" in line]
 
 
 def progress(logs: list[Path]) -> str:
-    """How many cells are done, and how many of these wrong."""
+    """The number of cells done, and of failures among them."""
     ended = [line for log in logs for line in log.read_text().splitlines() if line.endswith("%]")]
     return f"{len(ended)} ({sum(' FAILED ' in line or ' ERROR ' in line for line in ended)} failed)"
 
 
 @contextmanager
 def started(command: list[str], stdout: Any, **options: Any) -> Iterator[subprocess.Popen]:
-    """A process, which is ended with all that it started: nothing stays on the GPU."""
+    """Start a process, and kill its whole group at the end, so that nothing stays on the GPU."""
     options |= {"stdout": stdout, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
     with subprocess.Popen(command, cwd=ROOT, **options) as process:
         try:

@@ -1,25 +1,25 @@
 #!/usr/bin/env bash
-# Fill the studies that docs/evidence.md reports, on one GPU, as far as the time reaches.
+# Run the studies that docs/evidence.md reports on one GPU, as far as the time allows.
 #
 #   benchmarks/gpu_studies.sh DATA [MINUTES] [OUT]
 #   STUDIES="coco voc" benchmarks/gpu_studies.sh BOXES [MINUTES] [OUT]
 #
-# DATA     imagenette96 with train/ and val/, or the .zip that holds it
-# BOXES    pictures with boxes: a folder of Pascal VOC, such as BCCD, or for the study coco alone one of COCO; or
-#          the .zip that holds it
-# MINUTES  the time there is (default: 25); no run is begun that would not end in it
-# OUT      where the records go (default: results); what has a record there is not repeated. A place for plain
-#          names alone takes them packed, `tar czf`: names such as resnet18+cbam have a "+"
+# DATA     imagenette96 with train/ and val/, or a .zip of it
+# BOXES    images with boxes: a Pascal VOC folder, such as BCCD, or for the study coco only, a COCO folder; or a
+#          .zip of it
+# MINUTES  time limit (default: 25); runs that would exceed it are not started
+# OUT      folder for the records (default: results); runs with a record there are not repeated. If the target
+#          system rejects a "+" in file names, as in resnet18+cbam, pack the records with `tar czf`
 #
-# The same command goes on where it stopped. It needs no network: torch, torchvision and pytorch-lightning.
-# Exit codes: 0 all is there, 75 the time was over before, else what went wrong.
+# The same command resumes. It needs torch, torchvision and pytorch-lightning, but no internet access.
+# Exit codes: 0 complete, 75 out of time, otherwise that of the failure.
 #
 # JOBS=3     processes that share the GPU: a small network leaves most of it idle
 # SEEDS=5    repetitions of every row
 # EPOCHS=    instead of the usual 40
-# STUDIES=   instead of networks channel spatial order peers start; coco and voc are those of detectors
-# COMMIT=    of what this code is a copy, where git cannot say; else the runs do not count
-# DEVICE=    cuda; cpu to try the script
+# STUDIES=   instead of networks channel spatial order peers start; coco and voc are for detectors
+# COMMIT=    commit of this code, if it is not a git checkout; without it the runs do not count
+# DEVICE=    cuda; cpu to test the script
 # MORE=      further options of `cbam study`
 # PYTHON=    python3
 set -u
@@ -67,7 +67,7 @@ code=75
 for pid in "${pids[@]}"; do
     wait "$pid"
     own=$?
-    # The last to end finds all records, if all are there; 75 of the others is what was still with it.
+    # The last process to end sees all records. The others exit with 75 if it still had runs to finish.
     [ "$own" -eq 0 ] && [ "$code" -eq 75 ] && code=0
     [ "$own" -ne 0 ] && [ "$own" -ne 75 ] && code=$own
 done

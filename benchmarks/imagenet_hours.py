@@ -1,9 +1,9 @@
-"""How long the ImageNet tables take on machines like this one: `python -m benchmarks.imagenet_hours`.
+"""Estimate how long the ImageNet tables take on this machine: `python -m benchmarks.imagenet_hours`.
 
-Training steps and inferences of every row are timed in turns on images of noise, in the precision of the
-study, and the hours of a run follow from ImageNet's number of images. A row per network and device goes to
-benchmarks/results/imagenet-<device>-torch<version>.json, which docs/evidence.md reads. Reading images is
-not in it: they must come as fast as the last column says, on every device.
+Training steps and inferences of every row are timed in alternation on noise images, in the precision of the
+study, and extrapolated to ImageNet's number of images. A row per network and device is written to
+benchmarks/results/imagenet-<device>-torch<version>.json, which docs/evidence.md reports. Reading images is
+not included; the last line gives the rate that every device needs.
 """
 
 import argparse
@@ -30,7 +30,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Measure, print, write."""
+    """Measure, print and write the result."""
     options = _options(argv)
     device = pick_device(options.device)
     arms = STUDIES[options.study].arms
@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> None:
             f"study {options.study} has no row {', '.join(unknown)}; its rows: {', '.join(arms)}"
         )
     measured = measure({n: arms[n] for n in options.arms or arms}, options.batch_size, options.size, device)
-    told = {
+    result = {
         "study": options.study,
         "device": machine.describe(device),
         "versions": versions(),
@@ -49,16 +49,16 @@ def main(argv: list[str] | None = None) -> None:
         "size": options.size,
         "rows": measured,
     }
-    kind = re.sub(r"[^A-Za-z0-9]+", "-", told["device"]["name"]).strip("-").lower()
-    out = Path(options.out) / f"imagenet-{kind}-torch{told['versions']['torch']}.json"
+    kind = re.sub(r"[^A-Za-z0-9]+", "-", result["device"]["name"]).strip("-").lower()
+    out = Path(options.out) / f"imagenet-{kind}-torch{result['versions']['torch']}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(told, indent=1) + "\n", "utf-8")
-    print("\n".join(lines(told, seeds=options.seeds, devices=options.devices)))
+    out.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+    print("\n".join(lines(result, seeds=options.seeds, devices=options.devices)))
     print(out)
 
 
 class HalfPrecision(nn.Module):
-    """Runs a network in bfloat16 where that is safe, weights and logits in float32, as training does."""
+    """Run a network under bfloat16 autocast, with weights and logits in float32, as in training."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ class HalfPrecision(nn.Module):
 
 
 def measure(arms: dict[str, Any], batch_size: int, size: int, device: torch.device) -> dict[str, dict]:
-    """Pictures per second of training and of inference, of every row."""
+    """Images per second in training and in inference, for every row."""
     protocol = imagenet()
     models = {}
     for name, arm in arms.items():
@@ -87,16 +87,16 @@ def measure(arms: dict[str, Any], batch_size: int, size: int, device: torch.devi
 
 
 def hours(row: dict[str, float]) -> float:
-    """Hours of one run on one device: training, and a validation after every epoch."""
+    """Hours of one run on one device, with a validation after every epoch."""
     return imagenet().epochs * (TRAIN / row["train"] + VAL / row["inference"]) / 3600
 
 
-def lines(told: dict[str, Any], *, seeds: int, devices: int) -> list[str]:
-    """The table and its sum, as Markdown."""
-    rows = told["rows"]
-    name = told["device"]["name"]
+def lines(result: dict[str, Any], *, seeds: int, devices: int) -> list[str]:
+    """The table and the total, as Markdown."""
+    rows = result["rows"]
+    name = result["device"]["name"]
     found = [
-        f"| row | pictures/s in training, {name} | hours of a run |",
+        f"| row | images/s in training, {name} | hours per run |",
         "| --- | --- | --- |",
         *(f"| {row} | {own['train']:,.0f} | {hours(own):.1f} |" for row, own in rows.items()),
     ]
@@ -104,9 +104,9 @@ def lines(told: dict[str, Any], *, seeds: int, devices: int) -> list[str]:
     fastest = max(row["train"] for row in rows.values())
     found += [
         "",
-        f"All {len(rows)} rows with {seeds} seeds: {whole:,.0f} hours of one {name}, "
-        f"{whole / devices:,.0f} hours of {devices}, a run on each. Images must come at up to "
-        f"{fastest:,.0f} a second for every device. Precision: {told['precision']}.",
+        f"All {len(rows)} rows with {seeds} seeds: {whole:,.0f} hours on one {name}, "
+        f"{whole / devices:,.0f} hours on {devices}, one run on each. Every device needs up to "
+        f"{fastest:,.0f} images per second. Precision: {result['precision']}.",
     ]
     return found
 
@@ -114,7 +114,7 @@ def lines(told: dict[str, Any], *, seeds: int, devices: int) -> list[str]:
 def _options(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.imagenet_hours", description=__doc__)
     parser.add_argument("--study", default="networks", choices=STUDIES, metavar="NAME")
-    parser.add_argument("--arms", nargs="+", metavar="ROW", help="these rows alone")
+    parser.add_argument("--arms", nargs="+", metavar="ROW", help="only these rows")
     parser.add_argument("--devices", type=int, default=8, metavar="N", help="(default: 8)")
     parser.add_argument("--seeds", type=int, default=5, metavar="N", help="(default: 5)")
     parser.add_argument("--batch-size", type=int, default=imagenet().batch_size, metavar="N")

@@ -1,13 +1,13 @@
-"""Pictures per second and core: our loading against the usual one of PIL, torchvision and float tensors.
+"""Measure images per second and core: our loader against the usual PIL, torchvision and float pipeline.
 
     python -m benchmarks.loader PICTURES [--rounds 7] [--count 256] [--short 0]
 
 PICTURES is an image folder. Ours decodes, crops and flips in 8 bits and normalises the batch on the device;
-the usual pipeline crops in PIL, converts to float and normalises image by image. Both load, in one thread
-and one process, the same images into batches of 64, in turn within each round; ours is timed to the end of
-the 8-bit batch, which is what a worker does, and to the normalised float batch on the CPU. The gate: on
-validation, without a random crop, both give the same numbers but for rounding. `--short N` first enlarges the
-images to a short side of N, as JPEG, for sizes like ImageNet's. One row per case goes to
+the usual pipeline crops in PIL, converts to float and normalises image by image. Both load the same images
+into batches of 64 with one thread and process, alternating in each round; ours is timed up to the 8-bit
+batch, which is a worker's task, and up to the normalised float batch on the CPU. The gate: on validation,
+without random crops, both give the same numbers up to rounding. `--short N` first enlarges the images to a
+short side of N, as JPEG, for sizes like ImageNet's. A row is appended to
 benchmarks/results/loader-<device>-torch<version>.csv.
 """
 
@@ -52,25 +52,27 @@ def usual(train: bool, size: int) -> Callable[[str], Tensor]:
 
 
 def gate(val: Images, paths: list[str]) -> None:
-    """Refuse to time what gives other numbers: two 8-bit steps at most apart, half a step on average."""
+    """Exit if the pipelines differ by more than two 8-bit steps, or half a step on average."""
     load = usual(False, val.size)
     ours = normalise(torch.stack([val[i]["image"] for i in range(16)]), val.mean, val.std)
     theirs = torch.stack([load(path) for path in paths[:16]])
     apart = (ours - theirs).abs() * 255 * torch.tensor(IMAGENET_STD).view(3, 1, 1)
     if apart.max() > 2 or apart.mean() > 0.5:
-        raise SystemExit(f"gate: {apart.max():.2f} 8-bit steps apart at most, {apart.mean():.3f} on average")
-    print(f"gate: {apart.max():.2f} 8-bit steps apart at most, {apart.mean():.3f} on average")
+        raise SystemExit(
+            f"gate: difference of {apart.max():.2f} 8-bit steps at most, {apart.mean():.3f} on average"
+        )
+    print(f"gate: difference of {apart.max():.2f} 8-bit steps at most, {apart.mean():.3f} on average")
 
 
 def seconds(run: Callable[[], None]) -> float:
-    """Of one call."""
+    """Time one call."""
     began = time.perf_counter()
     run()
     return time.perf_counter() - began
 
 
 def enlarged(source: Path, to: Path, short: int, count: int) -> Path:
-    """About `count` images of each split, with a short side of `short`, as JPEG of quality 90."""
+    """Write about `count` images of each split with a short side of `short`, as JPEG of quality 90."""
     from PIL import Image
 
     for split in image_folder(source, size=64):
@@ -89,7 +91,7 @@ def enlarged(source: Path, to: Path, short: int, count: int) -> Path:
 
 
 def measure(folder: Path, size: int, rounds: int, count: int) -> dict:
-    """Pictures per second of both, and the ratio round by round."""
+    """Images per second of both, and the ratios of the rounds."""
     train, val = image_folder(folder, size=size)
     gate(val, [val._source.name(i) for i in range(16)])  # type: ignore[attr-defined]
     part, load = train.subset(count), usual(True, size)
@@ -122,7 +124,7 @@ def measure(folder: Path, size: int, rounds: int, count: int) -> dict:
 
 
 def main() -> None:
-    """Gate, time, print and write the rows."""
+    """Check, time, print and write the row."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("pictures", type=Path)
     parser.add_argument("--rounds", type=int, default=7)

@@ -1,11 +1,11 @@
-"""Attach attention to many networks, train a step, detach, and say what happened: docs/matrix.md.
+"""Attach attention to many networks, train a step, detach, and report the results: docs/matrix.md.
 
     python -m benchmarks.matrix [--only PATTERN] [--fresh]
 
-The networks, and for some the number of places counted by hand: tests/surgery/architectures.toml. A row
-per network goes to benchmarks/results/matrix.jsonl as soon as it is there, so that an interrupted run goes on
-where it stopped; rows of other library versions, or of another state of cbam's code, are run anew. `--fresh`
-runs all anew: after a change of this file, say.
+tests/surgery/architectures.toml lists the networks, and for some the number of places counted by hand. A row
+per network is appended to benchmarks/results/matrix.jsonl as soon as it is computed, so that an interrupted
+run resumes; rows of other library versions or of other cbam code are computed again. `--fresh` computes all
+again, for example after a change of this file.
 """
 
 import argparse
@@ -45,13 +45,13 @@ ROUTES = {
 
 
 def networks() -> dict[str, int | None]:
-    """Every network, "library/name", with the number of sites counted by hand where there is one."""
+    """Every network, "library/name", with the number of sites counted by hand, if known."""
     lists = tomllib.loads(NETWORKS.read_text("utf-8"))
     return lists["expected"] | dict.fromkeys(lists["more"]["names"].split())
 
 
 def versions() -> dict[str, str]:
-    """What a row depends on: the libraries, and the code that attaches."""
+    """The versions a row depends on: the libraries, and a digest of the code that attaches."""
     names = [
         f"cbam/surgery/{name}.py"
         for name in ("attach", "effects", "graph", "route", "sites", "tracing", "trial")
@@ -67,7 +67,7 @@ def versions() -> dict[str, str]:
 
 
 def build(name: str) -> nn.Module:
-    """A network of seven classes in eval mode, no branch at zero, as a trained network has none."""
+    """A network with seven classes in eval mode; as in a trained network, no branch is zero."""
     torch.manual_seed(0)
     model = cbam.build(name.replace("/", ":"), num_classes=CLASSES)
     for module in model.modules():
@@ -79,7 +79,7 @@ def build(name: str) -> nn.Module:
 
 
 def examine(name: str) -> dict[str, Any]:
-    """One row: what attaching to `name`, training a step and detaching did."""
+    """Compute a row: attach to `name`, train a step, detach."""
     model = build(name)
     x, plain = first_run(model)
     keys, classes = list(model.state_dict()), [type(m) for m in model.modules()]
@@ -109,7 +109,7 @@ def examine(name: str) -> dict[str, Any]:
 
 
 def first_run(model: nn.Module) -> tuple[Tensor, Tensor]:
-    """The smallest input that the network takes, and what it gives."""
+    """The smallest input that the network accepts, and its output."""
     default = getattr(model, "default_cfg", {}).get("input_size", (3, 224, 224))[-1]
     sizes = sorted({SIZE, default})
     for size in sizes:
@@ -117,7 +117,7 @@ def first_run(model: nn.Module) -> tuple[Tensor, Tensor]:
         x = torch.randn(2, 3, size, size)
         try:
             out = evaluate(model, x)
-        except Exception:  # a network refuses a size that it is not made for in any way it likes
+        except Exception:  # networks reject unsupported sizes with errors of any type
             if size == sizes[-1]:
                 raise
         else:
@@ -132,7 +132,7 @@ def evaluate(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def without_gradient(model: nn.Module, x: Tensor) -> list[str]:
-    """The parameters that get no gradient in one step of training, which is taken."""
+    """Train one step; return the parameters that got no gradient."""
     model.train()
     F.cross_entropy(model(x), torch.arange(len(x))).backward()
     torch.optim.SGD(model.parameters(), lr=1e-3).step()
@@ -140,13 +140,13 @@ def without_gradient(model: nn.Module, x: Tensor) -> list[str]:
 
 
 def left_out(found: list[Site]) -> dict[str, int]:
-    """How many blocks have no site, by reason; names and numbers of one block taken out."""
+    """Number of blocks without a site, by reason, without names specific to a block."""
     reasons = Counter(reason(site.why) for site in found if not site.default)
     return dict(reasons.most_common())
 
 
 def reason(why: str) -> str:
-    """What blocks have in common of the reasons why they have no site."""
+    """The general form of the reason why a block has no site."""
     for start in ("linear branch", "partial residual", "parallel sum", "a cell", "a gate", "a mask"):
         if start in why:
             return start
@@ -245,7 +245,7 @@ def listed(reasons: dict[str, int]) -> str:
 
 
 def kept(now: dict[str, str]) -> dict[str, dict[str, Any]]:
-    """The rows of an earlier run that would come out the same now."""
+    """The rows of an earlier run with the same versions."""
     if not RESULTS.exists():
         return {}
     rows = [json.loads(line) for line in RESULTS.read_text("utf-8").splitlines()]
@@ -254,10 +254,12 @@ def kept(now: dict[str, str]) -> dict[str, dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # pyright: ignore
-    parser.add_argument("--only", default="", help="run the networks whose name matches; no page is written")
-    parser.add_argument("--fresh", action="store_true", help="keep no row of an earlier run")
+    parser.add_argument(
+        "--only", default="", help="run only the networks whose name matches; the page is not written"
+    )
+    parser.add_argument("--fresh", action="store_true", help="ignore the rows of earlier runs")
     options = parser.parse_args()
-    torch.set_num_threads(1)  # the networks are small, and a second thread mostly waits
+    torch.set_num_threads(1)  # the inputs are small, and a second thread mostly waits
     now, expected = versions(), networks()
     rows = {} if options.fresh else kept(now)
     RESULTS.parent.mkdir(exist_ok=True)
@@ -269,7 +271,7 @@ def main() -> None:
         begin = time.perf_counter()
         try:
             row = examine(name)
-        except Exception as error:  # one network that fails is a row, not the end of the run
+        except Exception as error:  # a failing network is a row, and does not end the run
             row = {"failed": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}"}
         seconds = round(time.perf_counter() - begin, 2)
         row = {"network": name, **now, "date": f"{datetime.date.today()}", "seconds": seconds, **row}
@@ -292,7 +294,7 @@ def summary(row: dict[str, Any]) -> str:
 
 
 def sound(row: dict[str, Any], count: int | None) -> bool:
-    """Whether a row is what the project promises."""
+    """Whether a row meets the project's guarantees."""
     if "failed" in row or (count is not None and row["sites"] != count):
         return False
     if "refused" in row:

@@ -1,16 +1,16 @@
-"""What attention costs where a network is served: +SE and +CBAM against plain in ONNX Runtime and OpenVINO.
+"""Measure what attention costs in deployment: +SE and +CBAM against plain in ONNX Runtime and OpenVINO.
 
     python -m benchmarks.runtimes --files FOLDER --only-export    # takes minutes; the machine may be busy
     python -m benchmarks.runtimes --files FOLDER [--networks resnet18 ...] [--rounds 15] [--threads 1]
     python -m docs.fill_runtimes                                  # puts the table into docs/export.md
 
-Every network is exported by `cbam.export`, which is the gate: a file that computes something else is never
-written. With --files it stays in that folder, and one that is there is not exported again. Plain, SE and
-CBAM are then timed in turn, one after the other in every round, every other round backwards; the ratio is
-that of a round's two times. In float32, on the CPU, images of 224 px. PyTorch itself, with the kernels that
-are there, is timed in the same way. A row per runtime, network and attention goes to
-benchmarks/results/runtimes-<device>-torch<version>.csv; one of the same runtime, network, attention, batch
-and number of threads is replaced.
+Every network is exported with `cbam.export`, which is the gate: it never writes a file that computes
+something else. With --files the exports are kept in that folder and reused. Plain, SE and CBAM are then timed
+in alternation, every other round in reverse order; a ratio compares two times of the same round. In float32,
+on the CPU, with images of 224 px. PyTorch, with the installed kernels, is timed in the same way. The rows,
+one per runtime, network and attention, are written to
+benchmarks/results/runtimes-<device>-torch<version>.csv and replace those of the same runtime, network,
+attention, batch size and number of threads.
 """
 
 import argparse
@@ -39,7 +39,7 @@ KEY = ("runtime", "network", "attention", "batch", "threads")
 
 
 def steps(runtime: str, network: str, batch: int, folder: Path) -> dict[str, Callable[[], object]]:
-    """Arm -> one run of it."""
+    """Map each arm to a function that runs it once."""
     x = torch.randn(batch, 3, 224, 224)
     found: dict[str, Callable[[], object]] = {}
     for arm in ARMS:
@@ -58,7 +58,7 @@ def steps(runtime: str, network: str, batch: int, folder: Path) -> dict[str, Cal
 
 
 def measure(runtime: str, network: str, options: argparse.Namespace, folder: Path) -> list[dict]:
-    """A row per arm."""
+    """Time the arms; return a row for each."""
     with torch.inference_mode():
         timed = in_turns(
             steps(runtime, network, options.batch, folder), torch.device("cpu"), rounds=options.rounds
@@ -82,7 +82,7 @@ def measure(runtime: str, network: str, options: argparse.Namespace, folder: Pat
 
 
 def write(rows: list[dict]) -> None:
-    """Put the rows into the file of this device."""
+    """Write the rows to the file of this device."""
     device = "".join(c if c.isalnum() else "-" for c in str(rows[0]["device"])).strip("-")
     path = HERE / "results" / f"runtimes-{device}-torch{torch.__version__.split('+')[0]}.csv"
     new = {tuple(str(row[key]) for key in KEY) for row in rows}

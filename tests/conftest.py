@@ -14,7 +14,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run the longest test, all cells of the interpreter, first; at the end only one process would be busy."""
+    """Run the longest test, all cells of the interpreter, first; last, it would occupy one process alone."""
     items.sort(key=lambda item: item.path.name != "test_interpreter.py")
 
 
@@ -42,7 +42,7 @@ EXACT = ("ops", "nn", "surgery", "models", "explain")
 
 @pytest.fixture(autouse=True)
 def _by_the_equation(request):
-    """Run the lower floors' tests, which compare bits, with the plain equation; kernels have their own tests."""
+    """Run the lower floors' tests with the plain equation, for exact bits; kernels have their own tests."""
     if request.path.parent.name not in EXACT or "kernels" in request.fixturenames:
         yield
         return

@@ -44,7 +44,7 @@ def tables(out: Path) -> dict[str, list[dict[str, str]]]:
 def test_without_a_gpu_it_says_so(tmp_path):
     done = run(tmp_path)
     assert done.returncode == 2
-    assert "no GPU here: DRY=1" in done.stderr.splitlines()[-1]
+    assert "no GPU: to test the script without one, run DRY=1" in done.stderr.splitlines()[-1]
 
 
 @pytest.mark.large
@@ -136,7 +136,7 @@ def test_what_would_not_end_in_time_does_not_begin(tmp_path, monkeypatch, capsys
     code, found = settled(monkeypatch, tmp_path, "--minutes", "0.3")  # 18 seconds
     assert code == 75
     assert found == {}
-    assert "left out, no time: resnet50, compiled" in capsys.readouterr().out
+    assert "skipped, no time: resnet50, compiled" in capsys.readouterr().out
     job = gpu.Job(tmp_path, time.monotonic() + 30, dry=True)
     assert job.has_time("short", needs=20)
     assert not job.has_time("long", needs=40)
@@ -189,7 +189,7 @@ def test_a_cell_that_hangs_is_named_and_ends_with_its_children(cells, tmp_path, 
         told = capsys.readouterr().out
         if "cells.py" in told:
             break
-    assert "did not end: cells.py::test_gains" in told
+    assert "did not finish: cells.py::test_gains" in told
     assert until_nobody_holds(pipe) == b"here\n"
 
 
