@@ -1,8 +1,8 @@
-"""What README.md says of the studies on photographs: one table with the rows of all tables that count.
+"""The README's summary of the studies on photographs: one table with the rows of all complete tables.
 
-The table is of the training that is nearest to the protocol; of the others it is said what they show, and
-trainings on a part of a data set get a line. What stands in several studies stands here once; a row with too
-few seeds stands in its own table alone.
+The table covers the training closest to the protocol; other trainings are summarised in sentences, and those
+on a part of a data set in a line. Rows shared by several studies appear once, and rows with too few seeds not
+at all.
 """
 
 import json
@@ -18,7 +18,7 @@ LABELS_HERE = LABELS | {"channel": "channel, average and maximum", "cbam-max": "
 
 
 def cited(judged: list[Table]) -> str:
-    """What tables show, those of a network and a data set together."""
+    """Summarise the tables, grouped by network and data set."""
     about = [(table.shared.get("network"), table.shared["data"]) for table in judged]
     groups = [
         [table for table, own in zip(judged, about, strict=True) if own == one]
@@ -32,12 +32,12 @@ def cited(judged: list[Table]) -> str:
 
 
 def _is_of_a_part(tables: list[Table]) -> bool:
-    """Whether only a part of the data set was trained on."""
+    """Whether the training used only a part of the data set."""
     return bool(tables[0].shared.get("limit"))
 
 
 def parts(table: Table) -> list[str]:
-    """How a table was trained, part by part."""
+    """The training settings of a table, as a list of phrases."""
     shared = table.shared
     size = shared["size"] or table.about["size"]
     return [
@@ -51,7 +51,7 @@ def parts(table: Table) -> list[str]:
 
 
 def _closeness(table: Table) -> tuple[bool, bool]:
-    """How near a table is to the protocol: what is nearest is the comparison to go by."""
+    """Sort key: how close a table is to the protocol. The closest is the main comparison."""
     return table.usual, bool(table.shared.get("warmup_epochs"))
 
 
@@ -65,15 +65,15 @@ def _together(tables: list[Table]) -> str:
     rows, to_plain = _rows(main, labels)
     between = _differences(main, labels, but=to_plain)
     seeds = sorted({len(table.runs[name]) for table, name in _counted(main)})
-    told = str(seeds[0]) if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
-    lines = [f"**{named}**: {how}; {title} in %, {told} seeds.", ""]
+    span = str(seeds[0]) if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
+    lines = [f"**{named}**: {how}; {title} in %, {span} seeds.", ""]
     column = "error" if main[0].first.lower_is_better else title
     lines += [f"| | {column} | against plain | |", "|---|---|---|---|", *rows, ""]
     if between:
         lines += [as_markdown(_shown("Between the attention modules", by_word(title, between))), ""]
     count = len(to_plain) + len(between)
-    for told, own in others:
-        apart = ", ".join(part for part in told.split(", ") if part not in how.split(", "))
+    for settings, own in others:
+        apart = ", ".join(part for part in settings.split(", ") if part not in how.split(", "))
         found = _differences(own, labels)
         count += len(found)
         lines.append(as_markdown(_shown(f"With {apart}", by_word(title, found))) + "\n")
@@ -82,16 +82,16 @@ def _together(tables: list[Table]) -> str:
 
 def _briefly(tables: list[Table]) -> str:
     labels, first = _labels(tables), tables[0]
-    told = [
+    sentences = [
         sentence for table in tables for sentence in by_word(table.first.title, _differences([table], labels))
     ]
     what = "detectors" if "AP" in first.first.title else "networks"
     where = f"For {what} trained on only {first.about['train']} images of {first.shared['data']}"
-    return f"{as_markdown(_shown(where, told))} {_links(tables)}"
+    return f"{as_markdown(_shown(where, sentences))} {_links(tables)}"
 
 
 def _labels(tables: list[Table]) -> dict[str, str]:
-    """A name for every kind of run, by its key; how attention begins is said where that differs."""
+    """A label for every kind of run, by its key; it includes the start of attention if that differs."""
     found: dict[str, tuple[Table, str]] = {}
     starts: dict[tuple, set[str]] = {}
     for table, name in _counted(tables):
@@ -113,7 +113,7 @@ def _labels(tables: list[Table]) -> dict[str, str]:
 
 
 def _counted(tables: list[Table]) -> Iterator[tuple[Table, str]]:
-    """Every row that has enough seeds."""
+    """Yield every row with enough seeds."""
     for table in tables:
         for name in table.arms:
             if len(table.runs.get(name, {})) >= SEEDS:
@@ -129,14 +129,14 @@ def _kind(config: dict[str, Any]) -> tuple:
 
 
 def _key(table: Table, arm: str) -> str:
-    """What tells the runs of a row from those of others, in whatever study."""
+    """The key that identifies a kind of run across studies."""
     config = _config(table, arm)
     names = ("network", "attention", "start", "forked", "reduction", "where")
     return json.dumps([config.get(name) for name in names])
 
 
 def _rows(tables: list[Table], labels: dict[str, str]) -> tuple[list[str], set[tuple[str, str]]]:
-    """A line for each kind of run, with its difference to the plain one; and the pairs that are compared."""
+    """A line for each kind of run, with its difference from the plain one; and the pairs compared."""
     found: dict[str, tuple[Table, str]] = {}
     for table, name in _counted(tables):
         found.setdefault(_key(table, name), (table, name))
@@ -156,7 +156,7 @@ def _rows(tables: list[Table], labels: dict[str, str]) -> tuple[list[str], set[t
 
 
 def _is_plain_of(config: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Whether these are the settings of the plain network that those of `other` are compared with."""
+    """Whether `config` is that of the plain network with which `other` is compared."""
     same = all(config.get(name) == other.get(name) for name in ("network", "forked"))
     return same and not config["attention"]
 
@@ -164,7 +164,7 @@ def _is_plain_of(config: dict[str, Any], other: dict[str, Any]) -> bool:
 def _differences(
     tables: list[Table], labels: dict[str, str], but: Collection[tuple[str, str]] = ()
 ) -> list[tuple[str, dict]]:
-    """The comparisons of one training, each once, without those of `but`."""
+    """The distinct comparisons of one training, without those in `but`."""
     found, counted = {}, {(id(table), name) for table, name in _counted(tables)}
     for table in tables:
         for row in differences(table, table.first.key):
@@ -176,18 +176,18 @@ def _differences(
 
 
 def _shown(where: str, every: list[str]) -> str:
-    """What is shown there; the rest stands on the pages of the tables."""
-    told = [sentence for sentence in every if sentence.startswith(("Better", "Worse"))]
-    if not told:
+    """The differences that are shown; the full tables have the others."""
+    shown = [sentence for sentence in every if sentence.startswith(("Better", "Worse"))]
+    if not shown:
         return f"{where}, no difference is shown."
-    rest = ["No difference is shown in the rest."] if len(told) < len(every) else []
-    return f"{where}: {' '.join([told[0][0].lower() + told[0][1:], *told[1:], *rest])}"
+    rest = ["No difference is shown in the rest."] if len(shown) < len(every) else []
+    return f"{where}: {' '.join([shown[0][0].lower() + shown[0][1:], *shown[1:], *rest])}"
 
 
 def _links(tables: list[Table]) -> str:
-    def told(table: Table) -> str:
+    def label(table: Table) -> str:
         usual = _closeness(table) == _closeness(tables[0])
         return table.study.name if usual else ", ".join([table.study.name, *parts(table)[4:]])
 
-    pages = [f"[{told(table)}](results/{table.study.name}/{table.name}.md)" for table in tables]
+    pages = [f"[{label(table)}](results/{table.study.name}/{table.name}.md)" for table in tables]
     return f"Full tables: {'; '.join(pages)}."

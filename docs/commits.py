@@ -1,12 +1,12 @@
-"""How a page names the code that its numbers were measured with."""
+"""How a page names the commits that its numbers were measured with."""
 
 from collections.abc import Iterable
 
-CHANGED = "+changes"  # as cbam.studies.machine.commit() ends where files differ from the commit
+CHANGED = "+changes"  # suffix of cbam.studies.machine.commit() if files differ from the commit
 
 
 def commits(rows: Iterable[dict[str, str]]) -> str:
-    """The commits of these rows, in short and each once; one whose files were changed still says so."""
+    """The distinct commits of these rows, abbreviated, with the mark of changed files kept."""
     return ", ".join(dict.fromkeys(_short(row["commit"]) for row in rows))
 
 

@@ -1,7 +1,7 @@
-"""How Sphinx builds the site, by `make docs` into build/site/. Its pages are those of the repository.
+"""Sphinx configuration of the site, which `make docs` builds into build/site/ from the repository's pages.
 
-The whole checkout is the source folder, so that a link from a page to ../results/ or ../CONTRIBUTING.md leads
-to the same place on the site as in the repository. Nothing is fetched, while building or while reading.
+The whole checkout is the source folder, so that links to ../results/ or ../CONTRIBUTING.md work on the site
+as in the repository. Neither building nor reading the site needs the network.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 import cbam  # noqa: E402
 from cbam.app import cli  # noqa: E402
 
-os.environ["COLUMNS"] = "84"  # of the text that commands say of themselves
+os.environ["COLUMNS"] = "84"  # width of the commands' help
 
 project, author, version = "cbam", "the cbam authors", cbam.__version__
 release, project_copyright = version, "the cbam authors, MIT licence"
@@ -35,7 +35,7 @@ source_suffix = {".md": "markdown"}
 root_doc = "docs/index"
 include_patterns = ["docs/*.md", "docs/**/*.md", "results/**/*.md", "native/README.md", "tests/*.md", "*.md"]
 exclude_patterns = [".*", "**/.*", "build", "dist", "demo-report*", "cbam-runs", "shared"]
-suppress_warnings = ["toc.not_included"]  # results/ is reached from the evidence, not from the contents
+suppress_warnings = ["toc.not_included"]  # results/ is linked from the evidence, not from the contents
 
 myst_heading_anchors = 4
 highlight_language = "text"
@@ -64,7 +64,7 @@ pygments_style, pygments_dark_style = "friendly", "github-dark"
 
 
 class Room(SphinxDirective):
-    """```{room} cbam.nn```: everything that the room lists as public, from its docstrings."""
+    """```{room} cbam.nn```: document the public names of a room from their docstrings."""
 
     required_arguments = 1
 
@@ -86,12 +86,12 @@ def _entry(room: Any, name: str) -> list[str]:
         return [f".. autoclass:: {room.__name__}.{name}", "   :members:", "   :show-inheritance:", ""]
     if callable(value):
         return [f".. autofunction:: {room.__name__}.{name}", ""]
-    told = ", ".join(f"`{key}`" for key in value) if isinstance(value, dict) else f"`{value!r}`"
-    return [f".. py:data:: {room.__name__}.{name}", "", f"   {told}", ""]
+    text = ", ".join(f"`{key}`" for key in value) if isinstance(value, dict) else f"`{value!r}`"
+    return [f".. py:data:: {room.__name__}.{name}", "", f"   {text}", ""]
 
 
 def _formulas(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
-    """Keep the lines of a formula, which docstrings indent, as they are."""
+    """Keep the line breaks of formulas, which docstrings indent."""
     kept: list[str] = []
     above = ""  # the last line that is not empty
     for line in lines:
@@ -104,11 +104,11 @@ def _formulas(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: 
 
 
 def _commands(app: Sphinx, page: str, source: list[str]) -> None:
-    """Put what every command says of itself into the page of commands."""
+    """Insert the help of every command into the page of commands."""
     if page != "docs/commands":
         return
-    told = [f"## cbam {name}\n\n```text\n{_help([name, '--help'])}\n```\n" for name in cli.COMMANDS]
-    shown = "\n".join([f"```text\n{_help(['--help'])}\n```\n", *told])
+    commands = [f"## cbam {name}\n\n```text\n{_help([name, '--help'])}\n```\n" for name in cli.COMMANDS]
+    shown = "\n".join([f"```text\n{_help(['--help'])}\n```\n", *commands])
     source[0] = source[0].replace("<!-- commands -->", shown)
 
 
@@ -120,7 +120,7 @@ def _help(argv: list[str]) -> str:
 
 
 def setup(app: Sphinx) -> None:
-    """What Sphinx calls."""
+    """Register the extensions; called by Sphinx."""
     app.add_directive("room", Room)
     app.connect("source-read", _commands)
     app.connect("autodoc-process-docstring", _formulas, priority=100)  # before napoleon's

@@ -1,7 +1,7 @@
-"""Put what was measured of detectors into docs/detection.md: `python -m docs.fill_boxes`, or `make evidence`.
+"""Put the results on detectors into docs/detection.md: `python -m docs.fill_boxes`, or `make evidence`.
 
-The outcome of the study `coco` from results/coco, beside torchvision's own loop, and what attention adds to a
-step, both from benchmarks/results. What stands between the markers of the page is replaced.
+The studies on detectors come from results/, the comparison with torchvision's own loop and the time of a step
+from benchmarks/results. The text between the markers of the page is replaced.
 """
 
 import json
@@ -17,11 +17,11 @@ from cbam.studies.tabulate import Table, tables
 ROOT = Path(__file__).parents[1]
 PAGE, RESULTS, MEASURED = ROOT / "docs/detection.md", ROOT / "results", ROOT / "benchmarks/results"
 SETTINGS = ("size", "regions", "limit", "epochs", "batch_size")
-NEAR = 3.0  # points of AP50 within which the engine and torchvision's loop are expected
+NEAR = 3.0  # expected agreement between the engine and torchvision's loop, in points of AP50
 
 
 def page(text: str) -> str:
-    """The page with both parts computed anew."""
+    """The page with both parts recomputed."""
     for marker, lines in (("bccd", _studies()), ("step", _steps())):
         before, rest = text.split(f"<!-- {marker} -->")
         after = rest.split(f"<!-- /{marker} -->")[1]
@@ -36,16 +36,16 @@ def _studies() -> list[str]:
         for table in tables(STUDIES[name], Records(RESULTS, name).all().values()):
             link = f"[The table](../results/{name}/{table.name}.md)"
             lines += ["", f"### {as_markdown(table.study.title)}: {as_markdown(table.shared['data'])}", ""]
-            lines += [f"{link}. {status(table)} {_told(table)}", ""]
+            lines += [f"{link}. {status(table)} {_settings(table)}", ""]
             header, *body = level_rows(table)
             lines += ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
             lines += ["| " + " | ".join(map(as_markdown, row)) + " |" for row in body]
-            lines += [line for told in outcome(table) for line in ("", as_markdown(told))]
+            lines += [line for sentence in outcome(table) for line in ("", as_markdown(sentence))]
             lines += _loop(table)
     return lines
 
 
-def _told(table: Table) -> str:
+def _settings(table: Table) -> str:
     shared, about = table.shared, table.about
     size = "" if shared["size"] is None else f" with a shorter side of {shared['size']} px"
     regions = f", {shared['regions']} regions per image" if shared.get("regions") else ""
@@ -57,44 +57,45 @@ def _told(table: Table) -> str:
 
 
 def _loop(table: Table) -> list[str]:
-    """The plain detector of the study beside the loop, for seeds that both have."""
+    """Compare the plain detector of the study with the loop, for the seeds that both have."""
     path = MEASURED / "detection-loop.jsonl"
     if not path.exists() or table.study.name != "coco":
         return []
     lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
     same = [line for line in lines if all(line[name] == table.shared.get(name) for name in SETTINGS)]
     ours = table.runs.get("resnet18", {})
-    told = []
+    compared = []
     for line in same:
         if line["seed"] in ours:
             last = ours[line["seed"]]["epochs"][-1]
             apart = last["val_ap50"] - line["val_ap50"]
             word = "within" if abs(apart) <= NEAR else "not within"
-            told.append(
+            compared.append(
                 f"seed {line['seed']}: AP50 {last['val_ap50']:.1f} with the engine, {line['val_ap50']:.1f} "
                 f"with the loop ({word} {NEAR:g} points); AP {last['val_ap']:.1f} and {line['val_ap']:.1f}"
             )
-    if not told:
+    if not compared:
         return []
     return [
         "",
         "The plain detector against a separate training loop in the style of torchvision's references, with "
-        f"its own network, order and flips (`benchmarks/detection_loop.py`): {'; '.join(told)}. Given the "
-        "same batches, the engine and such a loop end bit-identical (`tests/train/test_detection.py`).",
+        f"its own network, order and flips (`benchmarks/detection_loop.py`): {'; '.join(compared)}. Given "
+        "the same batches, the engine and such a loop end bit-identical (`tests/train/test_detection.py`).",
     ]
 
 
 def _steps() -> list[str]:
     lines: list[str] = []
     for path in sorted(MEASURED.glob("detection-c*-torch*.json")):
-        told: dict[str, Any] = json.loads(path.read_text("utf-8"))
-        regions = f", {told['regions']} regions" if told["regions"] else ""
+        result: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        regions = f", {result['regions']} regions" if result["regions"] else ""
         lines += [
             "",
-            f"Time of a training step with attention against a plain one, {told['device']['name']} "
-            f"({told['device']['type']}), torch {told['torch']}, batches of {told['batch']} at "
-            f"{told['size']} px{regions}; median and quartiles of the ratios over {told['turns']} "
-            "alternating steps (`python -m benchmarks.detection`):",
+            "Time of a training step with attention against a plain one, "
+            f"{result['device']['name']} ({result['device']['type']}), torch {result['torch']}, "
+            f"batches of {result['batch']} at {result['size']} px{regions}; "
+            f"median and quartiles of the ratios over {result['turns']} alternating steps "
+            "(`python -m benchmarks.detection`):",
             "",
             "| detector | attention | plain, ms | ratio | quartiles |",
             "| --- | --- | --- | --- | --- |",
@@ -102,7 +103,7 @@ def _steps() -> list[str]:
         lines += [
             f"| {row['detector']} | {row['attention']} | {row['plain_ms']:.0f} | {row['ratio']:.3f} | "
             f"{row['quartiles'][0]:.3f} to {row['quartiles'][1]:.3f} |"
-            for row in told["rows"]
+            for row in result["rows"]
         ]
     return lines
 

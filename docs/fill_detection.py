@@ -1,7 +1,7 @@
 """Draw docs/img/detect.png: `python -m docs.fill_detection`, about ten minutes on one CPU thread.
 
-A detector is trained on generated shapes, one with CBAM goes on from it, beginning at the identity, and
-`cbam look --detect` looks at both.
+A detector is trained on generated shapes, a copy with CBAM from the identity start is trained further, and
+`cbam look --detect` shows both.
 """
 
 import shutil
@@ -23,7 +23,7 @@ NETWORK = "fasterrcnn:resnet18"
 
 
 def shapes(seed: int) -> tuple[Tensor, dict[str, Tensor]]:
-    """An image, uint8 (3, SIDE, SIDE), of two to four shapes on noise, and their boxes and labels."""
+    """Generate an image, uint8 (3, SIDE, SIDE), of two to four shapes on noise, with boxes and labels."""
     random = np.random.default_rng(seed)
     y, x = np.mgrid[:SIDE, :SIDE] + 0.5
     pixels = random.normal(random.uniform(80, 170), 25, (SIDE, SIDE, 3))
@@ -47,7 +47,7 @@ def shapes(seed: int) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 def train(name: str, steps: int, peak: float, weights: dict[str, Tensor] | None = None) -> torch.nn.Module:
-    """A detector of shapes, from weights of the plain one if there are any."""
+    """Train a detector of shapes, optionally from the weights of the plain one."""
     torch.manual_seed(0)
     model: Any = detector(name, num_classes=len(CLASSES), start="identity").train()
     if weights is not None:
@@ -70,7 +70,7 @@ def train(name: str, steps: int, peak: float, weights: dict[str, Tensor] | None 
 
 
 def draw() -> None:
-    """Train, look, and put the image into the docs."""
+    """Train both detectors, run `cbam look`, and copy its figure into the docs."""
     from PIL import Image
 
     with tempfile.TemporaryDirectory() as folder:

@@ -1,6 +1,6 @@
-"""Write docs/dialects.md, what each CBAM in circulation computes: `python -m docs.fill_dialects`.
+"""Write the tables of docs/dialects.md, what each CBAM in use computes: `python -m docs.fill_dialects`.
 
-Every module is restated here by its parameter names and its formula; what the page says of it is found by
+Every module is reimplemented here with its parameter names and its formula; the tables are computed by
 running it.
 """
 
@@ -24,10 +24,10 @@ CHANNELS = 256
 
 
 class Dialect(nn.Module):
-    """A CBAM in two steps, and where its code is.
+    """A CBAM as two gates.
 
     Attributes:
-        source: the code, and which state of it was read.
+        source: the original code and its version.
         residual: whether the input is added to the output.
     """
 
@@ -49,7 +49,7 @@ class Dialect(nn.Module):
 
 
 def holder(**children: nn.Module) -> Any:
-    """A module that only names its children, which pyright need not know."""
+    """A module that only holds named children; Any, so that pyright accepts the names."""
     module = nn.Module()
     for name, child in children.items():
         module.add_module(name, child)
@@ -57,12 +57,12 @@ def holder(**children: nn.Module) -> Any:
 
 
 def mean_and_max(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Both pools over the pixels: (N, C, H, W) -> two of (N, C, 1, 1)."""
+    """Mean and maximum over the pixels: (N, C, H, W) -> two of (N, C, 1, 1)."""
     return x.mean((2, 3), keepdim=True), x.amax((2, 3), keepdim=True)
 
 
 def over_channels(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Both pools over the channels: (N, C, H, W) -> two of (N, 1, H, W)."""
+    """Mean and maximum over the channels: (N, C, H, W) -> two of (N, 1, H, W)."""
     return x.mean(1, keepdim=True), x.amax(1, keepdim=True)
 
 
@@ -110,7 +110,7 @@ class Paper(Dialect):
 
 
 class Timm(Dialect):
-    """1x1 convolutions in the channel gate, biases by option; [mean, max]; BatchNorm."""
+    """1x1 convolutions in the channel gate, optional biases; [mean, max]; BatchNorm."""
 
     source = (
         "timm.layers.cbam.CbamModule of [timm](https://github.com/huggingface/pytorch-image-models) 1.0.31"
@@ -165,7 +165,7 @@ class Mmyolo(Dialect):
 
 
 class Luuuyi(Dialect):
-    """No bias and no norm; [mean, max]; the hidden layer is C // 16 whatever the ratio."""
+    """No bias and no norm; [mean, max]; the hidden layer is C // 16 for any ratio."""
 
     source = "[luuuyi/CBAM.PyTorch](https://github.com/luuuyi/CBAM.PyTorch), 83d3312"
 
@@ -275,7 +275,7 @@ DIALECTS: dict[str, type[Dialect]] = {
 
 
 def drawn(module: Module, seed: int = 0) -> Module:
-    """`module` in float64 and eval mode, every number drawn so that no gate is constant."""
+    """`module` in float64 and eval mode, with random parameters for which no gate is constant."""
     generator = torch.Generator().manual_seed(seed)
     module = module.double().eval()
     with torch.no_grad():
@@ -292,29 +292,29 @@ def drawn(module: Module, seed: int = 0) -> Module:
 
 
 def image() -> Tensor:
-    """The one input of the page: two maps of 256 channels, 14 x 14."""
+    """The input of all comparisons: two maps of 256 channels, 14 x 14."""
     generator = torch.Generator().manual_seed(1)
     return torch.randn(2, CHANNELS, 14, 14, generator=generator, dtype=torch.float64)
 
 
-# --- what a module does, found by running it -------------------------------------------------------
+# --- properties of a module, found by running it ---------------------------------------------------
 
 
 def pools(module: Dialect) -> str:
-    """Which statistics of a channel move the channel gate."""
+    """Which statistics of a channel affect the channel gate."""
     x = image()
     lower, raised = x.clone(), x.clone()
     top, low = x.flatten(2).max(2), x.flatten(2).min(2)
     raised.flatten(2).scatter_(2, top.indices[..., None], (top.values + 1)[..., None])
     raised.flatten(2).scatter_(2, low.indices[..., None], (low.values - 1)[..., None])
     lower.flatten(2).scatter_(2, low.indices[..., None], (low.values - 50)[..., None])
-    # what is lowered keeps its maximum alone, what is raised its mean alone
+    # `lower` changes only the mean, `raised` only the maximum.
     moved = [not torch.allclose(module.what(y), module.what(x), rtol=1e-9) for y in (lower, raised)]
     return " and ".join(name for name, m in zip(("mean", "max"), moved, strict=True) if m)
 
 
 def convolution(module: nn.Module) -> nn.Conv2d:
-    """The spatial gate's convolution: the only one over more than one pixel."""
+    """The spatial gate's convolution: the only one larger than 1x1."""
     return next(m for m in module.modules() if isinstance(m, nn.Conv2d) and m.kernel_size != (1, 1))
 
 
@@ -323,9 +323,9 @@ def order(module: Dialect) -> str:
     conv = convolution(module)
     kept = conv.weight.detach().clone()
     with torch.no_grad():
-        conv.weight[:, 1] = 0  # blind to the second
+        conv.weight[:, 1] = 0  # ignores the second
     x = image()
-    x[:, 0] = x.amax(1) + 1  # its maximum, whatever the others are
+    x[:, 0] = x.amax(1) + 1  # the maximum over the channels
     other = x.clone()
     other[:, 1] -= 5  # another mean, the same maximum
     blind = torch.allclose(module.where(x), module.where(other), rtol=1e-9)
@@ -335,7 +335,7 @@ def order(module: Dialect) -> str:
 
 
 def hidden(module: Dialect) -> str:
-    """Units of the channel gate's hidden layer, when made with reduction 16 and with 8."""
+    """Units of the channel gate's hidden layer, with reduction 16 and with 8."""
     counts = []
     for reduction in (16, 8):
         layers = matrices(type(module)(CHANNELS, reduction))
@@ -359,7 +359,7 @@ def norm(module: nn.Module) -> str:
 
 
 def adds_input(module: Dialect) -> str:
-    """Whether the output is the refined map, or that and the input."""
+    """Whether the input is added to the refined map."""
     x = image()
     refined = x * module.what(x)
     rest = module(x) - refined * module.where(refined)
@@ -367,10 +367,10 @@ def adds_input(module: Dialect) -> str:
 
 
 def put_into_released(module: Dialect) -> cbam.CBAM | None:
-    """Our module, which is the released formula, with the weights of `module`; None if they do not fit.
+    """Our module, which has the released formula, with the weights of `module`; None if they do not fit.
 
-    What the formula lacks is set so that it changes nothing: a bias of zero, a norm that only adds the bias.
-    An input that is added is left out.
+    What `module` lacks is set to have no effect: a bias of zero, a norm that only adds the bias. An input
+    that `module` adds is not added here.
     """
     if len(matrices(module)) != 2:
         return None
@@ -391,7 +391,7 @@ def put_into_released(module: Dialect) -> cbam.CBAM | None:
 
 
 def difference(module: Dialect, *, training: bool) -> str:
-    """The largest difference to the released formula with the same weights, on the one input."""
+    """The largest difference from the released formula with the same weights, on `image()`."""
     ours = put_into_released(module)
     if ours is None:
         return "not comparable"
@@ -402,7 +402,7 @@ def difference(module: Dialect, *, training: bool) -> str:
 
 
 def brought_over(module: Dialect) -> str:
-    """What `cbam.load_weights` does with the weights."""
+    """Whether `cbam.load_weights` can load the weights."""
     ours = cbam.CBAM(CHANNELS, kernel_size=convolution(module).kernel_size[0]).double().eval()
     if isinstance(module, Paper):
         return "no code to load from"
@@ -417,7 +417,7 @@ def brought_over(module: Dialect) -> str:
 
 
 def in_resnet50(kind: Callable[[int], nn.Module]) -> str:
-    """Parameters of ResNet50 with such a module in every block, in millions."""
+    """Parameters, in millions, of ResNet50 with such a module in every block."""
     with torch.device("meta"):
         plain = sum(p.numel() for p in cbam.build("resnet50").parameters())
         added = sum(p.numel() for c in RESNET50 for p in kind(c).parameters())
@@ -444,7 +444,7 @@ FOLLOWS: dict[str, Callable[[Dialect], str]] = {
 
 
 def tables() -> Iterator[str]:
-    """What each code computes, what follows from it, and where the code is."""
+    """The two tables, and the sources."""
     modules = {name: drawn(kind(CHANNELS)) for name, kind in DIALECTS.items()}
     for columns in (COMPUTES, FOLLOWS):
         yield "| | " + " | ".join(columns) + " |"
@@ -459,7 +459,7 @@ def tables() -> Iterator[str]:
 
 
 def filled(page: str) -> str:
-    """The page with the table as it comes out now."""
+    """The page with recomputed tables."""
     return between(page, BEGIN, END, "\n".join(tables()))
 
 

@@ -1,7 +1,7 @@
 """Write docs/evidence.md from the records in results/: `python -m docs.fill_evidence`, or `make evidence`.
 
-Tables and figures of the studies are computed anew first; what they show on photographs goes into README.md.
-What is said of a result is computed; what a reader must know of how it came about stands here in words.
+The tables and figures of the studies are recomputed first, and the results on photographs go into README.md.
+Statements about results are computed; the text about how they came about is written here.
 """
 
 import json
@@ -123,10 +123,10 @@ def page(results: Path = RESULTS) -> str:
 
 
 def readme(text: str, results: Path = RESULTS) -> str:
-    """The README, with what the tables on photographs show."""
+    """The README with the results of the tables on photographs."""
     every = [table for own in _found(results).values() for table in own]
     judged = [table for table in every if table.shared["data"] != DIGITS and not table.partial]
-    return between(text, BEGIN, END, cited(judged) or "No table on photographs is there yet.")
+    return between(text, BEGIN, END, cited(judged) or "There are no tables on photographs yet.")
 
 
 def _found(results: Path) -> dict[str, list[Table]]:
@@ -181,21 +181,21 @@ def _settings(table: Table) -> str:
 
 
 def _where(table: Table) -> str:
-    """The study and the data, and how it was trained where that is not the usual way."""
+    """The study and the data, with the training settings if they are not the usual ones."""
     name = f"{table.study.name}, {table.shared['data']}"
     return name if table.usual else f"{name} ({_settings(table)})"
 
 
 def _shown(judged: list[Table]) -> str:
-    """Differences whose interval excludes zero, both ways."""
+    """List the differences whose interval excludes zero, better and worse."""
     count = sum("word" in row for table in judged for row in differences(table, table.first.key))
     lines = ["## What is shown", "", by_chance(count, " here"), ""]
-    for word, told in (
+    for word, heading in (
         ("better", "Lower top-1 error, or higher average precision:"),
         ("worse", "Higher error, or lower average precision (attention, or the change to it, does harm):"),
     ):
         rows = [line for table in judged for line in _rows(table, word)]
-        lines += [told, "", *(rows or ["- nothing"]), ""]
+        lines += [heading, "", *(rows or ["- nothing"]), ""]
     return "\n".join(lines)
 
 
@@ -218,7 +218,7 @@ def _rows(table: Table, word: str) -> list[str]:
 
 
 def _open(judged: list[Table]) -> str:
-    """What is not settled, and how many pairs would settle it."""
+    """List the open differences, and how many pairs would settle them."""
     lines = [
         "## What is open",
         "",
@@ -243,7 +243,7 @@ def _open(judged: list[Table]) -> str:
 
 
 def _choices(found: dict[str, list[Table]], every: list[Table]) -> str:
-    """The words of CHOICES with the numbers of the first plan, which was given up."""
+    """CHOICES with the numbers of the first plan, which was abandoned."""
     first = [
         t for own in found.values() for t in own if (t.shared["epochs"], t.shared["batch_size"]) == (6, 32)
     ]
@@ -294,8 +294,8 @@ def _hours() -> str:
             "takes, and\nwrites both down for this page. It has not run on a GPU yet, so there is no number "
             "here."
         )
-    told = json.loads(measured[-1].read_text("utf-8"))
-    return "\n".join(imagenet_hours.lines(told, seeds=SEEDS, devices=8))
+    result = json.loads(measured[-1].read_text("utf-8"))
+    return "\n".join(imagenet_hours.lines(result, seeds=SEEDS, devices=8))
 
 
 def main() -> None:

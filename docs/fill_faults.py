@@ -1,7 +1,7 @@
-"""`python -m docs.fill_faults`: write tests/FAULTS.md, which test covers which fault, from the tests.
+"""Write tests/FAULTS.md, which test covers which fault, from the tests: `python -m docs.fill_faults`.
 
-A test names the rows that it covers in its docstring, or in a comment, `# R6` or `# C1, C2: why`: inside it,
-or right above it or above the table of its cases. tests/faults.toml holds the rows.
+A test names the rows that it covers in its docstring, or in a comment, `# R6` or `# C1, C2: why`, inside it,
+directly above it, or above the table of its cases. tests/faults.toml holds the rows.
 """
 
 import ast
@@ -21,18 +21,18 @@ _ROW = re.compile(r"\b[TSKDRCWE]\d{1,2}\b")
 
 
 def read() -> dict:
-    """tests/faults.toml: groups of rows, what makes some grave, and those that are left, with the reason."""
+    """Read tests/faults.toml: groups of rows, why some are grave, and those not covered, with the reason."""
     return tomllib.loads(ROWS.read_text("utf-8"))
 
 
-def rows(told: dict) -> dict[str, str]:
+def rows(catalogue: dict) -> dict[str, str]:
     """Row -> its title, in order."""
-    return {row: title for group in told["group"] for row, title in group["rows"].items()}
+    return {row: title for group in catalogue["group"] for row, title in group["rows"].items()}
 
 
-def grave(told: dict) -> dict[str, str]:
-    """Row -> what it would cost."""
-    return {row: harm for harm, listed in told["grave"].items() for row in listed.split()}
+def grave(catalogue: dict) -> dict[str, str]:
+    """Grave row -> the harm that it would do."""
+    return {row: harm for harm, listed in catalogue["grave"].items() for row in listed.split()}
 
 
 @functools.cache
@@ -48,7 +48,7 @@ def covered() -> dict[str, list[str]]:
 
 
 def named(source: str) -> Iterator[tuple[str, str]]:
-    """(row, test) for each row that a comment of the source names."""
+    """Yield (row, test) for each row that a docstring or a comment of the source names."""
     tree = ast.parse(source)
     tests = _tests(tree)
     for node in ast.walk(tree):
@@ -76,18 +76,18 @@ def _tests(tree: ast.Module) -> list[tuple[int, int, str]]:
 
 def page() -> str:
     """The text of tests/FAULTS.md."""
-    told, tests = read(), covered()
-    left, harms, titles = told["left"], grave(told), rows(told)
+    catalogue, tests = read(), covered()
+    left, harms, titles = catalogue["left"], grave(catalogue), rows(catalogue)
     count = sum(row in tests for row in titles)
     parts = [
         "# Faults",
-        "What can go wrong, and the test that says what happens then. Computed by `make faults` from "
-        "what the tests say and from [faults.toml](faults.toml).",
-        f"{count} of {len(titles)} rows are covered, {len(titles) - count} are left, with the reason. "
+        "What can go wrong, and the tests that cover it. `make faults` computes this page from the tests and "
+        "from [faults.toml](faults.toml).",
+        f"{count} of {len(titles)} rows are covered, {len(titles) - count} are not, with the reason. "
         f"{len(harms)} rows are grave: they would mean a silent wrong result, lost work, code run from a "
-        "file, or somebody let in; each of them is covered.",
+        "file, or unauthorised access; all of these are covered.",
     ]
-    for group in told["group"]:
+    for group in catalogue["group"]:
         lines = ["| row | fault | covered by |", "| --- | --- | --- |"]
         lines += [_line(row, title, tests, left, harms) for row, title in group["rows"].items()]
         parts += [f"## {group['title']}", "\n".join(lines)]
@@ -99,7 +99,7 @@ def _line(
 ) -> str:
     harm = f" **({harms[row]})**" if row in harms else ""
     if row not in tests:
-        return f"| {row} | {title}{harm} | left: {left.get(row, '?')} |"
+        return f"| {row} | {title}{harm} | not covered: {left.get(row, '?')} |"
     first = tests[row][:3]
     links = ", ".join(map(_link, first))
     more = f" and {len(tests[row]) - len(first)} more" if len(tests[row]) > len(first) else ""

@@ -1,4 +1,4 @@
-"""Draw the figures of docs/gates.md and put in what was measured: `python -m docs.fill_gates`.
+"""Draw the figures of docs/gates.md and insert the measurements: `python -m docs.fill_gates`.
 
 Needs scikit-image, for its photographs, and the results in results/look.
 """
@@ -26,7 +26,7 @@ MEASURES = {  # key -> words, factor, digits
 
 
 def draw() -> None:
-    """The figures of the photographs, and a copy of that of the gates."""
+    """Draw the figures of the photographs, and copy that of the gates."""
     viewer, looks = default_viewer(), []
     for name, file in PICTURES.items():
         data = importlib.resources.files("skimage").joinpath("data", file).read_bytes()
@@ -37,14 +37,14 @@ def draw() -> None:
 
 
 def pair() -> str:
-    """What the record of the default pair's gates says."""
-    known = gates_record()
-    pictures, gates = known["pictures"], known["gates"]
+    """Describe the default pair from the record of its gates."""
+    record = gates_record()
+    pictures, gates = record["pictures"], record["gates"]
     lines = [
-        f"The default network is EfficientNet-Lite0 with the frozen weights of `{known['base']['file']}`. ",
+        f"The default network is EfficientNet-Lite0 with the frozen weights of `{record['base']['file']}`. ",
         f"Its copy with CBAM has {gates['parameters']} more parameters, trained from the identity start on ",
-        f"one CPU thread, on {pictures['train']} training images of Imagenette ({len(known['classes'])} of ",
-        f"ImageNet's classes) at 96 pixels (`{known['command']}`). ",
+        f"one CPU thread, on {pictures['train']} training images of Imagenette ({len(record['classes'])} of ",
+        f"ImageNet's classes) at 96 pixels (`{record['command']}`). ",
         f"On {pictures['val']} of its validation images:",
     ]
     table = [
@@ -52,7 +52,7 @@ def pair() -> str:
         "| difference, 95 % interval |",
         "|---|---|---|---|---|",
     ]
-    for size, found in known["validation"].items():
+    for size, found in record["validation"].items():
         for key, one in found.items():
             if key.startswith("top1"):
                 span = f"{one['difference']:+.2f} ({one['low']:+.2f} to {one['high']:+.2f})"
@@ -84,16 +84,16 @@ def _scores(file: Path) -> str:
     ]
     for key, (words, factor, digits) in MEASURES.items():
         one = found["differences"][against][key]
-        told = f"{factor * one['mean']:+.{digits}f}"
+        difference = f"{factor * one['mean']:+.{digits}f}"
         if one["low"] is not None:
-            told += f" ({factor * one['low']:+.{digits}f} to {factor * one['high']:+.{digits}f})"
+            difference += f" ({factor * one['low']:+.{digits}f} to {factor * one['high']:+.{digits}f})"
         cells = [f"{factor * found['scores'][name][key]:.{digits}f}" for name in names]
-        lines.append(f"| {words} | {' | '.join(cells)} | {told}, {one['word']} |")
+        lines.append(f"| {words} | {' | '.join(cells)} | {difference}, {one['word']} |")
     return "\n".join(lines)
 
 
 def fill(text: str, name: str, shown: str) -> str:
-    """`text` with what stands between the markers of `name` replaced."""
+    """`text` with the part between the markers of `name` replaced."""
     return between(text, f"<!-- {name}:begin -->", f"<!-- {name}:end -->", shown)
 
 

@@ -1,8 +1,8 @@
-"""Put what `benchmarks/results/` holds into docs/kernels.md and README.md: `python -m docs.fill_kernels`.
+"""Put the results in `benchmarks/results/` into docs/kernels.md and README.md: `python -m docs.fill_kernels`.
 
-The files are those that `cbam bench --out benchmarks/results` and `benchmarks/gpu.sh` write, less quick looks
-and rows whose gate was not passed. What stands between the two markers of each page is replaced:
-docs/kernels.md gets everything, the README one network on every machine.
+The files are written by `cbam bench --out benchmarks/results` and `benchmarks/gpu.sh`; quick runs and rows
+that failed the gate are left out. The text between the two markers of each page is replaced: docs/kernels.md
+gets everything, the README one network on every machine.
 """
 
 import csv
@@ -18,7 +18,7 @@ RESULTS, PICTURE = ROOT / "benchmarks/results", "img/bandwidth.svg"
 SHOWN = "resnet50"  # in the README
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 BYTES = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
-LINES = {  # (operation, mode) -> colour, mark; told apart with any colour vision
+LINES = {  # (operation, mode) -> colour, mark; distinguishable with colour blindness
     ("attention", "inference"): ("#0072B2", "o"),
     ("attention", "training"): ("#56B4E9", "s"),
     ("end of a block", "inference"): ("#D55E00", "^"),
@@ -30,7 +30,7 @@ Row = dict[str, str]
 
 
 def fill(page: Path, results: Path) -> None:
-    """Compute what the page shows of the results, and write it there."""
+    """Write the results into the page, and draw its figure."""
     measured = machines(results)
     parts = [_section(rows) for rows in measured]
     drawn = [rows for rows in measured if any(row["bandwidth"] for row in rows)]
@@ -46,7 +46,7 @@ def fill(page: Path, results: Path) -> None:
 
 
 def fill_readme(readme: Path, results: Path) -> None:
-    """Write what one network costs on every machine, memory as it comes, into the README."""
+    """Write the cost for one network on every machine, without kept memory, into the README."""
     parts = []
     for rows in machines(results):
         own = [row for row in rows if row["op"] == SHOWN]
@@ -66,7 +66,7 @@ def _put(page: Path, parts: list[str]) -> None:
 
 
 def machines(results: Path) -> list[list[Row]]:
-    """The rows of every machine, out of all its files; a case that two of them hold is the first one's."""
+    """The rows of every machine from all of its files; for a case in several files, the first counts."""
     found: dict[tuple, list[Row]] = {}
     taken: dict[tuple, Path] = {}
     for path in sorted(results.glob("*.csv"), key=_order):
@@ -78,12 +78,12 @@ def machines(results: Path) -> list[list[Row]]:
 
 
 def _order(path: Path) -> tuple[bool, str]:
-    """Memory as it comes before memory kept; last what only repeats its eager cases, beside compiled ones."""
+    """Sort key: default before kept memory, by name; compiled networks last, as they repeat eager cases."""
     return path.stem.startswith("compiled-"), path.stem
 
 
 def _read(path: Path) -> list[Row]:
-    """The rows that may be shown; none of a file of another kind."""
+    """The rows that may be shown; none from files of other kinds."""
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
     if path.stem.endswith("-quick") or not (rows and rows[0].keys() >= BENCH):
@@ -136,14 +136,14 @@ def _cell(row: Row | None, first: bool) -> str:
 
 
 def draw(machines: list[list[Row]], path: Path) -> None:
-    """The share of a copy's speed over the size of the map: a line per operation, a panel per machine."""
+    """Plot speed relative to a copy against map size: a line per operation, a panel per machine."""
     import matplotlib
 
     matplotlib.use("Agg")
     matplotlib.rcParams["svg.hashsalt"] = "cbam"
     from matplotlib import pyplot as plt
 
-    across = min(2, len(machines))  # so that the words are large enough on a page
+    across = min(2, len(machines))  # so that the text is legible on a page
     down = math.ceil(len(machines) / across)
     size = 0.9 + 3.9 * across, 0.5 + 3 * down
     figure, axes = plt.subplots(down, across, figsize=size, squeeze=False, sharey=True)
@@ -187,7 +187,7 @@ def _panel(axis, rows: list[Row]) -> None:
 
 
 def _megabytes(shape: str, dtype: str) -> float:
-    """Of a map of this shape, "8x256x56x56"."""
+    """Size in MiB of a map of a shape like "8x256x56x56"."""
     return math.prod(map(int, shape.split("x"))) * BYTES[dtype] / 2**20
 
 

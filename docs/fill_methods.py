@@ -1,6 +1,6 @@
 """Write docs/methods/, a card for each attention module: `python -m docs.fill_methods`.
 
-Words and formulas are the docstring's; parameters and multiply-accumulates are counted.
+Text and formulas come from the docstrings; parameters and multiply-accumulates are counted.
 """
 
 import inspect
@@ -34,7 +34,7 @@ other values, use `attention=lambda channels: cbam.nn.{kind}(kernel_size=3)`."""
 
 
 class Card(NamedTuple):
-    """What a page says of one module; `words` has the paragraphs of the docstring by their head, "" first."""
+    """The content of a module's page; `words` maps each head of the docstring, "" first, to its text."""
 
     name: str
     call: str
@@ -47,12 +47,12 @@ class Card(NamedTuple):
 
 
 def cards() -> Iterator[Card]:
-    """A card for every name of `cbam.nn.ATTENTION`."""
+    """Yield a card for every name in `cbam.nn.ATTENTION`."""
     with torch.device("meta"):
         network = cbam.attach(cbam.build("resnet50"))
         channels = {name: vars(part)["channels"] for name, part in attached(network).items()}
         for name, make in ATTENTION.items():
-            for block, count in channels.items():  # the places are the same for every attention
+            for block, count in channels.items():  # the sites are the same for every attention
                 network.get_submodule(block).add_module(SLOT, make(count))
             module = make(256)
             count = sum(p.numel() for p in module.parameters())
@@ -69,14 +69,14 @@ def cards() -> Iterator[Card]:
 
 
 def call(name: str) -> str:
-    """How a reader writes the function from channels to a module."""
+    """The expression for the function from channels to a module."""
     public = ATTENTION[name].__name__
     return f"cbam.nn.{public}" if public in cbam.nn.__all__ else f'cbam.nn.ATTENTION["{name}"]'
 
 
 def words(name: str, kind: type[nn.Module]) -> dict[str, str]:
-    """The docstring by its heads; a class without a reference of its own has its file's, with the formula."""
-    if name == "se":  # a function, whose docstring says what it is in one line
+    """The docstring by its heads; a class without a reference gets formula and reference of its file."""
+    if name == "se":  # a function with a one-line docstring
         own, rest = sections(SQUEEZE_EXCITATION), sections(inspect.getdoc(kind) or "")
         return rest | own | {"": f"{inspect.getdoc(ATTENTION[name])}\n\n{own['']}"}
     found = sections(inspect.getdoc(kind) or "")
@@ -88,7 +88,7 @@ def words(name: str, kind: type[nn.Module]) -> dict[str, str]:
 
 
 def sections(doc: str) -> dict[str, str]:
-    """The paragraphs of a docstring by their head, "" for those before the first."""
+    """Split a docstring by its heads; "" is the text before the first."""
     parts = re.split(rf"^({'|'.join(HEADS)}):", doc, flags=re.MULTILINE)
     found = {"": parts[0].rstrip()}
     for head, text in zip(parts[1::2], parts[2::2], strict=True):
@@ -97,7 +97,7 @@ def sections(doc: str) -> dict[str, str]:
 
 
 def marked(text: str) -> str:
-    """A docstring's paragraphs as Markdown: indented ones are formulas, lines of prose are joined."""
+    """Convert a docstring to Markdown: indented paragraphs become code, lines of prose are joined."""
     out = []
     for paragraph in re.split(r"\n\s*\n", text):
         if paragraph.startswith("    "):
@@ -122,12 +122,12 @@ def arguments(card: Card) -> Iterator[str]:
 
 
 def listed(card: Card) -> bool:
-    """Whether what `call` names takes the arguments of the table."""
+    """Whether the object named by `call` takes the arguments of the table."""
     return inspect.isclass(card.make) or card.make.__name__ in cbam.nn.__all__
 
 
 def usage(card: Card) -> str:
-    """A block that runs: the module alone, and in a network."""
+    """A runnable example: the module alone, and in a network."""
     start = "" if card.identity else ', start="paper"'
     lines = [
         "import torch",
@@ -148,7 +148,7 @@ def usage(card: Card) -> str:
 
 
 def page(card: Card, plain: Cost) -> str:
-    """One card."""
+    """The page of a card."""
     with_it = card.network
     start = (
         "`identity_()`: `cbam.attach` leaves the output of a network bit-identical."
@@ -219,7 +219,7 @@ def index(all_cards: list[Card], plain: Cost) -> str:
 
 
 def pages() -> dict[str, str]:
-    """Every page of docs/methods/ by its file name."""
+    """All pages of docs/methods/ by file name."""
     all_cards = list(cards())
     with torch.device("meta"):
         plain = profile(cbam.build("resnet50"))

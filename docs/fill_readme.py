@@ -1,7 +1,7 @@
 """Put a demo report into README.md, image and table: `python -m docs.fill_readme demo-report`.
 
-What stands between the two markers of the README is replaced: the verdicts and the image, and, folded, the
-table and what was run. The image is copied to docs/img/demo.png.
+The text between the two markers of the README is replaced: the verdicts and the image, and, folded, the table
+and what was run. The image is copied to docs/img/demo.png.
 """
 
 import json
@@ -16,10 +16,10 @@ BEGIN, END = "<!-- demo:begin -->", "<!-- demo:end -->"
 
 
 def fill(report: Path, readme: Path, picture: Path) -> None:
-    """Fill the README from a report folder; one of a run that was cut short is refused."""
+    """Fill the README from a report folder; that of an incomplete run is refused."""
     if json.loads((report / "results.json").read_text("utf-8"))["status"] != "complete":
-        sys.exit(f"{report} is of a run that was cut short: run make demo again")
-    _, body = (report / "report.md").read_text("utf-8").split("\n", 1)  # the headline is the README's own
+        sys.exit(f"{report} is from an incomplete run: run make demo again")
+    _, body = (report / "report.md").read_text("utf-8").split("\n", 1)  # the README has its own headline
     body, facts = body.split("\n## What was run\n")
     body = body.replace("](picture.png)", f"]({picture.relative_to(readme.parent).as_posix()})")
     verdicts, rest = body.split("\n|", 1)
@@ -44,4 +44,4 @@ if __name__ == "__main__":
     try:
         fill(Path(sys.argv[1]), ROOT / "README.md", ROOT / "docs" / "img" / "demo.png")
     except FileNotFoundError as error:
-        sys.exit(f"{error.filename} is not there: run make demo first")
+        sys.exit(f"{error.filename} is missing: run make demo first")

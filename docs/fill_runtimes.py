@@ -1,6 +1,6 @@
 """Put the times of `python -m benchmarks.runtimes` into docs/export.md: `python -m docs.fill_runtimes`.
 
-What stands between the two markers of the page is replaced.
+The text between the two markers of the page is replaced.
 """
 
 import csv
@@ -18,10 +18,10 @@ CASE = ("network", "runtime", "batch", "threads")
 Row = dict[str, str]
 
 
-def page(said: str, results: Path = RESULTS) -> str:
-    """What the page says, with a table for every machine that has results."""
-    text = "\n\n".join(section(_read(path)) for path in sorted(results.glob("runtimes-*.csv")))
-    return between(said, BEGIN, END, text or "Nothing is measured yet.")
+def page(text: str, results: Path = RESULTS) -> str:
+    """The page `text` with a table for every machine that has results."""
+    tables = "\n\n".join(section(_read(path)) for path in sorted(results.glob("runtimes-*.csv")))
+    return between(text, BEGIN, END, tables or "Nothing has been measured yet.")
 
 
 def _read(path: Path) -> list[Row]:
@@ -30,27 +30,27 @@ def _read(path: Path) -> list[Row]:
 
 
 def section(rows: list[Row]) -> str:
-    """One machine: a line per network, batch and runtime, the attentions beside plain."""
+    """The table of a machine: a line per network and runtime, with the ratios to plain."""
     lines = ["| network | runtime | plain, ms | +SE | +CBAM |", "|---|---|---|---|---|"]
     for (network, runtime, *_), arms in groupby(rows, lambda row: [row[key] for key in CASE]):
         by = {row["attention"]: row for row in arms}
         cells = [f"{float(by['plain']['ms']):.1f}", _ratio(by["se"]), _ratio(by["cbam"])]
         lines.append(f"| {network} | {RUNTIMES[runtime]} | {' | '.join(cells)} |")
-    return "\n".join([*lines, "", _told(rows)])
+    return "\n".join([*lines, "", _settings(rows)])
 
 
 def _ratio(row: Row) -> str:
     return f"{float(row['ratio']):.2f} ({float(row['low']):.2f} to {float(row['high']):.2f})"
 
 
-def _told(rows: list[Row]) -> str:
-    """Where and how it was measured."""
-    said = {key: ", ".join(dict.fromkeys(row[key] for row in rows)) for key in rows[0]}
+def _settings(rows: list[Row]) -> str:
+    """Device and settings of the measurement."""
+    values = {key: ", ".join(dict.fromkeys(row[key] for row in rows)) for key in rows[0]}
     versions = dict.fromkeys(f"{RUNTIMES[row['runtime']]} {row['version']}" for row in rows)
     return (
-        f"{said['device']}, threads {said['threads']}, batch {said['batch']}, float32, 224 px, "
-        f"{said['rounds']} rounds in alternation, load average {said['load']}; {', '.join(versions)}; commit "
-        f"{commits(rows)}. Ratios to plain: median (quartiles) of the rounds."
+        f"{values['device']}, threads {values['threads']}, batch {values['batch']}, float32, 224 px, "
+        f"{values['rounds']} rounds in alternation, load average {values['load']}; "
+        f"{', '.join(versions)}; commit {commits(rows)}. Ratios to plain: median (quartiles) of the rounds."
     )
 
 

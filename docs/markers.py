@@ -1,8 +1,8 @@
-"""What a program writes into a page that people write, between two comments."""
+"""Generated text in hand-written pages, between two comments."""
 
 
 def between(page: str, begin: str, end: str, shown: str) -> str:
-    """`page` with what stands between the two markers replaced."""
+    """`page` with the text between the two markers replaced."""
     before, rest = page.split(begin)
     _, after = rest.split(end)
     return f"{before}{begin}\n{shown}\n{end}{after}"

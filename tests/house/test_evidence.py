@@ -77,7 +77,7 @@ def test_the_page_of_the_evidence_is_what_its_program_writes():
 def test_the_readme_says_what_the_tables_on_photographs_show(tmp_path):
     text = fill_evidence.README.read_text("utf-8")
     assert text == fill_evidence.readme(text), "make evidence"
-    assert "No table on photographs is there yet." in fill_evidence.readme(text, tmp_path)
+    assert "There are no tables on photographs yet." in fill_evidence.readme(text, tmp_path)
 
 
 def test_the_readme_has_a_row_for_each_kind_of_run_once_and_its_difference_to_the_plain_one(tmp_path):

@@ -37,4 +37,4 @@ def test_changed_code_is_not_told_as_its_commit():
 
 
 def test_without_results_the_page_says_so(tmp_path):
-    assert "Nothing is measured yet." in fill_runtimes.page(f"{BEGIN}{END}", tmp_path)
+    assert "Nothing has been measured yet." in fill_runtimes.page(f"{BEGIN}{END}", tmp_path)
