@@ -152,7 +152,8 @@ class _Rows:
         wrong = [i for i, target in enumerate(self.targets) if not 0 <= target < len(self.classes)]
         if wrong:
             raise DataError(
-                f"{where}: label {self.targets[wrong[0]]} in row {wrong[0]}, but {len(self.classes)} classes"
+                f"{where}: label {self.targets[wrong[0]]} in row {wrong[0]}, "
+                f"expected 0 to {len(self.classes) - 1}"
             )
         self._rows = rows.cast_column("image", datasets.Image(decode=False)).select_columns("image")
 

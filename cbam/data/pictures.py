@@ -89,7 +89,9 @@ class Validation(_Pictures):
         self.resized = short_side(size)
         broken = list(self._faults())
         if broken:
-            raise DataError(f"{len(broken)} validation images cannot be read; the first: {broken[0][1]}")
+            raise DataError(
+                f"{len(broken)} of {len(self)} validation images cannot be read; the first: {broken[0][1]}"
+            )
 
     def sample(self, epoch: int, index: int) -> tuple[Tensor, Sequence[float]]:
         return centre(self._picture(index), self.size, self.resized), UNKNOWN_BOX

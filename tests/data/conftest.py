@@ -64,7 +64,7 @@ def imagenette(tmp_path_factory):
 
     archive = Path(__file__).parents[2] / "../shared/data/imagenette96.zip"
     if not archive.is_file():
-        pytest.skip("imagenette96.zip is not beside the repository")
+        pytest.skip("imagenette96.zip is not next to the repository")
     root = tmp_path_factory.mktemp("real")
     with zipfile.ZipFile(archive) as file:
         file.extractall(root, file.namelist()[::10])

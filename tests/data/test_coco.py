@@ -215,8 +215,8 @@ def test_no_box_without_a_size_or_outside_gets_through(write, box, kept, note):
         ({"area": "big"}, "area is 'big'"),
         ({"iscrowd": 2}, "iscrowd is 2, expected 0 or 1"),
         ({"iscrowd": "no"}, "iscrowd is 'no'"),
-        ({"segmentation": [[1, 2, 3]]}, "a polygon is a list"),  # D30
-        ({"segmentation": [[], [1, 2]]}, "a polygon is a list"),  # D30
+        ({"segmentation": [[1, 2, 3]]}, "a polygon must be a list"),  # D30
+        ({"segmentation": [[], [1, 2]]}, "a polygon must be a list"),  # D30
         ({"segmentation": "x"}, "segmentation is a str"),  # D30
         ({"segmentation": {"size": [64, 48], "counts": [3072]}}, "height and width [64, 48]"),  # D30
         ({"segmentation": {"size": [48, 64], "counts": [3071]}}, "runs of 3071 pixels"),  # D30

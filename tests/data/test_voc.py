@@ -131,7 +131,7 @@ REMOTE = '<!DOCTYPE annotation SYSTEM "http://localhost:1/x.dtd"><annotation/>'
 def test_a_document_type_is_refused_before_an_entity_is_read(folder, text):  # D32
     told = refusal(folder({"a": text}), "train")
     line = 1 if text is REMOTE else 2
-    assert f"a.xml line {line}: a document type; VOC has none" in told
+    assert f"a.xml line {line}: a document type; VOC files have none" in told
 
 
 @pytest.mark.parametrize(

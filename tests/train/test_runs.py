@@ -455,7 +455,7 @@ def test_a_run_that_would_be_read_as_a_class_of_its_images_is_refused(pictures, 
     settings = {"model": "resnet_tiny", "epochs": 1, "batch_size": 4, "device": "cpu", "loggers": ()}
     settings["data"] = str(pictures / data)
     before = sorted(pictures.rglob("*"))
-    with pytest.raises(ConfigError, match=r"among the classes of .*: give another --out"):
+    with pytest.raises(ConfigError, match=r"among the class folders of .*: give another --out"):
         run("folder", settings, pictures / out, Watch())
     assert sorted(pictures.rglob("*")) == before
     for beside in ("runs", f"{data}/.runs"):
