@@ -109,7 +109,7 @@ class _Table:
             if not all(map(math.isfinite, (x0, y0, x1, y1))):
                 self.findings.append(Finding(where, f"a box is not finite: {x0:g} {y0:g} {x1:g} {y1:g}"))
                 continue
-            yield where, _beside(file, row["file"]), (x0, y0, x1, y1), row.get("label") or ""
+            yield where, _beside(file, row["file"]), (x0, y0, x1, y1), shown(row.get("label") or "")
 
 
 def _beside(file: Path, name: str) -> Path:

@@ -89,6 +89,11 @@ def test_coco_and_csv_say_the_same_box(pictures):
     assert found(annotated(table)) == ([("b.jpg", "cat", [(10, 20, 40, 60)])], [])
 
 
+def test_a_label_of_a_csv_is_printable(pictures):  # D16
+    (pictures / "boxes.csv").write_text('file,x0,y0,x1,y1,label\na.jpg,1,2,3,4,"big\ncat"\n')
+    assert annotated(pictures / "boxes.csv").classes == [r"big\ncat"]
+
+
 def test_images_may_lie_in_images_beside_the_file(tmp_path):
     (tmp_path / "images").mkdir()
     draw(tmp_path / "images" / "b.jpg")
