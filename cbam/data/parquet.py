@@ -148,8 +148,10 @@ class _Rows:
                 f"found {', '.join(rows.features)}"
             )
         self.classes: list[str] = [shown(name) for name in label.names]
-        self.targets: list[int] = rows["label"][:]  # all at once: row by row takes a minute for ImageNet
-        wrong = [i for i, target in enumerate(self.targets) if not 0 <= target < len(self.classes)]
+        # All at once: row by row takes a minute for ImageNet. A label may be null.
+        self.targets: list[int] = rows["label"][:]
+        known = range(len(self.classes))
+        wrong = [i for i, target in enumerate(self.targets) if target not in known]
         if wrong:
             raise DataError(
                 f"{where}: label {self.targets[wrong[0]]} in row {wrong[0]}, "
@@ -158,7 +160,8 @@ class _Rows:
         self._rows = rows.cast_column("image", datasets.Image(decode=False)).select_columns("image")
 
     def read(self, index: int) -> bytes:
-        return self._rows[index]["image"]["bytes"] or b""
+        image = self._rows[index]["image"]
+        return (image and image["bytes"]) or b""  # either may be null
 
     def name(self, index: int) -> str:
         return f"{self._where} row {index}"

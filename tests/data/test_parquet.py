@@ -14,7 +14,7 @@ from cbam.errors import DataError, MissingExtraError
 
 @pytest.fixture
 def write(tmp_path, encoded, pixels):
-    """write("train", [(label, bytes or None), ...]) puts a split into tmp_path/set/data, in two files."""
+    """write("train", [(label, bytes), ...]) puts a split, or nulls, into tmp_path/set/data, in two files."""
     pytest.importorskip("datasets", reason="the extra cbam[parquet] is not installed")
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -33,7 +33,7 @@ def write(tmp_path, encoded, pixels):
         for number, part in enumerate((rows[::2], rows[1::2])):
             table = pa.table(
                 {
-                    "image": [{"bytes": data, "path": None} for _, data in part],
+                    "image": [data if data is None else {"bytes": data, "path": None} for _, data in part],
                     "label": [label for label, _ in part],
                 },
                 schema=schema,
@@ -107,6 +107,16 @@ def test_labels_without_a_class_or_a_name_are_refused(write, picture):  # D14
     write("train", [(0, picture()), (1, picture())], names=None)
     with pytest.raises(DataError, match="expected the columns image and label"):
         picture_set(root)
+
+
+def test_nulls_are_data_errors(write, picture):  # D3, D14
+    write("train", [(0, picture()), (1, picture()), (0, None), (1, picture(2))])
+    root = write("validation", [(0, picture()), (1, picture())])
+    train, _ = picture_set(root, size=32)
+    assert len(train.unreadable) == 1
+    write("train", [(0, picture()), (None, picture())])
+    with pytest.raises(DataError, match="label None in row 1, expected 0 to 1"):
+        picture_set(root, size=32)
 
 
 def test_a_damaged_file_is_a_data_error(write, picture):
