@@ -103,7 +103,7 @@ def _decoded_fault(data: bytes, name: str) -> Finding | None:
 
 
 def _lacks_end(data: bytes) -> bool:
-    """Whether a JPEG lacks its end marker: no marker occurs inside a scan, so it must follow the last one."""
+    """Whether a JPEG lacks its end marker, which must follow the last start of a scan: scans have neither."""
     return data.startswith(b"\xff\xd8") and data.rfind(_END_OF_IMAGE) < data.rfind(_START_OF_SCAN)
 
 

@@ -265,5 +265,5 @@ def _turn(image: "Image.Image") -> int:
 
 
 def _to_tensor(picture: "Image.Image") -> Tensor:
-    # A view: the copy is saved, and the crop that follows is faster in this layout.
+    # A view saves a copy, and the crop that follows is faster in this layout.
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1)

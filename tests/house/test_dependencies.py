@@ -1,4 +1,4 @@
-"""The lowest versions that are allowed are above those with known holes."""
+"""The lowest versions allowed have no known vulnerabilities that matter here."""
 
 import re
 import tomllib
@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 
-# Package -> the first version without the holes that matter here: by files of strangers, or by visitors.
+# Package -> first version without the vulnerabilities that matter here: by untrusted files or visitors.
 FLOORS = {
     "torch": ("2.10", "CVE-2026-24747, a file overwrites memory although weights_only is set"),
     "pillow": ("12.3", "CVE-2026-54059, -54060, -55379, -55380, -55798, damaged images"),

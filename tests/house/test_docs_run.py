@@ -1,9 +1,8 @@
-"""The README and the pages of docs/ run, and their links lead somewhere.
+"""The code of the README and of the pages in docs/ runs, and their links work.
 
-Every ```python block of a page runs, in order, in one namespace and in an empty folder. A block under the
-line `<!-- no-run: reason -->` does not, and one under `<!-- needs: module -->` where that is not installed;
-a skipped test counts those and says why. One under `<!-- stand-in: name -->` would download; here it gets
-what it asks for from this machine.
+Every ```python block of a page runs, in order, in one namespace and in an empty folder, except under the line
+`<!-- no-run: reason -->`, or `<!-- needs: module -->` if that is not installed; a skipped test counts these
+and gives the reasons. A block under `<!-- stand-in: name -->` would download; here it gets a substitute.
 """
 
 import importlib.util
@@ -103,7 +102,7 @@ STAND_INS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
 
 
 def dead_links(page: Path) -> list[str]:
-    """file:line of each relative link that leads nowhere, or to a heading that is not there."""
+    """file:line of each relative link to a file or a heading that does not exist."""
     text = page.read_text("utf-8")
     prose = FENCE.sub(lambda match: "\n" * match[0].count("\n"), text)
     found = []

@@ -1,7 +1,7 @@
-"""Imports go downstairs only, and the rooms that promise torch alone hold to it.
+"""Rooms import only from floors below, and some rooms import no package but torch.
 
-A room is a module or a package right under cbam/. It imports from floors strictly below and from itself; the
-public names of `cbam` count as the room that they live in.
+A room is a module or a package directly under cbam/. It imports from floors strictly below and from itself;
+the public names of `cbam` count as the rooms that define them.
 """
 
 import ast
@@ -29,13 +29,13 @@ FLOORS = {
     "studies": 6,
     "app": 7,
 }
-EXEMPT = ("__init__.py", "__main__.py")  # the front door: it leads to every floor
+EXEMPT = ("__init__.py", "__main__.py")  # the entry points import from every floor
 TRITON = "ops/triton_*.py"  # imported on first use of a GPU, by nothing at module level but each other
 TORCH_ALONE = ("__init__.py", "errors", "ops", "nn", "surgery")  # what `import cbam` and `attach` need
 
 
 def floor_offenders(package: Path) -> list[str]:
-    """One line per import in `package` that does not go downstairs: file:line, what, why."""
+    """One line per import in `package` that is not from a floor below: file:line, what, why."""
     found = []
     for path, room, tree in modules(package):
         if path.parent == package and path.name in EXEMPT:
@@ -118,7 +118,7 @@ def absolute_names(path: Path, node: ast.AST, package: Path) -> list[str]:
 
 
 def public_homes(package: Path) -> dict[str, str]:
-    """Public name -> the room it lives in, as the package's __init__ says."""
+    """Public name -> the room that defines it, from the package's __init__."""
     for node in ast.parse((package / "__init__.py").read_text("utf-8")).body:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "_HOME":
             return {name: home.split(".")[1] for name, home in ast.literal_eval(node.value).items()}

@@ -1,4 +1,4 @@
-"""`import cbam` and attaching need torch alone, and the package adds little to the time that torch takes.
+"""`import cbam` and attaching need only torch, and the package adds little to torch's import time.
 
 Each test runs in a fresh interpreter, since this one has imported everything.
 """

@@ -22,7 +22,7 @@ def tracked() -> set[str]:
     """The files under version control, or a skip: an unpacked sdist has none."""
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False)
     if listed.returncode or not (ROOT / ".git").exists():
-        pytest.skip("this is no checkout")
+        pytest.skip("this is not a git checkout")
     return {name for name in listed.stdout.split("\0") if name and (ROOT / name).exists()}
 
 

@@ -11,10 +11,10 @@ import cbam
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "cbam"
 
-MAX_LINES = 450  # a longer file is two rooms
+MAX_LINES = 450  # longer files should be split
 NOT_A_NAME = {"util", "utils", "helper", "helpers", "common", "misc", "base", "manager", "managers", "v2"}
 
-# Put together here, since this file is looked at too.
+# Assembled from parts, because this file is searched too.
 HOSTS = [".".join(parts) for parts in (("pypi", "org"), ("pythonhosted", "org"), ("registry", "npmjs"))]
 HOSTS += [".".join(("download", "pytorch", "org/whl")), ".".join(("deb", "debian", "org"))]
 FOLDERS = [f"/{name}/" for name in ("root", "work", "home", "Users", "tmp/w")]

@@ -41,7 +41,7 @@ def test_every_page_is_in_the_contents_of_the_site():
 
 
 def test_a_link_to_a_page_leads_to_one_of_the_site():
-    """What Sphinx would only say when it builds: it reads no page outside of its patterns."""
+    """Otherwise reported only when Sphinx builds: it reads no page outside its patterns."""
     (patterns,) = re.findall(
         r"^include_patterns = (\[.*\])$", (DOCS / "conf.py").read_text("utf-8"), re.MULTILINE
     )
