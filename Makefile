@@ -98,7 +98,7 @@ format: $(READY) ## format the code and apply the safe lint fixes
 	$(BIN)/python -m ruff format .
 	$(BIN)/python -m ruff check --fix .
 
-clean: ## remove caches, reports and builds (.venv stays: rm -rf .venv to set up anew)
+clean: ## remove caches, reports and builds (.venv stays: rm -rf .venv to set up again)
 	rm -rf .pytest_cache .ruff_cache .hypothesis build dist demo-report lightning_logs native/dist native/cbam_native/*.so native/cbam_native/*.sha256
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
 

@@ -109,9 +109,9 @@ class _Table:
             if not all(map(math.isfinite, (x0, y0, x1, y1))):
                 self.findings.append(Finding(where, f"a box is not finite: {x0:g} {y0:g} {x1:g} {y1:g}"))
                 continue
-            yield where, _beside(file, row["file"]), (x0, y0, x1, y1), shown(row.get("label") or "")
+            yield where, _image_path(file, row["file"]), (x0, y0, x1, y1), shown(row.get("label") or "")
 
 
-def _beside(file: Path, name: str) -> Path:
+def _image_path(file: Path, name: str) -> Path:
     path = file.parent / name
     return path if is_file(path) else file.parent / "images" / name
