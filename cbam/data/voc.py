@@ -69,7 +69,7 @@ def voc(
     for reader in readers:
         unknown = [name for name in reader.classes if name not in labels]
         findings += [
-            reader.classes[name].fault(f"class {name!r} is not one of `classes`") for name in unknown
+            reader.classes[name].fault(f"class {name!r} is not one of the classes") for name in unknown
         ]
     notes = accept(findings, shown(folders[0]))
     pictures: list[Picture] = []
