@@ -1,4 +1,4 @@
-"""Trained networks as folders that others can use: weights, what they are, and a model card."""
+"""Trained networks as folders to share: weights, configuration and a model card."""
 
 from cbam.hub.card import Card
 from cbam.hub.folder import card_of, from_pretrained, is_published, save_pretrained

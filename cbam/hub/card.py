@@ -11,28 +11,30 @@ from typing import Any
 from cbam.errors import CheckpointError, InputError
 
 LIBRARY = "cbam"
-FORMAT = 3  # of config.json; newer ones are refused. Format 1 has no `resize` in its card, format 2 no `exif`
-LARGEST = 4_000_000  # bytes of a config.json
+FORMAT = (
+    3  # of config.json; newer ones are rejected. Cards of format 1 lack `resize`, those of format 2 `exif`
+)
+LARGEST = 4_000_000  # bytes accepted for a config.json
 CBAM = "Attention: CBAM (Woo, Park, Lee and Kweon, ECCV 2018, arXiv 1807.06521)."
 _IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
 
 @dataclass(frozen=True)
 class Card:
-    """What people need to know to use and to judge a network; the model card says what is not given.
+    """What people need to know to use and judge a network; the model card marks what is not given.
 
     Attributes:
         classes: the name of each output.
         size: side of the images that it was trained on, in pixels.
-        resize: what the shorter side of an image is resized to before its centre, `size` pixels, is cropped;
-            None: not given.
-        mean, std: per channel, for values in [0, 1], of the normalisation.
-        exif: whether images are rotated as their EXIF tag says.
+        resize: length of the shorter side, in pixels, to which images are resized before the centre crop of
+            `size` pixels; None: not given.
+        mean, std: normalisation per channel, for values in [0, 1].
+        exif: whether images are rotated according to their EXIF tag.
         data: what it was trained on.
-        pictures: what identifies those images, as `cbam train` records it: counts, a digest of names.
+        pictures: what identifies those images, as `cbam train` records it: counts, digest of names.
         recipe: how it was trained: a name, or settings by name.
-        results: measured numbers by name: `{"top-1 error, %": 7.4}`.
-        licence: of the weights, as its SPDX identifier: "mit".
+        results: measured numbers by name, such as `{"top-1 error, %": 7.4}`.
+        licence: of the weights, as an SPDX identifier such as "mit".
         about: anything else, in Markdown.
     """
 
@@ -70,7 +72,7 @@ def _is_numbers(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    """Whether `value` is a finite number that a float can hold: integers in JSON have no limit."""
+    """Whether `value` is finite and fits a float; integers in JSON are unbounded."""
     known = isinstance(value, int | float) and not isinstance(value, bool)
     return known and abs(value) <= sys.float_info.max
 
@@ -106,9 +108,9 @@ class Network:
     Attributes:
         name: for `cbam.build`, or empty for a network of the user's own.
         outputs: number of classes.
-        dtype: of its weights, "float32".
+        dtype: of its weights, such as "float32".
         sha256: of the weights file.
-        parameters, gmac: its size, and 10^9 multiply-accumulates for one image, if known.
+        parameters, gmac: number of parameters, and 10^9 multiply-accumulates per image, if known.
     """
 
     name: str
@@ -125,66 +127,66 @@ def config(network: Network, card: Card) -> str:
     Raises:
         InputError: the card holds something that JSON cannot express.
     """
-    told = {"library_name": LIBRARY, "format": FORMAT, **dataclasses.asdict(network)}
+    content = {"library_name": LIBRARY, "format": FORMAT, **dataclasses.asdict(network)}
     try:
-        return json.dumps(told | {"card": dataclasses.asdict(card)}, indent=1, allow_nan=False) + "\n"
+        return json.dumps(content | {"card": dataclasses.asdict(card)}, indent=1, allow_nan=False) + "\n"
     except (TypeError, ValueError, RecursionError) as error:
         raise InputError(f"the card cannot be written as JSON: {error}") from error
 
 
 def read_config(path: Path) -> tuple[Network, Card]:
-    """The contents of a config.json, every field checked.
+    """Read a config.json, and check every field.
 
     Raises:
         CheckpointError: not written by cbam, damaged, or of a newer version.
     """
     try:
         if path.stat().st_size > LARGEST:
-            raise CheckpointError(f"{path}: larger than {LARGEST} bytes, which no configuration of ours is")
-        told = json.loads(path.read_bytes())
+            raise CheckpointError(f"{path}: larger than {LARGEST} bytes, the limit for a config.json")
+        content = json.loads(path.read_bytes())
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: no JSON: {error}") from error
-    if not isinstance(told, dict) or told.get("library_name") != LIBRARY:
+        raise CheckpointError(f"{path}: not JSON: {error}") from error
+    if not isinstance(content, dict) or content.get("library_name") != LIBRARY:
         raise CheckpointError(f"{path}: not written by cbam.save_pretrained")
-    if type(told.get("format")) is not int or told["format"] > FORMAT:
+    if type(content.get("format")) is not int or content["format"] > FORMAT:
         raise CheckpointError(
-            f"{path}: written by a newer cbam (format {told.get('format')!r:.20}, known up to {FORMAT}); "
+            f"{path}: written by a newer cbam (format {content.get('format')!r:.20}, known up to {FORMAT}); "
             "upgrade cbam"
         )
     try:
-        network, card = _network(told), _card(told.get("card"))
+        network, card = _network(content), _card(content.get("card"))
         if card.classes and len(card.classes) != network.outputs:
-            raise ValueError(f"it names {len(card.classes)} classes, and has {network.outputs} outputs")
+            raise ValueError(f"it names {len(card.classes)} classes, but has {network.outputs} outputs")
         return network, card
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: damaged: {error}") from error
 
 
-def _network(told: dict[str, Any]) -> Network:
+def _network(content: dict[str, Any]) -> Network:
     kinds = {"name": str, "outputs": int, "dtype": str, "sha256": str, "parameters": int}
     for name, kind in kinds.items():
-        if type(told.get(name)) is not kind:
-            raise ValueError(f"{name} is {told.get(name)!r:.40}")
-    gmac = told.get("gmac")
+        if type(content.get(name)) is not kind:
+            raise ValueError(f"{name} is {content.get(name)!r:.40}")
+    gmac = content.get("gmac")
     if gmac is not None and not _is_number(gmac):
         raise ValueError(f"gmac is {gmac!r:.40}")
-    return Network(**{name: told[name] for name in kinds}, gmac=gmac)
+    return Network(**{name: content[name] for name in kinds}, gmac=gmac)
 
 
-def _card(told: Any) -> Card:
-    if not isinstance(told, dict):
+def _card(content: Any) -> Card:
+    if not isinstance(content, dict):
         raise ValueError("the card is missing")
     known = {field.name for field in dataclasses.fields(Card)}
-    if unknown := told.keys() - known:
-        raise ValueError(f"the card has {', '.join(sorted(map(str, unknown)))[:80]}, which no card has")
-    fields: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in told.items()}
+    if unknown := content.keys() - known:
+        raise ValueError(f"the card has unknown fields: {', '.join(sorted(map(str, unknown)))[:80]}")
+    fields: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in content.items()}
     return Card(**fields)
 
 
 def page(network: Network, card: Card, title: str) -> str:
-    """The model card, Markdown with the header that the Hugging Face Hub reads."""
+    """The model card: Markdown, with the header that the Hugging Face Hub reads."""
     name = network.name or "a custom network"
     loaded = "" if network.name else ", model=your_network"
     costs = f"- parameters: {network.parameters:,}"
@@ -220,20 +222,20 @@ def _sides(card: Card) -> str:
 
 
 def _header(card: Card, title: str) -> str:
-    """YAML, with every value written as JSON, which is YAML too: no text can break out of it."""
-    told: dict[str, Any] = {
+    """YAML with every value written as JSON, which is valid YAML, so that no text can break out of it."""
+    header: dict[str, Any] = {
         "library_name": LIBRARY,
         "pipeline_tag": "image-classification",
         "tags": ["cbam", "attention", "pytorch"],
     }
     if card.licence:
-        told["license"] = card.licence
+        header["license"] = card.licence
     if card.results and card.data:
         metrics = [{"type": name, "name": name, "value": value} for name, value in card.results.items()]
         task = {"type": "image-classification"}
         result = {"task": task, "dataset": {"name": card.data, "type": card.data}, "metrics": metrics}
-        told["model-index"] = [{"name": title, "results": [result]}]
-    lines = [f"{name}: {json.dumps(value)}" for name, value in told.items()]
+        header["model-index"] = [{"name": title, "results": [result]}]
+    lines = [f"{name}: {json.dumps(value)}" for name, value in header.items()]
     return "\n".join(["---", *lines, "---"])
 
 
@@ -257,5 +259,5 @@ def _numbers(values: tuple[float, ...]) -> str:
 
 
 def _line(text: str) -> str:
-    """One line that cannot end a table's cell or start HTML."""
+    """The text as one line that cannot end a table cell or start HTML."""
     return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")

@@ -1,6 +1,6 @@
-"""A trained network as a folder or a repository of the Hugging Face Hub: written, and read back.
+"""Save a trained network as a folder, and load it from a folder or a Hugging Face Hub repository.
 
-No code from a folder is run: the weights are safetensors only, checked against their SHA-256, and the network
+No code from a folder is run: weights are safetensors only and checked against their SHA-256, and the network
 is built by `cbam.build` or by the caller.
 """
 
@@ -46,20 +46,20 @@ def save_pretrained(
     card: Card | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Write `model` as a folder that `from_pretrained` reads, and that can be put on the Hugging Face Hub.
+    """Write `model` as a folder that `from_pretrained` reads, and that can go on the Hugging Face Hub.
 
     The folder is created if it is missing. `model.safetensors` holds the weights, `config.json` the network's
     name, its card and the SHA-256 of the weights, and `README.md` is the model card.
 
     Args:
         network: the name for `cbam.build`, such as "resnet50+cbam"; leave it out for a network of your own,
-            which then has to be passed to `from_pretrained`.
+            which must then be passed to `from_pretrained`.
         card: the description of the network.
         overwrite: replace existing files.
 
     Raises:
         ConfigError: `network` is unknown, or builds a network that differs from `model`; or files exist.
-        InputError: the card does not fit the network; or the state dict holds something that is no tensor.
+        InputError: the card does not fit the network; or the state dict holds something other than tensors.
         DtypeError: weights of several dtypes, or integers. OutputError: no space or no permission.
         MissingExtraError: safetensors is not installed.
     """
@@ -69,9 +69,9 @@ def save_pretrained(
     target = Target(model)
     outputs = _outputs(target)
     if card.classes and len(card.classes) != outputs:
-        raise InputError(f"the card names {len(card.classes)} classes, the network has {outputs} outputs")
+        raise InputError(f"the card names {len(card.classes)} classes, but the network has {outputs} outputs")
     if network:
-        with torch.random.fork_rng([]):  # the network beside it draws its weights on the CPU
+        with torch.random.fork_rng([]):  # the network built for comparison draws its weights on the CPU
             _refuse_other_network(target.model, network, outputs, card.size)
     data, dtype = _bytes(target.model), _dtype(target.model)
     parameters = sum(parameter.numel() for parameter in target.model.parameters())
@@ -82,7 +82,7 @@ def save_pretrained(
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OutputError(f"{folder} cannot be made: {error.strerror or error}") from error
+        raise OutputError(f"{folder} cannot be created: {error.strerror or error}") from error
     texts = {README: page(made, card, folder.resolve().name), CONFIG: config(made, card)}
     targets = (folder / README, folder / WEIGHTS, folder / CONFIG)
     try:
@@ -91,9 +91,9 @@ def save_pretrained(
             for name, text in texts.items():
                 (part / name).write_text(text, encoding="utf-8", errors="backslashreplace")
     except BaseException:
-        with contextlib.suppress(OSError):  # one that is not empty
-            for made_here in missing:
-                made_here.rmdir()
+        with contextlib.suppress(OSError):  # not empty
+            for created in missing:
+                created.rmdir()
         raise
     return folder
 
@@ -107,7 +107,7 @@ def from_pretrained(
 
     Args:
         model: the network to load the weights into, if the folder names none that `cbam.build` knows. It is
-            unchanged if they do not fit.
+            left unchanged if they do not fit.
         revision: branch, tag or commit of a repository; only a commit never changes.
 
     Raises:
@@ -116,24 +116,24 @@ def from_pretrained(
         ConfigError: the folder names no network and `model` is not given; or a folder with a revision.
         MissingExtraError: safetensors or huggingface_hub, or the library of the network, is not installed.
     """
-    folder = _located(source, revision)
+    folder = _locate(source, revision)
     network, _ = read_config(folder / CONFIG)
     weights = folder / WEIGHTS
     _refuse_damage(weights, network.sha256)
     if network.dtype not in _DTYPES:
         raise CheckpointError(f"{folder / CONFIG}: unknown dtype {network.dtype!r:.40}")
     if model is None:
-        model = _built(network, weights)
+        model = _build(network, weights)
         name = network.name
     else:
         name = "the given network"
-        _refuse_lacking(check_weights(model, weights), weights, name)  # before it changes
+        _refuse_missing(check_weights(model, weights), weights, name)  # before the model is changed
     model.to(_DTYPES[network.dtype])
-    _refuse_lacking(load_weights(model, weights), weights, name)
+    _refuse_missing(load_weights(model, weights), weights, name)
     return model.eval()
 
 
-def _refuse_lacking(loaded: Loaded, weights: Path, name: str) -> None:
+def _refuse_missing(loaded: Loaded, weights: Path, name: str) -> None:
     if loaded.missing:
         raise CheckpointError(f"{weights}: lacks the attention of {name}")
 
@@ -148,11 +148,11 @@ def card_of(source: str | PathLike[str], *, revision: str | None = None) -> Card
 
     Raises: as `from_pretrained`.
     """
-    return read_config(_located(source, revision) / CONFIG)[1]
+    return read_config(_locate(source, revision) / CONFIG)[1]
 
 
-def _located(source: str | PathLike[str], revision: str | None) -> Path:
-    """The folder that holds the files of `source`."""
+def _locate(source: str | PathLike[str], revision: str | None) -> Path:
+    """The local folder with the files of `source`."""
     folder = Path(source)
     try:
         is_file, is_folder = folder.is_file(), folder.is_dir()
@@ -183,17 +183,17 @@ def _refuse_damage(weights: Path, digest: str) -> None:
     except OSError as error:
         raise CheckpointError(f"{weights}: cannot be read: {error.strerror or error}") from error
     if start[8:9] != b"{":
-        raise CheckpointError(f"{weights}: not safetensors, it starts with {start!r}; nothing of it was read")
+        raise CheckpointError(f"{weights}: not safetensors, it starts with {start!r}; it was not loaded")
     if found != digest:
         raise CheckpointError(
-            f"{weights}: damaged, or not what belongs to config.json: its SHA-256 is not the recorded one"
+            f"{weights}: damaged, or not the file of this config.json: its SHA-256 is not the recorded one"
         )
 
 
-def _built(network: Network, weights: Path) -> nn.Module:
-    """The network that a configuration names; raises if it would be larger than its weights."""
+def _build(network: Network, weights: Path) -> nn.Module:
+    """Build the network named in the configuration; raises if it would be larger than its weights."""
     if not network.name:
-        raise ConfigError("the folder is that of a network of its author's own: give model=")
+        raise ConfigError("the folder is of a custom network that cbam.build does not know: give model=")
     try:
         _refuse_larger(network, weights)
         return build(network.name, num_classes=network.outputs)
@@ -204,7 +204,7 @@ def _built(network: Network, weights: Path) -> nn.Module:
 
 
 def _refuse_larger(network: Network, weights: Path) -> None:
-    """Raise before any memory is taken: a name in a file must not make us allocate all of it."""
+    """Raise before memory is allocated, so that a name in a file cannot exhaust it."""
     size = weights.stat().st_size
     room = size // _DTYPES[network.dtype].itemsize
     if network.outputs > room:
@@ -213,14 +213,14 @@ def _refuse_larger(network: Network, weights: Path) -> None:
         with torch.device("meta"):
             counted = build(network.name, num_classes=network.outputs)
     except NotImplementedError:
-        return  # some networks read their own weights in their constructor
+        return  # some constructors read their own weights
     wanted = sum(p.numel() for p in counted.parameters())
     if wanted > room:
         raise CheckpointError(f"{wanted} parameters do not fit into {size} bytes of weights")
 
 
 def _outputs(target: Target) -> int:
-    """How many classes: the first dimension of the head's weight."""
+    """The number of classes: the first dimension of the head's weight."""
     sizes = [target.tensors[name].shape[0] for name in target.head() if target.tensors[name].dim() > 1]
     if not sizes:
         raise InputError(f"{type(target.model).__name__} has no linear layer or convolution")
@@ -228,7 +228,7 @@ def _outputs(target: Target) -> int:
 
 
 def _refuse_other_network(model: nn.Module, network: str, outputs: int, size: int) -> None:
-    """Raise if the name builds a network with other tensors, or with another function of the same ones."""
+    """Raise if the name builds a network with other tensors, or one that computes something else."""
     like = next(model.parameters())
     built = build(network, num_classes=outputs).to(like.device, like.dtype)
     has = {name: tuple(value.shape) for name, value in Target(model).tensors.items()}
@@ -243,12 +243,12 @@ def _refuse_other_network(model: nn.Module, network: str, outputs: int, size: in
     with settled(model), settled(built):
         try:
             found, wanted = built(x), model(x)
-        except Exception as error:  # of the network, whatever it is
+        except Exception as error:  # networks may raise anything
             raise InputError(
                 f"{network} does not take images of {size} px: {first_line(error, 300)}"
             ) from error
     apart = (found - wanted).abs().max() / wanted.abs().max()
-    if apart > 0.01:  # reduced precision stays below; NaN, as from overflow, proves nothing
+    if apart > 0.01:  # reduced precision stays below this; NaN, as from overflow, proves nothing
         raise ConfigError(
             f'network="{network}" builds a network that computes something else from the same weights; leave '
             "network out, and give from_pretrained the model"
@@ -263,7 +263,7 @@ def _dtype(model: nn.Module) -> str:
 
 
 def _bytes(model: nn.Module) -> bytes:
-    """The weights as safetensors: one tensor per name, also where the network shares them."""
+    """The weights as safetensors: one tensor per name, even if the network shares tensors."""
     try:
         from safetensors.torch import save
     except ImportError as error:
@@ -272,15 +272,15 @@ def _bytes(model: nn.Module) -> bytes:
     for name, value in state.items():
         if not isinstance(value, Tensor):
             raise InputError(
-                f"{name} of the state dict is a {type(value).__name__}, and safetensors holds tensors alone"
+                f"{name} of the state dict is a {type(value).__name__}, but safetensors holds only tensors"
             )
     plain = {name: value.detach().cpu().contiguous().clone() for name, value in state.items()}
     return save(plain, metadata={"format": "pt"})
 
 
 def _gmac(model: nn.Module, size: int) -> float | None:
-    """10^9 multiply-accumulates for one image; None if the network does not take images of that size."""
+    """10^9 multiply-accumulates per image; None if the network does not take images of that size."""
     try:
         return profile(model, size).gmac
-    except Exception:  # a network of one's own raises what it likes
+    except Exception:  # custom networks may raise anything
         return None

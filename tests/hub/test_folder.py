@@ -131,7 +131,7 @@ def test_a_wrapped_network_is_saved_without_its_wrapper(model, tmp_path):
     [
         ({"network": "resnet_tiny"}, ConfigError, "builds a network with other tensors"),
         ({"network": "resnt"}, ConfigError, "unknown network"),
-        ({"card": Card(classes=("a",))}, InputError, "names 1 classes, the network has 5"),
+        ({"card": Card(classes=("a",))}, InputError, "names 1 classes, but the network has 5"),
         ({"card": Card(recipe={"a": {1, 2}})}, InputError, "cannot be written as JSON"),
         ({"card": {"size": 32}}, InputError, r"card must be a cbam\.hub\.Card, got dict"),
     ],
@@ -199,7 +199,7 @@ def test_files_that_are_there_stay_unless_overwriting_is_asked_for(model, folder
 # K13, K16
 def test_a_place_that_cannot_be_written_is_one_error(model, tmp_path):
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(OutputError, match="cannot be made"):
+    with pytest.raises(OutputError, match="cannot be created"):
         cbam.save_pretrained(model, tmp_path / "file" / "mine", network=NETWORK)
 
 
@@ -386,7 +386,7 @@ def _answer(kind):
 @pytest.mark.parametrize(
     ("failure", "error", "told"),
     [
-        (lambda: _answer(errors.RepositoryNotFoundError), CheckpointNotFoundError, "no repository"),
+        (lambda: _answer(errors.RepositoryNotFoundError), CheckpointNotFoundError, "no such repository"),
         (lambda: _answer(errors.RevisionNotFoundError), CheckpointNotFoundError, "no revision 'v9'"),
         (lambda: _answer(errors.GatedRepoError), CheckpointError, "hf auth login"),
         (lambda: errors.LocalEntryNotFoundError("offline"), CheckpointError, "cannot be reached"),
