@@ -1,4 +1,4 @@
-"""The report folder: looked at before any work, written so that a file is whole or not there."""
+"""The report folder: checked before any work is done; files are written atomically."""
 
 import contextlib
 import json
@@ -10,17 +10,17 @@ from cbam.train import checkpoint
 
 RESULTS, REPORT, PAGE = "results.json", "report.md", "report.html"
 PICTURE, DRAWING = "picture.png", "picture.svg"
-WEIGHTS = ".cbam.safetensors"  # the ending of the weights of an arm
+WEIGHTS = ".cbam.safetensors"  # suffix of the weights of an arm
 
 
 class ReportFolder:
-    """A folder that the files of one report go to; other files in it are never touched.
+    """A folder for the files of one report; other files in it are never touched.
 
-    Nothing is left behind on the disk until the first file is written.
+    Nothing is left on the disk until the first file is written.
 
     Raises:
-        ConfigError: it holds something already and `overwrite` is false.
-        OutputError: it cannot be made or written to.
+        ConfigError: it is not empty and `overwrite` is false.
+        OutputError: it cannot be created or written to.
     """
 
     def __init__(self, path: str | os.PathLike, *, overwrite: bool = False) -> None:
@@ -35,7 +35,7 @@ class ReportFolder:
         check_folder(self.path)
 
     def write(self, name: str, content: str | bytes) -> Path:
-        """Put `content` into the file `name`: temporary file, fsync, rename, fsync of the folder."""
+        """Write `content` to the file `name`: temporary file, fsync, rename, fsync of the folder."""
         data = content.encode() if isinstance(content, str) else content
         target = self.path / name
         try:
@@ -48,25 +48,25 @@ class ReportFolder:
         return target
 
     def write_results(self, results: dict) -> Path:
-        """Write `results` as JSON; NaN and infinity, which JSON lacks, are refused."""
+        """Write `results` as JSON; NaN and infinity, which JSON lacks, raise ValueError."""
         return self.write(RESULTS, json.dumps(results, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
 
     def _remove_stale(self, kept: str) -> None:
-        """A report of an earlier run must not stand beside the results of this one."""
+        """Remove the files of an earlier report, which must not mix with this one."""
         for path in [path for name in self._stale for path in self.path.glob(name) if path.name != kept]:
             path.unlink()
         self._stale = []
 
 
 def check_folder(path: Path) -> None:
-    """Write and rename a small file in a folder, or in the nearest folder above that exists.
+    """Check that a folder is writable, by a small file in it or in its nearest existing parent.
 
     Raises:
-        ConfigError: it is a file. OutputError: it cannot be made or written to.
+        ConfigError: it is a file. OutputError: it cannot be created or written to.
     """
     try:
         if path.exists() and not path.is_dir():
-            raise ConfigError(f"{path} is a file, where a folder is needed: give another --out")
+            raise ConfigError(f"{path} is a file, not a folder: give another --out")
         place = path
         while not place.exists() and place != place.parent:
             place = place.parent

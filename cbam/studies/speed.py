@@ -1,4 +1,4 @@
-"""How long a training step and an inference take, arm beside arm on the same machine."""
+"""Times of a training step and an inference, of all arms on the same machine."""
 
 import copy
 from collections.abc import Callable
@@ -22,16 +22,16 @@ def interleaved(
     recipe: Recipe,
     device: torch.device,
 ) -> dict[str, dict[str, list[float]]]:
-    """Seconds of training steps and inferences of every arm, measured in turns: plain, arm, plain, arm, ...
+    """Seconds of training steps and inferences of every arm, measured in alternation: plain, arm, plain, ...
 
-    Copies are trained, the models stay as they are. Up to ROUNDS rounds; from the fifth on they end after
-    SECONDS.
+    Copies are trained, the models are unchanged. At most ROUNDS rounds; after SECONDS no further one begins,
+    but at least five run.
 
     Args:
         images: normalised float (N, 3, H, W). targets: (N,).
 
     Returns:
-        {arm: {"train": [...], "inference": [...]}} with one number per round.
+        {arm: {"train": [...], "inference": [...]}}, one number per round.
     """
     images, targets = images.to(device), targets.to(device)
     programs = {

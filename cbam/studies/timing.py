@@ -1,4 +1,4 @@
-"""Times of several programs, one after the other in every round: machines drift, neighbours do not."""
+"""Times of several programs, run in turn in every round, so that drift of the machine cancels in ratios."""
 
 import statistics
 import time
@@ -9,22 +9,22 @@ from typing import TypeVar
 import torch
 
 WARM_UP = 3
-LAUNCHES = 20  # in a graph, so that launching it is shared by many
-NETWORK = 250.0  # `least` for whole networks: five steps of 45 ms, as a question of one per cent needs
+LAUNCHES = 20  # per graph, to amortise the launch of the graph
+NETWORK = 250.0  # `least` for whole networks: five steps of 45 ms, enough to resolve one per cent
 Step = Callable[[], object]
 Name = TypeVar("Name", bound=Hashable)
 
 
 @dataclass(frozen=True)
 class Timed:
-    """Milliseconds of one program, a number per round; `ratios` to the first of its peers, round by round."""
+    """Milliseconds of one program, one number per round; `ratios` are to the first program, per round."""
 
     ms: list[float]
     ratios: list[float]
 
     @property
     def median(self) -> float:
-        """The median milliseconds."""
+        """The median time in milliseconds."""
         return statistics.median(self.ms)
 
     @property
@@ -42,11 +42,11 @@ def in_turns(
     least: float = 2.0,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[Name, Timed]:
-    """Time every step once per round; each other round runs them in the opposite order.
+    """Time every step once per round; every second round runs them in reverse order.
 
-    A round repeats a step that is shorter than `least` milliseconds on a GPU, which is read from the host, or
-    than twenty on a CPU, which others interrupt. After `seconds` no further round begins, but five there are.
-    `clock` tells what a step takes, in seconds.
+    Within a round a step is repeated until it takes about `least` milliseconds on a GPU, as the host's clock
+    needs, or 20 ms on a CPU, where other processes interrupt. After `seconds` no further round begins, but at
+    least five run. `clock` returns the time in seconds.
     """
     repeats = {}
     for name, step in steps.items():
@@ -68,9 +68,9 @@ def in_turns(
 def without_host(
     steps: Mapping[Name, Step], device: torch.device, *, rounds: int = 11, seconds: float = 60.0
 ) -> dict[Name, Timed]:
-    """The same of the device alone: a kernel under about 20 microseconds ends before the next is launched.
+    """As `in_turns`, without launch overhead: kernels under about 20 us end before the next one is launched.
 
-    A step is timed as a CUDA graph of LAUNCHES of it; on a CPU as it is.
+    A step is timed as a CUDA graph of LAUNCHES repeats; on a CPU it runs as it is.
     """
     times = LAUNCHES if _is_gpu(device) else 1
     graphs = {name: captured(step, device, times) for name, step in steps.items()}
@@ -79,13 +79,13 @@ def without_host(
 
 
 def captured(step: Step, device: torch.device, times: int = 1) -> Step:
-    """`step` so many times as one CUDA graph, which costs the host a single launch; on a CPU, one by one."""
+    """`step`, repeated `times` times, as one CUDA graph with a single launch; on a CPU, as plain calls."""
 
-    def again() -> list[object]:
+    def repeat() -> list[object]:
         return [step() for _ in range(times)]
 
     if not _is_gpu(device):
-        return again
+        return repeat
     current, stream = torch.cuda.current_stream(device), torch.cuda.Stream(device)
     stream.wait_stream(current)
     with torch.cuda.stream(stream):
@@ -94,11 +94,11 @@ def captured(step: Step, device: torch.device, times: int = 1) -> Step:
     current.wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        results = again()
+        results = repeat()
 
     def replay() -> object:
         graph.replay()
-        # The graph knows addresses alone: what it reads and writes must live as long as this closure.
+        # The graph only holds addresses: what it reads and writes must live as long as this closure.
         return step, results
 
     return replay

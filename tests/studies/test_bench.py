@@ -188,7 +188,7 @@ def test_rows_of_a_quick_look_and_of_kept_memory_have_files_of_their_own(tmp_pat
 def test_a_file_that_is_no_table_of_rows_is_left_alone(tmp_path):  # C7
     path = tmp_path / "A-device-AVX2-torch2.15.0.csv"
     path.write_text("something\nelse\n")
-    with pytest.raises(OutputError, match="is no table of `cbam bench`"):
+    with pytest.raises(OutputError, match="is not a table of `cbam bench`"):
         Rows(tmp_path).add(ROW)
     assert path.read_text() == "something\nelse\n"
 
@@ -211,7 +211,7 @@ def test_what_was_measured_before_an_error_is_there(tmp_path, small, monkeypatch
     [
         (["--networks", "resnet18", "resnt50"], 2, "unknown network 'resnt50'"),
         (["--networks", "vgg11"], 2, "vgg11: no place for attention"),
-        (["--out", "file"], 2, "file is a file, where a folder is needed"),
+        (["--out", "file"], 2, "file is a file, not a folder"),
         (["--out", "/proc/self/nowhere"], 7, "cannot write to /proc/self/nowhere"),
     ],
 )

@@ -1,1 +1,1 @@
-"""What attention costs: correctness first, then times in turns against peers on the same machine."""
+"""What attention costs: first a correctness check, then alternating timings against other implementations."""

@@ -1,4 +1,4 @@
-"""What our attention is measured against: other codes' CBAM, and a block's end without attention.
+"""What our attention is measured against: other implementations of CBAM, and block ends without attention.
 
 Shapes: N samples, C channels, H x W pixels; a feature map is (N, C, H, W).
 """
@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 
 class Released(nn.Module):
-    """CBAM as the authors' code computes it, operation by operation (its pools, its two passes of the MLP).
+    """CBAM computed operation by operation as in the authors' code (its pooling, its two passes of the MLP).
 
-    The formula is that of `cbam.CBAM`; written anew here so that what is timed is that way of computing it.
+    The formula is that of `cbam.CBAM`; it is reimplemented here to time their way of computing it.
     """
 
     def __init__(self, channels: int, reduction: int = 16) -> None:
@@ -46,7 +46,7 @@ class Tail(nn.Module):
 
 
 class OurTail(Tail):
-    """The same, as `attach` makes it run."""
+    """The same end of a block, as it runs after `attach`."""
 
     def forward(self, x: Tensor, shortcut: Tensor) -> Tensor:
         from cbam.nn.tail import begin
@@ -58,7 +58,7 @@ class OurTail(Tail):
 
 
 def timm_cbam(channels: int) -> nn.Module:
-    """timm's CbamModule with the biases of the released code."""
+    """timm's CbamModule with biases as in the released code."""
     from timm.layers.cbam import CbamModule
 
     return CbamModule(channels, mlp_bias=True)

@@ -1,4 +1,4 @@
-"""Where the rows of `cbam bench` go: into the file of this device, each as soon as it is measured."""
+"""The output of `cbam bench`: one CSV file per device, written after every row."""
 
 import csv
 import io
@@ -10,7 +10,7 @@ from cbam.errors import OutputError
 from cbam.studies.folder import check_folder
 from cbam.train import checkpoint
 
-# What a reader may compare; the implementations of one case are timed in turns, and replaced together.
+# The columns of a case; its implementations are timed in turns, and replaced together.
 CASE = ("op", "shape", "dtype", "layout", "mode", "kernels", "threads")
 
 
@@ -18,7 +18,7 @@ class Rows:
     """<device>-torch<version>[-memory-kept][-quick].csv in a folder; only rows of the same case are replaced.
 
     Args:
-        quick: whether they are of `--quick`, which a file of its own is for.
+        quick: whether the rows are of `--quick`, which has its own file.
 
     Raises:
         ConfigError: `folder` is a file. OutputError: it cannot be written to.
@@ -27,22 +27,22 @@ class Rows:
     def __init__(self, folder: Path, *, quick: bool = False) -> None:
         check_folder(folder)
         self.folder, self.quick = folder, quick
-        self.path: Path | None = None  # once there is a row
-        self._there: list[dict[str, str]] = []
+        self.path: Path | None = None  # set by the first row
+        self._earlier: list[dict[str, str]] = []
         self._new: list[dict[str, Any]] = []
 
     def add(self, row: dict[str, Any]) -> None:
-        """Write a row, and all those so far.
+        """Add a row and rewrite the file.
 
         Raises:
-            OutputError: it cannot be written, or what is there is no table of rows.
+            OutputError: it cannot be written, or an existing file is not a table of `cbam bench`.
         """
         if self.path is None:
             path = self.folder / self._name(row)
-            self._there, self.path = _read(path), path
+            self._earlier, self.path = _read(path), path
         self._new.append(row)
         cases = {_case(row) for row in self._new}
-        rows = [*(row for row in self._there if _case(row) not in cases), *self._new]
+        rows = [*(row for row in self._earlier if _case(row) not in cases), *self._new]
         text = io.StringIO(newline="")
         writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)))
         writer.writeheader()
@@ -75,5 +75,5 @@ def _read(path: Path) -> list[dict[str, str]]:
     except (UnicodeDecodeError, csv.Error):
         rows = [{}]
     if any(None in row or None in row.values() or not row.keys() >= set(CASE) for row in rows):
-        raise OutputError(f"{path} is no table of `cbam bench`: move it away, or give another --out")
+        raise OutputError(f"{path} is not a table of `cbam bench`: move it away, or give another --out")
     return rows

@@ -1,4 +1,4 @@
-"""`cbam bench`: the gate, then blocks, ends of blocks and whole networks, a row for each."""
+"""`cbam bench`: the gate, then attention, ends of blocks and whole networks, with a row for each."""
 
 import copy
 import ctypes
@@ -35,16 +35,16 @@ LINE = (
 def benchmark(
     settings: Bench, say: Callable[[str], None], keep: Callable[[dict[str, Any]], None] | None = None
 ) -> list[dict[str, Any]]:
-    """Check, then measure; every row is said, and given to `keep`, when it is there.
+    """Check, then measure; every row is passed to `say`, and to `keep`, as soon as it is measured.
 
-    A row has the median milliseconds of an implementation, and its ratio to the first one of its group with
-    the least and the most of all rounds: below 1 is faster. `floor` is the traffic that the operation cannot
-    do without, in bytes; `bandwidth` the share of a copy's speed at which it was moved, on a GPU without the
-    time of the host, which `ms` holds.
+    A row has the median milliseconds of an implementation, and the median of its ratios to the first of its
+    group (below 1 is faster), with their minimum and maximum. `floor` is the memory traffic in bytes that the
+    operation cannot avoid; `bandwidth` is its speed relative to a copy, on a GPU without the launch overhead
+    that `ms` includes.
 
     Raises:
         GateError: the kernels do not compute the equation. ConfigError: no such device or network, or
-            `keep_memory` where it cannot be had.
+            `keep_memory` is not available.
     """
     device = pick_device(settings.device)
     if settings.keep_memory:
@@ -71,10 +71,10 @@ def benchmark(
 
 
 def _check_networks(names: Iterable[str]) -> None:
-    """Build every network, and attach to it, without its memory: a name that is wrong is told first.
+    """Build every network on the meta device and attach to it, so that a wrong name is reported first.
 
     Raises:
-        ConfigError: no such network, or none that attention can be attached to.
+        ConfigError: no such network, or attention cannot be attached to it.
     """
     for name in names:
         try:
@@ -86,14 +86,14 @@ def _check_networks(names: Iterable[str]) -> None:
 
 
 def _name(device: torch.device) -> str:
-    """The device, and on a CPU the instructions that it has: two of one name may differ in them."""
+    """The name of the device, for a CPU with its instruction set, which the name does not determine."""
     name = machine.describe(device)["name"]
     return name if device.type != "cpu" else f"{name} ({torch.backends.cpu.get_cpu_capability()})"
 
 
 @dataclass
 class _Measure:
-    """Yields every row when it is measured."""
+    """Yields every row as it is measured."""
 
     settings: Bench
     device: torch.device
@@ -102,7 +102,7 @@ class _Measure:
     say: Callable[[str], None]
 
     def blocks(self, channels: int, side: int, layout: str) -> Iterator[dict[str, Any]]:
-        """Attention alone, then the end of a block, at one shape."""
+        """Attention by itself, then the end of a block, at one shape."""
         shape = (self.batch, channels, side, side)
         x, shortcut = (
             torch.randn(shape, device=self.device, dtype=self.dtype).contiguous(
@@ -114,7 +114,7 @@ class _Measure:
         copy_ms = without_host({"copy": lambda: shortcut.copy_(x)}, self.device, rounds=5)["copy"].median
         speed = 2 * size / copy_ms  # bytes per millisecond
         for training in (False, True):
-            # Passes over the map that cannot be saved: docs/kernels.md counts them.
+            # Passes over the map that cannot be avoided; docs/kernels.md counts them.
             alone = {name: _map_step(m, (x,), training) for name, m in self._attention(channels, training)}
             floor = (9 if training else 4) * size
             yield from self._time("attention", shape, layout, training, alone, floor, speed)
@@ -143,7 +143,7 @@ class _Measure:
         return module.to(self.device, self.dtype).train(training)
 
     def network(self, name: str, layout: str) -> Iterator[dict[str, Any]]:
-        """A whole network without attention, and with that of several codes."""
+        """A whole network without attention, and with each implementation of it."""
         plain = build(name)
         arms = {"plain": plain}
         for arm, attention in (("cbam", CBAM), ("timm", rivals.timm_cbam), ("released", rivals.Released)):
@@ -152,7 +152,7 @@ class _Measure:
         shape = (self.batch, 3, 224, 224)
         for compiled in (False, True) if self.settings.compiled else (False,):
             for training in (False, True):
-                if compiled:  # dynamo gives up on a forward that it compiled eight times: it runs as it is
+                if compiled:  # after eight compilations of one forward, dynamo runs it uncompiled
                     torch._dynamo.reset()
                 chosen = {a: m for a, m in arms.items() if not compiled or a in ("plain", "cbam", "timm")}
                 images = torch.randn(shape, device=self.device)
@@ -212,8 +212,10 @@ class _Measure:
                 "bandwidth": round(floor / ours / speed, 3) if floor and name == "cbam" else "",
                 "peak_memory": (peaks or {}).get(name, ""),
             }
-            told = f"  {100 * row['bandwidth']:.0f} % of a copy's speed" if row["bandwidth"] != "" else ""
-            self.say(LINE.format(**row, more=told))
+            speed_text = (
+                f"  {100 * row['bandwidth']:.0f} % of a copy's speed" if row["bandwidth"] != "" else ""
+            )
+            self.say(LINE.format(**row, more=speed_text))
             yield row
 
     def _row(
@@ -241,7 +243,7 @@ class _Measure:
 
 
 class _Reference(nn.Module):
-    """A module that computes attention by the equation."""
+    """Runs a module with attention computed by the reference implementation."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -272,20 +274,20 @@ def _map_step(module: nn.Module, maps: tuple[Tensor, ...], training: bool) -> St
 
 
 def _keep_memory() -> None:
-    """Tell glibc to keep what this process frees.
+    """Tell glibc to keep the memory that this process frees.
 
-    It gives freed memory back by rules that depend on the history of the heap; what is asked for anew then
-    costs a page fault every 4 KiB, in one program more than in the next one, by luck.
+    Whether glibc returns it to the system depends on the history of the heap; memory that is allocated again
+    then costs a page fault every 4 KiB, by chance more in one program than in the next.
     """
     if platform.libc_ver()[0] != "glibc":
-        raise ConfigError("keep_memory is a setting of glibc, which is not the C library here; leave it out")
+        raise ConfigError("keep_memory is a setting of glibc, which is not the C library here: leave it out")
     libc = ctypes.CDLL(None)
     libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
     libc.mallopt(-4, 0)  # M_MMAP_MAX: nothing outside the heap
 
 
 def _peak_memory(step: Step, device: torch.device) -> int | str:
-    """The bytes that a step needs at most, beside what is there before it; known on a GPU alone."""
+    """The peak memory of a step in bytes, beyond what is allocated before it; '' on a CPU."""
     if device.type != "cuda":
         return ""
     step()
@@ -300,5 +302,5 @@ def _has_kernels(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def _can_compile(device: torch.device) -> bool:
-    """Whether torch.compile finds what it needs on this machine: a C++ compiler on a CPU."""
+    """Whether torch.compile can run on this machine; on a CPU it needs a C++ compiler."""
     return device.type == "cuda" or any(shutil.which(name) for name in ("g++", "c++", "clang++"))

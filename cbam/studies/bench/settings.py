@@ -1,4 +1,4 @@
-"""What `cbam bench` can be told. Imports no torch: the command line's help is made from it."""
+"""The settings of `cbam bench`. Does not import torch, since the command line builds its help from it."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ LAYOUTS = ("NCHW", "NHWC")
 
 @dataclass(frozen=True)
 class Bench:
-    """What `cbam bench` measures."""
+    """The settings of a benchmark."""
 
     device: str = option("auto", "auto, cpu or cuda", "NAME")
     dtype: str | None = option(
@@ -26,8 +26,8 @@ class Bench:
     keep_memory: bool = option(
         False, "let the C library keep freed memory: times without page faults (Linux, CPU)"
     )
-    rounds: int = option(11, "how often everything is timed, in alternation", "N")
-    quick: bool = option(False, "only one shape and one small network: about a minute")
+    rounds: int = option(11, "rounds in which everything is timed, in alternation", "N")
+    quick: bool = option(False, "only one shape and one small network, about a minute")
 
     def __post_init__(self) -> None:
         problems = []
