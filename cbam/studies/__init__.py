@@ -1,4 +1,4 @@
-"""Trainings that answer a question, and the tables computed from their records."""
+"""Comparisons and studies: their training runs, and the tables computed from the records."""
 
 import importlib
 from typing import TYPE_CHECKING
@@ -20,9 +20,9 @@ _HOME = {
 
 
 def __getattr__(name: str):
-    # The command line reads Settings for its help, which must not wait for torch.
+    # The command line builds its help from Settings, which must not wait for torch.
     if name not in _HOME:
         raise AttributeError(f"module 'cbam.studies' has no attribute {name!r}")
-    # The function compare takes the place of the submodule of the same name.
+    # The function compare replaces the submodule of the same name.
     value = globals()[name] = getattr(importlib.import_module(f"cbam.{_HOME[name]}"), name)
     return value

@@ -1,10 +1,10 @@
 """Plain against attention, paired by seed: what `cbam compare` runs.
 
-Per seed a plain network is trained (the start), then forked; attention is attached to the forks at the
-identity start, so that every arm begins with the same function, and every arm, the plain one too, is trained
-for as many epochs again. `pretrained` replaces the first training by weights from a file; `from_scratch` is
-the paper's protocol: no start, every arm from the same seed. Arms of one seed see the same images,
-augmented alike, in the same order. What is scored is the last epoch, never the best.
+For each seed a plain network is trained (the start), then forked; attention is attached to the forks with the
+identity start, so that every arm begins as the same function, and every arm, including the plain one, is
+trained for as many epochs again. `pretrained` replaces the first training by weights from a file;
+`from_scratch` is the paper's protocol: no start, every arm from the same seed. Arms of one seed see the same
+images with the same augmentation in the same order. The last epoch is scored, never the best.
 """
 
 import copy
@@ -47,13 +47,13 @@ SCHEMA = 1
 def compare(
     settings: Settings, folder: ReportFolder | str | os.PathLike, *, watch: Watch | None = None
 ) -> dict:
-    """Run a comparison and write its report; returns the content of results.json.
+    """Run a comparison and write its report; returns the contents of results.json.
 
     Args:
-        folder: where the report goes; a path must not hold anything yet, see `ReportFolder`.
+        folder: where the report goes; a path must be empty or not exist yet, see `ReportFolder`.
 
-    results.json is written after every finished training. When the run ends early, by Ctrl-C or by an
-    error, what is finished is reported before the exception goes on.
+    results.json is written after every finished training. If the run ends early, by Ctrl-C or an error,
+    what is finished is reported before the exception is raised again.
 
     Raises:
         ConfigError, DataError, CheckpointError, OutputError, NonFiniteError, MissingExtraError.
@@ -73,7 +73,7 @@ class _Comparison:
         self.names = ["plain", *settings.attention]
         self.start = "paper" if settings.from_scratch else "identity"  # of attention
         self.results = _new_record(settings, self.task, self.device)
-        self.kept: dict[str, nn.Module] = {}  # the models that the image shows
+        self.kept: dict[str, nn.Module] = {}  # the models shown in the image
         self.rows: list[Row] = []
         self.began = time.monotonic()
 
@@ -114,7 +114,7 @@ class _Comparison:
             self._draw()
 
     def _attach(self, model: nn.Module, name: str, seed: int, start: nn.Module) -> dict | None:
-        """Attach in place; at the identity start, check that the logits have not changed by a bit."""
+        """Attach in place; with the identity start, compare the logits before and after bit by bit."""
         refine(model, name, seed, self.start)
         if self.settings.from_scratch:
             return None
@@ -172,10 +172,10 @@ class _Comparison:
 
         self.folder.write(name, save({key: value.contiguous() for key, value in model.state_dict().items()}))
 
-    # --- before the trainings ---
+    # --- before training ---
 
     def _announce(self) -> None:
-        """Say what runs where; refuse a weights file that does not fit before any work."""
+        """Say what runs where, and reject a weights file that does not fit before any work is done."""
         data = self.results["data"]
         self.watch.say(
             f"{data['name']}: {data['train']} training and {data['val']} validation images of "
@@ -189,7 +189,7 @@ class _Comparison:
             self.watch.say(taken(self.settings.pretrained, loaded))
 
     def _measure_cost(self) -> None:
-        """Parameters, multiply-accumulates and times of the arms; before training, for none needs weights."""
+        """Parameters, multiply-accumulates and times of the arms; none of them needs trained weights."""
         self.watch.now("measuring the cost of every arm")
         train, arms = self.task.train, {name: self.task.plain(0) for name in self.names}
         for name, model in arms.items():
@@ -203,7 +203,7 @@ class _Comparison:
         self.results["timing"] = interleaved(arms, images, targets, self.task.recipe, self.device)
 
     def _advance(self, passes: float) -> None:
-        """Some more forward passes of one image are done; a training step counts as three."""
+        """Report more single-image forward passes; an image in training counts as three."""
         n_train, n_val = len(self.task.train), len(self.task.val)
         training = self.task.recipe.epochs * (3 * n_train + n_val)
         scoring = n_val * (1 + GRADCAM_WORK * self.task.val.has_boxes)
@@ -211,16 +211,16 @@ class _Comparison:
         total = self.settings.seeds * (start + len(self.names) * (training + scoring))
         self.watch.advance(passes / total)
 
-    # --- what is written ---
+    # --- output ---
 
     def _draw(self) -> None:
-        """Look at the image's rows with the models of the first seed."""
+        """Compute the rows of the image with the models of the first seed."""
         self.watch.now("drawing the image")
         shown = self.results["picture"]
         try:
             self.rows = look(self.kept["plain"], self.kept[shown["arm"]], self.task.val, shown["indices"])
-        except CBAMError as error:  # an image is no reason to lose the numbers
-            self.watch.say(f"there is no image: {error}")
+        except CBAMError as error:  # a missing image must not cost the numbers
+            self.watch.say(f"the image is left out: {error}")
         self.kept.clear()
 
     def _write_results(self) -> None:
@@ -251,7 +251,7 @@ def _new_record(settings: Settings, task: Task, device: torch.device) -> dict:
         "status": "running",
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "config": asdict(settings) | used,
-        "protocol": _protocol_told(settings, recipe.epochs),
+        "protocol": _protocol(settings, recipe.epochs),
         "recipes": {phase: asdict(recipe) for phase in phases},
         "versions": versions(),
         "commit": machine.commit(),
@@ -282,7 +282,7 @@ def _new_record(settings: Settings, task: Task, device: torch.device) -> dict:
     }
 
 
-def _protocol_told(settings: Settings, epochs: int) -> str:
+def _protocol(settings: Settings, epochs: int) -> str:
     if settings.from_scratch:
         return f"every arm from scratch for {epochs} epochs, attention initialised as in the paper"
     start = f"weights of {settings.pretrained}" if settings.pretrained else f"plain for {epochs} epochs"

@@ -1,4 +1,4 @@
-"""Where trained networks look: Grad-CAM's energy in the true box, and the rows of the image."""
+"""Where trained networks look: Grad-CAM energy inside the true box, and the rows of the image."""
 
 from collections.abc import Callable
 
@@ -10,7 +10,7 @@ from cbam.explain import Row, compare_rows, energy_inside, gradcam
 from cbam.train.classification import normalise
 
 ROWS = 5
-GRADCAM_WORK = 4  # forward passes of an image that its Grad-CAM takes
+GRADCAM_WORK = 4  # forward passes that cost as much as the Grad-CAM of an image
 
 
 def first_batch(images: Images, count: int) -> tuple[Tensor, Tensor]:
@@ -20,7 +20,7 @@ def first_batch(images: Images, count: int) -> tuple[Tensor, Tensor]:
 
 
 def logits_of(model: nn.Module, images: Tensor, device: torch.device) -> Tensor:
-    """Logits (N, K) in eval mode on `device`; they and the model end on the CPU."""
+    """Logits (N, K) in eval mode, computed on `device`; afterwards they and the model are on the CPU."""
     model.to(device).eval()
     with torch.inference_mode():
         logits = model(images.to(device)).cpu()
@@ -37,7 +37,7 @@ def mean_energy_inside(
     workers: int,
     on_step: Callable[[int], None],
 ) -> float | None:
-    """Share of Grad-CAM's energy for the true class inside the true box, in %; mean over what has one."""
+    """Mean share of Grad-CAM energy for the true class inside the true box, in %; over images with a box."""
     model.to(device)
     shares = []
     for batch in loader(images, batch_size, train=False, workers=workers):
@@ -52,7 +52,7 @@ def mean_energy_inside(
 
 
 def rows_of_picture(images: Images) -> list[int]:
-    """The first image of up to ROWS classes, evenly spaced over the class list."""
+    """The index of the first image of up to ROWS classes, evenly spaced over the class list."""
     present = sorted(set(images.targets))
     count = min(ROWS, len(present))
     chosen = [present[i * len(present) // count] for i in range(count)]
@@ -60,7 +60,7 @@ def rows_of_picture(images: Images) -> list[int]:
 
 
 def look(plain: nn.Module, refined: nn.Module, images: Images, indices: list[int]) -> list[Row]:
-    """Both networks on these images, for `cbam.explain.comparison_figure`."""
+    """The rows for `cbam.explain.comparison_figure`: both networks on these images."""
     samples = [images[index] for index in indices]
     shown = torch.stack([sample["image"] for sample in samples])
     return compare_rows(

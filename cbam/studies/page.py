@@ -1,4 +1,4 @@
-"""results.json -> report.html: one file that needs nothing else, read on a desk or on a phone."""
+"""results.json -> report.html: one self-contained file, for large and small screens."""
 
 import base64
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from statistics import fmean
 from cbam.studies.report import LABELS, facts, notes, picture_caption, table, title, verdict
 
 COLOURS = ("#4d4d4d", "#b35806", "#2166ac", "#1b7837", "#762a83")
-WIDE, HIGH, LEFT, BOTTOM = 480, 240, 36, 28  # of the drawing of errors over epochs
+WIDE, HIGH, LEFT, BOTTOM = 480, 240, 36, 28  # of the plot of errors over epochs
 
 _STYLE = """
 :root { color-scheme: light; }
@@ -29,7 +29,7 @@ dt { font-weight: 600; font-size: .85rem; } dd { margin: 0 0 .5rem; font-size: .
 
 
 def page(results: dict, picture: bytes | None) -> str:
-    """The whole page; `picture` is a PNG, which goes into it."""
+    """The whole page; `picture` is a PNG, which is embedded."""
     parts = [f"<h1>{escape(title(results))}</h1>", '<div class="verdict">']
     parts += [f"<p>{escape(sentence)}</p>" for sentence in verdict(results)] + ["</div>"]
     parts += ['<div class="wide">' + _table(results) + "</div>"]
@@ -106,7 +106,7 @@ def _curves(results: dict) -> str:
 
 @dataclass(frozen=True)
 class _Scale:
-    """Epochs and errors -> places in the drawing."""
+    """Epochs and errors -> coordinates in the plot."""
 
     first: int
     last: int
@@ -118,7 +118,7 @@ class _Scale:
 
     def line(self, points: dict[int, float], colour: str, style: str) -> str:
         places = [self.at(epoch, error) for epoch, error in points.items()]
-        if len(places) == 1:  # a line of one epoch is a dot
+        if len(places) == 1:  # a single epoch is drawn as a dot
             return f'<circle cx="{places[0][0]}" cy="{places[0][1]}" r="3" fill="{colour}" {style}/>'
         joined = " ".join(f"{x},{y}" for x, y in places)
         return f'<polyline fill="none" stroke="{colour}" {style} points="{joined}"/>'

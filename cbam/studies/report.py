@@ -1,4 +1,4 @@
-"""results.json -> what a reader sees: numbers, a sentence and a table, all computed from the record alone."""
+"""results.json -> what a reader sees: numbers, sentences and a table, all computed from the record."""
 
 import statistics
 import textwrap
@@ -25,7 +25,7 @@ LABELS = {
     "ema": "EMA",
 }
 
-# measure, what it is called, its unit in the table, whether less is better
+# key, title, unit in the table, whether lower is better
 MEASURES = (
     ("top1", "top-1 error", "%", True),
     ("top5", "top-5 error", "%", True),
@@ -34,9 +34,9 @@ MEASURES = (
 
 
 def summary(results: dict) -> dict[str, dict[str, Any]]:
-    """Per arm: means and spreads over seeds, differences to plain paired by seed, cost, time.
+    """Per arm: means and spreads over seeds, differences from plain paired by seed, cost, time.
 
-    Only what is there is used: of an interrupted comparison, the seeds that an arm and plain both finished.
+    Of an interrupted comparison, the differences use the seeds that both the arm and plain finished.
     """
     runs = {(run["arm"], run["seed"]): run for run in results["runs"]}
     return {arm["name"]: _of_arm(arm, runs, results) for arm in results["arms"]}
@@ -63,20 +63,20 @@ def _of_arm(arm: dict, runs: dict, results: dict) -> dict[str, Any]:
 
 
 def verdict(results: dict) -> list[str]:
-    """What the comparison shows: a sentence per arm."""
+    """What the comparison shows, one sentence per arm."""
     sentences = []
     for name, numbers in summary(results).items():
         parts = [
-            _told(title, numbers[f"{key}_difference"])
+            _finding(title, numbers[f"{key}_difference"])
             for key, title, _, _ in MEASURES
             if key != "top5" and f"{key}_difference" in numbers
         ]
         if parts:
             sentences.append(f"{LABELS[name]} against plain: {'; '.join(parts)}.")
-    return sentences or ["Nothing was finished, so there is nothing to compare."]
+    return sentences or ["No training was finished, so there is nothing to compare."]
 
 
-def _told(measure: str, difference: dict) -> str:
+def _finding(measure: str, difference: dict) -> str:
     points, seeds = f"{difference['mean']:+.2f} points", difference["n"]
     if seeds == 1:
         return f"{measure} {points} with one seed, which shows nothing"
@@ -90,14 +90,14 @@ def _told(measure: str, difference: dict) -> str:
 
 
 def table(results: dict) -> list[list[str]]:
-    """The table as rows of cells: a header, then a measure per row; a column per arm."""
+    """The table as rows of cells: a header, then a row per measure; a column per arm."""
     found = summary(results)
     rows = [["", *(LABELS[name] for name in found)]]
     for key, title, unit, _ in MEASURES:
         if any(key in numbers for numbers in found.values()):
             rows.append([f"{title}, {unit}", *(_level(numbers.get(key)) for numbers in found.values())])
             differences = [numbers.get(f"{key}_difference") for numbers in found.values()]
-            rows.append(["  difference to plain", *(_points(d) for d in differences)])
+            rows.append(["  difference from plain", *(_points(d) for d in differences)])
             rows.append(["  95 % interval", *(_interval(d) for d in differences)])
             rows.append(["  verdict", *(d["word"] if d else "" for d in differences)])
     rows.append(["parameters", *(f"{numbers['parameters']:,}" for numbers in found.values())])
@@ -133,11 +133,11 @@ def _ratio(numbers: dict | None) -> str:
 
 
 def notes(results: dict) -> list[str]:
-    """How to read the table, and what a reader must know of this run."""
+    """How to read the table, and what a reader must know about this run."""
     found = []
     if results["status"] != "complete":
         found.append(
-            f"This comparison did not finish ({results['status']}); the table holds what it completed."
+            f"This comparison did not finish ({results['status']}); the table holds what was completed."
         )
     found += [
         "± is the standard deviation over seeds. Differences are paired by seed: arms of one seed start from "
@@ -153,20 +153,20 @@ def notes(results: dict) -> list[str]:
             "Grad-CAM energy is the share of the map for the true class that lies inside the true box, "
             "averaged over the validation images."
         )
-    found.append(_start_told(results))
+    found.append(_start_note(results))
     found += results["data"]["notes"]
     return found
 
 
 def _chance(results: dict) -> list[str]:
-    """How many of the intervals exclude zero though nothing is there."""
+    """How many intervals are expected to exclude zero by chance."""
     found = summary(results).values()
     count = sum(f"{key}_difference" in numbers for numbers in found for key, *_ in MEASURES)
     return [by_chance(count)] if count > 1 else []
 
 
 def by_chance(count: int, where: str = "") -> str:
-    """How many of so many intervals exclude zero though nothing is there, in words."""
+    """A sentence: how many of `count` intervals are expected to exclude zero by chance."""
     tested = "1 difference is" if count == 1 else f"{count} differences are"
     return (
         f"{tested} tested{where}. If there were no true difference, {count * (1 - CONFIDENCE):.2f} of the "
@@ -174,22 +174,22 @@ def by_chance(count: int, where: str = "") -> str:
     )
 
 
-def _start_told(results: dict) -> str:
+def _start_note(results: dict) -> str:
     if results["config"]["from_scratch"]:
         return "Every arm was trained from scratch, attention initialised as in the paper's released code."
     checks = [run["identity"] for run in results["runs"] if run["identity"]]
     if not checks:
-        return "No arm with attention was finished; attention is attached at the identity start."
+        return "No arm with attention was finished; attention is attached with the identity start."
     equal = sum(check["bit_equal"] for check in checks)
     pictures = checks[0]["pictures"]
     return (
-        f"Attached at the identity start: logits on {pictures} validation images bit-identical before and "
-        f"after in {equal} of {len(checks)} cases."
+        f"Attached with the identity start: logits on {pictures} validation images are bit-identical before "
+        f"and after in {equal} of {len(checks)} cases."
     )
 
 
 def facts(results: dict) -> list[tuple[str, str]]:
-    """What was run, on what: (name, value) pairs."""
+    """What was run, and on what, as (name, value) pairs."""
     config, data, device = results["config"], results["data"], results["device"]
     pairs = [
         (
@@ -200,22 +200,22 @@ def facts(results: dict) -> list[tuple[str, str]]:
         ("network", f"{config['model']}, attention at {max(arm['sites'] for arm in results['arms'])} places"),
         ("protocol", results["protocol"]),
     ]
-    pairs += [(f"recipe, {phase}", _recipe_told(recipe)) for phase, recipe in results["recipes"].items()]
+    pairs += [(f"recipe, {phase}", _recipe(recipe)) for phase, recipe in results["recipes"].items()]
     pairs += [
         ("seeds", ", ".join(map(str, sorted({run["seed"] for run in results["runs"]}))) or "none finished"),
         ("device", f"{device['name']} ({device['type']}, {device['threads']} threads)"),
         (
             "run time",
-            f"{results['seconds'] / 60:.1f} minutes, largest memory {results['memory_gib']:.2f} GiB",
+            f"{results['seconds'] / 60:.1f} minutes, peak memory {results['memory_gib']:.2f} GiB",
         ),
         ("versions", ", ".join(f"{name} {version}" for name, version in results["versions"].items())),
-        ("commit", results["commit"] or "not known"),
+        ("commit", results["commit"] or "unknown"),
         ("date", results["created"]),
     ]
     return pairs
 
 
-def _recipe_told(recipe: dict) -> str:
+def _recipe(recipe: dict) -> str:
     return (
         f"{recipe['epochs']} epochs, batch {recipe['batch_size']}, {recipe['optimizer']}, learning rate "
         f"{recipe['lr']:g} ({recipe['schedule']}), momentum {recipe['momentum']:g}, "
@@ -230,17 +230,17 @@ def title(results: dict) -> str:
 
 
 def picture_caption(results: dict) -> str:
-    """What the image shows, and by which rule its rows were chosen."""
+    """What the image shows, and how its rows were chosen."""
     shown = results["picture"]
     return (
-        f"Seed {shown['seed']}, {LABELS[shown['arm']]} beside plain. Rows: the first validation image of "
+        f"Seed {shown['seed']}, {LABELS[shown['arm']]} next to plain. Rows: the first validation image of "
         f"{shown['rows']} classes, evenly spaced over the class list, chosen before training. Under each "
         "map: the probability of the true class."
     )
 
 
 def text(results: dict) -> str:
-    """The table and the verdict for a terminal."""
+    """The table and the verdict as plain text."""
     rows = table(results)
     widths = [max(len(row[c]) for row in rows) for c in range(len(rows[0]))]
     lines = [
@@ -251,12 +251,12 @@ def text(results: dict) -> str:
 
 
 def markdown(results: dict, picture: str | None) -> str:
-    """report.md; `picture` is the name of the image beside it."""
+    """The text of report.md; `picture` is the file name of the image."""
     header, *rows = table(results)
     lines = [
         f"# {as_markdown(title(results))}",
         "",
-        *(line for told in verdict(results) for line in (as_markdown(told), "")),
+        *(line for sentence in verdict(results) for line in (as_markdown(sentence), "")),
     ]
     lines += ["| " + " | ".join(map(as_markdown, header)) + " |", "|" + " --- |" * len(header)]
     lines += [
@@ -275,7 +275,7 @@ def markdown(results: dict, picture: str | None) -> str:
 
 
 def as_markdown(cell: str) -> str:
-    """One line of text that Markdown and HTML take as it is written."""
+    """The text as one line, escaped for Markdown and HTML."""
     for mark in "\\`*_|<>[]&~":
         cell = cell.replace(mark, f"\\{mark}")
     return " ".join(cell.split())

@@ -1,4 +1,4 @@
-"""What `cbam compare` can be told. Imports no torch: the command line's help is made from it."""
+"""The settings of `cbam compare`. Does not import torch, since the command line builds its help from it."""
 
 import difflib
 from dataclasses import dataclass, fields
@@ -11,21 +11,21 @@ ATTENTION = (
     *("cbam", "se", "channel", "spatial", "eca", "scse", "bam", "gc", "coordatt", "simam", "triplet", "gct"),
     *("sk", "gam", "ema"),
 )
-NO_IDENTITY = ("simam", "sk")  # no identity start: a trained network cannot be forked to them
+NO_IDENTITY = ("simam", "sk")  # no identity start: cannot be attached to a trained network
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings of a comparison. All problems of a bad one are reported together (`ConfigError`)."""
+    """The settings of a comparison. All problems are reported together (`ConfigError`)."""
 
     data: str | None = option(
         None,
-        "image folder: train/ and val/ with one folder per class, or one folder, which is split "
+        "image folder: train/ and val/ with one folder per class, or a single folder, which is split "
         "(default: cluttered_digits, handwritten digits among fragments of others)",
     )
     attention: tuple[str, ...] = option(
         ("se", "cbam"),
-        f"what to compare with the plain network: {', '.join(ATTENTION)}; put DATA before this option",
+        f"attention to compare with the plain network: {', '.join(ATTENTION)}; put DATA before this option",
         "NAME",
     )
     model: str | None = option(
@@ -33,12 +33,12 @@ class Settings:
     )
     epochs: int | None = option(
         None,
-        "epochs of the plain training, and of every arm after it (default: 8 without DATA, 10 with)",
+        "epochs of the plain training, and again of every arm after it (default: 8 without DATA, 10 with)",
         "N",
     )
     seeds: int = option(3, "number of seeds; differences are paired by seed", "N")
     batch_size: int | None = option(None, "images per step (default: 32 without DATA, 64 with)", "N")
-    lr: float | None = option(None, "highest learning rate (default: 0.05, with --pretrained 0.005)", "RATE")
+    lr: float | None = option(None, "peak learning rate (default: 0.05, with --pretrained 0.005)", "RATE")
     size: int | None = option(
         None, "side of the images, in pixels (default: chosen from the folder)", "PIXELS"
     )
@@ -51,7 +51,7 @@ class Settings:
     pretrained: str | None = option(
         None,
         "start from these weights of the plain network instead of training it: .safetensors or .pth, a run "
-        "of `cbam train`, a folder of save_pretrained",
+        "of `cbam train`, or a folder of save_pretrained",
         "FILE",
     )
     save_weights: bool = option(False, "keep the weights of every arm and seed, as safetensors")
@@ -75,32 +75,35 @@ class Settings:
         yield good, f"lr must be a number above 0, got {self.lr!r}"
         yield self.device in ("auto", "cpu", "cuda"), f"device must be auto, cpu or cuda, got {self.device!r}"
         yield len(self.attention) > 0, "attention must name at least one of " + ", ".join(ATTENTION)
-        yield len(set(self.attention)) == len(self.attention), f"attention names one twice: {self.attention}"
+        yield (
+            len(set(self.attention)) == len(self.attention),
+            f"attention lists a name twice: {self.attention}",
+        )
         for name in self.attention:
             near = difflib.get_close_matches(str(name), ATTENTION, 3, 0.1) or list(ATTENTION)
             yield (
                 self.from_scratch or name not in NO_IDENTITY,
-                f"{name} has no identity start to go on from a trained network with: leave it out, or say "
-                "from_scratch (and no pretrained)",
+                f"{name} has no identity start, so it cannot be attached to a trained network: leave it "
+                "out, or set from_scratch (without pretrained)",
             )
-            told = f"nearest: {', '.join(near)}"
+            hint = f"nearest: {', '.join(near)}"
             if self.data is None and Path(str(name)).exists():
-                told = "if that is the folder of images, it goes before --attention"
-            yield name in ATTENTION, f"unknown attention {name!r}; {told}"
+                hint = "if it is the folder of images, it goes before --attention"
+            yield name in ATTENTION, f"unknown attention {name!r}; {hint}"
         for name in ("data", "model", "pretrained"):
             value = getattr(self, name)
             yield (
                 value is None or (isinstance(value, str) and value != ""),
-                f"{name} must be a text, got {value!r}",
+                f"{name} must be a non-empty string, got {value!r}",
             )
         yield (
             "+" not in str(self.model),
-            (f"model must be the plain network, got {self.model!r}; what is compared goes to attention"),
+            (f"model must be the plain network, got {self.model!r}; name what is compared in attention"),
         )
         yield not (self.from_scratch and self.pretrained), "from_scratch and pretrained exclude each other"
         yield (
             self.data is not None or self.size is None,
-            "size belongs to an image folder, and no DATA is given",
+            "size applies to image folders only, and no DATA is given",
         )
 
     @classmethod

@@ -10,20 +10,20 @@ MOST_PAIRS = 1000
 
 
 def spread(values: Sequence[float]) -> float | None:
-    """The standard deviation of a sample (n - 1), None for a single value."""
+    """The sample standard deviation (n - 1); None for a single value."""
     return statistics.stdev(values) if len(values) > 1 else None
 
 
 def paired_difference(values: Sequence[float], plain: Sequence[float], *, lower_is_better: bool) -> dict:
     """The mean of `values - plain` over runs paired by seed, with Student's 95 % interval.
 
-    The interval is mean +- t(0.975, n - 1) s / sqrt(n), s being the standard deviation of the n
-    differences. It is None for one run, and where all differences are equal: errors on a finite
-    validation set are counts, so a few equal differences are no proof of a spread of zero.
+    The interval is mean +- t(0.975, n - 1) s / sqrt(n), where s is the standard deviation of the n
+    differences. It is None for a single run, and if all differences are equal: errors on a finite
+    validation set are counts, so a few equal differences do not prove a spread of zero.
 
     Returns:
-        {"n", "mean", "low", "high", "word"}; the word is "better" or "worse" where the interval
-        excludes zero, else "no difference shown", and for a single run "not known".
+        {"n", "mean", "low", "high", "word"}; the word is "better" or "worse" if the interval excludes
+        zero, else "no difference shown", and for a single run "not known".
     """
     differences = [a - b for a, b in zip(values, plain, strict=True)]
     mean, deviation = statistics.fmean(differences), spread(differences)
@@ -40,14 +40,14 @@ def paired_difference(values: Sequence[float], plain: Sequence[float], *, lower_
 
 
 def student_quantile(degrees: int, probability: float = 0.5 + CONFIDENCE / 2) -> float:
-    """A quantile of Student's t; the two-sided 95 % one is 4.303 for two degrees of freedom."""
+    """A quantile of Student's t; by default the two-sided 95 % one, 4.303 for two degrees of freedom."""
     from scipy.special import stdtrit  # comes with scikit-learn
 
     return float(stdtrit(degrees, probability))
 
 
 def resolution(deviation: float, n: int) -> float:
-    """The smallest true difference that n pairs would show with a probability of POWER.
+    """The smallest true difference that n pairs detect with a probability of POWER.
 
     (t(0.975, n - 1) + t(POWER, n - 1)) s / sqrt(n), the usual approximation; s is the standard deviation of
     the differences.
@@ -63,10 +63,10 @@ def pairs_needed(difference: float, deviation: float) -> int | None:
 
 
 def median_ratio(values: Sequence[float], plain: Sequence[float]) -> dict:
-    """Median and quartiles of the ratios of two times, round by round.
+    """Median and quartiles of the ratios of two series of times, round by round.
 
-    Both were measured in turns, so what slowed the machine in round i slowed both: the ratio of the two
-    medians would not make use of that.
+    Both were measured in alternation, so what slowed the machine in round i slowed both; the ratio of the
+    two medians would not cancel that.
     """
     ratios = sorted(a / b for a, b in zip(values, plain, strict=True))
     low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3

@@ -1,13 +1,13 @@
-"""What a comparison works on: the images, the network and the recipe that its settings name.
+"""What a comparison works on: the images, the network and the recipe given by its settings.
 
-The recipe, fixed before any arm was compared, from the plain network's training alone:
-- SGD with momentum 0.9 and weight decay 1e-4 on every parameter is the paper's. Half a cosine to zero
-  replaces its steps, which are made for 90 epochs; it needs no epochs to be chosen.
-- Learning rate 0.05, which a short run of a few hundred steps bears without a warm-up. After the fork the
-  same again, a warm restart (arXiv 1608.03983): attention, which is new, then sees the rates that the
-  network saw. Weights from a file are trained on at a tenth of it, as is usual for fine-tuning.
-- The digits: batch 32 and 8 epochs twice, so that three seeds stay below four minutes on two CPU cores. The
-  plain network comes down from 90 % (chance) to about 12 % error, which leaves room on both sides.
+The recipe was fixed before any arms were compared, using only the training of the plain network:
+- SGD with momentum 0.9 and weight decay 1e-4 on every parameter, as in the paper. Half a cosine to zero
+  replaces its steps, which are made for 90 epochs; a cosine has no step epochs to choose.
+- Learning rate 0.05, at which a short run of a few hundred steps is stable without a warm-up. The fork
+  repeats it, a warm restart (arXiv 1608.03983), so that the new attention sees the same rates as the
+  network did. Weights from a file are trained further at a tenth of it, as is usual for fine-tuning.
+- The digits: batch 32 and 8 epochs twice, so that three seeds take less than four minutes on two CPU cores.
+  The error of the plain network falls from 90 % (chance) to about 12 %, which leaves room on both sides.
 """
 
 from collections.abc import Sequence
@@ -28,12 +28,12 @@ from cbam.train.material import misfit_of, network_at, weights_at
 
 DIGITS, FOLDER = {"epochs": 8, "batch_size": 32}, {"epochs": 10, "batch_size": 64}
 LR, FINE_TUNING_LR = 0.05, 0.005
-MEMORY = 256 << 20  # bytes of validation images that are kept
+MEMORY = 256 << 20  # bytes of validation images kept in memory
 
 
 @dataclass(frozen=True)
 class Task:
-    """Pictures, the name of the network, and the recipe of every training."""
+    """The images, the name of the network, and the recipe of every training."""
 
     train: Images
     val: Images
@@ -42,7 +42,7 @@ class Task:
 
     @classmethod
     def of(cls, settings: Settings) -> "Task":
-        """What `settings` name, with the defaults that go with the data filled in."""
+        """The task given by `settings`, with the defaults for the data filled in."""
         data, usual = settings.data, FOLDER if settings.data else DIGITS
         train, val = image_folder(data, size=settings.size) if data else cluttered_digits()
         if settings.limit:
@@ -52,11 +52,11 @@ class Task:
             batch_size=settings.batch_size or usual["batch_size"],
             lr=settings.lr or (FINE_TUNING_LR if settings.pretrained else LR),
         )
-        network = settings.model or _begun(settings) or ("resnet18" if data else "resnet_tiny")
-        return cls(train, _Remembered(val), network, recipe)
+        network = settings.model or _recorded_network(settings) or ("resnet18" if data else "resnet_tiny")
+        return cls(train, _Cached(val), network, recipe)
 
     def plain(self, seed: int, pretrained: str | None = None) -> nn.Module:
-        """The plain network, initialised by `seed`, with the weights of the file if there is one."""
+        """The plain network, initialised from `seed`, with the weights of `pretrained` if given."""
         with seeded(seed):
             model = build(self.network, num_classes=len(self.train.classes))
         if pretrained:
@@ -65,28 +65,28 @@ class Task:
 
 
 def refine(model: nn.Module, attention: str, seed: int, start: str) -> nn.Module:
-    """Attach the attention of that name in place; what is random in it is `seed`'s."""
+    """Attach the attention of that name in place, initialised from `seed`."""
     with seeded(seed):
         return attach(model, attention=ATTENTION[attention], start=start)
 
 
-def _begun(settings: Settings) -> str:
-    """The network of the run or folder that a comparison begins with; "" where none says it.
+def _recorded_network(settings: Settings) -> str:
+    """The network of the run or folder of pretrained weights; "" if it is not recorded.
 
     Raises:
-        ConfigError: it has attention already.
+        ConfigError: it already has attention.
     """
     name = network_at(settings.pretrained) if settings.pretrained else ""
     if "+" in name:
         raise ConfigError(
-            f"{settings.pretrained} is of {name}, and a comparison begins with a plain network: train one by "
+            f"{settings.pretrained} is of {name}, but a comparison needs a plain network: train one with "
             f"`cbam train ... --model {name.partition('+')[0]}`"
         )
     return name
 
 
 def load(model: nn.Module, path: str) -> Loaded:
-    """Load the weights of a file, run or folder; if only the last layer is of other classes, without it."""
+    """Load the weights of a file, run or folder, without the last layer if that is all that differs."""
     source = weights_at(path)
     try:
         return load_weights(model, source)
@@ -99,8 +99,8 @@ def load(model: nn.Module, path: str) -> Loaded:
             raise misfit_of(path, misfit) from None
 
 
-class _Remembered(Images):
-    """A validation set that keeps its images once they have been read, as far as MEMORY reaches."""
+class _Cached(Images):
+    """A validation set that caches its images, up to MEMORY bytes."""
 
     def __init__(self, images: Images) -> None:
         super().__init__(
@@ -114,13 +114,13 @@ class _Remembered(Images):
             notes=images.notes,
         )
         self._images = images
-        self._kept: dict[int, tuple[Tensor, Sequence[float]]] = {}
+        self._cache: dict[int, tuple[Tensor, Sequence[float]]] = {}
         self._room = MEMORY // (3 * images.size**2)
 
     def sample(self, epoch: int, index: int) -> tuple[Tensor, Sequence[float]]:
-        if index in self._kept:
-            return self._kept[index]
+        if index in self._cache:
+            return self._cache[index]
         sample = self._images.sample(0, index)
-        if len(self._kept) < self._room:
-            self._kept[index] = sample
+        if len(self._cache) < self._room:
+            self._cache[index] = sample
         return sample

@@ -160,7 +160,7 @@ def test_a_comparison_begins_with_a_run_and_takes_its_network(monkeypatch, capsy
         "cpu",
     ]
     assert cli.main([*line, "--pretrained", "refined", "pictures"]) == 2
-    assert "refined is of resnet_tiny+cbam, and a comparison begins with a plain" in capsys.readouterr().err
+    assert "refined is of resnet_tiny+cbam, but a comparison needs a plain network" in capsys.readouterr().err
     assert cli.main([*line, "--pretrained", "plain", "pictures"]) == 0
     assert "; timm:resnet10t on " in (out := capsys.readouterr().out)
     assert f"weights of plain: {len(first_weights('plain'))} tensors loaded\n" in out

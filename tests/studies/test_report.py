@@ -27,7 +27,7 @@ def test_the_summary_holds_means_spreads_and_paired_differences(results):
 def test_the_table_shows_the_arms_side_by_side(results):
     assert table(results)[0] == ["", "plain", "SE", "CBAM"]
     assert cells(results, "top-1 error, %") == ["11.00 ± 1.00", "11.07 ± 0.51", "9.00 ± 1.05"]
-    assert cells(results, "difference to plain")[0] == ""
+    assert cells(results, "difference from plain")[0] == ""
     assert cells(results, "verdict") == ["", "no difference shown", "better"]
     assert cells(results, "parameters") == ["1,000", "1,100", "1,200"]
     assert cells(results, "inference time, plain = 1")[0] == "1"
@@ -57,7 +57,7 @@ def test_an_interrupted_comparison_pairs_only_the_seeds_that_both_finished(resul
     assert summary(results)["cbam"]["top1_difference"]["n"] == 2
     results["runs"] = [run for run in results["runs"] if run["arm"] == "plain"]
     assert cells(results, "top-1 error, %") == ["11.00 ± 1.00", "-", "-"]
-    assert "Nothing was finished" in " ".join(verdict(results))
+    assert "No training was finished" in " ".join(verdict(results))
     assert "did not finish (interrupted)" in markdown(results, None)
     results["timing"] = {}
     assert not any("time, plain = 1" in row[0] for row in table(results))

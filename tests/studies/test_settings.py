@@ -48,7 +48,7 @@ def test_a_folder_behind_the_attention_is_told_where_it_belongs(tmp_path):
         ({"attention": ("se", "se")}, "twice"),
         ({"model": "resnet18+cbam"}, "must be the plain network"),
         ({"from_scratch": True, "pretrained": "a.pth"}, "exclude each other"),
-        ({"data": ""}, "data must be a text"),
+        ({"data": ""}, "data must be a non-empty string"),
         ({"epochs": True}, "epochs must be a whole number"),
         ({"limit": 2.5}, "limit must be a whole number"),
     ],
