@@ -1,4 +1,4 @@
-"""The images with boxes of a study of detectors."""
+"""Images with boxes, for studies that train detectors."""
 
 import hashlib
 from pathlib import Path
@@ -12,12 +12,12 @@ from cbam.studies.study import Protocol
 
 
 class BoxedPictures:
-    """As `cbam.studies.training.Pictures`, of a folder of COCO or Pascal VOC.
+    """Like `cbam.studies.training.Pictures`, for a folder in COCO or Pascal VOC format.
 
     Args:
         folder: see `cbam.data.boxed_folder`.
-        size: shorter side that a detector brings them to; None: its own.
-        limit: so many training and validation images; None for all.
+        size: shorter side to which the detector resizes images; None for its default.
+        limit: use this many training and validation images; None for all.
     """
 
     def __init__(self, folder: str, *, size: int | None = None, limit: int | None = None) -> None:
@@ -38,13 +38,13 @@ class BoxedPictures:
         }
 
     def ready(self, protocol: Protocol, device: torch.device) -> tuple[BoxedImages, BoxedImages]:
-        """Both sets."""
+        """Both sets, with the protocol's augmentation."""
         train, val = self._found
         return train.augmented(protocol.augment or "none"), val
 
 
 def _digest(*sets: BoxedImages) -> str:
-    """Of the classes, the names of the images and their boxes, but no labels: records are known by it."""
+    """A digest of classes, image names and boxes, which records store, without the labels."""
     whole = hashlib.sha256()
     for images in sets:
         names = [(p.name, p.height, p.width, images.count(i)) for i, p in enumerate(images.pictures)]

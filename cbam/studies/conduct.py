@@ -1,4 +1,4 @@
-"""`cbam study`: a name and a data set -> runs, records, tables, figures."""
+"""`cbam study`: from a study and a data set to runs, records, tables and figures."""
 
 import contextlib
 import dataclasses
@@ -26,7 +26,7 @@ def find_study(name: str) -> Study:
     """The study of that name.
 
     Raises:
-        ConfigError: there is none; the message has the nearest name.
+        ConfigError: there is none; the message names the nearest.
     """
     if name not in STUDIES:
         near = difflib.get_close_matches(name, STUDIES, 1, 0.0)
@@ -37,30 +37,30 @@ def find_study(name: str) -> Study:
 def find_pictures(
     dataset: str, changes: dict[str, Any], names: Sequence[str] = ()
 ) -> Pictures | BoxedPictures:
-    """The images of "digits", or of a folder; several studies can share them.
+    """The images of "digits", or of a folder, which several studies can share.
 
     Args:
-        names: of the studies; those of detectors need images with boxes.
+        names: the studies; those that train detectors need images with boxes.
 
     Raises:
-        ConfigError, DataError: no such data set, a size for the digits, or studies that need different ones.
+        ConfigError, DataError: no such data set, a size for the digits, or studies that need different data.
     """
     boxed = [name for name in names if find_study(name).boxed]
     if boxed and len(boxed) < len(names):
-        raise ConfigError(f"{', '.join(boxed)} need images with boxes: fill them in a call of their own")
+        raise ConfigError(f"{', '.join(boxed)} need images with boxes: run them in a separate call")
     if boxed:
         if dataset == DIGITS:
             raise ConfigError(f"study {boxed[0]} needs --dataset, a folder of COCO or Pascal VOC")
         pictures = BoxedPictures(dataset, size=changes.get("size"), limit=changes.get("limit"))
         if other := [name for name in boxed if find_study(name).rules not in (None, pictures.rules)]:
             raise ConfigError(
-                f"study {other[0]} is measured by Pascal VOC's rules, and {pictures.name} is of COCO's form"
+                f"study {other[0]} uses Pascal VOC's metric, but {pictures.name} is in COCO's format"
             )
         return pictures
     if dataset != DIGITS:
         return Pictures(dataset, size=changes.get("size"), limit=changes.get("limit"))
     if changes.get("size"):
-        raise ConfigError("size belongs to an image folder, and the data set is digits")
+        raise ConfigError("size applies to image folders only, and the data set is digits")
     return Pictures(limit=changes.get("limit"))
 
 
@@ -76,29 +76,31 @@ def prepare(
     commit: str | None = None,
     watch: Watch | None = None,
 ) -> Filling:
-    """What there is to do for a study; nothing is written yet.
+    """Prepare a study; nothing is written yet.
 
     Args:
-        changes: settings of `Protocol` in place of the usual ones.
-        out: the folder that holds a folder for every study.
+        changes: settings of `Protocol` that replace the usual ones.
+        out: the folder with a subfolder per study.
 
     Raises:
         ConfigError, DataError: names, settings or images that do not go together.
     """
     study, where = find_study(name), pick_device(device)
     if study.many_networks and changes.get("network"):
-        raise ConfigError(f"study {name} names its networks itself: leave --network out, or choose --arms")
+        raise ConfigError(
+            f"study {name} has its own networks: leave --network out, or select rows with --arms"
+        )
     if "+" in (changes.get("network") or ""):
         raise ConfigError(
-            f"network must be the plain network, got {changes['network']!r}; the rows attach what is compared"
+            f"network must be the plain network, got {changes['network']!r}; the rows attach the attention"
         )
     if changes.get("regions") and not study.boxed:
-        raise ConfigError(f"regions belong to detectors, and the study is {name}")
+        raise ConfigError(f"regions apply to detectors only, and study {name} has none")
     if isinstance(pictures, Pictures) and pictures.folder:
         refuse_among(pictures.folder, Path(out))
     own = changes | {"size": pictures.size}
     if own.get("warmup_epochs") == 0:
-        own["warmup_epochs"] = None  # as records without a warm-up have it
+        own["warmup_epochs"] = None  # as in records without a warm-up
     training = Training(
         dataclasses.replace(study.usual(pictures.name, pictures.all, pictures.about["size"]), **own),
         pictures,
@@ -109,15 +111,15 @@ def prepare(
 
 
 def conduct(filling: Filling, *, seeds: int = SEEDS, budget: float | None = None, share: float = 1.0) -> int:
-    """Train what has no record, and compute the tables anew, also where that is broken off.
+    """Train the runs without a record, then rewrite the tables, even if training is interrupted.
 
     Returns:
-        How many runs are still without a record.
+        The number of runs that still have no record.
     """
     try:
         left = filling.fill(seeds, budget=budget, share=share)
     except BaseException:
-        with contextlib.suppress(Exception):  # what broke it off is told
+        with contextlib.suppress(Exception):  # the first error is the one to raise
             write_tables(filling.records, filling.study)
         raise
     write_tables(filling.records, filling.study)
@@ -140,5 +142,5 @@ def write_tables(records: Records, study: Study) -> list[Path]:
 
 
 def told(records: Records, study: Study) -> str:
-    """Every table of a study for a terminal."""
+    """Every table of a study as plain text."""
     return "\n".join(text(table) for table in tables(study, records.all().values()))

@@ -1,4 +1,4 @@
-"""The figure of a study: every difference in its first measure with its interval, as SVG."""
+"""The figure of a study as SVG: every difference in its first measure, with its interval."""
 
 import math
 from dataclasses import dataclass
@@ -11,13 +11,13 @@ from cbam.studies.study import Measure
 from cbam.studies.tabulate import Table, differences
 
 WIDE, LEFT, RIGHT, ROW, TOP = 860, 320, 24, 42, 78
-_SHOWN, _NOT, _SEED, _PAPER, _INK, _RULE = "#2166ac", "#6b6b6b", "#a6a6a6", "#b35806", "#1a1a1a", "#d9d9d9"
+_BLUE, _GREY, _SEED, _PAPER, _INK, _RULE = "#2166ac", "#6b6b6b", "#a6a6a6", "#b35806", "#1a1a1a", "#d9d9d9"
 
 
 def figure(table: Table) -> str | None:
     """A line per comparison: seeds as dots, the mean with its interval, the paper's difference as a diamond.
 
-    None where there is nothing to draw.
+    None if there is nothing to draw.
     """
     rows = [row for row in differences(table, table.first.key) if row["n"]]
     if not rows:
@@ -37,7 +37,7 @@ def figure(table: Table) -> str | None:
 
 @dataclass(frozen=True)
 class _Scale:
-    """Points of error -> places in the drawing."""
+    """Differences in points -> x coordinates in the drawing."""
 
     low: float
     high: float
@@ -48,8 +48,8 @@ class _Scale:
         """Wide enough for every dot, interval and diamond, and for zero."""
         values = [0.0]
         for row in rows:
-            told = (row["paper"], row["low"], row["high"], row["mean"], *row["each"].values())
-            values += [value for value in told if value is not None]
+            drawn = (row["paper"], row["low"], row["high"], row["mean"], *row["each"].values())
+            values += [value for value in drawn if value is not None]
         low, high = min(values), max(values)
         span = (high - low) or 1.0
         rough = span / 6
@@ -69,8 +69,8 @@ class _Scale:
             stroke = f'stroke="{_INK}"' if zero else f'stroke="{_RULE}"'
             x = self.at(0.0 if zero else value)
             parts.append(f'<path d="M{x} {top}V{base}" {stroke}/>')
-            told = "0" if zero else f"{value:+.{max(0, -math.floor(math.log10(self.step)))}f}"
-            parts.append(f'<text x="{x}" y="{base + 18}" text-anchor="middle" fill="{_INK}">{told}</text>')
+            label = "0" if zero else f"{value:+.{max(0, -math.floor(math.log10(self.step)))}f}"
+            parts.append(f'<text x="{x}" y="{base + 18}" text-anchor="middle" fill="{_INK}">{label}</text>')
         middle = (LEFT + WIDE - RIGHT) / 2
         parts.append(
             f'<text x="{middle}" y="{base + 38}" text-anchor="middle" fill="{_INK}">'
@@ -80,26 +80,26 @@ class _Scale:
 
 
 def _heading(table: Table) -> str:
-    told = (
+    legend = (
         f"dots: seeds; bar: mean with {CONFIDENCE:.0%} interval, ".replace("%", " %")
         + f"blue where it excludes zero; diamond: the paper's difference ({table.study.paper_data})"
     )
     name = title(table)
-    size = round(min(15, 15 * 90 / len(name)), 1)  # 90 bold letters of 15 px are as wide as the drawing
+    size = round(min(15, 15 * 90 / len(name)), 1)  # 90 bold letters of 15 px fill the width
     return (
         f'<text x="12" y="22" font-size="{size:g}" font-weight="600" fill="{_INK}">{escape(name)}</text>\n'
-        f'<text x="12" y="41" fill="{_NOT}">{escape(status(table))}</text>\n'
-        f'<text x="12" y="59" fill="{_NOT}">{escape(told)}</text>'
+        f'<text x="12" y="41" fill="{_GREY}">{escape(status(table))}</text>\n'
+        f'<text x="12" y="59" fill="{_GREY}">{escape(legend)}</text>'
     )
 
 
 def _line(table: Table, row: dict[str, Any], scale: _Scale, y: float) -> str:
     arms = table.study.arms
-    colour = _SHOWN if row["word"] in ("better", "worse") else _NOT
+    colour = _BLUE if row["word"] in ("better", "worse") else _GREY
     parts = [
         f'<text x="{LEFT - 12}" y="{y - 2}" text-anchor="end" fill="{_INK}">'
         f"{escape(arms[row['arm']].label)}</text>",
-        f'<text x="{LEFT - 12}" y="{y + 13}" text-anchor="end" font-size="11" fill="{_NOT}">'
+        f'<text x="{LEFT - 12}" y="{y + 13}" text-anchor="end" font-size="11" fill="{_GREY}">'
         f"against {escape(arms[row['against']].label)}</text>",
     ]
     parts += [

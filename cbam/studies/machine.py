@@ -1,4 +1,4 @@
-"""Where a run happens: commit, device, memory."""
+"""Where a run takes place: commit, device, memory."""
 
 import hashlib
 import io
@@ -17,9 +17,9 @@ SOURCES = (".py", ".cpp", ".h", ".cu")
 
 
 def commit() -> str | None:
-    """The git commit of this package, with "+changes" if its files differ; None outside its checkout.
+    """The git commit of this package, with "+changes" if files are modified; None outside its checkout.
 
-    The CPU kernels count too, where they are installed: those of the checkout, and what was compiled of them.
+    This includes the CPU kernels, if installed: their sources, and that these are what was compiled.
     """
     home = Path(cbam.__file__).parent
     if _git(home, "ls-files", "--error-unmatch", "__init__.py") is None:
@@ -27,26 +27,26 @@ def commit() -> str | None:
     kernels, sources = native(), _kernels(home.parent / "native")
     looked_at = [".", *(str(path) for path in sources if kernels)]
     found, status = _git(home, "rev-parse", "HEAD"), _git(home, "status", "--porcelain", "--", *looked_at)
-    changes = status != ""  # also where git does not say in time
-    if sources and kernels and kernels[1]:  # an older one does not say what it was compiled from
+    changes = status != ""  # also if git times out
+    if sources and kernels and kernels[1]:  # older builds do not record their sources
         changes = changes or kernels[1] != digest({path.name: path.read_bytes() for path in sources})
     return f"{found}+changes" if found and changes else found
 
 
 def _kernels(home: Path) -> list[Path]:
-    """What the CPU kernels of a checkout are compiled from, as `native/compile.py` has it."""
+    """The sources of the CPU kernels in a checkout, as listed in `native/compile.py`."""
     return [home / "compile.py", *(home / "csrc").iterdir()] if (home / "csrc").is_dir() else []
 
 
 def source() -> str:
-    """A digest of the sources of this package, which is the same wherever the same commit is."""
+    """A digest of the sources of this package, equal on all machines for the same commit."""
     home = Path(cbam.__file__).parent
     return digest({path.relative_to(home).as_posix(): path.read_bytes() for path in home.rglob("*")
                    if path.suffix in SOURCES and "__pycache__" not in path.parts})  # fmt: skip
 
 
 def source_of(commit: str, folder: Path) -> str | None:
-    """`source()` of a commit of the checkout `folder`; None where git does not know it."""
+    """`source()` of a commit of the checkout `folder`; None if git does not know it."""
     try:
         done = subprocess.run(
             ["git", "-C", str(folder), "archive", "--format=tar", commit, "cbam"],
@@ -60,7 +60,7 @@ def source_of(commit: str, folder: Path) -> str | None:
 
 
 def digest(files: dict[str, bytes]) -> str:
-    """SHA-256 over names and contents, in the order of the names."""
+    """SHA-256 of names and contents, sorted by name."""
     whole = hashlib.sha256()
     for name, content in sorted(files.items()):
         whole.update(f"{name} {len(content)} ".encode() + content)
@@ -74,13 +74,13 @@ def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
 
 
 def describe(device: torch.device) -> dict:
-    """Type, name and number of threads of the device."""
+    """Type and name of the device, and the number of threads."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     return {"type": device.type, "name": name, "threads": torch.get_num_threads()}
 
 
 def largest_memory() -> float:
-    """The largest resident memory of this process so far, in GiB."""
+    """The peak resident memory of this process, in GiB."""
     try:
         import resource
     except ImportError:  # Windows

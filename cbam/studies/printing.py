@@ -1,4 +1,4 @@
-"""The table of a study for a reader: Markdown, and the same cells for a terminal."""
+"""The table of a study for a reader, as Markdown and as plain text."""
 
 import statistics
 from collections.abc import Iterable
@@ -11,27 +11,27 @@ from cbam.studies.tabulate import Table, commits, differences, levels, printed
 
 
 def status(table: Table) -> str:
-    """How much of the table is there, and whether it counts as run."""
+    """How much of the table is filled, and whether it counts as run."""
     whole = len(table.study.chosen(small=table.small))
-    told = f"{len(table.filled)} of {whole} rows have {SEEDS} seeds or more"
+    rows = f"{len(table.filled)} of {whole} rows have {SEEDS} seeds or more"
     if table.partial:
-        return f"Partial: {told}. This table does not count as run."
-    return f"{told[0].upper()}{told[1:]}." if len(table.filled) < whole else "Complete: " + told + "."
+        return f"Partial: {rows}. This table does not count as run."
+    return f"{rows[0].upper()}{rows[1:]}." if len(table.filled) < whole else "Complete: " + rows + "."
 
 
 def outcome(table: Table) -> list[str]:
-    """What the table shows by its first measure: a sentence per word that was computed."""
+    """What the table shows in its first measure: one sentence per verdict."""
     rows = [row for row in differences(table, table.first.key) if "word" in row]
-    told = [f"{_label(table, row['arm'])} against {_label(table, row['against'])}" for row in rows]
-    return by_word(table.first.title, zip(told, rows, strict=True))
+    names = [f"{_label(table, row['arm'])} against {_label(table, row['against'])}" for row in rows]
+    return by_word(table.first.title, zip(names, rows, strict=True))
 
 
 def by_word(measure: str, compared: Iterable[tuple[str, dict[str, Any]]]) -> list[str]:
-    """Comparisons in words, and the differences that were computed: a sentence per word."""
+    """One sentence per verdict, from the names of comparisons and their differences."""
     found: dict[str, list[str]] = {}
-    for told, row in compared:
+    for name, row in compared:
         points = f"{row['mean']:+.2f} points{_interval(row, ', {}')}"
-        found.setdefault(row["word"], []).append(f"{told} ({points})")
+        found.setdefault(row["word"], []).append(f"{name} ({points})")
     order = ("better", "worse", "no difference shown", "not known")
     return [
         f"{word[0].upper()}{word[1:]} in {measure}: {'; '.join(found[word])}."
@@ -41,7 +41,7 @@ def by_word(measure: str, compared: Iterable[tuple[str, dict[str, Any]]]) -> lis
 
 
 def interval_told(row: dict[str, Any]) -> str:
-    """A difference, in brackets its interval where there is one."""
+    """A difference, followed by its interval in brackets if there is one."""
     return f"{row['mean']:+.2f}{_interval(row, ' ({})')}"
 
 
@@ -54,7 +54,7 @@ def _label(table: Table, arm: str) -> str:
 
 
 def level_rows(table: Table) -> list[list[str]]:
-    """A header, then a row per arm: cost and measures, the paper's beside ours."""
+    """A header, then a row per arm: cost, and each measure next to the paper's."""
     rows = [["", "parameters", "GMAC", "seeds"]]
     for measure in table.study.measures:
         rows[0] += [f"{measure.title}, %", "paper"]
@@ -90,7 +90,7 @@ def _outcome_cells(row: dict[str, Any]) -> list[str]:
 
 
 def level_told(numbers: dict[str, Any] | None) -> str:
-    """A mean, and its spread where there is one."""
+    """A mean, and its spread if there is one."""
     if numbers is None:
         return "-"
     return f"{numbers['mean']:.2f}" + ("" if numbers["spread"] is None else f" ± {numbers['spread']:.2f}")
@@ -101,12 +101,12 @@ def _points(value: float | None) -> str:
 
 
 def reading(table: Table) -> list[str]:
-    """How to read the numbers, and what a reader must know of these."""
+    """How to read the numbers, and what a reader must know about these."""
     count = sum("word" in row for row in differences(table, table.first.key))
     found = [
         "± is the standard deviation over seeds. The last epoch of every run counts, never the best.",
-        "Differences are in points, paired by seed: runs of a seed start from the same weights, as far as "
-        "they have them in common, and see the same images in the same order. The interval is Student's t.",
+        "Differences are in points, paired by seed: runs of one seed share the initial values of the weights "
+        "they have in common, and see the same images in the same order. The interval is Student's t.",
         by_chance(count),
         f'"Would show": the smallest true difference that this many pairs detect with {100 * POWER:.0f} % '
         'power. "Pairs to settle": how many pairs would detect a difference of the size found.',
@@ -117,30 +117,30 @@ def reading(table: Table) -> list[str]:
     if starts:
         seeds = {s for name, runs in table.runs.items() if table.study.arms[name].forked for s in runs}
         found.append(
-            f"Networks that were trained and then forked: {len(set(starts))} different, {len(seeds)} seeds."
+            f"Networks that were trained and then forked: {len(set(starts))}, from {len(seeds)} seeds."
         )
     return found
 
 
 def uncounted(table: Table) -> list[str]:
-    """What there is and does not count."""
+    """Which runs exist but do not count."""
     found = []
     if table.failed:
         seeds = ", ".join(f"{r['arm']} seed {r['config']['seed']}" for r in table.failed)
-        found.append(f"Runs that failed, and do not count: {seeds}.")
+        found.append(f"Runs that failed and do not count: {seeds}.")
     if table.changed:
-        found.append(f"{table.changed} runs of changed code do not count, and are left out.")
+        found.append(f"{table.changed} runs of modified code do not count and are left out.")
     return found
 
 
 def mixed(table: Table) -> list[str]:
-    """Which rows have runs of networks that are not the same, as the code of two commits may make them."""
+    """Which rows mix runs of different networks, as code of different commits may build them."""
     rows = [
         _label(table, name) for name, runs in table.runs.items() if len(set(map(_cost, runs.values()))) > 1
     ]
     return [
-        f"The runs of {row} are not all of one network: parameters, GMAC or places of attention differ from "
-        "commit to commit. Its mean is over all of them, parameters and GMAC are those of one."
+        f"The runs of {row} are not all of the same network: parameters, GMAC or places of attention differ "
+        "between commits. Its mean is over all of them; parameters and GMAC are those of one."
         for row in rows
     ]
 
@@ -150,7 +150,7 @@ def _cost(run: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def facts(table: Table) -> list[tuple[str, str]]:
-    """What was run, on what."""
+    """What was run, and on what, as (name, value) pairs."""
     runs = [run for row in table.runs.values() for run in row.values()]
     shared, about = table.shared, table.about
     if not runs:
@@ -159,8 +159,8 @@ def facts(table: Table) -> list[tuple[str, str]]:
     devices = {f"{r['device']['name']} ({r['device']['type']})" for r in runs}
     versions = {", ".join(f"{k} {v}" for k, v in run["versions"].items()) for run in runs}
     seconds = [run["seconds"] for run in runs]
-    size = "their own sizes" if about["size"] is None else f"{about['size']} px"
-    taken = sum(run["study"] != table.study.name for run in runs)
+    size = "different sizes" if about["size"] is None else f"{about['size']} px"
+    reused = sum(run["study"] != table.study.name for run in runs)
     return [
         (
             "data",
@@ -172,13 +172,13 @@ def facts(table: Table) -> list[tuple[str, str]]:
             "training",
             f"from scratch, {steps}, learning rate {shared['lr']:g} ({shared['schedule']}), momentum "
             f"{shared['momentum']:g}, weight decay {shared['weight_decay']:g}, {shared['precision']}"
-            + _besides(shared),
+            + _optional_settings(shared),
         ),
-        ("runs", f"{len(runs)}" + (f", {taken} of them taken over from other studies" if taken else "")),
+        ("runs", f"{len(runs)}" + (f", {reused} of them reused from other studies" if reused else "")),
         (
             "time",
-            f"{sum(seconds) / 3600:.1f} hours in all, {statistics.median(seconds):.0f} s a run (median); "
-            f"{sum(run['processor_seconds'] for run in runs) / 3600:.1f} hours of processors",
+            f"{sum(seconds) / 3600:.1f} hours in total, {statistics.median(seconds):.0f} s per run (median); "
+            f"{sum(run['processor_seconds'] for run in runs) / 3600:.1f} hours of CPU time",
         ),
         ("devices", "; ".join(sorted(devices))),
         *_implementations(runs),
@@ -188,40 +188,40 @@ def facts(table: Table) -> list[tuple[str, str]]:
 
 
 def _implementations(runs: list[dict[str, Any]]) -> list[tuple[str, str]]:
-    """What computed the attention; older records do not say it."""
-    words = {True: "fused kernels, where there is one for it", False: "plain torch operations"}
-    told = {words[run["kernels"]] for run in runs if "kernels" in run}
-    return [("attention", "; ".join(sorted(told)))] if told else []
+    """What computed the attention; older records lack it."""
+    words = {True: "fused kernels, where there are any for it", False: "plain torch operations"}
+    names = {words[run["kernels"]] for run in runs if "kernels" in run}
+    return [("attention", "; ".join(sorted(names)))] if names else []
 
 
-def _besides(shared: dict[str, Any]) -> str:
-    """What not every training has."""
-    told = (
+def _optional_settings(shared: dict[str, Any]) -> str:
+    """The settings that not every training has."""
+    texts = (
         ("resident", ", images cropped and flipped on the device"),
         ("milestones", ", divided by 10 after epochs {}"),
         ("augment", ", augmentation {}"),
-        ("regions", ", {} regions of an image"),
+        ("regions", ", {} regions per image"),
     )
     warm = warm_up(shared)
     every = [f", {warm}"] if warm else []
-    return "".join([*every, *(text.format(shared[name]) for name, text in told if shared.get(name))])
+    return "".join([*every, *(text.format(shared[name]) for name, text in texts if shared.get(name))])
 
 
 def warm_up(shared: dict[str, Any]) -> str:
-    """How long the rate rises, in words; "" where it does not."""
+    """The length of the warm-up in words; "" if there is none."""
     epochs = shared.get("warmup_epochs")
     return f"warm-up of {epochs:g} epoch{'' if epochs == 1 else 's'}" if epochs else ""
 
 
 def title(table: Table) -> str:
-    """The headline."""
+    """The headline of the table."""
     return f"{table.study.title}: {table.shared.get('network', 'several networks')} on {table.shared['data']}"
 
 
 def markdown(table: Table, figure: str | None) -> str:
-    """The whole page; `figure` is the name of the drawing beside it."""
+    """The whole page; `figure` is the file name of the drawing."""
     lines = [f"# {as_markdown(title(table))}", "", f"**{as_markdown(status(table))}**", ""]
-    lines += [line for told in outcome(table) for line in (as_markdown(told), "")]
+    lines += [line for sentence in outcome(table) for line in (as_markdown(sentence), "")]
     lines += _block(level_rows(table))
     for measure in table.study.measures:
         rows = difference_rows(table, measure.key)
@@ -242,13 +242,13 @@ def _block(rows: list[list[str]]) -> list[str]:
 
 
 def text(table: Table) -> str:
-    """The tables for a terminal."""
+    """The tables as plain text."""
     lines = [title(table), status(table), *uncounted(table), *mixed(table), ""]
     for rows in (level_rows(table), difference_rows(table, table.first.key)):
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-        told = [
+        aligned = [
             "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
             for row in rows
         ]
-        lines += [told[0], "  ".join("-" * width for width in widths), *told[1:], ""]
+        lines += [aligned[0], "  ".join("-" * width for width in widths), *aligned[1:], ""]
     return "\n".join(lines)

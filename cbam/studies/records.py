@@ -1,11 +1,11 @@
-"""The records of a study's runs: one JSON file per run, written once and never again.
+"""The records of a study's runs: one JSON file per run, written once and never changed.
 
 results/<study>/<data>-<row>-s<seed>-<settings>.json   a run of a clean commit
-results/<study>/<...>.dirty-<source>.json               a run of changed code; never counted
-results/<study>/.claims/                                who is at which run; not there when nobody is
+results/<study>/<...>.dirty-<source>.json               a run of modified code; never counted
+results/<study>/.claims/                                locks of the runs in progress; absent otherwise
 results/<study>/.unfinished/<run>/                      checkpoints of a long run, until it has a record
-results/<study>/.unfinished/<run>.<digest>/             those made by another state of the code, likewise
-results/<study>/.unfinished/fork-<settings>/            those of a network that forks begin with, likewise
+results/<study>/.unfinished/<run>.<digest>/             the same, written by another state of the code
+results/<study>/.unfinished/fork-<settings>/            the same, of the network that forked runs start from
 """
 
 import contextlib
@@ -19,92 +19,92 @@ from typing import Any
 
 from cbam.errors import DataError, OutputError
 from cbam.files import sync_folder
-from cbam.studies.study import run_key, said
+from cbam.studies.study import explicit, run_key
 
 SCHEMA = 1
 CLAIMS, UNFINISHED = ".claims", ".unfinished"
-_NEEDED: dict[str, Any] = {
+_REQUIRED: dict[str, Any] = {
     "schema": int, "study": str, "arm": str, "status": str, "config": dict, "data": dict, "epochs": list,
     "commit": str | None, "dirty": bool,
 }  # fmt: skip
 
 
 class Records:
-    """The records in one folder, of one study.
+    """The records of one study, in one folder.
 
     Raises:
-        OutputError: the folder cannot be made or written to.
+        OutputError: the folder cannot be created or written to.
     """
 
     def __init__(self, root: str | os.PathLike, study: str) -> None:
         self.root, self.path = Path(root), Path(root) / study
 
     def all(self) -> dict[str, dict[str, Any]]:
-        """Every record by the name of its file, in order.
+        """Every record by file name, sorted.
 
         Raises:
-            DataError: a file that is no record.
+            DataError: a file is not a record.
         """
         if not self.path.is_dir():
             return {}
         return {path.name: read(path) for path in sorted(self.path.glob("*.json"))}
 
     def has(self, name: str) -> bool:
-        """Whether there is a record of that name."""
+        """Whether a record of that name exists."""
         return (self.path / f"{name}.json").exists()
 
     def add(self, name: str, record: dict[str, Any]) -> bool:
-        """Write a record, whole or not at all; false where there is one already, which stays."""
+        """Write a record atomically; False if one exists already, which is kept."""
         text = json.dumps(record, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
-        return self._place(name, text.encode())
+        return self._create(name, text.encode())
 
     def unfinished(self, name: str) -> Path:
-        """The folder for what a run without a record has saved."""
+        """The folder for the checkpoints of a run that has no record yet."""
         return self.path / UNFINISHED / name
 
     def has_unfinished(self, name: str) -> bool:
-        """Whether a run has saved anything, by whatever code."""
+        """Whether a run has checkpoints, of this or another state of the code."""
         kept = self.unfinished(name)
         return kept.exists() or any(kept.parent.glob(f"{name}.*"))
 
     def forget(self, name: str, *, others: bool) -> None:
-        """Remove what a run had saved while it had no record; and what `others`, by other code, had of it."""
+        """Remove the checkpoints of a run; with `others` also those of other states of the code."""
         kept = self.unfinished(name)
         for folder in (kept, *(kept.parent.glob(f"{name}.*") if others else ())):
             shutil.rmtree(folder, ignore_errors=True)
-        with contextlib.suppress(OSError):  # there are others
+        with contextlib.suppress(OSError):  # not empty
             (self.path / UNFINISHED).rmdir()
 
-    def elsewhere(self, config: dict[str, Any], about: dict[str, Any]) -> Path | None:
-        """The record of the same settings and images in another study beside this one, if any.
+    def find_elsewhere(self, config: dict[str, Any], about: dict[str, Any]) -> Path | None:
+        """A record of another study under the same root with the same settings and images, if any.
 
         Args:
-            about: what tells the images from others, as records have it under "data".
+            about: what identifies the images, as in a record's "data".
         """
         ending = f"-s{config['seed']}-{run_key(config)}.json"
         for path in sorted(self.root.glob(f"*/*{ending}")):
             if path.parent == self.path:
                 continue
             record = read(path)
-            same = said(record["config"]) == said(config) and same_pictures(record["data"], about)
+            same = explicit(record["config"]) == explicit(config) and same_pictures(record["data"], about)
             if same and counts(record):
                 return path
         return None
 
-    def take_over(self, name: str, config: dict[str, Any], about: dict[str, Any]) -> Path | None:
-        """Copy the record that there is `elsewhere`; where it came from."""
-        path = self.elsewhere(config, about)
+    def reuse(self, name: str, config: dict[str, Any], about: dict[str, Any]) -> Path | None:
+        """Copy the record that `find_elsewhere` finds; returns the path of the original."""
+        path = self.find_elsewhere(config, about)
         if path is not None:
-            self._place(name, path.read_bytes())
+            self._create(name, path.read_bytes())
         return path
 
-    def _place(self, name: str, data: bytes) -> bool:
-        """A name that appears with all its bytes, and is never taken from another: link, not rename.
+    def _create(self, name: str, data: bytes) -> bool:
+        """Create a record complete or not at all, never replacing one: by a hard link, not a rename.
 
-        Where there are no links, as on a mounted drive, what keeps others away is the claim alone.
+        Where hard links are not supported, as on some mounted drives, only the claim keeps others away.
         """
         target = self.path / f"{name}.json"
-        with self._written(target.name, data) as part:
+        with self._temporary(target.name, data) as part:
             try:
                 os.link(part, target)
             except FileExistsError:
@@ -116,17 +116,17 @@ class Records:
         return True
 
     def compute(self, make: Callable[[list[dict[str, Any]]], dict[str, str]]) -> list[Path]:
-        """Write the files that `make` computes from the records: name -> text. One process at a time."""
+        """Write the files that `make` computes from the records (name -> text), one process at a time."""
         with self.claimed("tables", wait=True):
             made = make(list(self.all().values()))
             for name, text in made.items():
-                with self._written(name, text.encode()) as part:
+                with self._temporary(name, text.encode()) as part:
                     part.replace(self.path / name)
         return [self.path / name for name in made]
 
     @contextlib.contextmanager
-    def _written(self, name: str, data: bytes) -> Iterator[Path]:
-        """A file of this process alone with these bytes on the disk, gone after the block."""
+    def _temporary(self, name: str, data: bytes) -> Iterator[Path]:
+        """A temporary file of this process with these bytes, synced to disk; removed after the block."""
         part = self.path / f".{name}.{os.getpid()}.part"
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -144,12 +144,12 @@ class Records:
 
     @contextlib.contextmanager
     def claimed(self, name: str, *, wait: bool = False) -> Iterator[bool]:
-        """Take a run for this process; false where another process is at it.
+        """Claim a run for this process; yields False if another process holds it.
 
-        The claim is a lock of the system on a file, so it ends with the process however that ends.
+        The claim is a file lock, which the system releases however the process ends.
 
         Args:
-            wait: until nobody is at it.
+            wait: until the claim is free.
         """
         try:
             import fcntl
@@ -160,9 +160,9 @@ class Records:
         handle = None
         try:
             while True:
-                handle = _opened(claim)
+                handle = _open_lock(claim)
                 fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-                mine = _is_at(handle, claim)
+                mine = _still_at(handle, claim)
                 if mine or not wait:
                     break
                 os.close(handle)
@@ -182,8 +182,8 @@ class Records:
                     folder.rmdir()
 
 
-def _opened(claim: Path) -> int:
-    """The file to lock. A process that ends takes empty folders away, these perhaps: they are made again."""
+def _open_lock(claim: Path) -> int:
+    """Open the file to lock; retries if a process that finishes removes the empty folders meanwhile."""
     tries = 100
     while True:
         try:
@@ -195,8 +195,8 @@ def _opened(claim: Path) -> int:
                 raise
 
 
-def _is_at(handle: int, path: Path) -> bool:
-    """Whether the open file is still the one at `path`: another process may have ended and removed it."""
+def _still_at(handle: int, path: Path) -> bool:
+    """Whether the open file is still the one at `path`; a process that finished may have removed it."""
     try:
         return os.path.samestat(os.fstat(handle), path.stat())
     except FileNotFoundError:
@@ -204,28 +204,30 @@ def _is_at(handle: int, path: Path) -> bool:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A record.
+    """Read and check a record.
 
     Raises:
-        DataError: not one, or of a newer version.
+        DataError: not a record, or of a newer version.
     """
     try:
         record = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: not a record of a run: {error}; move it away") from error
-    absent = [name for name in _NEEDED if name not in record] if isinstance(record, dict) else list(_NEEDED)
+    absent = (
+        [name for name in _REQUIRED if name not in record] if isinstance(record, dict) else list(_REQUIRED)
+    )
     if absent:
         raise DataError(f"{path}: not a record of a run, it lacks {', '.join(absent)}; move it away")
-    if wrong := _wrong(record):
-        raise DataError(f"{path}: not a record of a run, its {wrong} is not valid; move it away")
+    if invalid := _invalid(record):
+        raise DataError(f"{path}: not a record of a run, its {invalid} is not valid; move it away")
     if record["schema"] > SCHEMA:
         raise DataError(f"{path}: written by a newer cbam (format {record['schema']}); upgrade cbam")
     return record
 
 
-def _wrong(record: dict[str, Any]) -> str:
-    """The first part of a record that tables cannot be computed from; empty where there is none."""
-    for name, kind in _NEEDED.items():
+def _invalid(record: dict[str, Any]) -> str:
+    """The first field of a record that tables cannot be computed from; "" if all are valid."""
+    for name, kind in _REQUIRED.items():
         if not isinstance(record[name], kind) or (kind is int and isinstance(record[name], bool)):
             return name
     for name in ("data", "seed"):
@@ -244,11 +246,11 @@ def _wrong(record: dict[str, Any]) -> str:
 
 
 def same_pictures(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Whether the "data" of two records is of the same images; older ones do not tell files nor objects."""
-    told = ("train", "val", "sha256", *({"files", "objects"} & one.keys() & other.keys()))
-    return all(one.get(key) == other.get(key) for key in told)
+    """Whether the "data" of two records are of the same images; older ones lack "files" and "objects"."""
+    keys = ("train", "val", "sha256", *({"files", "objects"} & one.keys() & other.keys()))
+    return all(one.get(key) == other.get(key) for key in keys)
 
 
 def counts(record: dict[str, Any]) -> bool:
-    """Whether a record may enter a table: finished, of a commit that is known, with no change to it."""
+    """Whether a record may enter a table: finished, and of a known commit without modifications."""
     return record["status"] == "complete" and record["commit"] is not None and record["dirty"] is False

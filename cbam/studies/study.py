@@ -1,7 +1,7 @@
-"""What a study is: the rows of a table, each a named recipe, and how all of them are trained.
+"""What a study is: the rows of a table, and how all of them are trained.
 
-A row says what it trains (`Arm`); the training that all rows share is a `Protocol`; both together with a seed
-are the settings of one run (`run_config`), which name its record.
+An `Arm` is what a row trains, and a `Protocol` the training that all rows share. With a seed, they are the
+settings of one run (`run_config`), which determine the name of its record.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from cbam.train.recipe import Recipe
 from cbam.train.recipes import Config, detect_coco, detect_short, detect_voc
 
 STARTS, PRECISIONS = ("paper", "identity"), ("fp32", "bf16")
-SEEDS = 5  # fewer make no table
+SEEDS = 5  # that a row needs
 DIGITS = "digits"
 
 
@@ -26,15 +26,15 @@ class Arm:
     """One row of a table.
 
     Args:
-        label: the row's name for a reader.
+        label: the row's name in tables.
         attention: a name of `cbam.models.attentions()`, "" for the plain network.
         network: the row's own network; None for the protocol's.
         against: the rows that this one is compared with, paired by seed.
-        start: how the attention begins, "paper" or "identity".
-        forked: attached to a plain network that was trained before, for as many epochs.
+        start: the initialisation of the attention, "paper" or "identity".
+        forked: start from a plain network already trained for as many epochs.
         reduction: of the channel attention; None for its default.
         where: the places, as `cbam.attach` takes them; None for every residual block.
-        paper: what the paper prints for the row, in %, one after the other by the study's measures.
+        paper: the paper's numbers for the row, in %, in the order of the study's measures.
     """
 
     label: str
@@ -50,7 +50,7 @@ class Arm:
 
 @dataclass(frozen=True)
 class Measure:
-    """What a table compares, in %: its key in the metrics of an epoch, and what it is called."""
+    """What a table compares, in %: its key in the metrics of an epoch, and its title."""
 
     key: str
     title: str
@@ -58,27 +58,27 @@ class Measure:
 
     @property
     def better(self) -> str:
-        """On which side of zero a difference is an improvement."""
+        """The side of zero, "left" or "right", on which a difference is an improvement."""
         return "left" if self.lower_is_better else "right"
 
 
 ERRORS = (Measure("val_top1", "top-1 error"), Measure("val_top5", "top-5 error"))
-# Training images from which a data set is taken for ImageNet, for COCO, for VOC 07+12.
+# Training images from which on a data set counts as large: as ImageNet, COCO, VOC 07+12.
 LARGE, LARGE_COCO, LARGE_VOC = 1_000_000, 100_000, 10_000
 
 
 @dataclass(frozen=True)
 class Study:
-    """A table: its rows by name, and what a reader must know of it.
+    """A table: its rows by name, and what a reader must know about it.
 
     Args:
         small: the rows for data sets smaller than the paper's; None for all.
-        large: the rows for the paper's data set; None for all.
-        measures: what is compared, the first one in the sentences and in the figure.
-        whole: training images from which a data set is taken for the paper's.
-        usual: the protocol for a data set, of its name, its number of training images and their size.
-        boxed: whether it is of detectors, on images with boxes.
-        rules: those that its measures are by, "voc" or "coco"; None where both have them.
+        large: the rows for data sets as large as the paper's; None for all.
+        measures: what is compared; the sentences and the figure use the first one.
+        large_from: the number of training images from which on a data set counts as large.
+        usual: the protocol for a data set, given its name, number of training images and image size.
+        boxed: whether it trains detectors, on images with boxes.
+        rules: the metric that its measures need, "voc" or "coco"; None if both have them.
         paper_data: what the paper's numbers were measured on.
     """
 
@@ -89,39 +89,39 @@ class Study:
     small: tuple[str, ...] | None = None
     large: tuple[str, ...] | None = None
     measures: tuple[Measure, ...] = ERRORS
-    whole: int = LARGE
+    large_from: int = LARGE
     usual: "Callable[[str, int, int | None], Protocol]" = lambda *about: usual(*about)
     boxed: bool = False
     rules: str | None = None
     paper_data: str = "ImageNet"
 
     def is_small(self, train: int) -> bool:
-        """Whether so many training images are fewer than the paper's data set has."""
-        return train < self.whole
+        """Whether a data set of so many training images is smaller than the paper's."""
+        return train < self.large_from
 
     def chosen(self, *, small: bool) -> dict[str, Arm]:
-        """The rows that count as the whole table."""
+        """The rows of the whole table."""
         names = (self.small if small else self.large) or tuple(self.arms)
         return {name: self.arms[name] for name in names}
 
     @property
     def many_networks(self) -> bool:
-        """Whether the rows name their networks themselves."""
+        """Whether rows name networks of their own."""
         return any(arm.network for arm in self.arms.values())
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """How every row of a study is trained; all problems of a bad one are reported together.
+    """How every row of a study is trained; all problems are reported together (`ConfigError`).
 
     Args:
         data: "digits", or the name of an image folder.
         size: side of the images in pixels; None: chosen from the folder.
-        limit: about so many training and validation images; None for all.
-        resident: the images lie on the device, and are cropped and flipped there.
+        limit: use about this many training and validation images; None for all.
+        resident: the images are kept on the device, and cropped and flipped there.
         small: the data set is smaller than the paper's.
         warmup_epochs, milestones: see `cbam.train.Recipe`; None for none.
-        augment, regions: of detectors, see `cbam.train.recipes.Config`.
+        augment, regions: for detectors, see `cbam.train.recipes.Config`.
     """
 
     data: str
@@ -159,7 +159,7 @@ class Protocol:
             raise ConfigError("; ".join(problems))
 
     def recipe(self) -> Recipe:
-        """What trains one network once."""
+        """The recipe that trains one network."""
         return Recipe(
             epochs=self.epochs, batch_size=self.batch_size, optimizer=self.optimizer, lr=self.lr,
             momentum=self.momentum, weight_decay=self.weight_decay, schedule=self.schedule,
@@ -172,7 +172,7 @@ def digits() -> Protocol:
     """Cluttered digits: 15 to 30 s on one CPU core.
 
     The learning rate is that of `cbam compare` (cbam/studies/task.py says how it was chosen). Batch and
-    epochs make as many steps as a comparison makes in all, 720; docs/evidence.md says what was tried first.
+    epochs give 720 steps, as many as a whole comparison takes; docs/evidence.md says what was tried first.
     """
     return Protocol(DIGITS, "resnet_tiny", epochs=8, batch_size=16, lr=0.05)
 
@@ -181,8 +181,8 @@ def imagenette() -> Protocol:
     """An image folder of some ten thousand images, from scratch, on one GPU: the rate of the paper, and
     half a cosine in place of its steps, which are made for 90 epochs.
 
-    It is warmed up to that rate: started at it, plain networks fall behind by the luck of the seed, and what
-    an attention that damps them at first would win is no attention (docs/evidence.md).
+    With a warm-up: without it, plain networks fall behind at some seeds, and attention would win merely
+    because it damps the start (docs/evidence.md).
     """
     return Protocol(
         "", "resnet18", epochs=40, batch_size=128, lr=0.1, warmup_epochs=2.0, precision="bf16", resident=True
@@ -194,11 +194,11 @@ def imagenet() -> Protocol:
     return Protocol("", "resnet50", epochs=90, batch_size=256, lr=0.1, schedule="step", size=224, small=False)
 
 
-ROOM = 8 << 30  # bytes of images that may lie on a device
+ROOM = 8 << 30  # bytes of images that may be kept on a device
 
 
 def usual(data: str, train: int, size: int | None) -> Protocol:
-    """The protocol for a data set of that name, number of training images and size of images."""
+    """The protocol for a data set, given its name, number of training images and image size."""
     assert size is not None
     if data == DIGITS:
         return digits()
@@ -209,12 +209,12 @@ def usual(data: str, train: int, size: int | None) -> Protocol:
 
 
 def faster_rcnn(data: str, train: int, size: int | None) -> Protocol:
-    """The protocol of table 6: the recipe detect/coco for COCO, detect/short for what is smaller."""
+    """The protocol of table 6: the recipe detect/coco for COCO, detect/short for smaller data sets."""
     return _of_recipe(data, detect_coco() if train >= LARGE_COCO else detect_short(), train < LARGE_COCO)
 
 
 def single_shot(data: str, train: int, size: int | None) -> Protocol:
-    """The protocol of table 7: detect/voc. For what is smaller, 120 epochs from scratch, half a cosine."""
+    """The protocol of table 7: detect/voc; for smaller data sets 120 epochs from scratch, half a cosine."""
     own = detect_voc()
     if train >= LARGE_VOC:
         return _of_recipe(data, own, False)
@@ -235,7 +235,7 @@ _OF_ARM = ("network", "attention", "start", "forked", "reduction", "where")
 
 
 def run_config(protocol: Protocol, arm: Arm, seed: int) -> dict[str, Any]:
-    """The settings of one run, as plain values: what its record is found by."""
+    """The settings of one run as JSON values, by which its record is found."""
     config = dataclasses.asdict(protocol)
     del config["small"]
     own = {name: getattr(arm, name) for name in _OF_ARM}
@@ -244,29 +244,29 @@ def run_config(protocol: Protocol, arm: Arm, seed: int) -> dict[str, Any]:
 
 
 def run_key(config: dict[str, Any]) -> str:
-    """Eight hexadecimal digits that stand for these settings.
+    """A digest of the settings, eight hexadecimal digits.
 
-    What is off or left out has no part in it, so that a setting which is added later renames no record.
+    Settings that are off or left out do not enter it, so that adding a setting later renames no record.
     """
-    return hashlib.sha256(json.dumps(said(config), sort_keys=True).encode()).hexdigest()[:8]
+    return hashlib.sha256(json.dumps(explicit(config), sort_keys=True).encode()).hexdigest()[:8]
 
 
-def said(config: dict[str, Any]) -> dict[str, Any]:
+def explicit(config: dict[str, Any]) -> dict[str, Any]:
     """The settings that are not off or left out."""
     return {name: value for name, value in config.items() if value is not None and value is not False}
 
 
 def shared_part(study: Study, config: dict[str, Any]) -> dict[str, Any]:
-    """What of a run's settings all rows of a table have in common."""
+    """The settings of a run that all rows of a table share."""
     own = {*_OF_ARM, "seed"} - (set() if study.many_networks else {"network"})
     return {name: value for name, value in config.items() if name not in own}
 
 
 def run_name(protocol: Protocol, arm: str, config: dict[str, Any]) -> str:
     """The name of a run's record, without its ending."""
-    return f"{in_files(protocol.data)}-{arm}-s{config['seed']}-{run_key(config)}"
+    return f"{file_safe(protocol.data)}-{arm}-s{config['seed']}-{run_key(config)}"
 
 
-def in_files(data: str) -> str:
-    """The name of a data set as files have it: a folder may be called what no link of a page can hold."""
+def file_safe(data: str) -> str:
+    """The name of a data set for file names; folder names may hold characters that break links."""
     return re.sub(r"[^A-Za-z0-9_.]+", "_", data)

@@ -1,6 +1,6 @@
-"""Records -> the table of a study: the paper's number beside ours, and differences paired by seed.
+"""Records -> the tables of a study: our numbers next to the paper's, and differences paired by seed.
 
-A study's records make one table for every set of shared settings. Only records that count are used
+A study has one table for every set of shared settings. Only records that count are used
 (`records.counts`): finished runs of a clean commit.
 """
 
@@ -18,10 +18,10 @@ from cbam.studies.study import (
     Arm,
     Measure,
     Study,
-    in_files,
+    explicit,
+    file_safe,
     run_config,
     run_key,
-    said,
     shared_part,
 )
 
@@ -30,7 +30,7 @@ _ROW = ("attention", "start", "forked", "reduction", "where")
 
 @dataclass
 class Table:
-    """The records of one study by one protocol, by row and seed."""
+    """The records of one study and one protocol, by row and seed."""
 
     study: Study
     shared: dict[str, Any]
@@ -46,55 +46,55 @@ class Table:
 
     @property
     def first(self) -> Measure:
-        """The measure that the sentences and the figure are about."""
+        """The measure used in the sentences and in the figure."""
         return self.study.measures[0]
 
     @property
     def arms(self) -> dict[str, Arm]:
-        """The rows that make the whole table, and any other that has runs."""
+        """The rows of the whole table, and any other row that has runs."""
         whole = self.study.chosen(small=self.small)
         return {name: arm for name, arm in self.study.arms.items() if name in whole or self.runs.get(name)}
 
     @property
     def filled(self) -> list[str]:
-        """The rows of the whole table with as many seeds as a table needs."""
+        """The rows of the whole table that have SEEDS seeds or more."""
         whole = self.study.chosen(small=self.small)
         return [name for name in whole if len(self.runs.get(name, {})) >= SEEDS]
 
     @property
     def partial(self) -> bool:
-        """Whether too little is there for it to count as run."""
+        """Whether fewer than half of the rows are filled, so that the table does not count as run."""
         return 2 * len(self.filled) < len(self.study.chosen(small=self.small))
 
     @property
     def usual(self) -> bool:
-        """Whether its runs were trained as the data set's protocol has it."""
+        """Whether its runs follow the usual protocol for the data set."""
         protocol = self.study.usual(self.shared["data"], self.about["train"], self.about["size"])
         plain = Arm("", network=None if self.study.many_networks else protocol.network)
         common = shared_part(self.study, run_config(protocol, plain, 0)) | {"size": self.shared["size"]}
-        return said(common) == said(self.shared)
+        return explicit(common) == explicit(self.shared)
 
     @property
     def name(self) -> str:
-        """What its files are called; with a digest where the settings or the data set's name are others."""
-        data, network = in_files(self.shared["data"]), self.shared.get("network")
+        """The stem of its file names; with a digest if settings or name are not the usual ones."""
+        data, network = file_safe(self.shared["data"]), self.shared.get("network")
         name = f"{self.study.name}-{data}"
         if self.usual and data == self.shared["data"]:
             return name
-        told = run_key(self.shared)[:6]
-        return f"{name}-{told}" if network is None else f"{name}-{network}-{told}"
+        digest = run_key(self.shared)[:6]
+        return f"{name}-{digest}" if network is None else f"{name}-{network}-{digest}"
 
     def values(self, arm: str, measure: str) -> dict[int, float]:
-        """The last epoch's measure by seed."""
+        """The measure after the last epoch, by seed."""
         found = {seed: run["epochs"][-1].get(measure) for seed, run in self.runs.get(arm, {}).items()}
         return {seed: value for seed, value in found.items() if value is not None}
 
 
 def tables(study: Study, records: Iterable[dict[str, Any]]) -> list[Table]:
-    """The tables that these records fill, the one with most runs first.
+    """The tables that these records fill, the one with the most runs first.
 
     Raises:
-        DataError: records of equal settings are of different images.
+        DataError: records with equal settings are of different images.
     """
     found: dict[str, Table] = {}
     for record in records:
@@ -105,11 +105,11 @@ def tables(study: Study, records: Iterable[dict[str, Any]]) -> list[Table]:
         table = found.setdefault(run_key(shared), Table(study, shared, record["data"]))
         if not same_pictures(table.about, record["data"]):
             raise DataError(
-                f"study {study.name}: two data sets named {shared['data']} have records here, and {arm} seed "
-                f"{record['config']['seed']} is not of the images of those before it: give each data set a "
-                "folder of its own"
+                f"study {study.name}: two data sets named {shared['data']} have records here: {arm} seed "
+                f"{record['config']['seed']} is of other images than those before it; give each data set its "
+                "own folder"
             )
-        table.about = record["data"] | table.about  # an older record tells less of the same images
+        table.about = record["data"] | table.about  # older records hold less about the same images
         if counts(record):
             table.runs.setdefault(arm, {})[record["config"]["seed"]] = record
         elif record["status"] != "complete" and not record["dirty"]:
@@ -120,17 +120,17 @@ def tables(study: Study, records: Iterable[dict[str, Any]]) -> list[Table]:
 
 
 def _row(study: Study, config: dict[str, Any]) -> str | None:
-    """The row that a run belongs to: known by its settings, for a record may come from another study."""
+    """The row that a run belongs to, found by its settings, since a record may come from another study."""
     for name, arm in study.arms.items():
         own = {key: getattr(arm, key) for key in _ROW}
-        same = said(own) == said({key: config.get(key) for key in _ROW})
+        same = explicit(own) == explicit({key: config.get(key) for key in _ROW})
         if same and arm.network in (None, config["network"]):
             return name
     return None
 
 
 def levels(table: Table) -> list[dict[str, Any]]:
-    """Per row: means and spreads over the seeds, the paper's pair, the cost."""
+    """Per row: means and spreads over the seeds, the paper's numbers, the cost."""
     found = []
     for name, arm in table.arms.items():
         row: dict[str, Any] = {"arm": name, "label": arm.label, "paper": arm.paper}
@@ -147,26 +147,26 @@ def levels(table: Table) -> list[dict[str, Any]]:
 
 
 def differences(table: Table, measure: str) -> list[dict[str, Any]]:
-    """Every comparison of the study, paired by seed: `paired_difference`, and what it would take.
+    """Every comparison of the study, paired by seed: `paired_difference`, and its statistical power.
 
-    "resolution" is the smallest true difference that so many pairs would show with a probability of POWER,
-    "needed" the number of pairs that would show one of the size found; None where there is no interval, or
-    more than MOST_PAIRS.
+    "resolution" is the smallest true difference that this many pairs detect with a probability of POWER,
+    "needed" the number of pairs that would detect one of the size found; None without an interval, or above
+    MOST_PAIRS.
     """
-    place, told = next((i, m) for i, m in enumerate(table.study.measures) if m.key == measure)
+    index, about = next((i, m) for i, m in enumerate(table.study.measures) if m.key == measure)
     found = []
     for name, arm in table.arms.items():
         for other in arm.against:
             ours, theirs = arm.paper, table.study.arms[other].paper
-            ours, theirs = printed(ours, place), printed(theirs, place)
+            ours, theirs = printed(ours, index), printed(theirs, index)
             paper = None if ours is None or theirs is None else round(ours - theirs, 2)
-            row = compared(table.values(name, measure), table.values(other, measure), told)
+            row = compared(table.values(name, measure), table.values(other, measure), about)
             found.append({"arm": name, "against": other, "paper": paper} | row)
     return found
 
 
 def compared(own: dict[int, float], base: dict[int, float], measure: Measure) -> dict[str, Any]:
-    """One row's values by seed against another's: `paired_difference` where they have seeds in common."""
+    """`paired_difference` of the values of two rows, over the seeds that they have in common."""
     both = sorted(own.keys() & base.keys())
     row: dict[str, Any] = {"n": len(both)}
     if both:
@@ -177,9 +177,9 @@ def compared(own: dict[int, float], base: dict[int, float], measure: Measure) ->
     return row
 
 
-def printed(paper: tuple[float, ...] | None, place: int) -> float | None:
-    """What the paper prints by the measure of that number."""
-    return paper[place] if paper and place < len(paper) else None
+def printed(paper: tuple[float, ...] | None, index: int) -> float | None:
+    """The paper's number for the measure at that index."""
+    return paper[index] if paper and index < len(paper) else None
 
 
 def _power(row: dict[str, Any]) -> dict[str, Any]:
@@ -193,7 +193,7 @@ def _power(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def commits(runs: Iterable[dict[str, Any]]) -> dict[str, int]:
-    """How many runs are of each commit."""
+    """The number of runs per commit."""
     found: dict[str, int] = defaultdict(int)
     for run in runs:
         found[run["commit"]] += 1

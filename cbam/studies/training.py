@@ -35,12 +35,12 @@ SAVE_EVERY = 1000  # steps
 
 
 class Pictures:
-    """The training and the validation images of a study, read when they are first needed.
+    """The training and validation images of a study, read when first needed.
 
     Args:
         folder: an image folder; None for the digits.
         size: side in pixels; None: chosen from the folder.
-        limit: about so many training and validation images; None for all.
+        limit: use about this many training and validation images; None for all.
     """
 
     def __init__(
@@ -58,26 +58,26 @@ class Pictures:
 
     @cached_property
     def about(self) -> dict[str, Any]:
-        """What tells these images from others, without their place on the disk.
+        """What identifies these images, independent of their path.
 
-        "sha256" is of classes and targets, "files" of the names of the files, where they have any.
+        "sha256" is a digest of classes and targets, "files" one of the file names, if there are files.
         """
         train, val = self._found
-        told = repr((train.classes, train.targets, val.targets))
+        labels = repr((train.classes, train.targets, val.targets))
         about = {
             "name": train.name,
             "train": len(train),
             "val": len(val),
             "size": train.size,
             "classes": len(train.classes),
-            "sha256": hashlib.sha256(told.encode()).hexdigest(),
+            "sha256": hashlib.sha256(labels.encode()).hexdigest(),
         }
         if train.inner_name(0):
             about["files"] = digest_of_names(train, val)
         return about
 
     def ready(self, protocol: Protocol, device: torch.device) -> tuple[Images, Images]:
-        """Both sets; what fits lies on the device."""
+        """Both sets, on the device if the protocol asks for it; the digits' validation set always."""
         if self._ready is None:
             train, val = self._found
             if protocol.resident:
@@ -89,16 +89,16 @@ class Pictures:
 
 
 @dataclass
-class Keep:
-    """Where a long training is saved until it has a record, so that it can be resumed.
+class Checkpoints:
+    """The checkpoints of a long training, from which it is resumed until it has a record.
 
     Args:
-        folder: of this training alone.
-        run: the run that it is for, whose time is counted.
-        about: what must be the same for it to go on: settings, images and code.
-        end: when it must stop, by the monotonic clock; None for never.
-        say: called with a line on how it goes.
-        trunk: the same for the network that a forked run begins with; all forks of it share the folder.
+        folder: for this training only.
+        run: the run whose time is counted.
+        about: what must be unchanged to resume: settings, images and code.
+        end: when to stop, on the monotonic clock; None for never.
+        say: called with each line of progress.
+        trunk: the same for the network that a forked run starts from; all its forks share the folder.
     """
 
     folder: Path
@@ -106,40 +106,40 @@ class Keep:
     about: dict[str, Any]
     end: float | None
     say: Callable[[str], None]
-    trunk: "Keep | None" = None
-    seconds: float = 0.0  # what earlier processes spent for the run
+    trunk: "Checkpoints | None" = None
+    seconds: float = 0.0  # that earlier processes spent on the run
 
     def keeper(self):
-        """What saves and stops the training, and knows how far it came."""
+        """The keeper that saves, stops and resumes the training."""
         from cbam.train.keeper import Keeper
 
-        state = self._kept()
+        state = self._newest()
         if state is not None and state["run"] == self.run:
-            self.seconds += sum(entry["seconds"] for entry in _measured(state["history"]))
+            self.seconds += sum(entry["seconds"] for entry in _timed_epochs(state["history"]))
         left = None if self.end is None else max(0.0, self.end - time.monotonic())
         about = {"run": self.run, "about": self.about}
         return Keeper(
             self.folder, about, state=state, save_every=SAVE_EVERY, copies=2, max_time=left, say=self.say
         )
 
-    def _kept(self) -> dict[str, Any] | None:
-        """What there is to go on with; what other settings or other code have kept is put beside it."""
+    def _newest(self) -> dict[str, Any] | None:
+        """The state to resume from; checkpoints of other settings or other code are moved aside."""
         found = checkpoint.newest(self.folder, self.say) if self.folder.exists() else None
         if found and (about := found[1].get("about")) != self.about:
-            self.say("what was kept of this run is of other settings or other code: it stays beside this one")
-            shutil.rmtree(self._beside(about), ignore_errors=True)
-            self.folder.rename(self._beside(about))
+            self.say("the checkpoints found are of other settings or other code: they are moved aside")
+            shutil.rmtree(self._aside(about), ignore_errors=True)
+            self.folder.rename(self._aside(about))
             found = None
-        if found is None and (own := self._beside(self.about)).exists():
+        if found is None and (own := self._aside(self.about)).exists():
             shutil.rmtree(self.folder, ignore_errors=True)
             own.rename(self.folder)
             found = checkpoint.newest(self.folder, self.say)
         self.folder.mkdir(parents=True, exist_ok=True)
         return found[1] if found else None
 
-    def _beside(self, about: Any) -> Path:
-        told = json.dumps(about, sort_keys=True, default=str).encode()
-        return self.folder.with_name(f"{self.folder.name}.{hashlib.sha256(told).hexdigest()[:8]}")
+    def _aside(self, about: Any) -> Path:
+        described = json.dumps(about, sort_keys=True, default=str).encode()
+        return self.folder.with_name(f"{self.folder.name}.{hashlib.sha256(described).hexdigest()[:8]}")
 
 
 class Training:
@@ -160,43 +160,43 @@ class Training:
         self._costs: dict[str, dict[str, Any]] = {}
 
     def run(
-        self, config: dict[str, Any], on_work: Callable[[float], None], keep: Keep | None = None
+        self, config: dict[str, Any], on_work: Callable[[float], None], checkpoints: Checkpoints | None = None
     ) -> dict[str, Any]:
-        """What comes out of a run, as the part of its record that was measured.
+        """Train and validate one run; returns the measured part of its record.
 
         Args:
             config: see `cbam.studies.study.run_config`.
-            on_work: is told how much more of the run, out of 1, is done.
-            keep: saves it while it goes on, and takes up what was saved.
+            on_work: called with each further share of the run that is done; they add up to 1.
+            checkpoints: where the run is saved, and resumed from.
 
         Raises:
             ConfigError, DataError: settings or images that do not go together.
-            StoppedError: `keep` was told to stop; it is saved.
+            StoppedError: the time of `checkpoints` is over; the run is saved.
         """
-        train, val = self._pictures()  # read once for all runs, so no part of the first one's time
+        train, val = self._pictures()  # read once for all runs, so not counted in the first one's time
         began, worked = time.monotonic(), time.process_time()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
-        made = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         phases = 2 if config["forked"] else 1
         total = phases * config["epochs"] * (3 * len(train) + len(val))
-        tell = partial(_share, on_work, total)
-        found: dict[str, Any] = {"schema": SCHEMA, "created": made, "status": "complete", "start": None}
+        on_passes = partial(_advance, on_work, total)
+        found: dict[str, Any] = {"schema": SCHEMA, "created": created, "status": "complete", "start": None}
         history: list[dict] = []
         with fast_convolutions(self.device):
             try:
                 if config["forked"]:
-                    model, start = self._fork(config, tell, keep)
+                    model, start = self._fork(config, on_passes, checkpoints)
                     found["start"] = {"sha256": fingerprint(model), "epochs": _without_nan(start)}
                 else:
                     model = plain(config, len(train.classes))
                 refine(model, config)
-                history = self._fit(model, config, tell, keep and keep.keeper())
+                history = self._fit(model, config, on_passes, checkpoints and checkpoints.keeper())
             except NonFiniteError as error:
                 found["status"] = f"NonFiniteError: {error}"
-        timed = _measured(history)
+        timed = _timed_epochs(history)
         spent = sum(entry["seconds"] for entry in timed)
-        before = sum(part.seconds for part in (keep, keep and keep.trunk) if part)
+        before = sum(part.seconds for part in (checkpoints, checkpoints and checkpoints.trunk) if part)
         return found | {
             **self.cost(config),
             "epochs": _without_nan(history),
@@ -208,10 +208,10 @@ class Training:
         }
 
     def cost(self, config: dict[str, Any]) -> dict[str, Any]:
-        """`cost_of` a run, which does not depend on its seed.
+        """`cost_of` a run, computed once for all its seeds.
 
         Raises:
-            ConfigError: the network cannot be made.
+            ConfigError: the network cannot be built.
         """
         key = run_key(config | {"seed": 0})
         if key not in self._costs:
@@ -220,12 +220,12 @@ class Training:
         return self._costs[key]
 
     def _fork(
-        self, config: dict[str, Any], tell: Callable[[int], None], keep: Keep | None
+        self, config: dict[str, Any], on_passes: Callable[[int], None], checkpoints: Checkpoints | None
     ) -> tuple[nn.Module, list[dict]]:
-        """The plain network after its training; that of the last call is kept, for the next row.
+        """A copy of the trained plain network, and its history; the last one is cached for the next row.
 
         Raises:
-            NonFiniteError: it diverges, now or in the last call.
+            NonFiniteError: its training diverges, now or in the last call.
         """
         train, _ = self._pictures()
         own = trunk(config)
@@ -233,14 +233,14 @@ class Training:
             raise NonFiniteError(self._diverged[1])
         if self._forked is None or self._forked[0] != own:
             model = plain(own, len(train.classes))
-            keeper = keep and keep.trunk and keep.trunk.keeper()
+            keeper = checkpoints and checkpoints.trunk and checkpoints.trunk.keeper()
             try:
-                self._forked = own, model, self._fit(model, own | {"forked": False}, tell, keeper)
+                self._forked = own, model, self._fit(model, own | {"forked": False}, on_passes, keeper)
             except NonFiniteError as error:
                 self._diverged = own, str(error)
                 raise
         else:
-            tell(own["epochs"] * (3 * len(train) + len(self._pictures()[1])))
+            on_passes(own["epochs"] * (3 * len(train) + len(self._pictures()[1])))
         _, model, history = self._forked
         copy = plain(own, len(train.classes))
         copy.load_state_dict(model.state_dict())
@@ -249,7 +249,9 @@ class Training:
     def _pictures(self) -> tuple[Images, Images] | tuple[BoxedImages, BoxedImages]:
         return self.pictures.ready(self.protocol, self.device)
 
-    def _fit(self, model: nn.Module, config: dict, tell: Callable[[int], None], keeper: Any) -> list[dict]:
+    def _fit(
+        self, model: nn.Module, config: dict, on_passes: Callable[[int], None], keeper: Any
+    ) -> list[dict]:
         train, val = self._pictures()
         return fit(
             model,
@@ -260,18 +262,18 @@ class Training:
             device=self.device.type,
             first_epoch=config["epochs"] if config["forked"] else 0,
             workers=self.workers,
-            on_step=tell,
+            on_step=on_passes,
             keeper=keeper,
         )
 
 
 def trunk(config: dict[str, Any]) -> dict[str, Any]:
-    """The settings of the network that a forked run begins with."""
+    """The settings of the network that a forked run starts from."""
     return config | {"attention": "", "start": "paper", "where": None, "reduction": None}
 
 
 def plain(config: dict[str, Any], classes: int) -> nn.Module:
-    """The network of a run before attention, initialised by the run's seed alone."""
+    """The network of a run without attention, initialised from the run's seed only."""
     with seeded(config["seed"]):
         return _built(config, classes)
 
@@ -288,7 +290,7 @@ def _is_detector(network: str) -> bool:
 
 
 def refine(model: nn.Module, config: dict[str, Any]) -> nn.Module:
-    """Attach the attention of a run in place; what is random in it is the run's seed's."""
+    """Attach the attention of a run in place, initialised from the run's seed."""
     if not config["attention"]:
         return model
     attention = (ATTENTION | VARIANTS)[config["attention"]]
@@ -300,7 +302,7 @@ def refine(model: nn.Module, config: dict[str, Any]) -> nn.Module:
 
 
 def _usual_places(model: nn.Module, network: str) -> str | None:
-    """Where attention goes in a network, None for the ends of its residual blocks."""
+    """Where attention goes in a network; None for the ends of its residual blocks."""
     if isinstance(model, MobileNetV1):
         return MobileNetV1.UNITS
     if network.startswith("stairnet300"):
@@ -311,7 +313,7 @@ def _usual_places(model: nn.Module, network: str) -> str | None:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """A digest of all weights: two runs that were forked from the same network have the same."""
+    """A digest of all weights, equal for runs forked from the same network."""
     digest = hashlib.sha256()
     for key, value in sorted(model.state_dict().items()):
         digest.update(key.encode() + value.detach().cpu().contiguous().numpy().tobytes())
@@ -319,12 +321,12 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def cost_of(config: dict[str, Any], classes: int, size: int | None) -> dict[str, Any]:
-    """Parameters, 10^9 multiply-accumulates for one image, and places of attention; nothing is computed.
+    """Parameters, 10^9 multiply-accumulates per image, and places of attention, on the meta device.
 
-    What a detector computes depends on what it finds, so it has no such number: None.
+    The multiply-accumulates of a detector depend on what it finds, so they are None.
 
     Raises:
-        ConfigError: the network cannot be made.
+        ConfigError: the network cannot be built.
     """
     try:
         with torch.device("meta"):
@@ -340,27 +342,27 @@ def cost_of(config: dict[str, Any], classes: int, size: int | None) -> dict[str,
 
 
 def _device_memory(device: torch.device) -> float | None:
-    """The most memory that tensors took on a GPU since the run began, in GiB; None on a CPU."""
+    """The peak memory of tensors on a GPU since the run began, in GiB; None on a CPU."""
     return torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
 
 
-def _measured(history: list[dict]) -> list[dict]:
-    """The epochs whose time is known; of one that was taken up at its validation it is not."""
+def _timed_epochs(history: list[dict]) -> list[dict]:
+    """The epochs whose time is known; it is NaN for one that was resumed at its validation."""
     return [entry for entry in history if entry["seconds"] == entry["seconds"]]
 
 
 def _without_nan(history: list[dict]) -> list[dict]:
-    """None for what is not known: JSON has no NaN."""
+    """The history with None for NaN, which JSON lacks."""
     return [{name: None if value != value else value for name, value in e.items()} for e in history]
 
 
-def _share(on_work: Callable[[float], None], total: int, passes: int) -> None:
+def _advance(on_work: Callable[[float], None], total: int, passes: int) -> None:
     on_work(passes / total)
 
 
 @contextlib.contextmanager
 def fast_convolutions(device: torch.device) -> Iterator[None]:
-    """Let cuDNN try which algorithm is fastest: every batch but the last is of one size."""
+    """Let cuDNN benchmark its algorithms, which pays off as all batches but the last have one size."""
     before = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = before or device.type == "cuda"
     try:

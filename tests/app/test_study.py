@@ -61,7 +61,7 @@ def test_a_study_ends_with_its_tables_and_with_75_where_the_time_was_over(tmp_pa
     assert "1 run still without a record; repeat the command to continue" in capsys.readouterr().err
     assert cli.main(command) == 0
     printed = capsys.readouterr().out
-    assert "Channel attention by the average, by the maximum, by both: resnet_tiny on digits" in printed
+    assert "Channel attention with average pooling, max pooling, or both: resnet_tiny on digits" in printed
     assert "Partial: 0 of 4 rows" in printed
     assert len(list((tmp_path / "results" / "channel").glob("*.json"))) == 1
     (page,) = (tmp_path / "results" / "channel").glob("*.md")

@@ -23,7 +23,7 @@ def study(out, name, **changes):
 
 def test_a_few_images_of_a_large_set_fill_the_rows_that_their_table_counts(tmp_path, monkeypatch):
     large = dataclasses.replace(
-        STUDIES["channel"], whole=1000, small=("plain",), large=("plain", "avg", "max"),
+        STUDIES["channel"], large_from=1000, small=("plain",), large=("plain", "avg", "max"),
         usual=lambda _, train, __: dataclasses.replace(digits(), small=train < 1000),
     )  # fmt: skip
     monkeypatch.setitem(STUDIES, "channel", large)
@@ -84,7 +84,5 @@ def test_processes_that_cannot_be_are_refused_before_any_run(tmp_path):
 def test_a_study_by_the_rules_of_voc_is_not_filled_on_cocos_form(tmp_path):
     coco_folder(tmp_path)
     assert find_pictures(str(tmp_path), {}, ["coco"]).name == tmp_path.name
-    with pytest.raises(
-        ConfigError, match=r"study voc is measured by Pascal VOC's rules, and .* is of COCO's"
-    ):
+    with pytest.raises(ConfigError, match=r"study voc uses Pascal VOC's metric, but .* is in COCO's format"):
         find_pictures(str(tmp_path), {}, ["coco", "voc"])

@@ -147,7 +147,7 @@ def test_runs_of_equal_settings_are_taken_over_by_another_study(filled, tmp_path
     watch = Listener()
     assert conduct(study(tmp_path, "peers", watch, ("se", "cbam")), seeds=2) == 0
     assert watch.phases == []
-    assert sum("taken over from order/" in line for line in watch.lines) == 4
+    assert sum("reused from order/" in line for line in watch.lines) == 4
     (table,) = tables(STUDIES["peers"], Records(tmp_path, "peers").all().values())
     assert {name: len(runs) for name, runs in table.runs.items()} == {"se": 2, "cbam": 2}
 
@@ -156,12 +156,12 @@ def test_the_plan_counts_what_is_taken_over_and_no_budget_is_too_small_for_that(
     out, _ = filled
     shutil.copytree(out / "order", tmp_path / "order")
     peers = study(tmp_path, "peers", watch := Listener(), ("plain", "se", "cbam"))
-    told = "peers on digits: 0 of 9 runs have a record, 4 are taken over from other studies; the other 5 take"
+    told = "peers on digits: 0 of 9 runs have a record, 4 are reused from other studies; the other 5 take"
     assert peers.plan(3).startswith(told)
     assert (
         study(tmp_path, "peers", arms=["se"])
         .plan(2)
-        .endswith("have a record, 2 are taken over from other studies")
+        .endswith("have a record, 2 are reused from other studies")
     )
     assert conduct(peers, seeds=3, budget=0.0) == 5
     assert len(Records(tmp_path, "peers").all()) == 4
@@ -169,16 +169,16 @@ def test_the_plan_counts_what_is_taken_over_and_no_budget_is_too_small_for_that(
 
 
 @pytest.mark.parametrize(
-    ("dirty", "told"), [(False, "1 is taken over from other studies; how long"), (True, "; how")]
+    ("dirty", "told"), [(False, "1 is reused from other studies; the time"), (True, "; the time")]
 )
 def test_the_plan_of_several_studies_counts_a_run_once_unless_it_is_of_changed_code(
     tmp_path, monkeypatch, dirty, told
 ):
     monkeypatch.setattr(filling_file, "origin", lambda commit: CLEAN | {"dirty": dirty})
     first, second = study(tmp_path), study(tmp_path, "channel", arms=["avg", "max"])
-    assert "0 of 2 runs have a record; how long" in first.plan(1)
+    assert "0 of 2 runs have a record; the time for" in first.plan(1)
     assert told in second.plan(1, [first])
-    assert ("taken over" in second.plan(1, [first])) != dirty
+    assert ("reused" in second.plan(1, [first])) != dirty
 
 
 def test_ctrl_c_leaves_no_half_record_and_a_table_of_what_is_there(tmp_path):
@@ -199,7 +199,7 @@ def test_a_budget_gives_up_a_run_that_does_not_end_in_time(tmp_path):
     assert conduct(long, seeds=1, budget=1.0) == 2
     assert not (tmp_path / "order").exists()
     assert len(watch.phases) == 1
-    assert any("given up, for the time is over" in line for line in watch.lines)
+    assert any("abandoned at the time limit" in line for line in watch.lines)
 
 
 def test_a_budget_begins_no_run_that_would_not_end_in_time(tmp_path, filled):
@@ -209,7 +209,7 @@ def test_a_budget_begins_no_run_that_would_not_end_in_time(tmp_path, filled):
     watch = Listener()
     assert conduct(study(tmp_path, watch=watch), seeds=3, budget=600.0) == 2
     assert watch.phases == []
-    assert "the time is over before another run would be" in watch.lines
+    assert "no time is left for another run" in watch.lines
 
 
 class Clock(Listener):
@@ -289,7 +289,7 @@ def test_what_was_kept_of_other_code_is_not_gone_on_with(tmp_path, monkeypatch):
     monkeypatch.setattr(filling_file, "origin", lambda commit: CLEAN | {"source": "other"})
     watch = Listener()
     assert conduct(study(tmp_path, watch=watch, arms=["se"], epochs=2, small=False), seeds=1) == 0
-    told = "what was kept of this run is of other settings or other code: it stays beside this one"
+    told = "the checkpoints found are of other settings or other code: they are moved aside"
     assert told in watch.lines
     assert not (tmp_path / "order" / ".unfinished").exists()
 
@@ -310,7 +310,7 @@ def test_what_clean_code_has_kept_outlives_a_run_of_changed_code(tmp_path, monke
     assert {path.name for path in (tmp_path / "order" / ".unfinished").rglob("*.ckpt")} == kept
     watch = Listener()
     assert conduct(study(tmp_path, watch=watch, arms=["se"], epochs=2, small=False), seeds=1) == 0
-    assert not any("stays beside" in line for line in watch.lines)
+    assert not any("moved aside" in line for line in watch.lines)
     assert not (tmp_path / "order" / ".unfinished").exists()
 
 
@@ -322,7 +322,7 @@ def test_a_run_that_diverges_has_a_record_that_does_not_count(tmp_path):
     (table,) = tables(STUDIES["order"], [record])
     assert table.runs == {}
     page = (tmp_path / "order" / f"{table.name}.md").read_text()
-    assert "Runs that failed, and do not count: se seed 0" in page
+    assert "Runs that failed and do not count: se seed 0" in page
 
 
 def test_runs_of_changed_code_have_names_of_their_own_and_do_not_count(tmp_path, monkeypatch):
@@ -461,8 +461,8 @@ def test_no_warm_up_is_recorded_as_in_records_without_one(tmp_path):
         ("order", {"lr": float("nan")}, {}, "lr must be a finite number"),
         ("order", {"warmup_epochs": -1.0}, {}, "warmup_epochs must be a finite number"),
         ("order", {"precision": "fp8"}, {}, "precision must be one of fp32, bf16"),
-        ("order", {"size": 32}, {}, "size belongs to an image folder"),
-        ("networks", {"network": "resnet18"}, {}, "names its networks itself"),
+        ("order", {"size": 32}, {}, "size applies to image folders only"),
+        ("networks", {"network": "resnet18"}, {}, "has its own networks"),
         ("order", {}, {"device": "gpu"}, "device must be auto, cpu or cuda"),
     ],
 )  # fmt: skip

@@ -61,10 +61,10 @@ def test_a_run_of_the_same_settings_is_taken_over_from_another_study_to_the_byte
     config = RECORD["config"]
     name = f"digits-avg-s0-{run_key(config)}"
     one.add(name, RECORD)
-    taken = other.take_over(name.replace("avg", "se"), config, RECORD["data"])
+    taken = other.reuse(name.replace("avg", "se"), config, RECORD["data"])
     assert taken == one.path / f"{name}.json"
     assert (other.path / f"{name.replace('avg', 'se')}.json").read_bytes() == taken.read_bytes()
-    assert other.take_over("x", {"seed": 1, "lr": 0.1}, RECORD["data"]) is None
+    assert other.reuse("x", {"seed": 1, "lr": 0.1}, RECORD["data"]) is None
 
 
 @pytest.mark.parametrize(
@@ -76,8 +76,8 @@ def test_a_run_on_other_images_is_not_taken_over(tmp_path, change):
     about = RECORD["data"] | {"files": "a", "objects": "a"}
     name = f"digits-avg-s0-{run_key(RECORD['config'])}"
     Records(tmp_path, "channel").add(name, RECORD | {"data": about})
-    assert Records(tmp_path, "order").take_over("x", RECORD["config"], about | change) is None
-    assert Records(tmp_path, "order").take_over("x", RECORD["config"], RECORD["data"])  # of an older cbam
+    assert Records(tmp_path, "order").reuse("x", RECORD["config"], about | change) is None
+    assert Records(tmp_path, "order").reuse("x", RECORD["config"], RECORD["data"])  # of an older cbam
 
 
 @pytest.mark.parametrize("change", [{"dirty": True}, {"status": "NonFiniteError: nan"}, {"commit": None}])
@@ -87,7 +87,7 @@ def test_what_does_not_count_is_not_taken_over(tmp_path, change):
     record = RECORD | change
     assert not counts(record)
     Records(tmp_path, "channel").add(f"digits-avg-s0-{run_key(RECORD['config'])}", record)
-    assert Records(tmp_path, "order").take_over("x", RECORD["config"], RECORD["data"]) is None
+    assert Records(tmp_path, "order").reuse("x", RECORD["config"], RECORD["data"]) is None
 
 
 @pytest.mark.parametrize(

@@ -118,7 +118,7 @@ def test_records_of_other_images_make_no_table(change):
     older, named = rows("plain", PLAIN), rows("avg", BETTER, data=ABOUT | {"files": "a", "objects": "a"})
     (table,) = tables(STUDY, [*older, *named])
     assert {name: len(runs) for name, runs in table.runs.items()} == {"plain": 5, "avg": 5}
-    with pytest.raises(DataError, match="two data sets named digits have records here, and max seed 0"):
+    with pytest.raises(DataError, match="two data sets named digits have records here: max seed 0"):
         tables(STUDY, [*older, *named, *rows("max", SAME, data=ABOUT | change)])
 
 
@@ -126,7 +126,7 @@ def test_a_record_taken_over_from_another_study_is_known_by_its_settings():
     records = [*rows("avg", BETTER), *rows("plain", PLAIN)]
     (table,) = tables(STUDIES["peers"], records)
     assert {arm: len(runs) for arm, runs in table.runs.items()} == {"se": 5, "plain": 5}
-    assert dict(facts(table))["runs"] == "10, 10 of them taken over from other studies"
+    assert dict(facts(table))["runs"] == "10, 10 of them reused from other studies"
     assert tables(STUDIES["mobile"], rows("avg", BETTER)) == []
 
 

@@ -1,4 +1,4 @@
-"""The studies: one file per table, each a dict of named rows."""
+"""The studies: one file per table, each with its named rows."""
 
 from cbam.studies.study import Study
 from cbam.studies.tables import (

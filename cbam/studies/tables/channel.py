@@ -1,10 +1,10 @@
-"""Table 1: which pools should describe a channel?"""
+"""Table 1: average or max pooling, or both, in channel attention?"""
 
 from cbam.studies.study import Arm, Study
 
 STUDY = Study(
     "channel",
-    "Channel attention by the average, by the maximum, by both",
+    "Channel attention with average pooling, max pooling, or both",
     {
         "plain": Arm("plain", paper=(24.56, 7.50)),
         "avg": Arm("+ average (= SE)", "se", against=("plain",), paper=(23.14, 6.70)),

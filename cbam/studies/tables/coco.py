@@ -1,8 +1,8 @@
-"""Table 6: Faster R-CNN on COCO; on smaller data sets over ResNet18 with a feature pyramid, with SE too.
+"""Table 6: Faster R-CNN on COCO; on smaller data sets with ResNet18 and a feature pyramid, and also with SE.
 
-The paper does not print which form its Faster R-CNN has. Its 27.0 AP over ResNet50 is what the form of its
-time gives, without a pyramid (He et al., arXiv 1512.03385, have 27.2 over ResNet101); with one, ResNet50 has
-33.9 (Lin et al., arXiv 1612.03144). So the rows with its numbers are of that form.
+The paper does not say which variant of Faster R-CNN it uses. Its 27.0 AP with ResNet50 is typical of the C4
+variant, without a pyramid (He et al., arXiv 1512.03385, have 27.2 with ResNet101); with a pyramid, ResNet50
+has 33.9 (Lin et al., arXiv 1612.03144). So the rows with the paper's numbers are of the C4 variant.
 """
 
 from cbam.studies.study import LARGE_COCO, Arm, Measure, Study, faster_rcnn
@@ -37,9 +37,9 @@ STUDY = Study(
     "Faster R-CNN, plain and with attention",
     _rows(),
     notes=(
-        "The paper's numbers: table 6, COCO, from weights of ImageNet. C4 is the form of its time: one map "
-        "of stride 16, and the last stage as the head of every box. FPN has a feature pyramid.",
-        "AP is the mean over overlaps of 0.50 to 0.95; on VOC's kind of data by VOC's rules of 2010.",
+        "The paper's numbers: table 6, COCO, from ImageNet weights. C4 is the original variant: one map of "
+        "stride 16, and the last stage as the head of every box. FPN is the feature pyramid.",
+        "AP is the mean over IoU 0.50 to 0.95; on data in VOC's format by the VOC 2010 metric.",
     ),
     large=tuple(name for name, arm in _rows().items() if arm.paper),
     small=tuple(name for name in _rows() if name.startswith("resnet18")),
@@ -48,7 +48,7 @@ STUDY = Study(
         Measure("val_ap50", "AP50", lower_is_better=False),
         Measure("val_ap75", "AP75", lower_is_better=False),
     ),
-    whole=LARGE_COCO,
+    large_from=LARGE_COCO,
     usual=faster_rcnn,
     boxed=True,
     paper_data="COCO",

@@ -1,4 +1,4 @@
-"""Table 3: which gate first, or both at once? The tables compare with squeeze-and-excitation."""
+"""Table 3: which gate comes first, or both in parallel? Compared with squeeze-and-excitation."""
 
 from cbam.studies.study import Arm, Study
 
@@ -20,6 +20,6 @@ STUDY = Study(
     },
     notes=(
         "The paper's numbers: table 3, ResNet50 on ImageNet-1k.",
-        'How "parallel" merges is not printed there; here it is the product of both gates of the same map.',
+        'The paper does not say how "parallel" merges the gates; here both gates of one map multiply it.',
     ),
 )

@@ -1,4 +1,4 @@
-"""Where CBAM is put: in every residual block as in the paper, in one stage, or after the stages."""
+"""Where CBAM is placed: in every residual block as in the paper, in one stage, or after every stage."""
 
 from cbam.studies.study import Arm, Study
 
@@ -8,16 +8,16 @@ _STAGES = {"first": ("layer1", "the first stage"), "second": ("layer2", "the sec
 
 def _rows() -> dict[str, Arm]:
     rows = {"plain": Arm("plain"), "every": Arm("CBAM in every block", "cbam", against=("plain",))}
-    for name, (layer, told) in _STAGES.items():
+    for name, (layer, stage) in _STAGES.items():
         where = rf"{layer}\.\d+"
-        rows[name] = Arm(f"CBAM in {told} alone", "cbam", against=("plain", "every"), where=where)
+        rows[name] = Arm(f"CBAM in {stage} only", "cbam", against=("plain", "every"), where=where)
     rows["after"] = Arm("CBAM after every stage", "cbam", against=("plain", "every"), where=r"layer\d")
     return rows
 
 
 STUDY = Study(
     "placement",
-    "Where CBAM is put",
+    "The placement of CBAM",
     _rows(),
-    notes=("The paper prints no table of this.",),
+    notes=("The paper has no table for this.",),
 )

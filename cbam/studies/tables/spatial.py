@@ -1,4 +1,4 @@
-"""Table 2: how should a pixel be described, and with which kernel, once the channels are gated?"""
+"""Table 2: which descriptor and kernel size for spatial attention after channel attention?"""
 
 from cbam.studies.study import Arm, Study
 

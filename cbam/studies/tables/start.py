@@ -4,7 +4,7 @@ from cbam.studies.study import Arm, Study
 
 STUDY = Study(
     "start",
-    "How CBAM begins: as the identity, or initialised as in the paper",
+    "The start of CBAM: as the identity, or initialised as in the paper",
     {
         "plain": Arm("from scratch: plain"),
         "paper": Arm("from scratch: CBAM, paper's start", "cbam", against=("plain",)),
@@ -24,8 +24,8 @@ STUDY = Study(
         ),
     },
     notes=(
-        "The paper prints no table of this.",
+        "The paper has no table for this.",
         '"trained, then": a plain network is trained, CBAM is attached to it, and it is trained for as many '
-        "epochs again, the plain one too.",
+        "epochs again, as is the plain one.",
     ),
 )

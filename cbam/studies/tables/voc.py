@@ -27,8 +27,8 @@ STUDY = Study(
     "SSD and StairNet at 300 x 300, plain and with attention before the classifiers",
     _rows(),
     notes=(
-        "The paper's numbers: table 7, trained on VOC 07+12 trainval from weights of ImageNet, VOC2007 test. "
-        "It does not say by which rule; here it is that of 2007, the mean precision at 11 points of recall.",
+        "The paper's numbers: table 7, trained on VOC 07+12 trainval from ImageNet weights, VOC2007 test. It "
+        "does not say which metric; here it is that of VOC 2007, the mean precision at 11 points of recall.",
     ),
     small=tuple(
         name for name in _rows() if name.endswith(("mobilenet_v1", "+se", "+cbam")) and "vgg" not in name
@@ -37,7 +37,7 @@ STUDY = Study(
         Measure("val_ap50_11points", "mAP at 11 points", lower_is_better=False),
         Measure("val_ap50", "mAP by area", lower_is_better=False),
     ),
-    whole=LARGE_VOC,
+    large_from=LARGE_VOC,
     usual=single_shot,
     boxed=True,
     rules="voc",
