@@ -189,7 +189,7 @@ def facts(table: Table) -> list[tuple[str, str]]:
 
 def _implementations(runs: list[dict[str, Any]]) -> list[tuple[str, str]]:
     """What computed the attention; older records lack it."""
-    words = {True: "fused kernels, where there are any for it", False: "plain torch operations"}
+    words = {True: "fused kernels, where available", False: "plain torch operations"}
     names = {words[run["kernels"]] for run in runs if "kernels" in run}
     return [("attention", "; ".join(sorted(names)))] if names else []
 

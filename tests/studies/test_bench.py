@@ -147,7 +147,7 @@ def test_rows_hold_what_a_reader_needs(tmp_path, small):
     assert first["shape"] == "2x4x5x5"
     assert first["ratio"] == "1.0"
     assert all(first[name] for name in ("torch", "device", "dtype", "threads", "rounds", "ms"))
-    assert said[0].endswith("results equal the equation")
+    assert said[0].endswith("results agree with the equation")
     assert len(said) == 1 + len(rows)
 
 

@@ -59,7 +59,7 @@ def benchmark(
     with seeded(0, device):
         checked = sum(gate.check(device, kind) for kind in dict.fromkeys((torch.float64, dtype)))
         kernels = "fused kernels" if _has_kernels(device, dtype) else "plain torch operations"
-        say(f"{kernels} on {_name(device)}: {checked} results equal the equation")
+        say(f"{kernels} on {_name(device)}: {checked} results agree with the equation")
         stages = STAGES[2:3] if settings.quick else STAGES
         steps = [measure.blocks(*stage, layout) for layout in layouts for stage in stages]
         steps += [measure.network(name, layout) for name in networks for layout in layouts]
@@ -115,9 +115,9 @@ class _Measure:
         speed = 2 * size / copy_ms  # bytes per millisecond
         for training in (False, True):
             # Passes over the map that cannot be avoided; docs/kernels.md counts them.
-            alone = {name: _map_step(m, (x,), training) for name, m in self._attention(channels, training)}
+            bare = {name: _map_step(m, (x,), training) for name, m in self._attention(channels, training)}
             floor = (9 if training else 4) * size
-            yield from self._time("attention", shape, layout, training, alone, floor, speed)
+            yield from self._time("attention", shape, layout, training, bare, floor, speed)
             ends = {
                 name: _map_step(m, (x, shortcut), training) for name, m in self._tails(channels, training)
             }
