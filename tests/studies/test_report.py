@@ -126,7 +126,7 @@ def test_names_from_outside_cannot_write_into_the_report(results):
 
 def test_how_the_arms_began_is_told_of_what_was_broken_off_too(results):
     told = {
-        False: "logits on 32 validation images bit-identical before and after in 6 of 6 cases",
+        False: "logits on 32 validation images are bit-identical before and after in 6 of 6 cases",
         True: "Every arm was trained from scratch",
     }
     for from_scratch, words in told.items():

@@ -132,7 +132,7 @@ def test_a_record_taken_over_from_another_study_is_known_by_its_settings():
 
 @pytest.mark.parametrize("change", [{"parameters": 1001}, {"gmac": 0.6}, {"sites": 4}])
 def test_runs_of_a_row_that_are_not_of_one_network_are_told(table, change):
-    told = "The runs of + average (= SE) are not all of one network"
+    told = "The runs of + average (= SE) are not all of the same network"
     assert told not in markdown(table, None) + text(table)
     (mixed,) = tables(
         STUDY, [*rows("plain", PLAIN), *rows("avg", BETTER[:4]), record("avg", 4, 16.0, **change)]
