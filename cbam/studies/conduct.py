@@ -47,7 +47,9 @@ def find_pictures(
     """
     boxed = [name for name in names if find_study(name).boxed]
     if boxed and len(boxed) < len(names):
-        raise ConfigError(f"images with boxes are needed for {', '.join(boxed)}: run these in a separate call")
+        raise ConfigError(
+            f"images with boxes are needed for {', '.join(boxed)}: run these in a separate call"
+        )
     if boxed:
         if dataset == DIGITS:
             raise ConfigError(f"study {boxed[0]} needs --dataset, a folder of COCO or Pascal VOC")
