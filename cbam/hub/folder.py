@@ -164,11 +164,9 @@ def _locate(source: str | PathLike[str], revision: str | None) -> Path:
         folder = downloaded(str(source), (CONFIG, WEIGHTS), revision)
     elif revision is not None:
         raise ConfigError(f"{folder} is a folder, which has no revisions: leave revision out")
-    present = [name for name in (CONFIG, WEIGHTS) if (folder / name).is_file()]
-    if len(present) < 2:
-        lacking = ", ".join({CONFIG, WEIGHTS} - {*present})
+    if lacking := [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]:
         raise CheckpointNotFoundError(
-            f"{source}: no {lacking}; weights in other files are not read (pickles can run code): "
+            f"{source}: no {', '.join(lacking)}; weights in other files are not read (pickles can run code): "
             "load them with load_weights, and save_pretrained"
         )
     return folder

@@ -251,6 +251,9 @@ def test_a_folder_of_pickles_alone_is_not_read(folder):
     (folder / "model.safetensors").unlink()
     with pytest.raises(CheckpointNotFoundError, match=r"no model\.safetensors; .*pickles can run code"):
         cbam.from_pretrained(folder)
+    (folder / "config.json").unlink()
+    with pytest.raises(CheckpointNotFoundError, match=r"no config\.json, model\.safetensors; "):
+        cbam.from_pretrained(folder)
 
 
 # K4
