@@ -102,12 +102,12 @@ def _points(value: float | None) -> str:
 
 def reading(table: Table) -> list[str]:
     """How to read the numbers, and what a reader must know about these."""
-    count = sum("word" in row for row in differences(table, table.first.key))
+    count = sum(row["n"] > 1 for row in differences(table, table.first.key))
     found = [
         "± is the standard deviation over seeds. The last epoch of every run counts, never the best.",
         "Differences are in points, paired by seed: runs of one seed share the initial values of the weights "
         "they have in common, and see the same images in the same order. The interval is Student's t.",
-        by_chance(count),
+        *([by_chance(count)] if count else []),
         f'"Would show": the smallest true difference that this many pairs detect with {100 * POWER:.0f} % '
         'power. "Pairs to settle": how many pairs would detect a difference of the size found.',
         *table.study.notes,
@@ -204,7 +204,9 @@ def _optional_settings(shared: dict[str, Any]) -> str:
     )
     warm = warm_up(shared)
     every = [f", {warm}"] if warm else []
-    return "".join([*every, *(text.format(shared[name]) for name, text in texts if shared.get(name))])
+    given = [(text, value) for name, text in texts if (value := shared.get(name))]
+    words = [text.format(", ".join(map(str, v)) if isinstance(v, list) else v) for text, v in given]
+    return "".join([*every, *words])
 
 
 def warm_up(shared: dict[str, Any]) -> str:

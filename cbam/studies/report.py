@@ -161,7 +161,8 @@ def notes(results: dict) -> list[str]:
 def _chance(results: dict) -> list[str]:
     """How many intervals are expected to exclude zero by chance."""
     found = summary(results).values()
-    count = sum(f"{key}_difference" in numbers for numbers in found for key, *_ in MEASURES)
+    differences = [numbers.get(f"{key}_difference") for numbers in found for key, *_ in MEASURES]
+    count = sum(d is not None and d["n"] > 1 for d in differences)
     return [by_chance(count)] if count > 1 else []
 
 

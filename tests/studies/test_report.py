@@ -144,8 +144,9 @@ def test_the_report_says_how_many_differences_are_tested(results):
     )
     assert told in markdown(results, None)
     assert told in page(results, None)
-    results["runs"] = results["runs"][:1]
-    assert "are tested" not in markdown(results, None)
+    for runs in ([run for run in results["runs"] if run["seed"] == 0], results["runs"][:1]):
+        results["runs"] = runs  # one seed has no interval
+        assert "are tested" not in markdown(results, None)
 
 
 def test_the_markdown_table_has_equal_rows(results):

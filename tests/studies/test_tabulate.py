@@ -130,6 +130,12 @@ def test_a_record_taken_over_from_another_study_is_known_by_its_settings():
     assert tables(STUDIES["mobile"], rows("avg", BETTER)) == []
 
 
+def test_the_epochs_of_the_steps_are_told_without_brackets():
+    config = run_config(digits(), STUDY.arms["plain"], 0) | {"schedule": "step", "milestones": [4, 6]}
+    (table,) = tables(STUDY, [record("plain", 0, 20.0, config=config)])
+    assert dict(facts(table))["training"].endswith(", fp32, divided by 10 after epochs 4, 6")
+
+
 @pytest.mark.parametrize("change", [{"parameters": 1001}, {"gmac": 0.6}, {"sites": 4}])
 def test_runs_of_a_row_that_are_not_of_one_network_are_told(table, change):
     told = "The runs of + average (= SE) are not all of the same network"
@@ -175,6 +181,13 @@ def test_the_figure_is_drawn_inside_its_frame(table):
 def test_there_is_no_figure_without_a_pair():
     (table,) = tables(STUDY, rows("plain", PLAIN))
     assert figure(table) is None
+    assert "tested" not in markdown(table, None)
+
+
+def test_one_pair_is_drawn_and_not_counted_among_the_intervals():
+    (table,) = tables(STUDY, [*rows("plain", PLAIN[:1]), *rows("avg", BETTER[:1])])
+    assert figure(table)
+    assert "tested" not in markdown(table, None)
 
 
 def test_equal_differences_have_no_interval_and_are_drawn_all_the_same():
