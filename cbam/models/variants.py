@@ -55,7 +55,7 @@ class ConvSpatialAttention(SpatialAttention):
 
     def gate(self, x: Tensor) -> Tensor:
         """Ms: (N, C, H, W) -> (N, 1, H, W)."""
-        x = door.feature_map(x, self.channels, self.conv.weight)
+        x = door.feature_map(x, self.channels, door.weight_of(self.conv))
         logits = self.conv(self.descriptor(x))
         if self.bn.training:
             door.check_statistics(logits)

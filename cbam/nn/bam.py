@@ -71,7 +71,7 @@ class BAM(SigmoidGate):
 
     def gate(self, x: Tensor) -> Tensor:
         """1 / g + M: (N, C, H, W) -> the same."""
-        x = door.feature_map(x, self.channels, next(self.parameters()))
+        x = door.feature_map(x, self.channels, door.weight_of(self.channel[0]))
         means = x.mean((2, 3))
         if self.channel[1].training:
             door.check_statistics(means)

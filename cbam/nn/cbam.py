@@ -129,7 +129,7 @@ class ChannelAttention(_FusableGate):
 
     def gate(self, x: Tensor) -> Tensor:
         """Mc: (N, C, H, W) -> (N, C, 1, 1)."""
-        door.check_fits(x, self.channels, self.fc2.weight, self.dim)
+        door.check_fits(x, self.channels, door.weight_of(self.fc2), self.dim)
         logits = self.fc2(F.relu(self.fc1(channel_descriptor(x, self.pools, dim=self.dim)))).sum(1)
         return over_pixels(self._open(logits), self.dim)
 
@@ -200,7 +200,7 @@ class SpatialAttention(_FusableGate):
 
     def gate(self, x: Tensor) -> Tensor:
         """Ms: (N, C, H, W) -> (N, 1, H, W)."""
-        door.check_fits(x, None, self.conv.weight, self.dim)
+        door.check_fits(x, None, door.weight_of(self.conv), self.dim)
         logits = self.conv(spatial_descriptor(x, dim=self.dim))
         if by_batch(self.bn):
             door.check_statistics(logits)

@@ -48,7 +48,7 @@ class CoordAttention(SigmoidGate):
 
     def gate(self, x: Tensor) -> Tensor:
         """The product of both gates: (N, C, H, W) -> the same."""
-        x = door.feature_map(x, self.channels, self.conv.weight)
+        x = door.feature_map(x, self.channels, door.weight_of(self.conv))
         H = x.shape[2]
         strip = torch.cat((x.mean(3), x.mean(2)), 2).unsqueeze(3)  # (N, C, H + W, 1)
         strip = F.hardswish(self.bn(self.conv(strip)))

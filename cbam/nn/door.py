@@ -5,9 +5,10 @@ trace does not know, and `torch.fx.wrap` keeps them as leaves only if their name
 """
 
 import logging
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cbam.errors import DtypeError, InputError
 from cbam.ops.reference import FLOATS, batched, other_dim
@@ -51,6 +52,11 @@ def divisor(name: str, value: int, channels: int) -> int:
     if found != value:
         _log.info("%d channels: using %s=%d instead of %d", channels, name, found, value)
     return found
+
+
+def weight_of(layer: nn.Module) -> Any:
+    """The weight to check inputs against; None if a replaced forward may load it first (offloading)."""
+    return None if "forward" in layer.__dict__ else layer.weight
 
 
 def feature_map(x: Tensor, channels: int, weight: Tensor | None) -> Tensor:

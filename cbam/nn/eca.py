@@ -46,7 +46,7 @@ class ECA(SigmoidGate):
 
     def gate(self, x: Tensor) -> Tensor:
         """M: (N, C, H, W) -> (N, C, 1, 1)."""
-        x = door.feature_map(x, self.channels, self.conv.weight)
+        x = door.feature_map(x, self.channels, door.weight_of(self.conv))
         logits = self.conv(x.mean((2, 3)).unsqueeze(1)).squeeze(1)
         return self._open(logits)[:, :, None, None]
 

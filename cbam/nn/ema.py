@@ -48,7 +48,7 @@ class EMA(SigmoidGate):
 
     def gate(self, x: Tensor) -> Tensor:
         """M: (N, C, H, W) -> the same, equal within a group."""
-        x = door.feature_map(x, self.channels, self.conv1.weight)
+        x = door.feature_map(x, self.channels, door.weight_of(self.conv1))
         N, H, W = x.shape[0], x.shape[2], x.shape[3]
         width = self.channels // self.groups
         x = x.reshape(N * self.groups, width, H, W)

@@ -69,7 +69,7 @@ class _What(SigmoidGate):
         self.fc2 = nn.Conv2d(hidden, channels, 1)
 
     def gate(self, x: Tensor) -> Tensor:
-        x = door.feature_map(x, self.channels, self.fc2.weight)
+        x = door.feature_map(x, self.channels, door.weight_of(self.fc2))
         return self._open(self.fc2(F.relu(self.fc1(x))))
 
 
@@ -85,7 +85,7 @@ class _Where(SigmoidGate):
         self.bn2 = nn.BatchNorm2d(channels)
 
     def gate(self, x: Tensor) -> Tensor:
-        x = door.feature_map(x, self.channels, self.conv2.weight)
+        x = door.feature_map(x, self.channels, door.weight_of(self.conv2))
         hidden = self.conv1(x)
         if self.bn1.training:
             door.check_statistics(hidden)

@@ -59,7 +59,7 @@ class GlobalContext(nn.Module):
 
     def added(self, x: Tensor) -> Tensor:
         """What `forward` adds to `x`: (N, C, H, W) -> (N, C, 1, 1)."""
-        x = door.feature_map(x, self.channels, self.conv.weight)
+        x = door.feature_map(x, self.channels, door.weight_of(self.conv))
         weights = self.conv(x).flatten(2).softmax(2).to(x.dtype)
         context = (x.flatten(2) @ weights.transpose(1, 2)).squeeze(2)
         return self.fc2(F.relu(self.norm(self.fc1(context))))[:, :, None, None]

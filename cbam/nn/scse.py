@@ -52,7 +52,7 @@ class SCSE(SigmoidGate):
 
     def gate(self, x: Tensor) -> Tensor:
         """The factor of `x`: (N, C, H, W) -> the same."""
-        x = door.feature_map(x, self.channels, self.conv.weight)
+        x = door.feature_map(x, self.channels, door.weight_of(self.conv))
         what = torch.sigmoid(self.fc2(F.relu(self.fc1(x.mean((2, 3))))))[:, :, None, None]
         where = torch.sigmoid(self.conv(x))
         if self.combine == "sum":

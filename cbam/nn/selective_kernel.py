@@ -49,7 +49,7 @@ class SelectiveKernel(nn.Module):
         self.fc2 = nn.Linear(hidden, 2 * channels, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        features = door.feature_map(x, self.channels, self.fc1.weight)
+        features = door.feature_map(x, self.channels, door.weight_of(self.fc1))
         if self.bn.training:
             door.check_statistics(features[:, :, 0, 0])
         near, far = self.near(features), self.far(features)

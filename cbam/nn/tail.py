@@ -101,6 +101,10 @@ def begin_shortcut(layers: nn.Module, x: Tensor) -> Tensor:
     """`layers(x)`; in inference, if they end in a convolution and its norm, a `Pending` for the add."""
     if torch.is_grad_enabled() or type(layers) is not nn.Sequential or type(x) is not Tensor:
         return layers(x)
+    if (
+        torch.jit.is_tracing()
+    ):  # the graph names the modules that were called; a check retraces without gradients
+        return layers(x)
     *before, norm = layers._modules.values() or [None]
     last = before[-1] if before else None
     # The output of a convolution is new memory: nothing else writes to it while the norm is deferred.

@@ -53,7 +53,7 @@ class TripletAttention(Gate):
 
     def gate(self, x: Tensor) -> Tensor:
         """The mean of the three gates: (N, C, H, W) -> the same."""
-        x = door.feature_map(x, self.channels, self.hw.conv.weight)
+        x = door.feature_map(x, self.channels, door.weight_of(self.hw.conv))
         pixels = self.hw.gate(x)
         columns = self.cw.gate(x.transpose(1, 2)).transpose(1, 2)  # (N, 1, C, W) -> (N, C, 1, W)
         rows = self.hc.gate(x.transpose(1, 3)).transpose(1, 3)  # (N, 1, H, C) -> (N, C, H, 1)

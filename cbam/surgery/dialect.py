@@ -49,6 +49,10 @@ class Target:
             raise InputError(
                 f"{type(model).__name__} has tensors without memory: call to_empty, or run it once"
             )
+        if any(hasattr(v, "full_tensor") for v in self.tensors.values()):
+            raise InputError(
+                f"{type(model).__name__} is sharded (fully_shard): load the weights before sharding"
+            )
         attached = tuple(under(block, f"{SLOT}.") for block in self.blocks)
         self.attention = {name for name in self.tensors if name.startswith(attached)}
         # prefixes of attention, both attached and of a CBAM that is part of the network

@@ -386,6 +386,34 @@ def test_built_on_meta_it_is_filled_by_loading(name):  # T37
     assert torch.equal(empty.eval()(x), source(x))
 
 
+def offloaded(layer, own, away):
+    """A forward that has the weights only while it runs, as accelerate's `cpu_offload` makes them."""
+    forward = layer.forward
+
+    def loading(*args, **kwargs):
+        layer._parameters.update(own)
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            layer._parameters.update(away)
+
+    return loading
+
+
+# EMA calls the function of its norm, since torch's module refuses a plane of one pixel.
+@pytest.mark.parametrize("name", sorted(set(MAKE) - {"ema"}))
+def test_weights_may_be_offloaded_between_calls(name):
+    module = active(MAKE[name](8)).eval()
+    x = torch.randn(2, 8, 5, 5)
+    expected = module(x)
+    for layer in module.modules():
+        if own := {name: p for name, p in layer._parameters.items() if p is not None}:
+            away = {name: nn.Parameter(p.to("meta")) for name, p in own.items()}
+            layer.forward = offloaded(layer, own, away)
+            layer._parameters.update(away)
+    torch.testing.assert_close(module(x), expected)
+
+
 @every
 def test_function_transforms_work(name):  # T28
     module = active(MAKE[name](8)).double().eval()

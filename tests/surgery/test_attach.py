@@ -11,6 +11,7 @@ from typing import ClassVar
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
@@ -231,6 +232,13 @@ def test_survives_every_way_of_capturing_a_network(net, images, tmp_path):  # S1
     state = dict(net.named_parameters()) | dict(net.named_buffers())
     assert torch.equal(torch.func.functional_call(net, state, (images,)), expected)
     torch._dynamo.reset()
+
+
+def test_a_trace_with_gradients_passes_torchs_own_check():  # as TensorBoard's add_graph traces
+    net = cbam.attach(torchvision.models.resnet18(num_classes=3)).eval()
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.is_grad_enabled()  # the check traces once more without
+    torch.testing.assert_close(torch.jit.trace(net, x)(x), net(x), rtol=1e-4, atol=1e-5)
 
 
 def test_compiles_whole_in_training(net, images):
@@ -501,6 +509,26 @@ def test_a_wrapper_for_many_devices_is_refused_and_unchanged(net, tmp_path):  # 
         after = nn.parallel.DistributedDataParallel(cbam.attach(net))
         after.train()(torch.randn(2, 3, 16, 16)).sum().backward()
         assert all(p.grad is not None for p in net.parameters())
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_attached_first_a_network_can_be_sharded_and_its_weights_load_before_that(net, tmp_path):  # S8
+    from torch.distributed.fsdp import fully_shard
+
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        state, x = cbam.attach(net).state_dict(), torch.randn(2, 3, 16, 16)
+        expected = net.train()(x)
+        mesh = torch.distributed.init_device_mesh("cpu", (1,))
+        sharded = fully_shard(net, mesh=mesh)
+        assert torch.equal(sharded(x), expected)
+        sharded(x).sum().backward()
+        assert all(p.grad is not None for p in sharded.parameters())
+        with pytest.raises(InputError, match=r"is sharded .*: load the weights before sharding"):
+            cbam.load_weights(sharded, state)
+        with pytest.raises(AttachError, match="attach before wrapping"):
+            cbam.attach(sharded)
     finally:
         torch.distributed.destroy_process_group()
 
