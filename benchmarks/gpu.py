@@ -184,7 +184,7 @@ def kernel_row(
     if maps:
         source, target = torch.empty(2, maps * size // 2, dtype=torch.uint8, device=job.device)
         steps["copy"] = lambda: target.copy_(source)
-    timed = timing.without_host(steps, job.device, rounds=job.rounds, seconds=3)
+    timed = timing.device_only(steps, job.device, rounds=job.rounds, seconds=3)
     us = 1e3 * timed["kernel"].median
     return {
         "kernel": name, "shape": "x".join(map(str, shape)), "layout": layout,

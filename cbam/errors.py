@@ -70,17 +70,17 @@ class OtherClassesError(CheckpointError):
     """A weights file fits except for its last layer, which is for other classes; the model is unchanged.
 
     Attributes:
-        told: the file, and what does not fit.
+        summary: the file, and what does not fit.
         classes: the number of classes of the file.
     """
 
-    def __init__(self, told: str, classes: int, advice: str) -> None:
-        super().__init__(f"{told}. These weights are for {classes} classes: {advice}")
-        self.told, self.classes = told, classes
+    def __init__(self, summary: str, classes: int, advice: str) -> None:
+        super().__init__(f"{summary}. These weights are for {classes} classes: {advice}")
+        self.summary, self.classes = summary, classes
 
     def advising(self, advice: str) -> "OtherClassesError":
         """The same error with the advice for another way of giving the file."""
-        return OtherClassesError(self.told, self.classes, advice)
+        return OtherClassesError(self.summary, self.classes, advice)
 
 
 class NonFiniteError(CBAMError, ArithmeticError):

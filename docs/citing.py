@@ -9,7 +9,7 @@ import json
 from collections.abc import Collection, Iterator
 from typing import Any
 
-from cbam.studies.printing import by_word, interval_told, level_told, warm_up
+from cbam.studies.printing import by_word, format_interval, format_level, warm_up
 from cbam.studies.report import LABELS, as_markdown, by_chance
 from cbam.studies.study import SEEDS
 from cbam.studies.tabulate import Table, compared, differences, levels
@@ -144,12 +144,12 @@ def _rows(tables: list[Table], labels: dict[str, str]) -> tuple[list[str], set[t
     for key, (table, name) in found.items():
         measure, config = table.first, _config(table, name)
         level = next(row for row in levels(table) if row["arm"] == name)[measure.key]
-        cells = [as_markdown(labels[key]), level_told(level), "", ""]
+        cells = [as_markdown(labels[key]), format_level(level), "", ""]
         base = next((k for k, (t, n) in found.items() if _is_plain_of(_config(t, n), config)), None)
         if base is not None and base != key:
             own, theirs = table.values(name, measure.key), found[base][0].values(found[base][1], measure.key)
             row = compared(own, theirs, measure)
-            cells[2:] = [interval_told(row), row["word"]]
+            cells[2:] = [format_interval(row), row["word"]]
             pairs.add((key, base))
         lines.append(f"| {' | '.join(cells)} |")
     return lines, pairs

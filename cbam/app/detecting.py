@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from cbam.app.look import ROWS, Outcome, output_folder, picture_files
+from cbam.app.look import ROWS, Outcome, image_files, output_folder
 from cbam.app.networks import lines_of, named
 from cbam.data import decode
 from cbam.data.decode import shown
@@ -18,7 +18,7 @@ from cbam.models.detectors import DETECTORS
 from cbam.train import checkpoint
 from cbam.train.average import average_of
 from cbam.train.detector import make_detector
-from cbam.train.material import began_with, load_trained, ours
+from cbam.train.material import load_trained, ours, settings_of
 
 LISTED = 5  # boxes listed per line
 FIGURES = r"detect(-\d+)?\.(png|svg)"
@@ -85,7 +85,7 @@ def look_for_objects(models: Detectors, request: DetectRequest, say: Callable[[s
         ConfigError: no image has as many boxes as `request.box`.
         OutputError: the figures cannot be written.
     """
-    files = picture_files(request.paths)
+    files = image_files(request.paths)
     outcome = Outcome([], [])
     pending: list[tuple[str, list[Detection]]] = []  # figures held back until some image has the box
     most = 0 if request.box > 1 else 1
@@ -165,7 +165,7 @@ def _load(
         name, weights, known = f"{model}+{label}" if arms and label != "plain" else model, file, names
         regions = None
     else:
-        config = began_with(state)
+        config = settings_of(state)
         name, weights = config.model, average_of(state)
         if name.partition(":")[0] not in DETECTORS:
             raise ConfigError(f"{file} holds a classifier, {name}: omit --detect")

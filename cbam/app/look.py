@@ -58,7 +58,7 @@ def look_at(viewer: Viewer, request: LookRequest, say: Callable[[str], None]) ->
         OutputError: the figures cannot be written.
     """
     target = None if request.target is None else class_index(viewer.classes, request.target)
-    files = picture_files(request.paths)
+    files = image_files(request.paths)
     many = len(files) > ROWS or any(path.is_dir() for path in request.paths)
     outcome = Outcome([], [])
     size = SHEET if many else ROWS
@@ -124,7 +124,7 @@ def file_stem(text: str, taken: set[str]) -> str:
     return name
 
 
-def picture_files(paths: Sequence[Path]) -> list[Path]:
+def image_files(paths: Sequence[Path]) -> list[Path]:
     """The files among the paths, and the images in the folders among them, each folder sorted by name.
 
     Raises:

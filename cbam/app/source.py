@@ -19,7 +19,7 @@ from cbam.surgery import load_weights
 from cbam.train import checkpoint
 from cbam.train.average import average_of
 from cbam.train.folder import epochs, settings_in
-from cbam.train.material import began_with, load_trained, ours, unnamed
+from cbam.train.material import load_trained, ours, settings_of, unnamed
 from cbam.train.recipes import Config
 
 _OUTPUTS = 1000
@@ -154,7 +154,7 @@ def _published(folder: Path) -> Source:
 
 def _run(path: Path) -> Source:
     state = ours(path)
-    config = began_with(state)
+    config = settings_of(state)
     if config.detects:
         raise ConfigError(
             f"{path} holds a detector, {config.model}; expected a classifier (`cbam look` has --detect)"

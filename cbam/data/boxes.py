@@ -306,7 +306,7 @@ def size_fault(picture: Picture, stored: tuple[int, int], turn: int) -> str:
     )
 
 
-def picture_files(folder: str | Path) -> set[str]:
+def image_files(folder: str | Path) -> set[str]:
     """The names of the entries directly in `folder`."""
     try:
         return {entry.name for entry in Path(folder).iterdir()}

@@ -18,7 +18,7 @@ from cbam.data.images import check_int
 from cbam.data.loading import in_order
 from cbam.data.located import LocatedJSON
 from cbam.data.parquet import has_parquet, parquet_rows
-from cbam.data.scan import EXTENSIONS, Classes, find_pictures
+from cbam.data.scan import EXTENSIONS, Classes, find_images
 from cbam.data.voc import VocReader
 from cbam.errors import DataError
 
@@ -114,7 +114,7 @@ def _file_faults(path: str, *, deep: bool) -> list[Finding]:
 
 def _classes(root: Path, look: _Look) -> Iterator[Finding]:
     try:
-        train, val, _ = find_pictures(root)
+        train, val, _ = find_images(root)
     except DataError as error:
         yield Finding("", str(error))
         files = [str(p) for p in sorted(root.rglob("*")) if p.suffix.lower() in EXTENSIONS and p.is_file()]

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from cbam.data.boxes import BoxedImages, Finding, Picture, Thing, accept, clip, is_file, picture_files
+from cbam.data.boxes import BoxedImages, Finding, Picture, Thing, accept, clip, image_files, is_file
 from cbam.data.decode import header_of, shown
 from cbam.data.located import Element, LocatedJSON
 from cbam.data.segmentation import mask_fault
@@ -81,7 +81,7 @@ class CocoReader:
         self._labels = {id: label for label, id in enumerate(sorted(found), 1)}
 
     def _read_images(self) -> None:
-        files = picture_files(self._folder)
+        files = image_files(self._folder)
         names: set[str] = set()
         for id, element in self._identified("images", "image"):
             name = element.value.get("file_name")

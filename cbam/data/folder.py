@@ -9,7 +9,7 @@ import numpy as np
 from cbam.data.decode import header_of, not_an_image, read, shown
 from cbam.data.images import MAX_SEED, Images, check_int
 from cbam.data.pictures import Training, Validation
-from cbam.data.scan import Classes, find_pictures, find_unsplit
+from cbam.data.scan import Classes, find_images, find_unsplit
 
 PEEKS = 20_000  # number of headers read at the start; the other images are checked when they are read
 TINY, NARROW = 10, 10  # short side in pixels; ratio of the sides
@@ -44,7 +44,7 @@ def image_folder(
         size = check_int("size", size, 8, 4096)
     if unreadable is not None:
         unreadable = check_int("unreadable", unreadable, 0, MAX_SEED)
-    train, val, notes = find_pictures(path)
+    train, val, notes = find_images(path)
     if size is None:
         size = _input_size(train, notes)
     name = _name(path)
@@ -53,7 +53,7 @@ def image_folder(
     return train_set, Validation(name, sources[1], size, exif=exif)
 
 
-def unsplit_folder(
+def evaluation_folder(
     path: str | os.PathLike, *, size: int | None = None, exif: bool = True
 ) -> Validation | None:
     """Read all images of a folder of classes for evaluation; None if `train` and `val` are in it.

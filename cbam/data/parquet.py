@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cbam.data.decode import not_an_image, shown
-from cbam.data.folder import image_folder, unsplit_folder
+from cbam.data.folder import evaluation_folder, image_folder
 from cbam.data.images import Images, check_int
 from cbam.data.pictures import Training, Validation
 from cbam.data.scan import class_roots
@@ -36,17 +36,19 @@ def picture_set(
     return image_folder(path, size=size, exif=exif)
 
 
-def unsplit_set(path: str | os.PathLike, *, size: int | None = None, exif: bool = True) -> Validation | None:
+def evaluation_set(
+    path: str | os.PathLike, *, size: int | None = None, exif: bool = True
+) -> Validation | None:
     """All images of a folder, for evaluation; None if the folder has a validation split of its own.
 
     Args and errors: see `image_folder`.
     """
     if isinstance(path, (str, os.PathLike)) and has_parquet(path):
         return None
-    return unsplit_folder(path, size=size, exif=exif)
+    return evaluation_folder(path, size=size, exif=exif)
 
 
-def refuse_among(path: str | os.PathLike, folder: Path) -> None:
+def check_output_folder(path: str | os.PathLike, folder: Path) -> None:
     """Refuse an output `folder` that would be read as a class of the images under `path`, or inside one.
 
     Raises:

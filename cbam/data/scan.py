@@ -21,7 +21,7 @@ EVERY = 5
 Classes = dict[str, list[str]]  # name of a class -> paths of its images, both in order
 
 
-def find_pictures(path: str | os.PathLike) -> tuple[Classes, Classes, list[str]]:
+def find_images(path: str | os.PathLike) -> tuple[Classes, Classes, list[str]]:
     """The training and the validation images under `path`, and notes for the user.
 
     Raises:
@@ -45,7 +45,7 @@ def find_unsplit(path: str | os.PathLike) -> tuple[Classes, list[str]] | None:
     """All images under `path`, with notes; None if there are folders of both splits.
 
     Raises:
-        DataError: as in `find_pictures`, except that one image per class is enough.
+        DataError: as in `find_images`, except that one image per class is enough.
     """
     notes: list[str] = []
     root, splits = _layout(_folder(path), notes)
@@ -56,7 +56,7 @@ def class_roots(path: str | os.PathLike) -> list[Path]:
     """The folders under `path` that hold the class folders.
 
     Raises:
-        DataError: as in `find_pictures`.
+        DataError: as in `find_images`.
     """
     root, splits = _layout(_folder(path), [])
     return [*(splits or [root])]

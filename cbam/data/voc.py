@@ -22,8 +22,8 @@ from cbam.data.boxes import (
     Thing,
     accept,
     clip,
+    image_files,
     is_file,
-    picture_files,
 )
 from cbam.data.decode import header_of, read, shown
 from cbam.data.scan import EXTENSIONS
@@ -117,7 +117,7 @@ class VocReader:
         if split is None:
             self._notes = self._notes if self._notes.is_dir() else root
             self._folder = self._folder if self._folder.is_dir() else self._notes
-        self._files = _by_stem(picture_files(self._folder))
+        self._files = _by_stem(image_files(self._folder))
         if split is None:
             self._read_all()
             return

@@ -16,7 +16,7 @@ from dataclasses import asdict
 import torch
 from torch import nn
 
-from cbam.data.parquet import refuse_among
+from cbam.data.parquet import check_output_folder
 from cbam.errors import CBAMError
 from cbam.explain import Row, comparison_figure
 from cbam.models import profile
@@ -68,7 +68,7 @@ class _Comparison:
         self.settings, self.folder, self.watch = settings, folder, watch
         self.device = pick_device(settings.device)
         if settings.data:
-            refuse_among(settings.data, folder.path)
+            check_output_folder(settings.data, folder.path)
         self.task = Task.of(settings)
         self.names = ["plain", *settings.attention]
         self.start = "paper" if settings.from_scratch else "identity"  # of attention

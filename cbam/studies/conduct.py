@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cbam.data.parquet import refuse_among
+from cbam.data.parquet import check_output_folder
 from cbam.errors import ConfigError
 from cbam.studies.boxes import BoxedPictures
 from cbam.studies.drawing import figure
@@ -34,9 +34,7 @@ def find_study(name: str) -> Study:
     return STUDIES[name]
 
 
-def find_pictures(
-    dataset: str, changes: dict[str, Any], names: Sequence[str] = ()
-) -> Pictures | BoxedPictures:
+def find_images(dataset: str, changes: dict[str, Any], names: Sequence[str] = ()) -> Pictures | BoxedPictures:
     """The images of "digits", or of a folder, which several studies can share.
 
     Args:
@@ -99,7 +97,7 @@ def prepare(
     if changes.get("regions") and not study.boxed:
         raise ConfigError(f"regions apply to detectors only, and study {name} has none")
     if isinstance(pictures, Pictures) and pictures.folder:
-        refuse_among(pictures.folder, Path(out))
+        check_output_folder(pictures.folder, Path(out))
     own = changes | {"size": pictures.size}
     if own.get("warmup_epochs") == 0:
         own["warmup_epochs"] = None  # as in records without a warm-up
@@ -143,6 +141,6 @@ def write_tables(records: Records, study: Study) -> list[Path]:
     return records.compute(make) if records.all() else []
 
 
-def told(records: Records, study: Study) -> str:
+def as_text(records: Records, study: Study) -> str:
     """Every table of a study as plain text."""
     return "\n".join(text(table) for table in tables(study, records.all().values()))

@@ -14,7 +14,7 @@ import torch
 from cbam import ops
 from cbam.errors import ConfigError, DataError, OutputError, StoppedError, first_line
 from cbam.studies import machine
-from cbam.studies.records import Records, counts, read, same_pictures
+from cbam.studies.records import Records, counts, read, same_images
 from cbam.studies.study import Arm, Study, explicit, run_config, run_key, run_name
 from cbam.studies.training import Checkpoints, Training, trunk
 from cbam.train.versions import versions
@@ -63,7 +63,7 @@ class Filling:
         for name, record in records.all().items():
             own = record["config"]
             alike = own["data"] == protocol.data and own.get("limit") == protocol.limit
-            if alike and not same_pictures(record["data"], about):
+            if alike and not same_images(record["data"], about):
                 raise DataError(
                     f"{records.path / name} is of other images of the same name: give another --out"
                 )

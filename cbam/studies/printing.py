@@ -40,7 +40,7 @@ def by_word(measure: str, compared: Iterable[tuple[str, dict[str, Any]]]) -> lis
     ]
 
 
-def interval_told(row: dict[str, Any]) -> str:
+def format_interval(row: dict[str, Any]) -> str:
     """A difference, followed by its interval in brackets if there is one."""
     return f"{row['mean']:+.2f}{_interval(row, ' ({})')}"
 
@@ -64,7 +64,7 @@ def level_rows(table: Table) -> list[list[str]]:
         cells = [row["label"], parameters, gmac, str(row["n"])]
         for place, measure in enumerate(table.study.measures):
             paper = printed(row["paper"], place)
-            cells += [level_told(row[measure.key]), "-" if paper is None else f"{paper:.2f}"]
+            cells += [format_level(row[measure.key]), "-" if paper is None else f"{paper:.2f}"]
         rows.append(cells)
     return rows
 
@@ -89,7 +89,7 @@ def _outcome_cells(row: dict[str, Any]) -> list[str]:
     return [_points(row["mean"]), interval, row["word"], str(row["n"]), f"{row['resolution']:.2f}", needed]
 
 
-def level_told(numbers: dict[str, Any] | None) -> str:
+def format_level(numbers: dict[str, Any] | None) -> str:
     """A mean, and its spread if there is one."""
     if numbers is None:
         return "-"

@@ -86,7 +86,7 @@ class Records:
             if path.parent == self.path:
                 continue
             record = read(path)
-            same = explicit(record["config"]) == explicit(config) and same_pictures(record["data"], about)
+            same = explicit(record["config"]) == explicit(config) and same_images(record["data"], about)
             if same and counts(record):
                 return path
         return None
@@ -245,7 +245,7 @@ def _invalid(record: dict[str, Any]) -> str:
     return ""
 
 
-def same_pictures(one: dict[str, Any], other: dict[str, Any]) -> bool:
+def same_images(one: dict[str, Any], other: dict[str, Any]) -> bool:
     """Whether the "data" of two records are of the same images; older ones lack "files" and "objects"."""
     keys = ("train", "val", "sha256", *({"files", "objects"} & one.keys() & other.keys()))
     return all(one.get(key) == other.get(key) for key in keys)

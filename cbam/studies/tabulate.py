@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cbam.errors import DataError
-from cbam.studies.records import counts, same_pictures
+from cbam.studies.records import counts, same_images
 from cbam.studies.statistics import paired_difference, pairs_needed, resolution, spread
 from cbam.studies.study import (
     SEEDS,
@@ -103,7 +103,7 @@ def tables(study: Study, records: Iterable[dict[str, Any]]) -> list[Table]:
             continue
         shared = shared_part(study, record["config"])
         table = found.setdefault(run_key(shared), Table(study, shared, record["data"]))
-        if not same_pictures(table.about, record["data"]):
+        if not same_images(table.about, record["data"]):
             raise DataError(
                 f"study {study.name}: two data sets named {shared['data']} have records here: {arm} seed "
                 f"{record['config']['seed']} is of other images than those before it; give each data set its "

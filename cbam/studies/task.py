@@ -24,7 +24,7 @@ from cbam.surgery import attach, load_weights
 from cbam.surgery.effects import seeded
 from cbam.surgery.weights import Loaded
 from cbam.train import Recipe
-from cbam.train.material import misfit_of, network_at, weights_at
+from cbam.train.material import network_name, weights_from, with_path
 
 DIGITS, FOLDER = {"epochs": 8, "batch_size": 32}, {"epochs": 10, "batch_size": 64}
 LR, FINE_TUNING_LR = 0.05, 0.005
@@ -76,7 +76,7 @@ def _recorded_network(settings: Settings) -> str:
     Raises:
         ConfigError: it already has attention.
     """
-    name = network_at(settings.pretrained) if settings.pretrained else ""
+    name = network_name(settings.pretrained) if settings.pretrained else ""
     if "+" in name:
         raise ConfigError(
             f"{settings.pretrained} is of {name}, but a comparison needs a plain network: train one with "
@@ -87,7 +87,7 @@ def _recorded_network(settings: Settings) -> str:
 
 def load(model: nn.Module, path: str) -> Loaded:
     """Load the weights of a file, run or folder, without the last layer if that is all that differs."""
-    source = weights_at(path)
+    source = weights_from(path)
     try:
         return load_weights(model, source)
     except CheckpointNotFoundError:
@@ -96,7 +96,7 @@ def load(model: nn.Module, path: str) -> Loaded:
         try:
             return load_weights(model, source, head="skip")
         except CheckpointError:
-            raise misfit_of(path, misfit) from None
+            raise with_path(path, misfit) from None
 
 
 class _Cached(Images):

@@ -65,7 +65,7 @@ def in_turns(
     return {name: Timed(ms, [a / b for a, b in zip(ms, first, strict=True)]) for name, ms in found.items()}
 
 
-def without_host(
+def device_only(
     steps: Mapping[Name, Step], device: torch.device, *, rounds: int = 11, seconds: float = 60.0
 ) -> dict[Name, Timed]:
     """As `in_turns`, without launch overhead: kernels under about 20 us end before the next one is launched.

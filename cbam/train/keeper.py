@@ -25,7 +25,7 @@ from cbam.train.guard import rng, set_rng
 from cbam.train.lock import check_lock
 from cbam.train.loggers import Loggers
 from cbam.train.steps import CLOCK, NonFiniteLossError, Steps
-from cbam.train.task import told
+from cbam.train.task import summary
 
 PATIENCE = 3  # consecutive failed saves that end a run
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -266,7 +266,7 @@ class Keeper(pl.Callback):
             clock = f", {seconds:.1f} s, {entry['images_per_second']:.0f} images/s"
             clock += f", {100 * entry['wait_seconds'] / seconds:.0f} % of the time waiting for images"
         loss = "skipped" if entry["train_loss"] is None else f"loss {entry['train_loss']:.4f}"
-        self._say(f"epoch {entry['epoch']}: {loss}, {told(entry)}{clock}")
+        self._say(f"epoch {entry['epoch']}: {loss}, {summary(entry)}{clock}")
 
     # --- saving ---
 

@@ -84,9 +84,9 @@ def _load_initial(model: nn.Module, config: Config, start: str) -> str:
     places, parts, with_attention = len(attached(model)), [], False
     if config.pretrained:
         try:
-            found, inside = load_initial_weights(model, config.model, weights_at(config.pretrained))
+            found, inside = load_initial_weights(model, config.model, weights_from(config.pretrained))
         except CheckpointError as misfit:
-            raise misfit_of(config.pretrained, misfit) from None
+            raise with_path(config.pretrained, misfit) from None
         parts.append(taken(config.pretrained, found) + (" into the detector's backbone" if inside else ""))
         with_attention = found.format != "plain"
     if places:
@@ -107,7 +107,7 @@ def taken(path: str, loaded: Loaded) -> str:
     return f"weights of {path}: {loaded.tensors} tensors loaded{head}"
 
 
-def weights_at(path: str) -> str | dict[str, Tensor]:
+def weights_from(path: str) -> str | dict[str, Tensor]:
     """The argument for `load_weights`, from a weights file, a run, a checkpoint or a published folder.
 
     For a run that keeps an average of its weights it is the average, which the run was validated with.
@@ -143,23 +143,23 @@ def unnamed(path: Path) -> ConfigError:
     return ConfigError(f"{path} does not record its network: give --model NAME, see `cbam list`")
 
 
-def misfit_of(path: str, misfit: CheckpointError) -> CheckpointError:
+def with_path(path: str, misfit: CheckpointError) -> CheckpointError:
     """The error with the path of the weights; for a state dict read from a run it has none yet."""
     message = str(misfit)
     return misfit if path in message else CheckpointError(f"{path}: {message}")
 
 
-def network_at(path: str) -> str:
+def network_name(path: str) -> str:
     """The name of the network that the weights are of; "" for a weights file, which does not record it."""
     where = Path(path)
     if hub.is_published(where):
         return read_config(where / CONFIG)[0].name
     if where.is_dir() or checkpoint.is_ours(where):
-        return began_with(ours(where)).model
+        return settings_of(ours(where)).model
     return ""
 
 
-def began_with(state: dict[str, Any]) -> Config:
+def settings_of(state: dict[str, Any]) -> Config:
     """The settings that a checkpoint's run began with.
 
     Raises:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from cbam.data import BoxedImages, Images
-from cbam.data.parquet import refuse_among
+from cbam.data.parquet import check_output_folder
 from cbam.errors import ConfigError
 from cbam.train import checkpoint, material
 from cbam.train.distributed import World, world
@@ -18,7 +18,7 @@ from cbam.train.fitting import fit, lightning, pick_device
 from cbam.train.folder import WANDB, check_free, write_config
 from cbam.train.lock import is_mine, locked
 from cbam.train.loggers import Loggers, ProgressLine
-from cbam.train.material import began_with, found_at, network, pictures
+from cbam.train.material import found_at, network, pictures, settings_of
 from cbam.train.recipes import (
     FINE_TUNING,
     OVERRIDABLE,
@@ -73,7 +73,7 @@ def run(
         state = here.from_first(lambda: _state(folder, resume, watch.say))
         config = _settings(name, settings, state, watch.say, override=override)
         if config.data and not config.detects:
-            refuse_among(config.data, folder)
+            check_output_folder(config.data, folder)
         if unreached := config.training().unreached():
             watch.say(unreached)
         where = pick_device(config.device)
@@ -176,7 +176,7 @@ def _settings(
         if name == FINE_TUNING and not config.pretrained:
             raise ConfigError(f"the recipe {name} needs --pretrained FILE, the weights to start from")
         return config
-    before = began_with(state)
+    before = settings_of(state)
     config = dataclasses.replace(before, **{**given, "recipe": name})
     refused, allowed = changes(dataclasses.asdict(before), dataclasses.asdict(config), override=override)
     if refused:

@@ -9,14 +9,14 @@ from torch import nn
 from cbam import hub
 from cbam.data import BoxedImages, Images
 from cbam.data.digits import NAME
-from cbam.data.parquet import unsplit_set
+from cbam.data.parquet import evaluation_set
 from cbam.data.pictures import Validation
 from cbam.errors import CheckpointNotFoundError, ConfigError, DataError, OtherClassesError
 from cbam.models.detectors import DETECTORS
 from cbam.train import checkpoint
 from cbam.train.average import average_of
 from cbam.train.fitting import Detections, Evaluation, evaluate, evaluate_detector, pick_device
-from cbam.train.material import about, began_with, load_trained, network, ours, pictures, unnamed
+from cbam.train.material import about, load_trained, network, ours, pictures, settings_of, unnamed
 from cbam.train.recipes import Config
 
 _Set = Images | BoxedImages
@@ -99,7 +99,7 @@ def _published(
 
 def _trained(path: Path, data: str | None, model: str | None, size: int | None, held_out: bool) -> _Candidate:
     state = ours(path)
-    began = began_with(state)
+    began = settings_of(state)
     config = dataclasses.replace(
         began, model=model or began.model, size=size or began.size, data=data or began.data,
         recipe=began.recipe if began.detects else "folder",
@@ -142,7 +142,7 @@ def _pictures(
     """
     whole = None
     if config.data and not config.detects:
-        whole = unsplit_set(config.data, size=config.size, exif=config.exif)
+        whole = evaluation_set(config.data, size=config.size, exif=config.exif)
     if whole is not None and not held_out:
         return whole, f"all {len(whole)} images of {config.data}"
     train, val = pictures(config)

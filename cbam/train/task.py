@@ -59,7 +59,7 @@ class Task(Protocol):
         ...
 
 
-def told(entry: Mapping[str, Any]) -> str:
+def summary(entry: Mapping[str, Any]) -> str:
     """The metrics of a validation as text."""
     if "val_top1" in entry:
         return f"validation loss {entry['val_loss']:.4f}, top-1 error {entry['val_top1']:.2f} %"

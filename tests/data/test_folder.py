@@ -16,7 +16,7 @@ from cbam.data import decode, image_folder, loader
 from cbam.data.folder import _Files
 from cbam.data.images import draws
 from cbam.data.pictures import augment, centre, random_crop
-from cbam.data.scan import find_pictures
+from cbam.data.scan import find_images
 from cbam.errors import DataError, InputError
 
 
@@ -451,7 +451,7 @@ def test_the_disk_is_not_asked_for_each_image(make_folder, monkeypatch):
     monkeypatch.setattr(os, "stat", lambda path, **how: asked.append(Path(path).name) or stat(path, **how))
     root = make_folder({"a": 30, "b": 30})
     asked.clear()
-    find_pictures(root)
+    find_images(root)
     assert {"a", "b"} <= set(asked), "folders are, and that is seen"
     assert [name for name in asked if name.endswith(".jpg")] == []
 

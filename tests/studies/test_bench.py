@@ -89,11 +89,11 @@ def test_the_time_of_a_graph_is_that_of_each_of_its_steps(monkeypatch):
 
     monkeypatch.setattr(timing, "in_turns", turns)
     steps = {"copy": lambda: 2.0, "kernel": lambda: 3.0}  # milliseconds
-    assert timing.without_host(steps, CPU)["kernel"] == timing.Timed([3.0], [1.5])
+    assert timing.device_only(steps, CPU)["kernel"] == timing.Timed([3.0], [1.5])
     captured = timing.captured
     monkeypatch.setattr(timing, "captured", lambda step, device, times: captured(step, CPU, times))
     monkeypatch.setattr(timing, "_is_gpu", lambda device: device is not CPU)
-    assert timing.without_host(steps, torch.device("cuda"))["kernel"] == timing.Timed([3.0], [1.5])
+    assert timing.device_only(steps, torch.device("cuda"))["kernel"] == timing.Timed([3.0], [1.5])
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")

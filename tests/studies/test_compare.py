@@ -13,7 +13,7 @@ from cbam.data import cluttered_digits
 from cbam.errors import CheckpointError, ConfigError, DataError
 from cbam.studies import Settings, compare
 from cbam.studies.compare import Silent
-from cbam.studies.conduct import find_pictures, prepare
+from cbam.studies.conduct import find_images, prepare
 from cbam.studies.folder import DRAWING, PAGE, PICTURE, REPORT, RESULTS, ReportFolder
 from cbam.studies.page import page
 from cbam.studies.report import markdown, summary
@@ -268,5 +268,5 @@ def test_a_report_among_the_classes_is_refused_before_any_work(tmp_path):
     with pytest.raises(ConfigError, match=r"is among the class folders of .*: give another --out"):
         compare(settings, tmp_path / "report")
     with pytest.raises(ConfigError, match=r"is among the class folders of .*: give another --out"):
-        prepare("channel", find_pictures(str(tmp_path), {}), {}, out=str(tmp_path / "results"))
+        prepare("channel", find_images(str(tmp_path), {}), {}, out=str(tmp_path / "results"))
     assert {path.name for path in tmp_path.iterdir()} == {"ant", "bee"}

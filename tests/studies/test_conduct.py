@@ -7,8 +7,8 @@ import pytest
 
 from cbam.errors import ConfigError, InputError
 from cbam.studies.boxes import BoxedPictures
-from cbam.studies.conduct import conduct, find_pictures, prepare
-from cbam.studies.records import Records, same_pictures
+from cbam.studies.conduct import conduct, find_images, prepare
+from cbam.studies.records import Records, same_images
 from cbam.studies.study import digits
 from cbam.studies.tables import STUDIES
 from cbam.studies.tabulate import tables
@@ -18,7 +18,7 @@ TINY = {"epochs": 1, "batch_size": 16}
 
 def study(out, name, **changes):
     own = TINY | changes
-    return prepare(name, find_pictures("digits", own), own, out=str(out), device="cpu")
+    return prepare(name, find_images("digits", own), own, out=str(out), device="cpu")
 
 
 def test_a_few_images_of_a_large_set_fill_the_rows_that_their_table_counts(tmp_path, monkeypatch):
@@ -36,7 +36,7 @@ def test_a_few_images_of_a_large_set_fill_the_rows_that_their_table_counts(tmp_p
 
 def test_a_network_that_diverges_is_trained_once_for_all_that_go_on_from_it(tmp_path, monkeypatch):
     filling = prepare(
-        "start", find_pictures("digits", {"limit": 20}), TINY | {"limit": 20, "lr": 1e30, "epochs": 2},
+        "start", find_images("digits", {"limit": 20}), TINY | {"limit": 20, "lr": 1e30, "epochs": 2},
         out=str(tmp_path), device="cpu", arms=["forked-plain", "forked-identity"],
     )  # fmt: skip
     trained, fit = [], filling.training._fit
@@ -71,18 +71,18 @@ def test_images_whose_objects_have_other_labels_are_other_images(tmp_path):
         for i, label in enumerate((1, 1, 2))
     )
     assert one["sha256"] == other["sha256"]  # of names and boxes, by which older records are known
-    assert same_pictures(one, same)
-    assert not same_pictures(one, other)
-    assert same_pictures({name: value for name, value in one.items() if name != "objects"}, other)
+    assert same_images(one, same)
+    assert not same_images(one, other)
+    assert same_images({name: value for name, value in one.items() if name != "objects"}, other)
 
 
 def test_processes_that_cannot_be_are_refused_before_any_run(tmp_path):
     with pytest.raises(InputError, match="workers must be an integer from 0 to 1024, got -1"):
-        prepare("channel", find_pictures("digits", TINY), TINY, out=str(tmp_path), device="cpu", workers=-1)
+        prepare("channel", find_images("digits", TINY), TINY, out=str(tmp_path), device="cpu", workers=-1)
 
 
 def test_a_study_by_the_rules_of_voc_is_not_filled_on_cocos_form(tmp_path):
     coco_folder(tmp_path)
-    assert find_pictures(str(tmp_path), {}, ["coco"]).name == tmp_path.name
+    assert find_images(str(tmp_path), {}, ["coco"]).name == tmp_path.name
     with pytest.raises(ConfigError, match=r"study voc uses Pascal VOC's metric, but .* is in COCO's format"):
-        find_pictures(str(tmp_path), {}, ["coco", "voc"])
+        find_images(str(tmp_path), {}, ["coco", "voc"])

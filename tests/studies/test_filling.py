@@ -16,7 +16,7 @@ import cbam
 from cbam.errors import ConfigError, DataError
 from cbam.studies import filling as filling_file
 from cbam.studies import training as training_file
-from cbam.studies.conduct import conduct, find_pictures, prepare
+from cbam.studies.conduct import conduct, find_images, prepare
 from cbam.studies.records import Records
 from cbam.studies.tables import STUDIES
 from cbam.studies.tabulate import tables
@@ -52,7 +52,7 @@ class Listener(Silent):
 def study(out, name="order", watch=None, arms=("se", "channel-spatial"), **changes):
     """Two rows of a study, of which a run takes a fraction of a second."""
     own = TINY | changes
-    pictures = find_pictures("digits", own)
+    pictures = find_images("digits", own)
     return prepare(name, pictures, own, out=str(out), device="cpu", watch=watch, arms=list(arms))
 
 
@@ -391,7 +391,7 @@ def folder_of_pictures(path, train=8, name="{}.png"):
 def on_pictures(path, out, name="order", arms=("se",), **changes):
     """A study of one epoch on such a folder."""
     own = {"network": "resnet_tiny", "epochs": 1, "batch_size": 8, "precision": "fp32"} | changes
-    pictures = find_pictures(str(path), own)
+    pictures = find_images(str(path), own)
     return prepare(name, pictures, own, out=str(out), device="cpu", arms=list(arms))
 
 
@@ -428,7 +428,7 @@ def test_records_of_a_part_of_the_images_and_of_a_copy_elsewhere_stand_beside_ea
 
 
 def test_bfloat16_on_images_that_stay_on_the_device(tmp_path):
-    pictures = find_pictures(str(folder_of_pictures(tmp_path / "pictures")), {})
+    pictures = find_images(str(folder_of_pictures(tmp_path / "pictures")), {})
     wanted = prepare(
         "order", pictures, {"network": "resnet_tiny", "epochs": 1, "batch_size": 8},
         out=str(tmp_path / "out"), device="cpu", arms=["se"],
@@ -444,9 +444,9 @@ def test_bfloat16_on_images_that_stay_on_the_device(tmp_path):
 
 def test_no_warm_up_is_recorded_as_in_records_without_one(tmp_path):
     cold = prepare(
-        "order", find_pictures("digits", {}), {"warmup_epochs": 0.0}, out=str(tmp_path), device="cpu"
+        "order", find_images("digits", {}), {"warmup_epochs": 0.0}, out=str(tmp_path), device="cpu"
     )
-    usual = prepare("order", find_pictures("digits", {}), {}, out=str(tmp_path), device="cpu")
+    usual = prepare("order", find_images("digits", {}), {}, out=str(tmp_path), device="cpu")
     assert cold.protocol == usual.protocol
 
 
@@ -470,7 +470,7 @@ def test_what_does_not_go_together_is_refused_before_any_work(tmp_path, name, ch
     # C6, C12
     how = {"out": str(tmp_path / "out"), "device": "cpu", **how}
     with pytest.raises(ConfigError, match=told):
-        prepare(name, find_pictures("digits", changes), changes, **how)
+        prepare(name, find_images("digits", changes), changes, **how)
     assert not (tmp_path / "out").exists()
 
 

@@ -179,7 +179,7 @@ def test_a_published_run_takes_images_as_they_are_stored_where_it_was_trained_on
     assert not cbam.hub.card_of(tmp_path / "shared").exif
     asked = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scoring, "unsplit_set", lambda data, size, exif: asked.append(exif))
+        patch.setattr(scoring, "evaluation_set", lambda data, size, exif: asked.append(exif))
         with pytest.raises(DataError):
             score(tmp_path / "shared", data=str(tmp_path / "nowhere"), device="cpu")
     assert asked == [False]
@@ -217,9 +217,9 @@ def test_a_checkpoint_under_another_name_is_that_of_its_run(own, tmp_path):
     assert losses == losses[:1] * 3
     assert score(best, device="cpu", size=64)[0].loss != losses[0]
     average = average_of(checkpoint.load(made))
-    weights = material.weights_at(str(best))
+    weights = material.weights_from(str(best))
     assert all(torch.equal(weights[name], tensor) for name, tensor in average.items())
-    assert material.network_at(str(best)) == "resnet_tiny"
+    assert material.network_name(str(best)) == "resnet_tiny"
     assert source(str(best), None, None).card.classes == ("bright", "dark")
     assert viewer(None, str(best), [], None, None).classes == ["bright", "dark"]
     with pytest.raises(ConfigError, match="holds a classifier"):

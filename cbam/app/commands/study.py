@@ -77,7 +77,7 @@ def run(options: argparse.Namespace) -> int:
         return _list()
     need("cbam study", EXTRAS)
     options.name = list(dict.fromkeys(options.name))  # a study given twice is filled once
-    from cbam.studies.conduct import find_study, told, write_tables
+    from cbam.studies.conduct import as_text, find_study, write_tables
     from cbam.studies.records import Records
 
     folders = {name: (Records(options.out, name), find_study(name)) for name in options.name}
@@ -90,7 +90,7 @@ def run(options: argparse.Namespace) -> int:
     if options.plan:
         return 0
     for records, study in folders.values():
-        if table := told(records, study):
+        if table := as_text(records, study):
             show("")
             show(table)
             show(f"Records, tables and figures: {records.path}")
@@ -103,12 +103,12 @@ def run(options: argparse.Namespace) -> int:
 
 def _fill(options: argparse.Namespace) -> int:
     """Train the missing runs; returns how many are still left."""
-    from cbam.studies.conduct import conduct, find_pictures, prepare
+    from cbam.studies.conduct import conduct, find_images, prepare
 
     changes = {name: getattr(options, name) for name in _CHANGES if hasattr(options, name)}
     end = None if options.budget is None else time.monotonic() + options.budget
     with terminable(), progress() as watch:
-        pictures = find_pictures(options.dataset, changes, options.name)
+        pictures = find_images(options.dataset, changes, options.name)
         fillings = [
             prepare(
                 name, pictures, changes, out=options.out, device=options.device, workers=options.workers,

@@ -70,9 +70,9 @@ def run(options: argparse.Namespace) -> int:
         )  # fmt: skip
     last = history[-1]
     if not quiet:
-        from cbam.train.task import told
+        from cbam.train.task import summary
 
-        show(f"Done: {told(last)}; in {folder}")
+        show(f"Done: {summary(last)}; in {folder}")
     return 0
 
 

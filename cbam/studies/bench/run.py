@@ -20,7 +20,7 @@ from cbam.nn import CBAM
 from cbam.studies import machine
 from cbam.studies.bench import gate, rivals
 from cbam.studies.bench.settings import Bench
-from cbam.studies.timing import NETWORK, Step, Timed, in_turns, without_host
+from cbam.studies.timing import NETWORK, Step, Timed, device_only, in_turns
 from cbam.surgery import attach
 from cbam.surgery.effects import seeded
 from cbam.train.fitting import pick_device
@@ -111,7 +111,7 @@ class _Measure:
             for _ in range(2)
         )
         size = x.numel() * x.element_size()
-        copy_ms = without_host({"copy": lambda: shortcut.copy_(x)}, self.device, rounds=5)["copy"].median
+        copy_ms = device_only({"copy": lambda: shortcut.copy_(x)}, self.device, rounds=5)["copy"].median
         speed = 2 * size / copy_ms  # bytes per millisecond
         for training in (False, True):
             # Passes over the map that cannot be avoided; docs/kernels.md counts them.
@@ -204,7 +204,7 @@ class _Measure:
         timed = in_turns(steps, self.device, rounds=self.settings.rounds, least=least)
         ours = timed["cbam"].median
         if floor and self.device.type == "cuda":
-            ours = without_host({"cbam": steps["cbam"]}, self.device, rounds=5)["cbam"].median
+            ours = device_only({"cbam": steps["cbam"]}, self.device, rounds=5)["cbam"].median
         for name, found in timed.items():
             row = self._row(op, shape, layout, training, name, found) | {
                 "peer": next(iter(steps)),
