@@ -87,9 +87,7 @@ def prepare(
     """
     study, where = find_study(name), pick_device(device)
     if study.many_networks and changes.get("network"):
-        raise ConfigError(
-            f"study {name} has its own networks: leave --network out, or select rows with --arms"
-        )
+        raise ConfigError(f"study {name} has its own networks: omit --network, or select rows with --arms")
     if "+" in (changes.get("network") or ""):
         raise ConfigError(
             f"network must be the plain network, got {changes['network']!r}; the rows attach the attention"

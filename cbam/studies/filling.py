@@ -293,7 +293,7 @@ def origin(commit: str | None) -> dict[str, Any]:
         return {"commit": commit, "dirty": None if commit is None else False, "source": source}
     own = found.removesuffix("+changes")
     if commit is not None and not own.startswith(commit):
-        raise ConfigError(f"--commit {commit}: this is a checkout of {own}; leave --commit out")
+        raise ConfigError(f"--commit {commit}: this is a checkout of {own}; omit --commit")
     return {"commit": own, "dirty": found != own, "source": source}
 
 

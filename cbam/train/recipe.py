@@ -19,7 +19,7 @@ class Recipe:
         epochs: passes over the training images.
         batch_size: images per step, on all devices together; for the last step see `cbam.data.loader`.
         optimizer: "sgd" (with `momentum`) or "adamw".
-        lr: the highest learning rate.
+        lr: the peak learning rate.
         weight_decay: on every parameter, as in the paper; with `decay_matrices_only` not on biases and norms.
         schedule: "cosine" (half a cosine down to zero over the run, arXiv 1608.03983), "step" (the
             paper's: divided by 10 every `step_epochs` epochs, or after each of `milestones`) or "constant".

@@ -39,7 +39,7 @@ class Config:
     epochs: int = option(10, "passes over the training images", "N")
     batch_size: int = option(64, "images per step, on all devices together", "N")
     optimizer: str = option("sgd", f"one of {', '.join(OPTIMIZERS)}", "NAME")
-    lr: float = option(0.05, "highest learning rate", "RATE")
+    lr: float = option(0.05, "peak learning rate", "RATE")
     momentum: float = option(0.9, "momentum of SGD", "M")
     weight_decay: float = option(1e-4, "weight decay, on every parameter", "W")
     decay_matrices_only: bool = option(False, "no weight decay on biases and norm layers")

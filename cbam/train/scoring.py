@@ -77,7 +77,7 @@ def _published(
 ) -> _Candidate:
     """A folder of `save_pretrained`, whose card has the preprocessing."""
     if model is not None:
-        raise ConfigError(f"{path} records its own network: leave --model out")
+        raise ConfigError(f"{path} records its own network: omit --model")
     net, card = hub.from_pretrained(path), hub.card_of(path)
     if data is None and card.data != NAME:
         raise ConfigError(f"{path} does not record where its images are: give DATA, an image folder")

@@ -371,7 +371,7 @@ Backwarded tail_backward(Tensor grad, Tensor x, Maybe out, Maybe gamma, Maybe be
                          Maybe kernel, Maybe s_gamma, Maybe s_beta, bool s_batch, double s_eps, double spatial_gain,
                          bool relu, Tensor m, Tensor e, Tensor k, Tensor mu, Tensor v, Tensor gate, Tensor s,
                          Tensor s_mu, Tensor s_v, bool need_x, bool need_shortcut) {
-  STD_TORCH_CHECK(!relu || out, "cbam: the gradient of the rectifier needs out");
+  STD_TORCH_CHECK(!relu || out, "cbam: the gradient of the ReLU needs out");
   x = dense(x);
   grad = like(grad, x, "the gradient");
   if (relu) out = like(*out, x, "out");

@@ -383,7 +383,7 @@ def test_a_published_folder_is_scored_as_its_card_says_images_come_to_it(picture
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (card.mean, card.std))
     expected = network.eval()((seen - mean) / std).softmax(1).detach()
     assert torch.allclose(scored.probabilities, expected.double(), atol=1e-6)
-    with pytest.raises(ConfigError, match="leave --model out"):
+    with pytest.raises(ConfigError, match="omit --model"):
         score(folder, data=str(pictures), model="resnet_tiny", device="cpu")
     with pytest.raises(ConfigError, match="give DATA"):
         score(folder, device="cpu")

@@ -47,7 +47,7 @@ def add(parser: Parser) -> None:
     parser.add_argument("--network", default=unset, metavar="NAME", help="network, see `cbam list`")
     parser.add_argument("--epochs", type=count, default=unset, metavar="N", help="epochs of a run")
     parser.add_argument("--batch-size", type=count, default=unset, metavar="N", help="images per step")
-    parser.add_argument("--lr", type=float, default=unset, metavar="RATE", help="highest learning rate")
+    parser.add_argument("--lr", type=float, default=unset, metavar="RATE", help="peak learning rate")
     parser.add_argument(
         "--warmup-epochs",
         type=float,
