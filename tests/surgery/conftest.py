@@ -1,4 +1,4 @@
-"""Residual networks written by hand, so that most tests need torch alone."""
+"""Residual networks written by hand, so that most tests need only torch."""
 
 import pytest
 import torch
@@ -44,7 +44,7 @@ class Net(nn.Module):
 
 @pytest.fixture
 def net():
-    """The hand-written network in eval mode, its norms drawn so that every branch counts."""
+    """The hand-written network in eval mode, its norms drawn at random, so that every branch counts."""
     model = Net().eval()
     for m in model.modules():
         if isinstance(m, nn.BatchNorm2d):

@@ -1,4 +1,4 @@
-"""Blocks and networks whose end may run as one operation, for the tests of that."""
+"""Blocks and networks for the tests of fused tails."""
 
 import timm
 import torch
@@ -13,7 +13,7 @@ WIDTHS = {"resnet50": {}, "resnext50_32x4d": {"groups": 32, "width_per_group": 4
 
 
 def network(name):
-    """A network of a library; of those with bottlenecks a short one."""
+    """A network of a library, shortened if it has bottlenecks."""
     library, _, model = name.partition("/")
     torch.manual_seed(0)
     if library == "timm":
@@ -25,7 +25,7 @@ def network(name):
 
 
 class Branch(nn.Module):
-    """A block whose forward does with the values inside it what `habit` says."""
+    """A block whose forward holds on to an inner value in the way that `habit` says."""
 
     def __init__(self, habit: str = "") -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class Branch(nn.Module):
 
 
 def look(out, habit):
-    """Ways to hold on to a value, none of them an operation that a trace would see."""
+    """Ways to hold on to a value that a trace does not see."""
     if not habit or type(out) is not torch.Tensor:
         return []
     ways = {
@@ -79,7 +79,7 @@ def unlike(model):
 
 
 class Shortened(nn.Module):
-    """A block with a shortcut of its own, whose forward treats that in one `way`."""
+    """A block with a shortcut of its own, whose subclasses use it in different ways."""
 
     def __init__(self, way: str = "called", layers: nn.Module | None = None) -> None:
         super().__init__()

@@ -33,7 +33,7 @@ def build(name):
         model = timm.create_model(network, num_classes=7)
     else:
         model = torchvision.models.get_model(network, num_classes=7)
-    for module in model.modules():  # no branch at zero, as a trained network has none
+    for module in model.modules():  # as in a trained network, no branch is zero
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.weight, 0.5, 1.0)
             nn.init.uniform_(module.running_var, 0.8, 1.2)
@@ -93,7 +93,7 @@ def test_half_precision_networks_stay_bit_equal(name, dtype):
 
 @pytest.mark.parametrize("depths", [(1, 1, 1, 1), (1, 2, 1, 1)])
 @pytest.mark.parametrize("layer_type", ["basic", "bottleneck"])
-def test_residual_networks_of_transformers(depths, layer_type):
+def test_transformers_resnets_stay_bit_equal(depths, layer_type):
     transformers = pytest.importorskip("transformers")
     config = transformers.ResNetConfig(
         embedding_size=8, hidden_sizes=[16, 32, 32, 64], depths=list(depths), layer_type=layer_type
@@ -141,7 +141,7 @@ def test_imagenet_weights_give_bit_equal_logits_after_an_identity_start():
     assert len(attached(model)) == 9
 
 
-def test_the_page_of_the_matrix_is_computed_from_its_rows():
+def test_the_matrix_page_is_computed_from_its_results():
     program = runpy.run_path(str(ROOT / "benchmarks" / "matrix.py"))
     rows = [json.loads(line) for line in program["RESULTS"].read_text("utf-8").splitlines()]
     expected = program["networks"]()
@@ -152,6 +152,6 @@ def test_the_page_of_the_matrix_is_computed_from_its_rows():
     assert "\n".join(page) + "\n" == (ROOT / "docs" / "matrix.md").read_text("utf-8"), "run make matrix"
 
 
-def test_the_sample_is_part_of_what_was_counted_by_hand():
+def test_sampled_networks_are_counted_by_hand():
     assert len(SAMPLE) >= 25
     assert set(SAMPLE) <= NETWORKS.keys()

@@ -1,4 +1,4 @@
-"""Attention goes in and comes out again, and nothing else moves."""
+"""Attention is attached and detached, and nothing else changes."""
 
 import abc
 import copy
@@ -26,7 +26,7 @@ TRACED = torch.zeros(1, 3, 16, 16)
 
 
 def fingerprint(model):
-    """Everything `attach` must not move, and `detach` must bring back."""
+    """Everything `attach` must not change, and `detach` must restore."""
     digest = hashlib.sha256()
     for key, value in model.state_dict().items():
         digest.update(key.encode() + value.cpu().float().numpy().tobytes())
@@ -40,7 +40,7 @@ def plain_part(model):
 
 
 def open_gates(model):
-    """Move every attention away from its start, so that skipping it would show."""
+    """Change every attention from its start, so that skipping it would show."""
     for part in attached(model).values():
         for p in part.parameters():
             nn.init.normal_(p, std=0.5)
@@ -68,7 +68,7 @@ def test_the_paper_start_is_the_released_initialisation(net):
         assert not part.spatial.bn.weight.any()
 
 
-def test_a_bypassed_network_computes_the_plain_function_and_is_whole_again(net, images):  # S17
+def test_bypassing_gives_the_plain_output_and_is_undone_on_exit(net, images):  # S17
     expected = net(images)
     refined = open_gates(cbam.attach(net))
     attended, before = refined(images), fingerprint(refined)
@@ -85,7 +85,7 @@ def test_a_bypassed_network_computes_the_plain_function_and_is_whole_again(net, 
 
 
 @pytest.mark.parametrize("where", ["one", r"two\.second", "", "stem"])
-def test_attention_is_bypassed_wherever_it_is(net, images, where):  # S17
+def test_attention_anywhere_can_be_bypassed(net, images, where):  # S17
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()) if not where else net
     x = torch.randn(2, 3, 9, 9) if not where else images
     if where == "stem":
@@ -100,13 +100,13 @@ def test_attention_is_bypassed_wherever_it_is(net, images, where):  # S17
 
 
 class _Residual(nn.Sequential):
-    """Runs all of its children in turn, whatever they are."""
+    """Runs all of its children in turn."""
 
     def forward(self, x):
         return x + super().forward(x)
 
 
-def test_a_block_that_runs_its_children_in_turn_is_bypassed_too():  # S17
+def test_a_block_that_iterates_over_its_children_is_bypassed():  # S17
     body = nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 1)
     block, x = _Residual(*body).eval(), torch.randn(2, 8, 9, 9)
     expected = block(x)
@@ -130,7 +130,7 @@ def test_detach_restores_outputs_keys_order_hooks_and_classes(net, images):  # S
     assert "_cbam_route" not in dir(net.one)
 
 
-def test_attaching_runs_no_hook_and_moves_no_buffer(net):
+def test_attaching_runs_no_hook_and_changes_no_buffer(net):
     net.train()
     for m in net.modules():
         m.register_forward_hook(lambda *a: pytest.fail("a hook ran"))
@@ -158,7 +158,7 @@ def test_plain_and_attached_checkpoints_load(net, images):  # S18
     assert torch.equal(late(images), plain(images))
 
 
-def test_new_parts_follow_their_host(net):  # S11
+def test_attention_takes_the_state_of_its_block(net):  # S11
     net.train().to(memory_format=torch.channels_last)
     net.one.requires_grad_(False)
     net.two.eval()
@@ -189,7 +189,7 @@ def test_every_parameter_gets_a_gradient_and_learns_after_a_few_steps(net, image
 
 
 @pytest.mark.parametrize("start", ["identity", "paper"])
-def test_what_is_attached_and_loaded_in_inference_mode_can_be_trained(net, images, start):  # S20
+def test_a_network_attached_in_inference_mode_can_be_trained(net, images, start):  # S20
     weights = cbam.attach(copy.deepcopy(net)).state_dict()
     with torch.inference_mode():
         cbam.attach(net, start=start)
@@ -199,7 +199,7 @@ def test_what_is_attached_and_loaded_in_inference_mode_can_be_trained(net, image
     assert all(p.grad is not None for p in net.parameters())
 
 
-def test_survives_conversion_to_synchronised_batchnorm(net, images):
+def test_attention_survives_conversion_to_sync_batchnorm(net, images):
     open_gates(cbam.attach(net))
     expected = net(images)
     converted = nn.SyncBatchNorm.convert_sync_batchnorm(net).eval()
@@ -221,7 +221,7 @@ def test_copies_and_pickles_are_independent_and_equal(net, images, tmp_path):  #
     assert torch.equal(net(images), expected)
 
 
-def test_survives_every_way_of_capturing_a_network(net, images, tmp_path):  # S19, T33
+def test_attention_survives_compile_export_fx_and_jit_trace(net, images, tmp_path):  # S19, T33
     open_gates(cbam.attach(net))
     expected = net(images)
     torch._dynamo.reset()
@@ -234,14 +234,14 @@ def test_survives_every_way_of_capturing_a_network(net, images, tmp_path):  # S1
     torch._dynamo.reset()
 
 
-def test_a_trace_with_gradients_passes_torchs_own_check():  # as TensorBoard's add_graph traces
+def test_a_jit_trace_with_gradients_passes_torchs_check():  # as TensorBoard's add_graph traces
     net = cbam.attach(torchvision.models.resnet18(num_classes=3)).eval()
     x = torch.randn(2, 3, 32, 32)
     assert torch.is_grad_enabled()  # the check traces once more without
     torch.testing.assert_close(torch.jit.trace(net, x)(x), net(x), rtol=1e-4, atol=1e-5)
 
 
-def test_compiles_whole_in_training(net, images):
+def test_compiles_as_one_graph_in_training(net, images):
     open_gates(cbam.attach(net.train()))
     torch._dynamo.reset()
     torch.compile(net, fullgraph=True, backend="aot_eager")(images).sum().backward()
@@ -249,7 +249,7 @@ def test_compiles_whole_in_training(net, images):
     torch._dynamo.reset()
 
 
-def test_scripting_refuses_rather_than_drop_the_attention(net):
+def test_scripting_is_refused_and_changes_nothing(net):
     cbam.attach(net)
     before = {name: id(module) for name, module in net.named_modules()}
     with pytest.raises(ExportError, match=r"ChannelAttention .* take torch\.jit\.trace"):
@@ -273,7 +273,7 @@ class _Negated(nn.Module):
         return -x
 
 
-def test_a_block_whose_class_was_changed_later_keeps_its_attention(net, images):  # S12
+def test_a_block_parametrised_after_attaching_keeps_its_attention(net, images):  # S12
     net.two.weight = nn.Parameter(torch.ones(1))
     plain = net(images)
     open_gates(cbam.attach(net))
@@ -299,7 +299,7 @@ def test_a_block_used_twice_has_one_attention(net):  # S1
     assert len({id(p) for p in net.parameters()}) == len(list(net.parameters()))
 
 
-def test_attaching_twice_is_refused_and_names_the_places(net):  # S2
+def test_attaching_twice_is_refused_and_names_the_sites(net):  # S2
     cbam.attach(net)
     before = fingerprint(net)
     with pytest.raises(AttachError, match=r"already attached at one, two, repeated; call cbam.detach"):
@@ -355,9 +355,9 @@ class _TwoTimes(nn.Conv2d):
         return torch.cat([x, super().forward(x)], 1)
 
 
-def test_outputs_of_modules_of_the_users_own_are_observed(images):  # S5
+def test_output_channels_of_user_modules_are_observed(images):  # S5
     model = nn.Sequential(_TwoTimes(3, 5, 1), _Concatenates(nn.Conv2d(8, 4, 1)), nn.Conv2d(12, 2, 1)).eval()
-    model[1].register_forward_hook(lambda *_: pytest.fail("a hook of the user's fired"))
+    model[1].register_forward_hook(lambda *_: pytest.fail("a user's hook ran"))
     before = fingerprint(model)
     with pytest.raises(AttachError, match="attention after 1 would run 2 times"):
         cbam.attach(model, "1")
@@ -368,13 +368,13 @@ def test_outputs_of_modules_of_the_users_own_are_observed(images):  # S5
     assert torch.equal(model(images), expected)
 
 
-def test_a_forward_on_the_instance_is_refused(net):
+def test_a_forward_assigned_to_the_instance_is_refused(net):
     net.stem.forward = lambda x: F.max_pool2d(x[:, :1].expand(-1, 8, -1, -1), 2)
     with pytest.raises(AttachError, match="stem has a forward assigned to the instance"):
         cbam.attach(net, "stem")
 
 
-def test_a_slice_of_a_sequence_with_attention_is_plain(images):  # S22
+def test_a_slice_of_an_attached_sequential_is_plain(images):  # S22
     model = nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 1))).eval()
     part = cbam.attach(model, "0")[0][:2]
     assert (attached(part), cbam.sites(part)) == ({}, [])
@@ -397,14 +397,14 @@ def test_a_slice_of_a_sequence_with_attention_is_plain(images):  # S22
         (lambda name, module: False, "no whole module name"),
     ],
 )
-def test_places_that_are_none_are_refused_and_nothing_changes(net, where, words):
+def test_an_invalid_where_is_refused_and_nothing_changes(net, where, words):
     before = fingerprint(net)
     with pytest.raises(AttachError, match=words):
         cbam.attach(net, where)
     assert fingerprint(net) == before
 
 
-def test_a_broken_pattern_and_an_unknown_start_are_refused(net):
+def test_an_invalid_pattern_and_an_unknown_start_are_refused(net):
     with pytest.raises(InputError, match="not a valid regular expression"):
         cbam.attach(net, "(")
     with pytest.raises(InputError, match='"identity" or "paper", got \'zero\''):
@@ -412,25 +412,25 @@ def test_a_broken_pattern_and_an_unknown_start_are_refused(net):
 
 
 @pytest.mark.parametrize("where", [["one"], ("one",), {"one"}, 1, re.compile(b"one")])
-def test_a_where_of_another_type_is_refused(net, where):
+def test_a_where_of_the_wrong_type_is_refused(net, where):
     with pytest.raises(
         InputError, match=r"where must be a regular expression or .*, got .*; join several names"
     ):
         cbam.attach(net, where)
 
 
-def test_a_compiled_pattern_is_a_where(net):
+def test_where_may_be_a_compiled_pattern(net):
     assert list(attached(cbam.attach(net, re.compile("on[ae]")))) == ["one"]
 
 
-def test_attention_on_a_module_without_weights_follows_the_model(images):  # S11
+def test_attention_on_a_module_without_weights_has_the_models_dtype(images):  # S11
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.MaxPool2d(2), nn.Conv2d(8, 2, 1)).to(torch.bfloat16)
     expected = model(images.bfloat16())
     cbam.attach(model, "1")
     assert torch.equal(model(images.bfloat16()), expected)
 
 
-def test_attention_in_the_place_of_where_is_told(net):
+def test_attention_passed_as_where_is_reported(net):
     for attention in (cbam.CBAM, cbam.CBAM(8)):
         with pytest.raises(
             InputError, match="the second argument is where, got a module; pass it as attention="
@@ -440,7 +440,7 @@ def test_attention_in_the_place_of_where_is_told(net):
         cbam.attach(net, "eca")
 
 
-def test_networks_without_residual_blocks_say_so():  # S3, S22
+def test_networks_without_residual_blocks_are_refused():  # S3, S22
     for model in (
         nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()),
         nn.Linear(3, 3),
@@ -450,7 +450,7 @@ def test_networks_without_residual_blocks_say_so():  # S3, S22
             cbam.attach(model)
 
 
-def test_a_module_graph_with_a_cycle_ends(net, images):  # S22
+def test_a_cycle_in_the_module_graph_is_handled(net, images):  # S22
     object.__setattr__(net.one, "parent", net)
     net.one._modules["parent"] = net
     expected = net(images)
@@ -480,7 +480,7 @@ def test_wrapped_models_are_refused(net, wrap, words):
         cbam.attach(wrap(net))
 
 
-def test_a_wrapped_model_is_told_what_was_asked_of_it(net):
+def test_the_refusal_of_a_wrapped_model_names_the_call(net):
     wrapped = nn.DataParallel(cbam.attach(net))
     with pytest.raises(AttachError, match="DataParallel as the model: detach before wrapping"):
         cbam.detach(wrapped)
@@ -488,7 +488,7 @@ def test_a_wrapped_model_is_told_what_was_asked_of_it(net):
         pass
 
 
-def test_a_traced_graph_is_left_alone_and_says_so(net, images):
+def test_an_fx_graph_is_refused_and_unchanged(net, images):
     traced = torch.fx.symbolic_trace(net)
     expected = traced(images)
     with pytest.raises(AttachError, match=r"the model: a torch.fx graph.*: attach, then trace"):
@@ -499,7 +499,7 @@ def test_a_traced_graph_is_left_alone_and_says_so(net, images):
     assert torch.equal(traced(images), expected)
 
 
-def test_a_wrapper_for_many_devices_is_refused_and_unchanged(net, tmp_path):  # S8
+def test_attaching_is_refused_after_ddp_and_works_before(net, tmp_path):  # S8
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         wrapped = nn.parallel.DistributedDataParallel(net)
@@ -513,7 +513,7 @@ def test_a_wrapper_for_many_devices_is_refused_and_unchanged(net, tmp_path):  # 
         torch.distributed.destroy_process_group()
 
 
-def test_attached_first_a_network_can_be_sharded_and_its_weights_load_before_that(net, tmp_path):  # S8
+def test_attaching_and_loading_are_refused_after_sharding_and_work_before(net, tmp_path):  # S8
     from torch.distributed.fsdp import fully_shard
 
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
@@ -562,7 +562,7 @@ def test_attached_networks_can_be_quantised(net, name):
     assert (found - exact).abs().max() < 0.02 * exact.abs().max()
 
 
-def test_a_block_with_an_attribute_of_that_name_is_refused_before_anything_changes(net):
+def test_a_block_with_an_attribute_cbam_is_refused_and_nothing_changes(net):
     net.two.cbam = "mine"
     before = fingerprint(net)
     with pytest.raises(AttachError, match="two has an attribute 'cbam' of its own"):
@@ -615,14 +615,14 @@ def test_attention_that_does_not_fit_is_refused_and_nothing_changes(net, attenti
         (cbam.CBAM(8), "got a CBAM"),
     ],
 )
-def test_attention_that_makes_no_module_is_refused_and_nothing_changes(net, attention, words):  # S15
+def test_an_invalid_attention_is_refused_and_nothing_changes(net, attention, words):  # S15
     before = fingerprint(net)
     with pytest.raises(InputError, match=words):
         cbam.attach(net, attention=attention)
     assert fingerprint(net) == before
 
 
-def test_attention_goes_by_the_name_of_the_command_line(net):
+def test_attention_may_be_a_name_of_the_command_line(net):
     cbam.attach(net, attention="eca")
     assert isinstance(net.one.cbam, cbam.nn.ECA)
 
@@ -643,7 +643,7 @@ class _Registered(Block, metaclass=_Registry):
         raise TypeError("a subclass needs a key")
 
 
-def test_a_registry_of_classes_hears_of_nothing():  # S16
+def test_attaching_adds_nothing_to_a_class_registry():  # S16
     net, x = nn.Sequential(nn.Conv2d(3, 8, 1), _Registered(8, 8)).eval(), torch.randn(1, 3, 7, 5)
     known, expected = dict(_Registry.known), net(x)
     cbam.attach(net)
@@ -670,7 +670,7 @@ def test_a_failure_at_the_last_block_rolls_back(net):  # S15
     assert fingerprint(net) == before
 
 
-def test_foreign_attention_takes_part_by_offering_identity(net, images):
+def test_foreign_attention_with_identity_starts_bit_equal(net, images):
     class Scale(nn.Module):
         def __init__(self, channels):
             super().__init__()
@@ -686,14 +686,14 @@ def test_foreign_attention_takes_part_by_offering_identity(net, images):
     assert torch.equal(cbam.attach(net, attention=Scale)(images), expected)
 
 
-def test_the_reversed_order_is_a_composition(net, images):
+def test_the_reversed_order_is_a_sequential(net, images):
     expected = net(images)
     cbam.attach(net, attention=lambda c: nn.Sequential(cbam.SpatialAttention(), cbam.ChannelAttention(c)))
     assert torch.equal(net(images), expected)
 
 
 @pytest.mark.parametrize("call", [cbam.attach, cbam.detach, cbam.sites])
-def test_what_is_no_model_is_refused(call):
+def test_a_non_module_is_refused(call):
     with pytest.raises(InputError, match=r"expected an nn.Module, got str"):
         call("resnet50")
 

@@ -1,4 +1,4 @@
-"""Blocks whose forward asks about its input: the shape, whether it needs gradients, what else was given."""
+"""Blocks whose forward branches on its input: its shape, whether it needs gradients, other arguments."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ def conv(channels):
 
 
 class Host(nn.Module):
-    """A block of eight channels: a branch, and what the cases below need."""
+    """A block of eight channels with the parts that the cases below need."""
 
     def __init__(self):
         super().__init__()
@@ -69,7 +69,7 @@ class Recomputes(Host):
 
 
 class TakesSpareArguments(Host):
-    """As the residual blocks of diffusers, which warn of a `scale` that nobody gives any more."""
+    """As the residual blocks of diffusers, which warn about the removed argument `scale`."""
 
     def forward(self, x, *args, **kwargs):
         if len(args) > 0 or kwargs.get("scale") is not None:
@@ -93,7 +93,7 @@ class AddsInAChild(Host):
         (AddsInAChild, True),
     ],
 )
-def test_a_block_that_asks_about_its_input_gets_attention_and_keeps_its_function(kind, ends_in_relu):
+def test_a_block_that_inspects_its_input_gets_attention_and_keeps_its_output(kind, ends_in_relu):
     block = kind().eval()
     x = torch.randn(2, 8, 9, 7)
     expected = block(x)
@@ -109,17 +109,17 @@ def test_a_block_that_asks_about_its_input_gets_attention_and_keeps_its_function
     assert type(cbam.detach(block)) is kind
 
 
-class DecidesByNumbers(Host):
+class BranchesOnValues(Host):
     def forward(self, x):
         return x if x.sum() > 1e9 else x + self.branch(x)
 
 
-def test_a_block_that_decides_by_the_numbers_in_its_input_is_left_out():
-    (site,) = cbam.sites(DecidesByNumbers())
+def test_a_block_that_branches_on_values_is_left_out():
+    (site,) = cbam.sites(BranchesOnValues())
     assert str(site) == "(the model): left out, cannot be traced: it branches on its input"
 
 
-class DecidesInTraining(Host):
+class BranchesInTraining(Host):
     """No child can be redirected, and the forward to generate from has two paths."""
 
     def forward(self, x):
@@ -129,8 +129,8 @@ class DecidesInTraining(Host):
         return x + y
 
 
-def test_a_block_that_cannot_be_traced_in_training_is_a_reason_and_no_error():
-    model = nn.Sequential(DecidesInTraining(), ComparesShapes())
+def test_a_block_untraceable_in_training_is_left_out_with_a_reason():
+    model = nn.Sequential(BranchesInTraining(), ComparesShapes())
     left_out, taken = cbam.sites(model)
     assert "cannot be traced in training: it branches on its input" in left_out.why
     assert taken.default
@@ -143,7 +143,7 @@ class ListOfLayersOfAnySize(Host):
         return x + y if x.shape == y.shape else y
 
 
-def test_no_forward_is_generated_from_one_path_of_several():
+def test_no_forward_is_generated_for_a_branching_block():
     (site,) = cbam.sites(ListOfLayersOfAnySize())
     assert not site.default
     assert "cannot be traced in evaluation: it branches on its input" in site.why
@@ -154,7 +154,7 @@ class AddsInAChildAfterAList(Host):
         return self.plus(self.layers[0](self.act(self.a(x))), x)
 
 
-def test_no_forward_is_generated_that_would_leave_out_a_child_that_adds():
+def test_no_forward_is_generated_if_a_child_does_the_add():
     (site,) = cbam.sites(AddsInAChildAfterAList())
     assert not site.default
     assert "adds in self.plus, which a generated one would leave out" in site.why
@@ -169,11 +169,11 @@ class NamedLikeAnAdd(Host):
         return self.add(self.branch(x), x)
 
 
-def test_a_child_that_is_called_add_is_no_addition():
+def test_a_child_named_add_is_not_an_addition():
     assert cbam.sites(NamedLikeAnAdd()) == []
 
 
-def test_an_end_that_runs_as_one_operation_is_not_made_of_one_path_of_several():
+def test_a_branching_block_gets_no_fused_tail():
     (site,) = cbam.sites(ComparesShapes())
     assert site.route is not None
     assert not site.route.tail

@@ -1,4 +1,4 @@
-"""Weights of other CBAM codes: brought over where the function is the same, refused where it is not."""
+"""Weights of other CBAM implementations: loaded if the function is the same, refused if not."""
 
 import runpy
 from pathlib import Path
@@ -28,7 +28,7 @@ def gap(ours, theirs, x):
 
 
 class Block(nn.Module):
-    """A residual block with another code's attention in it, or with none."""
+    """A residual block with another implementation's attention, or with none."""
 
     def __init__(self, channels, attention=None, name="attn"):
         super().__init__()
@@ -54,13 +54,13 @@ def network(attention=None, name="attn"):
     return nn.Sequential(nn.Conv2d(3, 64, 1), block, nn.Conv2d(64, 5, 1))
 
 
-def test_the_page_says_what_the_program_finds():
+def test_the_dialects_page_is_up_to_date():
     page = (ROOT / "docs" / "dialects.md").read_text("utf-8")
     assert PROGRAM["filled"](page) == page, "run make cards"
 
 
 @pytest.mark.parametrize("biases", [False, True])
-def test_timm_is_restated_as_it_is(biases):
+def test_the_restated_timm_equals_timm(biases):
     """K10"""
     timm_cbam = pytest.importorskip("timm.layers.cbam")
     restated = drawn(DIALECTS["timm, `mlp_bias=True`" if biases else "timm"](256))
@@ -71,7 +71,7 @@ def test_timm_is_restated_as_it_is(biases):
 
 @pytest.mark.parametrize("start", ["paper", "identity"])
 @pytest.mark.parametrize("name", SAME)
-def test_a_module_of_the_same_function_brings_its_weights(name, start):
+def test_weights_of_an_equivalent_module_load(name, start):
     """K10"""
     theirs, ours = drawn(DIALECTS[name](256)), cbam.CBAM(256).double().eval()
     if start == "identity":
@@ -84,15 +84,15 @@ def test_a_module_of_the_same_function_brings_its_weights(name, start):
 
 
 @pytest.mark.parametrize("name", SAME)
-def test_only_a_gate_with_a_norm_trains_the_same(name):
-    """`Loaded.eval_only` says so."""
+def test_training_differs_only_if_eval_only_is_set(name):
+    """Without a norm in their gate, training computes something else."""
     theirs, ours = drawn(DIALECTS[name](256)), cbam.CBAM(256).double()
     loaded = cbam.load_weights(ours, theirs.state_dict())
     assert (gap(ours.train(), theirs.train(), image()) > 0.1) == loaded.eval_only
 
 
 @pytest.mark.parametrize(("name", "child"), [(n, c) for n in SAME for c in ("attn", "")])
-def test_a_network_brings_the_attention_of_its_blocks(name, child):
+def test_attention_weights_of_a_network_load(name, child):
     """K10: under a child of any name, or as children of the block."""
     torch.manual_seed(0)
     theirs = drawn(network(DIALECTS[name](64), child))
@@ -104,7 +104,7 @@ def test_a_network_brings_the_attention_of_its_blocks(name, child):
 
 
 @pytest.mark.parametrize("name", SAME)
-def test_attention_comes_to_where_a_network_has_its_own_cbam(name):
+def test_weights_load_into_a_cbam_that_was_not_attached(name):
     torch.manual_seed(0)
     theirs = drawn(nn.Sequential(nn.Conv2d(3, 64, 1), DIALECTS[name](64)))
     ours = nn.Sequential(nn.Conv2d(3, 64, 1), cbam.CBAM(64)).double().eval()
@@ -112,7 +112,7 @@ def test_attention_comes_to_where_a_network_has_its_own_cbam(name):
     assert gap(ours, theirs, torch.randn(2, 3, 9, 11, dtype=torch.float64)) < 1e-12
 
 
-def test_the_names_of_luuuyis_older_version_are_known():
+def test_weights_of_luuuyis_older_version_load():
     new = drawn(DIALECTS["luuuyi"](256))
     old = {
         k.replace("fc.0", "fc1").replace("fc.2", "fc2"): v for k, v in new.state_dict().items()
@@ -122,7 +122,7 @@ def test_the_names_of_luuuyis_older_version_are_known():
     assert gap(ours, new, image()) < 1e-14
 
 
-def test_a_missing_norm_is_made_for_the_epsilon_that_is_there():
+def test_a_missing_norm_is_filled_in_for_the_models_eps():
     """K10"""
     theirs, ours = drawn(DIALECTS["mmyolo"](256)), cbam.CBAM(256).double().eval()
     ours.spatial.bn.eps = 1e-3
@@ -131,7 +131,7 @@ def test_a_missing_norm_is_made_for_the_epsilon_that_is_there():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_a_missing_norm_changes_nothing_in_any_dtype(dtype):
+def test_a_filled_in_norm_changes_nothing_in_any_dtype(dtype):
     theirs, ours = drawn(DIALECTS["mmyolo"](256)).to(dtype), cbam.CBAM(256).to(dtype).eval()
     cbam.load_weights(ours, theirs.state_dict())
     x = image().to(dtype)
@@ -144,7 +144,7 @@ def test_a_missing_norm_changes_nothing_in_any_dtype(dtype):
 
 
 @pytest.mark.parametrize("name", OTHER)
-def test_a_module_of_another_function_is_refused_with_the_reason(name):
+def test_a_module_with_another_formula_is_refused_with_the_reason(name):
     theirs = DIALECTS[name](64)
     for source, model in (
         (theirs, cbam.CBAM(64)),
@@ -159,18 +159,18 @@ def test_a_module_of_another_function_is_refused_with_the_reason(name):
 
 
 @pytest.mark.parametrize("name", SAME)
-def test_a_network_without_attention_is_told_to_attach(name):
+def test_loading_without_attention_says_to_attach(name):
     with pytest.raises(CheckpointError, match=r"call cbam.attach\(model\) first"):
         cbam.load_weights(network(), network(DIALECTS[name](64)).state_dict())
 
 
-def test_another_reduction_is_a_matter_of_shape():
+def test_another_reduction_is_refused_by_shape():
     """K12: luuuyi's argument `ratio` does nothing; its hidden layer is C // 16."""
     theirs = DIALECTS["luuuyi"](256, reduction=8)
     with pytest.raises(CheckpointError, match=r"channel.fc1.weight is \(16, 256\), the model's \(32, 256\)"):
         cbam.load_weights(cbam.CBAM(256, reduction=8), theirs.state_dict())
 
 
-def test_a_network_of_theirs_takes_their_own_file():
+def test_a_foreign_network_loads_its_own_weights():
     theirs = network(DIALECTS["External-Attention"](64))
     assert cbam.load_weights(theirs, theirs.state_dict()).format == "plain"

@@ -1,4 +1,4 @@
-"""What a forward or a draw does to the world around it, undone."""
+"""Side effects of a forward or of random draws are undone."""
 
 import warnings
 
@@ -8,7 +8,7 @@ import torch
 from cbam.surgery.effects import seeded
 
 
-def test_a_seed_leaves_the_generators_as_they_were_and_gpus_alone(monkeypatch):
+def test_seeding_restores_the_generator_and_touches_no_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("a GPU was seeded"))
     before = torch.get_rng_state()

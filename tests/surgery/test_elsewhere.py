@@ -1,4 +1,4 @@
-"""Networks of other projects, where these are installed: attach keeps their output, and every block is found.
+"""Networks of other projects, if installed: attach keeps their output, and every block is found.
 
 None of them is a dependency; `pip install segmentation-models-pytorch monai ultralytics diffusers` runs all.
 """
@@ -64,7 +64,7 @@ def first(out):
 @pytest.mark.large
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", NETWORKS)
-def test_a_network_of_another_project_keeps_its_output_at_every_block(name):
+def test_attaching_keeps_the_output_and_finds_every_block(name):
     module, make, shape, places = NETWORKS[name]
     model = make(pytest.importorskip(module)).eval()
     x = torch.randn(shape)

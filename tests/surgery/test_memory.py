@@ -1,4 +1,4 @@
-"""In inference the result of a block takes the memory of its branch, where nobody else can see that."""
+"""In inference the result of a block overwrites its branch, where nothing else can observe that."""
 
 import re
 
@@ -25,7 +25,7 @@ def overwrites(monkeypatch):
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
-def test_without_a_backward_the_result_takes_the_memory_of_the_branch(overwrites, layout, mode):  # T25
+def test_without_gradients_the_result_overwrites_the_branch(overwrites, layout, mode):  # T25
     model = attended().to(memory_format=layout)
     x = torch.randn(2, 8, 9, 7).contiguous(memory_format=layout)
     expected, given = model(x), x.clone()
@@ -36,7 +36,7 @@ def test_without_a_backward_the_result_takes_the_memory_of_the_branch(overwrites
 
 
 @pytest.mark.parametrize("habit", ["the value", "a detached one", "a view", "its memory", "an array"])
-def test_memory_that_somebody_holds_is_left_alone(overwrites, habit):  # T25
+def test_memory_still_referenced_is_not_overwritten(overwrites, habit):  # T25
     model, x = attended(habit), torch.randn(2, 8, 5, 5)
     with torch.no_grad():
         model(x)
@@ -49,7 +49,7 @@ def test_memory_that_somebody_holds_is_left_alone(overwrites, habit):  # T25
 
 
 @pytest.mark.parametrize("where", ["conv2", "relu", "bn2"])
-def test_who_has_a_hook_inside_the_block_sees_what_was_there(overwrites, where):  # S12 T25
+def test_a_hook_inside_the_block_sees_unmodified_values(overwrites, where):  # S12 T25
     model, seen = attended(), []
     model.relu.inplace = False
     x = torch.randn(2, 8, 5, 5)
@@ -74,7 +74,7 @@ def products(model, x):
 
 @pytest.mark.parametrize("attention", ["cbam", "se", cbam.SpatialAttention])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
-def test_without_kernels_gates_are_written_over_what_the_norm_gave(layout, attention):  # T25
+def test_without_kernels_gates_overwrite_the_norms_output(layout, attention):  # T25
     made = attention if isinstance(attention, str) else lambda channels: attention()
     (model,) = cbam.attach(nn.Sequential(Branch()), attention=made, start="paper").eval()
     for p in model.parameters():
@@ -92,11 +92,11 @@ def test_without_kernels_gates_are_written_over_what_the_norm_gave(layout, atten
 
 
 @pytest.mark.parametrize("where", ["bn2", "cbam", "cbam.channel", "cbam.spatial"])
-def test_without_kernels_a_hook_sees_what_was_there(where):  # S12 T25
+def test_without_kernels_a_hook_sees_unmodified_values(where):  # S12 T25
     model, seen = attended(), []
     model.relu.inplace = False
     x = torch.randn(2, 8, 5, 5)
-    # The block itself adds to what its attention returns: that is copied. All else must stay as it was seen.
+    # The block itself adds to what its attention returns: that is copied. All else must stay unchanged.
     kept = torch.clone if where == "cbam" else torch.as_tensor
     model.get_submodule(where).register_forward_hook(lambda m, args, out: seen.append((args[0], kept(out))))
     with ops.using("reference"):
@@ -109,7 +109,7 @@ def test_without_kernels_a_hook_sees_what_was_there(where):  # S12 T25
 
 
 @pytest.mark.parametrize("attention", [cbam.CBAM(8), cbam.ChannelAttention(8), cbam.SpatialAttention()])
-def test_a_module_by_itself_leaves_its_input_alone(attention):  # T25
+def test_a_standalone_module_leaves_its_input_unchanged(attention):  # T25
     x = torch.randn(2, 8, 9, 7)
     given = x.clone()
     with torch.no_grad(), ops.using("reference"):
@@ -118,7 +118,7 @@ def test_a_module_by_itself_leaves_its_input_alone(attention):  # T25
 
 
 class Keeping(Branch):
-    """One that returns what its last convolution gave, too."""
+    """Also returns the output of its last convolution."""
 
     def forward(self, x):
         branch = self.conv2(self.relu(self.bn1(self.conv1(x))))
@@ -127,7 +127,7 @@ class Keeping(Branch):
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
 @pytest.mark.parametrize("keeps", [False, True], ids=["unread", "read again"])
-def test_a_compiler_writes_over_a_branch_that_nobody_reads_again(keeps, layout):  # T25 T33
+def test_compiled_code_overwrites_a_branch_only_if_unread(keeps, layout):  # T25 T33
     pytest.importorskip("cbam_native", reason="cbam-native is not built (it needs a C++ compiler)")
     torch._dynamo.reset()
     torch.manual_seed(0)
@@ -148,7 +148,7 @@ def test_a_compiler_writes_over_a_branch_that_nobody_reads_again(keeps, layout):
     torch._dynamo.reset()
 
 
-def test_memory_of_another_library_is_left_alone(overwrites):  # T25
+def test_memory_of_numpy_is_not_overwritten(overwrites):  # T25
     class Borrowed(nn.Module):
         def forward(self, x):
             return torch.from_numpy(array)
@@ -162,7 +162,7 @@ def test_memory_of_another_library_is_left_alone(overwrites):  # T25
     assert overwrites[-1] is False
 
 
-def test_memory_that_other_processes_see_is_left_alone(overwrites):  # T25
+def test_shared_memory_is_not_overwritten(overwrites):  # T25
     class Shared(nn.Module):
         def forward(self, x):
             return x.clone().share_memory_()
@@ -174,7 +174,7 @@ def test_memory_that_other_processes_see_is_left_alone(overwrites):  # T25
     assert overwrites[-1] is False
 
 
-def test_inside_a_mode_that_sees_every_call_nothing_is_written_over(overwrites):
+def test_nothing_is_overwritten_inside_a_torch_function_mode(overwrites):
     class Watching(torch.overrides.TorchFunctionMode):
         def __torch_function__(self, func, types, args=(), kwargs=None):
             return func(*args, **kwargs or {})
@@ -185,7 +185,7 @@ def test_inside_a_mode_that_sees_every_call_nothing_is_written_over(overwrites):
     assert not overwrites[-1]
 
 
-def test_a_value_that_was_used_up_says_so():
+def test_reading_a_consumed_value_is_an_error():
     model = attended()
     with torch.no_grad():
         waiting = model._cbam_call(torch.randn(2, 8, 5, 5))

@@ -1,4 +1,4 @@
-"""In inference the norm at the end of a shortcut joins the end of its block."""
+"""In inference the norm at the end of a shortcut joins the fused tail of its block."""
 
 import copy
 import re
@@ -25,7 +25,7 @@ SHORTCUTS = {
 
 @pytest.fixture
 def joined(monkeypatch):
-    """Whether each run of the fused operator took the norm of the shortcut with it."""
+    """Whether each run of the fused operator included the norm of the shortcut."""
     said = []
     run = ops.tail
     monkeypatch.setattr(
@@ -35,7 +35,7 @@ def joined(monkeypatch):
 
 
 @pytest.mark.parametrize("name", SHORTCUTS)
-def test_in_inference_the_norm_of_a_shortcut_joins(name, joined):  # T25
+def test_the_norm_of_a_shortcut_joins_only_in_inference(name, joined):  # T25
     model = unlike(cbam.attach(network(name), start="paper")).eval()
     joined.clear()
     x = torch.randn(1, 3, 64, 64)
@@ -135,7 +135,7 @@ def shortened(kind=Shortened, *args):
 
 
 def alike(block, x):
-    """What `block` gives in inference by kernels and by the equation."""
+    """`block` computes the same in inference by kernels and by the equation."""
     with torch.no_grad():
         got = block(x.clone())
         with ops.using("reference"):
@@ -147,7 +147,7 @@ def alike(block, x):
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
 @pytest.mark.parametrize("kind", JOINING)
-def test_a_shortcut_joins_where_the_code_only_calls_it(kind, layout, joined):  # T25
+def test_a_shortcut_joins_only_if_it_is_simply_called(kind, layout, joined):  # T25
     block = shortened(kind).to(memory_format=layout)
     joined.clear()
     alike(block, torch.randn(2, 8, 9, 7).contiguous(memory_format=layout))
@@ -155,7 +155,7 @@ def test_a_shortcut_joins_where_the_code_only_calls_it(kind, layout, joined):  #
 
 
 @pytest.mark.parametrize("training", ["bn2", "cbam", "downsample"])
-def test_in_inference_with_a_part_that_takes_statistics_of_the_batch_it_is_computed_all_the_same(training):
+def test_inference_with_one_part_in_training_mode_is_right(training):
     block = shortened()
     block.get_submodule(training).train()
     alike(block, torch.randn(2, 8, 5, 5))
@@ -177,7 +177,7 @@ LAYERS = {
 
 @pytest.mark.parametrize("layers", LAYERS)
 @pytest.mark.parametrize("kind", [Shortened, WritesOverItsInput])
-def test_other_shortcuts_are_computed_as_they_are(kind, layers, joined):  # T25
+def test_other_shortcuts_do_not_join(kind, layers, joined):  # T25
     given = shortened(kind, "", LAYERS[layers]())  # at attaching
     changed = shortened(kind)
     changed.downsample = copy.deepcopy(given.downsample)  # afterwards
@@ -187,14 +187,14 @@ def test_other_shortcuts_are_computed_as_they_are(kind, layers, joined):  # T25
     assert not any(joined)
 
 
-def test_a_shortcut_taken_away_after_attaching_is_the_input():
+def test_a_shortcut_removed_after_attaching_is_the_input():
     block = shortened()
     block.downsample = None
     alike(block, torch.randn(2, 8, 5, 5))
 
 
 @pytest.mark.parametrize("where", ["downsample", "downsample.0", "downsample.1"])
-def test_hooks_in_a_shortcut_fire_and_change_what_it_gives(where, joined):  # S12
+def test_hooks_in_a_shortcut_run_and_may_change_its_output(where, joined):  # S12
     block, seen = shortened(), []
     block.get_submodule(where).register_forward_hook(lambda m, args, out: seen.append(1) or 2 * out)
     joined.clear()
@@ -203,7 +203,7 @@ def test_hooks_in_a_shortcut_fire_and_change_what_it_gives(where, joined):  # S1
     assert not any(joined)  # the hook may keep what it saw, and write to it
 
 
-def test_a_waiting_shortcut_is_the_tensor_it_stands_for():
+def test_a_deferred_shortcut_behaves_like_its_tensor():
     block, x = shortened(), torch.randn(2, 8, 5, 5)
     with torch.no_grad():
         waiting, expected = block._cbam_shortcut(x), block.downsample(x)
@@ -212,10 +212,10 @@ def test_a_waiting_shortcut_is_the_tensor_it_stands_for():
         assert torch.equal(waiting + block._cbam_shortcut(x), 2 * expected)
         assert torch.equal(waiting + x, expected + x)
         assert torch.equal(waiting * 2, expected * 2)
-    assert torch.equal(block._cbam_shortcut(x), block.downsample(x))  # with gradients it does not wait
+    assert torch.equal(block._cbam_shortcut(x), block.downsample(x))  # with gradients it is not deferred
 
 
-def test_a_compiler_takes_the_norm_of_a_shortcut_with_it():  # T33
+def test_the_norm_of_a_shortcut_joins_in_compiled_code():  # T33
     torch._dynamo.reset()
     block, x = nn.Sequential(shortened(), nn.Conv2d(8, 4, 1)).eval(), torch.randn(2, 8, 9, 7)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Where attention belongs, by what a block's own forward computes."""
+"""Where attention belongs, by what a block's forward computes."""
 
 import copy
 import math
@@ -230,7 +230,7 @@ def test_attention_runs_once_at_the_end_of_the_branch(kind, why, train):
     assert type(cbam.detach(block)) is kind
 
 
-def test_a_block_that_writes_over_its_input_is_tried_on_the_same_input_each_time():
+def test_a_block_that_overwrites_its_input_is_tried_on_fresh_input_each_time():
     class OverItsInput(Host):
         def forward(self, x):
             x *= 1.5
@@ -245,7 +245,7 @@ def test_a_block_that_writes_over_its_input_is_tried_on_the_same_input_each_time
         assert torch.equal(cbam.attach(block)(x), expected)
 
 
-def test_dropout_in_a_generated_forward_is_not_baked():
+def test_dropout_is_not_baked_into_a_generated_forward():
     class Functional(Host):
         def forward(self, x):
             return x + F.relu(F.dropout(self.b(self.act(self.a(x))), 0.5, self.training))
@@ -272,7 +272,7 @@ class InheritsTwice(CountsThenInherits):
 
 
 @pytest.mark.parametrize("kind", [CountsThenInherits, InheritsTwice])
-def test_an_inherited_forward_runs_whole_and_with_attention(kind):  # S14
+def test_code_around_an_inherited_forward_still_runs(kind):  # S14
     block, x = kind().eval(), torch.randn(2, 8, 6, 7)
     (site,) = cbam.sites(block)
     assert (site.why, site.route.when) == ("after norm", "after")
@@ -339,13 +339,13 @@ def frozen(child, x):
         return child(x)
 
 
-class FreezesElsewhere(Host):
+class FreezesInAFunction(Host):
     def forward(self, x):
         return x + F.relu(self.b(self.act(frozen(self.a, x))))
 
 
 class Switch:
-    """An object whose methods nobody reads."""
+    """An object whose methods are not analysed."""
 
     def __call__(self, child, x):
         return frozen(child, x)
@@ -354,7 +354,7 @@ class Switch:
 switch = Switch()
 
 
-class SwitchesUnseen(Host):
+class SwitchesInAnObject(Host):
     def forward(self, x):
         return x + F.relu(self.b(self.act(switch(self.a, x))))
 
@@ -375,12 +375,12 @@ def helped(block, x):
     return block.b(block.act(block.a(x))) * block.scale
 
 
-class AsksAHelper(ReadsASetting):
+class ReadsInAHelper(ReadsASetting):
     def forward(self, x):
         return x + F.relu(helped(self, x))
 
 
-class NamesItAnew(Host):
+class ComputesTheName(Host):
     def __init__(self):
         super().__init__()
         self.scale3 = 0.5
@@ -389,7 +389,7 @@ class NamesItAnew(Host):
         return x + F.relu(self.b(self.act(self.a(x)))) * getattr(self, f"scale{len(self.a.kernel_size) + 1}")
 
 
-class AsksForAutocast(Host):
+class ChecksAutocast(Host):
     def forward(self, x):
         y = F.relu(self.b(self.act(self.a(x))))
         return x + (2 * y if torch.is_autocast_enabled("cpu") else y)
@@ -444,7 +444,7 @@ class UsesATensorOfItsOwn(Host):
 
 
 class NamesALayerOfAnother(Host):
-    """Its norm cannot be redirected by name: that of the other block has the same."""
+    """Its norm cannot be redirected by name: the other block has one of the same name."""
 
     def __init__(self):
         super().__init__()
@@ -472,12 +472,12 @@ class Counts(CountsThenInherits):
         (TakesASetting, "has a default for scale, which a generated one would freeze"),
         (UsesATensorOfItsOwn, "uses a tensor that the block does not hold"),
         (FreezesABranch, "enters a `with`, which a generated one would leave out"),
-        (FreezesElsewhere, "enters a `with`"),
-        (SwitchesUnseen, "switches gradients or autocast"),
+        (FreezesInAFunction, "enters a `with`"),
+        (SwitchesInAnObject, "switches gradients or autocast"),
         (Wrapped, "reads self.scale"),
-        (AsksAHelper, "reads self.scale"),
-        (NamesItAnew, "reads self.scale3"),
-        (AsksForAutocast, "calls is_autocast_enabled"),
+        (ReadsInAHelper, "reads self.scale"),
+        (ComputesTheName, "reads self.scale3"),
+        (ChecksAutocast, "calls is_autocast_enabled"),
         (Tries, "has a `try`"),
         (ReadsAType, "reads torch.float32 of a tensor"),
         (KeepsInAChild, "changes self.a.kept"),
@@ -487,13 +487,13 @@ class Counts(CountsThenInherits):
         (Counts, "changes self.steps"),
     ],
 )
-def test_a_forward_that_a_generated_one_would_not_repeat_is_refused(kind, words):  # S14, S16
+def test_a_forward_that_cannot_be_generated_faithfully_is_refused(kind, words):  # S14, S16
     (site,) = cbam.sites(kind())
     assert not site.default
     assert words in site.why
 
 
-def test_a_generated_forward_writes_where_the_original_does():
+def test_a_generated_forward_overwrites_its_input_likewise():
     plain, x = nn.Sequential(WritesToItsInput()).eval(), torch.randn(2, 8, 5, 5)
     model = cbam.attach(copy.deepcopy(plain))
     assert type(model[0])._cbam_route.when == "graph"
@@ -515,7 +515,7 @@ class AddsATensorOfItsOwn(Host):
         return x + self.norm(self.b(self.act(self.a(x) + torch.ones(8, 1, 1)))) * HALF
 
 
-def test_a_tensor_that_a_forward_makes_does_not_keep_attention_out():  # S14, S16
+def test_a_tensor_created_in_the_forward_is_no_obstacle():  # S14, S16
     block, x = AddsATensorOfItsOwn().eval(), torch.randn(2, 8, 6, 7)
     before = [*vars(block)]
     with torch.no_grad():
@@ -529,7 +529,7 @@ def test_a_tensor_that_a_forward_makes_does_not_keep_attention_out():  # S14, S1
 
 
 class SplitNorm(Host):
-    """Trains with a norm of its own, as AdvProp does for adversarial images."""
+    """Trains with a separate norm, as AdvProp does for adversarial images."""
 
     def __init__(self):
         super().__init__()
@@ -547,20 +547,20 @@ class StochasticDepth(Host):
         return x + self.norm(self.b(self.act(self.a(x))))
 
 
-def test_a_block_that_trains_by_another_path_is_refused():  # S20
+def test_a_block_with_another_path_in_training_is_refused():  # S20
     (site,) = cbam.sites(SplitNorm())
     assert not site.default
     assert "after norm runs 0 times in training" in site.why
 
 
-def test_a_block_of_random_depth_may_end_early():
+def test_stochastic_depth_still_skips_the_branch():
     block, x = cbam.attach(StochasticDepth()), torch.randn(2, 8, 6, 7)
     assert [s.why for s in cbam.sites(block)] == ["after norm"]
     random.seed(0)
     assert sum(torch.equal(block(x), x) for _ in range(40)) in range(20, 40)
 
 
-def test_a_block_that_looks_at_its_class_is_refused():
+def test_a_block_that_checks_its_class_is_refused():
     class Exact(Host):
         def forward(self, x):
             assert type(self) is Exact, "no Exact"
@@ -664,7 +664,7 @@ class DataDependent(Host):
         (DataDependent, "cannot be traced"),
     ],
 )
-def test_what_is_left_out_is_listed_with_its_reason(kind, words):
+def test_a_block_left_out_is_listed_with_its_reason(kind, words):
     model = nn.Sequential(kind())
     (site,) = cbam.sites(model)
     assert site.name == "0"
@@ -683,7 +683,7 @@ def test_a_block_that_adds_nothing_is_not_listed():
     assert cbam.sites(nn.Sequential(Concatenates())) == []
 
 
-def test_an_error_that_says_nothing_is_told_by_its_class():
+def test_an_error_without_a_message_is_reported_by_class():
     class Mute(Host):
         def forward(self, x):
             if not isinstance(x, torch.Tensor) or self.a(x).mean() > 0:
@@ -700,7 +700,7 @@ def test_the_last_of_two_adds_is_taken_and_the_other_listed():
     assert (other.why, other.default) == ("a second add in one block", False)
 
 
-def test_a_linear_branch_is_taken_where_it_is_named():
+def test_a_linear_branch_is_taken_if_it_is_named():
     model = nn.Sequential(Linear()).eval()
     x = torch.randn(2, 8, 6, 7)
     expected = model(x)
@@ -709,13 +709,13 @@ def test_a_linear_branch_is_taken_where_it_is_named():
     assert list(attached(model)) == ["0"]
 
 
-def test_what_cannot_carry_attention_is_refused_where_it_is_named():
+def test_a_parallel_sum_is_refused_even_if_it_is_named():
     model = nn.Sequential(Parallel())
     with pytest.raises(cbam.CBAMError, match="cannot go into 0: parallel sum"):
         cbam.attach(model, "0")
 
 
-def test_blocks_of_a_kind_without_a_shortcut_are_listed():
+def test_a_residual_class_without_its_shortcut_is_listed():
     class Inverted(Host):
         def __init__(self, skip):
             super().__init__()
@@ -790,7 +790,7 @@ def test_signals_images_and_volumes_get_attention_of_their_dimensions(attention)
 
 
 @pytest.mark.parametrize("dim", [1, 3])
-def test_attention_that_cannot_be_told_its_dimensions_is_refused(dim):
+def test_attention_for_images_only_is_refused_in_other_dimensions(dim):
     block = block_of(dim)
     before = {k: v.clone() for k, v in block.state_dict().items()}
     for attention in (lambda channels: cbam.CBAM(channels), cbam.nn.ECA):
@@ -805,7 +805,7 @@ def test_weights_of_signals_have_no_released_form():
         cbam.convert_state_dict(model)
 
 
-def test_a_block_of_two_inputs_is_taken_by_its_last_layer():
+def test_a_two_input_block_gets_attention_after_its_last_layer():
     class Conditional(Host):
         def forward(self, x, embedding):
             y = self.act(self.a(x) + embedding[:, :, None, None])
@@ -822,7 +822,7 @@ def test_a_block_of_two_inputs_is_taken_by_its_last_layer():
     assert torch.equal(block(x, e), x)
 
 
-def test_a_block_of_two_inputs_with_a_forward_on_the_instance_is_refused():
+def test_a_two_input_block_with_an_instance_forward_is_refused():
     class Conditional(Host):
         def forward(self, x, embedding):
             return x + self.norm(self.b(self.act(self.a(x) + embedding[:, :, None, None])))
@@ -835,7 +835,7 @@ def test_a_block_of_two_inputs_with_a_forward_on_the_instance_is_refused():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_the_default_dtype_and_device_are_the_users_affair(dtype):
+def test_any_default_dtype_and_device_is_respected(dtype):
     class AddsOne(nn.Module):
         def forward(self, x):
             return x + torch.ones(8, 1, 1)
@@ -857,7 +857,7 @@ def test_the_default_dtype_and_device_are_the_users_affair(dtype):
 @pytest.mark.parametrize(
     "how", [nn.utils.weight_norm, partial(prune.l1_unstructured, name="weight", amount=0.5)]
 )
-def test_pruned_layers_and_those_of_old_weight_norms_are_tried_as_others(how):  # S12
+def test_pruned_and_weight_normed_blocks_get_attention(how):  # S12
     class EndsInANorm(Host):
         def forward(self, x):
             return x + self.group(self.b(self.act(self.a(x))))
@@ -871,7 +871,7 @@ def test_pruned_layers_and_those_of_old_weight_norms_are_tried_as_others(how):  
     assert str(*cbam.sites(block)) == "(the model): attached, 8 channels, after group"
 
 
-def test_an_attached_site_says_so():
+def test_an_attached_site_is_marked():
     block = AfterTheLastChild()
     cbam.attach(block)
     (site,) = cbam.sites(block)
@@ -879,11 +879,11 @@ def test_an_attached_site_says_so():
     assert str(site) == "(the model): attached, 8 channels, after norm"
 
 
-def test_a_site_of_unknown_width_says_no_number():
+def test_a_site_of_unknown_width_shows_no_number():
     assert str(Site("stage1", None, "no skip connection")) == "stage1: left out, no skip connection"
 
 
-def test_old_style_hooks_of_a_block_do_not_stop_the_trial():
+def test_hooks_do_not_stop_the_trial_of_a_block():
     block = AfterTheLastChild()
     block.a.register_full_backward_hook(lambda *a: None)
     block.register_forward_pre_hook(lambda m, args, kwargs: None, with_kwargs=True)
@@ -891,7 +891,7 @@ def test_old_style_hooks_of_a_block_do_not_stop_the_trial():
     assert site.default
 
 
-def test_a_block_that_cannot_be_copied_is_taken_by_its_last_layer():
+def test_an_uncopyable_block_gets_attention_after_its_last_layer():
     block = AfterTheLastChild().eval()
     block.lock = threading.Lock()
     (site,) = cbam.sites(block)
@@ -905,7 +905,7 @@ def test_a_block_that_cannot_be_copied_is_taken_by_its_last_layer():
 
 
 class Remembering(Host):
-    """Keeps what it computes: in a dict, in a list and as attributes of its own."""
+    """Keeps what it computes: in a dict, in a list and as attributes."""
 
     def __init__(self):
         super().__init__()
@@ -921,7 +921,7 @@ class Remembering(Host):
         return x + self.drop(y * self.seen[key].sign().abs())
 
 
-def test_nothing_of_a_trace_stays_in_what_a_block_keeps():
+def test_tracing_leaves_nothing_in_a_blocks_attributes():
     """S16: a cache that a trace had filled would poison the next run (timm's LeViT keeps its biases so)."""
     block, x = Remembering().eval(), torch.randn(1, 8, 6, 7)
     names = list(vars(block))
@@ -955,7 +955,7 @@ class RememberingInside(Host):
         return x + y
 
 
-def test_nothing_of_a_trace_stays_in_containers_of_a_block():  # S16
+def test_tracing_leaves_nothing_in_a_blocks_containers():  # S16
     block = RememberingInside().eval()
     block.recent.append("mine")
     means = block.tables[0]["means"]
@@ -966,7 +966,7 @@ def test_nothing_of_a_trace_stays_in_containers_of_a_block():  # S16
 
 
 class Counting(Host):
-    """Counts in a buffer, and draws what nobody uses."""
+    """Counts in a buffer, and draws random numbers that it does not use."""
 
     def __init__(self):
         super().__init__()
@@ -978,7 +978,7 @@ class Counting(Host):
         return x + self.norm(self.b(self.act(self.a(x))))
 
 
-def test_looking_for_places_counts_and_draws_nothing():  # S16
+def test_listing_sites_changes_no_buffer_and_no_random_state():  # S16
     net = nn.Sequential(conv(8), Counting())
     buffer = net[1].steps
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()[2]
@@ -1020,7 +1020,7 @@ class FillsADict(nn.Module):
 
 
 class GivesADict(Host):
-    """Its traced forward hands over a dict that refuses to be filled."""
+    """Its traced forward passes a dict that cannot be modified."""
 
     def __init__(self):
         super().__init__()
@@ -1030,7 +1030,7 @@ class GivesADict(Host):
         return x + self.norm(self.b(self.act(self.a(self.taker(x, {"once": x})))))
 
 
-def test_a_child_may_append_to_a_list_it_is_given():
+def test_a_child_may_append_to_a_list_argument():
     block, x = GivesAList().eval(), torch.randn(1, 8, 6, 7)
     (site,) = cbam.sites(block)
     assert (site.why, site.channels, site.default) == ("after end", 8, True)
@@ -1039,7 +1039,7 @@ def test_a_child_may_append_to_a_list_it_is_given():
         assert torch.equal(cbam.attach(block)(x), expected)
 
 
-def test_a_graph_that_does_not_run_is_a_reason_and_no_error():
+def test_a_graph_that_does_not_run_is_left_out_with_a_reason():
     (site,) = cbam.sites(GivesADict())
     assert not site.default
     assert site.why.startswith("its traced forward does not run")

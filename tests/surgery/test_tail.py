@@ -1,4 +1,4 @@
-"""Blocks whose end runs as one operation: which ones, and that nothing else about them changes."""
+"""Blocks whose end runs as one operation: which ones, and that they still compute the same."""
 
 import copy
 import pickle
@@ -45,7 +45,7 @@ def runs(monkeypatch):
 
 
 @pytest.mark.parametrize("name", TAILS)
-def test_blocks_that_end_in_norm_add_and_relu_run_that_as_one(name, runs):
+def test_norm_add_and_relu_at_the_end_run_as_one_operation(name, runs):
     model = network(name).eval()
     cbam.attach(model)
     runs.clear()  # attaching has tried each attention
@@ -57,7 +57,7 @@ def test_blocks_that_end_in_norm_add_and_relu_run_that_as_one(name, runs):
 
 @pytest.mark.parametrize("name", ["torchvision/resnet18", "timm/resnet26d"])
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-def test_a_step_is_that_of_the_equation(name, training):
+def test_a_step_equals_that_of_the_equation(name, training):
     model = cbam.attach(network(name).double(), start="paper").train(training)
     other, x = copy.deepcopy(model), torch.randn(2, 3, 64, 64, dtype=torch.float64)
     with ops.using("fused"):
@@ -73,7 +73,7 @@ def test_a_step_is_that_of_the_equation(name, training):
             torch.testing.assert_close(a.grad, b.grad, rtol=1e-6, atol=1e-8)
 
 
-def test_pickles_copies_and_detaches_as_ever():
+def test_can_be_pickled_copied_and_detached():
     model = network("torchvision/resnet18").eval()
     x = torch.randn(1, 3, 64, 64)
     plain, keys = model(x), list(model.state_dict())
@@ -98,7 +98,7 @@ def test_pickles_copies_and_detaches_as_ever():
     ],
     ids=["silu", "no activation", "group norm", "no norm", "hook"],
 )
-def test_a_block_changed_after_attaching_computes_what_it_then_says(change):
+def test_a_change_to_a_block_after_attaching_takes_effect(change):
     (block,) = cbam.attach(nn.Sequential(resnet.BasicBlock(64, 64)), start="paper").eval()
     x = torch.randn(1, 64, 8, 8)
     change(block)
@@ -110,7 +110,7 @@ def test_a_block_changed_after_attaching_computes_what_it_then_says(change):
 
 
 class Plain(nn.Module):
-    """A block of which one `way` leads elsewhere between its last norm and its last ReLU."""
+    """A block whose subclasses do something unusual between the last norm and the last ReLU."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -203,7 +203,7 @@ class Asks(Plain):
 
 
 class Surrogate(torch.autograd.Function):
-    """Of a quantised network: rounds, and passes the gradient."""
+    """Straight-through estimator of a quantised network: rounds, and passes the gradient."""
 
     @staticmethod
     def forward(ctx, x):
@@ -220,7 +220,7 @@ class Quantised(nn.Module):
 
 
 def guided(model):
-    """Guided backpropagation: of a gradient, what is positive goes on."""
+    """Guided backpropagation: only positive gradients pass."""
     for module in model.modules():
         if isinstance(module, nn.ReLU):
             module.inplace = False
@@ -228,7 +228,7 @@ def guided(model):
 
 
 def kept_inputs(model):
-    """What an overhaul distillation keeps: the value before each ReLU."""
+    """As overhaul distillation does: keep the value before each ReLU."""
     for module in model.modules():
         if isinstance(module, nn.ReLU):
             module.register_forward_pre_hook(lambda m, args: vars(m).__setitem__("before", args[0]))
@@ -258,7 +258,7 @@ WAYS = {
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_block_that_leads_elsewhere_before_its_last_relu_trains_as_the_equation_does(way):  # S12 T25
+def test_a_block_with_an_unusual_tail_trains_as_the_equation_does(way):  # S12 T25
     make, change = WAYS[way]
     torch.manual_seed(0)
     block = make(8, 8) if make is resnet.BasicBlock else make()
@@ -284,7 +284,7 @@ def test_a_block_that_leads_elsewhere_before_its_last_relu_trains_as_the_equatio
         torch.testing.assert_close(a, b)
 
 
-def test_synchronised_norms_run_by_themselves(runs):  # S12
+def test_sync_batchnorm_is_not_fused(runs):  # S12
     model = cbam.attach(network("torchvision/resnet18"), start="paper").eval()
     expected = model(torch.ones(1, 3, 64, 64))
     runs.clear()
@@ -295,7 +295,7 @@ def test_synchronised_norms_run_by_themselves(runs):  # S12
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
-def test_an_identity_start_keeps_the_function(dtype, layout):
+def test_an_identity_start_keeps_the_output(dtype, layout):
     model = network("torchvision/resnet18").to(dtype).to(memory_format=layout).eval()
     generator = torch.Generator().manual_seed(0)
     for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
@@ -317,7 +317,7 @@ def test_an_identity_start_keeps_the_function(dtype, layout):
 @pytest.mark.large
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-def test_a_compiler_that_turns_the_layout_gets_the_same_function(training):  # T33
+def test_compiled_code_that_changes_the_layout_is_right(training):  # T33
     """inductor computes convolutions in channels_last, and leaves the maps of our operator in it."""
     torch._dynamo.reset()
     model = nn.Sequential(nn.Conv2d(3, 8, 3), Branch(), Branch(), nn.Conv2d(8, 4, 1))

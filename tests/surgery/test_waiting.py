@@ -1,4 +1,4 @@
-"""Blocks that look as if their end could run as one operation, and whoever else reads what waits in it."""
+"""Blocks whose tail looks fusable and is not, and code that reads a value deferred in it."""
 
 import copy
 import inspect
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("kernels")
 
 
 class AddsToItsInput(Branch):
-    """The block that comes next, or around it, may read the input."""
+    """The next block, or one around it, may read the input."""
 
     def forward(self, x):
         x += self.bn2(self.conv2(self.relu(self.bn1(self.conv1(torch.relu(x))))))
@@ -30,7 +30,7 @@ class AddsToItsInputByName(Branch):
 
 
 class SharesMemory(Branch):
-    """A dropout gives in evaluation what it got, and the ReLU writes to that."""
+    """A dropout returns its input in evaluation, and the ReLU writes to that."""
 
     def __init__(self):
         super().__init__()
@@ -64,7 +64,7 @@ class OneNormForBoth(Branch):
 
 
 class KeepsIt(Shortened):
-    """For itself, under a name that others are not to use."""
+    """Keeps the shortcut in a private attribute."""
 
     def forward(self, x):
         self._identity = self.downsample(x)
@@ -92,7 +92,7 @@ class GivesItToAChild(Shortened):
     ],
 )
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-def test_whoever_else_reads_a_value_finds_what_plain_torch_leaves_there(kind, training):  # T25
+def test_values_read_outside_the_tail_equal_plain_torch(kind, training):  # T25
     torch.manual_seed(0)
     plain = unlike(nn.Sequential(nn.Conv2d(8, 8, 1), kind()))
     model = cbam.attach(copy.deepcopy(plain))
@@ -104,7 +104,7 @@ def test_whoever_else_reads_a_value_finds_what_plain_torch_leaves_there(kind, tr
             h = net[0](torch.randn(2, 8, 5, 6, generator=torch.Generator().manual_seed(seed)))
             out = net[1](h)
             total = sum(out) if isinstance(out, tuple) else out
-            if kind is not SharesMemory:  # of which torch computes no gradient
+            if kind is not SharesMemory:  # torch itself computes no gradient of it
                 (total + h).square().mean().backward()
         buffers = [b for n, b in net.named_buffers() if "cbam" not in n]
         gradients = [p.grad for n, p in net.named_parameters() if "cbam" not in n]
@@ -117,7 +117,7 @@ def test_whoever_else_reads_a_value_finds_what_plain_torch_leaves_there(kind, tr
 
 
 class Checkpoints(Branch):
-    """Saves the memory of its norm from when it is told to."""
+    """Checkpoints its norm once `habit` is set."""
 
     def forward(self, x):
         h = self.conv2(self.relu(self.bn1(self.conv1(x))))
@@ -125,7 +125,7 @@ class Checkpoints(Branch):
         return self.relu(out + x)
 
 
-def test_a_norm_that_is_handed_on_does_not_wait():  # T24
+def test_a_norm_passed_as_an_argument_is_not_deferred():  # T24
     plain = nn.Sequential(Checkpoints())
     model = cbam.attach(copy.deepcopy(plain))
     x = torch.randn(2, 8, 5, 6, requires_grad=True)
@@ -138,7 +138,7 @@ def test_a_norm_that_is_handed_on_does_not_wait():  # T24
 
 
 class Returns(Branch):
-    """What it gives is told at the call."""
+    """An argument decides what it returns."""
 
     def forward(self, x, raw=False):
         out = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
@@ -147,14 +147,14 @@ class Returns(Branch):
         return self.relu(out + x)
 
 
-def test_what_leaves_a_block_is_a_tensor():
+def test_a_deferred_value_is_returned_as_a_tensor():
     (block,) = cbam.attach(nn.Sequential(Returns()))
     out = block(torch.randn(2, 8, 5, 6), raw=True)
     assert type(out["branch"]) is torch.Tensor
     assert block.bn2.num_batches_tracked == 1
 
 
-def test_another_batch_norm_in_place_of_torchs_is_run(monkeypatch):
+def test_a_monkeypatched_batch_norm_is_run(monkeypatch):
     (block,) = cbam.attach(nn.Sequential(Branch()), attention=cbam.ChannelAttention).eval()  # has no norm
     x = torch.randn(2, 8, 5, 6)
     for place, name in ((nn.BatchNorm2d, "forward"), (torch.nn.functional, "batch_norm")):
@@ -164,7 +164,7 @@ def test_another_batch_norm_in_place_of_torchs_is_run(monkeypatch):
                 torch.testing.assert_close(block(x), torch.relu(x + 7))
 
 
-def test_a_mode_that_sees_every_function_sees_those_of_a_tail():
+def test_a_torch_function_mode_sees_the_functions_of_a_tail():
     class Doubles(torch.overrides.TorchFunctionMode):
         def __torch_function__(self, func, types, args=(), kwargs=None):
             out = func(*args, **kwargs or {})
@@ -175,7 +175,7 @@ def test_a_mode_that_sees_every_function_sees_those_of_a_tail():
     x = torch.randn(2, 8, 5, 6)
     with Doubles(), torch.no_grad():
         torch.testing.assert_close(model(x), plain(x))
-    with torch.device("cpu"):  # a mode as well, and one that no tail has to mind
+    with torch.device("cpu"):  # also a mode, but one that a tail may ignore
         torch.testing.assert_close(model(x), plain(x))
 
 
@@ -187,9 +187,9 @@ def test_a_mode_that_sees_every_function_sees_those_of_a_tail():
         lambda norm: setattr(norm, "running_var", torch.ones(5)),
         lambda norm: setattr(norm, "bias", nn.Parameter(torch.ones(1))),
     ],
-    ids=["its type", "half of its statistics", "their length", "the length of its bias"],
+    ids=["dtype", "no running mean", "length of running_var", "length of bias"],
 )
-def test_a_norm_that_torch_refuses_is_refused(change):  # T6
+def test_an_invalid_norm_raises_torchs_error(change):  # T6
     plain = Branch().eval()
     model = cbam.attach(nn.Sequential(copy.deepcopy(plain)))
     for norm in (plain.bn2, model[0].bn2):
@@ -201,7 +201,7 @@ def test_a_norm_that_torch_refuses_is_refused(change):  # T6
 
 
 class Switches(Branch):
-    """Two norms by one name, as domain adaptation has them."""
+    """Two norms under one name, as in domain adaptation."""
 
     def __init__(self):
         super().__init__()
@@ -215,7 +215,7 @@ class Switches(Branch):
         return self.relu(self.norm(self.conv2(self.relu(self.bn1(self.conv1(x))))) + x)
 
 
-def test_a_property_is_asked_each_time():
+def test_a_property_is_read_in_every_forward():
     plain = unlike(nn.Sequential(Switches())).eval()
     model = cbam.attach(copy.deepcopy(plain))
     x = torch.randn(2, 8, 5, 6)
@@ -225,7 +225,7 @@ def test_a_property_is_asked_each_time():
             torch.testing.assert_close(model(x), plain(x))
 
 
-def test_a_forward_that_was_replaced_after_detaching_is_read_anew():
+def test_a_forward_replaced_after_detaching_is_analysed_again():
     class Own(Branch):
         def forward(self, x):
             return self.relu(self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x))))) + x)
@@ -238,7 +238,7 @@ def test_a_forward_that_was_replaced_after_detaching_is_read_anew():
         torch.testing.assert_close(cbam.attach(model)(x), expected)
 
 
-def test_a_block_that_is_the_whole_model_keeps_its_parameters():
+def test_an_attached_forward_keeps_its_signature():
     class Scaled(Branch):
         def forward(self, x, scale=1.0, *, shift=0.5):
             return self.relu(self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x))))) + x)
@@ -252,7 +252,7 @@ def test_a_block_that_is_the_whole_model_keeps_its_parameters():
     torch.testing.assert_close(exported.module()(x), model(x))
 
 
-def test_an_attached_block_is_as_nonlinear_as_it_was():
+def test_sites_around_an_attached_block_are_unchanged():
     class Outer(nn.Module):
         def __init__(self):
             super().__init__()
@@ -267,7 +267,7 @@ def test_an_attached_block_is_as_nonlinear_as_it_was():
     assert [(site.default, site.channels) for site in cbam.sites(model)] == before
 
 
-def in_a_function(forward):
+def in_a_wrapper(forward):
     def run(*args, **kwargs):
         return forward(*args, **kwargs)
 
@@ -275,7 +275,7 @@ def in_a_function(forward):
 
 
 class Callable:
-    """An object in place of a forward, whose parameters nobody can read."""
+    """An object in place of a forward, whose signature cannot be read."""
 
     __signature__ = "none"
 
@@ -290,14 +290,14 @@ class Callable:
     "forward",
     [
         torch.no_grad()(lambda self, x: self.conv1(x)),
-        in_a_function(lambda self, x: self.conv1(x)),
+        in_a_wrapper(lambda self, x: self.conv1(x)),
         lambda *args: args[0].conv1(*args[1:]),
         lambda base, settled: base.conv1(settled),
         Callable(),
     ],
     ids=["decorated", "in a function", "starred", "other names", "an object"],
 )
-def test_attention_on_an_output_takes_what_the_forward_takes(forward):
+def test_attention_on_an_output_works_with_any_forward(forward):
     kind = type("Own", (Branch,), {"forward": forward})
     model, x = nn.Sequential(kind()).eval(), torch.randn(2, 8, 5, 6)
     expected = model[0](x)
@@ -306,7 +306,7 @@ def test_attention_on_an_output_takes_what_the_forward_takes(forward):
     assert torch.equal(model[0](x), expected)
 
 
-def test_adding_in_place_onto_the_shortcut_is_no_end_of_one_operation():
+def test_adding_in_place_to_the_input_is_not_fused():
     for kind in (AddsToItsInput, AddsToItsInputByName):
         assert "one operation" not in str(cbam.sites(kind())[0])
     assert "one operation" in str(cbam.sites(Branch())[0])

@@ -1,4 +1,4 @@
-"""Weights from and to files of every dialect, and what must happen when a file is wrong."""
+"""Loading and converting weights of every dialect, and what must happen when a file is wrong."""
 
 import builtins
 import copy
@@ -145,7 +145,7 @@ def test_a_plain_file_loads_into_a_plain_network(tmp_path):
 
 
 @pytest.mark.parametrize("start", ["paper", "identity"])
-def test_a_plain_file_leaves_attached_attention_as_it_is(start):
+def test_a_plain_file_leaves_attention_unchanged(start):
     source, model = tiny(attention=False, seed=1), tiny(start)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     loaded = load_weights(model, source.state_dict())
@@ -160,7 +160,7 @@ def test_a_plain_file_leaves_attached_attention_as_it_is(start):
 
 @pytest.mark.parametrize("saved", ["paper", "identity"])
 @pytest.mark.parametrize("started", ["paper", "identity"])
-def test_our_own_file_brings_its_gains(saved, started, tmp_path):
+def test_our_own_file_restores_its_gains(saved, started, tmp_path):
     source, model = tiny(saved, seed=1), tiny(started)
     torch.save(source.state_dict(), tmp_path / "ours.pt")
     assert load_weights(model, tmp_path / "ours.pt").format == "cbam"
@@ -213,7 +213,7 @@ def test_a_network_with_timms_own_attention_loads_its_own_file():
     assert digest(model) == digest(source)
 
 
-def test_attention_in_a_users_own_network_takes_the_files_gain():
+def test_a_cbam_that_was_not_attached_takes_the_files_gain():
     def network(gain):
         model = nn.Sequential(nn.Conv2d(3, 16, 3), cbam.CBAM(16), nn.Conv2d(16, 4, 1))
         model[1].channel.set_gain(gain)
@@ -227,7 +227,7 @@ def test_attention_in_a_users_own_network_takes_the_files_gain():
 
 
 @pytest.mark.parametrize("gain", [float("nan"), 0.0, -1.0, float("inf"), 2 + 1j, [2.0, 2.0], []])
-def test_a_senseless_gain_is_refused(gain):
+def test_an_invalid_gain_is_refused(gain):
     state = tiny("identity").state_dict()
     state["layer1.0.cbam.channel.gain"] = torch.tensor(gain)
     refused(tiny(), state, "gain must be one positive number")
@@ -243,14 +243,14 @@ def test_a_gain_without_its_gate_is_refused():
 
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.module."])
-def test_prefixes_of_wrappers_are_taken_off_in_any_order(prefix):
+def test_prefixes_of_wrappers_are_removed_in_any_order(prefix):
     """K9"""
     source, model = tiny(seed=1), tiny()
     load_weights(model, {prefix + name: value for name, value in source.state_dict().items()})
     assert digest(model) == digest(source)
 
 
-def test_a_compiled_child_in_the_file_is_found_in_the_model():
+def test_names_of_a_compiled_child_are_matched():
     """K9"""
     source, model = tiny(seed=1), tiny()
     state = {k.replace("layer2.", "layer2._orig_mod."): v for k, v in source.state_dict().items()}
@@ -280,13 +280,13 @@ def test_a_wrapped_model_is_loaded_through_its_wrapper(wrap):
 
 
 @pytest.mark.parametrize("key", ["state_dict", "model", "model_state_dict"])
-def test_a_training_checkpoint_is_unwrapped_and_its_average_left_alone(key):
+def test_a_training_checkpoint_is_unwrapped_and_its_average_ignored(key):
     source, average, model = tiny(seed=1), tiny(seed=2), tiny()
     load_weights(model, {"state_dict_ema": average.state_dict(), "epoch": 3, key: source.state_dict()})
     assert digest(model) == digest(source)
 
 
-def test_two_names_that_become_one_are_refused():
+def test_colliding_names_are_refused():
     state = tiny().state_dict()
     refused(
         tiny(), {**state, "module.fc.bias": state["fc.bias"], "module.module.fc.bias": 1}, "dense tensors"
@@ -302,13 +302,13 @@ def test_a_dict_that_holds_itself_is_refused():
     refused(tiny(), endless, "not a state dict of dense tensors")
 
 
-def test_a_configuration_beside_the_weights_is_no_wrapper():
+def test_a_config_next_to_the_weights_is_ignored():
     source, model = tiny(seed=1), tiny()
     load_weights(model, {"model": {"name": "tiny"}, "net": {"state_dict": source.state_dict()}})
     assert digest(model) == digest(source)
 
 
-def test_a_model_without_memory_is_refused():
+def test_a_model_on_the_meta_device_is_refused():
     with torch.device("meta"):
         model = build("resnet_tiny")
     for call in (lambda: load_weights(model, tiny().state_dict()), lambda: convert_state_dict(model)):
@@ -317,7 +317,7 @@ def test_a_model_without_memory_is_refused():
 
 
 @pytest.mark.parametrize("key", ["odd", 7])
-def test_what_is_no_state_dict_is_refused(key):
+def test_an_invalid_state_dict_is_refused(key):
     refused(
         tiny(), {**tiny().state_dict(), key: "text" if key == "odd" else torch.ones(1)}, "not a state dict"
     )
@@ -326,7 +326,7 @@ def test_what_is_no_state_dict_is_refused(key):
     refused(tiny(), {"a": torch.ones(2, device="meta")}, "dense tensors")
 
 
-def test_arguments_of_another_type_are_refused():
+def test_invalid_arguments_are_refused():
     with pytest.raises(InputError, match="path or a state dict, got ResNetTiny"):
         load_weights(tiny(), tiny())
     with pytest.raises(InputError, match='"load" or "skip"'):
@@ -336,7 +336,7 @@ def test_arguments_of_another_type_are_refused():
 # --- what does not fit ----------------------------------------------------------------------------
 
 
-def test_no_name_in_common_is_an_error():
+def test_no_common_name_is_refused():
     """K9"""
     refused(tiny(), {"a.weight": torch.ones(1)}, r"0 of \d+ names fit ResNetTiny")
     head_only = {"fc.weight": tiny().fc.weight, "fc.bias": tiny().fc.bias}
@@ -352,7 +352,7 @@ def test_missing_and_unexpected_names_are_grouped_and_counted():
     assert "\n" not in message
 
 
-def test_a_foreign_prefix_is_named_with_the_way_to_take_it_off():
+def test_an_unknown_prefix_is_reported_with_how_to_remove_it():
     """K8"""
     state = tiny(attention=False).state_dict()
     message = refused(
@@ -363,7 +363,7 @@ def test_a_foreign_prefix_is_named_with_the_way_to_take_it_off():
     assert "model.get_submodule('0')" in refused(wrapped, state, "begin with '0.'")
 
 
-def test_attention_for_a_plain_network_is_refused_with_the_call_that_helps():
+def test_attention_weights_for_a_plain_network_are_refused_with_advice():
     for state in (tiny().state_dict(), released_tiny().state_dict(), drawn(timm_network(True)).state_dict()):
         refused(tiny(attention=False), state, r"call cbam.attach\(model\) first, or name.* resnet50\+cbam")
 
@@ -384,7 +384,7 @@ def test_a_wrong_shape_changes_nothing(name):
     assert "head" not in message
 
 
-def test_other_classes_need_a_fresh_head(tmp_path):
+def test_another_number_of_classes_needs_a_fresh_head(tmp_path):
     """K12"""
     source, model = tiny(num_classes=7, seed=1), tiny("identity")
     torch.save(source.state_dict(), tmp_path / "seven.pt")
@@ -401,7 +401,7 @@ def test_other_classes_need_a_fresh_head(tmp_path):
     assert torch.equal(model.layer3[0].conv2.weight, source.layer3[0].conv2.weight)
 
 
-def test_a_head_of_other_width_for_the_same_classes_is_not_said_to_have_others():
+def test_a_head_of_another_width_is_not_reported_as_other_classes():
     """K12"""
     state = tiny(seed=1).state_dict()
     state["fc.weight"] = torch.ones(10, 32)
@@ -409,7 +409,7 @@ def test_a_head_of_other_width_for_the_same_classes_is_not_said_to_have_others()
 
 
 @pytest.mark.parametrize("network", ["mobilenet_v2", "squeezenet1_1", "timm:test_convnext", "timm:test_vit"])
-def test_the_head_is_the_last_layer_of_any_network(network):
+def test_the_head_of_any_network_can_be_skipped(network):
     """K12"""
     source, model = build(network, num_classes=5), build(network, num_classes=3)
     refused(model, source.state_dict(), 'head="skip"')
@@ -417,7 +417,7 @@ def test_the_head_is_the_last_layer_of_any_network(network):
 
 
 @pytest.mark.parametrize("network", ["deit_tiny_distilled_patch16_224", "levit_128s"])
-def test_a_distilled_network_has_two_heads(network):
+def test_both_heads_of_a_distilled_network_are_skipped(network):
     """K12"""
     source, model = (build(f"timm:{network}", num_classes=n) for n in (5, 3))
     refused(model, source.state_dict(), 'head_dist.* for 5 classes.*head="skip"')
@@ -449,7 +449,7 @@ def test_a_file_of_another_precision_is_converted():
     assert digest(model) == digest(source.float())
 
 
-def test_a_failure_while_copying_puts_everything_back():
+def test_a_failure_while_copying_restores_the_model():
     """K7"""
     model = tiny("identity")
 
@@ -492,7 +492,7 @@ def test_files_of_any_name_load(suffix, name, tmp_path):
     assert digest(model) == digest(source)
 
 
-def test_the_content_decides_and_not_the_suffix(tmp_path):
+def test_the_content_decides_not_the_suffix(tmp_path):
     source, model = tiny(seed=1), tiny()
     save(source, tmp_path / "a.safetensors")
     (tmp_path / "a.safetensors").rename(tmp_path / "a.pth")
@@ -500,7 +500,7 @@ def test_the_content_decides_and_not_the_suffix(tmp_path):
     assert digest(model) == digest(source)
 
 
-def test_an_absent_safetensors_is_named(tmp_path, monkeypatch):
+def test_a_missing_safetensors_is_reported(tmp_path, monkeypatch):
     """C5"""
     real = builtins.__import__
 
@@ -550,13 +550,13 @@ def test_a_truncated_file_is_refused(kind, share, tmp_path):
         (b"\xff\xff\xff\0\0\0\0\0{" + b" " * 100, "damaged or cut off"),
     ],
 )
-def test_what_is_no_weights_file_is_named(content, match, tmp_path):
+def test_a_file_that_holds_no_weights_is_identified(content, match, tmp_path):
     """K1, K2, K5"""
     (tmp_path / "file.pth").write_bytes(content)
     refused(tiny(), tmp_path / "file.pth", match)
 
 
-def test_a_path_without_a_file_is_named(tmp_path):
+def test_a_missing_file_is_reported(tmp_path):
     """K2"""
     before = tiny()
     with pytest.raises(CheckpointNotFoundError, match=r"nothing\.pth: no such file"):
@@ -568,7 +568,7 @@ def test_a_path_without_a_file_is_named(tmp_path):
     assert CheckpointError.exit_code == CheckpointNotFoundError.exit_code == 4
 
 
-def test_a_file_that_may_not_be_read_is_named(tmp_path, monkeypatch):
+def test_an_unreadable_file_is_reported(tmp_path, monkeypatch):
     def denied(*_, **__):
         raise PermissionError(13, "Permission denied")
 
@@ -636,7 +636,7 @@ def test_archives_and_scripts_that_would_run_code_are_refused_and_not_run(tmp_pa
     mark = tmp_path / "mark"
     evil = pickle.dumps(Calls(os.system, f"touch {mark}"), protocol=2)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # torch.jit's own farewell
+        warnings.simplefilter("ignore", FutureWarning)  # torch.jit is deprecated
         torch.jit.save(torch.jit.trace(nn.ReLU(), pictures()), tmp_path / "script.pt")
     with zipfile.ZipFile(tmp_path / "nested.pt", "w") as archive:
         archive.writestr("inner.zip", evil)
@@ -660,7 +660,7 @@ def test_archives_and_scripts_that_would_run_code_are_refused_and_not_run(tmp_pa
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_payloads_do_run_where_nothing_stops_them(kind, tmp_path):
+def test_the_payloads_run_under_plain_pickle(kind, tmp_path):
     """K3: or the tests above would prove nothing."""
     mark = tmp_path / "mark"
     scripts_for(mark)
@@ -670,7 +670,7 @@ def test_the_payloads_do_run_where_nothing_stops_them(kind, tmp_path):
     assert mark.exists()
 
 
-def test_a_compressed_bomb_is_refused_before_it_unpacks(tmp_path):
+def test_a_zip_bomb_is_refused_before_it_unpacks(tmp_path):
     """K5"""
     with zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as archive:
         with archive.open("archive/data.pkl", "w") as member:
@@ -680,7 +680,7 @@ def test_a_compressed_bomb_is_refused_before_it_unpacks(tmp_path):
     refused(tiny(), tmp_path / "bomb.pt", "claims to unpack to 67108866 bytes")
 
 
-def test_a_tensor_that_claims_more_than_it_has_is_refused_by_its_shape(tmp_path):
+def test_an_expanded_tensor_of_a_wrong_shape_is_refused(tmp_path):
     """K5"""
     state = tiny().state_dict()
     state["fc.weight"] = torch.zeros(1).expand(1 << 20, 1 << 20)
@@ -709,7 +709,7 @@ def test_a_flipped_bit_never_loads_other_weights(tmp_path):
     assert caught > 200
 
 
-def test_views_and_tied_tensors_load_as_what_they_show(tmp_path):
+def test_views_and_tied_tensors_load_by_value(tmp_path):
     """K24"""
     source, model = tiny(seed=1), tiny()
     state = dict(source.state_dict())
@@ -724,7 +724,7 @@ def test_views_and_tied_tensors_load_as_what_they_show(tmp_path):
     assert model.fc.weight.untyped_storage().nbytes() == 4 * model.fc.weight.numel()
 
 
-# --- the way back ---------------------------------------------------------------------------------
+# --- conversion -----------------------------------------------------------------------------------
 
 
 def dyadic(model):
@@ -783,7 +783,7 @@ def test_converted_weights_compute_the_same_in_the_released_and_timm_networks(st
 
 
 @pytest.mark.parametrize("to", ["released", "timm"])
-def test_there_and_back_is_the_same_to_the_bit(to):
+def test_converting_there_and_back_is_bit_equal(to):
     """K10"""
     source, model = tiny(seed=1), tiny("identity")
     converted = convert_state_dict(source, to)
@@ -803,7 +803,7 @@ def test_released_names_are_those_of_the_published_files():
 
 
 @pytest.mark.parametrize("to", ["released", "timm"])
-def test_converted_weights_are_a_copy_that_any_format_saves(to, tmp_path):
+def test_converted_weights_are_a_copy_that_safetensors_saves(to, tmp_path):
     """K24"""
     from safetensors.torch import save_file
 
@@ -819,7 +819,7 @@ def test_converted_weights_are_a_copy_that_any_format_saves(to, tmp_path):
     assert torch.equal(outputs(other), expected)
 
 
-def test_what_a_format_cannot_hold_is_refused_by_name():
+def test_attention_a_format_cannot_hold_is_refused_by_name():
     with pytest.raises(InputError, match='"released" or "timm"'):
         convert_state_dict(tiny(), "mmcv")
     with pytest.raises(CheckpointError, match="no attention attached"):
@@ -864,7 +864,7 @@ class EndsInAConvolution(NoAffine):
         return x + self.conv(self.act(x))
 
 
-def test_gains_fold_into_the_convolution_that_a_branch_without_norms_ends_in():
+def test_gains_fold_into_the_last_convolution_of_a_branch_without_norms():
     """K10"""
 
     def network(start):
@@ -876,7 +876,7 @@ def test_gains_fold_into_the_convolution_that_a_branch_without_norms_ends_in():
 
 
 class Elsewhere(NoAffine):
-    """A residual block that uses the output of its last norm in one more place."""
+    """A residual block that also uses the output of its last norm elsewhere."""
 
     def __init__(self):
         super().__init__()
@@ -899,7 +899,7 @@ def test_a_gain_without_an_affine_layer_before_it_is_refused_by_name(block):
 
 
 @pytest.mark.parametrize("network", ["mobilenet_v2", "efficientnet_b0", "timm:regnetx_002", "mnasnet0_5"])
-def test_gains_fold_into_the_last_norm_of_a_branch_wherever_it_is(network):
+def test_gains_fold_into_the_last_norm_of_a_branch_at_any_depth(network):
     """K10: inside a child, a child's child, or behind layers that do nothing in eval mode."""
     model = drawn(build(f"{network}+cbam", num_classes=3, start="identity"), seed=1)
     folded = build(f"{network}+cbam", num_classes=3).eval()
@@ -914,7 +914,7 @@ class Activated(nn.BatchNorm2d):
         return F.silu(super().forward(x))
 
 
-def test_an_affine_layer_that_something_else_uses_too_is_not_folded_into():
+def test_gains_do_not_fold_into_an_unsuitable_affine_layer():
     def refusal(change):
         model = tiny("identity")
         change(model.layer3[0])
@@ -974,7 +974,7 @@ def test_trained_imagenet_weights_load_and_survive_attaching():
 
 
 @pytest.mark.parametrize("name", ["eca", "bam", "coordatt", "triplet", "ema", "scse"])
-def test_the_gains_of_every_attention_follow_the_file(name):
+def test_every_attention_takes_the_gains_of_the_file(name):
     """Loading sets what the file says: gain 1 into an identity start, and an identity start into gain 1."""
     make = cbam.nn.ATTENTION[name]
     x = torch.randn(2, 3, 32, 32)
@@ -990,7 +990,7 @@ def test_the_gains_of_every_attention_follow_the_file(name):
 
 
 @pytest.mark.parametrize("make", [cbam.ChannelAttention, cbam.nn.ECA, cbam.nn.EMA])
-def test_an_attention_by_itself_takes_the_gain_of_its_file(make):
+def test_a_standalone_attention_takes_the_gain_of_its_file(make):
     x, kinds = torch.randn(2, 32, 4, 4), (make(32), make(32).identity_())
     for source in kinds:
         for other in kinds:
