@@ -1,4 +1,4 @@
-"""The modules against the authors' released formula, written out here once more and independently."""
+"""The modules against the authors' released formula, restated here independently."""
 
 import copy
 import logging
@@ -27,7 +27,7 @@ SHAPES = [
 
 
 def released_channel(x, part, names=("avg", "max")):
-    """Mc(x) x with the pooling calls of the released code, of the pools of these names."""
+    """Mc(x) x with the pooling calls of the released code, with the pools of these names."""
     size = x.shape[2:]
     pools = {
         "avg": F.avg_pool2d,
@@ -68,7 +68,7 @@ def gradients(function, module, x, grad):
 
 
 def same(a, b):
-    """Bit for bit, of what `gradients` returns."""
+    """Whether two results of `gradients` are bit-equal."""
     return all(torch.equal(x, y) for x, y in zip([*a[:2], *a[2]], [*b[:2], *b[2]], strict=True))
 
 
@@ -105,7 +105,7 @@ def test_output_and_every_gradient_equal_the_released_code(shape, layout, dtype,
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("pools", [("lp",), ("lse",), ("lse", "avg", "lp", "max")])
-def test_the_other_pools_of_the_released_code_equal_it_too(shape, pools):
+def test_the_pools_lp_and_lse_equal_the_released_code(shape, pools):
     module = active(cbam.ChannelAttention(shape[1], reduction=4, pools=pools)).double()
     x, grad = torch.randn(shape, dtype=torch.float64), torch.randn(shape, dtype=torch.float64)
     ours = gradients(module, module, x, grad)
@@ -138,14 +138,14 @@ def test_fresh_weights_are_those_of_the_released_initialisation():
     assert module.channel.fc1.weight.abs().max() <= 1024**-0.5  # torch's own Linear initialisation
 
 
-def test_squeeze_excitation_is_channel_attention_by_the_mean():
+def test_squeeze_excitation_is_channel_attention_with_the_mean():
     module = active(squeeze_excitation(32)).double()
     x = torch.randn(2, 32, 5, 7, dtype=torch.float64)
     hidden = F.relu(module.fc1(x.mean((2, 3))))
     torch.testing.assert_close(module(x), x * torch.sigmoid(module.fc2(hidden))[:, :, None, None])
 
 
-def test_a_gain_is_in_the_state_dict_only_where_it_is_not_one():
+def test_a_gain_is_in_the_state_dict_only_if_it_is_not_one():
     paper, started = cbam.CBAM(16), cbam.CBAM(16).identity_()
     assert {k for k in started.state_dict() if k not in paper.state_dict()} == {
         "channel.gain",
@@ -180,7 +180,7 @@ def test_unknown_pools_are_refused(pools):
         cbam.ChannelAttention(8, pools=pools)
 
 
-def test_few_channels_keep_one_hidden_unit_and_say_so(caplog):  # T9
+def test_few_channels_keep_one_hidden_unit_which_is_logged(caplog):  # T9
     with caplog.at_level(logging.INFO, "cbam"):
         module = cbam.ChannelAttention(8)
     assert module.fc1.weight.shape == (1, 8)
@@ -212,7 +212,7 @@ def test_strides_and_offsets_do_not_matter():  # T13, T15, T16
     assert row.grad is not None
 
 
-def test_the_gradient_may_come_with_stride_zero_or_gaps():  # T13, T15
+def test_the_output_gradient_may_have_any_strides():  # T13, T15
     module = active(cbam.CBAM(8)).eval()
     x = torch.randn(2, 8, 5, 8)
     gaps = torch.full((2, 8, 10, 24), float("nan"))
@@ -223,7 +223,7 @@ def test_the_gradient_may_come_with_stride_zero_or_gaps():  # T13, T15
         assert torch.equal(dx, expected)
 
 
-def test_a_nan_pixel_spoils_its_own_sample_alone_in_evaluation():  # T17
+def test_a_nan_pixel_affects_only_its_own_sample_in_evaluation():  # T17
     module = active(cbam.CBAM(8)).eval()
     x = torch.randn(3, 8, 5, 5)
     clean = module(x)
@@ -234,7 +234,7 @@ def test_a_nan_pixel_spoils_its_own_sample_alone_in_evaluation():  # T17
 
 
 @pytest.mark.parametrize("value", [float("inf"), -float("inf"), 1e38, 1e-38, -0.0, 1e-42])
-def test_extreme_values_give_the_masks_of_the_released_formula(value):  # T18, T19
+def test_nan_and_inf_appear_where_the_released_formula_has_them(value):  # T18, T19
     module = active(cbam.CBAM(8))
     x = torch.randn(2, 8, 5, 5)
     x[0, 1] = value
@@ -252,7 +252,7 @@ def test_the_mean_of_large_half_precision_values_does_not_overflow():  # T20
 
 
 @pytest.mark.parametrize("frozen", ["x", "channel.fc1", "spatial.conv", "channel", "spatial"])
-def test_frozen_parts_get_no_gradient_and_the_others_the_same(frozen):  # T24
+def test_frozen_parts_get_no_gradient_and_others_are_unchanged(frozen):  # T24
     module = active(cbam.CBAM(8)).double().eval()
     x = torch.randn(2, 8, 5, 5, dtype=torch.float64, requires_grad=True)
     module(x).sum().backward()
@@ -271,7 +271,7 @@ def test_frozen_parts_get_no_gradient_and_the_others_the_same(frozen):  # T24
             torch.testing.assert_close(got[name], expected, rtol=1e-12, atol=1e-12)
 
 
-def test_inference_gives_the_bits_of_training_time_evaluation():  # T25
+def test_inference_is_bit_equal_to_evaluation_with_gradients():  # T25
     module = active(cbam.CBAM(8)).eval()
     x = torch.randn(2, 8, 5, 5, requires_grad=True)
     out = module(x)
@@ -291,7 +291,7 @@ def test_second_derivatives_are_right():  # T26
     assert torch.autograd.gradgradcheck(module, (x,), fast_mode=True)
 
 
-def test_misuse_of_the_graph_is_still_noticed():  # T27
+def test_misuse_of_the_autograd_graph_is_an_error():  # T27
     module = cbam.CBAM(8)
     base = torch.randn(2, 8, 5, 5, requires_grad=True)
     x = base * 1
@@ -305,14 +305,14 @@ def test_misuse_of_the_graph_is_still_noticed():  # T27
         out.backward()
 
 
-def test_function_transforms_work():  # T28
+def test_torch_func_transforms_work():  # T28
     module = active(cbam.CBAM(8)).double().eval()
     x = torch.randn(3, 8, 5, 5, dtype=torch.float64)
     per_sample = torch.func.vmap(torch.func.grad(lambda s: module(s).square().sum()))(x)
     y = x.clone().requires_grad_()
     module(y).square().sum().backward()
     torch.testing.assert_close(per_sample, y.grad)
-    # An ensemble: one map for all, and weights of their own for each.
+    # An ensemble: one input for all members, and different weights for each.
     members = [active(cbam.CBAM(8).double()).eval() for _ in range(3)]
     for member in members:
         member.channel = module.channel
@@ -329,7 +329,7 @@ def test_function_transforms_work():  # T28
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_follows_the_rules_of_eager_products(dtype):  # T29
+def test_autocast_gives_the_dtypes_of_eager_products(dtype):  # T29
     module = cbam.CBAM(8).identity_()
     x = torch.randn(2, 8, 5, 5)
     with torch.autocast("cpu", dtype=dtype):
@@ -339,7 +339,7 @@ def test_autocast_follows_the_rules_of_eager_products(dtype):  # T29
             assert torch.equal(module(x), x)
 
 
-def test_deterministic_mode_runs_and_repeats_bitwise():  # T30
+def test_deterministic_mode_runs_and_is_reproducible():  # T30
     module = active(cbam.CBAM(8))
     x, grad = torch.randn(2, 8, 9, 7), torch.randn(2, 8, 9, 7)
     torch.use_deterministic_algorithms(True)
@@ -355,7 +355,7 @@ def test_deterministic_mode_runs_and_repeats_bitwise():  # T30
         torch.use_deterministic_algorithms(False)
 
 
-def test_eight_threads_compute_what_one_computes():  # T32
+def test_eight_threads_compute_the_same_as_one():  # T32
     from concurrent.futures import ThreadPoolExecutor
 
     module = active(cbam.CBAM(8)).eval()
@@ -371,7 +371,7 @@ def test_eight_threads_compute_what_one_computes():  # T32
         assert all(torch.equal(a, b) for a, b in zip(pool.map(run, inputs), expected, strict=True))
 
 
-def test_compiles_whole_and_without_new_graphs_for_new_sizes():  # T33
+def test_compiles_as_one_graph_and_not_again_for_every_size():  # T33
     module = active(cbam.CBAM(8))
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
@@ -386,7 +386,7 @@ def test_compiles_whole_and_without_new_graphs_for_new_sizes():  # T33
     torch._dynamo.reset()
 
 
-def test_traces_symbolically_and_by_example(tmp_path):  # S19
+def test_can_be_traced_by_fx_and_by_jit(tmp_path):  # S19
     module = active(cbam.CBAM(8)).eval()
     x = torch.randn(2, 8, 6, 7)
     graph = torch.fx.symbolic_trace(nn.Sequential(module))
@@ -397,7 +397,7 @@ def test_traces_symbolically_and_by_example(tmp_path):  # S19
     assert torch.equal(torch.jit.trace(module, x[0])(x[1]), module(x[1]))
 
 
-def test_copies_pickles_and_checkpoints(tmp_path):  # T37
+def test_can_be_copied_pickled_and_checkpointed(tmp_path):  # T37
     module = active(cbam.CBAM(8)).identity_()
     x = torch.randn(2, 8, 5, 5, requires_grad=True)
     for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):

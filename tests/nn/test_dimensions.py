@@ -1,4 +1,4 @@
-"""Attention on signals and volumes, against loops over every channel and place, and that on images."""
+"""Attention on signals and volumes, against loops over channels and positions, and that on images."""
 
 import copy
 import itertools
@@ -19,7 +19,7 @@ WITHOUT_DIM_2 = [1, 3]
 
 
 def drawn(module):
-    """`module` in float64 with every weight drawn, so that no path is silent."""
+    """`module` in float64 with every weight drawn at random, so that every path counts."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in module.double().parameters():
@@ -32,7 +32,7 @@ def batch(shape, seed=1):
 
 
 def looped(module, x):
-    """CBAM written for Python numbers, one at a time: no convolution, pooling or norm of torch's."""
+    """CBAM on single Python numbers, without a convolution, pooling or norm of torch."""
     what, where = module.channel, module.spatial
     (N, C), size = x.shape[:2], x.shape[2:]
     places = list(itertools.product(*map(range, size)))
@@ -68,7 +68,7 @@ def looped(module, x):
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize("shape", [*SHAPES.values(), *SMALL.values()], ids=str)
-def test_cbam_of_every_dimension_equals_a_loop_over_numbers(shape, training):  # T8
+def test_cbam_of_every_dimension_equals_a_scalar_loop(shape, training):  # T8
     module = drawn(cbam.CBAM(shape[1], reduction=2, kernel_size=3, dim=len(shape) - 2)).train(training)
     module.spatial.bn.running_var.fill_(0.3)
     x = batch(shape)
@@ -93,7 +93,7 @@ def functional(module, x, parameters):
 
 
 @pytest.mark.parametrize("dim", [1, 2, 3])
-def test_the_module_is_the_one_equation(dim):
+def test_the_module_equals_the_equation(dim):
     module = drawn(cbam.CBAM(5, reduction=2, dim=dim)).eval()
     x = batch(SHAPES[dim])
     channel, spatial = module.operands(x)
@@ -103,7 +103,7 @@ def test_the_module_is_the_one_equation(dim):
 
 
 @pytest.mark.parametrize("layer", ["signal", "volume"])
-def test_a_signal_is_an_image_one_pixel_wide_and_an_image_a_volume_one_slice_deep(layer):
+def test_a_signal_equals_an_image_of_width_one_and_an_image_a_volume_of_depth_one(layer):
     low, high = (1, 2) if layer == "signal" else (2, 3)
     small, large = drawn(cbam.CBAM(5, reduction=2, dim=low)), cbam.CBAM(5, reduction=2, dim=high).double()
     state = small.state_dict()
@@ -120,7 +120,7 @@ def test_a_signal_is_an_image_one_pixel_wide_and_an_image_a_volume_one_slice_dee
 
 
 @pytest.mark.parametrize("dim", [1, 2, 3])
-def test_names_of_weights_are_those_of_images(dim):
+def test_weights_have_the_same_names_in_every_dimension(dim):
     module = cbam.CBAM(32, dim=dim)
     assert list(module.state_dict()) == [
         "channel.fc1.weight",
@@ -139,7 +139,7 @@ def test_names_of_weights_are_those_of_images(dim):
 
 
 @pytest.mark.parametrize("dim", WITHOUT_DIM_2)
-def test_the_identity_start_computes_the_input_to_the_bit(dim):
+def test_the_identity_start_returns_exactly_its_input(dim):
     x = torch.randn(SHAPES[dim])
     for module in (cbam.CBAM(5, dim=dim), squeeze_excitation(5, dim=dim)):
         assert torch.equal(module.identity_()(x), x)
@@ -153,7 +153,7 @@ def test_an_unbatched_map_equals_a_batch_of_one(dim):  # T4
 
 
 @pytest.mark.parametrize("dim", WITHOUT_DIM_2)
-def test_equal_maxima_give_the_whole_gradient_to_the_first_place(dim):  # T21
+def test_the_gradient_of_tied_maxima_goes_to_the_first(dim):  # T21
     x = torch.ones(1, 3, *(2, 2, 2)[:dim], requires_grad=True)
     reference.channel_descriptor(x, ("max",), dim=dim).sum().backward()
     assert x.grad.flatten(2).tolist() == [[[1, *[0] * (2**dim - 1)]] * 3]
@@ -164,7 +164,7 @@ def test_equal_maxima_give_the_whole_gradient_to_the_first_place(dim):  # T21
 
 @pytest.mark.parametrize("pool", ["lp", "lse"])
 @pytest.mark.parametrize("dim", WITHOUT_DIM_2)
-def test_the_other_pools_take_all_places(dim, pool):
+def test_the_pools_lp_and_lse_cover_all_positions(dim, pool):
     x = batch(SHAPES[dim])
     expected = x.flatten(2).norm(dim=2) if pool == "lp" else x.flatten(2).logsumexp(2)
     torch.testing.assert_close(reference.channel_descriptor(x, (pool,), dim=dim)[:, 0], expected)
@@ -182,7 +182,7 @@ def test_a_volume_in_channels_last_keeps_its_layout():  # T14
 
 
 @pytest.mark.parametrize("dim", WITHOUT_DIM_2)
-def test_signals_and_volumes_are_traced_compiled_and_exported(dim):  # T33
+def test_can_be_traced_compiled_and_exported(dim):  # T33
     module = drawn(cbam.CBAM(5, reduction=2, dim=dim)).eval()
     x = batch(SHAPES[dim])
     expected = module(x)
@@ -194,7 +194,7 @@ def test_signals_and_volumes_are_traced_compiled_and_exported(dim):  # T33
 
 
 @pytest.mark.parametrize("dim", [0, 4, -1, True, 1.5, 2.0, "2", None])
-def test_a_number_of_dimensions_that_no_convolution_has_is_refused(dim):
+def test_an_invalid_dim_is_refused(dim):
     for make in (cbam.CBAM, cbam.ChannelAttention, squeeze_excitation):
         with pytest.raises(InputError, match="dim, the number of spatial dimensions, must be 1, 2 or 3"):
             make(8, dim=dim)
@@ -204,19 +204,19 @@ def test_a_number_of_dimensions_that_no_convolution_has_is_refused(dim):
 
 @pytest.mark.parametrize("built", [1, 2, 3])
 @pytest.mark.parametrize("given", [1, 2, 3])
-def test_a_batch_of_other_dimensions_is_refused_with_what_takes_it(built, given):  # T5
+def test_a_batch_of_another_dim_is_refused_with_the_call_for_it(built, given):  # T5
     if built == given:
         return
     x = torch.randn(2, 8, *(6, 5, 4)[:given])
     with pytest.raises(InputError, match=rf"got .*cbam\.CBAM\(channels, dim={given}\) takes \(N, C, "):
         cbam.CBAM(8, dim=built)(x)
-    if given not in (built, built - 1):  # a map of one dimension less is unbatched to what knows no channels
+    if given not in (built, built - 1):  # to SpatialAttention a map of one dimension less is unbatched
         with pytest.raises(InputError, match=f"dim={given}"):
             cbam.SpatialAttention(dim=built)(x)
 
 
 @pytest.mark.parametrize("dim", WITHOUT_DIM_2)
-def test_kernels_asked_for_by_name_refuse_what_is_no_image(dim):
+def test_explicit_kernels_refuse_signals_and_volumes(dim):
     x = torch.randn(SHAPES[dim])
     with (
         using("fused"),
@@ -226,7 +226,7 @@ def test_kernels_asked_for_by_name_refuse_what_is_no_image(dim):
 
 
 @pytest.mark.parametrize("dim", WITHOUT_DIM_2)
-def test_training_takes_statistics_of_every_place(dim):
+def test_training_counts_batches_and_refuses_one_value(dim):
     module = cbam.CBAM(5, dim=dim)
     nn.init.ones_(module.spatial.bn.weight)
     module(torch.randn(SHAPES[dim]))

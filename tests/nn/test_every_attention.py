@@ -1,4 +1,4 @@
-"""What holds for every attention module, whatever it computes."""
+"""What holds for every attention module."""
 
 import copy
 import pickle
@@ -18,7 +18,7 @@ MAKE = dict(ATTENTION) | {
     "channel-lp-lse": lambda channels: cbam.ChannelAttention(channels, pools=("lp", "lse")),
 }
 WITHOUT_IDENTITY = {"sk", "simam"}
-PAIRED = {"bam", "bam-product", "sk"}  # a BatchNorm over samples alone: training needs two
+PAIRED = {"bam", "bam-product", "sk"}  # a BatchNorm over samples only: training needs two
 FREE = {"spatial"}  # takes any number of channels
 every = pytest.mark.parametrize("name", MAKE)
 startable = pytest.mark.parametrize("name", sorted(set(MAKE) - WITHOUT_IDENTITY))
@@ -61,7 +61,7 @@ def gradients(function, module, x, grad):
 
 
 class Block(nn.Module):
-    """A residual block in the manner of ResNet."""
+    """A residual block as in ResNet."""
 
     def __init__(self, channels: int, stride: int) -> None:
         super().__init__()
@@ -90,7 +90,7 @@ def residual_net() -> nn.Sequential:
 @startable
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("train", [True, False])
-def test_the_identity_start_computes_exactly_its_input(name, dtype, train):  # T1
+def test_the_identity_start_returns_exactly_its_input(name, dtype, train):  # T1
     x = torch.randn(2, 48, 6, 5).to(dtype)
     module = active(MAKE[name](48)).identity_()
     assert torch.equal(copy.deepcopy(module).to(dtype).train(train)(x), x)
@@ -111,7 +111,7 @@ def test_gradients_reach_the_last_layers_at_the_identity_start_and_all_weights_l
         if step == 0:
             assert set(LAST[name]) <= moving
         optimizer.step()
-    # A softmax takes no notice of what is added to all of its logits: that gradient is zero but for rounding.
+    # A softmax ignores what is added to all of its logits: that gradient is zero up to rounding.
     idle = {"conv.bias"} if name == "gc" else set()
     assert moving | idle == {n for n, _ in module.named_parameters()}
 
@@ -129,7 +129,7 @@ def test_resetting_ends_the_identity_start(name):
 
 
 @pytest.mark.parametrize("name", sorted(WITHOUT_IDENTITY))
-def test_what_has_no_identity_is_refused_by_name_and_starts_as_the_paper(name):
+def test_attention_without_identity_is_refused_unless_it_starts_as_the_paper(name):
     model = residual_net()
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(AttachError, match=rf"{type(MAKE[name](8)).__name__}.*identity_"):
@@ -140,7 +140,7 @@ def test_what_has_no_identity_is_refused_by_name_and_starts_as_the_paper(name):
 
 
 @startable
-def test_attached_to_a_residual_network_it_starts_bit_equal_and_trains(name):
+def test_an_attached_network_starts_bit_equal_and_trains(name):
     model = residual_net()
     x = torch.randn(4, 3, 9, 11)
     before, plain = copy.deepcopy(model.state_dict()), [model.train()(x), model.eval()(x)]
@@ -185,7 +185,7 @@ def test_an_empty_batch_gives_an_empty_batch_and_zero_gradients(name):  # T11
 
 
 @every
-def test_one_value_per_channel_has_no_statistics_in_training(name):  # T7
+def test_one_value_per_channel_is_refused_in_training(name):  # T7
     module = MAKE[name](24)
     before = copy.deepcopy(module.state_dict())
     x = torch.randn(1, 24, 4, 4) if name in PAIRED else torch.randn(1, 24, 1, 1)
@@ -220,11 +220,11 @@ def test_one_value_per_channel_has_no_statistics_in_training(name):  # T7
     ],
     ids="int bool complex float8 2-D 5-D channels 3-D empty device dtype array None".split(),
 )
-def test_bad_input_is_refused_at_the_door(name, x, error, words):
+def test_invalid_input_is_refused(name, x, error, words):
     if (name in FREE and "built for" in words) or (
         name == "simam" and words in ("autocast", "x is on meta, the weights are on cpu")
     ):
-        assert MAKE[name](8)(x).shape == x.shape  # no weights that it would have to fit
+        assert MAKE[name](8)(x).shape == x.shape  # no weights to match
         return
     with pytest.raises(error, match=words):
         MAKE[name](8)(x)
@@ -233,7 +233,7 @@ def test_bad_input_is_refused_at_the_door(name, x, error, words):
 @every
 def test_another_dtype_is_refused_on_the_meta_device_too(name):  # T1
     if name == "simam":
-        pytest.skip("no weights that it would have to fit")
+        pytest.skip("no weights to match")
     with torch.device("meta"), pytest.raises(DtypeError, match="autocast"):
         MAKE[name](8).half()(torch.zeros(2, 8, 4, 4))
 
@@ -247,7 +247,7 @@ def test_channels_must_be_a_positive_int(name, value):  # T10
 
 
 @every
-def test_a_nan_pixel_spoils_its_own_sample_alone_in_evaluation(name):  # T17
+def test_a_nan_pixel_affects_only_its_own_sample_in_evaluation(name):  # T17
     module = active(MAKE[name](8)).eval()
     x = torch.randn(3, 8, 5, 5)
     clean = module(x)
@@ -303,7 +303,7 @@ def test_autocast_takes_either_dtype(name, dtype):  # T29
 
 
 @every
-def test_compiles_whole(name):  # T33
+def test_compiles_as_one_graph(name):  # T33
     module = active(MAKE[name](8))
     torch._dynamo.reset()
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
@@ -316,7 +316,7 @@ def test_compiles_whole(name):  # T33
 
 
 @every
-def test_exports_with_dynamic_sizes_and_no_node_of_ours(name):  # T33, E1, E2
+def test_exports_with_dynamic_sizes_and_no_custom_operator(name):  # T33, E1, E2
     module = active(MAKE[name](8)).eval()
     auto = torch.export.Dim.AUTO
     program = torch.export.export(
@@ -330,7 +330,7 @@ def test_exports_with_dynamic_sizes_and_no_node_of_ours(name):  # T33, E1, E2
 
 @every
 @pytest.mark.parametrize("started", [False, True])
-def test_traces_symbolically_and_by_example(name, started):  # S19
+def test_can_be_traced_by_fx_and_by_jit(name, started):  # S19
     module = active(MAKE[name](8)).eval()
     if started and name not in WITHOUT_IDENTITY:
         module = active(module.identity_())
@@ -346,7 +346,7 @@ def test_traces_symbolically_and_by_example(name, started):  # S19
 
 @every
 @pytest.mark.filterwarnings("ignore")  # torch is about to drop its old quantisation
-def test_layers_of_a_trace_can_be_fused_for_quantising(name):  # S19
+def test_layers_can_be_fused_for_quantising(name):  # S19
     from torch.ao.quantization.quantize_fx import fuse_fx
 
     module, x = active(MAKE[name](8)).eval(), torch.randn(2, 8, 6, 7)
@@ -356,7 +356,7 @@ def test_layers_of_a_trace_can_be_fused_for_quantising(name):  # S19
 
 @every
 @pytest.mark.parametrize("started", [False, True])
-def test_copies_pickles_and_loads(name, started):  # T37
+def test_can_be_copied_pickled_and_loaded(name, started):  # T37
     module = active(MAKE[name](8))
     if started and name not in WITHOUT_IDENTITY:
         module = active(module.identity_())
@@ -374,7 +374,7 @@ def test_copies_pickles_and_loads(name, started):  # T37
 
 
 @every
-def test_built_on_meta_it_is_filled_by_loading(name):  # T37
+def test_a_module_built_on_meta_can_be_loaded(name):  # T37
     source = active(MAKE[name](8)).eval()
     with torch.device("meta"):
         empty = MAKE[name](8)
@@ -387,7 +387,7 @@ def test_built_on_meta_it_is_filled_by_loading(name):  # T37
 
 
 def offloaded(layer, own, away):
-    """A forward that has the weights only while it runs, as accelerate's `cpu_offload` makes them."""
+    """A forward with weights only while it runs, as with accelerate's `cpu_offload`."""
     forward = layer.forward
 
     def loading(*args, **kwargs):
@@ -415,7 +415,7 @@ def test_weights_may_be_offloaded_between_calls(name):
 
 
 @every
-def test_function_transforms_work(name):  # T28
+def test_torch_func_transforms_work(name):  # T28
     module = active(MAKE[name](8)).double().eval()
     x = torch.randn(3, 8, 5, 5, dtype=torch.float64)
     per_sample = torch.func.vmap(torch.func.grad(lambda s: module(s).square().sum()))(x)
@@ -425,7 +425,7 @@ def test_function_transforms_work(name):  # T28
 
 
 @every
-def test_it_says_what_it_is(name):
+def test_repr_and_docstring_are_complete(name):
     module = MAKE[name](8)
     assert "8" in repr(module) or name in FREE
     # The docstring is the card's source: one line, a formula, its source, its arguments, its shape.

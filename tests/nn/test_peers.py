@@ -1,4 +1,4 @@
-"""Every other attention module against its formula, written out here once more and independently."""
+"""Every other attention module against its formula, restated here independently."""
 
 import math
 
@@ -221,7 +221,7 @@ def test_evaluation_uses_running_statistics(make, formula):
 @peers
 def test_derivatives_are_right(make, formula):  # T26
     module = active(make(4))
-    if not isinstance(module, SelectiveKernel):  # which has a kink at every relu, near which differences fail
+    if not isinstance(module, SelectiveKernel):  # at the kinks of its ReLUs finite differences fail
         module.eval()
     x = torch.randn(2, 4, 3, 3, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(module, (x,), fast_mode=False)
@@ -248,7 +248,7 @@ def test_a_gain_that_is_not_one_is_printed(make):
     assert "gain" not in repr(module.to("meta"))
 
 
-def test_the_gain_of_bam_divides_the_shortcut_beside_its_mask():
+def test_the_gain_of_bam_divides_its_shortcut():
     module = active(BAM(8))
     x = torch.randn(2, 8, 5, 6, dtype=torch.float64)
     plain = module(x)
@@ -266,7 +266,7 @@ def test_the_kernel_of_eca_grows_with_the_logarithm_of_the_channels(channels, k)
     assert abs(k - exact) == min(abs(odd - exact) for odd in range(1, 12, 2))
 
 
-def test_each_starts_as_its_released_code_does():
+def test_initial_weights_are_those_of_the_released_codes():
     assert not any(p.any() for p in GlobalContext(64).fc2.parameters())
     assert not GlobalContext(64).conv.bias.any()
     mask = torch.cat([GlobalContext(64).conv.weight.flatten() for _ in range(50)])
@@ -315,19 +315,19 @@ def test_selective_kernels_in_resnext50_have_the_published_parameters():
         (CoordAttention(512), 512 * 16 + 16 + 32 + 2 * (16 * 512 + 512)),
     ],
 )
-def test_parameters_are_counted_as_the_docstring_says(module, parameters):
+def test_parameter_counts_are_those_of_the_docstrings(module, parameters):
     assert count(module) == parameters
 
 
 @pytest.mark.parametrize("channels", [1, 3, 7, 17, 20, 24, 96, 130])
 @pytest.mark.parametrize("make", [EMA, SelectiveKernel])
-def test_groups_are_the_largest_divisor_that_is_asked_for(make, channels):
+def test_groups_are_the_largest_divisor_up_to_the_default(make, channels):
     groups = make(channels).groups
     assert channels % groups == 0
     assert not any(channels % more == 0 for more in range(groups + 1, 33))
 
 
-def test_odd_groups_are_told(caplog):
+def test_another_number_of_groups_is_logged(caplog):
     with caplog.at_level("INFO", "cbam"):
         EMA(20)
     assert "20 channels: using groups=20 instead of 32" in caplog.text
@@ -345,7 +345,7 @@ def test_sums_of_squares_do_not_overflow_in_half_precision(make, dtype):  # T20
     torch.testing.assert_close(module(x).double(), exact(x.double()), rtol=0.02, atol=0.02)
 
 
-def test_a_channel_of_zeros_has_gradients():
+def test_a_channel_of_zeros_has_finite_gradients():
     x = torch.zeros(2, 4, 3, 3, requires_grad=True)
     module = GCT(4)
     nn.init.ones_(module.gamma)
@@ -362,7 +362,7 @@ def loaded(theirs, ours, names):
     return theirs.double()
 
 
-def test_timm_computes_the_same():
+def test_timms_modules_compute_the_same():
     layers = pytest.importorskip("timm.layers")
     x = torch.randn(3, 64, 6, 5, dtype=torch.float64)
     se, sk = active(squeeze_excitation(64)), active(SelectiveKernel(64))
@@ -419,7 +419,7 @@ def test_timms_coordinate_attention_computes_the_same():
         (lambda: SimAM(8, regularization=float("nan")), "regularization must be a positive number"),
     ],
 )
-def test_a_bad_argument_is_refused(make, words):
+def test_an_invalid_argument_is_refused(make, words):
     with pytest.raises(cbam.errors.InputError, match=words):
         make()
 
