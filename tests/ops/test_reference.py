@@ -47,14 +47,14 @@ def test_second_derivatives_of_the_pools_are_right(pool):  # T26
     assert torch.autograd.gradgradcheck(lambda x: channel_descriptor(x, (pool,)), (x,))
 
 
-def test_the_norm_of_a_plane_of_zeros_has_gradient_zero():
+def test_the_lp_pool_of_zeros_has_a_zero_gradient():
     x = torch.zeros(1, 2, 3, 3, requires_grad=True)
     channel_descriptor(x, ("lp",)).sum().backward()
     assert not x.grad.any()
 
 
 @pytest.mark.parametrize("value", [800.0, -800.0, 6e4])
-def test_the_log_of_exponentials_does_not_overflow(value):
+def test_the_lse_pool_does_not_overflow(value):
     x = torch.full((1, 1, 4, 4), value)
     expected = value + torch.tensor(16.0).log()
     torch.testing.assert_close(channel_descriptor(x, ("lse",)).squeeze(), expected)
@@ -62,7 +62,7 @@ def test_the_log_of_exponentials_does_not_overflow(value):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("pool", ["lp", "lse"])
-def test_sums_of_half_precision_are_taken_in_single(pool, dtype):  # T20
+def test_half_precision_is_accumulated_in_float32(pool, dtype):  # T20
     x = torch.full((1, 2, 300, 300), 3.0).to(dtype)
     exact = channel_descriptor(x.double(), (pool,))
     out = channel_descriptor(x, (pool,))
@@ -70,7 +70,7 @@ def test_sums_of_half_precision_are_taken_in_single(pool, dtype):  # T20
     torch.testing.assert_close(out.double(), exact, rtol=4e-3, atol=0)
 
 
-def test_equal_maxima_give_the_whole_gradient_to_the_first():  # T21
+def test_the_gradient_of_tied_maxima_goes_to_the_first():  # T21
     x = torch.ones(1, 3, 2, 2, requires_grad=True)
     channel_descriptor(x, ("max",)).sum().backward()
     assert x.grad.flatten(2).tolist() == [[[1, 0, 0, 0]] * 3]
@@ -83,7 +83,7 @@ def test_equal_maxima_give_the_whole_gradient_to_the_first():  # T21
 @pytest.mark.parametrize("descriptor", [channel_descriptor, spatial_descriptor])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
 @pytest.mark.parametrize("shape", [(2, 3, 4, 5), (1, 17, 1, 1), (3, 1, 9, 2), (2, 40, 7, 7)], ids=str)
-def test_the_gradient_is_that_of_the_first_maximum_and_of_the_mean(shape, layout, descriptor, dtype):  # T21
+def test_descriptor_gradients_go_to_the_first_maximum_and_the_mean(shape, layout, descriptor, dtype):  # T21
     values = torch.randint(-2, 3, shape)  # with many ties
     x = values.to(dtype).contiguous(memory_format=layout).requires_grad_()
     out = descriptor(x)
@@ -116,7 +116,7 @@ def test_the_first_of_several_nan_is_the_maximum(layout):  # T21
     assert x.grad.flatten(2).tolist() == [[[1, 0, 1, 0], [0, 1, 0, 1], [0, 0, 0, 0]]]
 
 
-def test_the_gradient_needs_no_values_to_be_traced():
+def test_the_gradient_can_be_traced_without_values():
     def gradient(x):
         return torch.autograd.grad(spatial_descriptor(x).square().sum(), x)[0]
 
@@ -148,7 +148,7 @@ def test_rescale_multiplies_and_keeps_the_dimensions_of_its_input(shape):
 
 
 @pytest.mark.parametrize("function", [channel_descriptor, spatial_descriptor])
-def test_what_is_no_feature_map_is_refused(function):  # T2, T3, T5, T12
+def test_a_non_feature_map_is_refused(function):  # T2, T3, T5, T12
     with pytest.raises(DtypeError, match="int64"):
         function(torch.zeros(1, 2, 3, 3, dtype=torch.int64))
     with pytest.raises(DtypeError, match="float8"):
