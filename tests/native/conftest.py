@@ -46,7 +46,7 @@ class Case:
 
 @dataclass
 class Inputs:
-    """Tensors by the names of the schema; what is absent is None."""
+    """Tensors by their names in the schema; an absent one is None."""
 
     x: Tensor
     grad: Tensor
@@ -106,7 +106,7 @@ def draw(case: Case) -> Inputs:
 
 
 def first_largest(t: Tensor, dim: int) -> Tensor:
-    """The maximum, whose gradient goes to the first index; a NaN, where there is one, is the maximum."""
+    """The maximum, whose gradient goes to the first index; a NaN, if there is one, is the maximum."""
     return t.gather(dim, t.argmax(dim, keepdim=True)).squeeze(dim)
 
 
@@ -138,11 +138,11 @@ def formula(case: Case, i: Inputs, inner: dict[str, Tensor]) -> Tensor:
         out = out + i.shortcut
     if not case.relu:
         return out
-    return torch.relu(out) * (out.to(case.dtype) != 0)  # one that underflows closes the rectifier
+    return torch.relu(out) * (out.to(case.dtype) != 0)  # a value that underflows counts as zero
 
 
 def normalised(t, weight, bias, mean, var, batch: bool) -> Tensor:
-    """BatchNorm by its definition, for statistics of one value per channel too."""
+    """BatchNorm by its definition, also for one value per channel."""
     if batch:
         var, mean = torch.var_mean(t, (0, 2, 3), correction=0)
     scale = weight / torch.sqrt(var + EPS)
@@ -182,7 +182,7 @@ def by_formula(case: Case, inputs: Inputs, dtype: torch.dtype) -> Result:
 
 
 class Kernels:
-    """The operators, with a case's settings filled in; and what they are compared with."""
+    """The operators, called with the settings of a case; and the formula that they are compared with."""
 
     Case, draw, formula = Case, staticmethod(draw), staticmethod(by_formula)
     layouts = LAYOUTS
@@ -192,7 +192,7 @@ class Kernels:
         self.best = self.level(-1)
 
     def level(self, wanted: int) -> int:
-        """Compute with this instruction set (-1: only ask); says which one is in use."""
+        """Compute with this instruction set (-1: only ask); returns the one in use."""
         return self._level(wanted)
 
     def forward(self, case: Case, i: Inputs, save: bool) -> tuple[Tensor, ...]:
@@ -206,7 +206,7 @@ class Kernels:
         )  # fmt: skip
 
     def inference(self, case: Case, i: Inputs, norm=NO_NORM) -> Tensor:
-        """The forward of running statistics; `norm` is one that the shortcut has to pass."""
+        """The forward with running statistics; `norm` is applied to the shortcut."""
         return torch.ops.cbam.tail_inference(i.x, *self._inference(case, i, norm))
 
     def in_place(self, case: Case, i: Inputs, x: Tensor | None = None, norm=NO_NORM) -> Tensor:
@@ -247,7 +247,7 @@ class Kernels:
 
 
 def pytest_addoption(parser) -> None:
-    parser.addoption("--kernels", help="a library to test in place of the one that is installed")
+    parser.addoption("--kernels", help="a library to test instead of the installed one")
 
 
 @pytest.fixture(scope="session")
@@ -272,8 +272,8 @@ def level(request, kernels):
 
 
 @pytest.fixture(autouse=True)
-def _the_best_level_afterwards(request):
-    """Tests of other folders run in this process too."""
+def _best_level_afterwards(request):
+    """Restore the level: tests of other folders run in this process too."""
     yield
     if "kernels" in request.fixturenames:
         kernels = request.getfixturevalue("kernels")
@@ -289,7 +289,7 @@ DRAWS = 21
 
 
 def cells() -> list[tuple[Case, int]]:
-    """Every shape, type and layout, each with settings drawn anew; and the instruction set."""
+    """Every shape, type and layout, each with freshly drawn settings; and the instruction set."""
     r, found = random.Random(5), []
     for shape in SHAPES:
         pixels = shape[2] * shape[3]
@@ -319,7 +319,7 @@ def cells() -> list[tuple[Case, int]]:
 
 
 def pytest_generate_tests(metafunc) -> None:
-    """A tenth of the cells in every run, all of them where the large matrices run."""
+    """A tenth of the cells in every run, the others marked `large`."""
     if "cell" not in metafunc.fixturenames:
         return
     every = cells()

@@ -1,4 +1,4 @@
-"""What must hold to the last bit, and what must not be touched: identity, threads, masks, memory."""
+"""What must be bit-equal, and what must not be touched: identity, threads, masks, memory."""
 
 import copy
 import ctypes
@@ -19,7 +19,7 @@ LAYOUT_NAMES = ["NCHW", "NHWC"]
 
 
 def bits(t: torch.Tensor) -> torch.Tensor:
-    """The bytes of `t` in its own layout."""
+    """The bits of `t`, as integers."""
     return t.detach().clone().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[t.element_size()])
 
 
@@ -30,8 +30,8 @@ def bits(t: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize(
     "shape", [(2, 64, 14, 14), (3, 17, 13, 17), (1, 3, 1, 1), (2, 256, 7, 7), (1, 5, 127, 1)]
 )
-def test_open_gates_repeat_torchs_own_batchnorm_to_the_bit(kernels, level, shape, layout):
-    """In eval mode, where a gate at its identity start is exactly 1: torch's BatchNorm, add and ReLU.
+def test_gates_of_one_are_bit_equal_to_torchs_batchnorm(kernels, level, shape, layout):
+    """In eval mode, where a gate at its identity start is exactly 1: as torch's BatchNorm, add and ReLU.
 
     On a machine without fused multiply-add torch and the portable kernels need not round alike.
     """
@@ -59,7 +59,7 @@ def test_open_gates_repeat_torchs_own_batchnorm_to_the_bit(kernels, level, shape
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("layout", LAYOUT_NAMES)
-def test_open_gates_without_a_norm_return_the_input(kernels, level, layout, dtype):
+def test_gates_of_one_without_a_norm_return_the_input(kernels, level, layout, dtype):
     case = kernels.Case((2, 24, 9, 11), dtype, layout, norm="", shortcut=False, relu=False, gain=2.0)
     inputs = kernels.draw(case)
     for name in ("w2", "b2", "s_gamma", "s_beta"):
@@ -67,7 +67,7 @@ def test_open_gates_without_a_norm_return_the_input(kernels, level, layout, dtyp
     assert torch.equal(kernels.forward(case, inputs, True)[0], inputs.x)
 
 
-# --- repeatability ---
+# --- reproducibility ---
 
 
 @pytest.mark.parametrize("layout", LAYOUT_NAMES)
@@ -91,8 +91,8 @@ def test_the_number_of_threads_changes_no_bit(kernels, shape, layout, mode):  # 
             assert torch.equal(bits(value), bits(results[0].grads[name])), name
 
 
-def test_a_sample_does_not_depend_on_those_beside_it(kernels, level):
-    """In eval mode: one sample, five samples, whatever the order in which the passes run."""
+def test_a_sample_does_not_depend_on_its_batch(kernels, level):
+    """In eval mode: one sample by itself, and in a batch of five."""
     for layout in kernels.layouts:
         case = kernels.Case((5, 24, 15, 13), layout=layout, norm="running", spatial="running")
         inputs = kernels.draw(case)
@@ -102,7 +102,7 @@ def test_a_sample_does_not_depend_on_those_beside_it(kernels, level):
         assert torch.equal(kernels.forward(case, alone, False)[0], whole[2:3])
 
 
-def test_repeats_are_equal_to_the_bit(kernels):  # T30
+def test_repeated_runs_are_bit_equal(kernels):  # T30
     case = kernels.Case((3, 40, 19, 17))
     inputs = kernels.draw(case)
     first = kernels(case, inputs)
@@ -132,16 +132,14 @@ ODD = {
 @pytest.mark.parametrize(
     ("norm", "spatial"), [("", "running"), ("running", "plain"), ("batch", "batch"), ("running", "")]
 )
-def test_nan_and_infinity_reach_what_they_reach_in_eager(
-    kernels, odd, layout, pools, norm, spatial
-):  # T17 T18
+def test_nan_and_infinity_spread_as_in_eager(kernels, odd, layout, pools, norm, spatial):  # T17 T18
     case = kernels.Case((3, 6, 9, 21), layout=layout, norm=norm, spatial=spatial, pools=pools, gain=2.0)
     inputs = kernels.draw(case)
     ODD[odd](inputs.x)
     got, eager = kernels(case, inputs), kernels.formula(case, inputs, torch.float32)
     pairs = {"out": (got.out, eager.out)} | {n: (got.grads[n], eager.grads[n]) for n in eager.grads}
     for name, (ours, theirs) in pairs.items():
-        # Gamma's gradient is summed by parts: of an infinity, parts of both signs may remain, which make NaN.
+        # Gamma's gradient is summed by parts: with an infinity, parts of both signs may remain, whose sum is NaN.
         masks = (torch.isfinite,) if name == "gamma" else (torch.isnan, torch.isposinf, torch.isneginf)
         for mask in masks:
             assert torch.equal(mask(ours), mask(theirs)), f"{mask.__name__} of {name}"
@@ -179,8 +177,8 @@ def test_nothing_outside_the_tensors_is_read_or_written(kernels, level, shape, l
 
 
 @pytest.mark.parametrize("layout", LAYOUT_NAMES)
-def test_what_a_compiler_laid_out_in_its_own_way_is_taken(kernels, layout):  # T13 T33
-    """Every map but x in the other layout, every matrix by columns; and an x with gaps between its rows."""
+def test_operands_in_a_compilers_layout_are_accepted(kernels, layout):  # T13 T33
+    """Every map but x in the other layout, every matrix column-major; and an x with gaps between its rows."""
     case = kernels.Case((2, 32, 9, 7), layout=layout)
     inputs = kernels.draw(case)
     plain = kernels(case, inputs)
@@ -210,7 +208,7 @@ def test_what_a_compiler_laid_out_in_its_own_way_is_taken(kernels, layout):  # T
 
 
 @pytest.mark.parametrize("layout", LAYOUT_NAMES)
-def test_maps_of_any_layout_are_written_over(kernels, layout):  # T13 T33
+def test_maps_of_any_layout_are_overwritten(kernels, layout):  # T13 T33
     case = kernels.Case((2, 32, 9, 7), layout=layout, norm="running", spatial="running")
     inputs = kernels.draw(case)
     expected = kernels.forward(case, inputs, False)[0]
@@ -229,7 +227,7 @@ def test_maps_of_any_layout_are_written_over(kernels, layout):  # T13 T33
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize("layout", LAYOUT_NAMES)
 @pytest.mark.parametrize("shape", [(1, 33, 7, 5), (1, 3, 1, 19), (2, 70, 3, 3)])
-def test_a_map_at_the_end_of_readable_memory_is_no_fault(kernels, level, shape, layout, dtype):  # T16
+def test_a_map_at_the_end_of_readable_memory_is_read_safely(kernels, level, shape, layout, dtype):  # T16
     """The last element of x lies before a page that must not be touched."""
     case = kernels.Case(shape, dtype, layout)
     inputs = kernels.draw(case)
@@ -295,14 +293,14 @@ BEYOND = """
     whole, one = back(x, saved), back(x[:1], alone)
     for ours, theirs in zip(whole[4:], one[4:]):
         if theirs.numel() == 0:
-            continue  # of a bias that is not there
+            continue  # of an absent bias
         torch.testing.assert_close(ours, theirs * N, rtol=1e-4, atol=1e-4 * float(theirs.abs().max() * N))
 """
 
 
 @pytest.mark.large
 @pytest.mark.parametrize("layout", LAYOUT_NAMES)
-def test_offsets_beyond_31_bits(kernels, layout):  # T22
+def test_offsets_beyond_31_bits_are_right(kernels, layout):  # T22
     free = int(re.search(r"MemAvailable: +(\d+)", Path("/proc/meminfo").read_text())[1]) / 2**20
     if free < 8:
         pytest.skip(f"needs 8 GiB of free memory, {free:.0f} are there")

@@ -1,4 +1,4 @@
-"""Building cbam-native, and getting along without it."""
+"""Building cbam-native, and running without it."""
 
 import importlib.util
 import os
@@ -25,20 +25,20 @@ def no_compiler(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
 
 
-def test_without_a_compiler_the_build_says_so_in_one_line(no_compiler):
+def test_a_missing_compiler_is_reported_in_one_line(no_compiler):
     done = subprocess.run([sys.executable, ROOT / "native" / "compile.py"], capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr == "cbam-native was not built: no C++ compiler (c++, g++ or clang++) on the path\n"
 
 
-def test_a_compiler_that_is_named_and_not_there_is_told_by_its_name(no_compiler, monkeypatch):
+def test_a_missing_compiler_of_cxx_is_reported_by_name(no_compiler, monkeypatch):
     monkeypatch.setenv("CXX", "nope -O3")
     with pytest.raises(Exception, match=r"^\$CXX names nope, which is not on the path$"):
         loaded(ROOT / "native" / "compile.py").find_compiler()
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="these flags are x86-64's")
-def test_a_compiler_that_is_set_to_newer_processors_compiles_for_every_processor(monkeypatch, tmp_path):
+def test_march_in_cxx_does_not_break_the_portable_level(monkeypatch, tmp_path):
     compiling = loaded(ROOT / "native" / "compile.py")
     try:
         monkeypatch.setenv("CXX", f"{compiling.find_compiler()[0]} -march=x86-64-v3")
@@ -57,14 +57,14 @@ def test_a_compiler_that_is_set_to_newer_processors_compiles_for_every_processor
     assert len(tried) == 1
 
 
-def test_the_first_error_of_the_compiler_is_the_reason():
+def test_the_first_error_of_the_compiler_is_reported():
     compiling = loaded(ROOT / "native" / "compile.py")
     program = "import sys; print('note', file=sys.stderr); sys.exit('a.cpp:1: error: unknown word')"
     with pytest.raises(compiling.Unbuildable, match=r"failed: a\.cpp:1: error: unknown word"):
         compiling.run([sys.executable, "-c", program])
 
 
-def test_make_goes_on_where_the_kernels_cannot_be_built(monkeypatch, capsys, tmp_path):
+def test_make_continues_if_the_kernels_cannot_be_built(monkeypatch, capsys, tmp_path):
     environment = loaded(ROOT / "tools" / "environment.py")
     fails = [
         sys.executable,
@@ -86,7 +86,7 @@ def test_the_wheel_fits_every_python_of_the_platform(monkeypatch):
     assert not build["pure_python"]
 
 
-def test_without_the_companion_the_equation_runs_and_that_is_said_once():
+def test_a_missing_cbam_native_is_logged_once_and_the_equation_runs():
     program = """
         import logging, sys
         logging.basicConfig(format="%(message)s")
@@ -102,7 +102,7 @@ def test_without_the_companion_the_equation_runs_and_that_is_said_once():
     assert done.stderr.count(f"cbam-native is not installed ({remedy})") == 1
 
 
-def test_a_library_is_built_with_a_digest_of_its_sources_beside_it(monkeypatch, tmp_path):
+def test_a_digest_of_the_sources_is_written_next_to_the_library(monkeypatch, tmp_path):
     compiling = loaded(ROOT / "native" / "compile.py")
     monkeypatch.setattr(compiling, "find_compiler", lambda: [sys.executable])
     monkeypatch.setattr(compiling, "find_torch", lambda: tmp_path)

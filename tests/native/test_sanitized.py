@@ -14,11 +14,11 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.large
 def test_the_sanitizers_find_nothing(tmp_path):
-    """Every test of this folder but the large ones, with a library that reports and stops."""
+    """The tests of this folder except large ones, with a library that stops at an error."""
     compiler = next(filter(shutil.which, ("g++", "clang++")), None)
     if sys.platform != "linux" or compiler is None:
         pytest.skip("needs g++ or clang++, on Linux")
-    # The sanitizer watches what is thrown too: the library that throws has to be there first.
+    # The sanitizer intercepts exceptions too: libstdc++ has to be loaded before it starts.
     names = "libasan.so", "libstdc++.so"
     runtimes = [
         subprocess.run([compiler, f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
@@ -33,7 +33,7 @@ def test_the_sanitizers_find_nothing(tmp_path):
     compiling.compile_to(library, sanitize=True)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not large"]
     command += [str(Path(__file__).parent), "--kernels", str(library)]
-    command += ["--ignore", str(Path(__file__).with_name("test_bits.py"))]  # bits are those of a plain build
+    command += ["--ignore", str(Path(__file__).with_name("test_bits.py"))]  # bits hold only in a plain build
     preload = {"LD_PRELOAD": " ".join(runtimes), "ASAN_OPTIONS": "detect_leaks=0", "OMP_NUM_THREADS": "1"}
     environment = {**os.environ, **preload}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)

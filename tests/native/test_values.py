@@ -1,6 +1,6 @@
 """Outputs and every gradient against the formula in float64, within the policy for fused kernels.
 
-The reference sees the numbers that the kernels see, already rounded to their type. `eager` is the formula in
+The reference gets the same numbers as the kernels, already rounded to their type. `eager` is the formula in
 that type, `floor` what one rounding of the exact result costs, S the largest value. (T1, T8, T10, T21, T24)
 """
 
@@ -50,7 +50,7 @@ def check_weight(
     assert found <= limit, f"{name}: error {found:.3g}, eager {eagers:.3g}, allowed {limit:.3g}"
 
 
-def test_the_tail_and_its_gradients_are_the_formula(kernels, cell):  # T1 T8 T10 T21
+def test_the_tail_and_its_gradients_equal_the_formula(kernels, cell):  # T1 T8 T10 T21
     case, level = cell
     kernels.level(min(level, kernels.best))
     inputs = kernels.draw(case)
@@ -73,7 +73,7 @@ def test_the_tail_and_its_gradients_are_the_formula(kernels, cell):  # T1 T8 T10
             check_weight(name, value, exact.grads[name], eager.grads[name], case.dtype, case.shape[0])
 
 
-def test_without_gradients_the_output_has_the_same_bits_and_nothing_is_kept(kernels, level):  # T25
+def test_without_gradients_the_output_is_bit_equal_and_nothing_is_saved(kernels, level):  # T25
     for layout in kernels.layouts:
         case = kernels.Case((3, 24, 11, 13), layout=layout)
         inputs = kernels.draw(case)
@@ -89,7 +89,7 @@ def test_without_gradients_the_output_has_the_same_bits_and_nothing_is_kept(kern
 @pytest.mark.parametrize(
     "shape", [(2, 256, 14, 14), (4, 64, 28, 28), (1, 17, 13, 17), (3, 40, 7, 7), (2, 3, 1, 1)]
 )
-def test_in_place_of_the_input_the_output_has_the_same_bits(kernels, level, shape, dtype):  # T25
+def test_the_output_written_over_the_input_is_bit_equal(kernels, level, shape, dtype):  # T25
     for layout in kernels.layouts:
         case = kernels.Case(shape, dtype, layout, norm="running", spatial="running")
         inputs = kernels.draw(case)
@@ -102,7 +102,9 @@ def test_in_place_of_the_input_the_output_has_the_same_bits(kernels, level, shap
 @pytest.mark.parametrize(
     "shape", [(2, 2048, 7, 7), (4, 64, 28, 28), (1, 17, 13, 17), (3, 40, 7, 7), (2, 3, 1, 1)]
 )
-def test_a_norm_of_the_shortcut_joins_the_last_pass(kernels, level, shape, spatial, relu, dtype):  # T1 T8 T25
+def test_inference_with_a_norm_of_the_shortcut_is_right(
+    kernels, level, shape, spatial, relu, dtype
+):  # T1 T8 T25
     for layout, biased in (("NCHW", True), ("NHWC", True), ("NHWC", False)):
         case = kernels.Case(shape, dtype, layout, norm="running", spatial=spatial, relu=relu)
         inputs, r = kernels.draw(case), torch.Generator().manual_seed(3)
@@ -122,7 +124,7 @@ def test_a_norm_of_the_shortcut_joins_the_last_pass(kernels, level, shape, spati
 
 @pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
 @pytest.mark.parametrize("data", ["normal", "ties", "constant"])
-def test_what_is_kept_describes_the_planes(kernels, level, layout, data):  # T21
+def test_saved_statistics_describe_the_planes(kernels, level, layout, data):  # T21
     case = kernels.Case((3, 37, 9, 11), layout=layout, data=data, gammas="zero")
     inputs = kernels.draw(case)
     _, m, e, k, mu, v, *_ = kernels.forward(case, inputs, True)
@@ -141,7 +143,7 @@ def test_what_is_kept_describes_the_planes(kernels, level, layout, data):  # T21
 
 @pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
 @pytest.mark.parametrize("distance", [1, 100, 1000])
-def test_the_variance_survives_a_mean_far_from_zero(kernels, level, layout, distance):
+def test_the_variance_is_right_if_the_mean_is_far_from_zero(kernels, level, layout, distance):
     case = kernels.Case((4, 16, 40, 40), layout=layout)
     inputs = kernels.draw(case)
     inputs.x += distance
@@ -151,7 +153,7 @@ def test_the_variance_survives_a_mean_far_from_zero(kernels, level, layout, dist
 
 
 @pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
-def test_the_variance_survives_a_first_pixel_far_from_the_others(kernels, level, layout):
+def test_the_variance_is_right_if_the_first_pixel_is_an_outlier(kernels, level, layout):
     case = kernels.Case((2, 16, 40, 40), layout=layout)
     inputs = kernels.draw(case)
     inputs.x[:, :, 0, :3] += 1e4
@@ -163,7 +165,7 @@ def test_the_variance_survives_a_first_pixel_far_from_the_others(kernels, level,
 @pytest.mark.parametrize("need_x", [True, False])
 @pytest.mark.parametrize("need_shortcut", [True, False])
 @pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
-def test_gradients_nobody_asked_for_are_not_made(kernels, level, layout, need_x, need_shortcut):  # T24
+def test_only_requested_gradients_are_computed(kernels, level, layout, need_x, need_shortcut):  # T24
     case = kernels.Case(layout=layout)
     inputs = kernels.draw(case)
     saved = kernels.forward(case, inputs, True)
@@ -184,7 +186,7 @@ def test_a_sum_over_a_large_half_precision_map_does_not_overflow(kernels, level)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_sixteen_bits_are_read_and_rounded_as_torch_does(kernels, level, dtype):  # T19
+def test_sixteen_bit_types_are_rounded_as_in_torch(kernels, level, dtype):  # T19
     bits = torch.arange(2**16, dtype=torch.int32).to(torch.uint16)
     every = bits.view(dtype).reshape(1, 16, 64, 64)
     for seed in range(3):
@@ -204,7 +206,7 @@ def test_sixteen_bits_are_read_and_rounded_as_torch_does(kernels, level, dtype):
             assert torch.equal(out[~nan].view(torch.int16), expected[~nan].view(torch.int16))
 
 
-def test_inference_takes_a_map_alone(kernels):  # T5
+def test_inference_refuses_all_but_batches(kernels):  # T5
     case = kernels.Case(norm="running", spatial="running")
     inputs = kernels.draw(case)
     for bad in (inputs.x[0], inputs.x[:0]):
@@ -216,7 +218,7 @@ def test_inference_takes_a_map_alone(kernels):  # T5
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("momenta", [(0.1, 0.01), (1 / 3, 1.0), (0.1,)], ids=str)
-def test_running_statistics_follow_as_torchs_do(kernels, momenta, dtype):
+def test_running_statistics_follow_as_in_torch(kernels, momenta, dtype):
     torch.manual_seed(0)
     maps = torch.randn(3, 21, 5, 4, dtype=torch.float64) + 3, torch.randn(3, 1, 5, 4, dtype=torch.float64)
     running, new, expected = [], [], []
