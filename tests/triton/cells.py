@@ -28,15 +28,15 @@ gpu = pytest.mark.skipif(INTERPRETED, reason="needs a GPU")
 REPEATS = 2 if INTERPRETED else 250
 
 # Error of a value that is stored in the type it was computed in, against its scale; and of one rounded to 16
-# bits, in halves of its last place besides. The interpreter cuts bfloat16 off instead: up to two halves.
+# bits, additionally in halves of its last place. The interpreter cuts bfloat16 off instead: up to two halves.
 # A parameter's gradient on a tiny map is a sum that cancels: its scale is at least a thousandth of grad's.
 EXACT = {torch.float64: 1e-11, torch.float32: 2e-5, torch.float16: 2e-5, torch.bfloat16: 2e-5}
 HALVES = {torch.float16: 1.25, torch.bfloat16: 2.5 if INTERPRETED else 1.25}
 
 
 @pytest.fixture(autouse=True)
-def _asked_anew():
-    """The plans that a test changes are no part of what makes calls alike."""
+def _fresh_plans():
+    """Clear the cached kernels, whose key does not include the plans that a test changes."""
     triton_map._kernels.cache_clear()
 
 
@@ -136,7 +136,7 @@ def test_odd_sizes_agree_with_the_equation(tails, guarded, shape):  # T8 T10
 
 @pytest.mark.parametrize("nhwc", [False, True], ids=["NCHW", "NHWC"])
 @pytest.mark.parametrize("data", ["ties", pytest.param("constant", marks=large), "zero gamma", "far mean"])
-def test_ties_take_the_first_index_and_a_far_mean_loses_nothing(tails, guarded, data, nhwc):  # T21
+def test_ties_take_the_first_index_and_a_far_mean_is_exact(tails, guarded, data, nhwc):  # T21
     case, saved, _ = check(tails, data=data, nhwc=nhwc, dtype=torch.float64, spatial="running")
     gamma = case.p["gamma"]
     signed = (case.x * torch.sign(gamma)[:, None, None]).flatten(2)
@@ -188,7 +188,7 @@ def test_parameters_may_be_of_another_type_than_the_map(tails, guarded):  # T1 T
     check(tails, dtype=torch.float32, parameters=torch.float64, norm="running")
 
 
-def test_a_large_map_in_evaluation_convolves_by_a_kernel_of_its_own(tails, guarded, monkeypatch):
+def test_a_large_map_in_evaluation_has_a_separate_convolution(tails, guarded, monkeypatch):
     monkeypatch.setattr(triton_map, "plan", lambda *size: replace(plan(*size), fold=False))
     for save in (True, False):
         case = tails.draw(tails.Cell(**FORMS["frozen"]), DEVICE)
@@ -213,7 +213,7 @@ INFERENCES = {
     ],
     ids=str,
 )
-def test_a_norm_of_the_shortcut_joins_the_last_pass(tails, guarded, form, dtype, nhwc):  # T1 T24
+def test_inference_with_a_norm_of_the_shortcut_is_right(tails, guarded, form, dtype, nhwc):  # T1 T24
     case = tails.draw(tails.Cell(shape=(2, 19, 7, 9), dtype=dtype, nhwc=nhwc, **INFERENCES[form]), DEVICE)
     drawn = torch.Generator().manual_seed(7)
     for biased in (True, False):
@@ -232,7 +232,7 @@ def test_a_norm_of_the_shortcut_joins_the_last_pass(tails, guarded, form, dtype,
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("momenta", [(0.1, 0.01), (1 / 3, 1.0), (0.1,)], ids=str)
-def test_running_statistics_follow_as_torchs_do(momenta, dtype):
+def test_running_statistics_follow_as_in_torch(momenta, dtype):
     torch.manual_seed(0)
     running, new, true = [], [], []
     for momentum, C in zip(momenta, (300, 1), strict=False):
@@ -259,7 +259,7 @@ def test_running_statistics_follow_as_torchs_do(momenta, dtype):
         torch.testing.assert_close(found.cpu().double(), value, rtol=tolerance[dtype], atol=tolerance[dtype])
 
 
-def test_very_many_parts_of_a_sum_are_added_up_first(tails, guarded, monkeypatch):
+def test_many_partial_sums_are_reduced_first(tails, guarded, monkeypatch):
     monkeypatch.setattr(triton_gradients, "MANY", 1)
     check(tails, dtype=torch.float64)
 
@@ -279,7 +279,7 @@ def test_the_gains_scale_the_gates(tails, guarded):
     check(tails, dtype=torch.float64, gains=(2.0, 2.0))
 
 
-def test_the_identity_start_is_exact_where_there_is_no_norm(tails):
+def test_the_identity_start_is_exact_without_a_norm(tails):
     for nhwc, dtype in product((False, True), (torch.float32, torch.float16)):
         cell = tails.Cell(norm="", shortcut=False, relu=False, gains=(2.0, 2.0), nhwc=nhwc, dtype=dtype)
         case = tails.draw(cell, DEVICE)
@@ -293,7 +293,7 @@ def test_unaligned_storage_agrees_with_the_equation(tails, guarded, nhwc):  # T1
     check(tails, dtype=torch.float16, offset=1, nhwc=nhwc, shape=(2, 8, 4, 4))
 
 
-def test_only_the_gradients_asked_for_are_there(tails, guarded):  # T24
+def test_only_requested_gradients_are_computed(tails, guarded):  # T24
     case = tails.draw(tails.Cell(), DEVICE)
     saved = tails.run(tail, case)
     every = tails.run_backward(tail_backward, case, saved)
@@ -307,7 +307,7 @@ def test_only_the_gradients_asked_for_are_there(tails, guarded):  # T24
 
 
 @pytest.mark.parametrize("form", ["tail", "frozen", pytest.param("block, running", marks=large)])
-def test_a_forward_that_saves_nothing_gives_the_same_bits(tails, form):  # T25
+def test_a_forward_that_saves_nothing_is_bit_equal(tails, form):  # T25
     case = tails.draw(tails.Cell(shape=(2, 9, 4, 5), **FORMS[form]), DEVICE)
     kept, lean = tails.run(tail, case), tails.run(tail, case, save=False)
     assert torch.equal(kept["out"], lean["out"])
@@ -318,7 +318,7 @@ def test_a_forward_that_saves_nothing_gives_the_same_bits(tails, form):  # T25
 
 
 @pytest.mark.parametrize("form", ["tail", pytest.param("block", marks=large)])
-def test_results_repeat_bitwise(tails, form):  # T30
+def test_repeated_runs_are_bit_equal(tails, form):  # T30
     case = tails.draw(tails.Cell(shape=(2, 9, 4, 4), nhwc=form == "tail", **FORMS[form]), DEVICE)
     grad, x = case.grad.clone(), case.x.clone()
     runs = []
@@ -344,7 +344,7 @@ def test_results_repeat_bitwise(tails, form):  # T30
         for data in ("nan", "inf", "-inf")
     ],
 )
-def test_masks_of_nan_and_inf_are_those_of_the_equation(tails, form, data):  # T17 T18
+def test_nan_and_inf_appear_where_the_equation_has_them(tails, form, data):  # T17 T18
     changes = {**FORMS[form], "spatial": "running", "norm": FORMS[form].get("norm", "running")}
     for nhwc in (False, True):
         case = tails.draw(tails.Cell(shape=(2, 5, 6, 5), data=data, nhwc=nhwc, **changes), DEVICE)
@@ -355,7 +355,7 @@ def test_masks_of_nan_and_inf_are_those_of_the_equation(tails, form, data):  # T
         assert torch.equal(out.isnan(), true.isnan())
         assert torch.equal(out.isinf(), true.isinf())
         assert torch.equal(dx.isnan(), gradients["dx"].isnan())
-        assert out[1].isfinite().all()  # the other sample is untouched
+        assert out[1].isfinite().all()  # the other sample is unaffected
         assert dx[1].isfinite().all()
 
 
@@ -372,7 +372,7 @@ def test_a_mean_in_float16_does_not_overflow(tails):  # T20
 
 
 @pytest.mark.parametrize("form", ["tail", *(pytest.param(f, marks=large) for f in FORMS if f != "tail")])
-def test_results_have_the_shapes_that_tracing_is_told(tails, form):  # T33
+def test_fake_results_have_the_real_shapes(tails, form):  # T33
     from cbam.ops import library
 
     def shapes(function):
@@ -388,7 +388,7 @@ def test_results_have_the_shapes_that_tracing_is_told(tails, form):  # T33
 
 
 @gpu
-def test_a_stream_of_its_own_gives_the_same_bits(tails):  # T31
+def test_another_stream_gives_the_same_bits(tails):  # T31
     case = tails.draw(tails.Cell(shape=(4, 64, 28, 28), nhwc=True), DEVICE)
     here = tails.run(tail, case)
     stream = torch.cuda.Stream()
@@ -403,7 +403,7 @@ def test_a_stream_of_its_own_gives_the_same_bits(tails):  # T31
 
 
 @gpu
-def test_a_captured_graph_follows_its_inputs(tails):
+def test_a_cuda_graph_replays_with_new_inputs(tails):
     case = tails.draw(tails.Cell(shape=(4, 64, 28, 28), nhwc=True, dtype=torch.bfloat16), DEVICE)
     tails.run_backward(tail_backward, case, tails.run(tail, case))  # compiles
     torch.cuda.synchronize()
@@ -439,7 +439,7 @@ def test_offsets_beyond_2_to_the_31_are_right(tails, nhwc):  # T22
 
 
 @gpu
-def test_more_planes_than_a_grid_has_rows(tails):  # T23
+def test_more_planes_than_grid_rows_are_right(tails):  # T23
     check(tails, shape=(700, 101, 2, 2), dtype=torch.float32)
 
 

@@ -181,7 +181,7 @@ def written_out(case: Case) -> tuple[Tensor, dict[str, Tensor], dict[str, float]
 def equation(
     c: Cell, x: Tensor, shortcut: Tensor | None, p: dict[str, Tensor], terms: dict[str, Tensor]
 ) -> Tensor:
-    """The tail as its definition reads; s_gamma and s_beta are spread over the pixels into `terms`."""
+    """The tail by its definition; s_gamma and s_beta are expanded over the pixels into `terms`."""
     y, N, C = x, x.shape[0], x.shape[1]
     if c.norm:
         running = (p["mean"], p["var"]) if c.norm == "running" else (None, None)
@@ -199,7 +199,7 @@ def equation(
         s = F.conv2d(torch.stack([z.max(1)[0], z.mean(1)], 1), p["kernel"], padding=c.side // 2)
         running = (p["s_mean"], p["s_var"]) if c.spatial == "running" else (None, None)
         running = tuple(None if t is None else t.detach() for t in running)
-        if c.spatial == "batch" and s.numel() < 16:  # of so few values they may lie close to each other
+        if c.spatial == "batch" and s.numel() < 16:  # so few values may lie close together
             terms["steepness"] = (s.detach().var(correction=0) + 1e-5).rsqrt()
         s = F.batch_norm(s, *running, training=c.spatial == "batch", eps=1e-5)
         for name in {"s_gamma", "s_beta"} & set(p):
@@ -233,7 +233,7 @@ class Guarded:
 
 @pytest.fixture
 def guarded(monkeypatch):
-    """Every buffer of the launchers poisoned and guarded; the bands are looked at when the test is over."""
+    """Every buffer of the launchers poisoned and guarded; the bands are checked after the test."""
     from cbam.ops.triton_map import Map
 
     guard = Guarded()
@@ -254,7 +254,7 @@ def guarded(monkeypatch):
 
 @pytest.fixture
 def tails() -> SimpleNamespace:
-    """What the cells are drawn, run and compared with."""
+    """What draws the cells, runs them and computes what they are compared with."""
     return SimpleNamespace(
         Cell=Cell, draw=draw, run=run, run_inference=run_inference, run_backward=run_backward,
         written_out=written_out, placed=placed, undecided=undecided,

@@ -1,4 +1,4 @@
-"""benchmarks/aot.py finds what it looks for; `make check` runs it on the kernels."""
+"""benchmarks/aot.py finds the faults it looks for; `make check` runs it on the kernels."""
 
 import subprocess
 import sys
@@ -32,7 +32,7 @@ def test_a_training_step_is_seven_launches_forward_and_six_backward():
     assert found[len(forward) :] == ["track", *backward, "write"]
 
 
-def test_inference_is_at_most_four_launches():
+def test_inference_is_four_launches():
     found = aot.launches((1, 256, 14, 14), torch.bfloat16, True, aot.FORMS[1])
     assert [one.kernel for one in found] == ["pool", "gate", "squeeze", "refine"]
 
@@ -44,13 +44,13 @@ def test_the_bare_block_reads_its_gradient_once_in_pass_3_and_never_its_output()
     assert "SLOPE" in absent["write"]  # without it x is not read
 
 
-def test_frozen_statistics_spare_pass_3_the_map():
+def test_with_frozen_statistics_pass_3_does_not_read_the_map():
     found = aot.launches(aot.SHAPES[0], torch.bfloat16, True, aot.FORMS[2])
     write = next(one for one in found if one.kernel == "write")
     assert ("SLOPE", None) in write.constants
 
 
-def test_an_unaligned_map_is_not_taken_for_an_aligned_one():
+def test_an_unaligned_map_is_not_compiled_as_aligned():
     aligned, unaligned = (
         next(
             one
@@ -64,7 +64,7 @@ def test_an_unaligned_map_is_not_taken_for_an_aligned_one():
 
 
 @pytest.mark.parametrize("full", [128, 8])
-def test_a_shorter_last_batch_compiles_nothing_anew(full):
+def test_a_smaller_last_batch_is_not_recompiled(full):
     for C, side in ((256, 56), (512, 28), (2048, 7)):
         known = set(aot.launches((full, C, side, side), torch.bfloat16, True, TRAINING))
         for N in range(full // 2 + 1, full):
@@ -83,7 +83,7 @@ def test_a_shorter_last_batch_compiles_nothing_anew(full):
         ("gate", "", {"registers": 200}, "registers"),
     ],
 )
-def test_a_fault_is_found(kernel, ptx, resources, fault):
+def test_a_fault_is_reported(kernel, ptx, resources, fault):
     (found,) = aot.faults(result(kernel, **resources), ptx)
     assert fault in found
 
@@ -92,11 +92,11 @@ def test_a_fault_is_found(kernel, ptx, resources, fault):
     ("kernel", "ptx"),
     [("refine", "max.NaN.f32 %f1, %f2, %f3; max.s32 %r1, %r2, %r3;"), ("squeeze", "max.f32 %f1, %f2, %f3;")],
 )
-def test_what_is_no_fault_is_not_found(kernel, ptx):
+def test_harmless_code_is_not_reported(kernel, ptx):
     assert not list(aot.faults(result(kernel, registers=128, stack=8), ptx))
 
 
-def test_a_kernel_that_does_not_compile_is_a_row():
+def test_a_kernel_that_does_not_compile_is_reported():
     broken = launch("gate", signature=(("MEAN", "*nonsense"),))
     assert aot.compiled(broken, 90).faults
 

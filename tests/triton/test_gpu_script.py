@@ -1,4 +1,4 @@
-"""benchmarks/gpu.sh without a GPU: it refuses, or runs through every step by the interpreter.
+"""benchmarks/gpu.sh without a GPU: it refuses, or runs every step in the interpreter.
 
 And its parts, which must not lose what was measured: time that runs out, cells that fail or hang, `ncu`.
 """
@@ -41,14 +41,14 @@ def tables(out: Path) -> dict[str, list[dict[str, str]]]:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
-def test_without_a_gpu_it_says_so(tmp_path):
+def test_a_missing_gpu_is_reported(tmp_path):
     done = run(tmp_path)
     assert done.returncode == 2
     assert "no GPU: to test the script without one, run DRY=1" in done.stderr.splitlines()[-1]
 
 
 @pytest.mark.large
-def test_a_dry_run_goes_through_every_step_and_writes_rows(tmp_path):
+def test_a_dry_run_runs_every_step_and_writes_rows(tmp_path):
     pytest.importorskip("timm")
     done = run(tmp_path, DRY="1")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
@@ -61,20 +61,20 @@ def test_a_dry_run_goes_through_every_step_and_writes_rows(tmp_path):
 
 
 @pytest.mark.large
-def test_cells_that_cannot_be_collected_end_it_with_1_and_say_why(tmp_path):
+def test_a_collection_error_exits_with_1_and_the_reason(tmp_path):
     done = run(tmp_path, DRY="1", STEPS="cells", PYTEST_ADDOPTS="-p no_such_plugin")
     assert done.returncode == 1
     assert "no_such_plugin" in done.stdout
 
 
-def test_the_script_hands_the_commit_on(tmp_path):
+def test_the_script_passes_the_commit_on(tmp_path):
     assert "--commit abc1234" in run(tmp_path, PYTHON="echo", COMMIT="abc1234").stdout
     assert "--commit" not in run(tmp_path, PYTHON="echo", COMMIT="").stdout
 
 
 @pytest.fixture
 def steps(monkeypatch):
-    """Steps of one row, which say that they were done, in place of the real ones."""
+    """Steps of one row, which record that they ran, instead of the real ones."""
     done = []
 
     def step(name):
@@ -98,7 +98,7 @@ def settled(monkeypatch, out, *arguments, agreed=True):
 
 
 @pytest.mark.parametrize("agreed", [True, False])
-def test_cells_that_fail_leave_out_ratios_and_mark_the_rest(tmp_path, monkeypatch, steps, agreed):
+def test_failing_cells_skip_ratios_and_mark_the_other_rows(tmp_path, monkeypatch, steps, agreed):
     code, found = settled(monkeypatch, tmp_path / "new", agreed=agreed)
     assert code == (0 if agreed else 1)
     assert steps == (list(gpu.STEPS) if agreed else ["kernels", "hosts", "ncu"])
@@ -126,13 +126,13 @@ def test_a_row_is_saved_before_the_next_is_measured(tmp_path, monkeypatch, steps
 
 
 @pytest.mark.parametrize(("of_git", "commit"), [(None, "abc1234"), ("def5678+changes", "def5678+changes")])
-def test_rows_have_the_commit_said_where_git_knows_none(tmp_path, monkeypatch, steps, of_git, commit):
+def test_rows_have_the_given_commit_if_git_knows_none(tmp_path, monkeypatch, steps, of_git, commit):
     monkeypatch.setattr(gpu.machine, "commit", lambda: of_git)
     _, found = settled(monkeypatch, tmp_path, "--steps", "kernels", "--commit", "abc1234")
     assert [row["commit"] for row in found["kernels"]] == [commit]
 
 
-def test_what_would_not_end_in_time_does_not_begin(tmp_path, monkeypatch, capsys):
+def test_a_step_that_would_end_late_is_skipped(tmp_path, monkeypatch, capsys):
     code, found = settled(monkeypatch, tmp_path, "--minutes", "0.3")  # 18 seconds
     assert code == 75
     assert found == {}
@@ -145,7 +145,7 @@ def test_what_would_not_end_in_time_does_not_begin(tmp_path, monkeypatch, capsys
 
 @pytest.fixture
 def cells(tmp_path, monkeypatch):
-    """Write the cells, and say whether they agree."""
+    """Write the cells, and return whether they agree."""
 
     def agree(text, seconds=60.0):
         (tmp_path / "cells.py").write_text(text)
@@ -157,16 +157,16 @@ def cells(tmp_path, monkeypatch):
     return agree
 
 
-def test_only_cells_that_all_pass_agree(cells, capsys):
+def test_cells_agree_only_if_all_pass(cells, capsys):
     assert cells("def test_gains(): pass")
     assert not cells("def test_gains(): pass\ndef test_identity(): assert 1 == 2")
     assert "assert 1 == 2" in capsys.readouterr().out
     assert not cells("def test_gains(): pass\nimport no_such_module")
     assert "No module named 'no_such_module'" in capsys.readouterr().out
-    assert not cells("def test_other(): pass")  # none is no proof
+    assert not cells("def test_other(): pass")  # no cell ran
 
 
-def test_a_warning_of_a_library_is_no_disagreement(cells, tmp_path):
+def test_a_warning_of_a_library_does_not_fail_the_cells(cells, tmp_path):
     (tmp_path / "pyproject.toml").write_text('[tool.pytest.ini_options]\nfilterwarnings = ["error"]\n')
     old = "warnings.warn('an old package is installed', FutureWarning)"
     assert cells(f"import warnings\n{old}\ndef test_gains(): {old}")
@@ -181,19 +181,19 @@ def test_gains():
 """
 
 
-def test_a_cell_that_hangs_is_named_and_ends_with_its_children(cells, tmp_path, capsys):
+def test_a_hanging_cell_is_named_and_killed_with_its_children(cells, tmp_path, capsys):
     os.mkfifo(tmp_path / "pipe")
     pipe = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
-    for seconds in (4, 12, 36):  # a loaded machine may take long to come to the cell
+    for seconds in (4, 12, 36):  # a loaded machine may take long to reach the cell
         assert not cells(HANGS, seconds=seconds)
         told = capsys.readouterr().out
         if "cells.py" in told:
             break
     assert "did not finish: cells.py::test_gains" in told
-    assert until_nobody_holds(pipe) == b"here\n"
+    assert read_until_closed(pipe) == b"here\n"
 
 
-def until_nobody_holds(pipe: int, seconds: float = 4) -> bytes:
+def read_until_closed(pipe: int, seconds: float = 4) -> bytes:
     """What was written into a pipe, once the last process that could write has ended."""
     said, deadline = b"", time.monotonic() + seconds
     while time.monotonic() < deadline:
@@ -218,7 +218,7 @@ echo '"0","pool","12.5"'
 
 
 def profiled(folder, monkeypatch, program, *left):
-    """The rows of an `ncu` that is this program, with so many seconds left, and its job."""
+    """The rows with this program as `ncu` and these seconds left, and the job."""
     (folder / "ncu").write_text(program)
     (folder / "ncu").chmod(0o755)
     monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
@@ -228,13 +228,13 @@ def profiled(folder, monkeypatch, program, *left):
     return list(gpu.profiled(job)), job
 
 
-def test_ncu_leaves_the_clocks_alone_and_its_table_is_rows(tmp_path, monkeypatch):
+def test_ncu_does_not_lock_the_clocks_and_its_table_is_read(tmp_path, monkeypatch):
     rows, _ = profiled(tmp_path, monkeypatch, NCU, 100, 100)
     assert rows == [{"ID": "0", "Kernel Name": "pool", "Metric Value": "12.5"}]
     assert "--clock-control none --cache-control none" in (tmp_path / "arguments").read_text()
 
 
-def test_ncu_does_not_begin_late_and_ends_in_time(tmp_path, monkeypatch):
+def test_ncu_is_skipped_if_late_and_ends_in_time(tmp_path, monkeypatch):
     rows, job = profiled(tmp_path, monkeypatch, NCU, 30)
     assert (rows, job.left_out) == ([], ["ncu"])
     assert not (tmp_path / "arguments").exists()

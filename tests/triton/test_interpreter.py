@@ -1,4 +1,4 @@
-"""The Triton kernels by Triton's interpreter, in a process of its own: their import chooses it."""
+"""The Triton kernels in Triton's interpreter, in a separate process: it is chosen at import."""
 
 import os
 import subprocess
@@ -13,7 +13,7 @@ PYTEST = "-m pytest -q -p no:cacheprovider -p no:hypothesispytest".split()
 
 
 def run(*arguments: str) -> str:
-    """The output of pytest on the cells; fails with it where a cell fails."""
+    """The output of pytest on the cells; fails, showing it, if a cell fails."""
     pytest.importorskip("triton")
     done = subprocess.run(
         [sys.executable, *PYTEST, str(CELLS), *arguments],

@@ -1,6 +1,6 @@
-"""Which compiled kernels a call starts: those of a call that was alike, and no others.
+"""Which compiled kernels a call launches: those that Triton itself would choose, also from our cache.
 
-Triton's own code runs up to the driver; in place of the compiler and of the driver stands what keeps a list.
+Triton's own code runs; its compiler and driver are replaced by objects that record the launches.
 """
 
 import random
@@ -21,7 +21,7 @@ from cbam.ops import triton_backward, triton_forward, triton_gate, triton_kernel
 from cbam.ops.triton_gradients import tail_backward
 from cbam.ops.triton_kernels import tail, tail_inference
 
-# Ones in which a size, a type, an address, a part or a flag is another.
+# Cells that differ in a size, a type, an address, a part or a flag.
 SMALL = {"shape": (2, 8, 4, 4)}
 CELLS = (
     {}, SMALL, SMALL | {"nhwc": True}, SMALL | {"offset": 1}, SMALL | {"offset": 1, "nhwc": True},
@@ -42,18 +42,18 @@ CELLS = (
 
 
 class Compiled(CompiledKernel):
-    """What the compiler returned for a source; its start is put down and nothing runs."""
+    """Stands for a compiled source; a launch is recorded, and nothing runs."""
 
     def __init__(self, source, starts):
         self.src, self.name = source, source.fn.__name__
         self.function = self.packed_metadata = None
-        self.module, self._run = "loaded", self.put_down
+        self.module, self._run = "loaded", self.record_launch
         self.starts = starts
 
     def __del__(self):
         pass
 
-    def put_down(self, x, y, z, stream, function, packed, metadata, enter, leave, *arguments):
+    def record_launch(self, x, y, z, stream, function, packed, metadata, enter, leave, *arguments):
         source, names = self.src, self.src.fn.arg_names
         given = dict(zip(names, map(likeness, arguments), strict=True))
         given = {name: given[name] for name in names if source.signature[name] != "constexpr"}
@@ -68,7 +68,7 @@ def likeness(value):
 
 @pytest.fixture
 def starts(monkeypatch):
-    """The starts of kernels, each with all that it was compiled for and given."""
+    """The launches of kernels, each with what it was compiled for and its arguments."""
     found = []
     device = SimpleNamespace(
         get_current_device=lambda: 0,
@@ -88,7 +88,7 @@ def starts(monkeypatch):
 
 
 def calls(tails):
-    """Forwards and backwards, and what follows the statistics of a batch."""
+    """Forwards, backwards, and updates of running statistics."""
     for changes in CELLS:
         case = tails.draw(tails.Cell(**changes), "cpu")
         if "batch" not in (case.cell.norm, case.cell.spatial):
@@ -107,11 +107,11 @@ def calls(tails):
         yield lambda r=norms, n=new, k=count: triton_kernels.track(r[:2], n[:2], [0.1], k)
 
 
-def test_a_call_starts_what_triton_would_choose_for_it(tails, starts, monkeypatch):
+def test_a_call_launches_what_triton_would_choose(tails, starts, monkeypatch):
     every = list(calls(tails))
     random.Random(0).shuffle(every)
     chosen = []
-    for call in every:  # Triton is asked at each start
+    for call in every:  # Triton chooses at each launch
         triton_map._kernels.cache_clear()
         starts.clear()
         call()
@@ -119,14 +119,14 @@ def test_a_call_starts_what_triton_would_choose_for_it(tails, starts, monkeypatc
     assert len({str(one) for one in chosen}) > len(CELLS)
     for call in every:
         call()
-    monkeypatch.setattr(JITFunction, "run", None)  # it has been asked for all of them
+    monkeypatch.setattr(JITFunction, "run", None)  # every choice is cached now
     for call, expected in zip(every, chosen, strict=True):
         starts.clear()
         call()
         assert starts == expected
 
 
-def test_what_is_tried_is_no_affair_of_the_mode_that_it_is_tried_in(starts):  # T35
+def test_the_probe_ignores_an_active_fake_tensor_mode(starts):  # T35
     with FakeTensorMode():
         triton_kernels.probe(torch.device("cpu"))
     assert [name for name, *_ in starts] == ["pool"]
