@@ -1,4 +1,4 @@
-"""Files that are whole or not there: what is on the disk at every moment."""
+"""Atomic files: complete or absent on the disk at every moment."""
 
 import contextlib
 import errno
@@ -17,12 +17,12 @@ def write(part: Path, **contents: str) -> None:
         (part / name).write_text(content)
 
 
-def there(folder: Path) -> dict[str, str]:
+def contents_of(folder: Path) -> dict[str, str]:
     return {path.name: path.read_text() for path in folder.iterdir()}
 
 
 # K15
-def test_bytes_are_on_the_disk_before_the_names(tmp_path, monkeypatch):
+def test_contents_are_synced_before_they_are_renamed(tmp_path, monkeypatch):
     done, sync, replace = [], os.fsync, Path.replace
 
     def fsync(handle):
@@ -39,12 +39,12 @@ def test_bytes_are_on_the_disk_before_the_names(tmp_path, monkeypatch):
         write(part, a="1", b="2")
         assert [path.name for path in tmp_path.iterdir()] == [part.name]
     assert done == ["sync a", "sync b", "rename a", "rename b", f"sync {tmp_path.name}"]
-    assert there(tmp_path) == {"a": "1", "b": "2"}
+    assert contents_of(tmp_path) == {"a": "1", "b": "2"}
 
 
 # K14
 @pytest.mark.parametrize("survived", [0, 1])
-def test_old_and_new_are_never_mixed(survived, tmp_path, monkeypatch):
+def test_old_and_new_files_are_never_mixed(survived, tmp_path, monkeypatch):
     write(tmp_path, weights="old", graph="old")
     replace, renamed = Path.replace, []
 
@@ -60,10 +60,10 @@ def test_old_and_new_are_never_mixed(survived, tmp_path, monkeypatch):
         placed(tmp_path / "weights", tmp_path / "graph", overwrite=True) as part,
     ):
         write(part, weights="new", graph="new")
-    assert "graph" not in there(tmp_path)  # what readers open first
+    assert "graph" not in contents_of(tmp_path)  # what readers open first
 
 
-def test_a_failure_inside_leaves_what_was_there(tmp_path):
+def test_a_failure_leaves_the_old_file(tmp_path):
     write(tmp_path, a="old")
 
     def half() -> None:
@@ -73,11 +73,11 @@ def test_a_failure_inside_leaves_what_was_there(tmp_path):
 
     with pytest.raises(ZeroDivisionError):
         half()
-    assert there(tmp_path) == {"a": "old"}
+    assert contents_of(tmp_path) == {"a": "old"}
 
 
 # C7, K16
-def test_what_is_there_and_what_cannot_be_is_refused(tmp_path):
+def test_existing_and_impossible_paths_are_refused(tmp_path):
     write(tmp_path, a="old")
     (tmp_path / "folder").mkdir()
     for target in ("a", "folder"):
@@ -92,7 +92,7 @@ def test_what_is_there_and_what_cannot_be_is_refused(tmp_path):
 
 
 # K13
-def test_a_full_disk_is_one_error(tmp_path):
+def test_a_full_disk_is_reported(tmp_path):
     def full() -> None:
         with placed(tmp_path / "a") as part:
             write(part, a="new")
@@ -100,7 +100,7 @@ def test_a_full_disk_is_one_error(tmp_path):
 
     with pytest.raises(OutputError, match="No space left"):
         full()
-    assert there(tmp_path) == {}
+    assert contents_of(tmp_path) == {}
 
 
 # K17
@@ -108,22 +108,22 @@ def test_a_full_disk_is_one_error(tmp_path):
 def test_unusual_names_are_kept(name, tmp_path):
     with placed(tmp_path / name) as part:
         (part / name).write_text("1")
-    assert there(tmp_path) == {name: "1"}
+    assert contents_of(tmp_path) == {name: "1"}
 
 
 @pytest.mark.parametrize(("number", "is_an_error"), [(errno.EINVAL, False), (errno.EIO, True)])
-def test_a_disk_that_syncs_no_folders_is_written_to_and_one_that_fails_is_not(
+def test_a_failed_folder_sync_is_an_error_unless_folders_cannot_be_synced(
     tmp_path, monkeypatch, number, is_an_error
 ):
     sync = os.fsync
 
-    def files_alone(handle):
+    def only_files(handle):
         if stat.S_ISDIR(os.fstat(handle).st_mode):
             raise OSError(number, os.strerror(number))
         sync(handle)
 
-    monkeypatch.setattr(os, "fsync", files_alone)
-    told = pytest.raises(OutputError) if is_an_error else contextlib.nullcontext()
-    with told, placed(tmp_path / "a") as part:
+    monkeypatch.setattr(os, "fsync", only_files)
+    expectation = pytest.raises(OutputError) if is_an_error else contextlib.nullcontext()
+    with expectation, placed(tmp_path / "a") as part:
         (part / "a").write_text("text")
     assert (tmp_path / "a").read_text() == "text"
