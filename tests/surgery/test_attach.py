@@ -158,7 +158,7 @@ def test_plain_and_attached_checkpoints_load(net, images):  # S18
     assert torch.equal(late(images), plain(images))
 
 
-def test_attention_takes_the_state_of_its_block(net):  # S11
+def test_attention_takes_mode_layout_and_device_of_its_block(net):  # S11
     net.train().to(memory_format=torch.channels_last)
     net.one.requires_grad_(False)
     net.two.eval()
@@ -499,7 +499,7 @@ def test_an_fx_graph_is_refused_and_unchanged(net, images):
     assert torch.equal(traced(images), expected)
 
 
-def test_attaching_is_refused_after_ddp_and_works_before(net, tmp_path):  # S8
+def test_attaching_works_before_ddp_and_is_refused_after(net, tmp_path):  # S8
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         wrapped = nn.parallel.DistributedDataParallel(net)
@@ -513,7 +513,7 @@ def test_attaching_is_refused_after_ddp_and_works_before(net, tmp_path):  # S8
         torch.distributed.destroy_process_group()
 
 
-def test_attaching_and_loading_are_refused_after_sharding_and_work_before(net, tmp_path):  # S8
+def test_attaching_and_loading_work_before_sharding_and_are_refused_after(net, tmp_path):  # S8
     from torch.distributed.fsdp import fully_shard
 
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)

@@ -148,7 +148,7 @@ def test_compiled_code_overwrites_a_branch_only_if_unread(keeps, layout):  # T25
     torch._dynamo.reset()
 
 
-def test_memory_of_numpy_is_not_overwritten(overwrites):  # T25
+def test_memory_of_a_numpy_array_is_not_overwritten(overwrites):  # T25
     class Borrowed(nn.Module):
         def forward(self, x):
             return torch.from_numpy(array)

@@ -89,14 +89,14 @@ class HandsTheShortcutOn(Shortened):
         return self.relu(out + identity)
 
 
-class CallsItTwice(Shortened):
+class CallsTheShortcutTwice(Shortened):
     def forward(self, x):
         identity = self.downsample(x)
         out = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(self.downsample(2 * x))))))
         return self.relu(out + identity)
 
 
-class OfTheSameName(Shortened):
+class ShortcutOfTheSameName(Shortened):
     def forward(self, x):
         other = nn.Module()
         other.downsample = lambda y: 2 * y
@@ -122,8 +122,8 @@ JOINING = {
     ReadsTheShortcut: False,
     IndexesTheShortcut: False,
     HandsTheShortcutOn: False,
-    CallsItTwice: False,
-    OfTheSameName: False,
+    CallsTheShortcutTwice: False,
+    ShortcutOfTheSameName: False,
     ShortcutElsewhere: False,
 }
 

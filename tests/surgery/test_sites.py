@@ -272,7 +272,7 @@ class InheritsTwice(CountsThenInherits):
 
 
 @pytest.mark.parametrize("kind", [CountsThenInherits, InheritsTwice])
-def test_code_around_an_inherited_forward_still_runs(kind):  # S14
+def test_code_around_super_forward_still_runs(kind):  # S14
     block, x = kind().eval(), torch.randn(2, 8, 6, 7)
     (site,) = cbam.sites(block)
     assert (site.why, site.route.when) == ("after norm", "after")

@@ -43,7 +43,7 @@ class SharesMemory(Branch):
         return torch.relu(out + x), aux
 
 
-class LeavesItOut(Branch):
+class SkipsTheBranch(Branch):
     """Stochastic depth that has computed the branch already."""
 
     def forward(self, x):
@@ -63,7 +63,7 @@ class OneNormForBoth(Branch):
         return torch.relu(out + self.downsample(x))
 
 
-class KeepsIt(Shortened):
+class KeepsTheShortcut(Shortened):
     """Keeps the shortcut in a private attribute."""
 
     def forward(self, x):
@@ -72,7 +72,7 @@ class KeepsIt(Shortened):
         return torch.relu(out + self._identity)
 
 
-class GivesItToAChild(Shortened):
+class GivesTheShortcutToAChild(Shortened):
     def forward(self, x):
         self.conv1.identity = self.downsample(x)
         out = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
@@ -85,10 +85,10 @@ class GivesItToAChild(Shortened):
         AddsToItsInput,
         AddsToItsInputByName,
         SharesMemory,
-        LeavesItOut,
+        SkipsTheBranch,
         OneNormForBoth,
-        KeepsIt,
-        GivesItToAChild,
+        KeepsTheShortcut,
+        GivesTheShortcutToAChild,
     ],
 )
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])

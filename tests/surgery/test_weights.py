@@ -336,7 +336,7 @@ def test_invalid_arguments_are_refused():
 # --- what does not fit ----------------------------------------------------------------------------
 
 
-def test_no_common_name_is_refused():
+def test_a_file_with_no_matching_name_is_refused():
     """K9"""
     refused(tiny(), {"a.weight": torch.ones(1)}, r"0 of \d+ names fit ResNetTiny")
     head_only = {"fc.weight": tiny().fc.weight, "fc.bias": tiny().fc.bias}
