@@ -180,7 +180,7 @@ def test_unknown_pools_are_refused(pools):
         cbam.ChannelAttention(8, pools=pools)
 
 
-def test_few_channels_keep_one_hidden_unit_which_is_logged(caplog):  # T9
+def test_few_channels_keep_one_hidden_unit_and_log_it(caplog):  # T9
     with caplog.at_level(logging.INFO, "cbam"):
         module = cbam.ChannelAttention(8)
     assert module.fc1.weight.shape == (1, 8)
@@ -371,7 +371,7 @@ def test_eight_threads_compute_the_same_as_one():  # T32
         assert all(torch.equal(a, b) for a, b in zip(pool.map(run, inputs), expected, strict=True))
 
 
-def test_compiles_as_one_graph_and_not_again_for_every_size():  # T33
+def test_compiles_as_one_graph_without_one_for_every_size():  # T33
     module = active(cbam.CBAM(8))
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")

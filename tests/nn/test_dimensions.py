@@ -216,7 +216,7 @@ def test_a_batch_of_another_dim_is_refused_with_the_call_for_it(built, given):  
 
 
 @pytest.mark.parametrize("dim", WITHOUT_DIM_2)
-def test_explicit_kernels_refuse_signals_and_volumes(dim):
+def test_using_fused_refuses_signals_and_volumes(dim):
     x = torch.randn(SHAPES[dim])
     with (
         using("fused"),

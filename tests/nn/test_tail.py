@@ -223,14 +223,14 @@ def test_missing_kernels_are_logged_once(monkeypatch, caplog):  # T35
     module, x = cbam.CBAM(6), torch.randn(2, 6, 4, 4)
     for _ in range(3):
         module(x)
-    told = [r.message for r in caplog.records if "not built" in r.message]
-    assert told == ["attention runs as plain torch operations on cpu: they were not built"]
+    messages = [r.message for r in caplog.records if "not built" in r.message]
+    assert messages == ["attention runs as plain torch operations on cpu: they were not built"]
 
 
 def test_a_gpu_that_is_too_old_is_reported_before_a_kernel_runs(monkeypatch):  # T35
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (6, 1))
-    told = switch._missing(torch.device("cuda", 0))
-    assert told == "the kernels need compute capability 7.0, and this GPU has 6.1"
+    obstacle = switch._missing(torch.device("cuda", 0))
+    assert obstacle == "the kernels need compute capability 7.0, and this GPU has 6.1"
 
 
 def test_kernels_are_not_loaded_during_graph_capture(monkeypatch):  # T35
@@ -258,12 +258,12 @@ def test_an_empty_cbam_native_folder_is_reported(monkeypatch):  # T35
     assert "cbam_native is not the companion package of cbam" in switch.cpu.missing()
 
 
-def test_changed_schemas_need_a_new_number():  # T35
+def test_changed_schemas_need_a_new_version():  # T35
     schemas = " ".join((library._FORWARD, library._INFERENCE, library._BACKWARD, library._TRACK))
     assert (switch.cpu.OPERATORS, hashlib.sha256(schemas.encode()).hexdigest()[:12]) == (1, "1bc52587e5b4")
 
 
-def test_using_ends_with_its_with_block(runs):
+def test_using_ends_with_its_block(runs):
     module, x = cbam.CBAM(6).eval(), torch.randn(2, 6, 4, 4)
     with ops.using("reference"):
         module(x)
@@ -332,7 +332,7 @@ def test_the_operators_pass_torchs_opcheck():  # T34
 
 
 @pytest.mark.parametrize("lacking", ["nothing", "norm", "what", "where"])
-def test_fake_results_have_the_real_shapes(lacking):  # T34
+def test_the_fake_kernel_returns_the_real_shapes(lacking):  # T34
     x, attention, norm = torch.randn(2, 6, 4, 5), cbam.CBAM(6, reduction=2), nn.BatchNorm2d(6)
     for training, save in ((True, True), (True, False), (False, True), (False, False)):
         channel, spatial = attention.train(training).operands(x)
@@ -345,8 +345,8 @@ def test_fake_results_have_the_real_shapes(lacking):  # T34
             args[i] = None
         args[6], args[20] = training and lacking != "norm", training and lacking != "where"
         with torch.no_grad():
-            came, told = torch.ops.cbam.tail(*args), library._fake_forward(*args)
-        assert [(t.shape, t.dtype) for t in came] == [(t.shape, t.dtype) for t in told]
+            real, fake = torch.ops.cbam.tail(*args), library._fake_forward(*args)
+        assert [(t.shape, t.dtype) for t in real] == [(t.shape, t.dtype) for t in fake]
 
 
 # --- the end of a residual block ---
@@ -670,7 +670,7 @@ def test_a_norm_without_running_statistics_needs_more_than_one_value():  # T7
             module.eval()(x)
 
 
-def test_using_in_overlapping_threads_leaves_no_choice_behind():
+def test_overlapping_using_blocks_in_two_threads_leave_no_choice():
     entered, left = threading.Event(), threading.Event()
 
     def first():
@@ -690,7 +690,7 @@ def test_using_in_overlapping_threads_leaves_no_choice_behind():
     assert switch._choice == ""
 
 
-def test_why_the_equation_runs_is_logged_once(monkeypatch, caplog):  # T35
+def test_the_reason_for_the_equation_is_logged_once(monkeypatch, caplog):  # T35
     caplog.set_level("INFO", "cbam")
     monkeypatch.setattr(switch, "_logged", set())
     module, x = cbam.CBAM(6), torch.randn(2, 6, 4, 4)
