@@ -139,7 +139,7 @@ def test_nan_and_infinity_spread_as_in_eager(kernels, odd, layout, pools, norm, 
     got, eager = kernels(case, inputs), kernels.formula(case, inputs, torch.float32)
     pairs = {"out": (got.out, eager.out)} | {n: (got.grads[n], eager.grads[n]) for n in eager.grads}
     for name, (ours, theirs) in pairs.items():
-        # Gamma's gradient is summed by parts: with an infinity, parts of both signs may remain, whose sum is NaN.
+        # Gamma's gradient is summed by parts: with an infinity, they may differ in sign, and add up to NaN.
         masks = (torch.isfinite,) if name == "gamma" else (torch.isnan, torch.isposinf, torch.isneginf)
         for mask in masks:
             assert torch.equal(mask(ours), mask(theirs)), f"{mask.__name__} of {name}"
@@ -177,7 +177,7 @@ def test_nothing_outside_the_tensors_is_read_or_written(kernels, level, shape, l
 
 
 @pytest.mark.parametrize("layout", LAYOUT_NAMES)
-def test_operands_in_a_compilers_layout_are_accepted(kernels, layout):  # T13 T33
+def test_operands_of_other_layouts_are_accepted(kernels, layout):  # T13 T33
     """Every map but x in the other layout, every matrix column-major; and an x with gaps between its rows."""
     case = kernels.Case((2, 32, 9, 7), layout=layout)
     inputs = kernels.draw(case)

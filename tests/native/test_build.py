@@ -31,7 +31,7 @@ def test_a_missing_compiler_is_reported_in_one_line(no_compiler):
     assert done.stderr == "cbam-native was not built: no C++ compiler (c++, g++ or clang++) on the path\n"
 
 
-def test_a_missing_compiler_of_cxx_is_reported_by_name(no_compiler, monkeypatch):
+def test_a_missing_compiler_in_cxx_is_reported_by_name(no_compiler, monkeypatch):
     monkeypatch.setenv("CXX", "nope -O3")
     with pytest.raises(Exception, match=r"^\$CXX names nope, which is not on the path$"):
         loaded(ROOT / "native" / "compile.py").find_compiler()

@@ -25,7 +25,7 @@ def check_map(name: str, got: Tensor, exact: Tensor, eager: Tensor, slack: float
     if got.dtype == torch.float64:
         limit = 1e-7 * S + 1e-12
     elif got.dtype == torch.float32:
-        # Of few pixels, or one sample, which share few sums, the error of one order of summation is luck.
+        # With few pixels or one sample there are few sums: the error of one order of summation is luck.
         luck = 2 if got.numel() // got.shape[1] < 500 or len(got) == 1 else 1
         limit = min(luck * (2 * eagers + slack * S), 1e-5 * max(S, 1))
     else:
@@ -37,7 +37,7 @@ def check_map(name: str, got: Tensor, exact: Tensor, eager: Tensor, slack: float
 def check_weight(
     name: str, got: Tensor, exact: Tensor, eager: Tensor, dtype: torch.dtype, samples: int
 ) -> None:
-    """Of a parameter's gradient, by its L2 norm. Of a few numbers, eager may be exact by luck.
+    """Of a parameter's gradient, by its L2 norm. With few numbers, eager may be exact by luck.
 
     A matrix of one sample is an outer product: as many numbers as its sides have.
     """
@@ -206,7 +206,7 @@ def test_sixteen_bit_types_are_rounded_as_in_torch(kernels, level, dtype):  # T1
             assert torch.equal(out[~nan].view(torch.int16), expected[~nan].view(torch.int16))
 
 
-def test_inference_refuses_all_but_batches(kernels):  # T5
+def test_inference_refuses_unbatched_and_empty_maps(kernels):  # T5
     case = kernels.Case(norm="running", spatial="running")
     inputs = kernels.draw(case)
     for bad in (inputs.x[0], inputs.x[:0]):
@@ -218,7 +218,7 @@ def test_inference_refuses_all_but_batches(kernels):  # T5
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("momenta", [(0.1, 0.01), (1 / 3, 1.0), (0.1,)], ids=str)
-def test_running_statistics_follow_as_in_torch(kernels, momenta, dtype):
+def test_running_statistics_are_updated_as_in_torch(kernels, momenta, dtype):
     torch.manual_seed(0)
     maps = torch.randn(3, 21, 5, 4, dtype=torch.float64) + 3, torch.randn(3, 1, 5, 4, dtype=torch.float64)
     running, new, expected = [], [], []
