@@ -23,7 +23,7 @@ from cbam.ops.triton_plan import PARTS, plan
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 large = pytest.mark.large
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of NaN and infinity
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, about NaN and infinity
 gpu = pytest.mark.skipif(INTERPRETED, reason="needs a GPU")
 REPEATS = 2 if INTERPRETED else 250
 
@@ -232,7 +232,7 @@ def test_inference_with_a_norm_of_the_shortcut_is_right(tails, guarded, form, dt
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("momenta", [(0.1, 0.01), (1 / 3, 1.0), (0.1,)], ids=str)
-def test_running_statistics_follow_as_in_torch(momenta, dtype):
+def test_running_statistics_are_updated_as_in_torch(momenta, dtype):
     torch.manual_seed(0)
     running, new, true = [], [], []
     for momentum, C in zip(momenta, (300, 1), strict=False):
@@ -372,7 +372,7 @@ def test_a_mean_in_float16_does_not_overflow(tails):  # T20
 
 
 @pytest.mark.parametrize("form", ["tail", *(pytest.param(f, marks=large) for f in FORMS if f != "tail")])
-def test_fake_results_have_the_real_shapes(tails, form):  # T33
+def test_fake_kernels_return_the_real_shapes(tails, form):  # T33
     from cbam.ops import library
 
     def shapes(function):

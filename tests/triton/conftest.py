@@ -98,8 +98,8 @@ def draw(cell: Cell, device: str) -> Case:
 
 
 def undecided(case: Case) -> Tensor:
-    """Where the ReLU's argument is so near zero that float32 may find the other sign, and with it all of a
-    gradient or none: of the millions of values of a large map there are some."""
+    """Where the ReLU's argument is so near zero that float32 may give it the other sign, and so all of a
+    gradient or none: a large map has some such values among its millions."""
     c = case.cell.but(relu=False)
     p = {n: t.cpu().double().requires_grad_() for n, t in case.p.items() if t is not None}
     shortcut = None if case.shortcut is None else case.shortcut.cpu().double()

@@ -186,10 +186,10 @@ def test_a_hanging_cell_is_named_and_killed_with_its_children(cells, tmp_path, c
     pipe = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
     for seconds in (4, 12, 36):  # a loaded machine may take long to reach the cell
         assert not cells(HANGS, seconds=seconds)
-        told = capsys.readouterr().out
-        if "cells.py" in told:
+        output = capsys.readouterr().out
+        if "cells.py" in output:
             break
-    assert "did not finish: cells.py::test_gains" in told
+    assert "did not finish: cells.py::test_gains" in output
     assert read_until_closed(pipe) == b"here\n"
 
 
