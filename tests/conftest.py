@@ -14,7 +14,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run the longest test, all cells of the interpreter, first: as the last it would keep one process busy."""
+    """Run the longest test, all cells of the interpreter, first; last, it would keep one process busy."""
     items.sort(key=lambda item: item.path.name != "test_interpreter.py")
 
 
