@@ -418,7 +418,7 @@ def test_can_be_copied_pickled_and_checkpointed(tmp_path):  # T37
 
 @settings(max_examples=60, deadline=None)
 @given(st.data())
-def test_any_shape_dtype_and_layout_agrees_with_the_formula_in_double(data):  # T38
+def test_any_shape_and_layout_agrees_with_the_formula_in_double(data):  # T38
     N, C = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 40))
     H, W = data.draw(st.integers(1, 20)), data.draw(st.integers(1, 20))
     if N * H * W == 1:
