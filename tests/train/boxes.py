@@ -1,7 +1,7 @@
 """Trains a small detector in forked processes that are killed, or that share the work; prints JSON.
 
-Started by test_detection.py as a program of its own, with the folder of images as its argument; it goes the
-ways of kills.py and peers.py. Each line of the standard input names a scenario and its arguments.
+Started by test_detection.py as a program of its own, with the folder of images as its argument; it works
+like kills.py and peers.py. Each line of the standard input names a scenario and its arguments.
 """
 
 import json
@@ -30,7 +30,7 @@ def train(folder: Path, images) -> None:
 
 
 def killed(images, faults: list[str]) -> dict:
-    """A run that meets these faults one after the other, and is let through at last."""
+    """A run that meets these faults one after the other, and finally runs to its end."""
     with tempfile.TemporaryDirectory() as folder:
         count = sum(forked_into(Path(folder), images, fault, train) for fault in faults)
         assert not forked_into(Path(folder), images, "", train)
@@ -38,7 +38,7 @@ def killed(images, faults: list[str]) -> dict:
 
 
 def shared(images, size: int) -> list:
-    """Scores and detections of a detector, evaluated by several processes; and one training of theirs."""
+    """Scores and detections of a detector evaluated by several processes, and a training run of theirs."""
 
     def body(here):
         model = small_detector()

@@ -17,7 +17,7 @@ _OBJECT = f"<object><name>{{}}</name>{_BOX}</object>"
 
 
 def write_shapes(root: Path, *, train: int = 12, test: int = 7, side: int = 64) -> Path:
-    """A folder like VOC's: one or two shapes of 16 to 28 pixels on noise, in every fifth image none."""
+    """A folder like VOC's: one or two shapes of 16 to 28 pixels on noise, none in every fifth image."""
     from torchvision.io import write_png
 
     random = np.random.default_rng(0)

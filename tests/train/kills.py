@@ -2,7 +2,7 @@
 
 Started by test_kills.py as a program of its own: torch is imported once, with one thread, and every trial
 is a fork, which costs milliseconds. Each line of the standard input is a JSON list of faults
-("point:count"); a run meets one after the other, is resumed after each, and at last let through to its end.
+("point:count"); a run meets one after the other, is resumed after each, and finally runs to its end.
 """
 
 import hashlib
@@ -45,12 +45,12 @@ def train(folder: Path, images) -> None:
 
 
 def forked(folder: Path, images, fault: str) -> bool:
-    """Train in a fork; whether the fault killed it."""
+    """Train in a fork; return whether the fault killed it."""
     return forked_into(folder, images, fault, train)
 
 
 def forked_into(folder: Path, images, fault: str, train) -> bool:
-    """The same with another way to train."""
+    """The same with a given function to train."""
     child = os.fork()
     if child == 0:
         try:
@@ -66,7 +66,7 @@ def forked_into(folder: Path, images, fault: str, train) -> bool:
 
 
 def digest(folder: Path) -> str:
-    """Of everything a run leaves: weights, buffers, momentum, schedule, RNG, sums, history, metrics."""
+    """Digest of all that a run leaves: weights, buffers, momentum, schedule, RNG, sums, history, metrics."""
     found = checkpoint.newest(folder, print)
     assert found is not None
     state = found[1]
@@ -93,7 +93,7 @@ def _add(sha, value) -> None:
 
 
 def answers() -> TextIO:
-    """Where how it ended is printed: the standard output, which gloo and others then write to no more."""
+    """A stream for the results: the standard output, which gloo and others no longer write to."""
     ours = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     return ours

@@ -33,7 +33,7 @@ PLAIN = Recipe(epochs=2, batch_size=8, lr=0.05, precision="fp64")
 
 
 class Numbered(Images):
-    """Pictures that are a function of their index and epoch; one of them may be unreadable, or take long."""
+    """Images that are a function of index and epoch; one of them may be unreadable or hang."""
 
     def __init__(self, n: int, *, broken: int = -1, slow: int = -1) -> None:
         super().__init__("numbered", list("abcdef"), [i % 6 for i in range(n)], size=12)
@@ -95,7 +95,7 @@ class Poisoned(nn.Sequential):
 
 
 def train(folder: Path | None, model: nn.Module, images: Images, recipe: Recipe, **how) -> list[dict]:
-    """Validates on 17 images: of two processes one has a batch more than the other."""
+    """Validates on 17 images, so that one of two processes has a batch more than the other."""
     keeper = None
     if folder is not None:
         found = world().from_first(lambda: checkpoint.newest(folder, print))
@@ -142,7 +142,7 @@ def flat(model: nn.Module) -> list[float]:
 
 
 def equal(size: int, accumulate: int, pictures: int) -> list:
-    """Weights, metrics, scores and the work that was told after a training in fp64."""
+    """Weights, metrics, scores and the reported work after training in fp64."""
 
     def body(here):
         model, recipe = plain(), dataclasses.replace(PLAIN, accumulate=accumulate)
@@ -158,7 +158,7 @@ def equal(size: int, accumulate: int, pictures: int) -> list:
 
 
 def killed(size: int, faults: list[str], precision: str = "fp32") -> dict:
-    """A run of `size` processes in which one after the other is killed and all are started anew."""
+    """A run of `size` processes in which one process after the other is killed and all are restarted."""
     recipe = Recipe(epochs=2, batch_size=8, lr=0.1, ema=0.9, precision=precision)
     with tempfile.TemporaryDirectory() as name:
         ends = []
@@ -174,7 +174,7 @@ def killed(size: int, faults: list[str], precision: str = "fp32") -> dict:
 
 
 def changed(first: int, then: int) -> dict:
-    """A run in fp64 that goes on with another number of processes than it began with."""
+    """A run in fp64 that is resumed with another number of processes."""
     with tempfile.TemporaryDirectory() as name:
         models = []
         for size, fault in ((first, "post_step:4"), (then, "")):
@@ -189,7 +189,7 @@ def changed(first: int, then: int) -> dict:
 
 
 def nan(nonfinite: str, passes: list[int]) -> list:
-    """A loss of NaN in process 1 alone."""
+    """A loss of NaN in process 1 only."""
     with tempfile.TemporaryDirectory() as name:
 
         def body(here):
@@ -237,7 +237,7 @@ def hung() -> list:
 
 
 def told_to_stop(rank: int) -> list:
-    """SIGTERM comes to one of two processes, on a slow disk; what is saved when each of them leaves."""
+    """SIGTERM to one of two processes, on a slow disk; what is saved when each of them exits."""
     save = checkpoint.save
 
     def slow(*arguments):
@@ -271,7 +271,7 @@ def unused() -> list:
 
 
 def gpus(seen: list[list[str]]) -> list:
-    """Which GPU each process takes, and Lightning is given, of those that each sees."""
+    """The GPU that each process takes and passes to Lightning, of those that it sees."""
     taken, began = [0], dist.init_process_group
     stand_in = {
         "device_count": lambda: len(seen[world().rank]),

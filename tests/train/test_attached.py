@@ -1,4 +1,4 @@
-"""What is attached is trained and averaged: no weight of it is left out because it came later."""
+"""Attached weights are trained and averaged, although they were added later."""
 
 import pytest
 import torch

@@ -31,7 +31,7 @@ def same(a: dict, b: dict) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_shared_weights_and_their_average_are_exchanged_and_put_back():
+def test_shared_weights_and_their_average_are_swapped_and_swapped_back():
     # K24
     model = Tied()
     average = Average(model, 0.9)
@@ -60,7 +60,7 @@ class Counted(TorchDispatchMode):
         return function(*arguments, **(named or {}))
 
 
-def test_a_deeper_network_is_averaged_by_as_many_operations():
+def test_averaging_takes_as_many_operations_for_a_deeper_network():
     counts = []
     for depth in (1, 8):
         model = nn.Sequential(*(nn.BatchNorm2d(4) for _ in range(depth)))

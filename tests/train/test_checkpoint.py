@@ -1,4 +1,4 @@
-"""Checkpoint files: what is damaged is found, what is valid is never lost (rows K1 to K22)."""
+"""Checkpoint files: damage is detected, and a valid one is never lost (rows K1 to K22)."""
 
 import errno
 import os
@@ -29,7 +29,7 @@ def newest(folder: Path) -> tuple[dict | None, list[str]]:
     return found and found[1], said
 
 
-def test_what_is_saved_is_what_is_loaded(tmp_path):
+def test_a_saved_state_is_loaded_unchanged(tmp_path):
     state = {
         "model": {"w": torch.randn(3, 2)},
         "rng": torch.get_rng_state(),
@@ -43,7 +43,7 @@ def test_what_is_saved_is_what_is_loaded(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["last.json", "step-00000003.ckpt"]
 
 
-def test_a_checkpoint_is_a_weights_file_for_everybody_else(tmp_path):
+def test_a_checkpoint_can_be_loaded_as_a_weights_file(tmp_path):
     model, other = nn.Linear(3, 2), nn.Linear(3, 2)
     path = checkpoint.save(tmp_path, 1, {"model": model.state_dict()})
     assert torch.equal(torch.load(path, weights_only=True)["model"]["weight"], model.weight)
@@ -51,7 +51,7 @@ def test_a_checkpoint_is_a_weights_file_for_everybody_else(tmp_path):
     assert torch.equal(other.weight, model.weight)
 
 
-def test_a_checkpoint_cut_at_any_length_is_passed_over(saved):
+def test_a_checkpoint_truncated_at_any_length_is_skipped(saved):
     # K1
     path = saved / "step-00000009.ckpt"
     whole = path.read_bytes()
@@ -65,7 +65,7 @@ def test_a_checkpoint_cut_at_any_length_is_passed_over(saved):
     assert said == ["step-00000009.ckpt: 61 % of its recorded size; using step-00000005.ckpt (step 5)"]
 
 
-def test_each_of_a_thousand_flipped_bits_is_found(saved):
+def test_each_of_a_thousand_flipped_bits_is_detected(saved):
     # K6
     path, draw = saved / "step-00000009.ckpt", random.Random(0)
     whole = path.read_bytes()
@@ -87,7 +87,7 @@ def test_each_of_a_thousand_flipped_bits_is_found(saved):
         (b"PK\x03\x04" + bytes(100_000), "there is no SHA-256 at its end"),  # as a power cut leaves it
     ],
 )
-def test_what_is_no_checkpoint_is_told_and_passed_over(saved, content, told):
+def test_a_file_that_is_not_a_checkpoint_is_reported_and_skipped(saved, content, told):
     # K2
     path = saved / "step-00000009.ckpt"
     path.write_bytes(content)
@@ -99,7 +99,7 @@ def test_what_is_no_checkpoint_is_told_and_passed_over(saved, content, told):
     assert told in said
 
 
-def test_a_checkpoint_that_the_disk_does_not_give_back_is_passed_over(saved, monkeypatch):
+def test_a_checkpoint_with_a_read_error_is_skipped(saved, monkeypatch):
     # K1
     read = Path.read_bytes
 
@@ -119,7 +119,7 @@ def test_a_checkpoint_that_the_disk_does_not_give_back_is_passed_over(saved, mon
         checkpoint.load(saved / "step-00000009.ckpt")
 
 
-def test_no_valid_checkpoint_is_an_error_and_no_checkpoint_is_none(saved, tmp_path_factory):
+def test_only_damaged_checkpoints_raise_and_an_empty_folder_returns_none(saved, tmp_path_factory):
     # K1, K19
     for path in saved.glob("*.ckpt"):
         path.write_bytes(b"x")
@@ -138,7 +138,7 @@ class Evil:
         return (Path.touch, (Path("executed"),))
 
 
-def test_a_checkpoint_that_asks_to_run_code_is_refused_and_not_passed_over(saved, monkeypatch):
+def test_a_checkpoint_that_asks_to_run_code_is_refused_and_not_skipped(saved, monkeypatch):
     # K3
     monkeypatch.chdir(saved)
     checkpoint.save(saved, 11, {"model": Evil()})
@@ -154,7 +154,7 @@ def test_a_checkpoint_of_a_newer_version_asks_for_an_upgrade(saved):
         newest(saved)
 
 
-def test_a_disk_that_is_full_leaves_what_was_there(saved):
+def test_a_full_disk_leaves_existing_files_unchanged(saved):
     # K13
     before = {path.name: path.read_bytes() for path in saved.iterdir()}
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -167,7 +167,7 @@ def test_a_disk_that_is_full_leaves_what_was_there(saved):
     assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
 
 
-def test_bytes_are_on_the_disk_before_the_name_and_the_name_before_the_next_step(tmp_path, monkeypatch):
+def test_a_file_is_synced_before_its_rename_and_the_folder_after(tmp_path, monkeypatch):
     # K15
     calls = []
     fsync, replace = os.fsync, Path.replace
@@ -178,7 +178,7 @@ def test_bytes_are_on_the_disk_before_the_name_and_the_name_before_the_next_step
     assert (tmp_path / "a").read_bytes() == b"abc"
 
 
-def test_a_folder_with_any_name_will_do(tmp_path):
+def test_a_long_non_ascii_folder_name_works(tmp_path):
     # K17
     folder = tmp_path / ("Läufe 中 " + "x" * 200)
     folder.mkdir()
@@ -206,15 +206,15 @@ def test_rotation_keeps_the_newest_and_deletes_none_while_the_newest_is_damaged(
     assert (saved / "step-x.ckpt").exists()
 
 
-def test_a_damaged_checkpoint_of_later_does_not_stop_the_rotation(saved):
-    # K22: the run went on from before it
+def test_a_damaged_checkpoint_of_a_later_step_does_not_stop_rotation(saved):
+    # K22: the run resumed from before it
     (saved / "step-00000099.ckpt").write_bytes(b"damaged")
     for step in (13, 14):
         checkpoint.rotate(checkpoint.save(saved, step, {"step": step}), 2)
     assert [checkpoint.step_of(path) for path in checkpoint.checkpoints(saved)] == [99, 14, 13]
 
 
-def test_a_record_that_is_damaged_is_no_obstacle(saved):
+def test_a_damaged_record_of_the_last_checkpoint_is_ignored(saved):
     for content in ("", "[]", '{"file": 3}', "{"):
         (saved / "last.json").write_text(content)
         assert checkpoint.last(saved) == {}
@@ -223,7 +223,7 @@ def test_a_record_that_is_damaged_is_no_obstacle(saved):
         assert (state["step"], said) == (9, [])
 
 
-def test_a_checkpoint_that_is_written_is_none_that_failed_where_its_record_has_no_room(saved, monkeypatch):
+def test_a_checkpoint_counts_as_saved_although_its_record_could_not_be_written(saved, monkeypatch):
     # K13
     whole = checkpoint.write
 
@@ -235,4 +235,4 @@ def test_a_checkpoint_that_is_written_is_none_that_failed_where_its_record_has_n
     monkeypatch.setattr(checkpoint, "write", write)
     path = checkpoint.save(saved, 12, {"step": 12})
     assert checkpoint.load(path)["step"] == 12
-    assert not (saved / checkpoint.LAST).exists()  # it would speak of another
+    assert not (saved / checkpoint.LAST).exists()  # it would name an older one

@@ -49,12 +49,12 @@ KILLS = [[], ["post_step:3", "eval:1"], ["save:half:2", "bwd:1"]]
 
 @pytest.fixture(scope="module")
 def ends(shapes_folder):
-    """How a few kills ended, and what one and two processes found."""
+    """How a few killed runs ended, and the results of one and of two processes."""
     found = ended(shapes_folder, *(["killed", run] for run in KILLS), ["shared", 1], ["shared", 2])
     return found[: len(KILLS)], found[len(KILLS) :]
 
 
-def test_a_detector_that_is_killed_in_an_epoch_ends_bitwise_the_same(ends):
+def test_a_detector_killed_in_an_epoch_ends_bitwise_the_same(ends):
     # R1, R3, D34
     killed, _ = ends
     assert [end["killed"] for end in killed] == [len(run) for run in KILLS]
@@ -98,7 +98,7 @@ def test_every_image_is_scored_once_by_any_number_of_processes(ends):
     assert (first["weights"], first["history"]) == (second["weights"], second["history"])
 
 
-def test_workers_change_nothing(shapes):
+def test_workers_do_not_change_the_batches(shapes):
     # D34
     train = shapes[0].augmented("ssd")
     alone, two = (list(loader(train, 4, train=True, seed=3, workers=workers)) for workers in (0, 2))
@@ -140,8 +140,8 @@ def test_other_precisions_train_and_accumulate(shapes, detector, precision):
 
 
 @pytest.mark.parametrize(("parts", "samples"), [(2, 3), (4, 3), (4, 7)])
-def test_no_part_of_a_last_step_is_a_single_image(shapes, parts, samples):
-    """Attention on a map of one pixel takes statistics of the images, which one image has not."""
+def test_the_last_step_has_no_microbatch_of_one_image(shapes, parts, samples):
+    """Attention on a one-pixel map needs batch statistics, which one image does not give."""
     counts = []
 
     def network(images, targets):
@@ -160,7 +160,7 @@ def test_no_part_of_a_last_step_is_a_single_image(shapes, parts, samples):
     assert min(counts) == 2
 
 
-def test_boxes_that_changed_since_a_run_began_are_told(shapes):
+def test_boxes_that_changed_since_the_run_began_are_reported(shapes):
     # R13
     train, val = shapes
     before = material.about(train, val)
@@ -188,7 +188,7 @@ class Poisoned(nn.Module):
         return [own | {"boxes": own["boxes"] * float("nan")} for own in out]
 
 
-def test_a_loss_that_is_nan_takes_no_step(shapes, detector):
+def test_a_nan_loss_stops_before_the_step(shapes, detector):
     # R10
     model = Poisoned(detector())
     before = [p.clone() for p in model.parameters()]
@@ -197,14 +197,14 @@ def test_a_loss_that_is_nan_takes_no_step(shapes, detector):
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
-def test_boxes_that_are_nan_are_not_scored(shapes, detector):
+def test_nan_boxes_are_refused(shapes, detector):
     # D27
     with pytest.raises(NonFiniteError, match="not finite"):
         evaluate_detector(Poisoned(detector()), shapes[1], device="cpu")
 
 
 @pytest.mark.parametrize("left", ["difficult ones", "nothing"])
-def test_validation_images_with_nothing_to_find_are_told_and_the_run_goes_on(
+def test_validation_images_without_objects_are_reported_and_do_not_end_the_run(
     make_shapes, detector, tmp_path, left
 ):
     # D31
@@ -220,7 +220,7 @@ def test_validation_images_with_nothing_to_find_are_told_and_the_run_goes_on(
         keeper = Keeper(tmp_path, {}, state=found and found[1], say=said.append)
         how = dataclasses.replace(RECIPE, epochs=epochs)
         fit(detector(), train, val, how, seed=0, device="cpu", keeper=keeper)
-    assert len(said) == 3  # the first epoch is scored again when the run goes on
+    assert len(said) == 3  # the first epoch is scored again when the run resumes
     assert all("AP50 -, AP -" in line for line in said)
 
 
@@ -272,7 +272,7 @@ TINY = "fasterrcnn:timm:test_resnet+cbam"
 
 @pytest.fixture
 def classifier(tmp_path):
-    """The file of a classifier whose norms have been somewhere."""
+    """The weights file of a classifier with updated running statistics."""
     net = build("timm:test_resnet", num_classes=5)
     with torch.no_grad():
         net.train()(torch.rand(4, 3, 64, 64))
@@ -281,11 +281,11 @@ def classifier(tmp_path):
 
 
 def norms(model: nn.Module) -> Counter[str]:
-    """How many BatchNorms learn, and how many do not."""
+    """The number of BatchNorms of each type: trainable or frozen."""
     return Counter(type(m).__name__ for m in model.modules() if "BatchNorm" in type(m).__name__)
 
 
-def test_the_norms_of_a_file_are_kept_but_for_attentions(classifier):
+def test_pretrained_norms_are_frozen_except_attentions(classifier):
     assert recipe("detect/short").freeze_norm
     config = dataclasses.replace(recipe("detect/coco"), model=TINY, pretrained=str(classifier))
     model = network(config, 2)
@@ -293,13 +293,13 @@ def test_the_norms_of_a_file_are_kept_but_for_attentions(classifier):
     assert frozen["FrozenBatchNorm2d"] > 0
     assert frozen["BatchNorm2d"] == len(attached(model))
     assert norms(network(config, 2, loaded=True)) == frozen
-    free = norms(network(dataclasses.replace(config, pretrained=None), 2))  # nothing is kept
+    free = norms(network(dataclasses.replace(config, pretrained=None), 2))  # nothing is frozen
     assert free == {"BatchNorm2d": frozen.total()}
     assert norms(network(dataclasses.replace(config, freeze_norm=False), 2)) == free
 
 
 @pytest.mark.large
-def test_a_run_with_kept_norms_is_stopped_resumed_scored_and_looked_at(shapes_folder, classifier, tmp_path):
+def test_a_run_with_frozen_norms_is_resumed_scored_and_viewed(shapes_folder, classifier, tmp_path):
     # R1
     from cbam.app.detecting import _load
 
@@ -325,7 +325,7 @@ def test_a_run_with_kept_norms_is_stopped_resumed_scored_and_looked_at(shapes_fo
     assert all(torch.equal(values[key], whole[key]) for key in whole)
 
 
-def test_settings_that_a_detector_has_not_are_refused_together():
+def test_settings_that_a_detector_lacks_are_refused_together():
     with pytest.raises(ConfigError) as error:
         Config("detect/short", mixup=0.2, compile=True, augment="mosaic")
     assert all(f"{name} " in str(error.value) for name in ("mixup", "compile", "augment"))
@@ -337,7 +337,7 @@ def test_settings_that_a_detector_has_not_are_refused_together():
         make_detector("ssd300:mobilenet_v1", 2, start="paper", size=None, regions=20)
 
 
-def test_a_recipe_of_detection_needs_images_with_boxes(tmp_path):
+def test_a_detection_recipe_needs_images_with_boxes(tmp_path):
     with pytest.raises(ConfigError, match="needs DATA, a folder of COCO or Pascal VOC"):
         run("detect/short", {}, tmp_path / "run", Watch())
     (tmp_path / "pictures").mkdir()
@@ -345,7 +345,7 @@ def test_a_recipe_of_detection_needs_images_with_boxes(tmp_path):
         run("detect/short", {"data": str(tmp_path / "pictures")}, tmp_path / "run", Watch())
 
 
-def test_the_rates_of_the_recipes_fall_where_the_reference_has_them():
+def test_learning_rates_fall_where_those_of_the_reference_do():
     told = recipe("detect/coco").training()
     rates = [told.lr_factor(epoch * 7330, 7330) for epoch in (1, 15, 16, 21, 22, 25)]
     assert rates == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])
@@ -362,7 +362,7 @@ def test_the_rates_of_the_recipes_fall_where_the_reference_has_them():
         pytest.param("ssd300:vgg16", marks=pytest.mark.large),
     ],
 )
-def test_a_classifier_goes_into_the_network_of_a_detector(name, tmp_path):
+def test_classifier_weights_load_into_the_backbone_of_a_detector(name, tmp_path):
     inside = name.partition(":")[2]
     network = build(inside if name.startswith("faster") else inside.partition("+")[0], num_classes=7)
     torch.save(network.state_dict(), tmp_path / "classifier.pt")
@@ -402,7 +402,7 @@ def test_a_classifier_goes_into_the_network_of_a_detector(name, tmp_path):
         pytest.param("fasterrcnn_c4:resnet18+se", marks=pytest.mark.large),
     ],
 )
-def test_attention_that_a_classifier_lacks_begins_as_was_said(name, start):
+def test_attention_missing_from_the_classifier_keeps_the_requested_start(name, start):
     plain = build(name.partition(":")[2].partition("+")[0], num_classes=7).state_dict()
     model = make_detector(name, 3, start=start, size=None, regions=None)
     before = {key: value.clone() for key, value in model.state_dict().items() if ".cbam." in key}
@@ -415,14 +415,14 @@ def test_attention_that_a_classifier_lacks_begins_as_was_said(name, start):
     assert any(torch.equal(value, plain[first]) for key, value in after.items() if key.endswith(f".{first}"))
 
 
-def test_a_file_that_is_neither_is_refused(tmp_path):
+def test_weights_of_neither_classifier_nor_detector_are_refused(tmp_path):
     torch.save({"weight": torch.ones(3)}, tmp_path / "odd.pt")
     model = make_detector("ssd300:mobilenet_v1", 3, start="paper", size=None, regions=None)
     with pytest.raises(CheckpointError, match="does not fit the whole detector either"):
         load_initial_weights(model, "ssd300:mobilenet_v1", str(tmp_path / "odd.pt"))
 
 
-def test_what_is_wrong_with_a_file_is_said_once(tmp_path):
+def test_an_error_names_the_weights_file_once_per_problem(tmp_path):
     bad, odd = tmp_path / "bad.pt", tmp_path / "odd.pt"
     bad.write_bytes(b"hello")
     torch.save({"weight": torch.ones(3)}, odd)
@@ -440,7 +440,7 @@ def test_what_is_wrong_with_a_file_is_said_once(tmp_path):
 
 @pytest.mark.large
 def test_a_small_faster_rcnn_with_cbam_finds_shapes(make_shapes, detector, tmp_path):
-    """Half a minute of one core; the test images are others than those it learns from."""
+    """Half a minute of one core; the test images are not those it was trained on."""
     train, val = boxed_folder(make_shapes(tmp_path / "voc", train=320, test=40))
     how = Recipe(epochs=16, batch_size=8, optimizer="adamw", lr=0.006, weight_decay=1e-3, warmup_epochs=1)
     history = fit(detector(16), train.augmented("flip"), val, how, seed=0, device="cpu")

@@ -58,7 +58,7 @@ def crowd_of(seed, images=30, classes=3, integers=True):
 A, B, C = [0, 0, 10, 10], [20, 20, 40, 30], [5, 5, 25, 25]
 
 
-def test_three_detections_by_hand():
+def test_the_ap_of_three_detections_is_that_computed_by_hand():
     """Recall 1/3, 1/3, 2/3 at precision 1, 1/2, 2/3."""
     truth = {1: there([A, B]), 2: there([C])}
     detections = {1: found([A, [50, 50, 60, 60]], [0.9, 0.8]), 2: found([C], [0.7])}
@@ -67,8 +67,8 @@ def test_three_detections_by_hand():
 
 
 @pytest.mark.parametrize(("first", "points"), [(2, 3), (3, 3), (4, 5), (6, 7), (7, 8), (9, 10)])
-def test_a_recall_of_whole_tenths_reaches_its_point_but_three_tenths(first, points):
-    """MATLAB's 0:0.1:1, which the kit walks along, has 0.30000000000000004 in its fourth place."""
+def test_recall_at_whole_tenths_reaches_its_point_except_three_tenths(first, points):
+    """The kit uses MATLAB's 0:0.1:1, whose fourth value is 0.30000000000000004."""
     truth = {1: there([[20 * i, 0, 20 * i + 10, 10] for i in range(10)])}
     some = {1: found(truth[1]["boxes"][:first].tolist(), [0.9] * first)}
     assert voc_ap(some, truth, ["x"], points="11").mean == pytest.approx(100 * points / 11)
@@ -80,14 +80,14 @@ def test_an_object_is_matched_once():
     assert voc_ap(twice, truth, ["x"]).mean == pytest.approx(100 * (1 / 2 + 1 / 2 * 2 / 3))
 
 
-def test_a_detection_does_not_move_on_to_its_second_best_object():
-    """Both overlap the left object most; the kit takes the second for wrong."""
+def test_a_detection_is_not_matched_to_its_second_best_object():
+    """Both overlap the left object most; the kit counts the second as a false positive."""
     left, right = [0, 0, 10, 10], [1, 0, 11, 10]
     detections = {1: found([left, left], [0.9, 0.8])}
     assert voc_ap(detections, {1: there([left, right])}, ["x"]).mean == pytest.approx(50)
 
 
-def test_difficult_objects_need_not_be_found_and_are_not_wrong():
+def test_difficult_objects_count_neither_as_misses_nor_as_false_positives():
     truth = {1: there([A, B], difficult=[0, 1])}
     assert voc_ap({1: found([A], [0.5])}, truth, ["x"]).mean == 100
     assert voc_ap({1: found([B, B, A], [0.9, 0.8, 0.5])}, truth, ["x"]).mean == 100
@@ -96,13 +96,13 @@ def test_difficult_objects_need_not_be_found_and_are_not_wrong():
 
 
 @pytest.mark.parametrize(("height", "right"), [(10, True), (9, False)])
-def test_an_overlap_of_exactly_one_half_is_enough(height, right):
+def test_an_iou_of_exactly_one_half_is_a_match(height, right):
     """The kit's pixels 1..20 x 1..10 against 1..10 x 1..10: widths 20 and 10, overlap 1/2."""
     truth = {1: there([[0, 0, 20, 10]])}
     assert voc_ap({1: found([[0, 0, 10, height]], [0.5])}, truth, ["x"]).mean == (100 if right else 0)
 
 
-def test_classes_are_averaged_and_one_without_objects_is_left_out():
+def test_a_class_without_objects_is_left_out_of_the_mean():
     truth = {1: there([A, B], [1, 2])}
     score = voc_ap({1: found([A, C], [0.5, 0.9], [1, 3])}, truth, ["a", "b", "c"])
     assert score.mean == 50
@@ -153,7 +153,7 @@ def by_the_kit(detections, truth, label, points):
 
 @pytest.mark.parametrize("points", ["area", "11"])
 @pytest.mark.parametrize("seed", range(8))
-def test_random_cases_are_scored_as_by_the_kits_loops(seed, points):
+def test_random_cases_are_scored_as_by_the_voc_kits_loops(seed, points):
     detections, truth = crowd_of(seed)
     score = voc_ap(detections, truth, ["a", "b", "c"], points=points)
     expected = [by_the_kit(detections, truth, label, points) for label in (1, 2, 3)]
@@ -175,7 +175,7 @@ def test_the_order_of_images_and_of_boxes_does_not_matter():
 @pytest.mark.parametrize("score", [coco_numbers, voc_ap])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("place", ["boxes", "scores"])
-def test_a_detection_that_is_not_finite_is_refused(score, place, bad):  # D27
+def test_a_nonfinite_detection_is_refused(score, place, bad):  # D27
     detections = {1: found([A], [0.5])}
     detections[1][place].view(-1)[0] = bad
     with pytest.raises(NonFiniteError, match="image 1: a detection has a box or a score that is not finite"):
@@ -199,7 +199,7 @@ def test_unknown_images_and_labels_are_listed(score):  # D29
 
 
 @pytest.mark.parametrize("score", [coco_numbers, voc_ap])
-def test_tensors_that_do_not_fit_are_refused(score):
+def test_tensors_of_mismatched_shapes_are_refused(score):
     with pytest.raises(InputError, match=r"image 1: .* got \(1, 4\), \(2,\), \(1,\)"):
         score({1: found([A], [0.5]) | {"scores": torch.ones(2)}}, {1: there([A])}, ["x"])
 
@@ -220,7 +220,7 @@ def test_perfect_detections_score_100():
 
 
 def packed(seed):
-    """More detections than are counted, many of one score, on objects of every size, some there twice."""
+    """More detections than are counted, many with equal scores, on objects of every size, some duplicated."""
     random = np.random.default_rng(seed)
     truth, detections = {}, {}
     for image in range(6):
@@ -233,14 +233,14 @@ def packed(seed):
         near[::2] += random.integers(-3, 4, (160, 4))
         near[:, 2:] = np.maximum(near[:, 2:], near[:, :2] + 1)
         truth[image] = there(objects.tolist(), labels, crowd=random.random(40) < 0.2)
-        # Detections of one score come in another order from a sort that is not stable.
+        # An unstable sort would reorder detections with equal scores.
         scores = random.integers(0, 40, len(near)) / 40
         detections[image] = found(near.tolist(), scores.tolist(), np.repeat(labels, 8).tolist())
     return detections, truth
 
 
 def as_coco(detections, truth, classes):
-    """The same as the two objects of a COCO file."""
+    """The same as a COCO data set and a list of COCO results."""
     objects, results = [], []
     for image, own in truth.items():
         for box, label, area, crowd in zip(
@@ -277,10 +277,10 @@ def by_faster_coco_eval(dataset, results):
 @pytest.mark.parametrize("oracle", [by_pycocotools, by_faster_coco_eval])
 @pytest.mark.parametrize("make", [crowd_of, packed])
 @pytest.mark.parametrize("seed", range(4))
-def test_the_twelve_numbers_are_those_of_cocos_code(seed, make, oracle, capsys):
+def test_the_twelve_coco_numbers_equal_those_of_the_reference_code(seed, make, oracle, capsys):
     detections, truth = make(seed)
     for own in truth.values():
-        own["area"] *= 0.6  # of masks: less than of their boxes
+        own["area"] *= 0.6  # as of masks, which are smaller than their boxes
     evaluation = oracle(*as_coco(detections, truth, 3))
     evaluation.evaluate()
     evaluation.accumulate()
@@ -294,7 +294,7 @@ def test_the_twelve_numbers_are_those_of_cocos_code(seed, make, oracle, capsys):
 
 
 def test_5000_images_of_coco_are_scored_in_two_seconds():
-    """Time of the processor: 0.5 s where it was written; 20 detections of 80 classes on each image."""
+    """CPU time: 0.5 s on the author's machine; 20 detections of 80 classes per image."""
     import time
 
     torch.manual_seed(0)
@@ -319,7 +319,7 @@ def test_5000_images_of_coco_are_scored_in_two_seconds():
 
 
 def test_all_of_vocs_measures_take_the_time_of_one():
-    """Time of the processor: 0.4 s where it was written; 200 detections of 20 classes on each image."""
+    """CPU time: 0.4 s on the author's machine; 200 detections of 20 classes per image."""
     import time
 
     from cbam.train.detection import Detection
@@ -346,7 +346,7 @@ def test_all_of_vocs_measures_take_the_time_of_one():
 
 
 @pytest.mark.parametrize("first", [1, 2])
-def test_an_area_that_is_not_stated_is_that_of_the_box(first):
+def test_a_missing_area_is_that_of_the_box(first):
     truth = {image: there([[0, 0, 40, 40]]) for image in (first, 3 - first)}
     stated = coco_numbers({1: found([[0, 0, 40, 40]], [0.9])}, truth, ["x"])
     del truth[2]["area"]
@@ -355,7 +355,7 @@ def test_an_area_that_is_not_stated_is_that_of_the_box(first):
     )
 
 
-def test_pairs_are_matched_alike_in_pieces(monkeypatch):
+def test_chunked_matching_gives_the_same_numbers(monkeypatch):
     from cbam.train import coco_protocol
 
     detections, truth = packed(0)
@@ -364,7 +364,7 @@ def test_pairs_are_matched_alike_in_pieces(monkeypatch):
     assert coco_numbers(detections, truth, ["a", "b", "c"]) == pytest.approx(whole, nan_ok=True, abs=0)
 
 
-def test_two_classes_of_one_name_are_two_in_the_mean():
+def test_two_classes_with_one_name_count_as_two_in_the_mean():
     boxes = torch.tensor([[0.0, 0, 5, 5], [10.0, 10, 20, 20]])
     there = {0: {"boxes": boxes, "labels": torch.tensor([1, 2]), "difficult": torch.zeros(2)}}
     found = {0: {"boxes": boxes[:1], "labels": torch.tensor([1]), "scores": torch.tensor([0.9])}}

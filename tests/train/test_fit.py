@@ -30,7 +30,7 @@ MEAN = STD = (0.5, 0.5, 0.5)
 
 
 class Colours(Images):
-    """Pictures of a single colour, which is the class; tells which samples were asked for."""
+    """Images of a single colour, which is the class; records which samples were requested."""
 
     def __init__(self, n: int, classes: int = 3) -> None:
         super().__init__("colours", [str(c) for c in range(classes)], [i % classes for i in range(n)], size=8)
@@ -43,7 +43,7 @@ class Colours(Images):
         return image, (float("nan"),) * 4
 
 
-class Deadly(Colours):
+class DiesInWorker(Colours):
     def sample(self, epoch, index):
         os._exit(3)
 
@@ -86,7 +86,7 @@ def test_two_arms_see_the_same_images_in_the_same_order():
     assert asked[0][:12] != [(5, index) for _, index in asked[0][12:]]
 
 
-def test_a_fit_learns_and_tells_what_it_did_per_epoch():
+def test_a_fit_learns_and_returns_an_entry_per_epoch():
     recipe = Recipe(epochs=4, batch_size=8, lr=0.1)
     work = []
     history = fit(small(), Colours(48), Colours(9), recipe, seed=0, device="cpu", on_step=work.append)
@@ -100,11 +100,11 @@ def test_a_fit_learns_and_tells_what_it_did_per_epoch():
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_the_error_and_the_loss_of_an_epoch_of_training_are_those_of_all_its_images(accumulate):
+def test_training_error_and_loss_of_an_epoch_are_the_mean_over_all_images(accumulate):
     model = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 3))
     with torch.no_grad():
         model[2].weight.zero_()
-        model[2].bias.copy_(torch.tensor([2.0, 1.0, 0.0]))  # it says that all images are of class 0
+        model[2].bias.copy_(torch.tensor([2.0, 1.0, 0.0]))  # predicts class 0 for every image
     recipe = Recipe(epochs=1, batch_size=8, lr=0.0, accumulate=accumulate)
     (entry,) = fit(model, Colours(22), Colours(22), recipe, seed=0, device="cpu")
     assert entry["train_top1"] == entry["val_top1"] == pytest.approx(100 * 14 / 22)
@@ -135,14 +135,16 @@ def test_an_evaluation_counts_every_image_once_and_agrees_with_a_plain_loop(digi
     assert scored.loss == pytest.approx(nn.functional.cross_entropy(logits, targets).item(), rel=1e-5)
 
 
-def test_the_last_epoch_of_a_fit_is_what_an_evaluation_finds(digits, network):
+def test_evaluate_agrees_with_the_last_epoch_of_a_fit(digits, network):
     history = fit(network, *digits, SHORT, seed=0, device="cpu")
     scored = evaluate(network, digits[1], device="cpu")
     assert history[-1]["val_top1"] == scored.top1
     assert history[-1]["val_loss"] == pytest.approx(scored.loss, rel=1e-5)
 
 
-def test_a_fit_leaves_everything_else_as_it_was(digits, network, tmp_path, monkeypatch, capfd):
+def test_a_fit_leaves_rng_handlers_log_levels_and_files_unchanged(
+    digits, network, tmp_path, monkeypatch, capfd
+):
     monkeypatch.chdir(tmp_path)
     network.eval()
     frozen = network.conv1.weight.requires_grad_(False).clone()
@@ -174,7 +176,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step():
 
 
 class BadWhenScored(nn.Module):
-    """A network whose outputs are NaN in a validation alone, for some images."""
+    """A network whose outputs are NaN for some images, only in evaluation mode."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -188,7 +190,7 @@ class BadWhenScored(nn.Module):
 
 
 @pytest.mark.parametrize("classes", [5, 6, 400])
-def test_a_validation_keeps_a_few_numbers_of_an_image_and_an_evaluation_its_outputs(classes):
+def test_validation_keeps_a_few_numbers_per_image_and_evaluate_the_logits(classes):
     network = nn.Sequential(nn.Flatten(), nn.Linear(192, classes))
     batch = {
         "image": torch.randint(256, (9, 3, 8, 8), dtype=torch.uint8),
@@ -213,7 +215,7 @@ def test_a_validation_keeps_a_few_numbers_of_an_image_and_an_evaluation_its_outp
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("column", [0, 1])
-def test_one_output_that_is_not_finite_is_found_in_whatever_class(value, column):
+def test_one_nonfinite_logit_is_detected_in_any_class(value, column):
     logits = torch.zeros(3, 7)
     logits[1, column] = value
     assert per_image_scores(logits, torch.zeros(3, dtype=torch.long))[:, 0].isnan().tolist() == [
@@ -223,7 +225,7 @@ def test_one_output_that_is_not_finite_is_found_in_whatever_class(value, column)
     ]
 
 
-def test_outputs_that_are_nan_are_no_top_1_error():
+def test_nan_outputs_raise_instead_of_being_scored():
     # R10
     told = r"NaN or infinity for 3 of 6 validation images \(1, 3, 5\)"
     with pytest.raises(NonFiniteError, match=told):
@@ -232,7 +234,7 @@ def test_outputs_that_are_nan_are_no_top_1_error():
         fit(BadWhenScored(), Colours(12), Colours(6), SHORT, seed=0, device="cpu")
 
 
-def test_images_are_normalised_alike_in_an_evaluation_and_in_a_training_after_it():
+def test_images_are_normalised_alike_in_evaluation_and_in_training_after_it():
     pictures = torch.randint(0, 256, (2, 3, 4, 4), dtype=torch.uint8)
     with torch.inference_mode():
         first = normalise(pictures, (0.1, 0.2, 0.3), (0.5, 0.25, 0.125))
@@ -244,7 +246,7 @@ def test_images_are_normalised_alike_in_an_evaluation_and_in_a_training_after_it
     assert second.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_ctrl_c_is_a_keyboard_interrupt_again_and_the_next_one_still_works():
+def test_a_keyboard_interrupt_is_raised_and_the_sigint_handler_restored():
     # R18
     def stop(_):
         raise KeyboardInterrupt
@@ -255,7 +257,7 @@ def test_ctrl_c_is_a_keyboard_interrupt_again_and_the_next_one_still_works():
     assert signal.getsignal(signal.SIGINT) is handler
 
 
-def test_a_failed_fit_leaves_modes_and_layout_as_they_were():
+def test_a_failed_fit_restores_training_modes_and_memory_format():
     def stop(_):
         raise RuntimeError("stop")
 
@@ -267,7 +269,7 @@ def test_a_failed_fit_leaves_modes_and_layout_as_they_were():
     assert model[0].weight.is_contiguous()
 
 
-class Hungry(nn.Module):
+class MemoryHungry(nn.Module):
     """Asks for more memory than there is."""
 
     def __init__(self, ask) -> None:
@@ -284,25 +286,25 @@ def gpu_is_full() -> None:
 
 
 @pytest.mark.parametrize("ask", [lambda: torch.empty(1 << 50), gpu_is_full], ids=["cpu", "gpu"])
-def test_memory_that_does_not_suffice_is_told_with_what_to_do(ask):
+def test_out_of_memory_in_training_suggests_more_accumulation(ask):
     # R15, R16
     recipe = Recipe(epochs=1, batch_size=8, accumulate=2)
     with pytest.raises(
         OutOfMemoryError, match="with batches of 4; --accumulate 4 computes the same steps"
     ) as caught:
-        fit(Hungry(ask), Colours(12), Colours(6), recipe, seed=0, device="cpu")
+        fit(MemoryHungry(ask), Colours(12), Colours(6), recipe, seed=0, device="cpu")
     assert caught.value.exit_code == 6
     assert isinstance(caught.value, MemoryError)
 
 
-def test_an_evaluation_without_enough_memory_is_told_what_it_can_change():
+def test_out_of_memory_in_evaluation_suggests_a_smaller_batch():
     # R15
     with pytest.raises(OutOfMemoryError, match="on cpu; a smaller --batch-size needs less") as caught:
-        evaluate(Hungry(gpu_is_full), Colours(6), batch_size=3, device="cpu")
+        evaluate(MemoryHungry(gpu_is_full), Colours(6), batch_size=3, device="cpu")
     assert "--accumulate" not in str(caught.value)
 
 
-def test_a_single_image_of_a_single_pixel_is_told_with_what_to_do():
+def test_batchnorm_over_one_value_per_channel_suggests_less_accumulation():
     # T7
     model = nn.Sequential(nn.Conv2d(3, 4, 8), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 3))
     recipe = Recipe(epochs=1, batch_size=4, accumulate=4)
@@ -310,7 +312,7 @@ def test_a_single_image_of_a_single_pixel_is_told_with_what_to_do():
         fit(model, Colours(12), Colours(6), recipe, seed=0, device="cpu")
 
 
-def test_the_average_is_laid_out_as_the_weights_are():
+def test_the_average_has_the_memory_format_of_the_weights():
     model = small()
     average = Average(model, 0.5)
     model.to(memory_format=torch.channels_last)
@@ -319,8 +321,8 @@ def test_the_average_is_laid_out_as_the_weights_are():
     assert torch.equal(average.tensors["0.weight"], model[0].weight)
 
 
-def test_an_average_that_is_laid_out_in_a_validation_goes_on_in_training():
-    """A run that was killed in a validation begins with it, and nothing learns in there."""
+def test_an_average_laid_out_in_inference_mode_can_be_updated_in_training():
+    """A run killed during validation resumes with it, in inference mode."""
     model = small()
     average = Average(model, 0.5)
     model.to(memory_format=torch.channels_last)
@@ -332,8 +334,8 @@ def test_an_average_that_is_laid_out_in_a_validation_goes_on_in_training():
     assert not average.tensors["0.weight"].requires_grad
 
 
-def test_the_generators_of_other_gpus_are_not_asked(monkeypatch):
-    """A machine of 8 GPUs, all taken by others: a training on the CPU makes nothing of them."""
+def test_training_on_cpu_does_not_seed_the_gpus(monkeypatch):
+    """On a machine with 8 busy GPUs, training on the CPU does not touch them."""
     model = small()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
@@ -345,7 +347,7 @@ def test_the_generators_of_other_gpus_are_not_asked(monkeypatch):
 
 
 @pytest.mark.parametrize(("device", "moved"), [("cpu", True), ("cuda", False)])
-def test_after_an_error_nobody_waits_for_a_gpu_that_waits_for_the_dead(monkeypatch, device, moved):
+def test_after_an_error_ddp_on_cuda_skips_the_blocking_teardown(monkeypatch, device, moved):
     # R6
     calls: list[str] = []
     monkeypatch.setattr(DDPStrategy, "teardown", lambda self: calls.append("teardown"))
@@ -358,7 +360,7 @@ def test_after_an_error_nobody_waits_for_a_gpu_that_waits_for_the_dead(monkeypat
     assert calls == ["teardown"] * (moved + 1)
 
 
-def test_the_average_follows_the_weights_and_is_what_is_evaluated_and_left():
+def test_the_average_follows_the_weights_and_is_evaluated_and_returned():
     model, plain, copies = small(), small(), []
     recipe = Recipe(epochs=1, batch_size=8, lr=0.1, ema=0.8)
     fit(plain, Colours(24), Colours(9), dataclasses.replace(recipe, ema=0.0), seed=0, device="cpu",
@@ -378,7 +380,7 @@ def test_the_average_follows_the_weights_and_is_what_is_evaluated_and_left():
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "fp64"])
-def test_other_precisions_train_and_fp64_is_closest_to_itself(precision):
+def test_other_precisions_train_and_stay_close_to_fp32(precision):
     recipe = Recipe(epochs=2, batch_size=8, lr=0.1, precision=precision)
     model, single = small(), small()
     history = fit(model, Colours(24), Colours(9), recipe, seed=0, device="cpu")
@@ -390,13 +392,13 @@ def test_other_precisions_train_and_fp64_is_closest_to_itself(precision):
     assert 0 < far < (1e-5 if precision == "fp64" else 0.05)
 
 
-class Louder(nn.Module):
+class Amplify(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return 50 * x
 
 
-def test_first_steps_that_fp16_leaves_out_are_not_told_as_a_fault_of_the_schedule():
-    model = small().insert(5, Louder())  # the last layer's gradient, scaled by 65536, is no number of 16 bits
+def test_first_steps_skipped_by_the_fp16_scaler_do_not_warn_about_the_schedule():
+    model = small().insert(5, Amplify())  # scaled by 65536, the last layer's gradient overflows fp16
     before, recipe = bits(model), Recipe(epochs=4, batch_size=8, lr=1e-4, precision="fp16")
     scales, halve = [], torch.amp.GradScaler.update
     with pytest.MonkeyPatch.context() as patch:
@@ -404,11 +406,11 @@ def test_first_steps_that_fp16_leaves_out_are_not_told_as_a_fault_of_the_schedul
             torch.amp.GradScaler, "update", lambda self: (halve(self), scales.append(self.get_scale()))
         )
         fit(model, Colours(24), Colours(9), recipe, seed=0, device="cpu")
-    assert scales[0] == 2**15  # the first step was left out
+    assert scales[0] == 2**15  # the first step was skipped
     assert not torch.equal(model[6].weight, before["6.weight"])  # and a later one was not
 
 
-class Deaf(torch.autograd.Function):
+class InfiniteGradient(torch.autograd.Function):
     """The output is finite, its gradient is not."""
 
     @staticmethod
@@ -420,14 +422,14 @@ class Deaf(torch.autograd.Function):
         return grad_output * float("inf")
 
 
-class Unfit(nn.Module):
+class OverflowInBackward(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return Deaf.apply(x)  # type: ignore[return-value]
+        return InfiniteGradient.apply(x)  # type: ignore[return-value]
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_gradients_that_never_fit_into_fp16_end_the_run_after_a_few_steps(accumulate):
-    model = small().append(Unfit())
+def test_gradients_that_always_overflow_fp16_end_the_run_after_a_few_steps(accumulate):
+    model = small().append(OverflowInBackward())
     before = bits(model)["5.weight"]
     recipe = Recipe(epochs=12, batch_size=8, accumulate=accumulate, precision="fp16")
     with pytest.raises(NonFiniteError, match=r"fell to 0.000\d+ before epoch 9, step 0: .* --precision bf16"):
@@ -437,9 +439,7 @@ def test_gradients_that_never_fit_into_fp16_end_the_run_after_a_few_steps(accumu
 
 @pytest.mark.parametrize("arithmetic", [True, False])
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_a_processor_that_lacks_the_arithmetic_of_a_precision_is_told_once(
-    precision, arithmetic, monkeypatch, caplog
-):
+def test_a_cpu_without_the_precision_in_hardware_is_reported_once(precision, arithmetic, monkeypatch, caplog):
     monkeypatch.setattr(torch.ops.mkldnn, f"_is_mkldnn_{precision}_supported", lambda: arithmetic)
     _warn_of_emulation.cache_clear()
     for _ in range(2):
@@ -451,7 +451,7 @@ def test_a_processor_that_lacks_the_arithmetic_of_a_precision_is_told_once(
     _warn_of_emulation.cache_clear()
 
 
-def test_a_compiled_network_is_trained_under_its_own_names(monkeypatch):
+def test_a_compiled_network_keeps_its_parameter_names(monkeypatch):
     compiled, compile = [], torch.compile
 
     def eagerly(model):
@@ -459,7 +459,7 @@ def test_a_compiled_network_is_trained_under_its_own_names(monkeypatch):
         return compile(model, backend="eager")
 
     class Unsized(nn.Module):
-        """Has no length, which what is compiled of it asks for where it is taken for a bool."""
+        """Has no length; taking its compiled version for a bool would ask for one."""
 
         def __init__(self):
             super().__init__()
@@ -476,7 +476,7 @@ def test_a_compiled_network_is_trained_under_its_own_names(monkeypatch):
     assert same(bits(model), bits(plain))
 
 
-def test_gates_get_their_own_rate_and_biases_and_norms_no_decay():
+def test_gates_get_their_own_learning_rate_and_biases_and_norms_no_decay():
     model = cbam.attach(cbam.build("resnet_tiny", num_classes=10))
     groups = parameter_groups(Recipe(lr=0.1, attention_lr=10.0, decay_matrices_only=True), model)
     told = [(group["lr"], group["weight_decay"], len(group["params"])) for group in groups]
@@ -487,8 +487,8 @@ def test_gates_get_their_own_rate_and_biases_and_norms_no_decay():
     assert [id(p) for p in one["params"]] == [id(p) for p in model.parameters()]
 
 
-def test_every_batchnorm_is_synchronised_those_of_attention_too(monkeypatch):
-    """On a CPU torch cannot synchronise; but which norms would be asked to can be seen."""
+def test_every_batchnorm_is_synchronised_including_attentions(monkeypatch):
+    """torch cannot synchronise on a CPU, but we can see which norms would be."""
     asked, forward = [], nn.SyncBatchNorm.forward
 
     def ask(self, x):
@@ -506,18 +506,18 @@ def test_every_batchnorm_is_synchronised_those_of_attention_too(monkeypatch):
     assert steps.task.model.eval()(torch.ones(2, 3, 64, 64)).isfinite().all()
 
 
-def test_a_synchronised_batchnorm_is_refused_where_torch_has_none():
+def test_synchronised_batchnorm_is_refused_on_cpu():
     with pytest.raises(ConfigError, match="for GPUs only"):
         fit(small(), Colours(12), Colours(6), dataclasses.replace(SHORT, sync_bn=True), seed=0, device="cpu")
 
 
-def test_a_loading_process_that_dies_is_a_data_error():
+def test_a_worker_that_dies_raises_a_data_error():
     # R4
     with pytest.raises(DataError, match="process that loads images died"):
-        fit(small(), Deadly(12), Colours(6), SHORT, seed=0, device="cpu", workers=1)
+        fit(small(), DiesInWorker(12), Colours(6), SHORT, seed=0, device="cpu", workers=1)
 
 
-def test_an_error_of_the_data_comes_through_as_it_was_raised():
+def test_a_data_error_is_raised_unchanged():
     class Broken(Colours):
         def sample(self, epoch, index):
             raise DataError("a.jpg: not an image")
@@ -537,7 +537,7 @@ def test_an_unknown_device_and_an_absent_gpu_are_refused(monkeypatch):
     assert caught.value.exit_code == 2
 
 
-def test_attention_trains_from_its_first_steps(digits, network):
+def test_attention_at_the_identity_start_learns(digits, network):
     cbam.attach(network)
     before = bits(network)
     fit(network, *digits, SHORT, seed=0, device="cpu")
@@ -546,7 +546,7 @@ def test_attention_trains_from_its_first_steps(digits, network):
     assert not [n for n in last if torch.equal(network.state_dict()[n], before[n])]
 
 
-def test_normalised_images_have_the_stated_mean_and_deviation(digits):
+def test_images_are_normalised_by_the_stated_mean_and_deviation(digits):
     train, _ = digits
     batch = next(iter(loader(train, 40, train=False)))["image"]
     pixels = normalise(batch, train.mean, train.std)
@@ -555,6 +555,6 @@ def test_normalised_images_have_the_stated_mean_and_deviation(digits):
     assert pixels.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_the_front_door_leads_to_functions_in_any_order():
+def test_public_names_are_functions_and_not_submodules():
     program = "from cbam.train import pick_device, run, fit, evaluate, score; assert callable(fit), fit"
     subprocess.run([sys.executable, "-c", program], check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})

@@ -1,4 +1,4 @@
-"""What a run's folder keeps: metrics that fit the checkpoint (rows R14, R22)."""
+"""What a run's folder keeps: metrics that match the checkpoint (rows R14, R22)."""
 
 import errno
 import json
@@ -15,7 +15,7 @@ def lines(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
 
 
-def test_metrics_are_cut_to_the_checkpoint_and_a_torn_line_goes(tmp_path):
+def test_metrics_are_truncated_to_the_checkpoint_and_a_torn_line_is_dropped(tmp_path):
     # R22
     metrics = Metrics(tmp_path, print)
     for entry in (
@@ -37,7 +37,7 @@ def test_metrics_are_cut_to_the_checkpoint_and_a_torn_line_goes(tmp_path):
     assert lines(tmp_path) == []
 
 
-def test_metrics_that_found_no_room_are_written_when_there_is_some(tmp_path):
+def test_metrics_missed_on_a_full_disk_are_written_once_there_is_room(tmp_path):
     # R14, R23, K13
     said: list[str] = []
     metrics = Metrics(tmp_path, said.append)
@@ -56,7 +56,7 @@ def test_metrics_that_found_no_room_are_written_when_there_is_some(tmp_path):
     assert len(said) == 1
 
 
-def test_a_disk_that_is_full_before_the_first_step_is_an_output_error(tmp_path):
+def test_a_full_disk_before_the_first_step_raises_an_output_error(tmp_path):
     # K16
     metrics = Metrics(tmp_path, print)
     for name, begin in (
@@ -73,7 +73,7 @@ def too_many(*_, **__):
     raise OSError(errno.EMFILE, "Too many open files")
 
 
-def test_a_file_of_metrics_that_cannot_be_opened_for_a_while_keeps_its_lines(tmp_path, monkeypatch):
+def test_no_line_is_lost_while_the_metrics_file_cannot_be_opened(tmp_path, monkeypatch):
     # R14
     metrics = Metrics(tmp_path, lambda _: None)
     entries = [{"epoch": 0, "step": step, "loss": 0.5} for step in range(3)]
@@ -87,7 +87,7 @@ def test_a_file_of_metrics_that_cannot_be_opened_for_a_while_keeps_its_lines(tmp
     assert lines(tmp_path) == entries
 
 
-def test_metrics_that_cannot_be_written_are_one_line_and_not_the_end(tmp_path):
+def test_unwritable_metrics_are_reported_once_and_do_not_end_the_run(tmp_path):
     # R14, R23
     said: list[str] = []
     (tmp_path / METRICS).symlink_to("/dev/full")

@@ -1,4 +1,4 @@
-"""A run that is told to stop, or meets a full disk or a loss that is not finite; and how it goes on."""
+"""A run that is told to stop, or meets a full disk or a loss that is not finite; and how it resumes."""
 
 import csv
 import dataclasses
@@ -25,7 +25,7 @@ PARTS = dataclasses.replace(RECIPE, accumulate=2)
 
 
 class Colours(Images):
-    """Pictures of a single colour, which is the class; tells which samples were asked for."""
+    """Images of a single colour, which is the class; records which samples were requested."""
 
     def __init__(self, n: int) -> None:
         super().__init__("colours", ["r", "g", "b"], [i % 3 for i in range(n)], size=8)
@@ -39,7 +39,7 @@ class Colours(Images):
 
 
 class Watched(nn.Sequential):
-    """A small network; `before` is told the number of every forward pass."""
+    """A small network; `before` is called with the number of every forward pass."""
 
     def __init__(self, before=lambda passes: None) -> None:
         torch.manual_seed(0)
@@ -84,7 +84,7 @@ def sends(number: int, *, at: int):
 
 @pytest.fixture
 def calm(tmp_path_factory):
-    """The folder of a run that nothing happened to."""
+    """The folder of an undisturbed run."""
     folder = tmp_path_factory.mktemp("calm")
     train(folder)
     return folder
@@ -100,7 +100,7 @@ def calm_parts(tmp_path_factory):
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 @pytest.mark.parametrize("at", [1, 3, 4], ids=["first step", "epoch end", "validation"])
-def test_a_signal_ends_the_step_saves_and_gives_the_handlers_back(tmp_path, calm, number, code, at):
+def test_a_signal_finishes_the_step_saves_and_restores_the_handlers(tmp_path, calm, number, code, at):
     # R17, R18
     before = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
     with pytest.raises(StoppedError, match=f"stopped by {signal.Signals(number).name}") as caught:
@@ -115,7 +115,7 @@ def test_a_signal_ends_the_step_saves_and_gives_the_handlers_back(tmp_path, calm
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_second_signal_ends_at_once_and_the_checkpoints_stay(tmp_path, calm, number):
+def test_a_second_signal_ends_at_once_and_keeps_the_checkpoints(tmp_path, calm, number):
     # R17, R18
     def twice(passes):
         if passes == 3:
@@ -131,9 +131,7 @@ def test_a_second_signal_ends_at_once_and_the_checkpoints_stay(tmp_path, calm, n
     assert bits(tmp_path) == bits(calm)
 
 
-def test_the_time_limit_stops_with_a_checkpoint_whatever_the_clock_on_the_wall_says(
-    tmp_path, calm, monkeypatch
-):
+def test_the_time_limit_stops_with_a_checkpoint_and_ignores_the_wall_clock(tmp_path, calm, monkeypatch):
     # R19, R20
     monkeypatch.setattr(time, "time", lambda: 86400.0)
     with pytest.raises(StoppedError, match="stopped by the time limit after 1 of 3 steps") as caught:
@@ -144,7 +142,7 @@ def test_the_time_limit_stops_with_a_checkpoint_whatever_the_clock_on_the_wall_s
     assert bits(tmp_path) == bits(calm)
 
 
-def test_a_first_signal_after_the_time_limit_lets_the_checkpoint_be_written(tmp_path, monkeypatch):
+def test_a_first_signal_after_the_time_limit_does_not_interrupt_the_save(tmp_path, monkeypatch):
     # R17, R19
     save = checkpoint.save
 
@@ -158,7 +156,7 @@ def test_a_first_signal_after_the_time_limit_lets_the_checkpoint_be_written(tmp_
     assert checkpoint.load(tmp_path / "step-00000001.ckpt")["step"] == 1
 
 
-def test_a_time_limit_that_comes_in_a_validation_stops_there(tmp_path, calm, monkeypatch):
+def test_a_time_limit_reached_in_validation_stops_there(tmp_path, calm, monkeypatch):
     # R19
     clock = time.monotonic
 
@@ -173,7 +171,7 @@ def test_a_time_limit_that_comes_in_a_validation_stops_there(tmp_path, calm, mon
     assert bits(tmp_path) == bits(calm)
 
 
-def test_a_resumed_run_reads_no_image_again_and_misses_none(tmp_path):
+def test_a_resumed_run_repeats_and_skips_no_image(tmp_path):
     # R3
     whole, first, second = Colours(12), Colours(12), Colours(12)
     calm, folder = tmp_path / "calm", tmp_path / "cut"
@@ -187,7 +185,7 @@ def test_a_resumed_run_reads_no_image_again_and_misses_none(tmp_path):
     assert first.asked + second.asked == whole.asked
 
 
-def test_a_run_in_fp64_loses_nothing_when_it_goes_on(tmp_path):
+def test_a_run_in_fp64_resumes_bit_identically(tmp_path):
     # R1
     recipe, whole, cut = dataclasses.replace(RECIPE, precision="fp64"), tmp_path / "whole", tmp_path / "cut"
     for folder in (whole, cut):
@@ -199,7 +197,7 @@ def test_a_run_in_fp64_loses_nothing_when_it_goes_on(tmp_path):
     assert bits(cut) == bits(whole)
 
 
-def test_workers_do_not_change_a_resumed_run(tmp_path, calm):
+def test_a_resumed_run_is_the_same_with_workers(tmp_path, calm):
     # D34
     with pytest.raises(StoppedError):
         train(tmp_path, Watched(sends(signal.SIGINT, at=2)))
@@ -209,7 +207,7 @@ def test_workers_do_not_change_a_resumed_run(tmp_path, calm):
     assert bits(tmp_path) == bits(calm)
 
 
-def test_a_run_that_is_over_is_scored_again_and_nothing_else(calm):
+def test_resuming_a_finished_run_only_validates_again(calm):
     before = bits(calm)
     model = Watched()
     history = train(calm, model)
@@ -218,7 +216,7 @@ def test_a_run_that_is_over_is_scored_again_and_nothing_else(calm):
     assert bits(calm) == before
 
 
-def test_a_loss_that_is_not_finite_stops_before_the_step_with_the_images_named(tmp_path):
+def test_a_nonfinite_loss_stops_before_the_step_and_names_the_images(tmp_path):
     # R10
     def poison(passes):
         if passes == 3:
@@ -233,7 +231,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step_with_the_images_named(t
 
 
 def nan_at(*passes: int) -> Watched:
-    """A network whose output is NaN in these forward passes, and whose running statistics with it."""
+    """A network whose output and running statistics become NaN in these forward passes."""
 
     class Nan(Watched):
         def forward(self, input):
@@ -243,7 +241,7 @@ def nan_at(*passes: int) -> Watched:
     return Nan()
 
 
-def test_before_a_step_whose_loss_is_not_finite_all_is_saved_and_resumed_to_the_same_end(tmp_path, calm):
+def test_a_nonfinite_loss_saves_first_and_the_run_resumes_to_the_same_end(tmp_path, calm):
     # R10
     said: list[str] = []
     with pytest.raises(NonFiniteError, match="the loss is nan in epoch 0, step 2"):
@@ -255,7 +253,7 @@ def test_before_a_step_whose_loss_is_not_finite_all_is_saved_and_resumed_to_the_
     assert bits(tmp_path) == bits(calm)
 
 
-def test_a_step_whose_loss_is_not_finite_can_be_skipped_and_leaves_no_trace(tmp_path):
+def test_a_step_with_a_nonfinite_loss_can_be_skipped_without_a_trace(tmp_path):
     # R10
     history = train(tmp_path, nan_at(2), recipe=dataclasses.replace(RECIPE, nonfinite="skip"))
     assert all(entry["train_loss"] < 3 for entry in history)
@@ -264,7 +262,7 @@ def test_a_step_whose_loss_is_not_finite_can_be_skipped_and_leaves_no_trace(tmp_
     assert all(tensor.isfinite().all() for tensor in found[1]["model"].values())
 
 
-def test_a_step_that_is_skipped_has_no_loss_and_the_line_of_progress_says_so(tmp_path):
+def test_a_skipped_step_has_no_loss_and_the_progress_line_says_so(tmp_path):
     # R10
     said: list[str] = []
     loggers = Loggers((), tmp_path, {}, said.append)
@@ -275,7 +273,7 @@ def test_a_step_that_is_skipped_has_no_loss_and_the_line_of_progress_says_so(tmp
     assert [": skipped, " in line for line in said] == [False, True, *[False] * 4]
 
 
-def test_a_bad_part_of_a_step_loses_no_step_and_counts_no_image_twice(tmp_path, calm_parts):
+def test_a_failed_microbatch_loses_no_step_and_counts_no_image_twice(tmp_path, calm_parts):
     # D15, R10
     class Torn(Colours):
         def sample(self, epoch, index):
@@ -295,17 +293,17 @@ def test_a_bad_part_of_a_step_loses_no_step_and_counts_no_image_twice(tmp_path, 
         assert bits(folder) == bits(calm_parts)
 
 
-def test_more_than_ten_steps_in_a_row_are_not_skipped(tmp_path):
+def test_at_most_ten_steps_in_a_row_are_skipped(tmp_path):
     # R10
     recipe = Recipe(epochs=5, batch_size=4, nonfinite="skip")
     with pytest.raises(NonFiniteError, match="the 10 steps before were skipped"):
         train(tmp_path, nan_at(*(n for n in range(2, 40) if n % 4)), recipe=recipe)  # every 4th validates
 
 
-def test_weights_that_are_not_finite_are_never_saved(tmp_path):
+def test_nonfinite_weights_are_never_saved(tmp_path):
     # K11
     def poison(passes):
-        if passes == 5:  # the first after a validation: the step's loss is finite still
+        if passes == 5:  # the first after a validation: the step's loss is still finite
             with torch.no_grad():
                 model[1].running_mean[0] = float("inf")
 
@@ -327,14 +325,14 @@ def full_from(step: int, until: int | None = None):
 
 
 @pytest.fixture
-def _room_again():
+def _restore_file_size_limit():
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     yield
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-@pytest.mark.usefixtures("_room_again")
-def test_a_full_disk_keeps_the_old_checkpoint_and_the_run_goes_on_when_there_is_room(tmp_path, calm):
+@pytest.mark.usefixtures("_restore_file_size_limit")
+def test_a_full_disk_keeps_the_old_checkpoints_and_does_not_end_the_run(tmp_path, calm):
     # K13
     said: list[str] = []
     train(tmp_path, Watched(full_from(3, until=5)), say=said.append)
@@ -345,9 +343,9 @@ def test_a_full_disk_keeps_the_old_checkpoint_and_the_run_goes_on_when_there_is_
     assert bits(tmp_path) == bits(calm)
 
 
-@pytest.mark.usefixtures("_room_again")
-@pytest.mark.parametrize("until", [8, 99], ids=["room after the last step", "no room to the end"])
-def test_a_run_whose_last_weights_are_not_on_the_disk_does_not_end_well(tmp_path, calm, until):
+@pytest.mark.usefixtures("_restore_file_size_limit")
+@pytest.mark.parametrize("until", [8, 99], ids=["disk full until the last step", "disk full to the end"])
+def test_a_run_whose_last_weights_are_not_saved_does_not_succeed(tmp_path, calm, until):
     # K13
     said: list[str] = []
     model = Watched(full_from(6, until=until))  # the passes of the last two steps; the eighth validates
@@ -362,14 +360,14 @@ def test_a_run_whose_last_weights_are_not_on_the_disk_does_not_end_well(tmp_path
     assert sum("training continues" in line for line in said) == 1
 
 
-@pytest.mark.usefixtures("_room_again")
-def test_what_a_bad_image_in_a_validation_leaves_to_be_saved_are_the_weights_and_not_their_average(
+@pytest.mark.usefixtures("_restore_file_size_limit")
+def test_after_a_bad_validation_image_the_weights_are_saved_and_not_their_average(
     tmp_path,
 ):
     # K13, D1
     class Broken(Colours):
         def sample(self, epoch, index):
-            if index == 16:  # of the third batch, which is read ahead while the second is scored
+            if index == 16:  # in the third batch, which is prefetched while the second is scored
                 raise DataError("broken")
             return super().sample(epoch, index)
 
@@ -386,8 +384,8 @@ def test_what_a_bad_image_in_a_validation_leaves_to_be_saved_are_the_weights_and
         assert torch.equal(model.state_dict()[name], value), name
 
 
-@pytest.mark.usefixtures("_room_again")
-def test_the_third_save_in_a_row_that_fails_ends_the_run(tmp_path, calm):
+@pytest.mark.usefixtures("_restore_file_size_limit")
+def test_the_third_failed_save_in_a_row_ends_the_run(tmp_path, calm):
     # K13
     with pytest.raises(OutputError, match="after step 6 cannot be written") as caught:
         train(tmp_path, Watched(full_from(3)))
@@ -411,12 +409,12 @@ def test_metrics_have_a_line_per_step_and_per_epoch(calm):
     assert lines[0]["lr"] == RECIPE.lr
 
 
-def test_a_checkpoint_of_another_number_of_steps_is_refused(calm):
+def test_a_checkpoint_with_other_steps_per_epoch_is_refused(calm):
     with pytest.raises(CheckpointError, match="has 3 steps per epoch, but this run has 2"):
         train(calm, images=Colours(8))
 
 
-def test_an_epoch_without_a_step_has_no_loss_and_no_error_of_training(tmp_path):
+def test_an_epoch_with_all_steps_skipped_has_no_training_loss_or_error(tmp_path):
     # R10
     said: list[str] = []
     loggers = Loggers(("csv",), tmp_path, {}, said.append)
@@ -434,7 +432,7 @@ def test_an_epoch_without_a_step_has_no_loss_and_no_error_of_training(tmp_path):
     assert sum(line.startswith("epoch 0: skipped, validation loss ") for line in said) == 1
 
 
-def test_a_run_that_goes_on_in_another_folder_has_the_metrics_of_the_epochs_before(calm, tmp_path):
+def test_a_run_resumed_in_another_folder_has_the_metrics_of_earlier_epochs(calm, tmp_path):
     # R22
     state = checkpoint.load(calm / "step-00000004.ckpt")
     keeper = Keeper(tmp_path, {}, state=state, save_every=2, log_every=1, say=lambda _: None)

@@ -1,4 +1,4 @@
-"""A run that is killed at any point and resumed ends as one that never was (rows R1, R2, R3, R22, K14)."""
+"""A run killed at any point and resumed ends like an undisturbed one (rows R1, R2, R3, R22, K14)."""
 
 import itertools
 import json
@@ -25,7 +25,7 @@ AGAIN = ("data:1", "save:half:1", "bwd:1", "log:1", "save:post_rename:1", "pre_s
 
 
 def ended(runs: list[list[str]]) -> list[dict]:
-    """How each run ended that met these faults one after the other."""
+    """How each run ended, having met these faults one after the other."""
     environment = {**os.environ, "PYTHONPATH": str(Path(cbam.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, Path(__file__).with_name("kills.py")],
@@ -36,7 +36,7 @@ def ended(runs: list[list[str]]) -> list[dict]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def test_a_run_killed_at_a_point_of_every_kind_ends_bitwise_the_same():
+def test_a_run_killed_at_each_kind_of_point_ends_bitwise_the_same():
     # R1, R2, R3, R22, K14
     runs = [
         ["post_step:2"],
@@ -53,7 +53,7 @@ def test_a_run_killed_at_a_point_of_every_kind_ends_bitwise_the_same():
 
 
 @pytest.mark.large
-def test_a_hundred_kills_leave_every_run_bitwise_the_same():
+def test_runs_killed_a_hundred_times_end_bitwise_the_same():
     # R1, R2, R3, R22, K14
     runs = [[fault, again, "eval:1"] for fault, again in zip(FAULTS, itertools.cycle(AGAIN), strict=False)]
     calm, *killed = ended([[], *runs])

@@ -1,4 +1,4 @@
-"""Where a process stands among several, and what a launch ends with (rows R6, R9, R25)."""
+"""The place of a process among several, and the exit code of a launch (rows R6, R9, R25)."""
 
 import ctypes
 import json
@@ -30,12 +30,12 @@ from cbam.train.runs import _device_counts
 
 
 @pytest.fixture(autouse=True)
-def _nowhere(monkeypatch):
+def _no_distributed_environment(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS"):
         monkeypatch.delenv(name, raising=False)
 
 
-def test_a_process_of_its_own_has_no_place_and_is_a_world():
+def test_a_single_process_has_no_place_and_is_a_world_of_one():
     assert place() is None
     with joined(None) as here:
         assert here == world() == World()
@@ -43,7 +43,7 @@ def test_a_process_of_its_own_has_no_place_and_is_a_world():
         assert here.all("a") == ["a"]
 
 
-def test_more_processes_than_gpus_are_refused_before_they_share_one(monkeypatch, tmp_path):
+def test_more_processes_than_gpus_are_refused(monkeypatch, tmp_path):
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     here = Place(0, 3, 0, 3, f"file:{tmp_path / 'store'}")
@@ -52,7 +52,7 @@ def test_more_processes_than_gpus_are_refused_before_they_share_one(monkeypatch,
     assert world() == World()
 
 
-def test_a_process_that_never_started_is_named_and_not_waited_for_twice(monkeypatch, tmp_path):
+def test_a_process_that_never_started_is_named_after_one_timeout(monkeypatch, tmp_path):
     # R6, R25
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
     here = Place(0, 2, 0, 2, f"file:{tmp_path / 'store'}")
@@ -63,7 +63,7 @@ def test_a_process_that_never_started_is_named_and_not_waited_for_twice(monkeypa
     assert world() == World()
 
 
-def test_torchrun_says_where_a_process_stands(monkeypatch):
+def test_the_place_of_a_process_is_read_from_torchrun(monkeypatch):
     said = {
         "RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4", "MASTER_ADDR": "a1",
         "MASTER_PORT": "29500", "TORCHELASTIC_USE_AGENT_STORE": "True",
@@ -79,7 +79,7 @@ def test_torchrun_says_where_a_process_stands(monkeypatch):
     assert caught.value.exit_code == 9
 
 
-def test_srun_says_where_a_process_stands(monkeypatch):
+def test_the_place_of_a_process_is_read_from_srun(monkeypatch):
     said = {
         "SLURM_PROCID": "9", "SLURM_LOCALID": "1", "SLURM_NTASKS": "16", "SLURM_NNODES": "2",
         "SLURM_STEP_NUM_TASKS": "16",
@@ -92,16 +92,14 @@ def test_srun_says_where_a_process_stands(monkeypatch):
     assert place() is None
 
 
-def test_the_script_of_a_slurm_job_is_a_process_of_its_own(monkeypatch):
+def test_the_batch_script_of_a_slurm_job_is_a_single_process(monkeypatch):
     said = {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "4", "SLURM_JOB_ID": "7"}
     for name, value in said.items():
         monkeypatch.setenv(name, value)
     assert place() is None, "only srun has started the other three"
 
 
-def test_a_process_that_knows_how_many_there_are_and_not_which_it_is_says_that_it_works_alone(
-    monkeypatch, caplog
-):
+def test_world_size_without_rank_warns_that_the_process_runs_alone(monkeypatch, caplog):
     _warn_incomplete.cache_clear()
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert place() is None
@@ -116,7 +114,7 @@ def test_a_process_that_knows_how_many_there_are_and_not_which_it_is_says_that_i
     "said",
     [{"RANK": "2"}, {"RANK": "-1"}, {"LOCAL_RANK": "-1"}, {"LOCAL_WORLD_SIZE": "0"}, {"WORLD_SIZE": "0"}],
 )
-def test_a_place_that_cannot_be_is_told_before_anybody_waits_for_it(monkeypatch, said):
+def test_inconsistent_ranks_are_refused_before_waiting(monkeypatch, said):
     fit = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "a1", "MASTER_PORT": "29500"}
     for name, value in (fit | said).items():
         monkeypatch.setenv(name, value)
@@ -136,11 +134,11 @@ def test_a_place_that_cannot_be_is_told_before_anybody_waits_for_it(monkeypatch,
         ("rack[0-1]n[3,7],a", "rack0n3"),
     ],
 )
-def test_the_first_of_a_list_of_nodes_is_found(nodes, first):
+def test_the_first_host_of_a_slurm_node_list_is_found(nodes, first):
     assert first_host(nodes) == first
 
 
-def test_a_launch_ends_with_the_first_failure_that_was_nobody_elses():
+def test_a_launch_returns_the_exit_code_of_the_original_failure():
     # R9
     assert _exit_code([(0, 0), (1, 0)], 2) == 0
     assert _exit_code([(1, 3), (0, 9)], 2) == 3
@@ -149,14 +147,14 @@ def test_a_launch_ends_with_the_first_failure_that_was_nobody_elses():
     assert _exit_code([(1, -9), (0, 9)], 2) == 9
     with pytest.raises(DistributedError, match="process 1 was ended by SIGKILL"):
         _exit_code([(1, -9), (0, -15)], 2)
-    assert _exit_code([(1, -15), (0, -15)], 2, [15]) == 143  # they had not begun to listen
+    assert _exit_code([(1, -15), (0, -15)], 2, [15]) == 143  # before they had installed their handlers
     assert _exit_code([(1, -15), (0, 9)], 2, [15]) == 143
     assert _exit_code([(1, -2), (0, -2)], 2, [2]) == 130
     assert _exit_code([(0, 75), (1, 75)], 2, [15]) == 75
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="it looks into /proc")
-def test_a_launch_that_is_ended_while_it_begins_says_so():
+@pytest.mark.skipif(sys.platform != "linux", reason="it reads /proc")
+def test_a_launch_terminated_while_starting_exits_with_143():
     # R18
     code = "import sys; from cbam.train.launch import launch; sys.exit(launch(['train', 'digits'], 2))"
     with subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL) as launched:
@@ -171,7 +169,7 @@ def test_a_launch_that_is_ended_while_it_begins_says_so():
             launched.kill()
 
 
-def test_a_process_ends_with_its_launcher_which_may_be_process_1_of_a_container(monkeypatch):
+def test_a_process_ends_with_its_launcher_even_if_that_is_process_1(monkeypatch):
     # R6
     started, ended, parent = [], [], [1]
     monkeypatch.setattr(subprocess, "Popen", lambda *_, env, **__: started.append(env))
@@ -185,7 +183,7 @@ def test_a_process_ends_with_its_launcher_which_may_be_process_1_of_a_container(
     monkeypatch.setattr(os, "kill", lambda _, number: ended.append(number))
     die_with_parent()
     assert ended == []
-    parent[0] = 7  # who adopts a process whose launcher is gone
+    parent[0] = 7  # the process that adopts orphans
     die_with_parent()
     assert ended == [signal.SIGTERM]
 
@@ -194,14 +192,14 @@ def _children(pid: int) -> list[str]:
     return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
 
 
-def test_a_number_of_devices_that_was_not_started_is_refused():
+def test_more_devices_than_started_processes_are_refused():
     with pytest.raises(ConfigError, match="devices is 4, but 1 was started"):
         _device_counts({"devices": 4})
     assert _device_counts({}) == {"devices": 1, "nodes": 1}
     assert Config(**json.loads(json.dumps({"recipe": "digits", "devices": 4}))).devices == 4
 
 
-def test_what_lies_in_the_folder_it_is_started_in_is_not_run(tmp_path):
+def test_python_files_in_the_working_folder_are_not_imported(tmp_path):
     # R6
     for name in ("cbam.py", "random.py", "json.py"):
         (tmp_path / name).write_text("raise SystemExit('mine was run')")

@@ -35,7 +35,7 @@ def dead() -> int:
 
 
 @pytest.mark.parametrize("what", ["dead", "another process of that number", "garbage", "empty"])
-def test_the_lock_and_the_pieces_of_a_killed_run_are_cleaned(tmp_path, what):
+def test_the_lock_and_partial_files_of_a_killed_run_are_removed(tmp_path, what):
     # K18
     alive = _process(os.getpid())
     left = {
@@ -57,20 +57,20 @@ def of_another_machine(folder: Path) -> Path:
 
 
 def of_another_container(folder: Path) -> Path:
-    """Of the same name, as copies of one image are; its process numbers mean nothing here."""
+    """With this host name, like copies of one image; its process ids mean nothing here."""
     (folder / LOCK).write_text(json.dumps({**_process(os.getpid()), "pid": dead(), "numbers": "pid:[1]"}))
     return folder / LOCK
 
 
 @pytest.fixture
-def _hasty(monkeypatch):
+def _short_timeouts(monkeypatch):
     monkeypatch.setattr(lock, "SILENCE", 0.5)
     monkeypatch.setattr(lock, "BEAT", 0.05)
 
 
-@pytest.mark.usefixtures("_hasty")
+@pytest.mark.usefixtures("_short_timeouts")
 @pytest.mark.parametrize("of", [of_another_machine, of_another_container])
-def test_a_run_of_another_machine_that_gives_a_sign_of_life_keeps_its_folder(tmp_path, of):
+def test_a_live_run_on_another_machine_keeps_its_folder(tmp_path, of):
     # K18, R21
     theirs, over = of(tmp_path), threading.Event()
     pulse = threading.Thread(target=lock._heartbeat, args=(theirs, over))
@@ -86,9 +86,9 @@ def test_a_run_of_another_machine_that_gives_a_sign_of_life_keeps_its_folder(tmp
     assert "whether it is alive" in said[0]
 
 
-@pytest.mark.usefixtures("_hasty")
-def test_a_run_whose_machine_went_down_loses_its_folder_to_the_next(tmp_path):
-    # K18, R21: a job that was put back into the queue, and started elsewhere
+@pytest.mark.usefixtures("_short_timeouts")
+def test_the_next_run_takes_over_the_folder_of_a_machine_that_went_down(tmp_path):
+    # K18, R21: a job that was put back into the queue, and started on another machine
     said: list[str] = []
     of_another_machine(tmp_path)
     with locked(tmp_path, said.append):
@@ -98,8 +98,8 @@ def test_a_run_whose_machine_went_down_loses_its_folder_to_the_next(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.usefixtures("_hasty")
-def test_a_lock_is_touched_as_long_as_its_run_lives(tmp_path):
+@pytest.mark.usefixtures("_short_timeouts")
+def test_a_lock_is_touched_while_its_run_lives(tmp_path):
     with locked(tmp_path):
         first = (tmp_path / LOCK).stat().st_mtime_ns
         deadline = time.monotonic() + 10
@@ -108,7 +108,7 @@ def test_a_lock_is_touched_as_long_as_its_run_lives(tmp_path):
             time.sleep(0.02)
 
 
-def test_a_run_that_lost_its_folder_ends_and_leaves_the_lock(tmp_path):
+def test_a_run_that_lost_its_folder_ends_without_removing_the_new_lock(tmp_path):
     # R21
     with locked(tmp_path):
         theirs = of_another_machine(tmp_path)
@@ -118,7 +118,7 @@ def test_a_run_that_lost_its_folder_ends_and_leaves_the_lock(tmp_path):
 
 
 @pytest.mark.parametrize("folder", ["/proc/self/run", "file/run"])
-def test_a_folder_that_cannot_be_written_is_told_before_any_work(folder, tmp_path, monkeypatch):
+def test_an_unwritable_folder_is_reported_before_any_work(folder, tmp_path, monkeypatch):
     # K16
     monkeypatch.chdir(tmp_path)
     Path("file").write_text("mine")
@@ -127,7 +127,7 @@ def test_a_folder_that_cannot_be_written_is_told_before_any_work(folder, tmp_pat
     assert caught.value.exit_code == 7
 
 
-def test_only_the_pieces_of_a_run_are_cleaned(tmp_path):
+def test_only_partial_files_of_a_run_are_removed(tmp_path):
     # K14: a killed export leaves a folder
     (tmp_path / ".model.onnx.1a2b.part").mkdir()
     (tmp_path / ".last.json.part").mkdir()
@@ -140,7 +140,7 @@ def test_only_the_pieces_of_a_run_are_cleaned(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"yarn lockfile v1", b'{"packages": []}', b"\xff\x00", b"[1]"])
-def test_a_file_of_that_name_that_is_no_lock_is_left_alone(tmp_path, content):
+def test_a_file_named_like_the_lock_that_is_not_one_is_left_alone(tmp_path, content):
     (tmp_path / LOCK).write_bytes(content)
     refused = pytest.raises(ConfigError, match="lock is not from a run: give another --out")
     with refused, locked(tmp_path):

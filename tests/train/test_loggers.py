@@ -42,7 +42,7 @@ def small():
     }
 
 
-def test_a_run_leaves_a_table_of_its_epochs_and_what_tensorboard_reads(tmp_path, small):
+def test_a_run_leaves_a_table_of_epochs_and_tensorboard_events(tmp_path, small):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -67,7 +67,7 @@ class Broken:
     def finalize(self, status): ...
 
 
-def test_a_logger_that_fails_is_told_once_and_the_run_goes_on(tmp_path, small, monkeypatch):
+def test_a_failing_logger_is_reported_once_and_does_not_end_the_run(tmp_path, small, monkeypatch):
     # R23
     fake = types.SimpleNamespace(WandbLogger=Broken)
     monkeypatch.setitem(sys.modules, "pytorch_lightning.loggers", fake)
@@ -79,7 +79,7 @@ def test_a_logger_that_fails_is_told_once_and_the_run_goes_on(tmp_path, small, m
     assert (tmp_path / "run" / "epochs.csv").exists()
 
 
-def test_a_second_signal_that_comes_while_a_logger_works_ends_the_run_at_once(tmp_path):
+def test_a_second_signal_during_a_logger_call_ends_the_run_at_once(tmp_path):
     # R17, R18
     class Slow(Broken):
         def log_metrics(self, metrics, step=None):
@@ -93,7 +93,7 @@ def test_a_second_signal_that_comes_while_a_logger_works_ends_the_run_at_once(tm
     assert said == []
 
 
-def test_wandb_knows_a_run_by_a_name_of_its_own_that_stays(tmp_path, small, monkeypatch):
+def test_a_resumed_run_keeps_its_unique_wandb_id(tmp_path, small, monkeypatch):
     # R23
     ids = []
 
@@ -118,7 +118,7 @@ def test_wandb_knows_a_run_by_a_name_of_its_own_that_stays(tmp_path, small, monk
     assert ids[3] not in ids[:3]
 
 
-def test_a_logger_that_is_not_installed_is_told_at_the_start(tmp_path):
+def test_a_logger_that_is_not_installed_is_reported_at_the_start(tmp_path):
     # R23
     said: list[str] = []
     loggers = Loggers(("mlflow",), tmp_path, {}, said.append)
@@ -129,7 +129,7 @@ def test_a_logger_that_is_not_installed_is_told_at_the_start(tmp_path):
     assert len(said) == 1
 
 
-def test_a_table_that_found_no_room_is_written_at_the_end(tmp_path):
+def test_a_table_missed_on_a_full_disk_is_written_at_the_end(tmp_path):
     # R14
     said: list[str] = []
     (tmp_path / METRICS).write_text(json.dumps({"epoch": 0, "train_loss": 1.0}) + "\n")
@@ -143,7 +143,7 @@ def test_a_table_that_found_no_room_is_written_at_the_end(tmp_path):
     assert (tmp_path / "epochs.csv").read_text() == "epoch,train_loss\n0,1.0\n"
 
 
-def test_a_full_disk_ends_the_table_and_not_the_run(tmp_path):
+def test_a_full_disk_stops_the_table_and_not_the_run(tmp_path):
     # R14
     said: list[str] = []
     (tmp_path / METRICS).write_text(json.dumps({"epoch": 0, "train_loss": 1.0}) + "\n")
@@ -157,7 +157,7 @@ def test_a_full_disk_ends_the_table_and_not_the_run(tmp_path):
     assert "No space left" in said[0]
 
 
-def test_the_line_of_progress_comes_not_too_often():
+def test_the_progress_line_is_rate_limited():
     said: list[str] = []
     line = ProgressLine(said.append, 9, every=1000.0)
     for step in range(3):
@@ -165,7 +165,7 @@ def test_the_line_of_progress_comes_not_too_often():
     assert said == ["epoch 2 of 9, step 0: loss 0.5000, 12 images/s, 4 % of the time waiting for images"]
 
 
-def test_a_table_is_the_same_after_a_run_was_resumed(tmp_path, small):
+def test_resuming_restores_the_table_of_epochs(tmp_path, small):
     # R22
     run("digits", {**small, "loggers": ("csv",)}, tmp_path / "run", Watch())
     table = Path(tmp_path / "run" / "epochs.csv")

@@ -1,4 +1,4 @@
-"""Mixup and CutMix: shares that add up, drawn from the place in the run alone."""
+"""Mixup and CutMix: shares that add up, drawn from the position in the run only."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from cbam.train.mixing import mix
 IMAGES = torch.stack([torch.full((3, 16, 20), float(i)) for i in range(6)])
 
 
-def test_without_either_a_batch_stays_as_it_is():
+def test_a_batch_is_unchanged_without_mixup_and_cutmix():
     mixed = mix(IMAGES, Recipe(), (0, 0, 0))
     assert mixed.image is IMAGES
     assert mixed.share == 1
@@ -23,7 +23,7 @@ def test_mixup_is_a_weighted_sum_with_the_batch_reversed(step):
 
 
 @pytest.mark.parametrize("step", range(20))
-def test_cutmix_takes_a_box_of_the_other_image_and_its_share_is_the_area_that_stays(step):
+def test_cutmix_pastes_a_box_of_the_other_image_and_the_share_is_the_area_left(step):
     mixed = mix(IMAGES, Recipe(cutmix=1.0), (3, 1, step))
     for index in range(6):
         own = mixed.image[index, 0] == index
@@ -33,7 +33,7 @@ def test_cutmix_takes_a_box_of_the_other_image_and_its_share_is_the_area_that_st
         assert set(mixed.image[index].unique().tolist()) <= {float(index), float(5 - index)}
 
 
-def test_the_draw_is_a_function_of_the_place_alone_and_both_kinds_come():
+def test_the_draw_depends_only_on_the_step_and_both_kinds_occur():
     recipe = Recipe(mixup=0.5, cutmix=1.0)
     drawn = [mix(IMAGES, recipe, (0, 0, step)) for step in range(30)]
     again = [mix(IMAGES, recipe, (0, 0, step)) for step in range(30)]

@@ -1,4 +1,4 @@
-"""Several processes train as one, and none is left alone (rows D33, R1, R6, R7, R9 to R12, R17, R26, R27)."""
+"""Several processes train as one and fail as one (rows D33, R1, R6, R7, R9 to R12, R17, R26, R27)."""
 
 import json
 import os
@@ -51,7 +51,7 @@ ALL = [
 
 @pytest.fixture(scope="module")
 def ends():
-    """How each scenario of ALL ended, by its name and arguments; under "stderr" what was written there."""
+    """How each scenario of ALL ended, by name and arguments, and what was written to "stderr"."""
     found, err = ended(*ALL)
     return {json.dumps(scenario): end for scenario, end in zip(ALL, found, strict=True)} | {"stderr": err}
 
@@ -65,7 +65,7 @@ def apart(a: list, b: list) -> float:
 
 
 @pytest.mark.parametrize("pictures", WAYS)
-def test_two_processes_or_batches_train_as_one_and_count_every_image_once(ends, pictures):
+def test_two_processes_or_microbatches_train_as_one_and_count_every_image_once(ends, pictures):
     # D33, R12: the last step is not full, and shared unevenly
     ((one,), *others) = (end_of(ends, "equal", *way, pictures) for way in WAYS[pictures])
     assert one["code"] == 0
@@ -73,10 +73,10 @@ def test_two_processes_or_batches_train_as_one_and_count_every_image_once(ends, 
         *ours, work = one["value"]
         *theirs, told = process["value"]
         assert all(apart(mine, its) <= 1e-12 for mine, its in zip(ours, theirs, strict=True))
-        assert work <= told <= 1.5 * work, "each tells that of all, which fill up their parts"
+        assert work <= told <= 1.5 * work, "each reports the work of all, padding included"
 
 
-def test_a_run_goes_on_with_another_number_of_processes(ends):
+def test_a_run_resumes_with_another_number_of_processes(ends):
     # R12, K21
     calm, *others = (end_of(ends, "changed", *change) for change in CHANGES)
     for other in others:
@@ -98,13 +98,13 @@ def check_kills(run: list[str], end: dict, calm: dict) -> None:
     assert end["digest"] == calm["digest"], run
 
 
-def test_of_two_processes_one_is_killed_the_other_names_it_and_the_end_is_the_same(ends):
+def test_the_survivor_names_the_killed_process_and_the_run_resumes_the_same(ends):
     # R1, R6, K14, R27
     check_kills(KILLS, end_of(ends, "killed", 2, KILLS), end_of(ends, "killed", 2, []))
 
 
 @pytest.mark.large
-def test_ten_kills_of_ten_leave_a_run_of_two_processes_bitwise_the_same():
+def test_runs_of_two_processes_killed_anywhere_end_bitwise_the_same():
     # R1, R2, R6, K14
     points = ("data:4@1", "fwd:2@0", "post_step:5@0", "save:pre_rename:2@0", "eval:1@1", "log:3@0", "bwd:6@1")
     runs = [[], *([point, "pre_step:1@1"] for point in points)]
@@ -114,14 +114,14 @@ def test_ten_kills_of_ten_leave_a_run_of_two_processes_bitwise_the_same():
 
 
 @pytest.mark.large
-def test_the_scaler_of_fp16_goes_on_and_decides_for_all_processes():
+def test_the_fp16_scaler_is_resumed_and_decides_for_all_processes():
     # R11
     run = ["post_step:3@0"]
     (calm, killed), _ = ended(["killed", 2, [], "fp16"], ["killed", 2, run, "fp16"])
     check_kills(run, killed, calm)
 
 
-def test_a_loss_that_is_nan_in_one_process_stops_all_before_the_step(ends):
+def test_a_nan_loss_in_one_process_stops_all_before_the_step(ends):
     # R10
     stopped = end_of(ends, "nan", "stop", [2])
     assert [end["code"] for end in stopped] == [5, 5]
@@ -130,7 +130,7 @@ def test_a_loss_that_is_nan_in_one_process_stops_all_before_the_step(ends):
     assert (stopped[0]["step"], len(stopped[0]["pictures"])) == (1, 4)
 
 
-def test_a_step_that_is_skipped_is_skipped_by_all(ends):
+def test_all_processes_skip_the_same_step(ends):
     # R10
     skipped = end_of(ends, "nan", "skip", [2])
     assert [end["code"] for end in skipped] == [0, 0]
@@ -139,7 +139,7 @@ def test_a_step_that_is_skipped_is_skipped_by_all(ends):
     assert ends["stderr"].count("the step is skipped") == 1
 
 
-def test_the_first_error_ends_all_and_is_told_once(ends):
+def test_the_first_error_ends_all_processes_and_is_reported_once(ends):
     # R9
     first, second = end_of(ends, "broken")
     assert (first["code"], second["code"]) == (9, 3)
@@ -149,7 +149,7 @@ def test_the_first_error_ends_all_and_is_told_once(ends):
     assert (first["silent"], second["silent"]) == (True, False)
 
 
-def test_a_process_that_hangs_is_named_with_the_place_where_the_others_wait(ends):
+def test_a_hanging_process_is_named_with_the_code_where_the_others_wait(ends):
     # R7
     first, _ = end_of(ends, "hung")
     assert first["code"] == 9
@@ -166,10 +166,10 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(ends, rank):
     assert [end["silent"] for end in stopped] == [False, True]
     assert stopped[0]["step"] in (1, 2)
     assert "saved as" in stopped[0]["error"]
-    assert [end["saved"] for end in stopped] == [1, 1]  # who leaves first has the others killed
+    assert [end["saved"] for end in stopped] == [1, 1]  # the first to exit has the others killed
 
 
-def test_parameters_that_have_no_part_in_the_loss_are_named(ends):
+def test_parameters_without_a_gradient_are_named(ends):
     # R26
     both = end_of(ends, "unused")
     assert [end["code"] for end in both] == [2, 2]
@@ -179,7 +179,7 @@ def test_parameters_that_have_no_part_in_the_loss_are_named(ends):
 @pytest.mark.parametrize(
     ("how", "taken"), [("all to each", [0, 1]), ("its own to each", [0, 0]), ("two to each", [0, 1])]
 )
-def test_each_process_takes_the_gpu_of_its_number_or_the_only_one_that_it_sees(ends, how, taken):
+def test_each_process_takes_the_gpu_of_its_local_rank_or_the_only_visible_one(ends, how, taken):
     assert [end.get("value") for end in end_of(ends, "gpus", GPUS[how])] == [[number] for number in taken]
 
 

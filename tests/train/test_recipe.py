@@ -6,7 +6,7 @@ from cbam.errors import ConfigError
 from cbam.train import Recipe
 
 
-def test_half_a_cosine_goes_from_one_to_zero_over_the_whole_run():
+def test_the_cosine_schedule_falls_from_one_to_zero_over_the_run():
     recipe = Recipe(epochs=4)
     factors = [recipe.lr_factor(step, 10) for step in range(41)]
     assert factors[0] == 1
@@ -27,7 +27,7 @@ def test_a_constant_schedule_is_constant():
     assert {Recipe(schedule="constant").lr_factor(step, 3) for step in range(100)} == {1.0}
 
 
-def test_all_problems_of_a_recipe_are_told_together():
+def test_all_problems_of_a_recipe_are_reported_together():
     # C3
     with pytest.raises(ConfigError) as caught:
         Recipe(epochs=0, lr=float("nan"), momentum=1, optimizer="adam", schedule="linear", batch_size=True)
@@ -37,7 +37,7 @@ def test_all_problems_of_a_recipe_are_told_together():
 
 
 @pytest.mark.parametrize("value", [-1, float("inf"), "0.1", None])
-def test_a_learning_rate_that_is_no_finite_number_is_refused(value):
+def test_an_invalid_learning_rate_is_refused(value):
     with pytest.raises(ConfigError, match="lr must be a finite number"):
         Recipe(lr=value)
 
@@ -61,7 +61,7 @@ def test_a_learning_rate_that_is_no_finite_number_is_refused(value):
         ({"epochs": 3}, ""),
     ],
 )
-def test_what_the_epochs_do_not_come_to_is_said_and_is_no_error(settings, told):
+def test_a_schedule_the_epochs_do_not_reach_is_reported_without_an_error(settings, told):
     recipe = Recipe(**settings)
     assert recipe.unreached() == told
     factors = [recipe.lr_factor(step, 10) for step in range(10 * recipe.epochs)]

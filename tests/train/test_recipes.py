@@ -1,4 +1,4 @@
-"""The named recipes, and the settings a run is told (rows C2, C3, C6, R13)."""
+"""The named recipes, and the settings given to a run (rows C2, C3, C6, R13)."""
 
 import dataclasses
 
@@ -10,7 +10,7 @@ from cbam.train.recipes import changes, fine_tuning_rate, recipe
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_a_recipe_is_a_frozen_config_of_its_name_that_says_what_it_is(name):
+def test_a_recipe_is_a_frozen_documented_config_with_its_name(name):
     config = recipe(name)
     assert config.recipe == name
     assert RECIPES[name].__doc__
@@ -18,7 +18,7 @@ def test_a_recipe_is_a_frozen_config_of_its_name_that_says_what_it_is(name):
         config.lr = 1  # type: ignore[misc]
 
 
-def test_the_papers_recipe_is_the_papers():
+def test_the_paper_recipe_has_the_settings_of_the_paper():
     config = recipe("imagenet/paper")
     assert config.training() == Recipe(
         epochs=90, batch_size=256, optimizer="sgd", lr=0.1, momentum=0.9, weight_decay=1e-4, schedule="step",
@@ -27,7 +27,7 @@ def test_the_papers_recipe_is_the_papers():
     assert (config.model, config.size) == ("resnet50+cbam", 224)
 
 
-def test_the_modern_recipe_has_what_came_later():
+def test_the_modern_recipe_has_newer_techniques():
     config = recipe("imagenet/modern")
     assert (config.schedule, config.precision, config.compile) == ("cosine", "bf16", True)
     assert min(config.warmup_epochs, config.label_smoothing, config.mixup, config.cutmix, config.ema) > 0
@@ -39,7 +39,7 @@ def test_fine_tuning_trains_the_gates_faster_than_the_network():
     assert config.lr < recipe("imagenet/paper").lr
 
 
-def test_recipes_from_scratch_have_a_tenth_of_their_rate_with_trained_weights():
+def test_pretrained_weights_lower_the_learning_rate_of_a_recipe_to_a_tenth():
     given = {"pretrained": "w.pt"}
     rates = {name: fine_tuning_rate(name, given) for name in RECIPES}
     assert rates["folder"] == rates["digits"] == 0.005
@@ -49,7 +49,7 @@ def test_recipes_from_scratch_have_a_tenth_of_their_rate_with_trained_weights():
     assert fine_tuning_rate("folder", {**given, "lr": 0.05}) is None
 
 
-def test_attention_starts_as_the_paper_says_or_as_the_identity_in_a_trained_network():
+def test_attention_starts_as_in_the_paper_or_as_identity_in_a_pretrained_network():
     assert recipe("imagenet/paper").settled().start == "paper"
     assert dataclasses.replace(recipe("folder"), pretrained="w.pt").settled().start == "identity"
     assert Config("digits", start="identity").settled().start == "identity"
@@ -59,13 +59,13 @@ def test_attention_starts_as_the_paper_says_or_as_the_identity_in_a_trained_netw
 @pytest.mark.parametrize(
     ("wrong", "right"), [("digit", "digits"), ("imagenet/papers", "imagenet/paper"), ("", "")]
 )
-def test_a_misspelt_recipe_is_told_the_nearest(wrong, right):
+def test_a_misspelt_recipe_is_answered_with_the_nearest_name(wrong, right):
     # C6
     with pytest.raises(ConfigError, match=f"unknown recipe '{wrong}'; did you mean '{right}"):
         recipe(wrong)
 
 
-def test_all_problems_of_a_config_are_told_together():
+def test_all_problems_of_a_config_are_reported_together():
     # C3
     with pytest.raises(ConfigError) as caught:
         Config(
@@ -86,7 +86,7 @@ def test_all_problems_of_a_config_are_told_together():
         assert f"{name} must" in told
 
 
-def test_what_is_computed_may_not_change_and_where_it_is_may():
+def test_settings_that_change_the_result_are_refused_and_others_allowed():
     # R13
     before = dataclasses.asdict(recipe("imagenette"))
     now = {**before, "lr": 0.2, "seed": 3, "device": "cpu", "data": "elsewhere", "devices": 2}

@@ -50,7 +50,7 @@ class Watch:
 
 
 def digits(folder: Path, *, watch=None, resume=None, max_time=None, override=False, **settings) -> list[dict]:
-    """A run of a few steps; resumed, it is told nothing that it should know."""
+    """A run of a few steps; when resumed, it gets no settings that it should know."""
     given = settings if resume else {**SMALL, **settings}
     how = {"resume": resume, "max_time": max_time, "override": override}
     return run("digits", given, folder, watch or Watch(), **how)
@@ -58,7 +58,7 @@ def digits(folder: Path, *, watch=None, resume=None, max_time=None, override=Fal
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """The folder of a run that is over; to be copied before it is changed."""
+    """The folder of a finished run; copy it before changing it."""
     folder = tmp_path_factory.mktemp("finished") / "run"
     digits(folder)
     return folder
@@ -75,7 +75,7 @@ def weights(folder: Path) -> dict:
     return found[1]["model"]
 
 
-def test_a_run_leaves_its_settings_its_metrics_and_checkpoints(finished):
+def test_a_run_leaves_its_settings_metrics_and_checkpoints(finished):
     names = sorted(path.name for path in finished.iterdir() if path.suffix != ".ckpt")
     assert names == [CONFIG, "last.json", METRICS]
     config = Config(**json.loads((finished / CONFIG).read_text()))
@@ -83,7 +83,7 @@ def test_a_run_leaves_its_settings_its_metrics_and_checkpoints(finished):
     assert len(checkpoint.checkpoints(finished)) == 3
 
 
-def test_a_stopped_run_goes_on_with_its_own_settings_to_the_same_weights(finished, tmp_path):
+def test_a_stopped_run_resumes_with_its_own_settings_to_the_same_weights(finished, tmp_path):
     # R1, R19
     folder, watch = tmp_path / "run", Watch()
     with pytest.raises(StoppedError):
@@ -109,8 +109,8 @@ def test_a_new_run_into_the_folder_of_another_is_refused(folder):
 @pytest.mark.parametrize(
     ("left", "told"), [(LOCK, "in use by"), ("step-00000003.ckpt", "began in the meantime")]
 )
-def test_of_two_runs_that_begin_at_once_in_a_new_folder_one_is_refused(tmp_path, monkeypatch, left, told):
-    # R21: the other made the folder while this one read its images
+def test_one_of_two_runs_that_start_at_once_in_a_new_folder_is_refused(tmp_path, monkeypatch, left, told):
+    # R21: the other created the folder while this one read its images
     folder, read = tmp_path / "run", runs.pictures
 
     def slow(config):
@@ -133,7 +133,7 @@ def test_of_two_runs_that_begin_at_once_in_a_new_folder_one_is_refused(tmp_path,
         ("epochs.csv", "epoch\n"),
     ],
 )
-def test_files_that_are_not_a_runs_are_not_overwritten(tmp_path, monkeypatch, name, text):
+def test_files_that_are_not_of_a_run_are_not_overwritten(tmp_path, monkeypatch, name, text):
     # C7, K18
     (tmp_path / name).write_text(text)
     for resume in (None, "auto"):
@@ -151,7 +151,7 @@ def test_files_that_are_not_a_runs_are_not_overwritten(tmp_path, monkeypatch, na
     assert [(path.name, path.read_text()) for path in folder.iterdir()] == [(name, text)]
 
 
-def test_a_run_that_died_before_its_first_checkpoint_begins_anew(tmp_path):
+def test_a_run_that_died_before_its_first_checkpoint_starts_over(tmp_path):
     # R1
     lines = '{"epoch": 0, "step": 1, "loss": 2}\n{"epoch": 0, "step": 3, "train_loss": 2, "val_loss": 2}\n'
     for name, text in ((CONFIG, '{"recipe": "digits"}'), (METRICS, lines)):
@@ -160,14 +160,14 @@ def test_a_run_that_died_before_its_first_checkpoint_begins_anew(tmp_path):
     assert len((tmp_path / METRICS).read_text().splitlines()) == 4
 
 
-def test_resume_auto_begins_where_there_is_nothing_and_says_so(tmp_path):
+def test_resume_auto_without_a_checkpoint_starts_a_new_run_and_says_so(tmp_path):
     # K19
     watch = Watch()
     digits(tmp_path / "run", resume="auto", watch=watch, **SMALL)
     assert watch.said[0] == f"no checkpoint in {tmp_path / 'run'}: starting a new run"
 
 
-def test_resume_from_a_path_that_is_not_there_is_refused(tmp_path):
+def test_resume_from_a_missing_path_is_refused(tmp_path):
     # K19
     with pytest.raises(CheckpointNotFoundError) as caught:
         digits(tmp_path / "run", resume=str(tmp_path / "step-00000001.ckpt"))
@@ -175,7 +175,7 @@ def test_resume_from_a_path_that_is_not_there_is_refused(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_goes_on_in_another_folder_from_a_path(finished, tmp_path):
+def test_a_run_resumes_in_another_folder_from_a_path(finished, tmp_path):
     oldest = checkpoint.checkpoints(finished)[-1]
     digits(tmp_path / "run", resume=str(oldest))
     assert all(torch.equal(weights(tmp_path / "run")[n], t) for n, t in weights(finished).items())
@@ -183,7 +183,7 @@ def test_a_run_goes_on_in_another_folder_from_a_path(finished, tmp_path):
         digits(tmp_path / "run", resume=str(oldest))
 
 
-def test_a_run_goes_on_from_the_newest_valid_checkpoint_of_a_folder_that_is_named(folder, finished, tmp_path):
+def test_resume_from_a_folder_uses_its_newest_valid_checkpoint(folder, finished, tmp_path):
     # K19
     newest, older, _ = checkpoint.checkpoints(folder)
     newest.write_bytes(b"")
@@ -199,7 +199,7 @@ def test_a_run_goes_on_from_the_newest_valid_checkpoint_of_a_folder_that_is_name
         digits(tmp_path / "new", resume=str(tmp_path))
 
 
-def test_a_run_goes_on_in_its_own_folder_by_whatever_path_that_is_named(folder, finished, tmp_path):
+def test_a_run_resumes_in_its_own_folder_given_by_another_path(folder, finished, tmp_path):
     # K19
     (tmp_path / "link").symlink_to(folder)
     for named in (tmp_path / "link", tmp_path / "link" / checkpoint.checkpoints(folder)[0].name):
@@ -207,8 +207,8 @@ def test_a_run_goes_on_in_its_own_folder_by_whatever_path_that_is_named(folder, 
     assert all(torch.equal(weights(folder)[name], tensor) for name, tensor in weights(finished).items())
 
 
-def test_a_folder_of_checkpoints_of_something_else_is_no_run(tmp_path):
-    # K19: as a study keeps what it has not finished
+def test_a_folder_with_checkpoints_of_something_else_is_refused(tmp_path):
+    # K19: as a study keeps unfinished runs
     checkpoint.save(tmp_path, 3, {"step": 3, "run": "networks", "model": {}})
     for use in (lambda: digits(tmp_path / "new", resume=str(tmp_path)), lambda: score(tmp_path)):
         with pytest.raises(
@@ -217,7 +217,7 @@ def test_a_folder_of_checkpoints_of_something_else_is_no_run(tmp_path):
             use()
 
 
-def test_fewer_epochs_than_have_begun_are_refused(folder):
+def test_fewer_epochs_than_were_begun_are_refused(folder):
     # R13
     with pytest.raises(ConfigError, match="epochs is 1, but 2 have begun already: give 2 or more"):
         digits(folder, resume="auto", override=True, epochs=1)
@@ -245,15 +245,15 @@ def test_a_setting_that_would_have_no_effect_is_refused(tmp_path, given, told):
     assert not (tmp_path / "run").exists()
 
 
-def test_settings_without_effect_are_taken_as_the_recipe_has_them(tmp_path, folder):
-    """As config.json of a run says all of them."""
+def test_settings_without_effect_are_accepted_if_equal_to_the_recipes(tmp_path, folder):
+    """The config.json of a run states all of them."""
     whole = json.loads((folder / CONFIG).read_text())
     given = {name: value for name, value in whole.items() if name not in ("recipe", "devices", "nodes")}
     digits(tmp_path / "again", **given)
     digits(tmp_path / "adamw", optimizer="adamw", epochs=1)
 
 
-def test_the_time_before_the_first_step_counts(tmp_path):
+def test_time_before_the_first_step_counts_towards_the_limit(tmp_path):
     # R19
     with pytest.raises(StoppedError, match="the time limit after 1 of 3 steps"):
         run("digits", SMALL, tmp_path / "run", Watch(), max_time=3600, began=time.monotonic() - 3550)
@@ -273,7 +273,7 @@ def test_damage_falls_back_to_an_older_checkpoint_and_never_to_a_fresh_start(fol
         digits(folder, resume="auto")
 
 
-def test_settings_that_change_the_run_are_refused_and_others_told(folder):
+def test_changed_settings_are_refused_on_resume_or_else_reported(folder):
     # R13
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     with pytest.raises(ConfigError, match=r"lr 0\.05 -> 0\.1; seed 0 -> 1; leave them out"):
@@ -290,7 +290,7 @@ def test_settings_that_change_the_run_are_refused_and_others_told(folder):
     assert "changed: keep 3 -> 1" in watch.said
 
 
-def test_a_checkpoint_of_a_cbam_that_knows_more_settings_is_refused(folder):
+def test_a_checkpoint_with_unknown_settings_of_a_newer_cbam_is_refused(folder):
     # K20
     path = checkpoint.checkpoints(folder)[0]
     state = checkpoint.load(path)
@@ -301,7 +301,7 @@ def test_a_checkpoint_of_a_cbam_that_knows_more_settings_is_refused(folder):
         score(folder, device="cpu")
 
 
-def test_a_run_goes_on_with_another_rate_and_more_epochs_where_that_is_asked_for(folder):
+def test_override_resumes_with_another_learning_rate_and_more_epochs(folder):
     # R13
     watch, other = Watch(), {"momentum": 0.8, "weight_decay": 0.01}
     history = digits(
@@ -322,11 +322,11 @@ def test_a_run_goes_on_with_another_rate_and_more_epochs_where_that_is_asked_for
     assert [entry["lr"] for entry in history][2:] == [0.2, 0.2]
     assert "changed: lr 0.05 -> 0.2" in watch.said
     assert json.loads((folder / CONFIG).read_text())["epochs"] == 4
-    again = digits(folder, resume="auto")  # what it began with is what it now has
+    again = digits(folder, resume="auto")  # the changed settings are now its own
     assert again[-1]["lr"] == 0.2
 
 
-def test_a_run_with_every_setting_is_stopped_and_ends_bitwise_the_same_and_is_scored_by_its_average(tmp_path):
+def test_a_run_with_every_setting_resumes_bitwise_the_same_and_its_average_is_scored(tmp_path):
     # R1, R27: the average, the two batches of a step, mixing
     settings = {
         "ema": 0.9, "accumulate": 2, "mixup": 0.2, "cutmix": 1.0, "label_smoothing": 0.1, "precision": "bf16",
@@ -348,7 +348,7 @@ def test_a_run_with_every_setting_is_stopped_and_ends_bitwise_the_same_and_is_sc
     assert not torch.equal(state["average"]["tensors"]["fc.weight"], state["model"]["fc.weight"])
 
 
-def test_a_run_begins_with_the_weights_of_a_file(tmp_path):
+def test_a_run_starts_from_pretrained_weights(tmp_path):
     torch.manual_seed(5)
     plain = cbam.build("resnet_tiny", num_classes=10)
     torch.save(plain.state_dict(), tmp_path / "plain.pth")
@@ -356,13 +356,13 @@ def test_a_run_begins_with_the_weights_of_a_file(tmp_path):
     image = torch.randn(2, 3, 64, 64)
     model = network(config, 10)
     assert torch.equal(model.eval()(image), plain.eval()(image))  # the identity start
-    other = network(config, 7)  # another head is made anew
+    other = network(config, 7)  # a head for other classes is newly initialised
     assert torch.equal(other.conv1.weight, plain.conv1.weight)
     with pytest.raises(CheckpointNotFoundError):
         digits(tmp_path / "run", pretrained=str(tmp_path / "nowhere.pth"))
 
 
-def test_a_score_is_that_of_the_last_epoch(finished):
+def test_score_agrees_with_the_last_epoch(finished):
     entry = json.loads((finished / METRICS).read_text().splitlines()[-1])
     for path in (finished, checkpoint.checkpoints(finished)[0]):
         scored, what = score(path, device="cpu")
@@ -371,7 +371,7 @@ def test_a_score_is_that_of_the_last_epoch(finished):
         assert what == "resnet_tiny+cbam on 20 validation images of cluttered_digits"
 
 
-def test_a_published_folder_is_scored_as_its_card_says_images_come_to_it(pictures, tmp_path):
+def test_a_published_folder_is_scored_with_the_preprocessing_of_its_card(pictures, tmp_path):
     torch.manual_seed(0)
     network = cbam.build("resnet_tiny+cbam", num_classes=2)
     card = cbam.hub.Card(classes=("bright", "dark"), size=32, mean=(0.2, 0.3, 0.4), std=(0.5,) * 3)
@@ -396,7 +396,7 @@ def test_a_published_folder_is_scored_as_its_card_says_images_come_to_it(picture
         score(silent, data=str(pictures), device="cpu")
 
 
-def test_weights_for_other_classes_than_the_images_are_refused_with_both_numbers(pictures, tmp_path):
+def test_weights_for_another_number_of_classes_are_refused_with_both_numbers(pictures, tmp_path):
     """K12"""
     torch.save(cbam.build("resnet_tiny", num_classes=7).state_dict(), tmp_path / "seven.pth")
     message = "for 7 classes: give DATA, with a folder of images for each of them; pictures has 2$"
@@ -451,7 +451,7 @@ def test_a_folder_is_trained_on_moved_and_evaluated(pictures, tmp_path):
 
 
 @pytest.mark.parametrize(("data", "out"), [("train", "train/runs/mine"), (".", "val"), ("train", "train")])
-def test_a_run_that_would_be_read_as_a_class_of_its_images_is_refused(pictures, data, out):
+def test_a_run_folder_that_would_become_a_class_of_the_images_is_refused(pictures, data, out):
     settings = {"model": "resnet_tiny", "epochs": 1, "batch_size": 4, "device": "cpu", "loggers": ()}
     settings["data"] = str(pictures / data)
     before = sorted(pictures.rglob("*"))
@@ -463,7 +463,7 @@ def test_a_run_that_would_be_read_as_a_class_of_its_images_is_refused(pictures, 
         run("folder", {}, pictures / beside, Watch(), resume="auto")
 
 
-def test_a_resumed_run_that_would_be_read_as_a_class_of_its_images_is_refused(pictures, tmp_path):
+def test_resuming_into_a_folder_that_would_become_a_class_is_refused(pictures, tmp_path):
     settings = {"model": "resnet_tiny", "epochs": 1, "batch_size": 4, "device": "cpu", "loggers": ()}
     run("folder", {**settings, "data": str(pictures)}, tmp_path / "run", Watch())
     before = sorted(pictures.rglob("*"))
@@ -472,7 +472,7 @@ def test_a_resumed_run_that_would_be_read_as_a_class_of_its_images_is_refused(pi
     assert sorted(pictures.rglob("*")) == before
 
 
-def test_a_run_takes_images_as_they_are_stored_where_that_is_asked_for(pictures):
+def test_rotation_tags_are_ignored_with_exif_off(pictures):
     # D6
     config, exif = Config("folder", data=str(pictures), exif=False), Image.Exif()
     before = material.pictures(config)[1][0]["image"]
@@ -486,7 +486,7 @@ def test_a_run_takes_images_as_they_are_stored_where_that_is_asked_for(pictures)
         dataclasses.replace(recipe("detect/coco"), exif=False)
 
 
-def test_other_images_than_those_of_the_run_are_refused(pictures, tmp_path):
+def test_resuming_with_other_images_is_refused(pictures, tmp_path):
     # R13
     settings = {"model": "resnet_tiny", "epochs": 1, "batch_size": 4, "device": "cpu", "data": str(pictures)}
     run("folder", settings, tmp_path / "run", Watch())

@@ -1,4 +1,4 @@
-"""Which images `cbam eval` scores: all of a folder of classes, what was held out of the run's own."""
+"""Which images `cbam eval` scores: all of other folders, the held-out part of the run's own."""
 
 import dataclasses
 import shutil
@@ -26,7 +26,7 @@ SETTINGS = {"model": "resnet_tiny", "epochs": 1, "batch_size": 8, "device": "cpu
 
 
 def classes_in(folder: Path, count: int) -> Path:
-    """A folder of two classes, so many images of each."""
+    """A folder of two classes with `count` images each."""
     random = np.random.default_rng(0)
     for label, name in enumerate(("bright", "dark")):
         (folder / name).mkdir(parents=True)
@@ -38,7 +38,7 @@ def classes_in(folder: Path, count: int) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A run on a folder of classes that is split for it: 16 images train, 4 validate. To be copied."""
+    """A run on a folder that is split for it: 16 images train, 4 validate. Copy before changing."""
     root = tmp_path_factory.mktemp("trained")
     run("folder", {**SETTINGS, "data": str(classes_in(root / "mine", 10))}, root / "run", Silent())
     return root
@@ -53,7 +53,7 @@ def told(path: Path, **how) -> str:
     return score(path, device="cpu", **how)[1]
 
 
-def test_of_other_images_every_one_is_scored_and_the_line_says_so(own, tmp_path, capsys):
+def test_all_of_other_images_are_scored_and_the_line_says_so(own, tmp_path, capsys):
     folder, _ = own
     val = classes_in(tmp_path / "val", 5)
     scored, what = score(folder, data=str(val), device="cpu")
@@ -64,18 +64,18 @@ def test_of_other_images_every_one_is_scored_and_the_line_says_so(own, tmp_path,
     assert told(folder, data=str(val), held_out=True).startswith("resnet_tiny on 2 of the 10 images of ")
 
 
-def test_one_image_of_a_class_is_enough_to_be_scored(own, tmp_path):
+def test_one_image_per_class_is_enough_for_scoring(own, tmp_path):
     assert "all 2 images" in told(own[0], data=str(classes_in(tmp_path / "val", 1)))
 
 
-def test_one_image_of_a_class_is_enough_where_the_runs_own_are_gone(trained, tmp_path):
+def test_one_image_per_class_is_enough_when_the_runs_images_are_gone(trained, tmp_path):
     shutil.copytree(trained / "mine", tmp_path / "mine")
     run("folder", {**SETTINGS, "data": str(tmp_path / "mine")}, tmp_path / "run", Silent())
     shutil.rmtree(tmp_path / "mine")
     assert "all 2 images" in told(tmp_path / "run", data=str(classes_in(tmp_path / "val", 1)))
 
 
-def test_of_the_runs_own_folder_what_was_held_out_is_scored(own, tmp_path, monkeypatch):
+def test_only_the_held_out_part_of_the_runs_own_folder_is_scored(own, tmp_path, monkeypatch):
     folder, pictures = own
     line = f"resnet_tiny on 4 of the 20 images of {pictures}, the held-out part"
     monkeypatch.chdir(pictures.parent)
@@ -84,13 +84,13 @@ def test_of_the_runs_own_folder_what_was_held_out_is_scored(own, tmp_path, monke
     link = tmp_path / "link"
     link.symlink_to(pictures)
     assert "on 4 of the 20" in told(folder, data=str(link))
-    copy = shutil.copytree(pictures, tmp_path / "copy")  # on the disk of another machine, say
+    copy = shutil.copytree(pictures, tmp_path / "copy")  # as on another machine
     assert "on 4 of the 20" in told(folder, data=str(copy))
     (copy / "dark" / "00.png").rename(copy / "dark" / "other.png")
     assert "on all 20" in told(folder, data=str(copy))
 
 
-def test_of_a_runs_own_folder_that_has_moved_what_was_held_out_is_scored(trained, tmp_path):
+def test_only_the_held_out_part_of_a_moved_folder_is_scored(trained, tmp_path):
     shutil.copytree(trained / "mine", tmp_path / "mine")
     run("folder", {**SETTINGS, "data": str(tmp_path / "mine")}, tmp_path / "run", Silent())
     moved = (tmp_path / "mine").rename(tmp_path / "moved")
@@ -99,7 +99,7 @@ def test_of_a_runs_own_folder_that_has_moved_what_was_held_out_is_scored(trained
     assert "on all 18" in told(tmp_path / "run", data=str(other))
 
 
-def test_a_run_on_few_of_its_images_is_scored_on_all_of_others(trained, tmp_path):
+def test_a_run_with_a_limit_is_scored_on_all_of_other_images(trained, tmp_path):
     data = str(trained / "mine")
     run("folder", {**SETTINGS, "data": data, "limit": 2}, tmp_path / "run", Silent())
     assert "on 2 of the 20" in told(tmp_path / "run")
@@ -110,7 +110,7 @@ def test_a_run_on_few_of_its_images_is_scored_on_all_of_others(trained, tmp_path
 
 
 def test_a_runs_own_folder_with_an_image_more_or_less_is_refused(trained, tmp_path):
-    # The split goes by the order of the names: what was trained on would be scored.
+    # The split depends on the order of the names: training images would be scored.
     shutil.copytree(trained / "mine", tmp_path / "mine")
     run("folder", {**SETTINGS, "data": str(tmp_path / "mine")}, tmp_path / "run", Silent())
     first = tmp_path / "mine" / "dark" / "00.png"
@@ -136,20 +136,20 @@ def test_a_runs_own_folder_with_an_image_replaced_is_refused(trained, tmp_path):
     assert "on all 20" in told(tmp_path / "run", data=str(moved))
     found = checkpoint.checkpoints(tmp_path / "run")[0]
     state = checkpoint.load(found)
-    del state["data"]["names"], state["schema"]  # of an earlier cbam, which counted alone
+    del state["data"]["names"], state["schema"]  # as from an earlier cbam, which only counted
     checkpoint.save(tmp_path / "run", state["step"], state)
     assert "on 4 of the 20" in told(tmp_path / "run", data=str(moved))
     run("folder", {"data": str(moved)}, tmp_path / "run", Silent(), resume="auto")
 
 
-def test_a_weights_file_does_not_know_and_is_told(own, tmp_path):
+def test_a_weights_file_is_scored_on_all_images_unless_held_out_is_given(own, tmp_path):
     torch.save(cbam.build("resnet_tiny", num_classes=2).state_dict(), tmp_path / "w.pth")
     how = {"model": "resnet_tiny", "data": str(own[1])}
     assert told(tmp_path / "w.pth", **how) == f"resnet_tiny on all 20 images of {own[1]}"
     assert "on 4 of the 20" in told(tmp_path / "w.pth", held_out=True, **how)
 
 
-def test_a_published_run_counts_anew_what_its_card_claims(own, tmp_path, monkeypatch):
+def test_scoring_a_published_run_reproduces_the_result_on_its_card(own, tmp_path, monkeypatch):
     folder, pictures = own
     monkeypatch.chdir(tmp_path)
     assert cli.main(["export", str(folder), "--to", "hub", "--out", "shared"]) == 0
@@ -159,11 +159,11 @@ def test_a_published_run_counts_anew_what_its_card_claims(own, tmp_path, monkeyp
     moved = shutil.copytree(pictures, tmp_path / "moved")
     assert told(Path("shared"), data=str(moved)).startswith("shared on 4 of the 20 images of ")
     assert told(Path("shared"), data=str(classes_in(tmp_path / "others", 5))).startswith("shared on all 10 ")
-    with pytest.MonkeyPatch.context() as patch:  # a card that somebody has written
+    with pytest.MonkeyPatch.context() as patch:  # a card written by hand
         card = dataclasses.replace(cbam.hub.card_of("shared"), pictures={"told": 1})
         patch.setattr(scoring.hub, "card_of", lambda _: card)
         assert told(Path("shared"), data=str(tmp_path / "others")).startswith("shared on all 10 ")
-    by_chance = classes_in(tmp_path / "elsewhere" / pictures.name, 5)  # what it was trained on, or not?
+    by_chance = classes_in(tmp_path / "elsewhere" / pictures.name, 5)  # the training images or not?
     with pytest.raises(ConfigError, match="which were held out is no longer known"):
         told(Path("shared"), data=str(by_chance))
     with pytest.raises(ConfigError, match="give DATA"):
@@ -172,7 +172,7 @@ def test_a_published_run_counts_anew_what_its_card_claims(own, tmp_path, monkeyp
         told(Path("shared"), data=str(pictures), model="resnet18")
 
 
-def test_a_published_run_takes_images_as_they_are_stored_where_it_was_trained_on_them_so(trained, tmp_path):
+def test_a_published_run_trained_with_exif_off_is_scored_with_exif_off(trained, tmp_path):
     pictures = trained / "mine"
     run("folder", {**SETTINGS, "data": str(pictures), "exif": False}, tmp_path / "run", Silent())
     assert cli.main(["export", str(tmp_path / "run"), "--to", "hub", "--out", str(tmp_path / "shared")]) == 0
@@ -185,8 +185,8 @@ def test_a_published_run_takes_images_as_they_are_stored_where_it_was_trained_on
     assert asked == [False]
 
 
-def test_images_come_to_a_published_network_as_its_card_says(own, tmp_path):
-    """The shorter side becomes what the card says, not what cbam's own training would make of it."""
+def test_images_are_resized_as_the_card_of_a_published_network_says(own, tmp_path):
+    """The shorter side gets the length that the card states, not that of cbam's own training."""
     torch.manual_seed(0)
     network = cbam.build("resnet_tiny", num_classes=2)
     seen = {}
@@ -204,8 +204,8 @@ def test_images_come_to_a_published_network_as_its_card_says(own, tmp_path):
     assert val.resized == 37
 
 
-def test_a_checkpoint_under_another_name_is_that_of_its_run(own, tmp_path):
-    """Of its average, on what was held out, at the size that it was trained at, wherever it is taken."""
+def test_a_renamed_checkpoint_is_used_like_that_of_its_run(own, tmp_path):
+    """By its average, on the held-out part, at the size of its training, in every command."""
     # K17
     _, pictures = own
     how = {**SETTINGS, "data": str(pictures), "ema": 0.5, "size": 40}
@@ -227,7 +227,7 @@ def test_a_checkpoint_under_another_name_is_that_of_its_run(own, tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"<html>404</html>", b"PK\x03\x04 cut"])
-def test_a_damaged_file_is_told_as_that_and_not_as_one_without_a_name(tmp_path, content):
+def test_a_damaged_file_is_reported_as_damaged_and_not_as_nameless(tmp_path, content):
     # K1, K2
     (tmp_path / "w.ckpt").write_bytes(content)
     with pytest.raises(CheckpointError, match=r"w\.ckpt: (the file is empty|not a weights file|.*cut)"):
