@@ -10,7 +10,7 @@ torch.set_num_threads(1)
 
 
 def _pixels(height, width, seed=0):
-    """Smooth, so that JPEG changes it little: uint8 (H, W, 3)."""
+    """A smooth image, which JPEG changes little: uint8 (H, W, 3)."""
     y, x = np.mgrid[0:height, 0:width]
     channels = [x * 255 // max(1, width - 1), y * 255 // max(1, height - 1), np.full_like(x, seed * 37 % 256)]
     return np.stack(channels, -1).astype(np.uint8)
@@ -36,7 +36,7 @@ def encoded():
 
 @pytest.fixture
 def make_folder(tmp_path, encoded):
-    """make_folder({"cat": 3, "dog": 4}, inside="train") writes images cat/0.jpg, ...; the folder above."""
+    """make_folder({"cat": 3, "dog": 4}, inside="train") writes images cat/0.jpg, ...; returns the root."""
 
     def make(counts, inside="", side=32, ending="jpg"):
         for label, (name, count) in enumerate(counts.items()):
@@ -59,7 +59,7 @@ def digits():
 
 @pytest.fixture(scope="session")
 def imagenette(tmp_path_factory):
-    """The real photographs, unpacked; the test is skipped where they are not."""
+    """Real photographs, unpacked; the test is skipped if the archive is missing."""
     import zipfile
 
     archive = Path(__file__).parents[2] / "../shared/data/imagenette96.zip"

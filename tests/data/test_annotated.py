@@ -1,4 +1,4 @@
-"""Pictures with boxes in whatever form they lie there."""
+"""Images with boxes, in VOC, COCO or CSV form."""
 
 import json
 
@@ -64,7 +64,7 @@ def test_voc_counts_from_1_and_includes_the_last_pixel(pictures):
     )
 
 
-def test_voc_lies_in_annotations_and_jpegimages_too(tmp_path):
+def test_voc_is_also_read_from_annotations_and_jpegimages(tmp_path):
     for name in ("Annotations", "JPEGImages"):
         (tmp_path / name).mkdir()
     draw(tmp_path / "JPEGImages" / "a.jpg")
@@ -73,7 +73,7 @@ def test_voc_lies_in_annotations_and_jpegimages_too(tmp_path):
     assert one.path == str(tmp_path / "JPEGImages" / "a.jpg")
 
 
-def test_voc_names_its_image_or_has_its_name(pictures):
+def test_a_voc_file_is_matched_to_its_image_by_filename_or_own_name(pictures):
     voc(pictures, "x", ("cat", (1, 1, 2, 2)))
     text = (pictures / "x.xml").read_text()
     (pictures / "x.xml").write_text(text.replace("x.jpg", "elsewhere/b.jpg"))
@@ -82,7 +82,7 @@ def test_voc_names_its_image_or_has_its_name(pictures):
     assert [name for name, _, _ in found(annotated(pictures))[0]] == ["a.jpg", "b.jpg"]
 
 
-def test_coco_and_csv_say_the_same_box(pictures):
+def test_coco_and_csv_give_the_same_box(pictures):
     table = pictures / "boxes.csv"
     table.write_text("file,x0,y0,x1,y1,label\nb.jpg,10,20,40,60,cat\n")
     assert found(annotated(coco(pictures))) == found(annotated(table))
@@ -94,7 +94,7 @@ def test_a_label_of_a_csv_is_printable(pictures):  # D16
     assert annotated(pictures / "boxes.csv").classes == [r"big\ncat"]
 
 
-def test_images_may_lie_in_images_beside_the_file(tmp_path):
+def test_images_may_be_in_a_folder_images_next_to_the_file(tmp_path):
     (tmp_path / "images").mkdir()
     draw(tmp_path / "images" / "b.jpg")
     images = annotated(coco(tmp_path))
@@ -104,7 +104,7 @@ def test_images_may_lie_in_images_beside_the_file(tmp_path):
     assert found(annotated(tmp_path / "boxes.csv"))[0] == [("b.jpg", "", [(1, 2, 3, 4)])]
 
 
-def test_boxes_without_area_and_images_that_are_not_there_are_counted(pictures):  # D25
+def test_degenerate_boxes_and_missing_images_are_counted(pictures):  # D25
     voc(pictures, "a", ("cat", (5, 5, 4, 9)), ("cat", (1, 1, 3, 3)))
     voc(pictures, "none", ("cat", (1, 1, 3, 3)))
     rows, notes = found(annotated(pictures))
@@ -121,7 +121,7 @@ def test_boxes_without_area_and_images_that_are_not_there_are_counted(pictures):
 
 
 @pytest.mark.parametrize("form", ["xml", "json", "csv"])
-def test_a_name_that_no_file_can_have_is_an_image_that_is_not_there(pictures, form):
+def test_an_impossible_file_name_counts_as_a_missing_image(pictures, form):
     long = f"{'x' * 400}.jpg"
     table = "file, x0, y0, x1, y1\na.jpg, 1, 2, 3, 4\n"
     if form == "xml":
@@ -137,16 +137,16 @@ def test_a_name_that_no_file_can_have_is_an_image_that_is_not_there(pictures, fo
     assert "an image is missing: left out" in images.notes[0]
 
 
-def test_crowds_are_no_object_of_a_class(pictures):
+def test_crowds_are_not_objects_of_a_class(pictures):
     notes = [
         {"id": i, "image_id": 7, "category_id": 3, "bbox": [1 + i, 2, 3, 4], "iscrowd": i} for i in (0, 1)
     ]
     assert found(annotated(coco(pictures, annotations=notes)))[0] == [("b.jpg", "cat", [(1, 2, 4, 6)])]
 
 
-def test_boxes_turn_with_their_image_but_those_of_a_table_are_as_it_is_seen(tmp_path):  # D6
+def test_coco_boxes_turn_with_the_image_and_csv_boxes_are_for_the_upright_image(tmp_path):  # D6
     exif = Image.Exif()
-    exif[0x0112] = 6  # a quarter turn to the right: 64 x 80 stored, 80 x 64 seen
+    exif[0x0112] = 6  # a quarter turn to the right: stored as 64 x 80, shown as 80 x 64
     Image.new("RGB", (64, 80)).save(tmp_path / "a.jpg", exif=exif)
     box = {"id": 1, "image_id": 0, "category_id": 3, "bbox": [10, 20, 30, 40]}
     images = [{"id": 0, "file_name": "a.jpg", "width": 64, "height": 80}]
@@ -156,7 +156,7 @@ def test_boxes_turn_with_their_image_but_those_of_a_table_are_as_it_is_seen(tmp_
     assert found(annotated(tmp_path / "boxes.csv"))[0] == [("a.jpg", "", [(10, 20, 40, 60)])]
 
 
-def test_a_document_type_is_refused_before_any_entity_grows(pictures):  # D32
+def test_a_document_type_is_refused_before_entities_are_expanded(pictures):  # D32
     bomb = "<!DOCTYPE a [<!ENTITY b 'bbbbbbbbbb'><!ENTITY c '&b;&b;&b;&b;&b;&b;'>]><a>&c;&c;&c;</a>"
     outside = "<!DOCTYPE a [<!ENTITY b SYSTEM 'file:///etc/hostname'>]><a>&b;</a>"
     for text in (bomb, outside):
@@ -185,7 +185,7 @@ def test_a_document_type_is_refused_before_any_entity_grows(pictures):  # D32
         ("a.txt", "", "expected a folder of VOC XML, a COCO"),
     ],
 )  # D21 D26
-def test_what_cannot_be_read_is_refused_with_its_place(pictures, name, content, message):
+def test_an_unreadable_file_is_refused_with_the_position_of_the_fault(pictures, name, content, message):
     (pictures / name).write_text(content)
     with pytest.raises(DataError, match=message):
         annotated(pictures if name.endswith(".xml") else pictures / name)
@@ -194,13 +194,13 @@ def test_what_cannot_be_read_is_refused_with_its_place(pictures, name, content, 
 
 
 @pytest.mark.parametrize("name", ["a\N{LINE SEPARATOR}b.jpg", "a\x1cb.jpg"])
-def test_a_sign_that_only_text_takes_for_the_end_of_a_line_is_part_of_a_name(tmp_path, name):  # D16
+def test_unicode_line_separators_are_part_of_a_file_name(tmp_path, name):  # D16
     draw(tmp_path / name)
     (tmp_path / "a.csv").write_text(f"file,x0,y0,x1,y1,label\n{name},1,2,3,4,cat\n")
     assert found(annotated(tmp_path / "a.csv")) == ([(name, "cat", [(1, 2, 3, 4)])], [])
 
 
-def test_an_annotation_of_no_image_is_named(pictures):  # D29
+def test_an_annotation_of_an_unknown_image_or_with_a_bad_box_is_named(pictures):  # D29
     notes = [{"id": 5, "image_id": 99, "category_id": 3, "bbox": [1, 2, 3, 4]}]
     with pytest.raises(DataError, match="image_id 99 of annotation 5 is not among the file's images"):
         annotated(coco(pictures, annotations=notes))
@@ -210,12 +210,12 @@ def test_an_annotation_of_no_image_is_named(pictures):  # D29
 
 
 @pytest.mark.parametrize("name", [None, 3, "", "a\0.jpg"])
-def test_an_image_whose_file_has_no_name_is_named(pictures, name):  # D21
+def test_an_image_with_an_invalid_file_name_is_named(pictures, name):  # D21
     with pytest.raises(DataError, match=r"image 4 has the file_name .*, expected text"):
         annotated(coco(pictures, images=[{"id": 4, "file_name": name}, {"id": 7, "file_name": "b.jpg"}]))
 
 
-def test_a_size_that_is_not_said_is_that_of_the_file(pictures):
+def test_a_missing_size_is_read_from_the_image_file(pictures):
     images = annotated(coco(pictures))
     assert [(picture.width, picture.height) for picture in images.pictures] == [(64, 80)] * 2
     (pictures / "a.jpg").write_bytes(b"no image")

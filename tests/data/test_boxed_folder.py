@@ -1,4 +1,4 @@
-"""Folders of images with boxes, found out and augmented (rows D14, D31, D34)."""
+"""Folders of images with boxes, recognised and augmented (rows D14, D31, D34)."""
 
 import json
 
@@ -58,7 +58,7 @@ def make_coco(encoded, pixels):
     return make
 
 
-def test_a_voc_folder_trains_on_what_has_boxes_and_tests_on_everything(make_voc, tmp_path):
+def test_a_voc_folder_trains_on_images_with_boxes_and_tests_on_all(make_voc, tmp_path):
     # D31
     root = make_voc(
         tmp_path / "cells", {"trainval": ["b", "", "a"], "test": ["a", ""], "train": ["a"], "val": ["b"]}
@@ -70,7 +70,7 @@ def test_a_voc_folder_trains_on_what_has_boxes_and_tests_on_everything(make_voc,
     assert train.rules == "voc"
 
 
-def test_train_and_val_are_taken_where_there_is_no_test(make_voc, tmp_path):
+def test_train_and_val_are_used_if_there_is_no_test_split(make_voc, tmp_path):
     train, val = boxed_folder(make_voc(tmp_path / "v", {"train": ["a"], "val": ["a"], "trainval": ["a"]}))
     assert (train.name, val.name) == ("v train", "v val")
 
@@ -83,8 +83,8 @@ def test_the_years_of_voc_are_joined_and_tested_on_2007(make_voc, tmp_path):
     assert val[0]["labels"].tolist() == [2]
 
 
-def test_a_year_of_voc_alone_is_one_folder(make_voc, tmp_path):
-    parts = {"train": ["a"], "val": ["a", "a"], "trainval": ["a"]}  # what VOC2012 is published with
+def test_a_single_year_of_voc_is_read_as_one_folder(make_voc, tmp_path):
+    parts = {"train": ["a"], "val": ["a", "a"], "trainval": ["a"]}  # the splits that VOC2012 has
     make_voc(tmp_path / "kit" / "VOC2012", parts)
     train, val = boxed_folder(tmp_path / "kit")
     assert (train.name, val.name, len(train), len(val)) == ("kit train", "kit val", 1, 2)
@@ -93,12 +93,12 @@ def test_a_year_of_voc_alone_is_one_folder(make_voc, tmp_path):
     assert (train.name, val.name) == ("old trainval", "old test")
 
 
-def test_coco_and_its_export_of_other_tools_are_found(make_coco, tmp_path):
+def test_the_layouts_of_coco_and_of_coco_exports_are_recognised(make_coco, tmp_path):
     root = tmp_path / "coco"
     make_coco(root / "annotations" / "instances_train2017.json", root / "train2017", [0, 1, 0])
     make_coco(root / "annotations" / "instances_val2017.json", root / "val2017", [0, 1])
     train, val = boxed_folder(root)
-    assert (len(train), len(val), train.rules) == (2, 2, "coco")  # a crowd is tested on, and not trained on
+    assert (len(train), len(val), train.rules) == (2, 2, "coco")  # crowds are in the test set only
     other = tmp_path / "export"
     for part in ("train", "valid"):
         make_coco(other / part / "_annotations.coco.json", other / part, [0])
@@ -106,7 +106,7 @@ def test_coco_and_its_export_of_other_tools_are_found(make_coco, tmp_path):
     assert (train.name, val.name) == ("export train", "export valid")
 
 
-def test_classes_that_differ_are_told(make_coco, tmp_path):
+def test_different_classes_in_train_and_val_are_reported(make_coco, tmp_path):
     # D14
     make_coco(tmp_path / "train" / "_annotations.coco.json", tmp_path / "train", [0])
     make_coco(tmp_path / "valid" / "_annotations.coco.json", tmp_path / "valid", [0], ("cat", "cow"))
@@ -114,7 +114,7 @@ def test_classes_that_differ_are_told(make_coco, tmp_path):
         boxed_folder(tmp_path)
 
 
-def test_what_is_no_such_folder_is_told_with_what_is_there(make_voc, make_coco, tmp_path):
+def test_an_unknown_layout_is_refused_with_what_was_found(make_voc, make_coco, tmp_path):
     with pytest.raises(DataError, match="no such folder"):
         boxed_folder(tmp_path / "nowhere")
     (tmp_path / "notes.txt").write_text("")
@@ -150,7 +150,7 @@ def test_a_sample_is_a_function_of_seed_epoch_and_index(cats, how):
     assert any(not torch.equal(a["boxes"], b["boxes"]) for a, b in zip(first, other, strict=True))
 
 
-def test_a_flip_takes_the_boxes_along(cats):
+def test_a_flip_also_flips_the_boxes(cats):
     plain, train = cats[0], cats.augmented("flip")
     seen = set()
     for epoch in range(12):
@@ -165,7 +165,7 @@ def test_a_flip_takes_the_boxes_along(cats):
     assert seen == {True, False}
 
 
-def test_crops_keep_boxes_in_their_images_and_all_columns_together(cats):
+def test_crops_keep_boxes_inside_and_all_columns_the_same_length(cats):
     train, sides = cats.augmented("ssd"), set()
     for epoch in range(60):
         sample = train[epoch, epoch % 4]
@@ -181,7 +181,7 @@ def test_crops_keep_boxes_in_their_images_and_all_columns_together(cats):
     assert len(sides) > 10
 
 
-def test_a_batch_is_lists(cats):
+def test_a_batch_has_lists_of_images_and_targets(cats):
     batch = next(iter(loader(cats.augmented("ssd"), 3, train=True, seed=1)))
     assert [image.dim() for image in batch["image"]] == [3, 3, 3]
     assert set(batch["target"][0]) == {"boxes", "labels", "area", "crowd", "difficult"}

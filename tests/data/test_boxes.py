@@ -1,4 +1,4 @@
-"""Boxes turn with their image, and a set of them goes through the loader."""
+"""Boxes turn with their image, and a set of them works with the loader."""
 
 import numpy as np
 import pytest
@@ -46,31 +46,31 @@ def test_a_box_turns_with_its_image(rotated, orientation, kind):  # D6
 
 @pytest.mark.parametrize("orientation", [5, 6, 7, 8])
 def test_a_box_on_the_upright_image_stays(rotated, orientation):  # D6
-    """The stated size tells: labelled was what a viewer shows."""
+    """The stated size shows that the image was labelled as a viewer shows it."""
     upright = turned(np.array([BOX], float), orientation, 32, 48)[0]
     sample = rotated(orientation, size=(48, 32), box=tuple(upright))[0]
     assert sample["boxes"].tolist() == [white(sample["image"])]
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF", "WEBP"])
-def test_an_image_is_read_once_for_its_pixels_and_its_turn(rotated, kind, monkeypatch):
-    """Of a PNG Pillow has to decode all pixels to tell the turn."""
+def test_an_image_is_opened_once_for_its_size_and_once_for_its_pixels(rotated, kind, monkeypatch):
+    """For a PNG, Pillow has to decode all pixels to find the orientation."""
     images, opened, whole = rotated(6, kind), [], Image.open
     monkeypatch.setattr(Image, "open", lambda *a, **k: (opened.append(1), whole(*a, **k))[1])
     assert images[0]["boxes"].tolist() == [white(images[0]["image"])]
     assert len(opened) == 2
 
 
-def test_a_stated_size_that_fits_neither_way_is_refused(rotated):  # D6
+def test_a_stated_size_that_fits_neither_orientation_is_refused(rotated):  # D6
     with pytest.raises(DataError, match="48x32 pixels, but its annotation says 48x33"):
         rotated(6, size=(33, 48))[0]
 
 
-def test_an_orientation_that_is_none_turns_nothing(rotated):  # D6
+def test_an_invalid_orientation_turns_nothing(rotated):  # D6
     assert rotated(9)[0]["boxes"].tolist() == [list(BOX)]
 
 
-def test_things_come_in_the_order_of_the_images_whatever_order_they_are_given(rotated):
+def test_objects_are_sorted_by_image(rotated):
     one = rotated(1).pictures[0]
     things = [Thing(2, (0, 0, 3, 3), 2, 9.0, crowd=True), Thing(0, BOX, 1, 1.0), Thing(2, BOX, 1, 2.0)]
     images = BoxedImages("x", ["a", "b"], [one, one, one], things)
@@ -86,6 +86,6 @@ def test_things_come_in_the_order_of_the_images_whatever_order_they_are_given(ro
         images.subset(0)
 
 
-def test_a_sample_is_asked_by_epoch_and_index_as_the_loader_does(rotated):
+def test_a_sample_can_be_indexed_by_epoch_and_index(rotated):
     images = rotated(1)
     assert torch.equal(images[(3, 0)]["boxes"], images[0]["boxes"])

@@ -1,4 +1,4 @@
-"""`check` tells every fault of a data set, with file and line."""
+"""`check` reports every fault of a data set, with file and line."""
 
 import json
 import shutil
@@ -29,7 +29,7 @@ def test_sound_class_folders_have_no_faults(classes):
     assert told(classes, deep=True) == ("class folders of images", [])
 
 
-def test_every_image_that_is_none_is_named(classes):  # D3
+def test_every_file_that_is_not_an_image_is_named(classes):  # D3
     (classes / "train/cat/0.jpg").write_bytes(b"")
     (classes / "val/dog/1.jpg").write_bytes(b"<html>sorry</html>")
     (classes / "val/dog/0.jpg").write_bytes(b"\xff\xd8\xff nothing more")
@@ -41,7 +41,7 @@ def test_every_image_that_is_none_is_named(classes):  # D3
     ]
 
 
-def test_deep_finds_what_decoding_finds_and_a_missing_end_marker(classes):  # D1, D2
+def test_deep_finds_decoding_errors_and_a_missing_end_marker(classes):  # D1, D2
     cut, open_end = classes / "train/cat/0.jpg", classes / "train/dog/1.jpg"
     cut.write_bytes(cut.read_bytes()[:-60])
     open_end.write_bytes(open_end.read_bytes()[:-2])
@@ -50,14 +50,14 @@ def test_deep_finds_what_decoding_finds_and_a_missing_end_marker(classes):  # D1
     assert len(faults) == 2
     assert faults[0].startswith(f"{cut}: damaged or unsupported image")
     assert faults[1] == f"{open_end}: {NO_END}"
-    assert open_end.read_bytes()[-2:] != b"\xff\xd9"  # nothing is rewritten
+    assert open_end.read_bytes()[-2:] != b"\xff\xd9"  # the file is not rewritten
 
 
-def test_deep_finds_files_that_validate_what_they_trained_or_are_of_two_classes(classes):  # D19
+def test_deep_finds_files_shared_by_train_and_val_or_by_two_classes(classes):  # D19
     train, val = classes / "train", classes / "val"
     shutil.copy(train / "cat/0.jpg", val / "cat/again.jpg")
     shutil.copy(train / "dog/1.jpg", train / "cat/odd.jpg")
-    shutil.copy(train / "dog/2.jpg", train / "dog/twice.jpg")  # seen twice as often, and no more
+    shutil.copy(train / "dog/2.jpg", train / "dog/twice.jpg")  # only seen twice as often
     assert told(classes)[1] == []
     assert told(classes, deep=True)[1] == [
         f"{train}/dog/1.jpg: the same file is in class cat: {train}/cat/odd.jpg",
@@ -65,10 +65,10 @@ def test_deep_finds_files_that_validate_what_they_trained_or_are_of_two_classes(
     ]
 
 
-def test_a_file_that_is_gone_by_the_time_it_is_compared_ends_nothing(classes):
+def test_a_file_that_vanishes_before_it_is_compared_does_not_end_the_check(classes):
     (classes / "train/cat/0.jpg").write_bytes(b"")
     shutil.copy(classes / "train/dog/1.jpg", classes / "val/dog/again.jpg")
-    left = 11  # all are looked at before the first is compared
+    left = 11  # all are checked before the first is compared
 
     def passed(share):
         nonlocal left
@@ -82,7 +82,7 @@ def test_a_file_that_is_gone_by_the_time_it_is_compared_ends_nothing(classes):
 
 @pytest.mark.parametrize("more", [b"", b"\0" * 9, b"camera"])
 @pytest.mark.parametrize("progressive", [False, True])
-def test_a_jpeg_with_an_end_marker_and_more_is_sound(classes, encoded, pixels, more, progressive):  # D2
+def test_a_jpeg_with_data_after_its_end_marker_is_sound(classes, encoded, pixels, more, progressive):  # D2
     thumbnail = encoded(pixels(8, 8), "JPEG")
     exif = Image.Exif()
     exif[0x010E] = "x"
@@ -93,7 +93,7 @@ def test_a_jpeg_with_an_end_marker_and_more_is_sound(classes, encoded, pixels, m
     assert len(told(classes, deep=True)[1]) == 1
 
 
-def test_a_fault_of_the_folders_does_not_hide_those_of_the_files(classes):  # D12
+def test_a_fault_of_a_folder_does_not_hide_those_of_files(classes):  # D12
     shutil.rmtree(classes / "val/dog")
     (classes / "train/cat/0.jpg").write_bytes(b"text")
     _, faults = told(classes)
@@ -101,13 +101,13 @@ def test_a_fault_of_the_folders_does_not_hide_those_of_the_files(classes):  # D1
     assert faults[1].startswith(f"{classes}/train/cat/0.jpg: not an image")
 
 
-def test_what_is_only_called_like_a_coco_file_is_passed_over(classes):  # D17
+def test_folders_and_broken_links_named_like_a_coco_file_are_ignored(classes):  # D17
     (classes / "labels.json").mkdir()
     (classes / "gone.json").symlink_to(classes / "nowhere.json")
     assert told(classes) == ("class folders of images", [])
 
 
-def test_no_folder_is_an_error(tmp_path):
+def test_a_missing_folder_and_a_file_are_refused(tmp_path):
     with pytest.raises(DataError, match="no such folder"):
         check(tmp_path / "no")
     (tmp_path / "file.zip").write_bytes(b"x")
@@ -142,7 +142,7 @@ def test_the_images_of_a_coco_file_are_found_by_its_name(coco_folder):
     assert told(coco_folder) == ("COCO", [])
 
 
-def test_repaired_and_refused_faults_of_coco_are_told_with_their_lines(coco_folder):
+def test_faults_of_coco_files_and_images_are_reported_with_their_lines(coco_folder):
     file = coco_folder / "annotations/instances_val2017.json"
     file.write_text(
         file.read_text().replace("[1, 1, 3, 3]", "[1, 1, 0, 3]").replace('"height": 20', '"height": 0')
@@ -157,7 +157,7 @@ def test_repaired_and_refused_faults_of_coco_are_told_with_their_lines(coco_fold
     ]
 
 
-def test_a_coco_file_that_is_cut_off_is_told(coco_folder):  # D21
+def test_a_truncated_coco_file_is_reported(coco_folder):  # D21
     file = coco_folder / "annotations/instances_train2017.json"
     file.write_text(file.read_text().partition(" 9,")[0])
     _, faults = told(coco_folder)
@@ -166,7 +166,7 @@ def test_a_coco_file_that_is_cut_off_is_told(coco_folder):  # D21
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be"])
-def test_a_coco_file_in_another_encoding_is_told(coco_folder, encoding):
+def test_a_coco_file_in_another_encoding_is_reported(coco_folder, encoding):
     for file in (coco_folder / "annotations").glob("instances_*.json"):
         file.write_text(file.read_text(), encoding=encoding)
     kind, faults = told(coco_folder)
@@ -174,7 +174,7 @@ def test_a_coco_file_in_another_encoding_is_told(coco_folder, encoding):
     assert len(faults) == 2
 
 
-def test_images_and_their_file_may_share_a_folder(coco_folder):
+def test_images_and_their_coco_file_may_share_a_folder(coco_folder):
     inner = coco_folder / "val2017"
     (coco_folder / "annotations/instances_val2017.json").rename(inner / "_annotations.coco.json")
     shutil.rmtree(coco_folder / "annotations")
@@ -185,7 +185,7 @@ def test_images_and_their_file_may_share_a_folder(coco_folder):
     assert faults[0].endswith("1.jpg is missing")
 
 
-def test_voc_folders_are_told_with_their_lines_and_each_fault_once(tmp_path, encoded):
+def test_each_fault_of_a_voc_folder_is_reported_once_with_its_line(tmp_path, encoded):
     for part in ("Annotations", "JPEGImages", "ImageSets/Main"):
         (tmp_path / part).mkdir(parents=True)
     (tmp_path / "JPEGImages/a.jpg").write_bytes(encoded(np.zeros((9, 9, 3), np.uint8), "JPEG")[:-2])
@@ -201,10 +201,10 @@ def test_voc_folders_are_told_with_their_lines_and_each_fault_once(tmp_path, enc
     assert f"{tmp_path}/ImageSets/Main/val.txt line 1: there is no image b" in told(tmp_path)[1][-1]
 
 
-def test_an_image_of_another_size_than_stated_is_told(coco_folder, encoded, pixels):  # D6
+def test_an_image_of_another_size_than_stated_is_reported(coco_folder, encoded, pixels):  # D6
     turned = Image.Exif()
     turned[0x0112] = 6
-    upright = encoded(pixels(30, 20), "JPEG", exif=turned.tobytes())  # 20 x 30 as it is seen
+    upright = encoded(pixels(30, 20), "JPEG", exif=turned.tobytes())  # shown as 20 x 30
     (coco_folder / "train2017/1.jpg").write_bytes(upright)
     (coco_folder / "val2017/1.jpg").write_bytes(encoded(pixels(30, 20), "JPEG"))
     wrong = "20x30 pixels, but its annotation says 30x20, so its boxes cannot be used"
@@ -212,7 +212,9 @@ def test_an_image_of_another_size_than_stated_is_told(coco_folder, encoded, pixe
     assert told(coco_folder, deep=True) == ("COCO", [f"{coco_folder}/val2017/1.jpg: {wrong}"])
 
 
-def test_parts_of_a_coco_folder_that_do_not_go_together_are_told(coco_folder, encoded, pixels):  # D14, D19
+def test_other_categories_and_shared_images_of_coco_splits_are_reported(
+    coco_folder, encoded, pixels
+):  # D14, D19
     (coco_folder / "val2017/1.jpg").write_bytes((coco_folder / "train2017/1.jpg").read_bytes())
     file = coco_folder / "annotations/instances_val2017.json"
     file.write_text(file.read_text().replace('"x"', '"y"'))
@@ -237,7 +239,7 @@ def voc_years(tmp_path, encoded, pixels):
     return root
 
 
-def test_the_years_of_voc_are_read_as_training_reads_them(voc_years, pixels, encoded):  # D14, D19
+def test_the_years_of_voc_are_checked_as_training_reads_them(voc_years, pixels, encoded):  # D14, D19
     (voc_years / "JPEGImages/b.jpg").write_bytes(encoded(pixels(9, 8), "JPEG"))
     assert told(voc_years.parent, deep=True) == ("VOC", [])
     (voc_years / "JPEGImages/b.jpg").write_bytes((voc_years / "JPEGImages/a.jpg").read_bytes())
@@ -251,7 +253,7 @@ def test_the_years_of_voc_are_read_as_training_reads_them(voc_years, pixels, enc
     assert told(voc_years) == ("VOC", faults[:1])
 
 
-def test_parquet_files_are_read_as_they_are_trained_on(tmp_path, monkeypatch, encoded, pixels):  # D1 D3
+def test_parquet_files_are_checked_as_training_reads_them(tmp_path, monkeypatch, encoded, pixels):  # D1 D3
     class Rows:
         classes = ("ant", "bee")
         targets = (0, 1, 1)

@@ -1,4 +1,4 @@
-"""COCO files: what is read, what is repaired and counted, what is refused and where."""
+"""COCO files: what is read, what is repaired and counted, what is refused with its position."""
 
 import json
 import random
@@ -78,7 +78,7 @@ def test_boxes_labels_and_flags_are_those_of_the_file(write):
     assert first["area"].tolist() == [99.5, 99.5]
 
 
-def test_a_file_that_is_cut_anywhere_is_named_with_line_and_column(write):  # D21
+def test_a_file_truncated_anywhere_is_named_with_line_and_column(write):  # D21
     path, folder = write([annotation(1), annotation(2)])
     text = path.read_text("utf-8")
     for end in range(0, len(text.rstrip()) - 1, 7):
@@ -89,7 +89,7 @@ def test_a_file_that_is_cut_anywhere_is_named_with_line_and_column(write):  # D2
         assert line <= text[:end].count("\n") + 1
 
 
-def test_the_place_of_a_fault_is_exact(write):  # D21
+def test_the_position_of_a_fault_is_exact(write):  # D21
     told = refusal(write('{"images": [],\n "annotations": [{"id": 1,, "x": 2}]}'))
     assert " line 2 column 27: " in told
     told = refusal(write('{"images": [],\n "annotations": [{"id"'))
@@ -97,7 +97,7 @@ def test_the_place_of_a_fault_is_exact(write):  # D21
 
 
 @pytest.mark.parametrize("name", ["NaN", "Infinity", "-Infinity"])
-def test_a_literal_that_is_no_json_is_refused_with_its_place_and_id(write, name):  # D21, D26
+def test_a_literal_that_is_not_json_is_refused_with_position_and_id(write, name):  # D21, D26
     path, folder = write([annotation(1), annotation(2, (1, float(name.replace("Infinity", "inf")), 3, 4))])
     line = line_of(path, name)
     told = refusal((path, folder))
@@ -121,7 +121,7 @@ def test_a_literal_that_is_no_json_is_refused_with_its_place_and_id(write, name)
         '{"a":' + "[" * 99999,
     ],
 )
-def test_what_is_no_file_of_objects_is_refused(write, text):  # D21
+def test_a_file_that_is_not_a_json_object_is_refused(write, text):  # D21
     assert " line 1 column " in refusal(write(text))
 
 
@@ -137,7 +137,7 @@ def test_huge_numbers_are_refused(write):  # D21, D26
         path, folder = write([annotation(6, (1, 2, 3, 12345))])
 
 
-def test_bytes_that_are_no_text_are_refused_and_a_byte_order_mark_is_not(write):
+def test_bytes_that_are_not_utf8_are_refused_and_a_byte_order_mark_is_not(write):
     path, folder = write([annotation(1)])
     good = path.read_bytes()
     path.write_bytes(b"\xef\xbb\xbf" + good)
@@ -157,7 +157,7 @@ def test_missing_area_and_crowd_are_filled_and_counted(write):  # D22
     assert second.startswith("once: an annotation has no iscrowd: 0 is used; the first: ")
 
 
-def test_null_is_absent_and_true_is_one(write):  # D22
+def test_null_counts_as_missing_and_true_as_one(write):  # D22
     odd = [annotation(1, iscrowd=True), annotation(2, iscrowd=False), annotation(3, iscrowd=None, area=None)]
     images = coco(*write([*odd, annotation(4, segmentation=[[]])]))
     assert images[0]["crowd"].tolist() == [True, False, False, False]
@@ -169,7 +169,7 @@ def test_null_is_absent_and_true_is_one(write):  # D22
 
 
 @pytest.mark.parametrize("key", ["images", "annotations", "categories"])
-def test_an_id_that_is_there_twice_is_refused(write, key):  # D23
+def test_a_duplicate_id_is_refused(write, key):  # D23
     path, _ = write([annotation(1)])
     lists = json.loads(path.read_text("utf-8"))
     lists[key].append(lists[key][-1])
@@ -177,7 +177,7 @@ def test_an_id_that_is_there_twice_is_refused(write, key):  # D23
     assert told.endswith(f"duplicate {key[:-1].replace('ie', 'y')} id {lists[key][-1]['id']}")
 
 
-def test_the_id_0_is_read_and_counted(write):  # D23
+def test_the_annotation_id_0_is_accepted_and_counted(write):  # D23
     images = coco(*write([annotation(0), annotation(1)]))
     assert images.count(0) == 2
     assert "once: an annotation has the id 0" in images.notes[0]
@@ -196,7 +196,7 @@ def test_the_id_0_is_read_and_counted(write):  # D23
         ((0, 0, 64, 48), [0, 0, 64, 48], ""),
     ],
 )
-def test_no_box_without_a_size_or_outside_gets_through(write, box, kept, note):
+def test_degenerate_and_outside_boxes_are_dropped_or_clipped(write, box, kept, note):
     images = coco(*write([annotation(1, box), annotation(2, (5, 5, 5, 5), image=9)]))
     assert images[0]["boxes"].tolist() == ([kept] if kept else [])
     assert images[0]["boxes"].shape[1] == 4
@@ -230,13 +230,13 @@ def test_a_damaged_annotation_is_refused_with_line_and_id(write, change, told): 
     assert f" line {line_of(path, '17,') - 1} column 3: " in message
 
 
-def test_ids_that_are_unknown_are_listed(write):  # D29
+def test_unknown_ids_are_listed(write):  # D29
     told = refusal(write([annotation(1, category=91), annotation(2, image=8), annotation(3, category=91)]))
     assert "category_id 91 of annotation 1, 3 is not among the file's categories" in told
     assert "image_id 8 of annotation 2 is not among the file's images" in told
 
 
-def test_many_faults_are_counted_and_the_first_are_told(write):
+def test_many_faults_are_counted_and_the_first_reported(write):
     told = refusal(write([annotation(id, bbox=None) for id in range(1, 9)]))
     assert "annotation 3" in told
     assert "annotation 4" not in told
@@ -252,7 +252,7 @@ def test_images_without_boxes_are_kept_and_can_be_left_out(write):  # D31
     assert len(images.subset(1)) == 1
 
 
-def test_a_file_without_annotations_is_a_set_without_boxes(write):  # D31
+def test_a_file_without_annotations_gives_a_set_without_boxes(write):  # D31
     images = coco(*write([]))
     assert images[0]["boxes"].shape == (0, 4)
     assert len(images.with_objects()) == 0
@@ -268,7 +268,7 @@ def test_a_missing_or_broken_image_is_named(write, folder):
         images[1]
 
 
-def test_a_name_that_no_file_can_have_is_named(write, folder):
+def test_an_impossible_file_name_is_reported_as_missing(write, folder):
     (folder / "inner").mkdir()
     name = f"inner/{'x' * 400}.jpg"
     image = {"id": 7, "file_name": name, "height": 48, "width": 64}
@@ -304,11 +304,11 @@ def test_an_image_of_another_size_than_stated_is_refused(write, folder, encoded,
         ({"categories": [{"id": 3}]}, "category 3 has the name None"),
     ],
 )
-def test_damaged_lists_are_refused(write, lists, told):
+def test_invalid_lists_are_refused(write, lists, told):
     assert told in refusal(write([], **lists))
 
 
-def test_a_file_without_its_lists_is_refused(write):
+def test_a_file_that_lacks_a_list_is_refused(write):
     told = refusal(write('{"images": [], "annotations": []}'))
     assert told.endswith("no 'categories'; a COCO file has images, annotations, categories")
 
@@ -317,7 +317,7 @@ def test_a_file_without_its_lists_is_refused(write):
 
 
 def compressed(runs):
-    """The letters of COCO's compressed runs."""
+    """The string of COCO's compressed runs."""
     letters = ""
     for i, run in enumerate(runs):
         value = run - runs[i - 2] if i > 2 else run
@@ -330,7 +330,7 @@ def compressed(runs):
     return letters
 
 
-def test_compressed_runs_are_those_of_the_mask():  # D30
+def test_compressed_runs_are_read_like_uncompressed_ones():  # D30
     random_ = np.random.default_rng(0)
     for _ in range(200):
         runs = random_.integers(0, 5000, random_.integers(1, 12)).tolist()
@@ -341,7 +341,7 @@ def test_compressed_runs_are_those_of_the_mask():  # D30
         assert mask_fault({"size": size, "counts": compressed(wrong)}, *size)
 
 
-def test_compressed_runs_are_written_as_pycocotools_writes_them():  # D30
+def test_compressed_runs_of_pycocotools_are_accepted():  # D30
     mask = pytest.importorskip("pycocotools.mask")
     for seed in range(20):
         pixels = np.random.default_rng(seed).random((13, 17)) < 0.3
@@ -349,7 +349,7 @@ def test_compressed_runs_are_written_as_pycocotools_writes_them():  # D30
         assert mask_fault({"size": [13, 17], "counts": encoded["counts"].decode()}, 13, 17) == ""
 
 
-def test_two_thousand_damaged_masks_are_judged_without_a_crash():  # D30
+def test_two_thousand_random_masks_are_judged_without_a_crash():  # D30
     dice, judged = random.Random(0), {True: 0, False: 0}
     for _ in range(2000):
         runs = [dice.randrange(40) for _ in range(dice.randrange(1, 9))]
@@ -369,7 +369,7 @@ def test_two_thousand_damaged_masks_are_judged_without_a_crash():  # D30
 
 
 @pytest.mark.parametrize("value", [[7], {"id": 7}])
-def test_an_image_id_that_is_no_number_is_refused_with_its_line(write, value):  # D26
+def test_an_image_id_that_is_not_a_number_is_refused_with_its_line(write, value):  # D26
     arguments = write([annotation(1), annotation(2, image=value)])
     assert re.search(
         r"json line \d+ column \d+: image_id .* of annotation 2 is not among", refusal(arguments)

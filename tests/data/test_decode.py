@@ -36,7 +36,7 @@ def png_of(width, height, body=b""):
 @pytest.mark.parametrize(
     ("kind", "options"), [("PNG", {}), ("BMP", {}), ("TIFF", {}), ("WEBP", {"lossless": True})]
 )
-def test_lossless_formats_give_the_pixels_that_were_saved(encoded, pixels, kind, options):
+def test_lossless_formats_return_the_saved_pixels(encoded, pixels, kind, options):
     array = pixels(13, 17)
     image = decode(encoded(array, kind, **options))
     assert image.dtype == torch.uint8
@@ -44,7 +44,7 @@ def test_lossless_formats_give_the_pixels_that_were_saved(encoded, pixels, kind,
     assert torch.equal(image, chw(array))
 
 
-def test_a_jpeg_is_within_its_loss(encoded, pixels):
+def test_a_jpeg_is_close_to_its_original(encoded, pixels):
     array = pixels(40, 56)
     error = decode(encoded(array, "JPEG", quality=95)).int() - chw(array).int()
     assert error.abs().float().mean() < 3
@@ -58,7 +58,7 @@ def test_a_path_and_its_bytes_give_the_same(tmp_path, encoded, pixels):
     assert torch.equal(decode(str(path)), decode(data))
 
 
-def test_a_png_named_jpg_is_read_for_what_it_is(tmp_path, encoded, pixels):  # D10
+def test_a_png_named_jpg_is_read_as_a_png(tmp_path, encoded, pixels):  # D10
     path = tmp_path / "a.jpg"
     path.write_bytes(encoded(pixels(8, 9)))
     assert decode(path).shape == (3, 8, 9)
@@ -66,7 +66,7 @@ def test_a_png_named_jpg_is_read_for_what_it_is(tmp_path, encoded, pixels):  # D
 
 @pytest.mark.parametrize("cut", [0.3, 0.5, 0.9])
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
-def test_a_file_cut_short_is_refused_by_its_path(tmp_path, encoded, kind, cut):  # D1
+def test_a_truncated_file_is_refused_and_named(tmp_path, encoded, kind, cut):  # D1
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     data = encoded(noise, kind)
     path = tmp_path / f"cut.{kind.lower()}"
@@ -86,8 +86,8 @@ def test_a_jpeg_without_its_end_marker_is_read_and_not_rewritten(tmp_path, encod
 
 @settings(max_examples=100, deadline=None)
 @given(cut=st.integers(1, 3000), progressive=st.booleans())
-def test_a_jpeg_cut_anywhere_is_refused_or_whole(cut, progressive):  # D1, D2
-    """No grey half, ever, and no coarse image for a fine one."""
+def test_a_truncated_jpeg_is_refused_or_decoded_whole(cut, progressive):  # D1, D2
+    """Never half grey, and never a coarse progressive scan."""
     noise = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(noise).save(buffer, "JPEG", progressive=progressive)
@@ -114,7 +114,7 @@ def test_a_jpeg_cut_anywhere_is_refused_or_whole(cut, progressive):  # D1, D2
         (b"icns\0\0\0\x08", "starts with 'icns'"),
     ],
 )
-def test_what_is_no_image_is_named_by_its_first_bytes(tmp_path, data, told):  # D3, D10
+def test_a_file_that_is_not_an_image_is_refused_with_its_first_bytes(tmp_path, data, told):  # D3, D10
     path = tmp_path / "a.jpg"
     path.write_bytes(data)
     with pytest.raises(DataError) as error:
@@ -139,8 +139,8 @@ def test_a_cmyk_jpeg_is_not_inverted(encoded):  # D4
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "PA"])
-def test_transparency_is_composed_on_white(encoded, mode):  # D4
-    """Black, opaque and transparent and half so."""
+def test_transparency_is_composited_on_white(encoded, mode):  # D4
+    """Black: opaque, transparent and half transparent."""
     rgba = np.zeros((1, 3, 4), np.uint8)
     rgba[0, :, 3] = 255, 0, 128
     image = Image.fromarray(rgba, "RGBA") if mode == "RGBA" else Image.fromarray(rgba).convert(mode)
@@ -149,7 +149,7 @@ def test_transparency_is_composed_on_white(encoded, mode):  # D4
 
 
 @pytest.mark.parametrize("transparency", [1, b"\xff\x00"])
-def test_a_palette_with_a_transparent_colour_is_composed_on_white(encoded, transparency):  # D4
+def test_a_palette_with_a_transparent_colour_is_composited_on_white(encoded, transparency):  # D4
     image = Image.new("P", (2, 1))
     image.putpalette([10, 20, 30, 40, 50, 60])
     image.putpixel((1, 0), 1)
@@ -161,7 +161,7 @@ def test_a_palette_with_a_transparent_colour_is_composed_on_white(encoded, trans
 
 
 @pytest.mark.parametrize(("mode", "key"), [("L", 7), ("RGB", (7, 7, 7)), ("I;16", 7)])
-def test_a_png_with_one_transparent_colour_is_composed_on_white(encoded, mode, key):  # D4, D5
+def test_a_png_with_one_transparent_colour_is_composited_on_white(encoded, mode, key):  # D4, D5
     if mode == "I;16":
         image = Image.fromarray(np.array([[7, 257 * 9]], np.uint16))
     else:
@@ -185,7 +185,7 @@ def test_a_float_tiff_is_scaled_by_the_range_that_holds_it(encoded, top):  # D5
     assert (image.min(), image.max()) == (0, 255)
 
 
-def test_32_bit_integers_are_taken_as_16_bit_values(encoded):  # D5
+def test_32_bit_integers_are_read_as_16_bit_values(encoded):  # D5
     values = np.array([[0, 257, 65535]], np.int32)
     assert decode(encoded(values, "TIFF"))[0].tolist() == [[0, 1, 255]]
 
@@ -198,8 +198,8 @@ def test_values_of_unknown_range_are_refused(encoded, value):  # D5
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("kind", ["PNG", "TIFF", "WEBP"])
-def test_the_orientation_of_exif_is_undone(encoded, kind, orientation):  # D6
-    """The stored pixels are turned the other way, so what comes out is the image."""
+def test_the_exif_orientation_is_applied(encoded, kind, orientation):  # D6
+    """The stored pixels are turned the other way, so decoding gives the image."""
     stored = {
         1: lambda a: a,
         2: lambda a: a[:, ::-1],
@@ -217,13 +217,13 @@ def test_the_orientation_of_exif_is_undone(encoded, kind, orientation):  # D6
     assert torch.equal(decode(data), chw(CORNERS))
 
 
-def test_a_jpeg_on_its_side_stands_up(encoded):  # D6
+def test_a_jpeg_on_its_side_is_turned_upright(encoded):  # D6
     exif = Image.Exif()
     exif[0x0112] = 6
     assert decode(encoded(np.zeros((32, 64, 3), np.uint8), "JPEG", exif=exif)).shape == (3, 64, 32)
 
 
-def test_pixels_can_be_had_as_they_are_stored(encoded):  # D6
+def test_exif_false_returns_the_stored_pixels(encoded):  # D6
     exif = Image.Exif()
     exif[0x0112] = 6
     data = encoded(CORNERS, exif=exif)
@@ -232,19 +232,19 @@ def test_pixels_can_be_had_as_they_are_stored(encoded):  # D6
 
 
 @pytest.mark.parametrize("value", [0, 9, 65535])
-def test_an_orientation_that_does_not_exist_changes_nothing(encoded, value):  # D6
+def test_an_invalid_orientation_changes_nothing(encoded, value):  # D6
     exif = Image.Exif()
     exif[0x0112] = value
     assert torch.equal(decode(encoded(CORNERS, exif=exif)), chw(CORNERS))
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
-def test_a_damaged_exif_block_does_not_spoil_the_image(encoded):  # D6
+def test_a_damaged_exif_block_is_ignored(encoded):  # D6
     assert torch.equal(decode(encoded(CORNERS, exif=b"Exif\0\0MM\0*\xff\xff\xff\xff")), chw(CORNERS))
 
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG"])
-def test_of_an_animation_the_first_frame_is_taken(encoded, kind):  # D7
+def test_an_animation_is_read_as_its_first_frame(encoded, kind):  # D7
     frames = [Image.new("RGB", (8, 8), colour) for colour in ((200, 0, 0), (0, 200, 0), (0, 0, 200))]
     options = {"lossless": True} if kind == "WEBP" else {}
     data = encoded(frames[0], kind, save_all=True, append_images=frames[1:], **options)
@@ -280,7 +280,7 @@ def test_a_missing_file_a_folder_and_a_pipe_are_refused_by_name(tmp_path):
         assert str(error.value) == f"{tmp_path / 'pipe.jpg'}: not a regular file"
 
 
-def test_a_file_that_is_too_long_for_an_image_is_refused_before_it_is_read(tmp_path):
+def test_a_file_that_is_too_large_is_refused_before_it_is_read(tmp_path):
     path = tmp_path / "long.jpg"
     path.touch()
     os.truncate(path, MAX_BYTES + 1)
@@ -288,7 +288,7 @@ def test_a_file_that_is_too_long_for_an_image_is_refused_before_it_is_read(tmp_p
         decode(path)
 
 
-def test_a_damaged_header_is_told_without_an_address_in_memory():  # D3
+def test_a_damaged_header_is_reported_without_a_memory_address():  # D3
     with pytest.raises(DataError, match=r"damaged or unsupported image \(its header cannot be read\)"):
         decode(b"\x89PNG\r\n\x1a\n and no more of it")
 
@@ -310,7 +310,7 @@ def test_an_undecodable_name_is_escaped(tmp_path):  # D16
         decode(os.fsdecode(path))
 
 
-def test_other_things_than_paths_and_bytes_are_refused():
+def test_arguments_other_than_paths_and_bytes_are_refused():
     with pytest.raises(InputError, match="takes a path or bytes, got int"):
         decode(3)
 

@@ -42,7 +42,7 @@ def test_a_sample_is_grey_64_by_64_with_its_box(digits, split):
 
 @settings(max_examples=60, deadline=None)
 @given(index=st.integers(0, 1436), epoch=st.integers(0, 100_000), seed=st.integers(0, 2**32 - 1))
-def test_a_box_holds_a_digit_of_20_to_32_pixels_and_lies_inside(digits, index, epoch, seed):
+def test_a_box_lies_inside_and_has_the_size_of_a_digit(digits, index, epoch, seed):
     sample = digits[0].seeded(seed)[(epoch, index)]
     x0, y0, x1, y1 = sample["box"].int().tolist()
     assert 0 <= x0 < x1 <= 64
@@ -62,8 +62,8 @@ def test_the_box_is_tight_around_the_enlarged_digit(digits, originals):
         assert canvas.max() == pytest.approx(originals[0][index].max(), rel=0.25)
 
 
-def test_the_digit_itself_is_in_its_box(digits, originals):
-    """The original, enlarged to its box' height, correlates with what is there better than others do."""
+def test_the_box_contains_its_own_digit(digits, originals):
+    """The original, enlarged to its box' height, correlates better with its content than other digits do."""
     _, val = digits
     right = 0
     for index in range(0, 300, 3):
@@ -82,7 +82,7 @@ def test_the_digit_itself_is_in_its_box(digits, originals):
     assert right > 60
 
 
-def test_sources_are_never_mixed(monkeypatch):
+def test_training_and_validation_digits_are_never_mixed(monkeypatch):
     """With every validation digit white and every training digit dark, no split shows the other's."""
     import sklearn.datasets
 
@@ -97,7 +97,7 @@ def test_sources_are_never_mixed(monkeypatch):
 
 
 def test_clutter_comes_from_other_classes(monkeypatch):
-    """With one class grey and the others white, all that is grey is the target, which its box holds."""
+    """With one class grey and the others white, only the target is grey, and it is inside its box."""
     import sklearn.datasets
 
     labels = np.arange(1797) % 10
@@ -128,7 +128,7 @@ def test_a_composition_is_a_function_of_the_seeds_the_epoch_and_the_index(digits
         assert not torch.equal(other[split][(2, 7)]["image"], digits[split][(2, 7)]["image"])
 
 
-def test_places_and_sizes_are_spread_over_the_square(digits):
+def test_positions_are_spread_over_the_image(digits):
     boxes = torch.stack([digits[0][(e, i)]["box"] for e in range(2) for i in range(0, 1437, 3)])
     centres = (boxes[:, :2] + boxes[:, 2:]) / 2
     assert (centres.mean(0) - 32).abs().max() < 1.5
@@ -136,7 +136,7 @@ def test_places_and_sizes_are_spread_over_the_square(digits):
     assert centres.max() > 50
 
 
-def test_mean_and_std_describe_the_values(digits):
+def test_mean_and_std_are_those_of_the_pixels(digits):
     train, val = digits
     values = torch.stack([val[i]["image"][0] for i in range(0, 1080, 4)]).float() / 255
     assert train.mean == val.mean
@@ -146,7 +146,7 @@ def test_mean_and_std_describe_the_values(digits):
 
 
 def test_a_sample_costs_under_half_a_millisecond(digits):
-    """Processor time, for the machine may be busy; an idle core takes about 0.08 ms."""
+    """CPU time, since the machine may be busy; an idle core takes about 0.08 ms."""
     best = float("inf")
     for epoch in range(5):
         start = time.process_time()
@@ -157,6 +157,6 @@ def test_a_sample_costs_under_half_a_millisecond(digits):
 
 
 @pytest.mark.parametrize("seed", [-1, 2**32, 1.5, True, "0", None])
-def test_a_seed_that_is_none_is_refused(seed):
+def test_an_invalid_seed_is_refused(seed):
     with pytest.raises(InputError, match="seed must be an integer from 0"):
         cluttered_digits(seed)

@@ -27,7 +27,7 @@ def split_folder(make_folder):
     return make_folder({"cat": 2, "dog": 3}, inside="val")
 
 
-def test_train_and_val_folders_are_the_two_sets(split_folder):
+def test_the_folders_train_and_val_give_the_two_sets(split_folder):
     train, val = image_folder(split_folder)
     assert (len(train), len(val)) == (11, 5)
     assert train.classes == val.classes == ["cat", "dog"]
@@ -42,13 +42,13 @@ def test_train_and_val_folders_are_the_two_sets(split_folder):
 
 
 @pytest.mark.parametrize("name", ["val", "validation", "valid", "test", "Val"])
-def test_the_validation_folder_has_several_names(make_folder, name):
+def test_the_validation_folder_may_have_several_names(make_folder, name):
     make_folder({"a": 2, "b": 2}, inside="train")
     train, val = image_folder(make_folder({"a": 1, "b": 1}, inside=name))
     assert (len(train), len(val)) == (4, 2)
 
 
-def test_images_stay_as_they_are_stored_for_parity_with_other_loaders(make_folder, encoded, pixels):  # D6
+def test_exif_false_keeps_images_as_stored(make_folder, encoded, pixels):  # D6
     root = make_folder({"a": 6, "b": 6})
     exif = Image.Exif()
     exif[0x0112] = 3  # upside down
@@ -61,11 +61,11 @@ def test_images_stay_as_they_are_stored_for_parity_with_other_loaders(make_folde
 
 
 @pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="reads /proc")
-def test_a_worker_that_reads_the_names_of_many_images_does_not_grow():
+def test_reading_many_file_names_does_not_grow_a_workers_memory():
     names = [f"/data/imagenet/train/n{i % 1000:08}/n{i:08}_ünï.JPEG" for i in range(100_000)]
     source = _Files({"a": names[:70_000], "b": names[70_000:]}, "training")
     assert [source.name(i) for i in (0, 69_999, 99_999)] == [names[i] for i in (0, 69_999, 99_999)]
-    gc.freeze()  # what the collector writes to is not the names' affair
+    gc.freeze()  # pages that the collector writes to do not count
     reader, writer = os.pipe()
     worker = os.fork()
     if worker == 0:
@@ -87,21 +87,21 @@ def _own_kilobytes() -> int:
     return sum(int(line.split()[1]) for line in lines if line.startswith("Private_Dirty:"))
 
 
-def test_a_test_folder_beside_val_is_not_read_and_said(split_folder, make_folder):
+def test_a_test_folder_next_to_val_is_not_read_and_noted(split_folder, make_folder):
     train, val = image_folder(make_folder({"cat": 9}, inside="test"))
     assert len(train) + len(val) == 16
     assert "not read: test" in train.notes
 
 
 @pytest.mark.parametrize("names", [("train", "dev"), ("training", "validation"), ("Val", "all")])
-def test_parts_of_other_names_are_not_taken_for_classes(make_folder, names):
+def test_splits_with_other_names_are_not_read_as_classes(make_folder, names):
     for name in names:
         root = make_folder({"cat": 4, "dog": 4}, inside=name)
     with pytest.raises(DataError, match=f"{names[0]} holds only folders.*; name the two train and val, "):
         image_folder(root)
 
 
-def test_a_class_may_be_called_as_a_part_is(make_folder):
+def test_a_class_may_be_named_like_a_split(make_folder):
     make_folder({"old": 3}, inside="car")
     train, val = image_folder(make_folder({"train": 5, "bus": 5}))
     assert (train.classes, len(val)) == (["bus", "car", "train"], 3)
@@ -126,7 +126,7 @@ def test_a_class_of_one_image_cannot_be_split(make_folder):
 
 
 @pytest.mark.parametrize("name", ["pictures", "train"])
-def test_an_archive_unpacked_into_its_own_name_is_entered(split_folder, tmp_path, name):
+def test_a_folder_nested_in_one_of_its_name_is_read(split_folder, tmp_path, name):
     outer = tmp_path / "outer"
     outer.mkdir()
     if name == "train":
@@ -137,7 +137,7 @@ def test_an_archive_unpacked_into_its_own_name_is_entered(split_folder, tmp_path
         assert list(map(len, image_folder(outer))) == [11, 5]
 
 
-# what is drawn
+# random augmentation
 
 
 def test_a_training_sample_is_a_function_of_seed_epoch_and_index(split_folder):
@@ -152,13 +152,13 @@ def test_a_training_sample_is_a_function_of_seed_epoch_and_index(split_folder):
     assert torch.equal(train[2]["image"], train[(0, 2)]["image"])
 
 
-def test_a_validation_sample_depends_on_its_index_alone(split_folder):
+def test_a_validation_sample_depends_only_on_its_index(split_folder):
     _, val = image_folder(split_folder)
     assert torch.equal(val[(7, 1)]["image"], val.seeded(5)[1]["image"])
 
 
 def test_validation_takes_the_centre_after_resizing(encoded):
-    """Left, middle and right third of a wide image; 224/256 of the short side is left."""
+    """Left, middle and right third of a wide image; 224/256 of the short side is kept."""
     wide = np.zeros((64, 192, 3), np.uint8)
     wide[:, :64, 0], wide[:, 64:128, 1], wide[:, 128:, 2] = 255, 255, 255
     image = centre(decode(encoded(wide)), 32, 37)
@@ -167,7 +167,7 @@ def test_validation_takes_the_centre_after_resizing(encoded):
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 20_000), (20_000, 1), (3, 2000), (500, 300)])
-def test_any_shape_is_brought_to_the_square(shape):  # D11
+def test_images_of_any_shape_become_square(shape):  # D11
     picture = torch.full((3, *shape), 77, dtype=torch.uint8)
     start = time.perf_counter()
     for image in (centre(picture, 224, 256), augment(picture, 224, draws("augmentation", 0))):
@@ -186,7 +186,7 @@ def test_a_random_crop_lies_inside_the_image(height, width, seed):
     assert min(h, w) >= 1
 
 
-def test_random_crops_are_distributed_as_torchvisions():
+def test_random_crops_are_distributed_like_those_of_torchvision():
     from torchvision.transforms.v2 import RandomResizedCrop
 
     torch.manual_seed(0)
@@ -229,7 +229,7 @@ def test_the_input_size_can_be_given(make_folder):
 
 
 @pytest.mark.parametrize("size", [0, -1, 7, 5000, 3.5, True, "64"])
-def test_a_size_that_is_none_is_refused(make_folder, size):
+def test_an_invalid_size_is_refused(make_folder, size):
     with pytest.raises(InputError, match="size must be an integer from 8 to 4096"):
         image_folder(make_folder({"a": 2, "b": 2}), size=size)
 
@@ -255,12 +255,12 @@ def test_an_unreadable_training_image_is_named_once_and_replaced_by_the_next_of_
     assert len(caplog.records) == 1
     assert f"{split_folder}/train/cat/4.jpg (class cat, index 4)" in caplog.text
     assert train.unreadable == [f"{split_folder}/train/cat/4.jpg"]
-    following = plain._picture(0)  # the first follows the last
+    following = plain._picture(0)  # after the last of a class comes its first
     assert torch.equal(samples[1]["image"], augment(following, 32, draws("augmentation", 0, 1, 4)))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_the_run_stops_when_too_many_are_unreadable_whatever_the_workers(split_folder, workers):  # D1
+def test_too_many_unreadable_images_raise_with_any_number_of_workers(split_folder, workers):  # D1
     for i in range(2):
         cut(split_folder / f"train/cat/{i}.jpg")
     train, _ = image_folder(split_folder)
@@ -270,7 +270,7 @@ def test_the_run_stops_when_too_many_are_unreadable_whatever_the_workers(split_f
     assert "\n" not in str(error.value)
 
 
-def test_unreadable_images_found_by_workers_are_counted_here(split_folder):  # D1
+def test_unreadable_images_found_by_workers_are_counted_in_the_main_process(split_folder):  # D1
     cut(split_folder / "train/cat/1.jpg")
     cut(split_folder / "train/dog/1.jpg")
     train, _ = image_folder(split_folder, unreadable=2)
@@ -281,7 +281,7 @@ def test_unreadable_images_found_by_workers_are_counted_here(split_folder):  # D
     assert [p[-9:] for p in fresh.unreadable] == ["cat/1.jpg", "dog/1.jpg"]
 
 
-def test_what_is_no_image_is_found_before_the_run_starts(split_folder, caplog):  # D1, D3
+def test_files_that_are_not_images_are_found_before_the_run_starts(split_folder, caplog):  # D1, D3
     (split_folder / "train/cat/1.jpg").write_bytes(b"<html>")
     train, _ = image_folder(split_folder)
     assert "not an image (starts with '<html')" in caplog.text
@@ -313,7 +313,7 @@ def test_an_unreadable_validation_image_is_an_error(split_folder, workers):  # D
         image_folder(split_folder)
 
 
-def test_a_file_that_vanishes_is_asked_for_again_and_then_counts_as_unreadable(split_folder):  # D15
+def test_a_vanished_file_counts_as_unreadable(split_folder):  # D15
     train, val = image_folder(split_folder)
     (split_folder / "train/cat/0.jpg").unlink()
     (split_folder / "val/cat/0.jpg").unlink()
@@ -323,7 +323,7 @@ def test_a_file_that_vanishes_is_asked_for_again_and_then_counts_as_unreadable(s
         val[0]
 
 
-def test_a_disk_that_answers_late_is_waited_for(split_folder, monkeypatch):  # D15
+def test_reading_is_retried_after_an_io_error(split_folder, monkeypatch):  # D15
     train, val = image_folder(split_folder)
     expected = val[0]["image"]
     from cbam.data import folder
@@ -342,7 +342,7 @@ def test_a_disk_that_answers_late_is_waited_for(split_folder, monkeypatch):  # D
     assert train.unreadable == []
 
 
-# folders that are wrong
+# invalid folders
 
 
 def test_an_empty_class_folder_is_named(split_folder):  # D12
@@ -374,7 +374,7 @@ def test_one_class_only_is_refused(make_folder):
         image_folder(make_folder({"a": 3}))
 
 
-def test_classes_that_differ_are_named_on_both_sides(make_folder):  # D14
+def test_different_classes_in_train_and_val_are_named(make_folder):  # D14
     make_folder({"a": 2, "b": 2, "c": 2}, inside="train")
     root = make_folder({"a": 2, "d": 2}, inside="val")
     with pytest.raises(DataError, match="only in training: b, c; only in validation: d"):
@@ -390,7 +390,7 @@ def test_a_missing_path_and_a_file_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("path", ["a\0b", "x" * 5000])
-def test_impossible_names_are_data_errors(path):
+def test_impossible_paths_raise_data_errors(path):
     with pytest.raises(DataError):
         image_folder(path)
     with pytest.raises(DataError):
@@ -398,13 +398,13 @@ def test_impossible_names_are_data_errors(path):
 
 
 @pytest.mark.parametrize("path", [None, 3, b"pictures"])
-def test_what_is_no_path_is_refused(path):
+def test_an_argument_that_is_not_a_path_is_refused(path):
     with pytest.raises(InputError, match="image_folder takes the path of a folder"):
         image_folder(path)
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read everything")
-def test_a_folder_that_may_not_be_read_is_named(split_folder):  # D15
+def test_a_folder_without_read_permission_is_named(split_folder):  # D15
     (split_folder / "train/cat").chmod(0)
     try:
         with pytest.raises(DataError, match="train/cat: Permission denied"):
@@ -435,7 +435,7 @@ def test_undecodable_names_are_read_and_escaped(split_folder):  # D16
     assert len([val[i] for i in range(len(val))]) == 5
 
 
-def test_links_that_loop_end_and_are_counted(split_folder):  # D17
+def test_link_loops_end_and_are_counted(split_folder):  # D17
     cat = split_folder / "train/cat"
     (cat / "again").symlink_to(cat, target_is_directory=True)
     (cat / "itself").symlink_to(cat / "itself")
@@ -446,17 +446,17 @@ def test_links_that_loop_end_and_are_counted(split_folder):  # D17
     assert any("link to a folder already read" in note for note in train.notes)
 
 
-def test_the_disk_is_not_asked_for_each_image(make_folder, monkeypatch):
+def test_images_are_found_without_a_stat_for_each(make_folder, monkeypatch):
     asked, stat = [], os.stat
     monkeypatch.setattr(os, "stat", lambda path, **how: asked.append(Path(path).name) or stat(path, **how))
     root = make_folder({"a": 30, "b": 30})
     asked.clear()
     find_images(root)
-    assert {"a", "b"} <= set(asked), "folders are, and that is seen"
+    assert {"a", "b"} <= set(asked), "folders are, so the patch works"
     assert [name for name in asked if name.endswith(".jpg")] == []
 
 
-def test_broken_links_are_counted_and_links_to_images_followed(split_folder):  # D17
+def test_broken_links_are_counted_and_valid_ones_followed(split_folder):  # D17
     cat = split_folder / "train/cat"
     (cat / "gone.jpg").symlink_to(cat / "nowhere.jpg")
     (cat / "itself.jpg").symlink_to(cat / "itself.jpg")
@@ -466,7 +466,7 @@ def test_broken_links_are_counted_and_links_to_images_followed(split_folder):  #
     assert any("2 broken link" in note for note in train.notes)
 
 
-def test_what_systems_leave_behind_is_left_out_and_counted(split_folder):  # D18
+def test_hidden_and_other_files_are_left_out_and_counted(split_folder):  # D18
     cat = split_folder / "train/cat"
     for name in ("._0.jpg", ".DS_Store", "Thumbs.db", "readme.txt"):
         (cat / name).write_bytes(b"x")
@@ -481,13 +481,13 @@ def test_what_systems_leave_behind_is_left_out_and_counted(split_folder):  # D18
 
 
 @pytest.mark.parametrize("ending", ["JPG", "JPEG", "Jpeg", "png"])
-def test_endings_are_read_in_any_case(make_folder, ending):  # D10, D18
+def test_file_name_extensions_may_be_upper_case(make_folder, ending):  # D10, D18
     train, val = image_folder(make_folder({"a": 2, "b": 2}, ending=ending))
     assert len(train) + len(val) == 4
     assert train[0]["image"].shape == (3, 32, 32)
 
 
-def test_folders_inside_a_class_belong_to_it(split_folder):
+def test_subfolders_of_a_class_belong_to_it(split_folder):
     inner = split_folder / "train/cat/indoors"
     inner.mkdir()
     (split_folder / "train/cat/0.jpg").rename(inner / "0.jpg")
@@ -495,7 +495,7 @@ def test_folders_inside_a_class_belong_to_it(split_folder):
     assert train.targets.count(0) == 5
 
 
-def test_the_users_files_are_not_touched(split_folder):
+def test_the_image_files_are_not_changed(split_folder):
     before = {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in split_folder.rglob("*.jpg")}
     train, val = image_folder(split_folder)
     list(loader(train, 4, train=True))
@@ -503,7 +503,7 @@ def test_the_users_files_are_not_touched(split_folder):
     assert {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in split_folder.rglob("*.jpg")} == before
 
 
-def test_a_set_that_is_sent_to_another_process_still_counts_here(split_folder):  # D1
+def test_a_pickled_set_shares_its_count_of_unreadable_images(split_folder):  # D1
     """Pickled as a spawned worker gets it; the forked ones are tested above."""
     from multiprocessing.reduction import ForkingPickler
 

@@ -9,7 +9,7 @@ from cbam.errors import DataError, InputError
 
 
 class Numbered(Images):
-    """Sample (epoch, index) shows both numbers and its seed."""
+    """The pixels of sample (epoch, index) are these numbers and the seed."""
 
     def __init__(self, targets):
         super().__init__("numbered", ["a", "b", "c"], targets, size=2)
@@ -37,7 +37,7 @@ def test_a_sample_is_a_dict_of_image_target_index_and_box():
 
 
 @pytest.mark.parametrize("key", [3, -1, (0, 3), (-1, 0)])
-def test_an_index_outside_is_an_index_error(key):
+def test_an_index_out_of_range_is_an_index_error(key):
     with pytest.raises(IndexError, match="numbered has 3 samples"):
         Numbered([0, 2, 1])[key]
 
@@ -53,7 +53,7 @@ def test_a_set_can_be_iterated():
     seed=st.integers(0, 2**32 - 1),
     epoch=st.integers(0, 2**32 - 1),
 )
-def test_every_sample_comes_once_but_a_last_single_one(n, size, seed, epoch):  # D33
+def test_every_sample_comes_once_except_a_single_last_one(n, size, seed, epoch):  # D33
     batches = loader(Numbered([0] * n), size, train=True, seed=seed)
     batches.sampler.set_epoch(epoch)
     seen = list(batches)
@@ -91,7 +91,7 @@ def test_the_epoch_and_the_seed_reach_the_samples():
     assert (image[:, 2] == 9).all()
 
 
-def test_evaluation_is_always_epoch_0_in_plain_order():
+def test_evaluation_is_always_epoch_0_in_order():
     images = Numbered([0] * 6)
     batches = loader(images, 4, train=False, seed=9)
     batches.sampler.set_epoch(4)
@@ -115,20 +115,20 @@ def test_batches_do_not_depend_on_the_number_of_workers(digits, workers):  # D34
         assert all(torch.equal(one[key], other[key]) for key in one)
 
 
-def test_a_loader_that_is_left_early_starts_anew(digits):
+def test_a_loader_left_early_starts_over(digits):
     batches = loader(digits[0].subset(60), 16, train=True, workers=2)
     first = next(iter(batches))
     assert torch.equal(next(iter(batches))["image"], first["image"])
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_an_error_arrives_as_it_was_raised(workers):
+def test_an_error_in_a_worker_is_raised_unchanged(workers):
     with pytest.raises(DataError) as error:
         list(loader(Broken([0, 1]), 2, train=False, workers=workers))
     assert str(error.value) == "no image: two words"
 
 
-def test_a_subset_keeps_the_classes_in_their_shares_and_spreads_over_each():
+def test_a_subset_keeps_class_proportions_and_is_spread_over_each_class():
     images = Numbered([0] * 60 + [1] * 30 + [2] * 3)
     part = images.subset(31)
     assert [part.targets.count(label) for label in range(3)] == [20, 10, 1]
@@ -142,14 +142,14 @@ def test_a_subset_keeps_the_classes_in_their_shares_and_spreads_over_each():
 
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.integers(0, 2), min_size=1, max_size=80), st.integers(1, 100))
-def test_a_subset_is_within_rounding_of_its_size_and_has_every_class(targets, n):
+def test_a_subset_has_every_class_and_its_size_up_to_rounding(targets, n):
     part = Numbered(targets).subset(n)
     assert set(part.targets) == set(targets)
     assert len({part[i]["image"][1, 0, 0].item() for i in range(len(part))}) == len(part)
     assert abs(len(part) - min(n, len(targets))) <= 3
 
 
-def test_a_subset_is_seeded_and_composed_like_the_whole(digits):
+def test_a_subset_has_the_samples_of_the_seeded_whole(digits):
     part = digits[0].subset(100)
     whole = digits[0].seeded(5)
     index = part._indices[7]
@@ -159,7 +159,7 @@ def test_a_subset_is_seeded_and_composed_like_the_whole(digits):
     assert part.mean == whole.mean
 
 
-def test_random_numbers_for_one_purpose_say_nothing_about_another():
+def test_each_purpose_has_its_own_random_numbers():
     assert draws("order", 1, 2).random() == draws("order", 1, 2).random()
     purposes = ("order", "augmentation", "composition", "fixed composition")
     values = {draws(purpose, a, b).random() for purpose in purposes for a in range(10) for b in range(10)}
@@ -176,7 +176,7 @@ def test_random_numbers_for_one_purpose_say_nothing_about_another():
         ({"seed": 2**32}, "seed must be an integer from 0"),
     ],
 )
-def test_impossible_settings_are_refused(options, told):
+def test_invalid_settings_are_refused(options, told):
     with pytest.raises(InputError, match=told):
         loader(Numbered([0, 1]), **{"batch_size": 2, "train": True, **options})
 

@@ -14,7 +14,7 @@ from cbam.errors import DataError, InputError
 
 
 class Numbered(Images):
-    """Samples that do what `act` does with the place where they are drawn."""
+    """Calls `act` with the index of each sample, in the process that loads it."""
 
     def __init__(self, n: int, act=lambda index: None) -> None:
         super().__init__("numbered", ["a"], [0] * n, size=1)
@@ -36,7 +36,7 @@ def indices(batches) -> list[list[int]]:
     n=st.integers(1, 60), size=st.integers(1, 4), world=st.integers(1, 4), accumulate=st.integers(1, 3),
     epoch=st.integers(0, 9),
 )  # fmt: skip
-def test_the_steps_are_the_same_images_however_they_are_shared(n, size, world, accumulate, epoch):
+def test_a_step_has_the_same_images_for_any_number_of_processes(n, size, world, accumulate, epoch):
     # D33, R12
     def epoch_of(shard: Shard) -> list[list[int]]:
         batches = loader(Numbered(n), size * world * accumulate, train=True, seed=3, shard=shard)
@@ -45,7 +45,7 @@ def test_the_steps_are_the_same_images_however_they_are_shared(n, size, world, a
         return indices(batches)
 
     whole, full = epoch_of(Shard()), size * world * accumulate
-    left_out = n > full and n % full == 1  # one sample alone, which no BatchNorm can train on
+    left_out = n > full and n % full == 1  # a single sample, which BatchNorm cannot train on
     assert sum(map(len, whole)) == n - left_out
     shards = [Shard(rank, world, accumulate) for rank in range(world)]
     parts = [epoch_of(shard) for shard in shards]
@@ -63,7 +63,7 @@ def test_the_steps_are_the_same_images_however_they_are_shared(n, size, world, a
 
 @given(n=st.integers(1, 40), world=st.integers(1, 5))
 @settings(max_examples=30, deadline=None)
-def test_an_evaluation_is_shared_without_an_image_twice(n, world):  # D33
+def test_evaluation_is_shared_without_repeating_an_image(n, world):  # D33
     shards = [Shard(rank, world) for rank in range(world)]
     batches = [b for s in shards for b in indices(loader(Numbered(n), 3, train=False, shard=s))]
     assert sorted(index for batch in batches for index in batch) == list(range(n))
@@ -88,7 +88,7 @@ def kill_once(flag, wanted):
 
 @pytest.mark.parametrize("train", [True, False])
 @pytest.mark.parametrize("place", [5, 11])
-def test_a_worker_that_is_killed_is_replaced_once_and_no_image_comes_twice(tmp_path, caplog, train, place):
+def test_a_killed_worker_is_replaced_once_and_no_image_is_repeated(tmp_path, caplog, train, place):
     """R4"""
     calm = indices(loader(Numbered(12), 2, train=train, seed=1))
     act = kill_once(tmp_path / "flag", calm[place // 2][place % 2])
@@ -99,10 +99,10 @@ def test_a_worker_that_is_killed_is_replaced_once_and_no_image_comes_twice(tmp_p
     assert time.monotonic() - began < 20
     assert "died and is restarted" in caplog.text
     (tmp_path / "flag").unlink()
-    assert indices(batches) == calm  # in another epoch, of a week perhaps, one may die again
+    assert indices(batches) == calm  # in another epoch, a worker may die again
 
 
-def test_a_worker_that_is_killed_again_is_an_error(caplog):  # R4
+def test_a_second_killed_worker_is_an_error(caplog):  # R4
     act = lambda index: os.kill(os.getpid(), signal.SIGKILL) if index == 5 else None  # noqa: E731
     with pytest.raises(DataError, match="for the second time"):
         list(loader(Numbered(12, act), 2, train=False, workers=1))
@@ -118,7 +118,7 @@ def test_a_worker_that_is_killed_again_is_an_error(caplog):  # R4
         ),
     ],
 )
-def test_what_the_workers_run_out_of_is_told_in_a_line_and_not_tried_again(error, told, caplog):
+def test_exhausted_resources_of_workers_are_reported_without_a_restart(error, told, caplog):
     def act(index):
         if index == 5:
             raise error
@@ -128,7 +128,7 @@ def test_what_the_workers_run_out_of_is_told_in_a_line_and_not_tried_again(error
     assert "restarted" not in caplog.text
 
 
-def test_workers_that_cannot_be_started_for_want_of_room_are_told(monkeypatch):
+def test_no_space_to_start_workers_is_reported(monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
@@ -137,7 +137,7 @@ def test_workers_that_cannot_be_started_for_want_of_room_are_told(monkeypatch):
         list(loader(Numbered(12), 2, train=False, workers=2))
 
 
-def test_a_worker_that_hangs_is_named_with_its_images_and_ended(tmp_path):  # R5
+def test_a_hanging_worker_is_named_with_its_images_and_killed(tmp_path):  # R5
     def act(index):
         if index == 5:
             (tmp_path / "pid").write_text(str(os.getpid()))

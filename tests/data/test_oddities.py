@@ -1,4 +1,4 @@
-"""Pictures that are read, but may not be what was meant, are counted once, in the notes (rows D7, D11)."""
+"""Images that are read, but may be unintended, are counted once, in the notes (rows D7, D11)."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ def pictures(make_folder):
 
 
 def frames(encoded, kind, count=3):
-    """An animation of that many plain frames, none like the one before."""
+    """An animation of `count` plain frames, all different."""
     first, *more = (Image.fromarray(np.full((32, 32, 3), 60 * i, np.uint8)) for i in range(count))
     return encoded(first, kind, save_all=True, append_images=more)
 
@@ -41,7 +41,7 @@ def test_animations_are_counted_and_read_by_their_first_frame(pictures, encoded,
 @pytest.mark.parametrize(
     ("kind", "ending"), [("GIF", "gif"), ("WEBP", "webp"), ("PNG", "png"), ("TIFF", "tif")]
 )
-def test_an_image_of_one_frame_is_no_animation(pictures, encoded, kind, ending):  # D7
+def test_an_image_of_one_frame_is_not_counted_as_an_animation(pictures, encoded, kind, ending):  # D7
     (pictures / f"train/cat/x.{ending}").write_bytes(frames(encoded, kind, 1))
     train, _ = image_folder(pictures)
     assert not any("frames" in note for note in train.notes)
@@ -61,13 +61,13 @@ def test_tiny_and_narrow_images_are_counted_and_read(pictures, encoded, height, 
     assert train[len(train) - 1]["image"].shape == (3, 32, 32)
 
 
-def test_of_a_large_set_it_is_said_how_many_were_looked_at(pictures, encoded, monkeypatch):  # D11
+def test_the_note_on_a_large_set_says_how_many_images_were_inspected(pictures, encoded, monkeypatch):  # D11
     monkeypatch.setattr(room, "PEEKS", 5)
     (pictures / "train/cat/0.jpg").write_bytes(encoded(np.zeros((4, 4, 3), np.uint8), "JPEG"))
     train, _ = image_folder(pictures)
     assert any("(of 4 inspected)" in note for note in train.notes)
 
 
-def test_an_ordinary_set_has_no_such_notes(pictures):  # D7, D11
+def test_an_ordinary_set_has_no_notes_on_odd_images(pictures):  # D7, D11
     train, val = image_folder(pictures)
     assert not any("first:" in note for note in [*train.notes, *val.notes])

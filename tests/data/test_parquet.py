@@ -1,4 +1,4 @@
-"""Pictures in parquet files, as Hugging Face keeps ImageNet-1k (rows C5, D1, D3, D14)."""
+"""Images in parquet files, as Hugging Face stores ImageNet-1k (rows C5, D1, D3, D14)."""
 
 import json
 import sys
@@ -14,7 +14,7 @@ from cbam.errors import DataError, MissingExtraError
 
 @pytest.fixture
 def write(tmp_path, encoded, pixels):
-    """write("train", [(label, bytes), ...]) puts a split, or nulls, into tmp_path/set/data, in two files."""
+    """write("train", [(label, bytes), ...]) writes a split, with any nulls, into tmp_path/set/data, in two files."""
     pytest.importorskip("datasets", reason="the extra cbam[parquet] is not installed")
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -56,7 +56,7 @@ def picture(encoded, pixels):
     return lambda seed=0: encoded(pixels(40, 48, seed), "PNG")
 
 
-def test_the_rows_are_trained_on_and_validated_as_images_of_a_folder(write, picture):
+def test_rows_are_loaded_like_the_images_of_a_folder(write, picture):
     write("train", [(i % 2, picture(i)) for i in range(10)])
     root = write("validation", [(1, picture(3)), (0, picture(4))])
     train, val = picture_set(root, size=32)
@@ -72,7 +72,7 @@ def test_the_rows_are_trained_on_and_validated_as_images_of_a_folder(write, pict
     assert picture_set(root)[0].size == 224
 
 
-def test_the_labels_of_a_million_rows_are_not_asked_for_one_by_one(write, picture, monkeypatch):
+def test_labels_are_not_read_row_by_row(write, picture, monkeypatch):
     write("train", [(i % 2, picture(i)) for i in range(6)])
     root = write("validation", [(0, picture()), (1, picture())])
     import datasets
@@ -96,7 +96,7 @@ def test_a_broken_row_is_replaced_in_training_and_an_error_in_validation(write, 
         picture_set(root, size=32)
 
 
-def test_labels_without_a_class_or_a_name_are_refused(write, picture):  # D14
+def test_labels_out_of_range_other_classes_or_none_are_refused(write, picture):  # D14
     write("train", [(0, picture()), (2, picture())])
     root = write("validation", [(0, picture()), (1, picture())])
     with pytest.raises(DataError, match="label 2 in row 1, expected 0 to 1"):
@@ -109,7 +109,7 @@ def test_labels_without_a_class_or_a_name_are_refused(write, picture):  # D14
         picture_set(root)
 
 
-def test_nulls_are_data_errors(write, picture):  # D3, D14
+def test_a_null_image_is_unreadable_and_a_null_label_refused(write, picture):  # D3, D14
     write("train", [(0, picture()), (1, picture()), (0, None), (1, picture(2))])
     root = write("validation", [(0, picture()), (1, picture())])
     train, _ = picture_set(root, size=32)
@@ -127,13 +127,13 @@ def test_a_damaged_file_is_a_data_error(write, picture):
         picture_set(root)
 
 
-def test_a_split_that_is_absent_is_named(tmp_path):
+def test_a_missing_split_is_named(tmp_path):
     (tmp_path / "train-0.parquet").write_bytes(b"")
     with pytest.raises(DataError, match=r"no validation-\*\.parquet"):
         picture_set(tmp_path)
 
 
-def test_the_images_for_the_test_are_not_validated_beside_those_for_validation(tmp_path):
+def test_the_test_split_is_used_only_without_a_validation_split(tmp_path):
     files = [f"data/{split}-00000-of-00001.parquet" for split in ("train", "validation", "test")]
     (tmp_path / "data").mkdir()
     for file in files:
@@ -144,7 +144,7 @@ def test_the_images_for_the_test_are_not_validated_beside_those_for_validation(t
     assert _files(tmp_path, VALIDATION) == [str(tmp_path / files[2])]
 
 
-def test_without_the_package_its_pip_line_is_told(tmp_path, monkeypatch):  # C5
+def test_a_missing_package_is_reported_with_its_pip_command(tmp_path, monkeypatch):  # C5
     for split in ("train", "validation"):
         (tmp_path / f"{split}-0.parquet").write_bytes(b"")
     monkeypatch.setitem(sys.modules, "datasets", None)
@@ -152,6 +152,6 @@ def test_without_the_package_its_pip_line_is_told(tmp_path, monkeypatch):  # C5
         picture_set(tmp_path)
 
 
-def test_a_folder_without_such_files_is_an_image_folder(make_folder):
+def test_a_folder_without_parquet_files_is_read_as_an_image_folder(make_folder):
     train, _ = picture_set(make_folder({"cat": 4, "dog": 4}))
     assert (len(train), np.unique(train.targets).tolist()) == (6, [0, 1])

@@ -1,4 +1,4 @@
-"""Pictures that stay on a device: the same as the loader's in every respect but where they are made."""
+"""Images that stay on a device: the same as the loader's, except where they are made."""
 
 import numpy as np
 import pytest
@@ -33,7 +33,7 @@ def train(folder):
     return Resident(image_folder(folder, size=SIZE)[0], "cpu", augment=True)
 
 
-def test_a_crop_is_cut_first_and_enlarged_then():
+def test_a_crop_is_cut_first_and_then_enlarged():
     pictures = torch.randint(0, 256, (40, 3, SIZE, SIZE), dtype=torch.uint8)
     crops = torch.from_numpy(draw_crops(3, 1, 40, SIZE))
     made = crop_and_flip(pictures, crops)
@@ -45,7 +45,7 @@ def test_a_crop_is_cut_first_and_enlarged_then():
         assert (found.float() - wanted).abs().max() <= 0.51
 
 
-def test_the_whole_image_unflipped_is_returned_to_the_bit():
+def test_a_crop_of_the_whole_image_is_bit_identical():
     pictures = torch.randint(0, 256, (5, 3, SIZE, SIZE), dtype=torch.uint8)
     whole = torch.tensor([[0, 0, SIZE, SIZE, 0]]).expand(5, 5)
     assert torch.equal(crop_and_flip(pictures, whole), pictures)
@@ -78,7 +78,7 @@ def test_crops_lie_inside_and_follow_random_resized_crop():
     assert top.mean() == pytest.approx(theirs[:, 0].mean(), abs=1.2)
 
 
-def test_a_crop_is_a_function_of_seed_epoch_and_index_alone():
+def test_a_crop_is_a_function_only_of_seed_epoch_and_index():
     # D34
     few, many = draw_crops(5, 2, 10, 96), draw_crops(5, 2, 1000, 96)
     assert (many[:10] == few).all()
@@ -86,7 +86,7 @@ def test_a_crop_is_a_function_of_seed_epoch_and_index_alone():
     assert (draw_crops(6, 2, 10, 96) != few).any()
 
 
-def test_a_batch_holds_the_samples_that_its_order_names(train):
+def test_a_batch_has_the_samples_of_its_indices(train):
     # D34
     for size in (6, 9):
         batches = loader(train, size, train=True, seed=7)
@@ -102,7 +102,7 @@ def test_a_batch_holds_the_samples_that_its_order_names(train):
         assert sorted(seen) == list(range(len(train)))
 
 
-def test_the_order_is_that_of_the_loader_of_a_folder(folder, train):
+def test_the_order_is_that_of_the_ordinary_loader(folder, train):
     ordinary = loader(image_folder(folder, size=SIZE)[0], 4, train=True, seed=3)
     resident = loader(train, 4, train=True, seed=3)
     assert len(ordinary) == len(resident)
@@ -113,7 +113,7 @@ def test_the_order_is_that_of_the_loader_of_a_folder(folder, train):
         assert all(torch.equal(one["index"], other["index"]) for one, other in pairs)
 
 
-def test_validation_images_are_those_of_the_other_set(folder):
+def test_validation_images_are_those_of_the_ordinary_set(folder):
     val = image_folder(folder, size=SIZE)[1]
     resident = Resident(val, "cpu", augment=False)
     for one, other in zip(loader(val, 4, train=False), loader(resident, 4, train=False), strict=True):
@@ -130,7 +130,7 @@ def test_a_last_batch_of_one_image_is_left_out_of_training(train):
     assert len(loader(train, 5, train=False)) == 5
 
 
-def test_training_on_it_is_repeatable(folder, train):
+def test_training_on_a_resident_set_is_repeatable(folder, train):
     val = Resident(image_folder(folder, size=SIZE)[1], "cpu", augment=False)
     found = []
     for _ in range(2):
@@ -142,11 +142,11 @@ def test_training_on_it_is_repeatable(folder, train):
     assert found[0][1] == found[1][1]
 
 
-def test_a_subset_of_a_folder_can_stay_too(folder):
+def test_a_subset_can_be_resident(folder):
     few = image_folder(folder, size=SIZE)[0].subset(6)
     assert len(Resident(few, "cpu", augment=True)) == 6
 
 
-def test_images_made_anew_in_every_epoch_are_refused():
+def test_images_generated_in_every_epoch_are_refused():
     with pytest.raises(DataError, match="cluttered_digits generates new images in every epoch"):
         Resident(cluttered_digits()[0], "cpu", augment=True)

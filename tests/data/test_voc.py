@@ -1,4 +1,4 @@
-"""VOC folders: what is read, what is repaired and counted, what is refused and where."""
+"""VOC folders: what is read, what is repaired and counted, what is refused with its position."""
 
 import math
 
@@ -47,7 +47,7 @@ def refusal(*arguments, **more):
     return str(error.value)
 
 
-def test_boxes_count_pixels_from_one_and_their_ends_are_inside(folder):  # D32
+def test_boxes_count_pixels_from_one_and_include_their_ends(folder):  # D32
     images = voc(folder({"a": xml(thing(), thing("dog", (1, 1, 64, 48), "1")), "b": xml()}), "train")
     assert (images.name, images.classes, images.notes) == ("voc train", ["cat", "dog"], [])
     first, second = images[0], images[1]
@@ -61,7 +61,7 @@ def test_boxes_count_pixels_from_one_and_their_ends_are_inside(folder):  # D32
     assert images.pictures[0].name == "a"
 
 
-def test_a_test_set_takes_the_classes_of_its_training_set(folder):
+def test_a_test_set_uses_the_classes_of_its_training_set(folder):
     root = folder({"a": xml(thing("dog"), thing("ant"))})
     folder({"b": xml(thing("dog"))}, "test")
     train = voc(root, "train")
@@ -70,7 +70,7 @@ def test_a_test_set_takes_the_classes_of_its_training_set(folder):
     assert told == f"{root}/Annotations/a.xml line 7: class 'ant' is not one of the classes"
 
 
-def test_a_class_with_a_sign_that_cannot_be_seen_is_the_same_in_both_sets(folder):
+def test_a_class_with_an_invisible_character_is_the_same_in_both_sets(folder):
     root = folder({"a": xml(thing("cat\u200b"))})
     folder({"b": xml(thing("cat\u200b"))}, "val")
     train = voc(root, "train")
@@ -79,14 +79,14 @@ def test_a_class_with_a_sign_that_cannot_be_seen_is_the_same_in_both_sets(folder
         assert voc(root, "val", classes=classes)[0]["labels"].tolist() == [1]
 
 
-def test_a_list_of_classes_with_a_name_twice_is_refused(folder):
-    """Labels beyond the list of names would come of it, or those of other names."""
+def test_duplicate_classes_are_refused(folder):
+    """It would give labels beyond the list, or labels of other names."""
     root = folder({"a": xml(thing("dog"))})
     with pytest.raises(InputError, match="classes: duplicate 'cat'"):
         voc(root, "train", classes=["cat", "cat", "dog"])
 
 
-def test_several_folders_are_one_set(folder):
+def test_several_folders_give_one_set(folder):
     roots = [folder({"a": xml(thing("dog"))}, inside="one"), folder({"a": xml(thing("cat"))}, inside="two")]
     images = voc(roots, "train")
     assert [images[i]["labels"].tolist() for i in range(2)] == [[2], [1]]
@@ -105,7 +105,7 @@ def test_several_folders_are_one_set(folder):
         ((9, 9, 8, 20), None, "no width or no height: dropped"),  # D25
     ],
 )
-def test_coordinates_are_floats_and_no_bad_box_gets_through(folder, box, kept, note):
+def test_fractional_boxes_are_kept_and_bad_ones_dropped_or_clipped(folder, box, kept, note):
     root = folder({"a": xml(thing(), thing(box=box))})
     images = voc(root, "train")
     boxes = images[0]["boxes"].tolist()
@@ -168,14 +168,14 @@ def test_a_damaged_file_is_refused_with_its_line(folder, text, told):  # D32
 
 
 @pytest.mark.parametrize("size", ["", "<size><width>0</width><height>0</height></size>"])
-def test_a_size_that_is_not_said_is_the_images(folder, size):
+def test_a_missing_size_is_read_from_the_image(folder, size):
     images = voc(folder({"a": xml(thing(), size=size)}), "train")
     assert images.pictures[0][3:] == (48, 64)
     assert images[0]["boxes"].tolist() == [[10, 5, 30, 20]]
 
 
 @pytest.mark.parametrize("kind", ["TIFF", "JPEG", "PNG"])
-def test_a_turned_image_whose_size_is_not_said_has_its_boxes_turned_with_it(folder, pixels, kind):  # D32
+def test_boxes_turn_with_a_rotated_image_of_unstated_size(folder, pixels, kind):  # D32
     root = folder({"a": xml(thing(box=(17, 9, 48, 24)), size="")})
     (root / "JPEGImages/a.jpg").unlink()
     exif = Image.Exif()
@@ -199,7 +199,7 @@ def test_missing_files_are_named(folder):  # D32
     assert refusal(root / "no", "val").endswith("JPEGImages: No such file or directory")
 
 
-def test_a_list_of_one_class_may_have_a_second_column_and_no_name_twice(folder):
+def test_a_list_of_images_may_have_a_second_column_but_no_duplicate(folder):
     root = folder({"a": xml(thing()), "b": xml()})
     (root / "ImageSets/Main/cat_train.txt").write_text("a  1\nb -1\n")
     assert len(voc(root, "cat_train")) == 2
@@ -209,7 +209,7 @@ def test_a_list_of_one_class_may_have_a_second_column_and_no_name_twice(folder):
     assert refusal(root, "train").endswith("lists no image")
 
 
-def test_a_name_with_a_space_is_a_name(folder):
+def test_image_names_may_contain_spaces(folder):
     root = folder({"my pic": xml(thing()), "my": xml(), "my pic 1": xml(thing("dog"))})
     assert [picture.name for picture in voc(root, "train").pictures] == ["my pic", "my", "my pic 1"]
     (root / "ImageSets/Main/cat_train.txt").write_text("my pic  1\nmy -1\nmy pic 1 -1\n")
@@ -218,7 +218,7 @@ def test_a_name_with_a_space_is_a_name(folder):
     assert "there is no image your pic in" in refusal(root, "train")
 
 
-def test_of_two_images_of_one_name_the_annotation_says_which(folder, encoded, pixels):
+def test_filename_decides_between_two_images_of_one_name(folder, encoded, pixels):
     root = folder({"a": xml("<filename>a.jpg</filename>", thing())})
     (root / "JPEGImages/a.png").write_bytes(encoded(pixels(48, 64), "PNG"))
     assert voc(root, "train").pictures[0].path.endswith("a.jpg")
@@ -231,12 +231,12 @@ def test_of_two_images_of_one_name_the_annotation_says_which(folder, encoded, pi
             annotated(root)
 
 
-def test_no_folder_at_all_is_refused():
+def test_an_empty_list_of_folders_is_refused():
     with pytest.raises(InputError, match="got none"):
         voc([], "train")
 
 
-def test_a_line_is_that_of_the_elements_opening(tmp_path):
+def test_the_line_of_an_element_is_that_of_its_start_tag(tmp_path):
     (tmp_path / "x.xml").write_text("<annotation>\n\n<b>1 &amp;\n2</b>\n<c/></annotation>", encoding="utf-8")
     root = parse(tmp_path / "x.xml")
     assert [(node.tag, node.line, node.text) for node in root.children] == [("b", 3, "1 &\n2"), ("c", 5, "")]
