@@ -1,4 +1,4 @@
-"""Results to render without a training: invented numbers in the form of results.json."""
+"""Results to render without training: invented numbers in the form of results.json."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""`cbam bench`: the gate refuses what is wrong, the rivals compute CBAM, times are ratios of a round."""
+"""`cbam bench`: the gate refuses wrong results, the rivals compute CBAM, times are ratios within a round."""
 
 import csv
 import platform
@@ -22,7 +22,7 @@ from cbam.studies.timing import in_turns
 CPU = torch.device("cpu")
 
 
-def test_the_released_way_of_computing_is_ours():
+def test_the_released_implementation_gives_our_output():
     ours, rival = cbam.CBAM(32, reduction=4), rivals.Released(32, reduction=4)
     for p in ours.parameters():
         torch.nn.init.normal_(p)
@@ -34,14 +34,14 @@ def test_the_released_way_of_computing_is_ours():
     torch.testing.assert_close(rival(x), ours(x), rtol=1e-5, atol=1e-5)
 
 
-def test_the_ends_of_a_block_are_the_same_function(kernels):
+def test_both_block_tails_compute_the_same_function(kernels):
     plain, ours = rivals.Tail(8, cbam.CBAM(8)), rivals.OurTail(8, cbam.CBAM(8))
     ours.load_state_dict(plain.state_dict())
     x, shortcut = torch.randn(2, 3, 8, 5, 5)
     torch.testing.assert_close(ours(x, shortcut), plain(x, shortcut))
 
 
-def test_the_gate_lets_the_equation_through():
+def test_the_gate_passes_the_plain_equation():
     assert gate.check(CPU, torch.float64) == 4 * len(gate.SHAPES) * 2
 
 
@@ -68,11 +68,11 @@ def test_a_short_step_is_repeated_within_a_round():
     told = []
     seconds = count(step=2**-8)
     (found,) = in_turns({"a": lambda: told.append(1)}, CPU, rounds=5, clock=lambda: next(seconds)).values()
-    assert len(told) == 3 + 1 + 5 * 5  # warm-up, one to see how long it takes, and 20 milliseconds a round
+    assert len(told) == 3 + 1 + 5 * 5  # warm-up, one to estimate the time, and 20 ms per round
     assert found.median == 1000 * 2**-8 / 5
 
 
-def test_a_step_of_a_network_is_repeated_on_a_gpu_until_one_per_cent_shows(monkeypatch):
+def test_a_short_network_step_on_a_gpu_is_repeated_within_a_round(monkeypatch):
     monkeypatch.setattr(timing, "_is_gpu", lambda device: True)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     told = []
@@ -82,7 +82,7 @@ def test_a_step_of_a_network_is_repeated_on_a_gpu_until_one_per_cent_shows(monke
     assert len(told) == 3 + 1 + 5 * 5
 
 
-def test_the_time_of_a_graph_is_that_of_each_of_its_steps(monkeypatch):
+def test_the_time_of_a_graph_is_divided_by_its_number_of_steps(monkeypatch):
     def turns(graphs, device, **options):
         ms = {name: sum(graph()) for name, graph in graphs.items()}
         return {name: timing.Timed([value], [value / ms["copy"]]) for name, value in ms.items()}
@@ -108,13 +108,13 @@ def test_kept_memory_costs_no_page_faults():
             return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
         given_back = faults()
         _keep_memory()
-        assert any(faults() < 100 for _ in range(10)), "the heap never has its size"
+        assert any(faults() < 100 for _ in range(10)), "the heap never reaches its size"
         assert given_back > 100, given_back
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(program)], check=True, timeout=120)
 
 
-def test_kept_memory_is_refused_where_it_cannot_be_had(monkeypatch):
+def test_kept_memory_is_refused_without_glibc(monkeypatch):
     monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
     with pytest.raises(ConfigError, match="keep_memory is a setting of glibc"):
         run.benchmark(Bench(device="cpu", keep_memory=True), print)
@@ -122,7 +122,7 @@ def test_kept_memory_is_refused_where_it_cannot_be_had(monkeypatch):
 
 @pytest.fixture
 def small(monkeypatch):
-    """One shape that takes no time, and no network."""
+    """One tiny shape, and no network."""
     monkeypatch.setattr(run, "STAGES", ((4, 5),) * 3)
     monkeypatch.setattr(gate, "SHAPES", gate.SHAPES[:1])
     monkeypatch.setattr(run, "_can_compile", lambda device: False)
@@ -134,7 +134,7 @@ def read(path):
         return list(csv.DictReader(file))
 
 
-def test_rows_hold_what_a_reader_needs(tmp_path, small):
+def test_rows_have_the_columns_that_a_reader_needs(tmp_path, small):
     said, kept = [], Rows(tmp_path / "new")
     settings = Bench(device="cpu", networks=("resnet_tiny",), batch_size=2, rounds=1)
     rows = run.benchmark(settings, said.append, kept.add)
@@ -163,7 +163,7 @@ ROW = {
     [{"op": "resnet18"}, {"shape": "8x9x7x7"}, {"dtype": "bfloat16"}, {"layout": "NHWC"},
      {"mode": "training"}, {"kernels": False}, {"threads": 1}],
 )  # fmt: skip
-def test_rows_take_the_place_of_those_of_the_same_case_alone(tmp_path, other):
+def test_a_row_replaces_only_that_of_the_same_case(tmp_path, other):
     first = Rows(tmp_path)
     for row in (ROW, ROW | {"implementation": "timm"}, ROW | other):
         first.add(row)
@@ -176,7 +176,7 @@ def test_rows_take_the_place_of_those_of_the_same_case_alone(tmp_path, other):
     assert {name: str(value) for name, value in (ROW | other).items()}.items() <= found[0].items()
 
 
-def test_rows_of_a_quick_look_and_of_kept_memory_have_files_of_their_own(tmp_path):
+def test_quick_rows_and_rows_with_kept_memory_have_their_own_files(tmp_path):
     for quick, memory in ((False, "given back"), (True, "given back"), (True, "kept")):
         Rows(tmp_path, quick=quick).add(ROW | {"memory": memory})
     name = "A-device-AVX2-torch2.15.0"
@@ -185,7 +185,7 @@ def test_rows_of_a_quick_look_and_of_kept_memory_have_files_of_their_own(tmp_pat
     ]  # fmt: skip
 
 
-def test_a_file_that_is_no_table_of_rows_is_left_alone(tmp_path):  # C7
+def test_a_file_that_is_not_a_table_of_rows_is_left_alone(tmp_path):  # C7
     path = tmp_path / "A-device-AVX2-torch2.15.0.csv"
     path.write_text("something\nelse\n")
     with pytest.raises(OutputError, match="is not a table of `cbam bench`"):
@@ -193,7 +193,7 @@ def test_a_file_that_is_no_table_of_rows_is_left_alone(tmp_path):  # C7
     assert path.read_text() == "something\nelse\n"
 
 
-def test_what_was_measured_before_an_error_is_there(tmp_path, small, monkeypatch, capsys):
+def test_rows_measured_before_an_error_are_kept(tmp_path, small, monkeypatch, capsys):
     def network(*args):
         raise RuntimeError("out of memory")
         yield
@@ -215,21 +215,21 @@ def test_what_was_measured_before_an_error_is_there(tmp_path, small, monkeypatch
         (["--out", "/proc/self/nowhere"], 7, "cannot write to /proc/self/nowhere"),
     ],
 )
-def test_what_would_fail_late_is_refused_before_the_gate(tmp_path, monkeypatch, capsys, given, code, told):
+def test_invalid_arguments_are_refused_before_the_gate(tmp_path, monkeypatch, capsys, given, code, told):
     # C1, C6, K16
     (tmp_path / "file").write_text("")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(gate, "check", lambda *args: pytest.fail("it went on to the gate"))
+    monkeypatch.setattr(gate, "check", lambda *args: pytest.fail("the gate was run"))
     assert main(["bench", "--device", "cpu", *given]) == code
     assert told in capsys.readouterr().err
 
 
-def test_bad_settings_are_told_together():  # C3
+def test_bad_settings_are_reported_together():  # C3
     with pytest.raises(ConfigError, match=r"dtype must be .*; layouts must be .*; rounds must be"):
         Bench(dtype="int8", layouts=("CHWN",), rounds=0)
 
 
-def test_the_command_refuses_before_it_measures(capsys):  # C2, C8
+def test_the_command_refuses_invalid_options(capsys):  # C2, C8
     assert main(["bench", "--rouds", "3"]) == 2
     assert "did you mean --rounds?" in capsys.readouterr().err
     assert main(["bench", "--device", "tpu"]) == 2

@@ -30,7 +30,7 @@ def _few_rounds(monkeypatch):
 
 
 class Listener(Silent):
-    """Keeps what a comparison tells; `error` happens at the phase `stop_at`."""
+    """Records what a comparison reports; raises `error` at the phase `stop_at`."""
 
     def __init__(self, stop_at: str = "-", error: type[BaseException] = KeyboardInterrupt) -> None:
         self.lines, self.phases, self.done, self.stop_at, self.error = [], [], 0.0, stop_at, error
@@ -49,7 +49,7 @@ class Listener(Silent):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A finished comparison on the digits: folder, results, what it told."""
+    """A finished comparison on the digits: folder, results, listener."""
     path, watch = tmp_path_factory.mktemp("report"), Listener()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("cbam.studies.speed.ROUNDS", 2)
@@ -57,7 +57,7 @@ def finished(tmp_path_factory):
     return path, results, watch
 
 
-def test_a_comparison_writes_its_report_and_nothing_else(finished):
+def test_a_comparison_writes_only_its_report(finished):
     path, results, _ = finished
     assert sorted(file.name for file in path.iterdir()) == sorted((RESULTS, REPORT, PAGE, PICTURE, DRAWING))
     assert json.loads((path / RESULTS).read_text()) == json.loads(json.dumps(results))
@@ -65,7 +65,7 @@ def test_a_comparison_writes_its_report_and_nothing_else(finished):
         assert picture.width > 500
 
 
-def test_the_report_is_recomputed_from_the_results_file_alone(finished):
+def test_the_report_can_be_recomputed_from_the_results_file(finished):
     path, _, _ = finished
     results = json.loads((path / RESULTS).read_text())
     assert (path / REPORT).read_text() == markdown(results, PICTURE)
@@ -86,7 +86,7 @@ def test_every_arm_of_every_seed_is_recorded_with_its_epochs(finished):
         assert 0 <= run["top5"] <= run["top1"] <= 100
 
 
-def test_the_identity_start_is_checked_on_real_images_and_told(finished):
+def test_the_identity_start_is_checked_on_real_images_and_reported(finished):
     _, results, watch = finished
     checks = [run["identity"] for run in results["runs"] if run["arm"] != "plain"]
     assert checks == [{"pictures": 16, "bit_equal": True, "largest_difference": 0.0}] * 4
@@ -104,12 +104,12 @@ def test_costs_are_counted_and_timed_side_by_side(finished):
     assert summary(results)["cbam"]["train"]["ratio"] > 0
 
 
-def test_the_progress_ends_at_the_whole(finished):
+def test_the_progress_ends_at_one(finished):
     _, _, watch = finished
     assert watch.done == pytest.approx(1)
 
 
-def test_what_is_needed_to_repeat_it_is_recorded(finished):
+def test_versions_settings_and_device_are_recorded(finished):
     _, results, _ = finished
     assert results["versions"]["torch"] == metadata.version("torch")
     assert results["config"]["epochs"] == 1
@@ -129,7 +129,7 @@ def test_the_same_comparison_gives_the_same_numbers(finished, tmp_path):
         ]
 
 
-def test_ctrl_c_reports_what_is_finished(tmp_path):
+def test_ctrl_c_reports_the_finished_runs(tmp_path):
     # C10, R18
     with pytest.raises(KeyboardInterrupt):
         compare(
@@ -142,7 +142,7 @@ def test_ctrl_c_reports_what_is_finished(tmp_path):
     assert (tmp_path / PICTURE).exists()
 
 
-def test_an_error_half_way_reports_what_is_finished(tmp_path):
+def test_an_error_half_way_reports_the_finished_runs(tmp_path):
     # D15, R24
     watch = Listener("seed 0: CBAM", DataError)
     with pytest.raises(DataError, match="stopped"):
@@ -171,7 +171,7 @@ def test_ctrl_c_before_anything_is_finished_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_kept_weights_load_into_the_network_they_came_from(tmp_path):
+def test_saved_weights_load_into_the_network_they_came_from(tmp_path):
     settings = Settings(**SMALL, seeds=1, attention=("cbam",), from_scratch=True, save_weights=True)
     results = compare(settings, ReportFolder(tmp_path))
     _, val = (images.subset(20) for images in cluttered_digits())
@@ -183,7 +183,7 @@ def test_kept_weights_load_into_the_network_they_came_from(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == [REPORT]
 
 
-def test_from_scratch_trains_every_arm_from_the_same_seed_by_the_papers_start(tmp_path):
+def test_from_scratch_has_no_common_start_and_no_identity_check(tmp_path):
     results = compare(
         Settings(**SMALL, seeds=1, attention=("cbam",), from_scratch=True), ReportFolder(tmp_path)
     )
@@ -194,7 +194,7 @@ def test_from_scratch_trains_every_arm_from_the_same_seed_by_the_papers_start(tm
     assert "trained from scratch" in (tmp_path / REPORT).read_text()
 
 
-def test_what_has_no_identity_start_is_compared_from_scratch(tmp_path):
+def test_attention_without_an_identity_start_is_compared_from_scratch(tmp_path):
     results = compare(Settings(**SMALL, seeds=1, attention=NO_IDENTITY, from_scratch=True), tmp_path / "out")
     assert results["status"] == "complete"
     assert [arm["name"] for arm in results["arms"]] == ["plain", *NO_IDENTITY]
@@ -229,7 +229,7 @@ def test_pretrained_weights_for_other_classes_start_a_comparison_on_a_folder(tmp
     assert results["runs"][1]["identity"]["bit_equal"]
 
 
-def test_weights_that_do_not_fit_are_refused_before_any_work(tmp_path):
+def test_mismatched_weights_are_refused_before_any_work(tmp_path):
     # K8
     torch.save({"conv1.weight": torch.zeros(1)}, tmp_path / "other.pth")
     watch = Listener()
@@ -243,14 +243,14 @@ def test_weights_that_do_not_fit_are_refused_before_any_work(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_an_unknown_network_is_met_with_the_nearest_names(tmp_path):
+def test_an_unknown_network_is_answered_with_the_nearest_names(tmp_path):
     # C6
     with pytest.raises(ConfigError, match="unknown network 'resnt18'; nearest: resnet18"):
         compare(Settings(**SMALL, model="resnt18"), ReportFolder(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 
-def test_the_folder_may_be_a_path_and_is_looked_at_before_any_work(tmp_path):
+def test_the_folder_may_be_a_path_and_is_checked_before_any_work(tmp_path):
     # C7
     (tmp_path / "thesis.tex").write_text("old")
     with pytest.raises(ConfigError, match="is not empty"):

@@ -1,4 +1,4 @@
-"""What a study is filled with: rows, the networks that they go on from, images that it can score."""
+"""What a study is filled with: rows, the networks that they continue from, and usable images."""
 
 import dataclasses
 import json
@@ -21,7 +21,7 @@ def study(out, name, **changes):
     return prepare(name, find_images("digits", own), own, out=str(out), device="cpu")
 
 
-def test_a_few_images_of_a_large_set_fill_the_rows_that_their_table_counts(tmp_path, monkeypatch):
+def test_a_limit_on_a_large_set_selects_the_rows_of_the_small_protocol(tmp_path, monkeypatch):
     large = dataclasses.replace(
         STUDIES["channel"], large_from=1000, small=("plain",), large=("plain", "avg", "max"),
         usual=lambda _, train, __: dataclasses.replace(digits(), small=train < 1000),
@@ -34,7 +34,7 @@ def test_a_few_images_of_a_large_set_fill_the_rows_that_their_table_counts(tmp_p
     assert list(table.arms) == list(few.arms) == ["plain"]
 
 
-def test_a_network_that_diverges_is_trained_once_for_all_that_go_on_from_it(tmp_path, monkeypatch):
+def test_a_diverging_trunk_is_trained_once_for_all_its_forks(tmp_path, monkeypatch):
     filling = prepare(
         "start", find_images("digits", {"limit": 20}), TINY | {"limit": 20, "lr": 1e30, "epochs": 2},
         out=str(tmp_path), device="cpu", arms=["forked-plain", "forked-identity"],
@@ -49,7 +49,7 @@ def test_a_network_that_diverges_is_trained_once_for_all_that_go_on_from_it(tmp_
 
 
 def coco_folder(root, *, label=1):
-    """A folder of COCO's form with an image for training and one for validation, of two classes."""
+    """A folder in COCO's layout with a training and a validation image, of two classes."""
     image = {"id": 1, "file_name": "a.jpg", "height": 9, "width": 9}
     box = {"id": 1, "image_id": 1, "category_id": label, "bbox": [1, 1, 4, 4], "area": 16, "iscrowd": 0}
     whole = {
@@ -65,23 +65,23 @@ def coco_folder(root, *, label=1):
     return str(root)
 
 
-def test_images_whose_objects_have_other_labels_are_other_images(tmp_path):
+def test_images_with_other_object_labels_count_as_other_images(tmp_path):
     one, same, other = (
         BoxedPictures(coco_folder(tmp_path / str(i) / "own", label=label)).about
         for i, label in enumerate((1, 1, 2))
     )
-    assert one["sha256"] == other["sha256"]  # of names and boxes, by which older records are known
+    assert one["sha256"] == other["sha256"]  # of names and boxes, which older records are identified by
     assert same_images(one, same)
     assert not same_images(one, other)
     assert same_images({name: value for name, value in one.items() if name != "objects"}, other)
 
 
-def test_processes_that_cannot_be_are_refused_before_any_run(tmp_path):
+def test_an_invalid_number_of_workers_is_refused_before_any_run(tmp_path):
     with pytest.raises(InputError, match="workers must be an integer from 0 to 1024, got -1"):
         prepare("channel", find_images("digits", TINY), TINY, out=str(tmp_path), device="cpu", workers=-1)
 
 
-def test_a_study_by_the_rules_of_voc_is_not_filled_on_cocos_form(tmp_path):
+def test_a_study_with_vocs_metric_is_refused_on_a_coco_folder(tmp_path):
     coco_folder(tmp_path)
     assert find_images(str(tmp_path), {}, ["coco"]).name == tmp_path.name
     with pytest.raises(ConfigError, match=r"study voc uses Pascal VOC's metric, but .* is in COCO's format"):

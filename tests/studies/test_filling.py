@@ -1,4 +1,4 @@
-"""Studies fill up: what has a record is not repeated, what is broken off leaves none, tables follow."""
+"""Filling studies: a run with a record is not repeated, an unfinished one leaves none, tables follow."""
 
 import json
 import os
@@ -29,7 +29,7 @@ CLEAN = {"commit": "c" * 40, "dirty": False, "source": "s" * 64}
 
 @pytest.fixture(autouse=True)
 def clean(monkeypatch):
-    """The code under test counts as a clean commit, whatever state it is in."""
+    """The code under test counts as a clean commit in any state."""
     monkeypatch.setattr(filling_file, "origin", lambda commit: dict(CLEAN))
 
 
@@ -50,7 +50,7 @@ class Listener(Silent):
 
 
 def study(out, name="order", watch=None, arms=("se", "channel-spatial"), **changes):
-    """Two rows of a study, of which a run takes a fraction of a second."""
+    """Two rows of a study whose runs take a fraction of a second."""
     own = TINY | changes
     pictures = find_images("digits", own)
     return prepare(name, pictures, own, out=str(out), device="cpu", watch=watch, arms=list(arms))
@@ -58,7 +58,7 @@ def study(out, name="order", watch=None, arms=("se", "channel-spatial"), **chang
 
 @pytest.fixture(scope="module")
 def filled(tmp_path_factory):
-    """A study of two seeds, by one call."""
+    """A study of two seeds, filled by one call."""
     out, watch = tmp_path_factory.mktemp("results"), Listener()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(filling_file, "origin", lambda commit: dict(CLEAN))
@@ -66,7 +66,7 @@ def filled(tmp_path_factory):
     return out, watch
 
 
-def test_every_run_leaves_one_record_with_all_that_is_needed_to_repeat_it(filled):
+def test_every_run_leaves_one_record_with_all_that_repeating_it_needs(filled):
     out, watch = filled
     records = list(Records(out, "order").all().values())
     assert len(records) == 4
@@ -85,7 +85,7 @@ def test_every_run_leaves_one_record_with_all_that_is_needed_to_repeat_it(filled
     assert len({json.dumps(record["config"]) for record in records}) == 4
 
 
-def test_the_folder_holds_records_and_what_is_computed_from_them(filled):
+def test_the_folder_has_the_records_their_table_and_figure(filled):
     out, _ = filled
     kinds = sorted(path.suffix for path in (out / "order").iterdir())
     assert kinds == [".json"] * 4 + [".md", ".svg"]
@@ -94,7 +94,7 @@ def test_the_folder_holds_records_and_what_is_computed_from_them(filled):
     assert "Partial: 0 of 4 rows" in (out / "order" / f"{table.name}.md").read_text()
 
 
-def test_runs_that_have_a_record_are_not_repeated(filled):
+def test_runs_with_a_record_are_not_repeated(filled):
     out, _ = filled
     before = {path: path.read_bytes() for path in (out / "order").glob("*.json")}
     watch = Listener()
@@ -103,7 +103,7 @@ def test_runs_that_have_a_record_are_not_repeated(filled):
     assert {path: path.read_bytes() for path in (out / "order").glob("*.json")} == before
 
 
-def test_a_row_that_fails_is_left_out_and_the_others_go_on(tmp_path, monkeypatch):
+def test_a_row_that_fails_is_left_out_and_the_others_continue(tmp_path, monkeypatch):
     filling, watch = study(tmp_path, watch=Listener()), Listener()
     filling.watch, run = watch, filling.training.run
 
@@ -133,7 +133,7 @@ def test_the_same_run_gives_the_same_numbers(filled, tmp_path):
         assert record["config"] == before["config"]
 
 
-def test_rows_of_one_seed_start_alike_and_see_the_same_images(filled):
+def test_rows_of_one_seed_start_from_the_same_weights(filled):
     out, _ = filled
     from cbam.studies.training import fingerprint, plain
 
@@ -141,7 +141,7 @@ def test_rows_of_one_seed_start_alike_and_see_the_same_images(filled):
     assert len({fingerprint(plain(config, 10)) for config in configs}) == 1
 
 
-def test_runs_of_equal_settings_are_taken_over_by_another_study(filled, tmp_path):
+def test_runs_of_equal_settings_are_reused_by_another_study(filled, tmp_path):
     out, _ = filled
     shutil.copytree(out / "order", tmp_path / "order")
     watch = Listener()
@@ -152,7 +152,7 @@ def test_runs_of_equal_settings_are_taken_over_by_another_study(filled, tmp_path
     assert {name: len(runs) for name, runs in table.runs.items()} == {"se": 2, "cbam": 2}
 
 
-def test_the_plan_counts_what_is_taken_over_and_no_budget_is_too_small_for_that(filled, tmp_path):
+def test_the_plan_counts_reused_runs_and_they_need_no_budget(filled, tmp_path):
     out, _ = filled
     shutil.copytree(out / "order", tmp_path / "order")
     peers = study(tmp_path, "peers", watch := Listener(), ("plain", "se", "cbam"))
@@ -171,7 +171,7 @@ def test_the_plan_counts_what_is_taken_over_and_no_budget_is_too_small_for_that(
 @pytest.mark.parametrize(
     ("dirty", "told"), [(False, "1 is reused from other studies; the time"), (True, "; the time")]
 )
-def test_the_plan_of_several_studies_counts_a_run_once_unless_it_is_of_changed_code(
+def test_the_plan_of_several_studies_counts_a_shared_run_once_if_code_is_clean(
     tmp_path, monkeypatch, dirty, told
 ):
     monkeypatch.setattr(filling_file, "origin", lambda commit: CLEAN | {"dirty": dirty})
@@ -181,7 +181,7 @@ def test_the_plan_of_several_studies_counts_a_run_once_unless_it_is_of_changed_c
     assert ("reused" in second.plan(1, [first])) != dirty
 
 
-def test_ctrl_c_leaves_no_half_record_and_a_table_of_what_is_there(tmp_path):
+def test_ctrl_c_leaves_only_whole_records(tmp_path):
     # C10, R18
     label = STUDIES["order"].arms["channel-spatial"].label
     with pytest.raises(KeyboardInterrupt):
@@ -193,7 +193,7 @@ def test_ctrl_c_leaves_no_half_record_and_a_table_of_what_is_there(tmp_path):
     assert len(Records(tmp_path, "order").all()) == 2
 
 
-def test_a_budget_gives_up_a_run_that_does_not_end_in_time(tmp_path):
+def test_a_budget_abandons_a_run_that_does_not_end_in_time(tmp_path):
     watch = Listener()
     long = study(tmp_path, watch=watch, epochs=50, limit=500)
     assert conduct(long, seeds=1, budget=1.0) == 2
@@ -202,7 +202,7 @@ def test_a_budget_gives_up_a_run_that_does_not_end_in_time(tmp_path):
     assert any("abandoned at the time limit" in line for line in watch.lines)
 
 
-def test_a_budget_begins_no_run_that_would_not_end_in_time(tmp_path, filled):
+def test_a_budget_starts_no_run_that_would_not_end_in_time(tmp_path, filled):
     shutil.copytree(filled[0] / "order", tmp_path / "order")
     for path in (tmp_path / "order").glob("*.json"):
         path.write_text(json.dumps(json.loads(path.read_text()) | {"seconds": 3600.0}))
@@ -213,7 +213,7 @@ def test_a_budget_begins_no_run_that_would_not_end_in_time(tmp_path, filled):
 
 
 class Clock(Listener):
-    """Lets the time be over after so many pieces of work."""
+    """Lets the time run out after `pieces` pieces of work."""
 
     def __init__(self, monkeypatch, pieces: int) -> None:
         super().__init__()
@@ -226,9 +226,7 @@ class Clock(Listener):
 
 
 @pytest.mark.parametrize(("name", "arm"), [("order", "se"), ("start", "forked-plain")])
-def test_a_run_of_many_hours_is_kept_when_the_time_is_over_and_goes_on_to_the_same_end(
-    tmp_path, monkeypatch, name, arm
-):
+def test_a_long_run_is_saved_at_the_time_limit_and_resumes_to_the_same_end(tmp_path, monkeypatch, name, arm):
     whole = study(tmp_path / "whole", name, arms=[arm], epochs=2)
     conduct(whole, seeds=1)
     (wanted,) = Records(tmp_path / "whole", name).all().values()
@@ -248,7 +246,7 @@ def test_a_run_of_many_hours_is_kept_when_the_time_is_over_and_goes_on_to_the_sa
     assert not (tmp_path / "parts" / name / ".unfinished").exists()
 
 
-def test_the_trunk_of_a_fork_is_trained_once_however_often_the_study_is_stopped(tmp_path, monkeypatch):
+def test_the_trunk_of_a_fork_is_trained_once_although_the_study_is_stopped(tmp_path, monkeypatch):
     passes = []
     fit = training_file.fit
 
@@ -268,21 +266,21 @@ def test_the_trunk_of_a_fork_is_trained_once_however_often_the_study_is_stopped(
         conduct(study(tmp_path, "start", stopped, arms=arms, small=False), seeds=1)
     assert len(Records(tmp_path, "start").all()) == 1
     (kept,) = (tmp_path / "start" / ".unfinished").glob("fork-*")
-    with Records(tmp_path, "start").claimed(kept.name):  # as a process that goes on from it has it
+    with Records(tmp_path, "start").claimed(kept.name):  # as a process that continues from it holds it
         assert conduct(study(tmp_path, "start", arms=arms[:1], small=False), seeds=1) == 0
     assert kept.exists()
     assert conduct(study(tmp_path, "start", arms=arms, small=False), seeds=1) == 0
     (_, trunk), (_, first), (_, again), (_, second) = passes
     assert [start for start, _ in passes] == [0, 1, 0, 1]
     assert trunk == first == second == 4 * TINY["limit"]
-    assert again == TINY["limit"]  # what was kept is of before the last validation
+    assert again == TINY["limit"]  # what was kept is from before the last validation
     plain, identity = sorted(Records(tmp_path, "start").all().values(), key=lambda r: r["arm"], reverse=True)
     assert plain["start"]["sha256"] == identity["start"]["sha256"]
     assert plain["seconds"] > plain["start"]["epochs"][0]["seconds"]
     assert not (tmp_path / "start" / ".unfinished").exists()
 
 
-def test_what_was_kept_of_other_code_is_not_gone_on_with(tmp_path, monkeypatch):
+def test_checkpoints_of_other_code_are_not_resumed(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         parts = study(tmp_path, watch=Clock(patch, 2), arms=["se"], epochs=2, small=False)
         assert conduct(parts, seeds=1, budget=1000.0) == 1
@@ -294,7 +292,7 @@ def test_what_was_kept_of_other_code_is_not_gone_on_with(tmp_path, monkeypatch):
     assert not (tmp_path / "order" / ".unfinished").exists()
 
 
-def test_what_clean_code_has_kept_outlives_a_run_of_changed_code(tmp_path, monkeypatch):
+def test_checkpoints_of_clean_code_survive_a_run_of_changed_code(tmp_path, monkeypatch):
     def stopped(pieces):
         with monkeypatch.context() as patch:
             parts = study(tmp_path, watch=Clock(patch, pieces), arms=["se"], epochs=2, small=False)
@@ -325,7 +323,7 @@ def test_a_run_that_diverges_has_a_record_that_does_not_count(tmp_path):
     assert "Runs that failed and do not count: se seed 0" in page
 
 
-def test_runs_of_changed_code_have_names_of_their_own_and_do_not_count(tmp_path, monkeypatch):
+def test_runs_of_changed_code_have_their_own_names_and_do_not_count(tmp_path, monkeypatch):
     dirty = {"commit": "c" * 40, "dirty": True, "source": "d" * 64}
     monkeypatch.setattr(filling_file, "origin", lambda commit: dict(dirty))
     assert conduct(study(tmp_path), seeds=1) == 0
@@ -338,7 +336,7 @@ def test_runs_of_changed_code_have_names_of_their_own_and_do_not_count(tmp_path,
     assert (table.runs, table.changed) == ({}, 2)
 
 
-def test_a_fork_goes_on_from_one_trained_network_per_seed(tmp_path):
+def test_forks_continue_from_one_trained_network_per_seed(tmp_path):
     conduct(study(tmp_path, "start", arms=["forked-plain", "forked-identity"]), seeds=1)
     plain, identity = sorted(Records(tmp_path, "start").all().values(), key=lambda r: r["arm"], reverse=True)
     assert plain["arm"] == "forked-plain"
@@ -376,7 +374,7 @@ def test_two_processes_fill_one_folder_without_repeating_a_run(tmp_path):
 
 
 def folder_of_pictures(path, train=8, name="{}.png"):
-    """Two classes of random images, `train` and half as many of each."""
+    """Two classes of random images: `train` of each to train on, half as many to validate."""
     random = torch.Generator().manual_seed(0)
     for split, count in (("train", train), ("val", train // 2)):
         for label in range(2):
@@ -389,7 +387,7 @@ def folder_of_pictures(path, train=8, name="{}.png"):
 
 
 def on_pictures(path, out, name="order", arms=("se",), **changes):
-    """A study of one epoch on such a folder."""
+    """A study of one epoch on an image folder."""
     own = {"network": "resnet_tiny", "epochs": 1, "batch_size": 8, "precision": "fp32"} | changes
     pictures = find_images(str(path), own)
     return prepare(name, pictures, own, out=str(out), device="cpu", arms=list(arms))
@@ -397,7 +395,7 @@ def on_pictures(path, out, name="order", arms=("se",), **changes):
 
 @pytest.fixture(scope="module")
 def flowers(tmp_path_factory):
-    """A folder named images, and a record of it."""
+    """A folder of results with a record of a run on a folder named pictures."""
     path = tmp_path_factory.mktemp("flowers")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(filling_file, "origin", lambda commit: dict(CLEAN))
@@ -407,9 +405,7 @@ def flowers(tmp_path_factory):
 
 
 @pytest.mark.parametrize("other", [{"train": 6}, {"name": "cat{}.png"}], ids=["fewer", "as-many"])
-def test_records_of_other_images_under_the_same_name_are_refused_and_never_taken_over(
-    tmp_path, flowers, other
-):
+def test_records_of_other_images_of_the_same_name_are_refused_and_never_reused(tmp_path, flowers, other):
     shutil.copytree(flowers, tmp_path / "out")
     cats = folder_of_pictures(tmp_path / "pictures", **other)
     with pytest.raises(DataError, match="is of other images of the same name"):
@@ -420,14 +416,14 @@ def test_records_of_other_images_under_the_same_name_are_refused_and_never_taken
     assert record["data"] != json.loads(next((flowers / "channel").glob("*.json")).read_text())["data"]
 
 
-def test_records_of_a_part_of_the_images_and_of_a_copy_elsewhere_stand_beside_each_other(tmp_path, flowers):
+def test_a_copy_of_the_images_shares_records_and_a_part_of_them_does_not(tmp_path, flowers):
     shutil.copytree(flowers, tmp_path / "out")
     copy = folder_of_pictures(tmp_path / "pictures")
     assert on_pictures(copy, tmp_path / "out", "channel", ["avg"]).missing(1) == []
     assert len(on_pictures(copy, tmp_path / "out", "channel", ["avg"], limit=8).missing(1)) == 1
 
 
-def test_bfloat16_on_images_that_stay_on_the_device(tmp_path):
+def test_image_folders_are_trained_in_bfloat16_and_resident(tmp_path):
     pictures = find_images(str(folder_of_pictures(tmp_path / "pictures")), {})
     wanted = prepare(
         "order", pictures, {"network": "resnet_tiny", "epochs": 1, "batch_size": 8},
@@ -442,7 +438,7 @@ def test_bfloat16_on_images_that_stay_on_the_device(tmp_path):
     assert record["epochs"][0]["val_top5"] is None
 
 
-def test_no_warm_up_is_recorded_as_in_records_without_one(tmp_path):
+def test_zero_warm_up_gives_the_protocol_without_one(tmp_path):
     cold = prepare(
         "order", find_images("digits", {}), {"warmup_epochs": 0.0}, out=str(tmp_path), device="cpu"
     )
@@ -466,7 +462,7 @@ def test_no_warm_up_is_recorded_as_in_records_without_one(tmp_path):
         ("order", {}, {"device": "gpu"}, "device must be auto, cpu or cuda"),
     ],
 )  # fmt: skip
-def test_what_does_not_go_together_is_refused_before_any_work(tmp_path, name, changes, how, told):
+def test_invalid_settings_are_refused_before_any_work(tmp_path, name, changes, how, told):
     # C6, C12
     how = {"out": str(tmp_path / "out"), "device": "cpu", **how}
     with pytest.raises(ConfigError, match=told):
@@ -480,7 +476,7 @@ def test_the_plan_says_what_is_left_and_how_long_it_takes(filled):
     assert "4 of 6 runs have a record; the other 2 take about 0.0 hours" in study(out).plan(3)
 
 
-def test_the_plan_of_many_seeds_compares_a_row_and_not_each_run_with_all_records(filled, monkeypatch):
+def test_the_plan_of_many_seeds_searches_the_records_once_per_row(filled, monkeypatch):
     out, asked, expected = filled[0], [], filling_file.Filling._expected
     monkeypatch.setattr(filling_file.Filling, "_expected", lambda *a: asked.append(a[1].arm) or expected(*a))
     assert "the other 96 take" in study(out).plan(50)
@@ -488,7 +484,7 @@ def test_the_plan_of_many_seeds_compares_a_row_and_not_each_run_with_all_records
     assert "not known" in study(out, "placement", arms=["plain"]).plan(1)
 
 
-def test_the_plan_goes_by_whole_runs_of_the_same_settings_or_of_as_much_work(tmp_path, filled):
+def test_the_plan_estimates_from_complete_runs_of_the_same_or_similar_settings(tmp_path, filled):
     shutil.copytree(filled[0] / "order", tmp_path / "order")
     paths = sorted((tmp_path / "order").glob("digits-*.json"))
 

@@ -8,20 +8,20 @@ from cbam.errors import ConfigError, OutputError
 from cbam.studies.folder import PAGE, REPORT, RESULTS, ReportFolder
 
 
-def test_looking_at_a_folder_leaves_nothing_behind(tmp_path):
+def test_checking_a_folder_creates_nothing(tmp_path):
     # C10
     ReportFolder(tmp_path / "deep" / "report")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_that_holds_something_is_refused_without_overwrite(tmp_path):
+def test_a_folder_that_is_not_empty_is_refused_without_overwrite(tmp_path):
     # C7
     (tmp_path / "thesis.tex").write_text("mine")
     with pytest.raises(ConfigError, match="is not empty: give another --out, or --overwrite"):
         ReportFolder(tmp_path)
 
 
-def test_overwriting_replaces_an_earlier_report_whole_and_nothing_else(tmp_path):
+def test_overwriting_replaces_all_of_an_earlier_report_and_no_other_file(tmp_path):
     # C7
     for name in ("thesis.tex", RESULTS, REPORT, PAGE):
         (tmp_path / name).write_text("old")
@@ -43,13 +43,13 @@ def test_a_file_in_place_of_the_folder_is_refused(tmp_path):
     assert caught.value.exit_code == 7
 
 
-def test_a_place_that_cannot_be_written_is_found_before_any_work():
+def test_an_unwritable_folder_is_refused_before_any_work():
     # K16; root may write anywhere but here
     with pytest.raises(OutputError, match="give another --out"):
         ReportFolder("/proc/self/report")
 
 
-def test_a_full_disk_keeps_the_old_file_and_leaves_no_part_of_the_new(tmp_path):
+def test_a_full_disk_keeps_the_old_file_and_leaves_no_partial_one(tmp_path):
     # K13
     folder = ReportFolder(tmp_path)
     folder.write(REPORT, "old")
@@ -65,7 +65,7 @@ def test_a_full_disk_keeps_the_old_file_and_leaves_no_part_of_the_new(tmp_path):
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [(REPORT, "old")]
 
 
-def test_a_write_that_is_interrupted_leaves_no_part(tmp_path, monkeypatch):
+def test_an_interrupted_write_leaves_no_partial_file(tmp_path, monkeypatch):
     # C10
     def stop(_):
         raise KeyboardInterrupt

@@ -16,7 +16,7 @@ from cbam.train.versions import versions
 ROOT = Path(cbam.__file__).parents[1]
 
 
-def test_the_sources_of_a_commit_are_known_without_its_checkout():
+def test_the_digest_of_a_commits_sources_needs_no_checkout():
     if machine.commit() is None:
         pytest.skip("no git checkout")
     commit = machine.commit()
@@ -27,7 +27,7 @@ def test_the_sources_of_a_commit_are_known_without_its_checkout():
     assert machine.source_of("no-such-commit", ROOT) is None
 
 
-def test_kernels_of_other_sources_than_the_checkouts_are_changed_code(tmp_path, monkeypatch):
+def test_kernels_built_from_other_sources_count_as_changed_code(tmp_path, monkeypatch):
     def git(*arguments):
         subprocess.run(["git", "-C", str(tmp_path), *arguments], check=True, capture_output=True)
 
@@ -45,19 +45,19 @@ def test_kernels_of_other_sources_than_the_checkouts_are_changed_code(tmp_path, 
     own = compiling.sources()
 
     def state(**installed):
-        """Whether code is changed beside such a cbam-native, and what is recorded of it."""
+        """Whether the code counts as changed with this cbam-native, and its recorded version."""
         kernels = SimpleNamespace(__version__="0.1.0", **installed) if installed else None
         monkeypatch.setitem(sys.modules, "cbam_native", kernels)
         return machine.commit().endswith("+changes"), versions().get("cbam-native")
 
     assert state(sources=lambda: own) == (False, f"0.1.0+{own[:12]}")
     assert state(sources=lambda: "f" * 64) == (True, f"0.1.0+{'f' * 12}")
-    assert state(library=None) == (False, "0.1.0")  # of an older version, which does not say it
+    assert state(library=None) == (False, "0.1.0")  # of an older version, which does not state its sources
     assert state() == (False, None)
     with monkeypatch.context() as patch:
         asked = machine._git
         patch.setattr(machine, "_git", lambda *a: None if "status" in a else asked(*a))
-        assert state()[0]  # git did not say in time that nothing is changed
+        assert state()[0]  # git did not answer in time
     (tmp_path / "native" / "csrc" / "pool.h").write_text("changed")
     assert state(library=None)[0]
     assert not state()[0]

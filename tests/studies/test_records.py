@@ -1,4 +1,4 @@
-"""Records: written once, whole, found by their settings; claims that end with their process."""
+"""Records are written once and whole, and found by their settings; claims end with their process."""
 
 import errno
 import json
@@ -25,7 +25,7 @@ RECORD = {
 }  # fmt: skip
 
 
-def test_a_record_is_never_written_over(tmp_path):
+def test_a_record_is_never_overwritten(tmp_path):
     records = Records(tmp_path, "channel")
     assert records.add("a", RECORD)
     assert not records.add("a", RECORD | {"commit": "def"})
@@ -33,28 +33,28 @@ def test_a_record_is_never_written_over(tmp_path):
     assert sorted(path.name for path in records.path.iterdir()) == ["a.json"]
 
 
-def test_a_record_is_written_where_the_drive_has_no_links(tmp_path, monkeypatch):
+def test_a_record_is_written_on_a_file_system_without_links(tmp_path, monkeypatch):
     def link(*names):
         raise OSError(errno.EOPNOTSUPP, "Operation not supported")
 
     monkeypatch.setattr(os, "link", link)
-    test_a_record_is_never_written_over(tmp_path)
+    test_a_record_is_never_overwritten(tmp_path)
 
 
-def test_a_record_that_cannot_be_json_leaves_nothing(tmp_path):
+def test_a_record_that_is_not_valid_json_leaves_nothing(tmp_path):
     records = Records(tmp_path, "channel")
     with pytest.raises(ValueError, match="not JSON compliant"):
         records.add("a", RECORD | {"seconds": float("nan")})
     assert not records.path.exists()
 
 
-def test_a_place_that_cannot_be_written_is_named():
+def test_an_unwritable_folder_is_named():
     # K16; root may write anywhere but here
     with pytest.raises(OutputError, match="give another --out"):
         Records("/proc/self", "channel").add("a", RECORD)
 
 
-def test_a_run_of_the_same_settings_is_taken_over_from_another_study_to_the_byte(tmp_path):
+def test_a_run_of_the_same_settings_is_reused_byte_for_byte_by_another_study(tmp_path):
     one, other = Records(tmp_path, "channel"), Records(tmp_path, "order")
     from cbam.studies.study import run_key
 
@@ -70,18 +70,18 @@ def test_a_run_of_the_same_settings_is_taken_over_from_another_study_to_the_byte
 @pytest.mark.parametrize(
     "change", [{"train": 9}, {"val": 5}, {"sha256": "y"}, {"files": "b"}, {"objects": "b"}]
 )
-def test_a_run_on_other_images_is_not_taken_over(tmp_path, change):
+def test_a_run_on_other_images_is_not_reused(tmp_path, change):
     from cbam.studies.study import run_key
 
     about = RECORD["data"] | {"files": "a", "objects": "a"}
     name = f"digits-avg-s0-{run_key(RECORD['config'])}"
     Records(tmp_path, "channel").add(name, RECORD | {"data": about})
     assert Records(tmp_path, "order").reuse("x", RECORD["config"], about | change) is None
-    assert Records(tmp_path, "order").reuse("x", RECORD["config"], RECORD["data"])  # of an older cbam
+    assert Records(tmp_path, "order").reuse("x", RECORD["config"], RECORD["data"])  # as from an older cbam
 
 
 @pytest.mark.parametrize("change", [{"dirty": True}, {"status": "NonFiniteError: nan"}, {"commit": None}])
-def test_what_does_not_count_is_not_taken_over(tmp_path, change):
+def test_a_record_that_does_not_count_is_not_reused(tmp_path, change):
     from cbam.studies.study import run_key
 
     record = RECORD | change
@@ -94,7 +94,7 @@ def test_what_does_not_count_is_not_taken_over(tmp_path, change):
     ("text", "told"),
     [("{", "not a record"), ("[]", "lacks schema"), ("{}", "lacks schema"), ("\xff", "not a")],
 )
-def test_a_file_that_is_no_record_is_named(tmp_path, text, told):
+def test_a_file_that_is_not_a_record_is_named(tmp_path, text, told):
     (tmp_path / "channel").mkdir()
     (tmp_path / "channel" / "a.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(DataError, match=told) as caught:
@@ -108,12 +108,12 @@ def test_a_record_of_a_newer_version_is_refused(tmp_path):
         read(tmp_path / "a.json")
 
 
-def test_a_run_is_at_one_process_and_its_claim_leaves_nothing(tmp_path):
+def test_a_run_is_claimed_by_one_process_and_its_claim_leaves_no_file(tmp_path):
     records = Records(tmp_path, "channel")
     with records.claimed("a") as mine, records.claimed("b") as too:
         assert mine
         assert too
-        for _ in range(2):  # whoever is refused leaves the claim where it is
+        for _ in range(2):  # a refused attempt does not remove the claim
             with records.claimed("a") as again:
                 assert not again
     assert list(tmp_path.iterdir()) == []
@@ -121,7 +121,7 @@ def test_a_run_is_at_one_process_and_its_claim_leaves_nothing(tmp_path):
         assert mine
 
 
-def test_folders_that_another_process_takes_away_at_that_moment_are_made_again(tmp_path, monkeypatch):
+def test_folders_that_another_process_removes_are_created_again(tmp_path, monkeypatch):
     opened, really = [], os.open
 
     def taken_away(path, *how):
@@ -137,7 +137,7 @@ def test_folders_that_another_process_takes_away_at_that_moment_are_made_again(t
     assert len(opened) == 3
 
 
-def test_who_waits_for_a_claim_has_it_to_himself(tmp_path, monkeypatch):
+def test_a_process_that_waited_for_a_claim_holds_it_exclusively(tmp_path, monkeypatch):
     fcntl = pytest.importorskip("fcntl")
     records, waiting, flock, had = Records(tmp_path, "channel"), threading.Event(), fcntl.flock, []
 
@@ -169,7 +169,7 @@ with Records(sys.argv[1], "channel").claimed("a") as mine:
 """
 
 
-def test_the_claim_of_a_killed_process_is_free(tmp_path):
+def test_a_killed_process_releases_its_claim(tmp_path):
     # R18
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", HOLD, str(tmp_path)]
@@ -194,7 +194,7 @@ def test_the_claim_of_a_killed_process_is_free(tmp_path):
         ("epochs", [{"val_top1": float("nan")}]), ("dirty", "no"), ("parameters", None), ("device", None),
     ],
 )  # fmt: skip
-def test_a_record_that_was_edited_by_hand_is_named_and_refused(tmp_path, part, value):
+def test_an_invalid_record_is_named_and_refused(tmp_path, part, value):
     path = tmp_path / "edited.json"
     path.write_text(json.dumps(RECORD | {part: value}))
     with pytest.raises(

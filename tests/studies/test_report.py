@@ -12,7 +12,7 @@ def cells(results, name):
     return next(row[1:] for row in table(results) if row[0].strip() == name)
 
 
-def test_the_summary_holds_means_spreads_and_paired_differences(results):
+def test_the_summary_has_means_spreads_and_paired_differences(results):
     found = summary(results)
     assert found["plain"]["top1"] == {"mean": 11.0, "spread": 1.0, "n": 3}
     assert found["cbam"]["top1"]["mean"] == pytest.approx(9.0)
@@ -64,7 +64,7 @@ def test_an_interrupted_comparison_pairs_only_the_seeds_that_both_finished(resul
     page(results, None)
 
 
-def test_top_five_is_told_only_where_it_was_measured(results):
+def test_top_five_is_reported_only_if_measured(results):
     assert any(row[0].startswith("top-5") for row in table(results))
     results["runs"][0]["energy_inside"] = None  # plain of one seed: the others are pairs
     assert summary(results)["cbam"]["energy_inside_difference"]["n"] == 2
@@ -99,7 +99,7 @@ class _Tags(HTMLParser):
         assert self.open.pop() == tag
 
 
-def test_the_page_is_one_file_that_asks_for_nothing_from_outside(results):
+def test_the_page_is_one_file_without_external_resources(results):
     written = page(results, b"\x89PNG")
     tags = _Tags()
     tags.feed(written)
@@ -111,7 +111,7 @@ def test_the_page_is_one_file_that_asks_for_nothing_from_outside(results):
     assert "width=device-width" in written
 
 
-def test_names_from_outside_cannot_write_into_the_report(results):
+def test_names_from_the_data_cannot_inject_markup_into_the_report(results):
     # W13
     results["data"]["name"] = "<img src=x onerror=alert(1)>|[a](javascript:b)"
     results["data"]["notes"] = ["<script>alert(1)</script>"]
@@ -124,7 +124,7 @@ def test_names_from_outside_cannot_write_into_the_report(results):
     assert as_markdown("R&amp;D ~~old~~") == r"R\&amp;D \~\~old\~\~"
 
 
-def test_how_the_arms_began_is_told_of_what_was_broken_off_too(results):
+def test_the_start_of_the_arms_is_reported_for_an_unfinished_comparison_too(results):
     told = {
         False: "logits on 32 validation images are bit-identical before and after in 6 of 6 cases",
         True: "Every arm was trained from scratch",

@@ -37,7 +37,7 @@ def pictures(tmp_path):
 
 
 @pytest.mark.large
-def test_the_script_stops_with_the_time_and_goes_on_where_it_stopped(tmp_path, pictures):
+def test_the_script_stops_at_the_time_limit_and_resumes_from_there(tmp_path, pictures):
     stopped = script(pictures, tmp_path / "out", "0")
     assert stopped.returncode == 75, stopped.stdout + stopped.stderr
     assert not list(tmp_path.glob("out/order/*.json"))
@@ -51,7 +51,7 @@ def test_the_script_stops_with_the_time_and_goes_on_where_it_stopped(tmp_path, p
 
 
 @pytest.mark.large
-def test_the_script_ends_with_the_code_of_what_went_wrong(tmp_path):
+def test_the_script_returns_the_exit_code_of_the_failure(tmp_path):
     failed = script(tmp_path / "nothing", tmp_path / "out")
     assert failed.returncode == 3
     assert "no such folder" in failed.stdout

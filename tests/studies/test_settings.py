@@ -7,18 +7,18 @@ from cbam.studies.report import LABELS
 from cbam.studies.settings import ATTENTION, NO_IDENTITY
 
 
-def test_every_attention_that_the_help_names_can_be_built_and_told():
+def test_every_attention_of_the_command_line_has_a_module_and_a_label():
     assert set(ATTENTION) == set(MODULES) == set(LABELS) - {"plain"}
 
 
-def test_attention_without_an_identity_start_is_compared_from_scratch_alone():
+def test_attention_without_an_identity_start_is_compared_only_from_scratch():
     assert set(NO_IDENTITY) == {name for name, make in MODULES.items() if not hasattr(make(64), "identity_")}
     assert Settings(attention=NO_IDENTITY, from_scratch=True).attention == NO_IDENTITY
     with pytest.raises(ConfigError, match="simam has no identity start"):
         Settings(attention=("cbam", "simam"))
 
 
-def test_all_problems_are_told_together():
+def test_all_problems_are_reported_together():
     # C3
     with pytest.raises(ConfigError) as caught:
         Settings(epochs=0, seeds=-1, lr=0, device="gpu", workers=-2, size=3)
@@ -27,13 +27,13 @@ def test_all_problems_are_told_together():
         assert name in told
 
 
-def test_an_unknown_attention_is_met_with_the_nearest():
+def test_an_unknown_attention_is_answered_with_the_nearest():
     # C6
     with pytest.raises(ConfigError, match="unknown attention 'cbm'; nearest: cbam"):
         Settings(attention=("se", "cbm"))
 
 
-def test_a_folder_behind_the_attention_is_told_where_it_belongs(tmp_path):
+def test_a_folder_after_the_attention_option_is_refused_with_its_place(tmp_path):
     # C6
     with pytest.raises(ConfigError, match="goes before --attention"):
         Settings(attention=("se", str(tmp_path)))

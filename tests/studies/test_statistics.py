@@ -31,7 +31,7 @@ def test_the_interval_of_two_runs_is_as_computed_by_hand():
     assert found["word"] == "no difference shown"
 
 
-def test_students_quantile_is_the_one_in_the_tables():
+def test_students_quantile_agrees_with_printed_tables():
     assert [student_quantile(n) for n in (1, 2, 4, 9)] == pytest.approx(
         [12.706, 4.303, 2.776, 2.262], abs=1e-3
     )
@@ -51,25 +51,25 @@ def test_the_word_follows_from_the_interval_and_the_direction(values, lower_is_b
     assert paired_difference(values, [10.0, 12.0, 11.0], lower_is_better=lower_is_better)["word"] == word
 
 
-def test_one_run_has_no_interval_and_proves_nothing():
+def test_one_run_has_no_interval_and_no_verdict():
     found = paired_difference([5.0], [10.0], lower_is_better=True)
     assert (found["mean"], found["low"], found["high"], found["word"]) == (-5, None, None, "not known")
     assert spread([5.0]) is None
 
 
-def test_equal_differences_are_no_proof_of_a_spread_of_zero():
+def test_equal_differences_have_no_interval():
     found = paired_difference([9.0, 11.0, 10.0], [10.0, 12.0, 11.0], lower_is_better=True)
     assert (found["low"], found["word"]) == (None, "no difference shown")
     same = paired_difference([9.0, 11.0], [9.0, 11.0], lower_is_better=True)
     assert (same["mean"], same["word"]) == (0, "no difference shown")
 
 
-def test_runs_that_do_not_pair_are_an_error():
+def test_unpaired_runs_are_an_error():
     with pytest.raises(ValueError, match="argument 2 is longer"):
         paired_difference([1.0], [1.0, 2.0], lower_is_better=True)
 
 
-def test_a_time_ratio_is_taken_round_by_round_and_does_not_see_a_machine_that_slows_down():
+def test_a_time_ratio_is_taken_per_round_so_a_slowing_machine_cancels():
     found = median_ratio([2.0, 4.0, 6.0, 2.0, 2.0], [1.0, 1.0, 2.0, 1.0, 1.0])
     assert (found["low"], found["ratio"], found["high"]) == (2.0, 2.0, 3.5)
     assert median_ratio([3.0], [2.0]) == {"ratio": 1.5, "low": 1.5, "high": 1.5}

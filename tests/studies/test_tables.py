@@ -1,4 +1,4 @@
-"""The rows of the studies: the paper's numbers, and networks that can be made."""
+"""The rows of the studies: the paper's numbers, and networks that can be built."""
 
 import re
 from pathlib import Path
@@ -14,7 +14,7 @@ from cbam.studies.training import cost_of
 PAPER = Path(cbam.__file__).parents[2] / "shared" / "reference" / "paper.md"
 
 
-def test_the_studies_are_those_of_the_papers_tables_and_four_more():
+def test_the_studies_are_the_papers_tables_and_further_ones():
     assert list(STUDIES) == [
         "channel", "spatial", "order", "networks", "mobile", "peers", "reduction", "start", "placement",
         "coco", "voc",
@@ -23,7 +23,7 @@ def test_the_studies_are_those_of_the_papers_tables_and_four_more():
 
 
 @pytest.mark.parametrize("name", STUDIES)
-def test_every_row_is_another_run_and_is_compared_with_rows_that_are_there(name):
+def test_every_row_is_a_distinct_run_compared_with_existing_rows(name):
     study = STUDIES[name]
     configs = [run_key(run_config(digits(), arm, 0)) for arm in study.arms.values()]
     assert len(set(configs)) == len(configs)
@@ -33,7 +33,7 @@ def test_every_row_is_another_run_and_is_compared_with_rows_that_are_there(name)
 
 
 @pytest.mark.parametrize("name", ["placement", "reduction", "start"])
-def test_every_row_of_the_digits_can_be_made(name):
+def test_every_row_on_the_digits_can_be_built(name):
     for arm in STUDIES[name].arms.values():
         cost = cost_of(run_config(digits(), arm, 0), 10, 64)
         assert (cost["sites"] > 0) == bool(arm.attention)
@@ -42,7 +42,7 @@ def test_every_row_of_the_digits_can_be_made(name):
 @pytest.mark.large
 @pytest.mark.parametrize("name", STUDIES)
 @pytest.mark.parametrize("protocol", [digits(), imagenette(), imagenet()], ids=lambda p: p.network)
-def test_every_row_can_be_made(name, protocol):
+def test_every_row_can_be_built(name, protocol):
     if STUDIES[name].boxed:
         protocol = STUDIES[name].usual("boxes", 300 if protocol.small else LARGE_COCO, 64)
     for arm in STUDIES[name].chosen(small=protocol.small).values():
@@ -50,7 +50,7 @@ def test_every_row_can_be_made(name, protocol):
         assert (cost["sites"] > 0) == bool(arm.attention)
 
 
-def test_the_peers_are_all_modules():
+def test_the_peers_are_all_attention_modules():
     assert set(STUDIES["peers"].arms) == {"plain", *ATTENTION}
 
 
@@ -70,7 +70,7 @@ def test_rows_have_the_papers_number_of_parameters(name, arm, parameters):
     assert cost_of(config, 1000, 64)["parameters"] == parameters
 
 
-@pytest.mark.skipif(not PAPER.exists(), reason="the paper's numbers are not beside the checkout")
+@pytest.mark.skipif(not PAPER.exists(), reason="the paper's numbers are not next to the checkout")
 def test_the_papers_errors_are_those_of_its_tables():
     text = PAPER.read_text("utf-8")
     for number, name in enumerate(("channel", "spatial", "order", "networks", "mobile"), 1):
@@ -89,7 +89,7 @@ def test_the_usual_protocol_follows_the_data():
     assert usual("imagenet", 1_281_167, 224).schedule == "step"
 
 
-def test_a_setting_that_is_off_has_no_part_in_the_name_of_a_run():
+def test_a_setting_that_is_off_does_not_change_the_key_of_a_run():
     config = run_config(digits(), STUDIES["channel"].arms["plain"], 0)
     assert run_key(config | {"ema": None, "deep": False}) == run_key(config)
     assert run_key(config | {"seed": 1}) != run_key(config)

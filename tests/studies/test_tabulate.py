@@ -1,4 +1,4 @@
-"""Tables and figures of records that were made up."""
+"""Tables and figures of invented records."""
 
 import re
 import statistics
@@ -17,7 +17,7 @@ from cbam.studies.tabulate import differences, levels, tables
 STUDY = STUDIES["channel"]
 ABOUT = {"name": "cluttered_digits", "train": 1437, "val": 1080, "size": 64, "classes": 10, "sha256": "x"}
 PLAIN = [20.0, 22.0, 21.0, 23.0, 19.0]
-BETTER = [17.0, 19.5, 18.0, 20.5, 16.0]  # 3, 2.5, 3, 2.5 and 3 below
+BETTER = [17.0, 19.5, 18.0, 20.5, 16.0]  # lower by 3, 2.5, 3, 2.5 and 3
 SAME = [21.0, 22.0, 21.0, 22.0, 20.0]
 
 
@@ -42,7 +42,7 @@ def table():
     return made
 
 
-def test_the_last_epoch_counts_with_its_mean_and_spread(table):
+def test_levels_are_mean_and_spread_of_the_last_epoch(table):
     found = {row["arm"]: row for row in levels(table)}
     assert found["plain"]["val_top1"] == {"mean": statistics.fmean(PLAIN), "spread": statistics.stdev(PLAIN)}
     assert found["plain"]["val_top5"]["mean"] == pytest.approx(statistics.fmean(PLAIN) / 4)
@@ -51,7 +51,7 @@ def test_the_last_epoch_counts_with_its_mean_and_spread(table):
     assert [found[name]["n"] for name in STUDY.arms] == [5, 5, 5, 0]
 
 
-def test_differences_are_paired_by_seed_beside_the_papers(table):
+def test_differences_are_paired_by_seed_and_shown_with_the_papers(table):
     found = {(row["arm"], row["against"]): row for row in differences(table, "val_top1")}
     row = found["avg", "plain"]
     interval = stats.ttest_rel(BETTER, PLAIN).confidence_interval(0.95)
@@ -63,7 +63,7 @@ def test_differences_are_paired_by_seed_beside_the_papers(table):
     assert "word" not in found["both", "plain"]
 
 
-def test_a_seed_without_its_pair_enters_the_level_and_no_difference():
+def test_an_unpaired_seed_counts_in_the_level_but_not_in_a_difference():
     (table,) = tables(STUDY, [*rows("plain", PLAIN[:3]), *rows("avg", BETTER)])
     (row,) = [row for row in differences(table, "val_top1") if row["arm"] == "avg"]
     assert (row["n"], sorted(row["each"])) == (3, [0, 1, 2])
@@ -89,14 +89,14 @@ def test_too_few_seeds_or_rows_make_a_partial_table(seeds, arms, told):
 @pytest.mark.parametrize(
     "change", [{"dirty": True}, {"dirty": None}, {"commit": None}, {"status": "NonFiniteError: nan"}]
 )
-def test_runs_that_failed_or_of_changed_code_never_count(change):
+def test_failed_runs_and_runs_of_changed_code_never_count(change):
     (table,) = tables(STUDY, [*rows("plain", PLAIN), *rows("avg", BETTER, **change)])
     assert list(table.runs) == ["plain"]
     assert (len(table.failed), table.changed) == ((5, 0) if "status" in change else (0, 5))
     assert "do not count" in markdown(table, None)
 
 
-def test_other_settings_make_another_table_with_another_name():
+def test_other_settings_give_another_table_with_another_name():
     longer = [record("plain", 0, 10.0, config=run_config(digits(), STUDY.arms["plain"], 0) | {"epochs": 80})]
     first, second = tables(STUDY, [*rows("plain", PLAIN), *longer])
     assert first.name == "channel-digits"
@@ -104,7 +104,7 @@ def test_other_settings_make_another_table_with_another_name():
     assert second.values("plain", "val_top1") == {0: 10.0}
 
 
-def test_a_folder_of_any_name_has_files_that_a_page_can_link_to():
+def test_table_names_are_valid_in_links_for_any_folder_name():
     names, digits_config = [], run_config(digits(), STUDY.arms["plain"], 0)
     for data in ("my pics (2) | <b>", "my_pics_2_b_", "../a"):
         (table,) = tables(STUDY, [record("plain", 0, 10.0, config=digits_config | {"data": data})])
@@ -114,7 +114,7 @@ def test_a_folder_of_any_name_has_files_that_a_page_can_link_to():
 
 
 @pytest.mark.parametrize("change", [{"train": 900}, {"sha256": "y"}, {"files": "b"}, {"objects": "b"}])
-def test_records_of_other_images_make_no_table(change):
+def test_records_of_other_images_are_refused(change):
     older, named = rows("plain", PLAIN), rows("avg", BETTER, data=ABOUT | {"files": "a", "objects": "a"})
     (table,) = tables(STUDY, [*older, *named])
     assert {name: len(runs) for name, runs in table.runs.items()} == {"plain": 5, "avg": 5}
@@ -122,7 +122,7 @@ def test_records_of_other_images_make_no_table(change):
         tables(STUDY, [*older, *named, *rows("max", SAME, data=ABOUT | change)])
 
 
-def test_a_record_taken_over_from_another_study_is_known_by_its_settings():
+def test_a_record_reused_from_another_study_is_identified_by_its_settings():
     records = [*rows("avg", BETTER), *rows("plain", PLAIN)]
     (table,) = tables(STUDIES["peers"], records)
     assert {arm: len(runs) for arm, runs in table.runs.items()} == {"se": 5, "plain": 5}
@@ -130,14 +130,14 @@ def test_a_record_taken_over_from_another_study_is_known_by_its_settings():
     assert tables(STUDIES["mobile"], rows("avg", BETTER)) == []
 
 
-def test_the_epochs_of_the_steps_are_told_without_brackets():
+def test_milestones_are_printed_without_brackets():
     config = run_config(digits(), STUDY.arms["plain"], 0) | {"schedule": "step", "milestones": [4, 6]}
     (table,) = tables(STUDY, [record("plain", 0, 20.0, config=config)])
     assert dict(facts(table))["training"].endswith(", fp32, divided by 10 after epochs 4, 6")
 
 
 @pytest.mark.parametrize("change", [{"parameters": 1001}, {"gmac": 0.6}, {"sites": 4}])
-def test_runs_of_a_row_that_are_not_of_one_network_are_told(table, change):
+def test_a_row_with_runs_of_different_networks_is_reported(table, change):
     told = "The runs of + average (= SE) are not all of the same network"
     assert told not in markdown(table, None) + text(table)
     (mixed,) = tables(
@@ -146,7 +146,7 @@ def test_runs_of_a_row_that_are_not_of_one_network_are_told(table, change):
     assert markdown(mixed, None).count(told) == text(mixed).count(told) == 1
 
 
-def test_the_page_says_what_was_computed(table):
+def test_the_page_shows_what_was_computed(table):
     page = markdown(table, "channel-digits.svg")
     assert "| + average (= SE) | plain | -1.42 | -2.80 | -3.14 to -2.46 | better | 5 |" in page
     assert "Better in top-1 error: + average (= SE) against plain (-2.80 points, -3.14 to -2.46)." in page
@@ -184,18 +184,18 @@ def test_there_is_no_figure_without_a_pair():
     assert "tested" not in markdown(table, None)
 
 
-def test_one_pair_is_drawn_and_not_counted_among_the_intervals():
+def test_one_pair_is_drawn_but_not_counted_as_an_interval():
     (table,) = tables(STUDY, [*rows("plain", PLAIN[:1]), *rows("avg", BETTER[:1])])
     assert figure(table)
     assert "tested" not in markdown(table, None)
 
 
-def test_equal_differences_have_no_interval_and_are_drawn_all_the_same():
+def test_equal_differences_have_no_interval_but_are_drawn():
     (table,) = tables(STUDY, [*rows("plain", PLAIN), *rows("avg", [value - 1 for value in PLAIN])])
     assert "| -1.00 | none | no difference shown | 5 | - | - |" in markdown(table, None)
     assert figure(table)
 
 
-def test_runs_that_are_all_alike_are_drawn_too():
+def test_identical_runs_are_drawn_too():
     (table,) = tables(STUDY, [*rows("plain", PLAIN), *rows("avg", PLAIN)])
     assert figure(table)
