@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 
-# Package -> first version without the vulnerabilities that matter here: by untrusted files or visitors.
+# Package -> first version without the vulnerabilities that matter here: through untrusted files or visitors.
 FLOORS = {
     "torch": ("2.10", "CVE-2026-24747, a file overwrites memory although weights_only is set"),
     "pillow": ("12.3", "CVE-2026-54059, -54060, -55379, -55380, -55798, damaged images"),
@@ -21,7 +21,7 @@ FLOORS = {
     "gradio": ("6.16", "CVE-2026-28414 and -28416, and a path that leads out of a folder"),
     "scikit-learn": ("1.5", "CVE-2024-5206"),
     "datasets": ("4.0", "older ones run the script of a data set"),
-    "pyyaml": ("5.4", "CVE-2020-14343; no YAML is constructed here all the same"),
+    "pyyaml": ("5.4", "CVE-2020-14343, although no YAML is constructed here"),
 }
 
 
@@ -42,9 +42,9 @@ def lowest() -> dict[str, set[str]]:
 
 # W16
 @pytest.mark.parametrize("package", FLOORS)
-def test_no_version_with_a_known_hole_is_allowed(package):
+def test_no_version_with_a_known_vulnerability_is_allowed(package):
     first, why = FLOORS[package]
-    assert lowest()[package], f"{package} is no dependency any more"
+    assert lowest()[package], f"{package} is no longer a dependency"
     for floor in lowest()[package]:
         assert version(floor) >= version(first), why
 

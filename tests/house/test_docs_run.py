@@ -70,7 +70,7 @@ def run(page: Path) -> dict:
 
 
 def _hub(patch: pytest.MonkeyPatch) -> None:
-    """A repository of the Hub is the folder of its name, whatever the revision."""
+    """A repository of the Hub is the local folder of its name, at any revision."""
 
     def snapshot(repository: str, *, allow_patterns: list[str], revision: str | None) -> str:
         return repository.partition("/")[2]
@@ -89,7 +89,7 @@ def _torch_hub(patch: pytest.MonkeyPatch) -> None:
 
 
 def _timm(patch: pytest.MonkeyPatch) -> None:
-    """Pretrained weights are random ones."""
+    """Pretrained weights are replaced by random ones."""
     create = timm.create_model
     patch.setattr(timm, "create_model", lambda name, pretrained, **kw: create(name, **kw))
 
@@ -132,7 +132,7 @@ def test_the_blocks_of_a_page_run(page, tmp_path, monkeypatch):
     run(page)
 
 
-def test_a_block_that_does_not_run_is_python_and_says_why():
+def test_a_block_that_does_not_run_compiles_and_gives_a_reason():
     left_out = [block for page in PAGES for block in blocks(page) if block.reason]
     for block in left_out:
         compile(block.code, str(block.page), "exec")
@@ -142,16 +142,16 @@ def test_a_block_that_does_not_run_is_python_and_says_why():
 
 
 @pytest.mark.parametrize("page", TEXTS, ids=label)
-def test_relative_links_lead_somewhere(page):
+def test_relative_links_work(page):
     assert not dead_links(page)
 
 
-def test_the_readme_and_the_changelog_are_among_the_pages():
+def test_the_readme_and_the_changelog_are_checked():
     assert {"README.md", "CHANGELOG.md", "CONTRIBUTING.md"} <= {page.name for page in TEXTS}
     assert any(block.reason is None for block in blocks(ROOT / "README.md"))
 
 
-def test_a_failing_block_is_found_and_shares_the_names_of_the_one_before(tmp_path):
+def test_a_failing_block_is_found_and_shares_the_earlier_namespace(tmp_path):
     page = tmp_path / "page.md"
     page.write_text("# A page\n\n```python\nx = 1\n```\n\n```python\nassert x == 2\n```\n", encoding="utf-8")
     with pytest.raises(AssertionError) as error:
@@ -167,7 +167,7 @@ def test_a_block_with_a_reason_does_not_run(tmp_path):
     assert "x" not in run(page)
 
 
-def test_a_stand_in_is_there_for_its_block_alone(tmp_path, monkeypatch):
+def test_a_stand_in_is_active_only_for_its_block(tmp_path, monkeypatch):
     monkeypatch.setitem(STAND_INS, "a", lambda patch: patch.setattr(math, "tau", 6))
     page = tmp_path / "page.md"
     page.write_text(

@@ -1,4 +1,4 @@
-"""What results/ holds: records of clean commits; tables, figures and a page that are computed from them."""
+"""results/ has records of clean commits, and tables, figures and a page computed from them."""
 
 import json
 import shutil
@@ -22,13 +22,13 @@ RESULTS = ROOT / "results"
 RECORDS = sorted(RESULTS.glob("*/*.json"))
 
 
-def test_there_are_records_of_the_studies_alone():
+def test_there_are_only_records_of_the_studies():
     assert RECORDS
     assert {path.parent.name for path in RECORDS} <= set(STUDIES)
     assert {path.suffix for path in RESULTS.glob("*/*") if path.is_file()} <= {".json", ".md", ".svg"}
 
 
-def test_every_record_is_finished_of_a_known_commit_and_named_by_its_settings():
+def test_every_record_is_complete_and_named_by_its_settings():
     for path in RECORDS:
         record = read(path)
         assert counts(record), path
@@ -37,7 +37,7 @@ def test_every_record_is_finished_of_a_known_commit_and_named_by_its_settings():
         assert len(record["versions"]) > 2, path
 
 
-def test_a_record_ran_the_sources_of_the_commit_that_it_names():
+def test_the_sources_of_a_record_are_those_of_its_commit():
     origins = {(record["commit"], record["source"]) for record in map(read, RECORDS)}
     for commit, source in origins:
         there = subprocess.run(
@@ -48,7 +48,7 @@ def test_a_record_ran_the_sources_of_the_commit_that_it_names():
         assert machine.source_of(commit, ROOT) == source, commit
 
 
-def test_a_record_that_stands_in_several_studies_is_the_same_to_the_byte():
+def test_a_record_in_several_studies_is_identical_in_each():
     content: dict[str, bytes] = {}
     for path in RECORDS:
         record = read(path)
@@ -57,7 +57,7 @@ def test_a_record_that_stands_in_several_studies_is_the_same_to_the_byte():
 
 
 @pytest.mark.parametrize("name", STUDIES)
-def test_tables_and_figures_are_those_of_the_records(name):
+def test_tables_and_figures_are_computed_from_the_records(name):
     records = Records(RESULTS, name)
     made = tables(STUDIES[name], records.all().values())
     assert {path.stem for path in records.path.glob("*.md")} == {table.name for table in made}, (
@@ -70,19 +70,19 @@ def test_tables_and_figures_are_those_of_the_records(name):
         assert (drawing.read_text("utf-8") if drawing.exists() else None) == drawn, "make evidence"
 
 
-def test_the_page_of_the_evidence_is_what_its_program_writes():
+def test_the_evidence_page_is_up_to_date():
     assert fill_evidence.PAGE.read_text("utf-8") == fill_evidence.page(), "make evidence"
 
 
-def test_the_readme_says_what_the_tables_on_photographs_show(tmp_path):
+def test_the_results_in_the_readme_are_up_to_date(tmp_path):
     text = fill_evidence.README.read_text("utf-8")
     assert text == fill_evidence.readme(text), "make evidence"
     assert "There are no tables on photographs yet." in fill_evidence.readme(text, tmp_path)
 
 
-def test_the_readme_has_a_row_for_each_kind_of_run_once_and_its_difference_to_the_plain_one(tmp_path):
+def test_the_readme_has_one_row_per_kind_of_run_with_its_difference_to_plain(tmp_path):
     everything = cited()
-    assert everything.count("With ") == 2  # the trainings without a warm-up
+    assert everything.count("With ") == 2  # the runs without a warm-up
     assert "With no warm-up: better in top-1 error: CBAM, paper's start against plain (" in everything
     assert "For detectors trained on only 96 images of bccd, no difference is shown. Full" in everything
     assert "| ResNet18-FPN" not in everything  # a part of a data set gets no table
@@ -108,7 +108,7 @@ def test_the_readme_has_a_row_for_each_kind_of_run_once_and_its_difference_to_th
     assert "5 differences are tested here" in cited(tmp_path)
 
 
-def test_the_readme_names_the_measure_of_a_table_of_detectors(tmp_path):
+def test_the_readme_names_the_metric_of_a_table_of_detectors(tmp_path):
     (tmp_path / "coco").mkdir()
     for path in (path for path in RECORDS if path.parent.name == "coco"):
         record = read(path)
@@ -130,7 +130,7 @@ def values(results, row):
 
 
 def cited(results=RESULTS):
-    """What the README says of these records."""
+    """What the README says about these records."""
     text = fill_evidence.readme(fill_evidence.README.read_text("utf-8"), results)
     return text.split(fill_evidence.BEGIN)[1].split(fill_evidence.END)[0]
 
@@ -139,6 +139,6 @@ def test_the_page_says_that_the_digits_are_not_the_evidence():
     assert "**The digits are not the evidence.**" in fill_evidence.page()
 
 
-def test_what_is_said_of_detectors_is_what_its_program_writes():
+def test_the_detection_page_is_up_to_date():
     said = fill_boxes.PAGE.read_text("utf-8")
     assert fill_boxes.page(said) == said, "make evidence"

@@ -1,29 +1,29 @@
-"""tests/FAULTS.md is what the tests say, every row is covered or has a reason, and no grave row is left."""
+"""tests/FAULTS.md matches the tests, every row has a test or a reason, and every grave row has a test."""
 
 from docs import fill_faults
 
 
-def test_the_page_is_what_the_program_writes():
+def test_the_fault_page_is_up_to_date():
     assert fill_faults.PAGE.read_text("utf-8") == fill_faults.page(), (
         "make faults, or python -m docs.fill_faults"
     )
 
 
-def test_every_row_is_covered_or_left_with_a_reason():
+def test_every_row_has_a_test_or_a_reason():
     told, tests = fill_faults.read(), fill_faults.covered()
     rows = fill_faults.rows(told)
     assert len(rows) == 184
     assert {row for row in rows if row not in tests} == set(told["left"]), "covered or left, not both"
-    assert set(tests) <= set(rows), "a test names a row that is none"
+    assert set(tests) <= set(rows), "a test names an unknown row"
     assert all(told["left"].values())
 
 
-def test_no_grave_row_is_left():
+def test_every_grave_row_has_a_test():
     told, tests = fill_faults.read(), fill_faults.covered()
     assert not [row for row in fill_faults.grave(told) if row not in tests]
 
 
-def test_a_comment_belongs_to_the_test_that_it_is_in_or_before():
+def test_a_comment_belongs_to_the_test_that_contains_or_follows_it():
     source = """
 CASES = [1]  # C1: a table
 

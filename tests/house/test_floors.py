@@ -1,4 +1,4 @@
-"""Rooms import only from floors below, and some rooms import no package but torch.
+"""Rooms import only from floors below, and some rooms import no package except torch.
 
 A room is a module or a package directly under cbam/. It imports from floors strictly below and from itself;
 the public names of `cbam` count as the rooms that define them.
@@ -30,8 +30,8 @@ FLOORS = {
     "app": 7,
 }
 EXEMPT = ("__init__.py", "__main__.py")  # the entry points import from every floor
-TRITON = "ops/triton_*.py"  # imported on first use of a GPU, by nothing at module level but each other
-TORCH_ALONE = ("__init__.py", "errors", "ops", "nn", "surgery")  # what `import cbam` and `attach` need
+TRITON = "ops/triton_*.py"  # imported on first use of a GPU; at module level only by each other
+TORCH_ONLY = ("__init__.py", "errors", "ops", "nn", "surgery")  # what `import cbam` and `attach` need
 
 
 def floor_offenders(package: Path) -> list[str]:
@@ -50,13 +50,13 @@ def floor_offenders(package: Path) -> list[str]:
 
 
 def extra_offenders(package: Path) -> list[str]:
-    """One line per import, at module level in a TORCH_ALONE room, of more than torch: file:line, what."""
+    """One line per import, at module level in a TORCH_ONLY room, of more than torch: file:line, what."""
     found = []
     for path, room, tree in modules(package):
         allowed = {"torch", package.name, *sys.stdlib_module_names}
         if path.match(TRITON):
             allowed.add("triton")
-        if room in TORCH_ALONE:
+        if room in TORCH_ONLY:
             for node in at_module_level(tree):
                 names = absolute_names(path, node, package)
                 found += [
@@ -137,12 +137,12 @@ def at_module_level(tree: ast.AST) -> Iterator[ast.stmt]:
         yield from at_module_level(node)
 
 
-def test_every_import_goes_downstairs():
+def test_every_import_is_from_a_lower_floor():
     offenders = floor_offenders(PACKAGE)
     assert not offenders, "\n".join(offenders)
 
 
-def test_the_lower_floors_import_nothing_but_torch():
+def test_the_lower_floors_import_only_torch():
     offenders = extra_offenders(PACKAGE)
     assert not offenders, "\n".join(offenders)
 
@@ -182,7 +182,7 @@ def house(tmp_path):
         ("attic/a.py", "import torch\n", 1),
     ],
 )
-def test_an_import_that_does_not_go_downstairs_is_named(house, module, text, line):
+def test_an_import_not_from_a_lower_floor_is_named(house, module, text, line):
     package = house(module, text)
     (offender,) = floor_offenders(package)
     assert offender.startswith(f"{package / module}:{line}: ")
@@ -197,7 +197,7 @@ def test_an_import_that_does_not_go_downstairs_is_named(house, module, text, lin
         ("__main__.py", "from cbam.app.cli import main\n"),
     ],
 )
-def test_an_import_that_goes_downstairs_is_not_named(house, module, text):
+def test_an_import_from_a_lower_floor_is_accepted(house, module, text):
     assert floor_offenders(house(module, text)) == []
 
 
@@ -214,6 +214,6 @@ def test_an_import_that_goes_downstairs_is_not_named(house, module, text):
 )
 def test_an_optional_package_at_module_level_is_named(house, text, lines):
     package = house("surgery/a.py", text)
-    house("data/a.py", "import numpy\n")  # not one of the rooms that promise torch alone
+    house("data/a.py", "import numpy\n")  # not one of the rooms that need only torch
     found = extra_offenders(package)
     assert [int(offender.split(":")[1]) for offender in found] == lines

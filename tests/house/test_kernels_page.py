@@ -1,4 +1,4 @@
-"""docs/kernels.md is computed from benchmarks/results: what it shows is what the files say."""
+"""docs/kernels.md is computed from the files in benchmarks/results."""
 
 import csv
 
@@ -36,7 +36,7 @@ def test_without_results_the_page_says_so(page):
     assert page.read_text().endswith("\nbelow\n")
 
 
-def test_a_case_is_a_line_and_an_implementation_a_column(page):
+def test_the_table_has_a_row_per_case_and_a_column_per_implementation(page):
     ours = ROW | {"implementation": "cbam", "ms": "0.5", "ratio": "0.25", "low": "0.2", "high": "0.3"}
     write(page.parent / "results" / "a.csv", ROW, ours | {"bandwidth": "0.8"})
     write(page.parent / "results" / "other.csv", {"network": "resnet18"})
@@ -49,7 +49,7 @@ def test_a_case_is_a_line_and_an_implementation_a_column(page):
     assert "old" not in text
 
 
-def test_the_readme_shows_one_network_with_memory_as_it_comes(page):
+def test_the_readme_shows_one_network_with_the_default_memory_setting(page):
     plain = ROW | {"op": "resnet50", "implementation": "plain", "shape": "8x3x224x224", "memory": ""}
     ours = plain | {"implementation": "cbam", "ratio": "1.01", "low": "0.9", "high": "1.1"}
     results = page.parent / "results"
@@ -66,7 +66,7 @@ def networks(gate="passed", op="resnet50", **changes):
     return plain, plain | {"implementation": "cbam", "ratio": "1.50", "low": "1.4", "high": "1.6"}
 
 
-def test_rows_whose_gate_was_not_passed_are_not_shown(page):
+def test_unverified_and_quick_rows_are_not_shown(page):
     results = page.parent / "results"
     write(results / "networks-A-device.csv", *networks("unverified"))
     write(results / "A-device-quick.csv", *networks())
@@ -75,7 +75,7 @@ def test_rows_whose_gate_was_not_passed_are_not_shown(page):
         assert "No machine's results" in page.read_text()
 
 
-def test_the_files_of_one_machine_are_one_section_and_show_each_case_once(page):
+def test_the_files_of_one_machine_give_one_section_with_each_case_once(page):
     results = page.parent / "results"
     write(results / "blocks-A-device.csv", ROW | {"gate": "passed"})
     again = [row | {"ms": "9.0", "ratio": "9.0"} for row in networks()]
@@ -90,7 +90,7 @@ def test_the_files_of_one_machine_are_one_section_and_show_each_case_once(page):
     assert page.read_text().count("| resnet50 ") == 1
 
 
-def test_what_differs_between_the_rows_of_a_machine_is_told(page):
+def test_differences_between_the_rows_of_a_machine_are_reported(page):
     results, commit = page.parent / "results", "0123456789abcdef"
     write(
         results / "a.csv",
@@ -109,7 +109,7 @@ def test_what_differs_between_the_rows_of_a_machine_is_told(page):
     assert "1 threads, no kernels" in page.read_text()
 
 
-def test_the_readme_holds_what_was_measured(tmp_path):
+def test_the_timings_in_the_readme_are_up_to_date(tmp_path):
     copy = tmp_path / "README.md"
     copy.write_text(README.read_text("utf-8"), "utf-8")
     fill_readme(copy, RESULTS)

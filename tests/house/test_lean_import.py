@@ -66,14 +66,14 @@ def test_import_cbam_does_not_import_torch():
     assert not {"torch", *OPTIONAL} & set(imported)
 
 
-def test_the_module_works_with_torch_alone():
+def test_the_module_works_with_only_torch():
     assert (
         run(f"{BLOCK}\nimport torch, cbam\nprint(*cbam.CBAM(8)(torch.randn(1, 8, 4, 4)).shape)")
         == "1 8 4 4\n"
     )
 
 
-def test_attaching_works_with_torch_alone():
+def test_attaching_works_with_only_torch():
     program = f"""{BLOCK}{RESIDUAL}
 import cbam
 x = torch.randn(2, 3, 8, 8)
@@ -86,7 +86,7 @@ print(torch.equal(net(x), plain), [name for name in sys.modules if name.split(".
     assert run(program) == "2 True\nTrue []\n"
 
 
-def test_a_room_without_its_optional_packages_loads_or_names_the_extra():
+def test_a_room_without_optional_packages_loads_or_names_the_extra():
     program = f"""{BLOCK}
 import cbam
 for name in cbam.__all__:

@@ -14,7 +14,7 @@ FOLDER = ROOT / "docs" / "methods"
 PROGRAM = runpy.run_path(str(ROOT / "docs" / "fill_methods.py"))
 
 
-def test_the_cards_are_what_the_program_writes():
+def test_the_cards_are_up_to_date():
     pages = PROGRAM["pages"]()
     stale = [name for name, text in pages.items() if (FOLDER / name).read_text("utf-8") != text]
     assert not stale, "run make cards"
@@ -31,8 +31,8 @@ def test_a_card_has_a_formula_a_reference_and_a_block_that_runs(name):
     assert len(re.findall(r"^```python$", text, re.MULTILINE)) == 1
 
 
-def test_the_costs_are_those_of_attaching():
-    """The program counts one network with other modules at the places that `attach` found."""
+def test_the_costs_on_a_card_are_those_of_an_attached_network():
+    """The program counts one network, exchanging the modules at the places that `attach` found."""
     from cbam.models import build, profile
 
     for name, start in (("eca", "identity"), ("sk", "paper")):

@@ -1,4 +1,4 @@
-"""What is released: all that its tests need and nothing else, one version, floors under every dependency."""
+"""The release: exactly the tracked files, one version, and a lowest version for every dependency."""
 
 import importlib.util
 import re
@@ -27,7 +27,7 @@ def tracked() -> set[str]:
 
 
 def requirements() -> list[str]:
-    """Every dependency of both distributions, but for those on their own extras."""
+    """Every dependency of both distributions, except those on their own extras."""
     lines: list[str] = []
     for project in PROJECTS.values():
         extras = project["project"].get("optional-dependencies", {}).values()
@@ -52,7 +52,7 @@ def test_both_distributions_have_one_version_and_one_licence():
     assert all("version" in project["project"]["dynamic"] for project in PROJECTS.values())
 
 
-def test_the_package_says_that_it_is_typed():
+def test_the_package_is_marked_as_typed():
     assert (Path(cbam.__file__).parent / "py.typed").is_file()
 
 
@@ -64,7 +64,7 @@ def test_the_files_that_a_release_needs_are_there():
     assert "## A release" in (ROOT / "CONTRIBUTING.md").read_text("utf-8")
 
 
-def test_the_sdist_is_the_files_under_version_control(tmp_path):
+def test_the_sdist_has_the_files_under_version_control(tmp_path):
     if importlib.util.find_spec("hatchling") is None:
         pytest.skip("hatchling is not installed")
     expected = tracked()
@@ -80,7 +80,7 @@ def test_the_sdist_is_the_files_under_version_control(tmp_path):
 
 
 @pytest.mark.large
-def test_what_is_built_works_in_an_empty_environment(tmp_path):
+def test_the_built_packages_work_in_an_empty_environment(tmp_path):
     line = [sys.executable, ROOT / "tools" / "dist.py", tmp_path]
     done = subprocess.run(line, capture_output=True, text=True, check=False)
     if "no C++ compiler" in done.stderr:

@@ -1,4 +1,4 @@
-"""What is public exists, is listed, and says what it is."""
+"""Public names exist, are listed, and have a docstring."""
 
 import ast
 import importlib
@@ -23,7 +23,7 @@ def test_a_public_name_resolves_and_has_a_docstring(name):
     assert inspect.getdoc(getattr(cbam, name))
 
 
-def test_the_front_door_lists_what_it_leads_to():
+def test_the_package_lists_its_public_names():
     assert sorted(cbam.__all__) == sorted({*cbam._HOME, *cbam._ROOMS} - {"errors"})
     assert set(cbam.__all__) <= set(dir(cbam))
 
@@ -36,7 +36,7 @@ def test_a_type_checker_sees_every_public_name():
     assert {alias.name for node in imported for alias in node.names} == set(cbam.__all__)
 
 
-def test_an_unknown_name_is_an_attribute_error_that_names_it():
+def test_an_unknown_name_raises_an_attribute_error_that_names_it():
     with pytest.raises(AttributeError, match="'cbam' has no attribute 'atach'"):
         _ = cbam.atach
 

@@ -1,4 +1,4 @@
-"""The files of the repository: what they name, what they are called, how long they are."""
+"""The files of the repository: their contents, names and lengths."""
 
 import re
 import subprocess
@@ -57,7 +57,7 @@ def test_a_machine_path_or_a_registry_is_found(tmp_path, name):
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
-def test_a_relative_path_or_an_address_is_no_machine_path(tmp_path, folder):
+def test_relative_paths_and_web_addresses_are_accepted(tmp_path, folder):
     (tmp_path / "a.txt").write_text(
         f"docs{folder}x https://example.org{folder}x .{folder}x", encoding="utf-8"
     )
@@ -75,7 +75,7 @@ def test_the_version_is_written_once():
     assert re.fullmatch(r"\d+\.\d+\.\d+", cbam.__version__)
 
 
-def test_the_changelog_knows_this_version():
+def test_the_changelog_has_this_version():
     assert f"\n## {cbam.__version__}" in (ROOT / "CHANGELOG.md").read_text("utf-8")
 
 
@@ -84,13 +84,13 @@ def test_the_licence_is_mit():
     assert 'license = "MIT"' in (ROOT / "pyproject.toml").read_text("utf-8")
 
 
-def test_no_file_of_the_package_is_two_rooms():
+def test_no_file_of_the_package_is_too_long():
     lengths = {path: len(path.read_text("utf-8").splitlines()) for path in PACKAGE.rglob("*.py")}
     assert lengths
     assert not [f"{path}: {length} lines" for path, length in lengths.items() if length > MAX_LINES]
 
 
-def test_no_module_is_named_for_being_useful():
+def test_no_module_has_a_generic_name():
     paths = [path for folder in (PACKAGE, ROOT / "tests") for path in folder.rglob("*.py")]
     named = [path for path in paths if {*path.relative_to(ROOT).with_suffix("").parts} & NOT_A_NAME]
     stems = [path for path in paths if {*path.stem.removeprefix("test_").strip("_").split("_")} & NOT_A_NAME]

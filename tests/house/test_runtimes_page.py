@@ -14,12 +14,12 @@ SE = ROW | {"attention": "se", "ratio": "1.0449", "low": "1.0", "high": "1.1"}
 CBAM = ROW | {"attention": "cbam", "ratio": "1.2", "low": "1.19", "high": "1.213"}
 
 
-def test_the_page_says_what_was_measured():
+def test_the_runtimes_page_is_up_to_date():
     said = fill_runtimes.PAGE.read_text("utf-8")
     assert fill_runtimes.page(said) == said, "make evidence"
 
 
-def test_a_network_and_a_runtime_are_a_line_with_its_ratios_and_quartiles(tmp_path):
+def test_a_network_on_a_runtime_is_a_row_of_ratios_with_quartiles(tmp_path):
     with (tmp_path / "runtimes-x.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, ROW)
         writer.writeheader()
@@ -31,7 +31,7 @@ def test_a_network_and_a_runtime_are_a_line_with_its_ratios_and_quartiles(tmp_pa
     assert "old" not in said
 
 
-def test_changed_code_is_not_told_as_its_commit():
+def test_changed_code_is_not_reported_as_its_commit():
     changed = [row | {"commit": "0123456789abcdef+changes"} for row in (ROW, SE, CBAM)]
     assert fill_runtimes.section(changed).count("commit `0123456789ab+changes`.") == 1
 

@@ -1,4 +1,4 @@
-"""The documentation site: every page is in its contents; built, it asks nothing of the network.
+"""The documentation site: every page is in its contents, and the built site does not use the network.
 
 `make check` builds it with warnings as errors.
 """
@@ -40,8 +40,8 @@ def test_every_page_is_in_the_contents_of_the_site():
     assert pages <= contents(DOCS / "index.md")
 
 
-def test_a_link_to_a_page_leads_to_one_of_the_site():
-    """Otherwise reported only when Sphinx builds: it reads no page outside its patterns."""
+def test_links_between_pages_stay_on_the_site():
+    """Otherwise reported only by the Sphinx build, which reads no page outside its patterns."""
     (patterns,) = re.findall(
         r"^include_patterns = (\[.*\])$", (DOCS / "conf.py").read_text("utf-8"), re.MULTILINE
     )
@@ -56,13 +56,13 @@ def test_a_link_to_a_page_leads_to_one_of_the_site():
     assert linked <= of_site
 
 
-def test_a_page_that_is_listed_and_not_there_is_found(tmp_path):
+def test_a_listed_page_that_is_missing_is_found(tmp_path):
     (tmp_path / "index.md").write_text("```{toctree}\n:hidden:\n\ngone\n```\n", encoding="utf-8")
     with pytest.raises(AssertionError, match="gone is listed"):
         contents(tmp_path / "index.md")
 
 
-def test_every_room_has_a_page_of_the_reference():
+def test_every_room_has_a_reference_page():
     rooms = {path.parent.name for path in (ROOT / "cbam").glob("*/__init__.py")} - {"app"} | {"errors"}
     assert {path.stem for path in (DOCS / "api").glob("*.md")} == rooms | {"README"}
 
@@ -113,7 +113,7 @@ def test_the_reference_has_every_public_name(site):
 
 @pytest.mark.large
 @pytest.mark.parametrize("width", WIDTHS)
-def test_no_page_asks_the_network_overflows_or_misses_an_image(site, browser, width):
+def test_no_page_uses_the_network_overflows_or_lacks_an_image(site, browser, width):
     asked, errors, faults = [], [], []
     page = browser.new_page(viewport={"width": WIDTHS[width], "height": 900})
     page.on("request", lambda r: r.url.startswith(("file:", "data:", "blob:")) or asked.append(r.url))
