@@ -14,7 +14,7 @@ from cbam.errors import DataError, MissingExtraError
 
 @pytest.fixture
 def write(tmp_path, encoded, pixels):
-    """write("train", [(label, bytes), ...]) writes a split, with any nulls, into tmp_path/set/data, in two files."""
+    """write("train", [(label, bytes), ...]) writes a split, nulls included, to tmp_path/set/data, in two files."""
     pytest.importorskip("datasets", reason="the extra cbam[parquet] is not installed")
     import pyarrow as pa
     import pyarrow.parquet as pq
