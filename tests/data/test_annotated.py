@@ -21,7 +21,7 @@ def draw(path):
 
 
 def found(images):
-    """(file, label, boxes) of every image and class, and the notes without their places."""
+    """(file, label, boxes) of every image and class, and the notes without their positions."""
     rows = []
     for index, picture in enumerate(images.pictures):
         sample = images[index]

@@ -53,7 +53,7 @@ def test_a_box_on_the_upright_image_stays(rotated, orientation):  # D6
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF", "WEBP"])
-def test_an_image_is_opened_once_for_its_size_and_once_for_its_pixels(rotated, kind, monkeypatch):
+def test_an_image_is_opened_once_for_its_pixels_and_its_orientation(rotated, kind, monkeypatch):
     """For a PNG, Pillow has to decode all pixels to find the orientation."""
     images, opened, whole = rotated(6, kind), [], Image.open
     monkeypatch.setattr(Image, "open", lambda *a, **k: (opened.append(1), whole(*a, **k))[1])

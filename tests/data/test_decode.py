@@ -24,7 +24,7 @@ def chw(array):
 
 
 def png_of(width, height, body=b""):
-    """A PNG that states a size, whatever its body holds."""
+    """A PNG with this size in its header and any body."""
 
     def chunk(kind, data):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))

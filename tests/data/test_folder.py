@@ -126,7 +126,7 @@ def test_a_class_of_one_image_cannot_be_split(make_folder):
 
 
 @pytest.mark.parametrize("name", ["pictures", "train"])
-def test_a_folder_nested_in_one_of_its_name_is_read(split_folder, tmp_path, name):
+def test_a_single_nested_folder_is_entered(split_folder, tmp_path, name):
     outer = tmp_path / "outer"
     outer.mkdir()
     if name == "train":

@@ -90,16 +90,16 @@ def kill_once(flag, wanted):
 @pytest.mark.parametrize("place", [5, 11])
 def test_a_killed_worker_is_replaced_once_and_no_image_is_repeated(tmp_path, caplog, train, place):
     """R4"""
-    calm = indices(loader(Numbered(12), 2, train=train, seed=1))
-    act = kill_once(tmp_path / "flag", calm[place // 2][place % 2])
+    baseline = indices(loader(Numbered(12), 2, train=train, seed=1))
+    act = kill_once(tmp_path / "flag", baseline[place // 2][place % 2])
     batches = loader(Numbered(12, act), 2, train=train, seed=1, workers=2)
     began = time.monotonic()
     with caplog.at_level(logging.WARNING, "cbam"):
-        assert indices(batches) == calm
+        assert indices(batches) == baseline
     assert time.monotonic() - began < 20
     assert "died and is restarted" in caplog.text
     (tmp_path / "flag").unlink()
-    assert indices(batches) == calm  # in another epoch, a worker may die again
+    assert indices(batches) == baseline  # in another epoch, a worker may die again
 
 
 def test_a_second_killed_worker_is_an_error(caplog):  # R4

@@ -14,7 +14,7 @@ from cbam.errors import DataError, MissingExtraError
 
 @pytest.fixture
 def write(tmp_path, encoded, pixels):
-    """write("train", [(label, bytes), ...]) writes a split, nulls included, to tmp_path/set/data, in two files."""
+    """write("train", [(label, bytes), ...]) writes a split in two files to tmp_path/set/data; None: null."""
     pytest.importorskip("datasets", reason="the extra cbam[parquet] is not installed")
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -96,7 +96,7 @@ def test_a_broken_row_is_replaced_in_training_and_an_error_in_validation(write, 
         picture_set(root, size=32)
 
 
-def test_labels_out_of_range_other_classes_or_none_are_refused(write, picture):  # D14
+def test_labels_out_of_range_or_without_matching_names_are_refused(write, picture):  # D14
     write("train", [(0, picture()), (2, picture())])
     root = write("validation", [(0, picture()), (1, picture())])
     with pytest.raises(DataError, match="label 2 in row 1, expected 0 to 1"):

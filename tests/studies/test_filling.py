@@ -85,7 +85,7 @@ def test_every_run_leaves_one_record_with_all_that_repeating_it_needs(filled):
     assert len({json.dumps(record["config"]) for record in records}) == 4
 
 
-def test_the_folder_has_the_records_their_table_and_figure(filled):
+def test_the_folder_has_records_a_table_and_a_figure(filled):
     out, _ = filled
     kinds = sorted(path.suffix for path in (out / "order").iterdir())
     assert kinds == [".json"] * 4 + [".md", ".svg"]
@@ -345,9 +345,9 @@ def test_forks_continue_from_one_trained_network_per_seed(tmp_path):
     assert [entry["epoch"] for entry in plain["epochs"]] == [1]
     assert (plain["sites"], identity["sites"]) == (0, 3)
     conduct(study(tmp_path / "b", "start", arms=["forked-identity"]), seeds=1)
-    (alone,) = Records(tmp_path / "b", "start").all().values()
-    assert alone["start"]["sha256"] == identity["start"]["sha256"]
-    assert alone["epochs"][0]["val_loss"] == identity["epochs"][0]["val_loss"]
+    (single,) = Records(tmp_path / "b", "start").all().values()
+    assert single["start"]["sha256"] == identity["start"]["sha256"]
+    assert single["epochs"][0]["val_loss"] == identity["epochs"][0]["val_loss"]
 
 
 @pytest.mark.large
@@ -423,7 +423,7 @@ def test_a_copy_of_the_images_shares_records_and_a_part_of_them_does_not(tmp_pat
     assert len(on_pictures(copy, tmp_path / "out", "channel", ["avg"], limit=8).missing(1)) == 1
 
 
-def test_image_folders_are_trained_in_bfloat16_and_resident(tmp_path):
+def test_a_small_image_folder_stays_on_the_device_and_trains_in_bfloat16(tmp_path):
     pictures = find_images(str(folder_of_pictures(tmp_path / "pictures")), {})
     wanted = prepare(
         "order", pictures, {"network": "resnet_tiny", "epochs": 1, "batch_size": 8},

@@ -33,7 +33,7 @@ def test_an_unknown_attention_is_answered_with_the_nearest():
         Settings(attention=("se", "cbm"))
 
 
-def test_a_folder_after_the_attention_option_is_refused_with_its_place(tmp_path):
+def test_a_folder_after_the_attention_option_is_refused_with_a_hint(tmp_path):
     # C6
     with pytest.raises(ConfigError, match="goes before --attention"):
         Settings(attention=("se", str(tmp_path)))

@@ -31,7 +31,7 @@ def same(a: dict, b: dict) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_shared_weights_and_their_average_are_swapped_and_swapped_back():
+def test_shared_weights_are_swapped_with_their_average_and_back():
     # K24
     model = Tied()
     average = Average(model, 0.9)
@@ -76,8 +76,8 @@ def test_averaging_takes_as_many_operations_for_a_deeper_network():
 def test_a_network_with_shared_weights_trains_alike_with_and_without_an_average(digits):
     # K24
     recipe = {"epochs": 2, "batch_size": 16, "lr": 0.3, "schedule": "constant"}
-    alone, averaged = (
+    without, averaged = (
         fit(Tied(), *digits, Recipe(**recipe, ema=decay), seed=0, device="cpu") for decay in (0.0, 0.99)
     )
-    assert [e["train_loss"] for e in averaged] == pytest.approx([e["train_loss"] for e in alone], rel=1e-6)
-    assert averaged[-1]["val_loss"] != alone[-1]["val_loss"]
+    assert [e["train_loss"] for e in averaged] == pytest.approx([e["train_loss"] for e in without], rel=1e-6)
+    assert averaged[-1]["val_loss"] != without[-1]["val_loss"]

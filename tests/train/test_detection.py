@@ -79,9 +79,9 @@ def test_a_detector_killed_at_every_point_ends_bitwise_the_same(shapes_folder):
         ["rotate:1"],
         ["log:3"],
     ]
-    calm, *killed = ended(shapes_folder, *(["killed", run] for run in ([], *runs)))
+    baseline, *killed = ended(shapes_folder, *(["killed", run] for run in ([], *runs)))
     assert [run for run, end in zip(runs, killed, strict=True) if end["killed"] != 1] == []
-    assert [run for run, end in zip(runs, killed, strict=True) if end["digest"] != calm["digest"]] == []
+    assert [run for run, end in zip(runs, killed, strict=True) if end["digest"] != baseline["digest"]] == []
 
 
 def test_every_image_is_scored_once_by_any_number_of_processes(ends):

@@ -24,7 +24,7 @@ def found(boxes, scores, labels=None):
     return {"boxes": own["boxes"], "labels": own["labels"], "scores": torch.tensor(scores)}
 
 
-def crowd_of(seed, images=30, classes=3, integers=True):
+def random_scenes(seed, images=30, classes=3, integers=True):
     """Random objects and detections near some of them, with crowds and difficult ones."""
     random = np.random.default_rng(seed)
 
@@ -154,7 +154,7 @@ def by_the_kit(detections, truth, label, points):
 @pytest.mark.parametrize("points", ["area", "11"])
 @pytest.mark.parametrize("seed", range(8))
 def test_random_cases_are_scored_as_by_the_voc_kits_loops(seed, points):
-    detections, truth = crowd_of(seed)
+    detections, truth = random_scenes(seed)
     score = voc_ap(detections, truth, ["a", "b", "c"], points=points)
     expected = [by_the_kit(detections, truth, label, points) for label in (1, 2, 3)]
     assert list(score.classes.values()) == pytest.approx(expected, abs=1e-9)
@@ -162,7 +162,7 @@ def test_random_cases_are_scored_as_by_the_voc_kits_loops(seed, points):
 
 
 def test_the_order_of_images_and_of_boxes_does_not_matter():
-    detections, truth = crowd_of(3)
+    detections, truth = random_scenes(3)
     turned = {i: {k: v.flip(0) for k, v in own.items()} for i, own in reversed(detections.items())}
     assert voc_ap(turned, truth, ["a", "b", "c"]).mean == pytest.approx(
         voc_ap(detections, truth, ["a", "b", "c"]).mean
@@ -210,7 +210,7 @@ def test_an_unknown_number_of_points_is_refused():
 
 
 def test_perfect_detections_score_100():
-    _, truth = crowd_of(1)
+    _, truth = random_scenes(1)
     truth = {i: own | {"crowd": own["crowd"] & False} for i, own in truth.items()}
     perfect = {i: own | {"scores": torch.rand(len(own["labels"]))} for i, own in truth.items()}
     for points in ("area", "11"):
@@ -219,7 +219,7 @@ def test_perfect_detections_score_100():
     assert [numbers[name] for name in ("AP", "AP50", "AP75", "AR 100")] == pytest.approx([100] * 4)
 
 
-def packed(seed):
+def crowded_scenes(seed):
     """More detections than are counted, many with equal scores, on objects of every size, some duplicated."""
     random = np.random.default_rng(seed)
     truth, detections = {}, {}
@@ -275,7 +275,7 @@ def by_faster_coco_eval(dataset, results):
 
 
 @pytest.mark.parametrize("oracle", [by_pycocotools, by_faster_coco_eval])
-@pytest.mark.parametrize("make", [crowd_of, packed])
+@pytest.mark.parametrize("make", [random_scenes, crowded_scenes])
 @pytest.mark.parametrize("seed", range(4))
 def test_the_twelve_coco_numbers_equal_those_of_the_reference_code(seed, make, oracle, capsys):
     detections, truth = make(seed)
@@ -294,7 +294,7 @@ def test_the_twelve_coco_numbers_equal_those_of_the_reference_code(seed, make, o
 
 
 def test_5000_images_of_coco_are_scored_in_two_seconds():
-    """CPU time: 0.5 s on the author's machine; 20 detections of 80 classes per image."""
+    """CPU time, 0.5 s when it was written; 20 detections of 80 classes per image."""
     import time
 
     torch.manual_seed(0)
@@ -318,8 +318,8 @@ def test_5000_images_of_coco_are_scored_in_two_seconds():
     assert time.process_time() - began < 2
 
 
-def test_all_of_vocs_measures_take_the_time_of_one():
-    """CPU time: 0.4 s on the author's machine; 200 detections of 20 classes per image."""
+def test_all_voc_metrics_together_take_under_two_seconds():
+    """CPU time, 0.4 s when it was written; 200 detections of 20 classes per image."""
     import time
 
     from cbam.train.detection import Detection
@@ -358,7 +358,7 @@ def test_a_missing_area_is_that_of_the_box(first):
 def test_chunked_matching_gives_the_same_numbers(monkeypatch):
     from cbam.train import coco_protocol
 
-    detections, truth = packed(0)
+    detections, truth = crowded_scenes(0)
     whole = coco_numbers(detections, truth, ["a", "b", "c"])
     monkeypatch.setattr(coco_protocol, "_CHUNK", 100)
     assert coco_numbers(detections, truth, ["a", "b", "c"]) == pytest.approx(whole, nan_ok=True, abs=0)

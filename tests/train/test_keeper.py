@@ -83,24 +83,24 @@ def sends(number: int, *, at: int):
 
 
 @pytest.fixture
-def calm(tmp_path_factory):
+def baseline(tmp_path_factory):
     """The folder of an undisturbed run."""
-    folder = tmp_path_factory.mktemp("calm")
+    folder = tmp_path_factory.mktemp("baseline")
     train(folder)
     return folder
 
 
 @pytest.fixture
-def calm_parts(tmp_path_factory):
+def baseline_parts(tmp_path_factory):
     """The same with each step in two parts."""
-    folder = tmp_path_factory.mktemp("calm_parts")
+    folder = tmp_path_factory.mktemp("baseline_parts")
     train(folder, recipe=PARTS)
     return folder
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 @pytest.mark.parametrize("at", [1, 3, 4], ids=["first step", "epoch end", "validation"])
-def test_a_signal_finishes_the_step_saves_and_restores_the_handlers(tmp_path, calm, number, code, at):
+def test_a_signal_finishes_the_step_saves_and_restores_the_handlers(tmp_path, baseline, number, code, at):
     # R17, R18
     before = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
     with pytest.raises(StoppedError, match=f"stopped by {signal.Signals(number).name}") as caught:
@@ -111,11 +111,11 @@ def test_a_signal_finishes_the_step_saves_and_restores_the_handlers(tmp_path, ca
     assert found is not None
     assert found[1]["step"] == min(at, 3)
     train(tmp_path)
-    assert bits(tmp_path) == bits(calm)
+    assert bits(tmp_path) == bits(baseline)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_second_signal_ends_at_once_and_keeps_the_checkpoints(tmp_path, calm, number):
+def test_a_second_signal_ends_at_once_and_keeps_the_checkpoints(tmp_path, baseline, number):
     # R17, R18
     def twice(passes):
         if passes == 3:
@@ -128,10 +128,10 @@ def test_a_second_signal_ends_at_once_and_keeps_the_checkpoints(tmp_path, calm, 
     assert caught.value.exit_code == 128 + number
     assert files(tmp_path) == ["last.json", METRICS, "step-00000002.ckpt"]
     train(tmp_path)
-    assert bits(tmp_path) == bits(calm)
+    assert bits(tmp_path) == bits(baseline)
 
 
-def test_the_time_limit_stops_with_a_checkpoint_and_ignores_the_wall_clock(tmp_path, calm, monkeypatch):
+def test_the_time_limit_stops_with_a_checkpoint_and_ignores_the_wall_clock(tmp_path, baseline, monkeypatch):
     # R19, R20
     monkeypatch.setattr(time, "time", lambda: 86400.0)
     with pytest.raises(StoppedError, match="stopped by the time limit after 1 of 3 steps") as caught:
@@ -139,7 +139,7 @@ def test_the_time_limit_stops_with_a_checkpoint_and_ignores_the_wall_clock(tmp_p
     assert caught.value.exit_code == 75
     monkeypatch.undo()
     train(tmp_path, max_time=3600)
-    assert bits(tmp_path) == bits(calm)
+    assert bits(tmp_path) == bits(baseline)
 
 
 def test_a_first_signal_after_the_time_limit_does_not_interrupt_the_save(tmp_path, monkeypatch):
@@ -156,7 +156,7 @@ def test_a_first_signal_after_the_time_limit_does_not_interrupt_the_save(tmp_pat
     assert checkpoint.load(tmp_path / "step-00000001.ckpt")["step"] == 1
 
 
-def test_a_time_limit_reached_in_validation_stops_there(tmp_path, calm, monkeypatch):
+def test_a_time_limit_reached_in_validation_stops_there(tmp_path, baseline, monkeypatch):
     # R19
     clock = time.monotonic
 
@@ -168,16 +168,16 @@ def test_a_time_limit_reached_in_validation_stops_there(tmp_path, calm, monkeypa
         train(tmp_path, Watched(late), max_time=3600)
     monkeypatch.undo()
     train(tmp_path)
-    assert bits(tmp_path) == bits(calm)
+    assert bits(tmp_path) == bits(baseline)
 
 
 def test_a_resumed_run_repeats_and_skips_no_image(tmp_path):
     # R3
     whole, first, second = Colours(12), Colours(12), Colours(12)
-    calm, folder = tmp_path / "calm", tmp_path / "cut"
-    calm.mkdir()
+    baseline, folder = tmp_path / "baseline", tmp_path / "cut"
+    baseline.mkdir()
     folder.mkdir()
-    train(calm, images=whole)
+    train(baseline, images=whole)
     with pytest.raises(StoppedError):
         train(folder, Watched(sends(signal.SIGTERM, at=2)), first)
     train(folder, images=second)
@@ -197,23 +197,23 @@ def test_a_run_in_fp64_resumes_bit_identically(tmp_path):
     assert bits(cut) == bits(whole)
 
 
-def test_a_resumed_run_is_the_same_with_workers(tmp_path, calm):
+def test_a_resumed_run_is_the_same_with_workers(tmp_path, baseline):
     # D34
     with pytest.raises(StoppedError):
         train(tmp_path, Watched(sends(signal.SIGINT, at=2)))
     found = checkpoint.newest(tmp_path, print)
     keeper = Keeper(tmp_path, {}, state=found and found[1], save_every=2, log_every=1)
     fit(Watched(), Colours(12), Colours(6), RECIPE, seed=0, device="cpu", keeper=keeper, workers=2)
-    assert bits(tmp_path) == bits(calm)
+    assert bits(tmp_path) == bits(baseline)
 
 
-def test_resuming_a_finished_run_only_validates_again(calm):
-    before = bits(calm)
+def test_resuming_a_finished_run_only_validates_again(baseline):
+    before = bits(baseline)
     model = Watched()
-    history = train(calm, model)
+    history = train(baseline, model)
     assert [entry["epoch"] for entry in history] == [0, 1]
     assert model.passes == 1  # the validation
-    assert bits(calm) == before
+    assert bits(baseline) == before
 
 
 def test_a_nonfinite_loss_stops_before_the_step_and_names_the_images(tmp_path):
@@ -241,7 +241,7 @@ def nan_at(*passes: int) -> Watched:
     return Nan()
 
 
-def test_a_nonfinite_loss_saves_first_and_the_run_resumes_to_the_same_end(tmp_path, calm):
+def test_a_nonfinite_loss_saves_first_and_the_run_resumes_to_the_same_end(tmp_path, baseline):
     # R10
     said: list[str] = []
     with pytest.raises(NonFiniteError, match="the loss is nan in epoch 0, step 2"):
@@ -250,7 +250,7 @@ def test_a_nonfinite_loss_saves_first_and_the_run_resumes_to_the_same_end(tmp_pa
     pictures = json.loads((tmp_path / NONFINITE).read_text())["pictures"]
     assert len(pictures) == 4
     train(tmp_path)
-    assert bits(tmp_path) == bits(calm)
+    assert bits(tmp_path) == bits(baseline)
 
 
 def test_a_step_with_a_nonfinite_loss_can_be_skipped_without_a_trace(tmp_path):
@@ -273,7 +273,7 @@ def test_a_skipped_step_has_no_loss_and_the_progress_line_says_so(tmp_path):
     assert [": skipped, " in line for line in said] == [False, True, *[False] * 4]
 
 
-def test_a_failed_microbatch_loses_no_step_and_counts_no_image_twice(tmp_path, calm_parts):
+def test_a_failed_microbatch_loses_no_step_and_counts_no_image_twice(tmp_path, baseline_parts):
     # D15, R10
     class Torn(Colours):
         def sample(self, epoch, index):
@@ -290,7 +290,7 @@ def test_a_failed_microbatch_loses_no_step_and_counts_no_image_twice(tmp_path, c
         assert found is not None
         assert (found[1]["step"], found[1]["seen"]["sums"][2]) == (2, 8)
         train(folder, recipe=PARTS)
-        assert bits(folder) == bits(calm_parts)
+        assert bits(folder) == bits(baseline_parts)
 
 
 def test_at_most_ten_steps_in_a_row_are_skipped(tmp_path):
@@ -332,7 +332,7 @@ def _restore_file_size_limit():
 
 
 @pytest.mark.usefixtures("_restore_file_size_limit")
-def test_a_full_disk_keeps_the_old_checkpoints_and_does_not_end_the_run(tmp_path, calm):
+def test_a_full_disk_keeps_the_old_checkpoints_and_does_not_end_the_run(tmp_path, baseline):
     # K13
     said: list[str] = []
     train(tmp_path, Watched(full_from(3, until=5)), say=said.append)
@@ -340,20 +340,20 @@ def test_a_full_disk_keeps_the_old_checkpoints_and_does_not_end_the_run(tmp_path
         f"{tmp_path}: the checkpoint after step 3 cannot be written (File too large); "
         "the older ones stay, training continues"
     ]
-    assert bits(tmp_path) == bits(calm)
+    assert bits(tmp_path) == bits(baseline)
 
 
 @pytest.mark.usefixtures("_restore_file_size_limit")
 @pytest.mark.parametrize("until", [8, 99], ids=["disk full until the last step", "disk full to the end"])
-def test_a_run_whose_last_weights_are_not_saved_does_not_succeed(tmp_path, calm, until):
+def test_a_run_whose_last_weights_are_not_saved_does_not_succeed(tmp_path, baseline, until):
     # K13
     said: list[str] = []
     model = Watched(full_from(6, until=until))  # the passes of the last two steps; the eighth validates
     if until == 8:
         train(tmp_path, model, say=said.append, save_every=None)
-        assert bits(tmp_path) == bits(calm)
+        assert bits(tmp_path) == bits(baseline)
         assert [entry["epoch"] for entry in train(tmp_path)] == [0, 1]  # the last one is validated again
-        assert epochs(tmp_path) == epochs(calm)
+        assert epochs(tmp_path) == epochs(baseline)
     else:
         with pytest.raises(OutputError, match="after step 6 cannot be written"):
             train(tmp_path, model, say=said.append, save_every=None)
@@ -372,20 +372,20 @@ def test_after_a_bad_validation_image_the_weights_are_saved_and_not_their_averag
             return super().sample(epoch, index)
 
     recipe = dataclasses.replace(RECIPE, ema=0.9)
-    (tmp_path / "calm").mkdir()
-    train(tmp_path / "calm", recipe=recipe, save_every=None)
+    (tmp_path / "baseline").mkdir()
+    train(tmp_path / "baseline", recipe=recipe, save_every=None)
     model, keeper = Watched(full_from(3, until=4)), Keeper(tmp_path, {}, say=lambda _: None)
     with pytest.raises(DataError, match="broken"):
         fit(model, Colours(12), Broken(24), recipe, seed=0, device="cpu", keeper=keeper)
-    found, calm = (checkpoint.load(at / "step-00000003.ckpt") for at in (tmp_path, tmp_path / "calm"))
-    for name, value in calm["model"].items():
+    found, baseline = (checkpoint.load(at / "step-00000003.ckpt") for at in (tmp_path, tmp_path / "baseline"))
+    for name, value in baseline["model"].items():
         assert torch.equal(found["model"][name], value), name
-        assert torch.equal(found["average"]["tensors"][name], calm["average"]["tensors"][name]), name
+        assert torch.equal(found["average"]["tensors"][name], baseline["average"]["tensors"][name]), name
         assert torch.equal(model.state_dict()[name], value), name
 
 
 @pytest.mark.usefixtures("_restore_file_size_limit")
-def test_the_third_failed_save_in_a_row_ends_the_run(tmp_path, calm):
+def test_the_third_failed_save_in_a_row_ends_the_run(tmp_path, baseline):
     # K13
     with pytest.raises(OutputError, match="after step 6 cannot be written") as caught:
         train(tmp_path, Watched(full_from(3)))
@@ -393,12 +393,12 @@ def test_the_third_failed_save_in_a_row_ends_the_run(tmp_path, calm):
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.getrlimit(resource.RLIMIT_FSIZE)[1],) * 2)
     assert files(tmp_path) == ["last.json", METRICS, "step-00000002.ckpt"]
     train(tmp_path)
-    assert bits(tmp_path) == bits(calm)
+    assert bits(tmp_path) == bits(baseline)
 
 
-def test_metrics_have_a_line_per_step_and_per_epoch(calm):
+def test_metrics_have_a_line_per_step_and_per_epoch(baseline):
     # R22
-    lines = [json.loads(line) for line in (calm / METRICS).read_text().splitlines()]
+    lines = [json.loads(line) for line in (baseline / METRICS).read_text().splitlines()]
     assert [(line["epoch"], line["step"]) for line in lines if "loss" in line] == [
         (0, 1), (0, 2), (0, 3), (1, 4), (1, 5), (1, 6),
     ]  # fmt: skip
@@ -409,9 +409,9 @@ def test_metrics_have_a_line_per_step_and_per_epoch(calm):
     assert lines[0]["lr"] == RECIPE.lr
 
 
-def test_a_checkpoint_with_other_steps_per_epoch_is_refused(calm):
+def test_a_checkpoint_with_other_steps_per_epoch_is_refused(baseline):
     with pytest.raises(CheckpointError, match="has 3 steps per epoch, but this run has 2"):
-        train(calm, images=Colours(8))
+        train(baseline, images=Colours(8))
 
 
 def test_an_epoch_with_all_steps_skipped_has_no_training_loss_or_error(tmp_path):
@@ -432,9 +432,9 @@ def test_an_epoch_with_all_steps_skipped_has_no_training_loss_or_error(tmp_path)
     assert sum(line.startswith("epoch 0: skipped, validation loss ") for line in said) == 1
 
 
-def test_a_run_resumed_in_another_folder_has_the_metrics_of_earlier_epochs(calm, tmp_path):
+def test_a_run_resumed_in_another_folder_has_the_metrics_of_earlier_epochs(baseline, tmp_path):
     # R22
-    state = checkpoint.load(calm / "step-00000004.ckpt")
+    state = checkpoint.load(baseline / "step-00000004.ckpt")
     keeper = Keeper(tmp_path, {}, state=state, save_every=2, log_every=1, say=lambda _: None)
     fit(Watched(), Colours(12), Colours(6), RECIPE, seed=0, device="cpu", keeper=keeper)
-    assert epochs(tmp_path) == epochs(calm)
+    assert epochs(tmp_path) == epochs(baseline)

@@ -46,17 +46,17 @@ def test_a_run_killed_at_each_kind_of_point_ends_bitwise_the_same():
         ["rotate:1", "data:1", "log:1"],
         ["eval:2"],
     ]
-    calm, *killed = ended([[], *runs])
+    baseline, *killed = ended([[], *runs])
     assert [end["killed"] for end in killed] == [len(run) for run in runs]
-    assert {end["digest"] for end in killed} == {calm["digest"]}
-    assert calm["left"] == ["last.json", "metrics.jsonl", "step-00000004.ckpt", "step-00000006.ckpt"]
+    assert {end["digest"] for end in killed} == {baseline["digest"]}
+    assert baseline["left"] == ["last.json", "metrics.jsonl", "step-00000004.ckpt", "step-00000006.ckpt"]
 
 
 @pytest.mark.large
 def test_runs_killed_a_hundred_times_end_bitwise_the_same():
     # R1, R2, R3, R22, K14
     runs = [[fault, again, "eval:1"] for fault, again in zip(FAULTS, itertools.cycle(AGAIN), strict=False)]
-    calm, *killed = ended([[], *runs])
+    baseline, *killed = ended([[], *runs])
     assert [run for run, end in zip(runs, killed, strict=True) if end["killed"] == 0] == []
     assert sum(end["killed"] for end in killed) >= 100
-    assert [run for run, end in zip(runs, killed, strict=True) if end["digest"] != calm["digest"]] == []
+    assert [run for run, end in zip(runs, killed, strict=True) if end["digest"] != baseline["digest"]] == []

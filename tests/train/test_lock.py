@@ -140,7 +140,7 @@ def test_only_partial_files_of_a_run_are_removed(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"yarn lockfile v1", b'{"packages": []}', b"\xff\x00", b"[1]"])
-def test_a_file_named_like_the_lock_that_is_not_one_is_left_alone(tmp_path, content):
+def test_a_file_with_the_locks_name_that_is_not_a_lock_is_kept(tmp_path, content):
     (tmp_path / LOCK).write_bytes(content)
     refused = pytest.raises(ConfigError, match="lock is not from a run: give another --out")
     with refused, locked(tmp_path):

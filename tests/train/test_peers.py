@@ -78,12 +78,12 @@ def test_two_processes_or_microbatches_train_as_one_and_count_every_image_once(e
 
 def test_a_run_resumes_with_another_number_of_processes(ends):
     # R12, K21
-    calm, *others = (end_of(ends, "changed", *change) for change in CHANGES)
+    baseline, *others = (end_of(ends, "changed", *change) for change in CHANGES)
     for other in others:
-        assert apart(calm["weights"], other["weights"]) <= 1e-12
+        assert apart(baseline["weights"], other["weights"]) <= 1e-12
 
 
-def check_kills(run: list[str], end: dict, calm: dict) -> None:
+def check_kills(run: list[str], end: dict, baseline: dict) -> None:
     *failed, last = end["ends"]
     assert len(failed) == len(run)
     assert [process["code"] for process in last] == [0, 0]
@@ -95,7 +95,7 @@ def check_kills(run: list[str], end: dict, calm: dict) -> None:
         assert " is gone" in survivor["error"]
         assert not survivor["silent"]
         assert survivor["seconds"] < 15  # 4 on an idle machine
-    assert end["digest"] == calm["digest"], run
+    assert end["digest"] == baseline["digest"], run
 
 
 def test_the_survivor_names_the_killed_process_and_the_run_resumes_the_same(ends):
@@ -108,17 +108,17 @@ def test_runs_of_two_processes_killed_anywhere_end_bitwise_the_same():
     # R1, R2, R6, K14
     points = ("data:4@1", "fwd:2@0", "post_step:5@0", "save:pre_rename:2@0", "eval:1@1", "log:3@0", "bwd:6@1")
     runs = [[], *([point, "pre_step:1@1"] for point in points)]
-    (calm, *killed), _ = ended(*(["killed", 2, run] for run in runs))
+    (baseline, *killed), _ = ended(*(["killed", 2, run] for run in runs))
     for run, end in zip(runs[1:], killed, strict=True):
-        check_kills(run, end, calm)
+        check_kills(run, end, baseline)
 
 
 @pytest.mark.large
 def test_the_fp16_scaler_is_resumed_and_decides_for_all_processes():
     # R11
     run = ["post_step:3@0"]
-    (calm, killed), _ = ended(["killed", 2, [], "fp16"], ["killed", 2, run, "fp16"])
-    check_kills(run, killed, calm)
+    (baseline, killed), _ = ended(["killed", 2, [], "fp16"], ["killed", 2, run, "fp16"])
+    check_kills(run, killed, baseline)
 
 
 def test_a_nan_loss_in_one_process_stops_all_before_the_step(ends):

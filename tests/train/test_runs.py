@@ -458,9 +458,9 @@ def test_a_run_folder_that_would_become_a_class_of_the_images_is_refused(picture
     with pytest.raises(ConfigError, match=r"among the class folders of .*: give another --out"):
         run("folder", settings, pictures / out, Watch())
     assert sorted(pictures.rglob("*")) == before
-    for beside in ("runs", f"{data}/.runs"):
-        run("folder", settings, pictures / beside, Watch())
-        run("folder", {}, pictures / beside, Watch(), resume="auto")
+    for elsewhere in ("runs", f"{data}/.runs"):
+        run("folder", settings, pictures / elsewhere, Watch())
+        run("folder", {}, pictures / elsewhere, Watch(), resume="auto")
 
 
 def test_resuming_into_a_folder_that_would_become_a_class_is_refused(pictures, tmp_path):

@@ -227,7 +227,7 @@ def test_a_renamed_checkpoint_is_used_like_that_of_its_run(own, tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"<html>404</html>", b"PK\x03\x04 cut"])
-def test_a_damaged_file_is_reported_as_damaged_and_not_as_nameless(tmp_path, content):
+def test_a_damaged_file_is_reported_as_damaged_not_as_lacking_a_name(tmp_path, content):
     # K1, K2
     (tmp_path / "w.ckpt").write_bytes(content)
     with pytest.raises(CheckpointError, match=r"w\.ckpt: (the file is empty|not a weights file|.*cut)"):
