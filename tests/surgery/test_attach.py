@@ -252,7 +252,7 @@ def test_compiles_as_one_graph_in_training(net, images):
 def test_scripting_is_refused_and_changes_nothing(net):
     cbam.attach(net)
     before = {name: id(module) for name, module in net.named_modules()}
-    with pytest.raises(ExportError, match=r"ChannelAttention .* take torch\.jit\.trace"):
+    with pytest.raises(ExportError, match=r"ChannelAttention .* use torch\.jit\.trace"):
         torch.jit.script(net)
     assert {name: id(module) for name, module in net.named_modules()} == before
 
