@@ -161,7 +161,7 @@ def test_a_failing_block_is_found_and_shares_the_earlier_namespace(tmp_path):
 
 def test_a_block_with_a_reason_does_not_run(tmp_path):
     page = tmp_path / "page.md"
-    page.write_text("<!-- no-run: needs a GPU -->\n```python\n1 / 0\n```\n```sh\nls\n```\n", encoding="utf-8")
+    page.write_text("<!-- no-run: needs a GPU -->\n```python\nx = 1\n```\n```sh\nls\n```\n", encoding="utf-8")
     (block,) = blocks(page)
     assert block.reason == "needs a GPU"
     assert "x" not in run(page)

@@ -202,11 +202,8 @@ def test_an_invalid_dim_is_refused(dim):
         cbam.SpatialAttention(dim=dim)
 
 
-@pytest.mark.parametrize("built", [1, 2, 3])
-@pytest.mark.parametrize("given", [1, 2, 3])
+@pytest.mark.parametrize(("built", "given"), [*itertools.permutations((1, 2, 3), 2)])
 def test_a_batch_of_another_dim_is_refused_with_the_call_for_it(built, given):  # T5
-    if built == given:
-        return
     x = torch.randn(2, 8, *(6, 5, 4)[:given])
     with pytest.raises(InputError, match=rf"got .*cbam\.CBAM\(channels, dim={given}\) takes \(N, C, "):
         cbam.CBAM(8, dim=built)(x)

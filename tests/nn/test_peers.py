@@ -315,7 +315,7 @@ def test_selective_kernels_in_resnext50_have_the_published_parameters():
         (CoordAttention(512), 512 * 16 + 16 + 32 + 2 * (16 * 512 + 512)),
     ],
 )
-def test_parameter_counts_are_those_of_the_docstrings(module, parameters):
+def test_parameters_are_as_many_as_the_layers_of_the_papers(module, parameters):
     assert count(module) == parameters
 
 

@@ -233,4 +233,5 @@ def test_the_command_refuses_invalid_options(capsys):  # C2, C8
     assert main(["bench", "--rouds", "3"]) == 2
     assert "did you mean --rounds?" in capsys.readouterr().err
     assert main(["bench", "--device", "tpu"]) == 2
-    assert main(["bench", "--networks", "resnet5", "--device", "cpu", "--layouts", "CHWN"]) == 2
+    assert main(["bench", "--networks", "resnet5", "--device", "cpu"]) == 2
+    assert main(["bench", "--layouts", "CHWN", "--device", "cpu"]) == 2

@@ -191,6 +191,7 @@ ATTACHABLE = [
     (FunctionalEnd, "after relu"),
     (ListOfLayers, "after layers_1"),
     (NameUsedElsewhere, "after norm"),
+    (GlobalOfTheSameName, "after body"),
     (FunctionsByTheirNames, "after mul"),
     (ReturnsATuple, "after body"),
     (ReturnsADict, "after body"),

@@ -250,6 +250,7 @@ def test_settings_without_effect_are_accepted_if_equal_to_the_recipes(tmp_path, 
     whole = json.loads((folder / CONFIG).read_text())
     given = {name: value for name, value in whole.items() if name not in ("recipe", "devices", "nodes")}
     digits(tmp_path / "again", **given)
+    assert json.loads((tmp_path / "again" / CONFIG).read_text()) == whole
     digits(tmp_path / "adamw", optimizer="adamw", epochs=1)
 
 
