@@ -262,7 +262,7 @@ def test_a_classifiers_checkpoint_goes_into_the_backbone(make, name, tmp_path):
 
 
 @pytest.mark.parametrize("make", [faster_rcnn, faster_rcnn_c4, retinanet])
-@pytest.mark.parametrize("name", ["resnet18", "resnet50", "wide_resnet18_1.1", "resnext50_32x4d+cbam"])
+@pytest.mark.parametrize("name", ["resnet18+cbam", "resnet50", "wide_resnet18_1.1", "resnext50_32x4d"])
 def test_a_network_with_a_classifier_of_its_users_own_is_a_backbone(make, name):
     with torch.device("meta"):
         network, other = build(name), build(name)

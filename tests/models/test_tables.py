@@ -38,6 +38,12 @@ ARRANGEMENTS = {
 }
 
 
+def large_unless_cbam(network, attention):
+    """Networks of 101 layers take seconds each; the quick tests build those with CBAM."""
+    deep = "101" in network and attention != "+cbam"
+    return [pytest.mark.large] if deep else []
+
+
 @functools.cache
 def counted(name, stride_in):
     """The cost of a network that is never given memory."""
@@ -55,7 +61,7 @@ def cost(name, stride_in):
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        (network + attention, row)
+        pytest.param(network + attention, row, marks=large_unless_cbam(network, attention))
         for network, rows in NETWORKS.items()
         for attention, row in zip(("", "+se", "+cbam"), rows, strict=True)
     ]
