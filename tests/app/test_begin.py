@@ -103,12 +103,12 @@ def test_the_start_of_attention_is_chosen_recorded_and_said(options, start, told
         assert cbam.hub.card_of("shared").recipe["attention's start"] == start
 
 
-def test_a_start_that_is_none_is_refused(capsys):
+def test_an_unknown_start_is_refused(capsys):
     assert cli.main(["train", "digits", "--start", "zero"]) == 2
     assert "start must be paper or identity, got 'zero'" in capsys.readouterr().err
 
 
-def test_a_run_of_an_earlier_cbam_that_says_no_start_goes_on(capsys):
+def test_a_run_of_an_earlier_cbam_without_a_start_resumes(capsys):
     line = ["train", "digits", "--limit", "8", *FEW, "--batch-size", "2", "--out", "run"]
     assert cli.main([*line, "--max-time", "0s"]) == 75
     (path,) = Path("run").glob("*.ckpt")

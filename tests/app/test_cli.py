@@ -159,7 +159,7 @@ def test_debug_shows_the_traceback(capsys):
     assert "Traceback" in capsys.readouterr().err
 
 
-def test_cuda_that_is_not_there_is_refused_at_the_start(monkeypatch, capsys):
+def test_missing_cuda_is_refused_at_the_start(monkeypatch, capsys):
     # C8
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert cli.main(["compare", "--device", "cuda"]) == 2
@@ -235,12 +235,12 @@ def test_a_config_is_read_and_the_command_line_wins(tmp_path):
         "train --epochs 3 --seed 5 folder pics",
     ],
 )
-def test_options_stand_before_between_and_after_the_names(line):
+def test_options_may_come_before_between_or_after_names(line):
     given = options.given(cli.parse(line.split()), Config)
     assert given == {"recipe": "folder", "data": "pics", "epochs": 3, "seed": 5}
 
 
-def test_options_stand_among_the_names_of_other_commands_too():
+def test_options_may_mix_with_names_in_other_commands_too():
     for line in ("run pics --device cpu", "run --device cpu pics", "--device cpu run pics"):
         found = cli.parse(["eval", *line.split()])
         assert (found.file, found.data, found.device) == ("run", "pics", "cpu")
@@ -272,7 +272,7 @@ def test_help_and_version_answer_at_once_without_torch():
     assert b"--pretrained" in done.stdout
 
 
-def test_a_reader_that_goes_away_and_closed_streams_are_no_error():
+def test_a_broken_pipe_or_closed_stream_is_no_error():
     # C9
     read, write = os.pipe()
     os.close(read)
@@ -343,7 +343,7 @@ sys.exit(cli.main([]))
     assert (done.returncode, done.stderr) == (130, "cbam: interrupted\n")
 
 
-def test_ctrl_c_in_the_first_moments_is_told_as_later(tmp_path):
+def test_ctrl_c_at_startup_is_reported_as_later(tmp_path):
     # C10: while the command line itself is still being imported
     trial = """
 import sys
@@ -412,7 +412,7 @@ def test_a_time_is_read_as_people_write_it(text, seconds):
         pytest.param(signal.SIGINT, 130, marks=pytest.mark.large),
     ],  # see test_processes.py
 )
-def test_a_signal_from_outside_saves_and_another_run_is_kept_out(number, code, tmp_path):
+def test_a_signal_saves_and_a_second_run_is_refused(number, code, tmp_path):
     # R17, R18, R21
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     train = [

@@ -35,7 +35,7 @@ def test_a_config_names_the_options(read):
     Settings(**found)
 
 
-def test_an_empty_config_says_nothing(read):
+def test_an_empty_config_sets_nothing(read):
     assert read("# nothing\n") == {}
 
 
@@ -60,13 +60,13 @@ def test_the_settings_that_a_run_wrote_are_read_as_they_were(name, tmp_path):
     assert Config(**read_config(str(tmp_path / "config.json"), Config)) == RECIPES[name]()
 
 
-def test_a_misspelt_key_is_told_with_its_line_and_the_nearest(read):
+def test_a_misspelt_key_is_reported_with_its_line_and_nearest_match(read):
     # C2
     with pytest.raises(ConfigError, match=r"unknown key 'ephocs' \(c.yaml:2\); did you mean 'epochs'\?"):
         read("seeds: 1\nephocs: 3\n")
 
 
-def test_all_problems_of_a_config_are_told_together(read):
+def test_all_problems_of_a_config_are_reported_together(read):
     # C3
     with pytest.raises(ConfigError) as caught:
         read("epochs: many\nlr: fast\nattention: {a: b}\nzzz: 1\nfrom_scratch: 7\nseeds: [1]\n")
@@ -99,7 +99,7 @@ def test_an_alias_bomb_is_refused_before_it_grows(read):
         read("\n".join(lines))
 
 
-def test_a_key_twice_is_refused(read):
+def test_a_duplicate_key_is_refused(read):
     # C4
     with pytest.raises(ConfigError, match=r"duplicate key 'epochs' \(c.yaml:3\)"):
         read("epochs: 1\nseeds: 2\nepochs: 3\n")
@@ -125,12 +125,12 @@ def test_a_config_above_a_megabyte_is_refused(read):
         "[" * 900_000,
     ],
 )
-def test_what_is_no_mapping_is_one_clear_error(read, text):
+def test_a_config_that_is_no_mapping_is_one_clear_error(read, text):
     with pytest.raises(ConfigError, match=r"config c\.yaml: "):
         read(text)
 
 
-def test_a_config_that_is_not_there_is_an_error():
+def test_a_missing_config_is_an_error():
     # C1
     with pytest.raises(ConfigError, match=r"config nowhere\.yaml: No such file"):
         read_config("nowhere.yaml", Settings)

@@ -44,7 +44,7 @@ def test_faults_are_printed_and_end_with_3(pictures, capsys):
 
 
 @pytest.mark.parametrize("workers", ["0", "2"])
-def test_what_was_looked_at_so_far_is_told_beside_the_report(pictures, capsys, monkeypatch, workers):
+def test_progress_is_printed_apart_from_the_report(pictures, capsys, monkeypatch, workers):
     (pictures / "train/b/0.jpg").write_bytes(b"")
     assert main(["data", "check", str(pictures), "--deep"]) == 3
     report = capsys.readouterr()
@@ -85,7 +85,7 @@ def test_a_signal_ends_a_check_and_its_processes_with_a_line(pictures, number):
     assert not [pid for pid in own if Path(f"/proc/{pid}").exists()]
 
 
-def test_no_folder_and_no_action_are_one_line(tmp_path, capsys):
+def test_a_missing_folder_or_action_is_a_one_line_error(tmp_path, capsys):
     assert main(["data", "check", str(tmp_path / "no")]) == 3
     assert capsys.readouterr().err == f"cbam: {tmp_path}/no: no such folder\n"
     assert main(["data", "chek", str(tmp_path)]) == 2

@@ -122,7 +122,7 @@ def test_a_checkpoint_in_the_folder_of_another_run_does_not_take_that_ones_resul
     assert cbam.hub.card_of("shared").results
 
 
-def test_what_a_format_has_not_is_refused(capsys):
+def test_an_option_the_format_lacks_is_refused(capsys):
     assert cli.main(["export", "resnet_tiny", "--to", "hub", "--dynamic"]) == 2
     assert "--to hub does not take --dynamic" in capsys.readouterr().err
     assert cli.main(["export", "resnet_tiny", "--to", "torch", "--licence", "mit"]) == 2
@@ -153,7 +153,7 @@ def test_a_weights_file_takes_the_name_of_its_network(capsys):
     assert "w.pt2 exists" in capsys.readouterr().err
 
 
-def test_the_normalisation_of_a_weights_file_is_told_where_it_is_given(capsys):
+def test_the_normalisation_of_a_weights_file_is_used_if_given(capsys):
     torch.save(cbam.build("timm:test_resnet", num_classes=7).state_dict(), "w.pth")
     line = ["export", "w.pth", "--model", "timm:test_resnet", "--num-classes", "7", "--to", "torch"]
     assert cli.main([*line, "--size", "32"]) == 2  # timm's own weights have another than ImageNet's

@@ -91,7 +91,7 @@ def test_16_bit_and_grey_images_keep_their_brightness(seen, tmp_path):  # D4 D5
 
 
 @pytest.mark.parametrize("size", [(1, 1), (20_000, 1), (1, 20_000)])
-def test_tiny_and_endless_images_are_looked_at(seen, tmp_path, size):  # D11
+def test_tiny_and_very_long_images_are_accepted(seen, tmp_path, size):  # D11
     Image.new("RGB", size, (9, 9, 9)).save(tmp_path / "odd.png")
     (one,), _, _ = seen(tmp_path / "odd.png")
     assert one.image.shape == (3, 32, 32)
@@ -118,7 +118,7 @@ def test_few_images_get_a_row_and_their_stages_each(viewer, photo, tmp_path):
     assert {path.name for path in (tmp_path / "out").iterdir()} == names
 
 
-def test_a_method_that_takes_long_says_so_before_each_image(viewer, photo, tmp_path, monkeypatch):
+def test_a_slow_method_announces_each_image(viewer, photo, tmp_path, monkeypatch):
     import cbam.app.look as module
 
     lines = []
@@ -186,7 +186,7 @@ def test_a_folder_gives_contact_sheets(seen, photo, tmp_path):
     ]
 
 
-def test_an_image_that_cannot_be_read_is_told_and_the_others_are_shown(seen, photo, tmp_path):  # D1 D3
+def test_an_unreadable_image_is_reported_and_the_others_are_shown(seen, photo, tmp_path):  # D1 D3
     photo.save(tmp_path / "good.png")
     (tmp_path / "bad.png").write_text("<html>no image")
     buffer = io.BytesIO()
@@ -198,7 +198,7 @@ def test_an_image_that_cannot_be_read_is_told_and_the_others_are_shown(seen, pho
     assert any("bad.png: not an image (starts with '<html')" in line for line in lines)
 
 
-def test_nothing_to_look_at_and_nowhere_to_write_are_errors(viewer, photo, tmp_path):
+def test_missing_images_and_unwritable_output_are_errors(viewer, photo, tmp_path):
     with pytest.raises(DataError, match="no images in"):
         look_at(viewer, LookRequest([tmp_path], tmp_path / "out"), lambda _: None)
     assert not (tmp_path / "out").exists()
@@ -233,7 +233,7 @@ def test_one_command_shows_a_photograph_with_the_default_pair(photo, tmp_path, m
     assert "tench" in (tmp_path / "cbam-look" / "look.svg").read_text()
 
 
-def test_networks_of_files_are_compared(photo, tmp_path, monkeypatch, capsys):
+def test_networks_loaded_from_files_are_compared(photo, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     photo.save("photo.png")
     for name in ("resnet_tiny", "resnet_tiny+cbam"):
@@ -247,7 +247,7 @@ def test_networks_of_files_are_compared(photo, tmp_path, monkeypatch, capsys):
     assert "cbam-look/stages-photo.svg" in out
 
 
-def test_a_byte_order_mark_is_no_part_of_the_first_class(tmp_path):  # D16
+def test_a_byte_order_mark_is_not_part_of_the_first_class(tmp_path):  # D16
     (tmp_path / "classes.txt").write_text("ant\n\n bee \n", encoding="utf-8-sig")
     assert lines_of(str(tmp_path / "classes.txt")) == ["ant", "bee"]
 
@@ -293,9 +293,7 @@ def test_weights_of_timm_that_were_trained_with_another_normalisation_are_not_gu
         viewer(None, "folder", [], None, None, mean=half, std=half)
 
 
-def test_figures_that_are_replaced_and_those_of_an_earlier_look_are_told(
-    photo, tmp_path, monkeypatch, capsys
-):
+def test_replaced_and_older_figures_are_reported(photo, tmp_path, monkeypatch, capsys):
     import cbam.app.look as module
 
     def write(_, path, **__):
@@ -394,7 +392,7 @@ def test_a_run_is_looked_at_as_it_is_scored(photo, tmp_path, monkeypatch, capsys
         (["bad.png"], 3, "no image can be read (1 tried)"),
     ],
 )  # fmt: skip
-def test_what_is_wrong_is_one_line_and_an_exit_code(
+def test_bad_input_is_one_line_and_an_exit_code(
     photo, tmp_path, monkeypatch, capsys, arguments, code, message
 ):
     if "tenhc" in arguments or "nowhere" in arguments or "bad.png" in arguments:

@@ -74,7 +74,7 @@ def test_attention_at_the_identity_finds_the_same(here):
     assert torch.equal(plain.heat, refined.heat)
 
 
-def test_a_folder_is_looked_at_and_what_cannot_be_read_is_told(here, folder, capsys):  # D3 D11
+def test_a_folder_is_read_and_unreadable_images_are_reported(here, folder, capsys):  # D3 D11
     code = main(["look", "--detect", "pictures", "bad.png", *PAIR[:2], "--weights", "plain.pt",
                  "--classes", "classes.txt", *LOW, "--out", str(here)])  # fmt: skip
     told = capsys.readouterr()
@@ -200,7 +200,7 @@ def test_a_run_knows_its_detector_its_size_and_its_classes(tmp_path, monkeypatch
         (["photo.png", *PAIR[:3], "a=plain.pt", "a=plain.pt", *PAIR[-2:]], 2, "needs a different name"),
     ],
 )  # fmt: skip
-def test_what_is_wrong_is_one_line_and_an_exit_code(here, capsys, arguments, code, message):  # C1 C3
+def test_bad_input_is_one_line_and_an_exit_code(here, capsys, arguments, code, message):  # C1 C3
     assert main(["look", "--detect", *arguments, "--out", str(here)]) == code
     told = capsys.readouterr().err
     assert message in told
@@ -215,12 +215,12 @@ def test_what_is_wrong_is_one_line_and_an_exit_code(here, capsys, arguments, cod
         (["--model", PLAIN, "--weights", "plain.pt"], f"{PLAIN} is a detector: give --detect"),
     ],
 )
-def test_detectors_are_for_detect_alone(here, capsys, arguments, message):
+def test_detectors_need_detect(here, capsys, arguments, message):
     assert main(["look", "photo.png", *arguments]) == 2
     assert message in capsys.readouterr().err
 
 
-def test_nowhere_to_write_is_told_before_any_work(here, folder):
+def test_an_unwritable_output_is_reported_before_any_work(here, folder):
     from pathlib import Path
 
     eyes = detectors(PLAIN, "plain.pt", [], "classes.txt", None)

@@ -110,7 +110,7 @@ def test_there_are_as_many_processes_as_workers_and_none_outlives_a_kill(tmp_pat
 
 
 @LINUX
-def test_a_killed_process_of_two_ends_the_run_with_its_name_told_once(tmp_path):
+def test_a_killed_process_of_two_ends_the_run_and_is_named_once(tmp_path):
     # R6, R9, R25: they meet without a port
     with running(tmp_path, "cbam", *TRAIN, "--devices", "2", "--workers", "1") as (process, most):
         assert most <= 6
@@ -145,7 +145,7 @@ def test_ctrl_c_and_a_kill_of_the_launcher_save_and_end_all(tmp_path):
 @LINUX
 @pytest.mark.large
 @pytest.mark.parametrize("rank", [0, 1])
-def test_torchrun_starts_anew_what_was_killed_and_the_end_is_the_same(tmp_path, rank):
+def test_torchrun_restarts_killed_processes_with_the_same_result(tmp_path, rank):
     # R8
     calm, cut = tmp_path / "calm", tmp_path / "cut"
     calm.mkdir()

@@ -126,7 +126,7 @@ def captions(page) -> list[str]:
     return page.locator(".cbam-note").all_inner_texts()
 
 
-def test_an_image_is_uploaded_explained_and_gone_from_the_disk(visit, photo, server):  # W15
+def test_an_image_is_uploaded_explained_and_deleted_from_disk(visit, photo, server):  # W15
     page = visit()
     give(page, photo)
     page.locator(EXPLAINED).first.wait_for()
@@ -186,7 +186,7 @@ def test_the_figure_is_downloaded(visit, photo, tmp_path):
     assert (tmp_path / "look.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_what_is_no_image_is_told_as_text_and_the_page_goes_on(visit, photo, tmp_path):  # W3 W13
+def test_a_file_that_is_no_image_is_reported_and_the_page_still_works(visit, photo, tmp_path):  # W3 W13
     page = visit()
     bad = tmp_path / "bad.png"
     bad.write_text("<script>document.title = 'taken'</script>")
@@ -237,7 +237,7 @@ def test_a_phone_shows_it_without_scrolling_sideways(visit, photo):
     assert result["y"] < control["y"]
 
 
-def test_the_keyboard_alone_is_enough(visit):
+def test_the_page_works_by_keyboard_only(visit):
     if importlib.util.find_spec("skimage") is None:
         pytest.skip("the examples are those of scikit-image")
     page = visit()
@@ -250,7 +250,7 @@ def test_the_keyboard_alone_is_enough(visit):
     page.locator(".cbam-note", has_text="espresso").first.wait_for()
 
 
-def test_it_is_there_in_3_seconds_and_explains_in_one_and_a_half(visit, photo):
+def test_the_page_loads_in_3_s_and_explains_in_1_5_s(visit, photo):
     """On a machine with nothing else to do; the limits here leave room for one that is busy."""
     page = visit()
     paint = page.evaluate("performance.getEntriesByName('first-contentful-paint')[0].startTime")
@@ -280,13 +280,13 @@ def test_foreign_hosts_and_origins_and_large_uploads_are_refused(server):  # W1 
         "/assets/../../../../etc/passwd", "/theme.css/../../etc/passwd",
     ],
 )  # fmt: skip # W5 W7
-def test_no_path_leads_to_a_file_of_the_machine(server, path):
+def test_no_path_serves_a_local_file(server, path):
     status, body = ask(server[0], path=path)
     assert status in (400, 403, 404, 405)
     assert b"root:" not in body
 
 
-def test_addresses_are_not_fetched(server):  # W7
+def test_urls_are_not_fetched(server):  # W7
     body = json.dumps({"data": [{"path": "http://127.0.0.1:1/a.png"}], "fn_index": 0, "session_hash": "a"})
     headers = {"Content_Type": "application/json"}
     assert ask(server[0], "POST", "/gradio_api/queue/join", body.encode(), **headers)[0] == 400
@@ -333,7 +333,7 @@ def test_50_clients_at_once_are_all_answered_alike(server):  # W9
     assert "where: spatial gate" in pages[0]
 
 
-def test_an_upload_that_does_not_say_how_large_it_is_is_counted(server):  # W1
+def test_an_upload_without_content_length_is_limited(server):  # W1
     host, port = server[0].split(":")
     head = f"POST /gradio_api/upload HTTP/1.1\r\nHost: {server[0]}\r\nTransfer-Encoding: chunked\r\n"
     kind = "Content-Type: multipart/form-data; boundary=x\r\n\r\n"
@@ -346,7 +346,7 @@ def test_an_upload_that_does_not_say_how_large_it_is_is_counted(server):  # W1
         assert b" 413 " in client.recv(100)
 
 
-def test_a_request_that_never_ends_is_given_up(server):  # W11
+def test_a_request_that_never_ends_times_out(server):  # W11
     """Half an upload, and then nothing: 30 seconds are its time; the page answers meanwhile."""
     host, port = server[0].split(":")
     head = f"POST /gradio_api/upload HTTP/1.1\r\nHost: {server[0]}\r\nContent-Length: 1000\r\n"
@@ -360,7 +360,7 @@ def test_a_request_that_never_ends_is_given_up(server):  # W11
     assert b" 408 " in answer
 
 
-def test_2000_odd_requests_are_refused_and_the_server_lives(server):  # W17
+def test_2000_malformed_requests_are_refused_and_the_server_survives(server):  # W17
     """Anything under the addresses that Gradio has. To some of what its page never sends Gradio answers with
     a 500 of its own (13 times with 6.31), which says nothing of the inside, and lives on."""
     import random
@@ -405,7 +405,7 @@ def test_2000_odd_requests_are_refused_and_the_server_lives(server):  # W17
     assert ask(server[0])[0] == 200
 
 
-def test_a_port_that_is_taken_is_one_line(server):
+def test_a_port_in_use_is_a_one_line_error(server):
     port = server[0].rpartition(":")[2]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(

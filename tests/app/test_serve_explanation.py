@@ -94,7 +94,7 @@ def test_names_are_written_as_text(explainer):  # W13
     assert "<script" not in page
 
 
-def test_what_is_written_beside_the_pixels_does_not_come_back(explainer):  # W14
+def test_image_metadata_is_not_returned(explainer):  # W14
     exif = Image.Exif()
     exif[0x010E] = "home address"
     exif.get_ifd(0x8825)[1] = "N"
@@ -108,7 +108,7 @@ def test_what_is_written_beside_the_pixels_does_not_come_back(explainer):  # W14
         assert not Image.open(io.BytesIO(content)).getexif()
 
 
-def test_what_is_too_large_or_no_still_image_is_refused(explainer):  # W1 W3 W4 D7 D9
+def test_oversized_animated_and_invalid_images_are_refused(explainer):  # W1 W3 W4 D7 D9
     frames = [Image.new("L", (8, 8), value) for value in (0, 255)]
     gif, wide = io.BytesIO(), io.BytesIO()
     frames[0].save(gif, "GIF", save_all=True, append_images=frames[1:])
@@ -141,7 +141,7 @@ def test_the_page_keeps_the_class_of_the_number_where_names_are_twice():
     assert "predicts crane (3)" in explainer.page(key, DisplayOptions(target=1))
 
 
-def test_a_phones_photograph_with_a_preview_beside_it_is_taken(explainer):  # D7
+def test_a_phone_photo_with_an_embedded_preview_is_accepted(explainer):  # D7
     photo, file = Image.open(io.BytesIO(picture())), io.BytesIO()
     photo.save(file, "MPO", save_all=True, append_images=[photo.resize((20, 24))])
     key = explainer.add(file.getvalue(), "phone.jpg")
@@ -158,7 +158,7 @@ def test_a_large_image_is_refused_before_it_is_decoded(explainer, monkeypatch): 
         explainer.add(wide.getvalue(), "x")
 
 
-def test_the_oldest_images_go_and_a_key_opens_its_own_alone(explainer):  # W6
+def test_the_oldest_images_are_dropped_and_a_key_opens_only_its_own(explainer):  # W6
     first = explainer.add(picture(), "first")
     keys = [explainer.add(picture(i), str(i)) for i in range(CAPACITY)]
     assert len({first, *keys}) == CAPACITY + 1
@@ -218,7 +218,7 @@ def test_200_interleaved_requests_each_equal_the_serial_answer(explainer):  # W1
     assert [answers[i] for i in range(200)] == [expected[one] for one in wanted]
 
 
-def test_a_crash_is_told_by_a_number_and_the_next_answer_is_right(explainer, monkeypatch, caplog):  # W12
+def test_a_crash_is_reported_by_number_and_the_next_answer_is_right(explainer, monkeypatch, caplog):  # W12
     key = explainer.add(picture(), "photo")
     before = explainer.page(key, DisplayOptions(target=3))
     explainer._looks.clear()
@@ -284,7 +284,7 @@ ODD = [
 ]  # fmt: skip
 
 
-def test_whatever_is_asked_for_is_answered_or_refused_in_words(explainer):  # W17
+def test_any_request_is_answered_or_refused_with_a_message(explainer):  # W17
     """2,000 requests of anything in every place: a page, or one of our own refusals."""
     random = numpy.random.default_rng(0)
     names = [*explainer.stage_names(), None]
@@ -307,7 +307,7 @@ def test_whatever_is_asked_for_is_answered_or_refused_in_words(explainer):  # W1
     assert max(map(len, refused)) <= 400
 
 
-def test_whatever_is_given_as_an_image_is_taken_or_refused_in_words(explainer):  # W3 W17
+def test_any_upload_is_accepted_or_refused_with_a_message(explainer):  # W3 W17
     """2,000 files: images with bytes changed, cut off, put together, and none at all."""
     random = numpy.random.default_rng(0)
     kinds = ("PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF")

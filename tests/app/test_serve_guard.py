@@ -79,7 +79,7 @@ def test_a_link_from_elsewhere_opens_the_page():
 
 
 @pytest.mark.parametrize("length", [str(MAX_BODY + 1), None, "7"])  # W1
-def test_too_much_is_refused_whatever_length_is_claimed(length):
+def test_a_large_body_is_refused_for_any_claimed_length(length):
     headers = {"Host": HOST} | ({} if length is None else {"Content-Length": length})
     status, _, _, read = ask(headers, [b"x" * 1_000_000] * 30)
     assert status == 413
@@ -87,7 +87,7 @@ def test_too_much_is_refused_whatever_length_is_claimed(length):
 
 
 @pytest.mark.parametrize("length", ["-1", "many", "1e3"])
-def test_a_length_that_is_no_number_is_refused(length):
+def test_an_invalid_length_is_refused(length):
     assert ask({"Host": HOST, "Content-Length": length})[0] == 400
 
 
@@ -102,7 +102,7 @@ def test_a_length_that_is_no_number_is_refused(length):
         "data:,x",
     ],
 )  # W7
-def test_addresses_are_not_fetched(path):
+def test_urls_are_not_fetched(path):
     body = json.dumps({"data": [{"path": path, "meta": {}}]}).encode()
     headers = {"Host": HOST, "Content-Type": "application/json"}
     hidden = body.replace(b"path", rb"p\u0061th")
@@ -146,7 +146,7 @@ def slowly(parts: list[bytes], pauses: list[float], patience: float, after: floa
 
 
 @pytest.mark.parametrize("pauses", [[60.0], [0.0, 60.0], [0.06] * 10])  # W11
-def test_a_request_that_comes_too_slowly_is_given_up(pauses):
+def test_a_slow_request_times_out(pauses):
     sent, seconds = slowly([b"a"] * len(pauses), pauses, patience=0.2)
     assert sent[0]["status"] == 408
     assert b"longer than 0.2 seconds" in sent[1]["body"]
@@ -191,5 +191,5 @@ def test_a_crash_of_the_application_stays_its_own():
         ("example.org", 80, ["example.org:80", "example.org"]),
     ],
 )
-def test_a_server_answers_to_its_name_as_browsers_write_it(host, port, called):  # W8
+def test_a_server_accepts_its_host_name_as_browsers_write_it(host, port, called):  # W8
     assert addresses(host, port) == called

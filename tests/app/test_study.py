@@ -48,7 +48,7 @@ def test_a_plan_writes_nothing(tmp_path, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_tables_of_a_place_without_records_are_told_of(tmp_path, capsys):
+def test_a_folder_without_records_is_reported(tmp_path, capsys):
     assert cli.main(["study", "channel", "order", "--tables", "--out", "nowhere"]) == 0
     told = capsys.readouterr().out
     assert all(f"No record of {name} in nowhere/{name}" in told for name in ("channel", "order"))

@@ -15,7 +15,7 @@ def stream(encoding: str) -> io.TextIOWrapper:
     ("encoding", "written"),
     [("utf-8", "1.0 ± 0.2 µm\n"), ("ascii", "1.0 +- 0.2 ?m\n"), ("latin-1", "1.0 ± 0.2 µm\n")],
 )
-def test_signs_that_the_terminal_lacks_are_written_otherwise(encoding, written):
+def test_characters_the_terminal_lacks_are_replaced(encoding, written):
     # C9
     out = stream(encoding)
     terminal.show("1.0 ± 0.2 µm", out)
@@ -33,7 +33,7 @@ def test_a_closed_or_absent_output_is_no_error(monkeypatch):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_a_log_on_a_full_disk_is_told_once_and_ends_no_training(monkeypatch, capsys):
+def test_a_full_disk_under_the_log_is_reported_once_and_training_continues(monkeypatch, capsys):
     # R14
     with Path("/dev/full").open("w") as full:
         monkeypatch.setattr(sys, "stdout", full)
