@@ -72,7 +72,7 @@ def test_the_card_comes_back_and_the_hub_reads_its_header(folder):
         assert told in read.content
 
 
-def test_what_is_not_given_is_said_to_be_not_given(model, tmp_path):
+def test_missing_fields_of_a_card_are_stated_as_missing(model, tmp_path):
     folder = cbam.save_pretrained(model, tmp_path / "mine", network=NETWORK)
     page = (folder / "README.md").read_text()
     assert page.count("not given") == 2
@@ -95,7 +95,7 @@ def test_a_card_cannot_break_out_of_its_header_or_its_table(model, tmp_path):
     assert ModelCard(page).data.license == 'mit"\ntags: [a]'
 
 
-def test_names_that_are_no_utf8_are_told_escaped(model, tmp_path):
+def test_names_that_are_not_utf8_are_escaped(model, tmp_path):
     undecodable = b"caf\xe9".decode("utf-8", "surrogateescape")
     told = Card(data=undecodable, classes=(undecodable, *"bcde"))
     folder = cbam.save_pretrained(model, tmp_path / undecodable, card=told)
@@ -136,7 +136,7 @@ def test_a_wrapped_network_is_saved_without_its_wrapper(model, tmp_path):
         ({"card": {"size": 32}}, InputError, r"card must be a cbam\.hub\.Card, got dict"),
     ],
 )
-def test_what_could_not_be_read_again_is_not_written(options, error, told, model, tmp_path):
+def test_a_network_that_could_not_be_read_back_is_not_written(options, error, told, model, tmp_path):
     with pytest.raises(error, match=told):
         cbam.save_pretrained(model, tmp_path / "mine", **options)
     assert not any(path.is_file() for path in tmp_path.rglob("*"))
@@ -164,12 +164,12 @@ def test_a_name_that_builds_another_function_of_the_same_tensors_is_refused(tmp_
         {"resize": 223},
     ],
 )
-def test_a_card_refuses_what_makes_no_sense(field):
+def test_a_card_refuses_invalid_values(field):
     with pytest.raises(InputError, match=f"Card\\({next(iter(field))}"):
         Card(**field)
 
 
-def test_a_state_that_is_no_tensor_is_refused(tmp_path):
+def test_a_non_tensor_state_is_refused(tmp_path):
     class Counting(nn.Sequential):
         def get_extra_state(self):
             return {"seen": 3}
@@ -186,7 +186,7 @@ def test_several_dtypes_are_refused(model, tmp_path):
 
 
 # C7
-def test_files_that_are_there_stay_unless_overwriting_is_asked_for(model, folder):
+def test_existing_files_stay_unless_overwriting_is_requested(model, folder):
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     with pytest.raises(ConfigError, match="exists"):
         cbam.save_pretrained(model, folder, network=NETWORK)
@@ -197,7 +197,7 @@ def test_files_that_are_there_stay_unless_overwriting_is_asked_for(model, folder
 
 
 # K13, K16
-def test_a_place_that_cannot_be_written_is_one_error(model, tmp_path):
+def test_an_unwritable_path_is_one_error(model, tmp_path):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(OutputError, match="cannot be created"):
         cbam.save_pretrained(model, tmp_path / "file" / "mine", network=NETWORK)
@@ -246,7 +246,7 @@ def test_a_pickle_in_place_of_safetensors_is_not_read(how, folder, capsys):
 
 
 # K3
-def test_a_folder_of_pickles_alone_is_not_read(folder):
+def test_a_folder_with_only_pickles_is_not_read(folder):
     torch.save({"a": _Payload()}, folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
     with pytest.raises(CheckpointNotFoundError, match=r"no model\.safetensors; .*pickles can run code"):
@@ -328,7 +328,7 @@ def test_a_network_whose_attention_is_larger_than_its_weights_is_not_built(folde
 @pytest.mark.parametrize(
     "text", ["", "[]", "null", "{", '{"a": NaN', "[" * 100_000, "\x00", '"' + "a" * 5_000_000 + '"']
 )
-def test_a_configuration_that_is_none_is_one_error(text, folder):
+def test_an_invalid_configuration_is_one_error(text, folder):
     (folder / "config.json").write_text(text)
     with pytest.raises(CheckpointError, match=r"config\.json: "):
         cbam.from_pretrained(folder)
@@ -366,7 +366,7 @@ def test_a_network_of_ones_own_is_as_it_was_where_a_folder_does_not_fit(lacking,
 # --- the Hub, which no test reaches ---
 
 
-def test_a_repository_is_read_from_the_snapshot_that_was_brought(folder, model, monkeypatch):
+def test_a_repository_is_read_from_the_downloaded_snapshot(folder, model, monkeypatch):
     asked = []
 
     def bring(repository, *, allow_patterns, revision):
@@ -397,7 +397,7 @@ def _answer(kind):
         (lambda: TimeoutError(), CheckpointError, r"cannot be reached \(TimeoutError\)"),
     ],
 )
-def test_what_the_hub_answers_is_one_clear_error(failure, error, told, monkeypatch):
+def test_a_hub_failure_is_one_clear_error(failure, error, told, monkeypatch):
     def fail(*_, **__):
         raise failure()
 
@@ -410,7 +410,7 @@ def test_what_the_hub_answers_is_one_clear_error(failure, error, told, monkeypat
 @pytest.mark.parametrize(
     "name", ["nowhere", "./some/net", "a/b/c", "~/net", "a/../b", "https://a.b/c", "", "x" * 300, "a\0b"]
 )
-def test_a_folder_that_is_not_there_is_not_asked_of_the_hub(name, monkeypatch, tmp_path):
+def test_a_missing_folder_is_not_requested_from_the_hub(name, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("asked"))
     with pytest.raises((CheckpointNotFoundError, CheckpointError)):
@@ -445,7 +445,7 @@ def test_torch_hub_finds_the_networks_of_this_repository(folder, model):
         pytest.param("import cbam; cbam.models; import timm.layers", marks=pytest.mark.large),
     ],
 )
-def test_timm_knows_the_names_whatever_is_imported_first(order):
+def test_timm_knows_the_names_in_any_import_order(order):
     program = f"""
 import importlib.util, sys
 {order}
@@ -488,7 +488,7 @@ def test_attention_over_the_pretrained_weights_of_timm_changes_nothing(monkeypat
     assert torch.equal(made(x), before)
 
 
-def test_a_timm_that_cannot_be_taught_is_no_reason_to_fail(monkeypatch, caplog):
+def test_an_incompatible_timm_does_not_break_the_import(monkeypatch, caplog):
     from cbam import timm_names
 
     monkeypatch.setattr(timm_names, "_entry", lambda name: 1 / 0)
@@ -497,12 +497,12 @@ def test_a_timm_that_cannot_be_taught_is_no_reason_to_fail(monkeypatch, caplog):
     assert "timm.create_model does not know cbam_*" in caplog.text
 
 
-def test_a_copied_folder_is_as_good(folder, model, tmp_path):
+def test_a_copied_folder_loads_the_same(folder, model, tmp_path):
     shutil.copytree(folder, tmp_path / "elsewhere")
     assert equal(cbam.from_pretrained(str(tmp_path / "elsewhere")), model)
 
 
-def test_a_save_that_fails_leaves_no_folder_that_it_has_made(tmp_path, monkeypatch):
+def test_a_failed_save_removes_the_folder_it_created(tmp_path, monkeypatch):
     # K13
     model = cbam.build("resnet_tiny", num_classes=2)
     (tmp_path / "there").mkdir()

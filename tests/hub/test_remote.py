@@ -93,7 +93,7 @@ def read(folder, tmp_path):
 
 
 # K23
-def test_a_repository_is_brought_and_read(folder, model, read):
+def test_a_repository_is_downloaded_and_read(folder, model, read):
     wanted = sum(value.double().sum().item() for value in model.state_dict().values())
     found, nobody = read("somebody/net", "nobody/net")
     assert float(found) == wanted
@@ -103,7 +103,7 @@ def test_a_repository_is_brought_and_read(folder, model, read):
 
 
 @pytest.mark.large
-def test_what_was_brought_once_is_read_without_a_network(read):
+def test_a_downloaded_repository_is_read_offline(read):
     (wanted,) = read("somebody/net")
     found, nobody = read("somebody/net", "nobody/net", HF_HUB_OFFLINE="1")
     assert found == wanted
