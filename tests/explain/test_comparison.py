@@ -74,7 +74,7 @@ def test_comparing_leaves_both_networks_as_they_were(build, plain, images):
         assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
 
 
-def test_the_step_of_a_gate_that_is_not_there_is_left_out(build, plain, images):
+def test_the_step_of_a_missing_gate_is_left_out(build, plain, images):
     for attention, kind in ((cbam.ChannelAttention, "what"), (lambda _: cbam.SpatialAttention(), "where")):
         (row,) = compare_rows(
             plain, build(attention), images[:1], images[:1].sigmoid(), torch.tensor([0]), CLASSES
@@ -118,7 +118,7 @@ def test_attention_of_others_gives_rows_without_feature_maps(plain, images):
         ({"images": torch.zeros(4, 3, 8, 8, dtype=torch.uint8)}, InputError, "normalised float"),
     ],
 )
-def test_what_does_not_fit_together_is_refused(build, plain, images, changes, error, message):
+def test_mismatched_networks_and_images_are_refused(build, plain, images, changes, error, message):
     given = {
         "images": images,
         "shown": images.sigmoid(),
@@ -289,7 +289,7 @@ def test_empty_maps_and_grey_or_wide_images_are_drawn(tmp_path):
     assert "empty map" in svg_text(comparison_figure([row, synthetic()], tmp_path / "wide.svg"))
 
 
-def test_what_cannot_be_drawn_is_refused_and_nothing_is_written(tmp_path):
+def test_undrawable_input_is_refused_and_nothing_is_written(tmp_path):
     for rows, name, error, message in (
         ([synthetic()], "look.jpg", ConfigError, r"\.png, \.svg, \.pdf; got 'look\.jpg'"),
         ([synthetic()], "look", ConfigError, "got 'look'"),
@@ -316,7 +316,7 @@ def test_an_old_figure_stands_until_the_new_one_is_whole(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["look.png"]
 
 
-def test_a_missing_matplotlib_is_named_with_its_pip_line(tmp_path, monkeypatch):
+def test_a_missing_matplotlib_is_named_with_its_pip_command(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'cbam\[explain\]'"):
         comparison_figure([synthetic()], tmp_path / "look.png")

@@ -48,7 +48,7 @@ def coloured():
 CLASSES = ["red", "green", "blue"]
 
 
-def test_labels_of_one_name_are_told_apart_by_their_numbers():
+def test_labels_with_the_same_name_are_distinguished_by_number():
     seen = detect(Detectors({"plain": Quarters()}, ["cell", "cell", "blue"]), coloured())
     assert [seen.class_of(label) for label in seen.finds[0].labels] == ["cell (1)", "cell (2)", "blue"]
     assert seen.class_of(torch.tensor(4)) == "label 4"
@@ -79,7 +79,7 @@ def test_the_evidence_for_a_box_lies_in_it(number, method):
     assert float(energy_inside(finds.heat[None], finds.boxes[number - 1 : number])[0]) > 0.95
 
 
-def test_the_other_detector_shows_the_same_object_whatever_its_number():
+def test_the_other_detector_shows_the_same_object_under_any_number():
     class Dimmed(Quarters):
         def forward(self, images):
             found = super().forward(images)
@@ -108,7 +108,7 @@ def test_an_object_that_the_other_misses_has_no_evidence_there():
     assert CLASSES[int(blind.labels[0]) - 1] == CLASSES[int(seeing.labels[seeing.chosen]) - 1] == "green"
 
 
-def test_there_may_be_fewer_boxes_than_asked_for():
+def test_there_may_be_fewer_boxes_than_requested():
     assert looked(Quarters(), box=4).finds[0].heat is None
 
 
@@ -174,7 +174,7 @@ def test_the_evidence_is_looked_for_where_a_detector_reads_its_box(name, places,
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_nothing_stays_behind_when_a_detector_raises():  # E7
+def test_a_detector_that_raises_is_restored():  # E7
     model = Quarters()
     (finds,) = looked(model).finds
     with pytest.raises(InputError, match="does not find this box"):
@@ -192,7 +192,7 @@ def test_frozen_detectors_and_inference_mode_do_not_matter():  # E8
         assert torch.equal(looked(frozen).finds[0].heat, expected)
 
 
-def test_what_cannot_be_looked_at_is_refused():
+def test_invalid_input_is_refused():
     from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
     with pytest.raises(InputError, match=r"uint8 \(3, H, W\)"):
@@ -252,7 +252,7 @@ def test_words_lie_in_the_image_and_not_on_each_other():
 
 
 @pytest.mark.parametrize("models", [(Quarters(),), (Quarters(), Quarters())])
-def test_the_words_below_leave_the_colour_bar_alone(models):
+def test_captions_do_not_overlap_the_colour_bar(models):
     from cbam.explain.outlines import _Rows
 
     seen = looked(*models)

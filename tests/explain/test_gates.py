@@ -43,7 +43,7 @@ def test_gates_that_are_the_same_in_every_image_are_fixed():
     assert block.what.mean == pytest.approx(0.5)
 
 
-def test_gates_that_follow_the_class_are_told_from_those_that_follow_the_image():
+def test_class_dependent_gates_are_distinguished_from_image_dependent():
     targets = torch.arange(40) % 4
     by_class = run(
         lambda first: FOUR[(first.long() - 1) % 4, None].expand(-1, 4), 1 + torch.arange(40), targets
@@ -61,7 +61,7 @@ def test_gates_that_follow_the_class_are_told_from_those_that_follow_the_image()
     assert unknown.verdict == "follows the image"
 
 
-def test_chance_is_taken_off_what_classes_explain():
+def test_the_variance_classes_explain_is_corrected_for_chance():
     """Of 12 random images in 6 classes, classes seem to explain 5/11 of the variance."""
     shares = []
     for seed in range(200):
@@ -72,7 +72,7 @@ def test_chance_is_taken_off_what_classes_explain():
 
 
 @pytest.mark.parametrize("count", [2, 3, 10])
-def test_chance_is_taken_off_what_is_fixed(count):
+def test_the_fixed_variance_is_corrected_for_chance(count):
     """The mean of N random images has 1/N of their variance, which is not the same in every image."""
     shares = []
     for seed in range(200):
@@ -153,7 +153,7 @@ def test_the_dashed_line_of_the_figure_changes_nothing_only_at_one(tmp_path, mid
     assert re.findall(r"<!-- bars: .*; (dashed: .*) -->", drawn) == [words]
 
 
-def test_what_has_no_gates_or_no_images_is_refused(plain, build, images):
+def test_a_network_without_gates_or_no_images_is_refused(plain, build, images):
     with pytest.raises(ConfigError, match="no attention"):
         gate_statistics(plain, [(images, None)])
     with pytest.raises(InputError, match="at least two images are needed"):
@@ -186,7 +186,7 @@ def test_the_table_says_what_the_statistics_say():
     )
 
 
-def test_gates_that_hardly_differ_are_told_by_a_third_digit_and_drawn_on_no_finer_scale():
+def test_nearly_equal_gates_get_a_third_digit_but_no_finer_scale():
     gate = GateStatistics(0.4999, (0.4972, 0.4998, 0.4999, 0.5, 0.5001), 0.0, 0.5)
     block = BlockStatistics("layer4.1", 512, 0.5, 0.5, gate, gate)
     assert gate_table([block]).count("| 0.497 to 0.500 |") == 2

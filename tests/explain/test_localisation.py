@@ -39,7 +39,7 @@ def test_an_area_is_the_share_of_each_pixel_that_is_covered():
         box_area([(2, 0, 1, 1)], 3, 3)
 
 
-def test_pointing_is_1_on_the_object_and_0_beside_it(area):
+def test_pointing_is_1_on_the_object_and_0_off_it(area):
     assert pointing(spot(4, 2), area).item() == 1
     assert pointing(spot(7, 5), area).item() == 1
     assert pointing(spot(8, 5), area).item() == 0
@@ -74,7 +74,7 @@ def test_the_threshold_is_a_share_of_the_largest_value(area):
     torch.testing.assert_close(scores[0].float(), torch.tensor([16 / 17, 16 / 17, 1]))
 
 
-def test_the_measures_are_those_of_each_image_alone():
+def test_batched_measures_equal_single_image_measures():
     maps, areas = torch.rand(4, 10, 10), torch.stack([box_area([(i, 0, i + 3, 5)], 10, 10) for i in range(4)])
     for measure in (pointing, energy, overlap):
         whole = measure(maps, areas)
@@ -136,7 +136,7 @@ def test_the_centre_prior_is_largest_in_the_middle_and_even_about_it():
     assert prior[0, 0] < prior[0, 6] < prior[4, 6]
 
 
-def test_an_untrained_copy_has_other_weights_and_leaves_the_model_alone(build):
+def test_an_untrained_copy_has_new_weights_and_the_model_is_unchanged(build):
     torch.manual_seed(5)
     model, images = build(), torch.randn(4, 3, 32, 32)
     before = {k: v.clone() for k, v in model.state_dict().items()}
@@ -161,7 +161,7 @@ class Scaled(nn.Module):
         return self.one[:, None, None] + self.gamma[:, None, None] * self.conv(x)
 
 
-def test_weights_that_no_layer_can_reset_are_drawn_anew():
+def test_weights_that_no_layer_can_reset_are_redrawn():
     model = Scaled()
     fresh = untrained(model, torch.randn(2, 3, 8, 8))
     assert not torch.isclose(fresh.gamma, model.gamma).any()
@@ -170,7 +170,7 @@ def test_weights_that_no_layer_can_reset_are_drawn_anew():
     torch.testing.assert_close(fresh.one, model.one)  # alike for all channels: nothing was learned
 
 
-def test_what_does_not_fit_is_refused(area):
+def test_mismatched_arguments_are_refused(area):
     with pytest.raises(InputError, match="maps and areas"):
         pointing(torch.zeros(1, 9, 10), area)
     with pytest.raises(NonFiniteError):

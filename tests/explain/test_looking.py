@@ -103,11 +103,11 @@ def test_a_view_is_the_middle_of_the_resized_image():
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 20_000), (20_000, 1), (2, 3), (3000, 2000)])
-def test_a_view_has_its_size_whatever_the_image(size):  # D11
+def test_a_view_has_its_size_for_any_image(size):  # D11
     assert view(torch.full((3, *size), 7, dtype=torch.uint8)).unique().tolist() == [7]
 
 
-def test_what_is_no_image_or_no_class_is_refused(viewer, picture):
+def test_an_invalid_image_or_class_is_refused(viewer, picture):
     for bad in (picture.float(), picture[:1], picture[None], picture[:, :0]):
         with pytest.raises(InputError, match="an image must be uint8"):
             look(viewer, bad)
@@ -118,7 +118,7 @@ def test_what_is_no_image_or_no_class_is_refused(viewer, picture):
         look(few, picture)
 
 
-def test_all_classes_are_named_at_once_as_each_is_alone():
+def test_naming_all_classes_equals_naming_each():
     few = Viewer({}, ["crane", "x", "crane"])
     assert few.all_called() == [few.called(i) for i in range(3)] == ["crane (0)", "x", "crane (2)"]
     began = time.process_time()
@@ -136,7 +136,7 @@ def test_a_class_is_named_by_number_or_by_name():
         class_index(CLASSES, "9" * 5000)  # more digits than int() takes
 
 
-def test_a_class_that_may_be_several_is_asked_for_again():
+def test_an_ambiguous_class_is_refused():
     assert class_index(["Cardigan", "x", "cardigan"], "cardigan") == 2
     assert class_index(["1", "10", "2"], "10") == 1
     with pytest.raises(ConfigError, match=r"'1' is ambiguous: give '1 \(0\)' or '10 \(1\)'"):
@@ -151,7 +151,7 @@ def test_a_class_that_may_be_several_is_asked_for_again():
         class_index(["Ant", "ANT"], "ant")
 
 
-def test_classes_of_one_name_are_told_apart_by_number(viewer, picture):
+def test_classes_with_the_same_name_are_distinguished_by_number(viewer, picture):
     twice = Viewer(viewer.networks, ["crane", "crane", "cat", "dog", "dog"], size=32, resized=36)
     seen = look(twice, picture, target=1)
     assert (seen.target, seen.index) == ("crane (1)", 1)
@@ -201,7 +201,7 @@ def test_the_stages_say_every_gate_that_they_show(viewer, picture, tmp_path):
             assert f"no. {channel.index}: × {gate}" in words
 
 
-def test_gates_near_their_middle_are_told_by_a_third_digit(viewer, picture, tmp_path):
+def test_gates_near_their_middle_are_shown_with_a_third_digit(viewer, picture, tmp_path):
     for module in viewer.networks["CBAM"].modules():
         if isinstance(module, cbam.SpatialAttention):
             torch.nn.init.constant_(module.bn.weight, 0.002)
@@ -244,7 +244,7 @@ def mixed(viewer):
     return Viewer({"CBAM": net}, CLASSES, size=32, resized=36)
 
 
-def test_gates_that_change_nothing_are_white_beside_those_of_another_range(viewer, picture, tmp_path):
+def test_neutral_gates_are_white_next_to_gates_of_another_range(viewer, picture, tmp_path):
     seen = look(mixed(viewer), picture, "photo.jpg")
     early, late = stages(seen.blocks["CBAM"]).values()
     assert (where_middle(early), where_middle(late)) == (0.5, 1)
@@ -260,7 +260,7 @@ def test_gates_that_change_nothing_are_white_beside_those_of_another_range(viewe
 
 
 @pytest.mark.parametrize("kind", ["mixed", "rows", "sheet", "stages", "disagreeing", "alone", "six"])
-def test_no_word_is_cut_off_or_printed_over_another(viewer, plain, picture, kind):
+def test_no_text_is_cut_off_or_overlaps(viewer, plain, picture, kind):
     from cbam.explain import sheet
     from cbam.explain import stages as gates
 
@@ -305,7 +305,7 @@ def test_the_stages_have_no_columns_for_gates_that_no_block_has(build, picture, 
         assert ("channels " in words) == ("|activation|" in there)
 
 
-def test_maps_begin_at_the_least_of_each_whatever_that_is(viewer, picture, tmp_path):
+def test_each_map_is_scaled_from_its_own_minimum(viewer, picture, tmp_path):
     words = svg_text(look_figure([look(viewer, picture)], tmp_path / "look.svg")).split("\n")
     assert "least" in words
     assert "0" not in words
@@ -317,7 +317,7 @@ def test_a_map_that_says_nothing_is_called_empty(viewer, picture, tmp_path):
     assert sum("empty map" in line for line in words) == 1
 
 
-def test_names_that_begin_alike_are_told_apart_by_their_ends():
+def test_names_with_a_common_prefix_are_distinguished_by_their_ends():
     names = [f"ILSVRC2012_val_0000{i}.JPEG" for i in range(2890, 2910)]
     short = [page.truncate_middle(name, 1.04) for name in names]
     assert len(set(short)) == len(names)
@@ -326,11 +326,11 @@ def test_names_that_begin_alike_are_told_apart_by_their_ends():
     assert page.truncate_middle("cat.png", 1.04) == "cat.png"
 
 
-def test_a_name_in_letters_that_the_font_lacks_is_no_reason_for_a_warning(viewer, picture, tmp_path):
+def test_a_name_with_glyphs_the_font_lacks_gives_no_warning(viewer, picture, tmp_path):
     assert look_figure([look(viewer, picture, "\u732b.jpg")], tmp_path / "look.png").is_file()
 
 
-def test_channels_are_said_to_be_raised_only_by_gates_above_1(build, picture, tmp_path):
+def test_channels_count_as_raised_only_by_gates_above_1(build, picture, tmp_path):
     net = Viewer({"SimAM": build(cbam.nn.SimAM)}, CLASSES, size=32, resized=36)
     words = svg_text(stages_figure(look(net, picture), tmp_path / "stages.svg"))
     assert "channels kept most" in words
@@ -354,7 +354,7 @@ def test_attention_without_gates_has_nothing_to_draw(build, picture, tmp_path, n
             stages_figure(seen, tmp_path / "stages.svg", network=network)
 
 
-def test_a_place_that_cannot_be_written_to_is_named_itself(viewer, picture, tmp_path):
+def test_an_unwritable_path_is_named(viewer, picture, tmp_path):
     seen = look(viewer, picture)
     (tmp_path / "look.png").mkdir()
     for path, told in ((tmp_path / "none" / "a.png", "No such file"), (tmp_path / "look.png", "directory")):
@@ -365,7 +365,7 @@ def test_a_place_that_cannot_be_written_to_is_named_itself(viewer, picture, tmp_
     assert [path.name for path in tmp_path.iterdir()] == ["look.png"]
 
 
-def test_a_model_of_another_dtype_than_the_images_is_told(viewer, plain, picture, images):
+def test_a_dtype_mismatch_of_model_and_images_is_reported(viewer, plain, picture, images):
     half = plain.bfloat16()
     for call in (
         lambda: gradcam(half, images),
@@ -379,13 +379,13 @@ def test_a_model_of_another_dtype_than_the_images_is_told(viewer, plain, picture
         assert gradcam(viewer.networks["CBAM"], images).shape == (4, 32, 24)
 
 
-def test_a_network_on_another_device_than_the_images_is_told(plain, picture):
+def test_a_device_mismatch_of_network_and_images_is_reported(plain, picture):
     elsewhere = Viewer({"plain": plain.to("meta")}, CLASSES, size=32, resized=36)
     with pytest.raises(InputError, match="images are on cpu, the model on meta; move one of them"):
         look(elsewhere, picture)
 
 
-def test_what_cannot_be_drawn_is_refused(viewer, picture, plain, tmp_path):
+def test_undrawable_input_is_refused(viewer, picture, plain, tmp_path):
     alone = look(Viewer({"plain": plain}, CLASSES, size=32, resized=36), picture)
     with pytest.raises(InputError, match="no gates to show of any network"):
         stages_figure(alone, tmp_path / "stages.png")

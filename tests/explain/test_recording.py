@@ -71,7 +71,7 @@ def test_gradients_flow_as_without_a_recording(build, images):
     assert all(torch.equal(p.grad, e) for p, e in zip(model.parameters(), expected, strict=True))
 
 
-def test_nothing_is_left_behind(build, images):
+def test_a_recording_leaves_no_hooks_behind(build, images):
     model = build()
     before = state(model)
     with record(model) as recording:
@@ -83,7 +83,7 @@ def test_nothing_is_left_behind(build, images):
     assert recording == {}
 
 
-def test_nothing_is_left_behind_when_the_body_or_the_model_raises(build, images):  # E7
+def test_a_recording_leaves_no_hooks_behind_after_an_exception(build, images):  # E7
     model = build()
     before = state(model)
     with pytest.raises(KeyError), record(model):
