@@ -325,7 +325,7 @@ def test_a_broken_file_is_read_or_refused_by_name(kind, count, tmp_path):
         assert 0 < refused < count, "all alike"
 
 
-def test_the_files_that_are_broken_are_whole_before(tmp_path):
+def test_the_files_are_valid_before_they_are_broken(tmp_path):
     read_whole = 0
     for kind in ("image", "xml", "yaml"):
         (tmp_path / kind).mkdir()
