@@ -154,7 +154,7 @@ def test_every_export_is_checked_with_the_same_values():
 
 
 # E2
-def test_a_network_of_one_size_is_refused_when_it_shall_take_any(tmp_path):
+def test_a_fixed_size_network_is_refused_for_dynamic_size(tmp_path):
     class OneSize(nn.Module):
         def __init__(self):
             super().__init__()
@@ -170,7 +170,7 @@ def test_a_network_of_one_size_is_refused_when_it_shall_take_any(tmp_path):
 
 # E2
 @pytest.mark.parametrize("file", ["a.pt2", "a.onnx"])
-def test_a_size_that_leaves_a_map_of_one_pixel_is_told_to_be_too_small_for_any_size(file, tmp_path, capfd):
+def test_a_size_that_leaves_a_one_pixel_map_is_too_small_for_dynamic_size(file, tmp_path, capfd):
     need(file)
     strided = nn.Conv2d(3, 2, 3, stride=32, padding=1)
     net = nn.Sequential(strided, cbam.CBAM(2, reduction=1), nn.Flatten(2), nn.AdaptiveAvgPool1d(1))
@@ -228,7 +228,7 @@ def test_a_network_that_writes_over_its_input_agrees_with_its_file(tmp_path):
 
 
 @pytest.mark.parametrize("file", ["a.pt2", "a.onnx"])
-def test_what_is_set_for_the_process_does_not_reach_the_file(file, tiny, tmp_path):
+def test_process_wide_settings_do_not_affect_the_file(file, tiny, tmp_path):
     need(file)
     x = torch.randn(SMALL)
     torch.set_default_dtype(torch.float64)
@@ -294,7 +294,7 @@ def test_every_output_is_compared(found, told):
 
 
 # E3
-def test_nan_in_any_output_of_the_network_is_told():
+def test_nan_in_any_network_output_is_reported():
     class Twice(nn.Module):
         def forward(self, x):
             return x, x / 0 * 0
@@ -304,7 +304,7 @@ def test_nan_in_any_output_of_the_network_is_told():
 
 
 # E3
-def test_the_largest_difference_of_all_inputs_and_outputs_is_told():
+def test_the_largest_difference_over_inputs_and_outputs_is_reported():
     def run(x):
         return [x * 1.000005, x]
 
@@ -317,7 +317,7 @@ def test_the_largest_difference_of_all_inputs_and_outputs_is_told():
     assert found.shapes == ((1, 4), (1, 4), (0, 4))
 
 
-def test_what_the_network_says_of_its_input_is_handed_on(tmp_path):
+def test_input_metadata_of_the_network_is_passed_on(tmp_path):
     with pytest.raises(InputError, match=r"^built for 4 channels, got 3"):
         export(cbam.CBAM(4), tmp_path / "a.pt2", shape=SMALL)
 
@@ -358,7 +358,7 @@ def test_a_module_compiled_in_place_stays_compiled(tiny):
 
 
 # E4
-def test_a_network_whose_attention_was_taken_out_exports_as_the_plain_one(tiny, tmp_path):
+def test_a_detached_network_exports_as_the_plain_one(tiny, tmp_path):
     export(cbam.detach(tiny), tmp_path / "a.pt2", shape=SMALL)
     graph = torch.export.load(tmp_path / "a.pt2").graph
     assert not [node for node in graph.nodes if "sigmoid" in str(node.target)]
@@ -383,7 +383,7 @@ def test_a_missing_package_is_named_before_any_work(file, tiny, tmp_path, monkey
 
 # E5
 @pytest.mark.large
-def test_an_opset_that_cannot_say_it_is_refused(tiny, tmp_path, caplog):
+def test_an_opset_that_is_too_old_is_refused(tiny, tmp_path, caplog):
     need("a.onnx")
     with pytest.raises(ExportError, match="opset 5"):
         export(tiny, tmp_path / "a.onnx", shape=SMALL, opset=5)
@@ -392,7 +392,7 @@ def test_an_opset_that_cannot_say_it_is_refused(tiny, tmp_path, caplog):
 
 
 # E5
-def test_an_exporter_that_does_not_fit_torch_is_to_be_upgraded(tiny, tmp_path, monkeypatch):
+def test_an_exporter_too_old_for_torch_asks_for_an_upgrade(tiny, tmp_path, monkeypatch):
     need("a.onnx")
 
     def fail(*_, **__):
@@ -500,7 +500,7 @@ def test_a_quantised_network_is_refused(tmp_path):
         ("there.pt2", {}, ConfigError, "exists"),
     ],
 )
-def test_bad_arguments_are_refused_at_the_door(path, options, error, told, tiny, tmp_path):
+def test_bad_arguments_are_refused(path, options, error, told, tiny, tmp_path):
     (tmp_path / "there.pt2").write_bytes(b"mine")
     with pytest.raises(error, match=told):
         export(tiny, tmp_path / path, **{"shape": SMALL} | options)
@@ -522,7 +522,7 @@ def test_no_torch_module_and_no_memory_are_refused(tmp_path):
         export(nn.ReLU(), tmp_path / "a.pt2")
 
 
-def test_what_the_exporters_say_of_their_own_code_is_not_heard(caplog):
+def test_exporter_warnings_and_logs_are_silenced(caplog):
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript.optimizer")]
     before = [logger.getEffectiveLevel() for logger in loggers]
     with quiet():
