@@ -24,7 +24,7 @@ def test_a_network_gives_one_logit_per_class(name, attention):
     assert {type(module) for module in attached(model).values()} == ({kind} if kind else set())
 
 
-def test_squeeze_and_excitation_pools_by_the_average_alone():
+def test_squeeze_and_excitation_pools_only_by_average():
     assert all(module.pools == ("avg",) for module in attached(build("resnet_tiny+se")).values())
 
 
@@ -99,14 +99,14 @@ def test_an_unknown_network_is_refused_with_the_nearest_three(name, nearest):
 @pytest.mark.parametrize(
     "name", ["hf_hub:timm/resnet18", "hf-hub:a/b", "local-dir:/tmp", "https://a/b", "resnet:18"]
 )
-def test_no_name_reaches_for_a_download(name):
+def test_no_name_triggers_a_download(name):
     """C6"""
     with pytest.raises(ConfigError, match="unknown library"):
         build(name)
 
 
 @pytest.mark.parametrize("name", ["resnet18+", "resnet18+bamm", "resnet18+cbam+se", "resnet18+CBAM", "+"])
-def test_an_unknown_attention_is_refused_with_those_there_are(name):
+def test_an_unknown_attention_is_refused_with_the_known_ones(name):
     """C6"""
     with pytest.raises(ConfigError, match=r"unknown attention .*; expected one of bam, cbam, cbam-avg, "):
         build(name)

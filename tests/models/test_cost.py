@@ -36,7 +36,7 @@ def test_counting_leaves_the_model_as_it_was():
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_modes_are_put_back_when_the_model_raises():
+def test_modes_are_restored_when_the_model_raises():
     model = nn.Sequential(nn.Conv2d(4, 8, 3), nn.Dropout()).train()
     with pytest.raises(RuntimeError, match="channels"):
         profile(model, 8)

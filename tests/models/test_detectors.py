@@ -212,7 +212,7 @@ def test_a_batchnorm_of_an_unknown_kind_is_not_replaced_by_half_of_it():
 
 @pytest.mark.parametrize("order", ["attached first", "frozen first", "torchvision's"])
 @pytest.mark.parametrize("how", ["reference", "fused"])
-def test_identity_attention_beside_frozen_norms_is_bit_equal_and_learns(order, how):
+def test_identity_attention_with_frozen_norms_is_bit_equal_and_learns(order, how):
     """The end of a block is one operation with a BatchNorm alone, not with a frozen one."""
     from torchvision.models import resnet18
     from torchvision.ops import FrozenBatchNorm2d
@@ -365,7 +365,7 @@ def test_what_the_last_map_knows_reaches_the_first():
         ("fasterrcnn:resnet18+no", "unknown attention 'no'"),
     ],
 )
-def test_what_there_is_not_is_refused(name, told):
+def test_a_detector_that_cannot_be_built_is_refused(name, told):
     with torch.device("meta"), pytest.raises(ConfigError, match=told):
         detector(name, num_classes=3)
 

@@ -112,7 +112,7 @@ def test_a_senseless_width_is_refused(family, width):
         build(f"{family}_{width}")
 
 
-def test_a_width_that_is_no_number_is_refused():
+def test_a_non_numeric_width_is_refused():
     with pytest.raises(InputError, match="got nan"):
         MobileNetV1(width=float("nan"))
 

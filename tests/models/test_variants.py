@@ -78,7 +78,7 @@ def formula(name, module, x):
     return x * where(spatial, torch.einsum("nchw,c->nhw", x, weights)[:, None])
 
 
-def test_there_are_eight():
+def test_there_are_eight_arrangements():
     assert list(VARIANTS) == [
         f"cbam-{name}" for name in ("avg", "max", "channel", "conv3", "conv7", "k3", "reversed", "parallel")
     ]
@@ -138,7 +138,7 @@ def test_gradients_are_those_of_the_formula(name):
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_a_batch_of_none_passes(name):
+def test_an_empty_batch_passes(name):
     """T11"""
     assert varied(name)(torch.empty(0, C, 4, 5)).shape == (0, C, 4, 5)
 
