@@ -65,7 +65,7 @@ def test_a_trained_network_of_timm_is_fine_tuned_with_attention(recipe, plain, c
     assert setting("run", "start") == "identity"
 
 
-def test_trained_weights_have_a_tenth_of_the_rate_unless_another_is_said(plain, capsys):
+def test_trained_weights_get_a_tenth_of_the_rate_by_default(plain, capsys):
     line = ["train", "folder", "pictures", "--model", "timm:resnet10t", "--pretrained", "plain.pt", *FEW]
     for more, rate, count in (([], 0.005, 1), (["--lr", "0.02"], 0.02, 0)):
         assert cli.main([*line, *more, "--size", "32", "--out", f"run{rate}"]) == 0
@@ -89,7 +89,7 @@ def test_the_recipe_for_trained_weights_needs_them(capsys):
         (["--model", "resnet_tiny"], None, None),
     ],
 )
-def test_the_start_of_attention_is_chosen_recorded_and_said(options, start, told, capsys):
+def test_the_start_of_attention_is_chosen_recorded_and_reported(options, start, told, capsys):
     line = ["train", "digits", "--limit", "8", *FEW, "--lr", "0", *options]
     assert cli.main([*line, "--out", "run"]) == 0
     out = capsys.readouterr().out

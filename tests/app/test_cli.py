@@ -401,7 +401,7 @@ def test_the_recipes_are_listed(capsys):
 @pytest.mark.parametrize(
     ("text", "seconds"), [("90s", 90), ("90m", 5400), ("11.5h", 41400), ("11:30:00", 41400), ("0:00:05", 5)]
 )
-def test_a_time_is_read_as_people_write_it(text, seconds):
+def test_a_duration_is_read_in_common_notations(text, seconds):
     assert options.duration(text) == seconds
 
 

@@ -153,7 +153,7 @@ def test_a_weights_file_takes_the_name_of_its_network(capsys):
     assert "w.pt2 exists" in capsys.readouterr().err
 
 
-def test_the_normalisation_of_a_weights_file_is_used_if_given(capsys):
+def test_the_normalisation_of_a_weights_file_must_be_given(capsys):
     torch.save(cbam.build("timm:test_resnet", num_classes=7).state_dict(), "w.pth")
     line = ["export", "w.pth", "--model", "timm:test_resnet", "--num-classes", "7", "--to", "torch"]
     assert cli.main([*line, "--size", "32"]) == 2  # timm's own weights have another than ImageNet's

@@ -162,7 +162,7 @@ def test_a_box_follows_its_image_into_the_view(tmp_path):
     assert (light[0] > 0.5).sum().item() == pytest.approx(one.area.sum().item(), rel=0.1)
 
 
-def test_a_record_does_not_tell_where_the_images_lie(viewer, tmp_path):
+def test_a_record_does_not_reveal_the_image_paths(viewer, tmp_path):
     Image.new("RGB", (60, 60)).save(tmp_path / "a.png")
     (tmp_path / "b.csv").write_text("file,x0,y0,x1,y1\na.png,20,20,40,40\na.png,5,5,5,5\n")
     results = score(viewer, str(tmp_path / "b.csv"), Lines())

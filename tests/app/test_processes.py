@@ -204,7 +204,7 @@ def test_srun_starts_processes_that_find_each_other_and_share_an_evaluation(tmp_
     assert alone.stdout.splitlines()[-1] == told["eval"]
 
 
-def test_several_machines_are_started_by_what_knows_them(capsys):
+def test_several_machines_need_an_external_launcher(capsys):
     from cbam.app import cli
 
     assert cli.main(["train", "digits", "--nodes", "2"]) == 2

@@ -175,7 +175,7 @@ def test_an_application_that_turns_every_error_into_a_500_does_not_answer_for_us
     assert (status, body) == (413, b"the request is larger than 10 MB")
 
 
-def test_a_crash_of_the_application_stays_its_own():
+def test_an_application_crash_is_passed_through():
     async def broken(scope, receive, send):
         raise ZeroDivisionError
 

@@ -304,7 +304,7 @@ def test_undrawable_input_is_refused_and_nothing_is_written(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_old_figure_stands_until_the_new_one_is_whole(tmp_path, monkeypatch):
+def test_an_old_figure_is_kept_until_the_new_one_is_complete(tmp_path, monkeypatch):
     path = comparison_figure([synthetic()], tmp_path / "look.png")
     old = path.read_bytes()
     monkeypatch.setattr(

@@ -174,7 +174,7 @@ def test_the_evidence_is_looked_for_where_a_detector_reads_its_box(name, places,
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_a_detector_that_raises_is_restored():  # E7
+def test_hooks_and_mode_are_restored_when_a_detector_raises():  # E7
     model = Quarters()
     (finds,) = looked(model).finds
     with pytest.raises(InputError, match="does not find this box"):

@@ -204,7 +204,7 @@ def test_nearly_equal_gates_get_a_third_digit_but_no_finer_scale():
 
 
 @pytest.mark.parametrize(("dim", "size"), [(1, (20,)), (3, (4, 6, 5))])
-def test_the_gates_of_signals_and_of_volumes_are_summed_up_too(dim, size):
+def test_gates_of_1d_and_3d_inputs_have_statistics_too(dim, size):
     model = nn.Sequential(cbam.CBAM(8, dim=dim))
     (block,) = gate_statistics(model, [(torch.randn(3, 8, *size), None)])
     assert block.channels == 8

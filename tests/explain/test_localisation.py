@@ -170,7 +170,7 @@ def test_weights_that_no_layer_can_reset_are_redrawn():
     torch.testing.assert_close(fresh.one, model.one)  # alike for all channels: nothing was learned
 
 
-def test_mismatched_arguments_are_refused(area):
+def test_mismatched_or_nan_maps_are_refused(area):
     with pytest.raises(InputError, match="maps and areas"):
         pointing(torch.zeros(1, 9, 10), area)
     with pytest.raises(NonFiniteError):

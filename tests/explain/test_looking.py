@@ -305,7 +305,7 @@ def test_the_stages_have_no_columns_for_gates_that_no_block_has(build, picture, 
         assert ("channels " in words) == ("|activation|" in there)
 
 
-def test_each_map_is_scaled_from_its_own_minimum(viewer, picture, tmp_path):
+def test_the_colour_scale_of_a_map_starts_at_its_minimum(viewer, picture, tmp_path):
     words = svg_text(look_figure([look(viewer, picture)], tmp_path / "look.svg")).split("\n")
     assert "least" in words
     assert "0" not in words

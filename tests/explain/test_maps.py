@@ -261,7 +261,7 @@ def test_mismatched_arguments_are_refused_with_a_reason(build, images, arguments
     assert not any(m._forward_hooks for m in model.modules())
 
 
-def test_images_that_are_no_normalised_batch_are_refused(build):
+def test_images_that_are_not_a_normalised_batch_are_refused(build):
     for wrong in (torch.zeros(3, 8, 8), torch.zeros(1, 3, 8, 8, dtype=torch.uint8), torch.zeros(0, 3, 8, 8)):
         with pytest.raises(InputError, match="normalised float batch"):
             gradcam(build(), wrong)
@@ -272,7 +272,7 @@ def test_images_on_another_device_than_the_model_are_refused(build, images):
         gradcam(build().to("meta"), images)
 
 
-def test_a_model_that_is_no_classifier_is_refused(images):
+def test_a_model_that_is_not_a_classifier_is_refused(images):
     with pytest.raises(InputError, match=r"scores \(N, classes\)"):
         gradcam(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), images)
 
@@ -372,7 +372,7 @@ def test_two_boxes_of_one_class_add_up():
     assert logits_of([one, none]).tolist() == [[0, 0.25, 0.625], [0, 0, 0]]
 
 
-def test_a_detector_that_finds_nothing_and_scorecam_of_one_are_refused(monkeypatch):
+def test_a_detector_without_detections_and_scorecam_on_detectors_are_refused(monkeypatch):
     model, images = Detector().eval(), torch.randn(1, 3, 16, 16)
     with pytest.raises(ConfigError, match="choose another method for a detector"):
         gradcam(model, images, target=1, method="scorecam")

@@ -46,14 +46,14 @@ def test_the_record_is_that_of_the_gates_and_of_the_base():
                 assert value["difference"] == pytest.approx(value["cbam"] - value["plain"], abs=0.002)
 
 
-def test_there_is_a_name_for_each_class():
+def test_each_class_has_a_name():
     names = pair.class_names()
     assert len(names) == 1000
     assert names[0] == "tench"
     assert names[281] == "tabby"
 
 
-def test_the_base_knows_photographs(both, shared_data):
+def test_the_base_classifies_photographs(both, shared_data):
     """The weights went to their tensors: of ten photographs of ten classes, most are recognised."""
     import zipfile
 

@@ -71,7 +71,7 @@ def test_gradients_flow_as_without_a_recording(build, images):
     assert all(torch.equal(p.grad, e) for p, e in zip(model.parameters(), expected, strict=True))
 
 
-def test_a_recording_leaves_no_hooks_behind(build, images):
+def test_a_recording_leaves_the_model_unchanged(build, images):
     model = build()
     before = state(model)
     with record(model) as recording:
@@ -83,7 +83,7 @@ def test_a_recording_leaves_no_hooks_behind(build, images):
     assert recording == {}
 
 
-def test_a_recording_leaves_no_hooks_behind_after_an_exception(build, images):  # E7
+def test_an_exception_while_recording_leaves_the_model_unchanged(build, images):  # E7
     model = build()
     before = state(model)
     with pytest.raises(KeyError), record(model):
@@ -285,7 +285,7 @@ def test_a_copy_made_while_recording_has_attention_of_its_own(build, images):
 
 @pytest.mark.parametrize(("dim", "size"), [(1, (20,)), (2, (6, 5)), (3, (4, 6, 5))])
 @pytest.mark.parametrize("batch", [(), (1,), (3,)])
-def test_signals_and_volumes_are_recorded_as_what_they_are(dim, size, batch):
+def test_1d_and_3d_inputs_are_recorded_in_their_shape(dim, size, batch):
     model = cbam.CBAM(8, dim=dim).eval()
     nn.init.ones_(model.spatial.bn.weight)
     x = torch.randn(*batch, 8, *size)

@@ -103,13 +103,13 @@ def test_names_that_are_not_utf8_are_escaped(model, tmp_path):
     assert card_of(folder) == told
 
 
-def test_saving_draws_none_of_the_callers_random_numbers(model, tmp_path):
+def test_saving_leaves_the_random_state_unchanged(model, tmp_path):
     before = torch.get_rng_state()
     cbam.save_pretrained(model, tmp_path / "mine", network=NETWORK)
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_a_network_of_ones_own_is_given_when_it_is_read(model, tmp_path):
+def test_a_custom_network_is_passed_in_on_loading(model, tmp_path):
     own = torch.nn.Sequential(model, torch.nn.Flatten(), torch.nn.Linear(5, 2))
     folder = cbam.save_pretrained(own, tmp_path / "mine")
     with pytest.raises(ConfigError, match="give model="):
@@ -204,7 +204,7 @@ def test_an_unwritable_path_is_one_error(model, tmp_path):
 
 
 # K6
-def test_every_flipped_bit_is_found(folder):
+def test_every_flipped_bit_is_detected(folder):
     weights = folder / "model.safetensors"
     data = bytearray(weights.read_bytes())
     for place in range(0, len(data), len(data) // 15):
@@ -217,7 +217,7 @@ def test_every_flipped_bit_is_found(folder):
 
 # K1
 @pytest.mark.parametrize("share", [0, 0.3, 0.9, 0.9999])
-def test_a_file_that_was_cut_is_found(share, folder):
+def test_a_truncated_file_is_detected(share, folder):
     weights = folder / "model.safetensors"
     data = weights.read_bytes()
     weights.write_bytes(data[: int(len(data) * share)])
@@ -304,7 +304,7 @@ def test_a_folder_of_torchs_distributed_checkpoints_is_not_unpickled(folder, mod
         {"card": {"std": [10**400, 1, 1]}},
     ],
 )
-def test_a_strange_configuration_is_refused_before_memory_is_taken(fields, folder, monkeypatch):
+def test_an_invalid_configuration_is_refused_before_allocation(fields, folder, monkeypatch):
     change(folder, **fields)
     monkeypatch.setattr("cbam.hub.folder.load_weights", lambda *_: pytest.fail("the weights were read"))
     with pytest.raises(CheckpointError):
@@ -351,7 +351,7 @@ def test_weights_without_the_attention_that_the_configuration_names_are_refused(
 
 
 @pytest.mark.parametrize("lacking", [False, True], ids=["of another shape", "without its attention"])
-def test_a_network_of_ones_own_is_as_it_was_where_a_folder_does_not_fit(lacking, model, tmp_path):
+def test_a_custom_network_is_unchanged_if_a_folder_does_not_fit(lacking, model, tmp_path):
     source = cbam.detach(model) if lacking else cbam.attach(cbam.build("resnet_tiny", num_classes=7))
     folder = cbam.save_pretrained(source.half(), tmp_path / "mine")
     given = cbam.attach(cbam.build("resnet_tiny", num_classes=5)).train()
@@ -488,7 +488,7 @@ def test_attention_over_the_pretrained_weights_of_timm_changes_nothing(monkeypat
     assert torch.equal(made(x), before)
 
 
-def test_an_incompatible_timm_does_not_break_the_import(monkeypatch, caplog):
+def test_a_failed_timm_registration_is_logged_and_not_raised(monkeypatch, caplog):
     from cbam import timm_names
 
     monkeypatch.setattr(timm_names, "_entry", lambda name: 1 / 0)

@@ -155,12 +155,12 @@ def test_attentions_are_those_of_the_modules_and_of_the_papers_tables():
 
 
 @pytest.mark.parametrize("num_classes", [0, -1, 2.0, True, "10", None])
-def test_a_senseless_number_of_classes_is_refused(num_classes):
+def test_an_invalid_number_of_classes_is_refused(num_classes):
     with pytest.raises(InputError, match="num_classes must be a positive int"):
         build("resnet_tiny", num_classes=num_classes)
 
 
-def test_arguments_are_checked_at_the_door():
+def test_arguments_are_checked_on_entry():
     with pytest.raises(InputError, match="name of a network must be a str, got int"):
         build(18)
     with pytest.raises(ConfigError, match='"paper" or "identity", got \'zero\''):
@@ -170,7 +170,7 @@ def test_arguments_are_checked_at_the_door():
 
 
 @pytest.mark.parametrize("absent", [{"torchvision"}, {"timm"}, {"torchvision", "timm"}])
-def test_an_absent_library_is_named_and_ours_work(absent, monkeypatch):
+def test_a_missing_library_is_named_and_our_networks_still_build(absent, monkeypatch):
     """C5"""
     real = builtins.__import__
 

@@ -48,7 +48,7 @@ def test_a_half_precision_model_is_counted_in_its_dtype():
 
 
 @pytest.mark.parametrize("size", [0, -3, 2.5, True, (8, 0), "224", (), (8,), (3, 8, 8)])
-def test_a_senseless_size_is_refused(size):
+def test_an_invalid_size_is_refused(size):
     with pytest.raises(InputError, match="size must be a positive int"):
         profile(build("resnet_tiny"), size)
 

@@ -107,7 +107,7 @@ def test_a_mobilenet_has_the_width_of_its_name(name, width):
 
 @pytest.mark.parametrize("family", ["mobilenet_v1", "wide_resnet18"])
 @pytest.mark.parametrize("width", ["0", "0.01", "8.5", "1" + "0" * 400])
-def test_a_senseless_width_is_refused(family, width):
+def test_an_invalid_width_is_refused(family, width):
     with pytest.raises(InputError, match=r"width of a \w.* must be from 0.05 to 8, got"):
         build(f"{family}_{width}")
 

@@ -99,7 +99,7 @@ def test_the_kernel_is_the_one_of_the_name(name):
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_the_identity_start_is_exact_and_can_be_left(name):
+def test_the_identity_start_is_exact_and_optional(name):
     module = varied(name)
     x = torch.randn(2, C, 6, 5, requires_grad=True)
     assert not torch.equal(module(x), x)
@@ -195,7 +195,7 @@ def test_a_learned_descriptor_starts_open_by_half_and_at_fan_out():
 
 
 @pytest.mark.parametrize("options", [{"channels": 0}, {"channels": 8, "kernel_size": 4}, {"channels": True}])
-def test_senseless_sizes_are_refused(options):
+def test_invalid_sizes_are_refused(options):
     """T10 T36"""
     with pytest.raises(InputError):
         ConvSpatialAttention(**options)

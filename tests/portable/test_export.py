@@ -184,7 +184,7 @@ def test_a_size_that_leaves_a_one_pixel_map_is_too_small_for_dynamic_size(file, 
 
 # E2
 @pytest.mark.parametrize("dim", [1, 3])
-def test_a_signal_and_a_volume_export_too(dim, tmp_path):
+def test_1d_and_3d_networks_export_too(dim, tmp_path):
     conv = {1: nn.Conv1d, 3: nn.Conv3d}[dim]
     net = nn.Sequential(conv(2, 4, 3), cbam.CBAM(4, reduction=2, dim=dim))
     made = export(net, tmp_path / "a.pt2", shape=(1, 2, *[16] * dim), dynamic=True)
@@ -317,7 +317,7 @@ def test_the_largest_difference_over_inputs_and_outputs_is_reported():
     assert found.shapes == ((1, 4), (1, 4), (0, 4))
 
 
-def test_input_metadata_of_the_network_is_passed_on(tmp_path):
+def test_the_networks_own_input_error_is_passed_on(tmp_path):
     with pytest.raises(InputError, match=r"^built for 4 channels, got 3"):
         export(cbam.CBAM(4), tmp_path / "a.pt2", shape=SMALL)
 
