@@ -192,7 +192,11 @@ def _stated_fault(picture: Picture) -> str:
     stored = (header.height, header.width) if header else (0, 0)
     if not header or not size_fault(picture, stored, 1):
         return ""
-    return size_fault(picture, stored, orientation(read(picture.path)))  # it may be that of the upright image
+    try:
+        data = read(picture.path)
+    except DataError:  # too large, or deleted since; its own faults are reported
+        return ""
+    return size_fault(picture, stored, orientation(data))  # it may be that of the upright image
 
 
 def _voc(roots: list[Path], look: _Look) -> Iterator[Finding]:

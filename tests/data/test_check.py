@@ -10,6 +10,7 @@ from PIL import Image
 
 from cbam.data import check
 from cbam.data.check import NO_END
+from cbam.data.decode import MAX_BYTES
 from cbam.errors import DataError
 
 
@@ -210,6 +211,17 @@ def test_an_image_of_another_size_than_stated_is_reported(coco_folder, encoded, 
     wrong = "20x30 pixels, but its annotation says 30x20, so its boxes cannot be used"
     assert told(coco_folder) == ("COCO", [f"{coco_folder}/val2017/1.jpg: {wrong}"])
     assert told(coco_folder, deep=True) == ("COCO", [f"{coco_folder}/val2017/1.jpg: {wrong}"])
+
+
+def test_a_file_too_large_to_read_does_not_end_the_check(coco_folder, encoded, pixels):  # D6
+    large = coco_folder / "val2017/1.jpg"
+    large.write_bytes(encoded(pixels(30, 20), "JPEG"))  # of another size than annotated
+    with large.open("r+b") as file:
+        file.truncate(MAX_BYTES + 1)  # sparse
+    assert told(coco_folder) == ("COCO", [])  # which reads headers
+    kind, (fault,) = told(coco_folder, deep=True)
+    assert kind == "COCO"
+    assert fault.startswith(f"{large}: {MAX_BYTES + 1} bytes; the limit")
 
 
 def test_other_categories_and_shared_images_of_coco_splits_are_reported(
