@@ -468,7 +468,7 @@ def test_resuming_into_a_folder_that_would_become_a_class_is_refused(pictures, t
     settings = {"model": "resnet_tiny", "epochs": 1, "batch_size": 4, "device": "cpu", "loggers": ()}
     run("folder", {**settings, "data": str(pictures)}, tmp_path / "run", Watch())
     before = sorted(pictures.rglob("*"))
-    with pytest.raises(ConfigError, match=r"among the classes of .*: give another --out"):
+    with pytest.raises(ConfigError, match=r"is among the class folders of .*: give another --out"):
         run("folder", {}, pictures / "train" / "more", Watch(), resume=str(tmp_path / "run"))
     assert sorted(pictures.rglob("*")) == before
 
