@@ -95,14 +95,16 @@ def test_the_readme_has_one_row_per_kind_of_run_with_its_difference_to_plain(tmp
     rows = [line.split(" | ")[0] for line in warmed.splitlines() if " ± " in line]
     arranged = ["| spatial, then channel", "| channel and spatial in parallel"]
     pools = ["| channel, maximum", "| channel, average and maximum"]
-    assert rows == ["| plain", "| SE", *pools, "| CBAM, paper's start", *arranged, "| CBAM, identity start"]
+    forked = [f"| trained, then: {arm}" for arm in ("plain", "CBAM, paper's start", "CBAM, identity start")]
+    scratch = ["| plain", "| SE", *pools, "| CBAM, paper's start", *arranged, "| CBAM, identity start"]
+    assert rows == scratch + forked
     for name in ("spatial, then channel", "SE"):
         own, plain = values(tmp_path, name), values(tmp_path, "plain")
         mean = statistics.fmean(own[seed] - plain[seed] for seed in plain)
         assert f"| {name} | {statistics.fmean(own.values()):.2f} ± " in warmed
         assert f" | {mean:+.2f} (" in next(line for line in warmed.splitlines() if f"| {name} |" in line)
     assert "Between the attention modules, no difference is shown." in warmed
-    assert "15 differences are tested here" in warmed
+    assert "18 differences are tested here" in warmed
     shutil.rmtree(tmp_path / "order")
     shutil.rmtree(tmp_path / "start")
     assert "5 differences are tested here" in cited(tmp_path)
